@@ -1,0 +1,39 @@
+"""The softmax family and cross-entropy, done right on every Python array library.
+
+>>> import numpy as np
+>>> from portable_softmax import cross_entropy, softmax
+>>> softmax(np.asarray([1.0, 2.0, 3.0, 4.0])).round(4)
+array([0.0321, 0.0871, 0.2369, 0.6439])
+>>> print(cross_entropy(np.asarray([30.0, 0.0, 0.0]), np.asarray(0)))
+1.871524593768035e-13
+"""
+
+from portable_softmax import kernels, textbook
+from portable_softmax._cross_entropy import cross_entropy, cross_entropy_value_and_grad
+from portable_softmax._softmax import (
+    log_softmax,
+    log_softmax_vjp,
+    logsumexp,
+    softmax,
+    softmax_jacobian,
+    softmax_vjp,
+)
+from portable_softmax.layers import LogSoftmax, Softmax, SoftmaxWithLoss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LogSoftmax",
+    "Softmax",
+    "SoftmaxWithLoss",
+    "cross_entropy",
+    "cross_entropy_value_and_grad",
+    "kernels",
+    "log_softmax",
+    "log_softmax_vjp",
+    "logsumexp",
+    "softmax",
+    "softmax_jacobian",
+    "softmax_vjp",
+    "textbook",
+]

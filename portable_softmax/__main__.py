@@ -1,0 +1,108 @@
+"""The command line: ``python -m portable_softmax demo`` and ``python -m portable_softmax backends``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from portable_softmax._cli import demo, listing
+from portable_softmax._cli.backends import TRAINABLE
+from portable_softmax._cli.errors import CommandError
+from portable_softmax._cli.report import choose
+
+PROGRAM = "portable_softmax"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return 0, 2 for what the user can put right, or 130 after Ctrl-C."""
+    try:
+        args = _parser().parse_args(argv)
+        result = _run(args)
+        if args.json:
+            print(json.dumps(_finite(result), allow_nan=False))
+        sys.stdout.flush()
+    except CommandError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has gone; without this the interpreter complains on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    report = choose(plain=args.plain, json=args.json)
+    if args.command == "backends":
+        return listing.run(report=report)
+    return demo.run(
+        backend=args.backend,
+        device=args.device,
+        seed=args.seed,
+        epochs=args.epochs,
+        out=args.out,
+        report=report,
+    )
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no token for, nan and infinities, by None."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
+    output.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+    parser = _Parser(prog=PROGRAM, description="Softmax and cross-entropy on any array library.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|backends")
+    commands.add_parser(
+        "backends", parents=[output], help="which libraries, devices, dtypes and kernels are here"
+    )
+    learn = commands.add_parser(
+        "demo",
+        parents=[output],
+        help="train a softmax classifier on handwritten digits",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    learn.add_argument("--backend", choices=TRAINABLE, default="numpy", help="the array library")
+    learn.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0; None: its default")
+    learn.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of all randomness")
+    learn.add_argument("--epochs", type=_whole(1), default=80, metavar="N", help="training length")
+    learn.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="for the figure")
+    return parser
+
+
+def _whole(least: int) -> Any:
+    def whole(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, not {text!r}")
+        return number
+
+    return whole
+
+
+if __name__ == "__main__":
+    sys.exit(main())

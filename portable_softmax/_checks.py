@@ -1,0 +1,321 @@
+"""Every validation and every error message.
+
+A message names the argument, its value, what was expected, and the remedy. All checks run before
+any computing; those that look at the values of labels only where values can be looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from portable_softmax import _arrays
+from portable_softmax._typing import Namespace
+
+REDUCTIONS = ("mean", "sum", "none")
+
+_REAL = frozenset({"real", "half", "integer"})
+_COMPLEX = _REAL | {"complex"}
+
+# Types whose arithmetic is not an array's: by the module that defines them, since none of these
+# libraries is imported to recognise its type.
+_REMEDIES = {
+    "pandas": "pass its values, x.to_numpy()",
+    "polars": "pass its values, x.to_numpy()",
+    "xarray": "pass its values, x.data",
+    "numpy.ma": "pass x.filled(...) or x.data, with where=~x.mask",
+}
+
+
+# --------------------------------------------------------------------------- arrays
+
+
+def array(name: str, x: Any, *, complex_too: bool = False) -> Namespace:
+    """Return the namespace of `x`, a real (or complex) array of any library."""
+    xp = _namespace(name, x)
+    kind = _arrays.kind(xp, x.dtype)
+    if kind not in (_COMPLEX if complex_too else _REAL):
+        raise TypeError(_dtype_message(name, x.dtype, kind, complex_too))
+    return xp
+
+
+def companion(name: str, x: Any, of: str, like: Any, xp: Namespace) -> None:
+    """Check that `x` is an array of the library and device of `like`."""
+    other = _namespace(name, x)
+    if other is not xp:
+        raise TypeError(
+            f"{name} is an array of {_arrays.library(other)} and {of} one of "
+            f"{_arrays.library(xp)}; both must come from one library: convert {name} first"
+        )
+    if not _arrays.same_device(xp, x, like):
+        raise ValueError(
+            f"{name} is on device {_device(x)} and {of} on {_device(like)}; "
+            f"move {name} to the device of {of} first"
+        )
+
+
+def _namespace(name: str, x: Any) -> Namespace:
+    cls = type(x)
+    if cls is np.ndarray:
+        return np
+    remedy = None
+    if isinstance(x, np.ndarray):
+        if isinstance(x, np.ma.MaskedArray):
+            remedy = _REMEDIES["numpy.ma"].replace("x.", f"{name}.")
+        elif cls is not np.memmap:
+            remedy = f"pass numpy.asarray({name})"
+    elif isinstance(x, list | tuple | Real | complex | str | bytes | dict) and not isinstance(
+        x, np.generic
+    ):
+        remedy = f"pass an array, such as numpy.asarray({name})"
+    elif x is None:
+        remedy = "pass an array"
+    elif (root := cls.__module__.partition(".")[0]) in _REMEDIES:
+        remedy = _REMEDIES[root].replace("x.", f"{name}.")
+    if remedy is None:
+        try:
+            return _arrays.namespace(x)
+        except TypeError:
+            remedy = "pass an array of a library that follows the array API standard"
+    raise TypeError(
+        f"{name} is a {cls.__module__}.{cls.__qualname__}, which is no array: {remedy}".replace(
+            "builtins.", ""
+        )
+    )
+
+
+def _device(x: Any) -> Any:
+    return x.devices() if hasattr(x, "devices") else _arrays.device(x)
+
+
+def _dtype_message(name: str, dtype: Any, kind: str, complex_too: bool) -> str:
+    expected = "a floating" + (", complex" if complex_too else "") + " or integer dtype"
+    remedy = {
+        "bool": f"cast {name} to a floating dtype first",
+        "complex": f"softmax is defined on real numbers: take the real part or abs of {name}",
+    }.get(kind, f"cast {name} to float32 or float64 first")
+    return f"{name} has dtype {_arrays.dtype_name(dtype)}, expected {expected}: {remedy}"
+
+
+def floating(name: str, x: Any, xp: Namespace) -> None:
+    """Check that `x` is floating: an integer array is no output of ours, nor a gradient."""
+    if _arrays.kind(xp, x.dtype) == "integer":
+        raise TypeError(
+            f"{name} has dtype {_arrays.dtype_name(x.dtype)}, expected a floating dtype: "
+            f"cast {name} to float32 or float64 first"
+        )
+
+
+def weights(name: str, x: Any, xp: Namespace) -> None:
+    """Check the dtype of the weights of a sum."""
+    kind = _arrays.kind(xp, x.dtype)
+    if kind not in _COMPLEX:
+        raise TypeError(_dtype_message(name, x.dtype, kind, True))
+
+
+def like_shape(name: str, x: Any, of: str, like: Any) -> None:
+    """Check that `x` has the shape of `like`."""
+    if not _same_shape(x.shape, like.shape):
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, expected {tuple(like.shape)}, the shape of {of}"
+        )
+
+
+def broadcastable(name: str, x: Any, shape: tuple[int, ...], of: str) -> None:
+    """Check that `x` broadcasts to `shape` without making it larger."""
+    ok = x.ndim <= len(shape) and all(
+        have in (1, want) or have != have or want != want  # an unknown length is nan in Dask
+        for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
+    )
+    if not ok:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, which does not broadcast to the shape "
+            f"{tuple(shape)} of {of}: give it that shape, or 1 where it repeats"
+        )
+
+
+def mask(where: Any, of: str, x: Any, xp: Namespace) -> None:
+    """Check the boolean mask `where`."""
+    companion("where", where, of, x, xp)
+    if _arrays.kind(xp, where.dtype) != "bool":
+        raise TypeError(
+            f"where has dtype {_arrays.dtype_name(where.dtype)}, expected bool: "
+            "pass a comparison, such as where != 0"
+        )
+    broadcastable("where", where, x.shape, of)
+
+
+# --------------------------------------------------------------------------- axes and numbers
+
+
+def axes(axis: Any, ndim: int) -> tuple[int, ...]:
+    """Return `axis`, an int, a tuple of ints or None for all, as non-negative ints."""
+    if axis is None:
+        return tuple(range(ndim))
+    if type(axis) is int:
+        if -ndim <= axis < ndim:
+            return (axis % ndim,)
+        raise _axis_error(axis, ndim)
+    given = axis if isinstance(axis, tuple) else (axis,)
+    found = tuple(one_axis(a, ndim) for a in given)
+    if len(set(found)) != len(found):
+        raise ValueError(f"axis is {axis}, which names an axis twice: name each axis once")
+    return found
+
+
+def one_axis(axis: Any, ndim: int) -> int:
+    """Return the int `axis` as a non-negative one."""
+    try:
+        if isinstance(axis, bool):
+            raise TypeError
+        index = operator.index(axis)
+    except TypeError:
+        raise TypeError(
+            f"axis is {axis!r}, expected an int, or where several are allowed a tuple of ints "
+            "or None"
+        ) from None
+    if not -ndim <= index < ndim:
+        raise _axis_error(index, ndim)
+    return index % ndim
+
+
+def _axis_error(axis: int, ndim: int) -> Exception:
+    # NumPy's AxisError is both a ValueError and an IndexError, whichever a caller catches.
+    remedy = "pass axis=None" if ndim == 0 else f"pass an axis from {-ndim} to {ndim - 1}"
+    return np.exceptions.AxisError(f"axis is {axis}, but the array has {ndim} dimensions: {remedy}")
+
+
+def number(
+    name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False
+) -> float:
+    """Return `value` as a float inside the range, which holds no infinity and no nan."""
+    inside = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            f"{name} is {value!r}, expected a Python number in {inside}: an array cannot be taken, "
+            "scale the array instead"
+        )
+    answer = float(value)
+    above = answer > low if open_low else answer >= low
+    if not (above and answer <= high and math.isfinite(answer)):
+        raise ValueError(f"{name} is {value}, expected a number in {inside}")
+    return answer
+
+
+def temperature(value: Any) -> float:
+    """Return the temperature, a positive finite number."""
+    return number("temperature", value, low=0.0, open_low=True)
+
+
+def reduction(value: Any) -> str:
+    """Return the reduction, one of `REDUCTIONS`."""
+    if value not in REDUCTIONS:
+        raise ValueError(f"reduction is {value!r}, expected one of {', '.join(map(repr, REDUCTIONS))}")
+    return str(value)
+
+
+def ignore_index(value: Any, indices: bool) -> int | None:
+    """Return `ignore_index` as an int."""
+    if value is None:
+        return None
+    if not indices:
+        raise ValueError(
+            f"ignore_index is {value}, but labels are a distribution, which no index can leave "
+            "out: set those rows of labels to 0, or pass class indices"
+        )
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"ignore_index is {value!r}, expected an int or None: pass int(ignore_index)"
+        ) from None
+
+
+# --------------------------------------------------------------------------- labels
+
+
+def labels_are_indices(logits: Any, labels: Any, axis: int, xp: Namespace) -> bool:
+    """Return whether `labels` are class indices, or else a distribution over the classes."""
+    kind = _arrays.kind(xp, labels.dtype)
+    dtype = _arrays.dtype_name(labels.dtype)
+    positions = (*logits.shape[:axis], *logits.shape[axis + 1 :])
+    if kind in ("bool", "complex", "other"):
+        raise TypeError(
+            f"labels have dtype {dtype}, expected integers for class indices, or integers or "
+            "floats for a distribution: cast them first"
+        )
+    if _same_shape(labels.shape, logits.shape):
+        return False
+    if _same_shape(labels.shape, positions):
+        if kind != "integer":
+            raise TypeError(
+                f"labels have dtype {dtype} and the shape {tuple(labels.shape)} of class indices, "
+                "which must be integers: cast them to an integer dtype, or pass a distribution "
+                f"of shape {tuple(logits.shape)}"
+            )
+        return True
+    raise ValueError(_label_shape_message(logits, labels, axis, positions))
+
+
+def _same_shape(have: Any, want: Any) -> bool:
+    return len(have) == len(want) and all(
+        a == b or a != a or b != b for a, b in zip(have, want, strict=True)
+    )
+
+
+def _label_shape_message(logits: Any, labels: Any, axis: int, positions: tuple[int, ...]) -> str:
+    have, shape = tuple(labels.shape), tuple(logits.shape)
+    message = (
+        f"labels have shape {have}, expected {positions} for class indices or {shape} for a "
+        f"distribution, since logits have shape {shape} and axis is {axis}"
+    )
+    for other in range(len(shape)):
+        if other != axis and _same_shape(have, (*shape[:other], *shape[other + 1 :])):
+            return f"{message}: pass axis={other} if that is the class axis"
+    kept = (*shape[:axis], 1, *shape[axis + 1 :])
+    if _same_shape(have, kept):
+        return f"{message}: squeeze axis {axis} of labels"
+    return f"{message}: reshape labels"
+
+
+def label_values(
+    xp: Namespace, labels: Any, valid: Any, axis: int, n: int, where: Any
+) -> None:
+    """Raise for the first label without a class; `valid` says which have one."""
+    if bool(xp.all(valid)):
+        return
+    valid = xp.squeeze(valid, axis=axis)
+    flat = xp.reshape(_arrays.cast(xp, ~valid, xp.int8), (-1,))
+    position = np.unravel_index(int(xp.argmax(flat)), tuple(valid.shape))
+    at = ", ".join(str(int(i)) for i in position)
+    value = int(labels[tuple(int(i) for i in position)])
+    label = f"labels[{at}] is {value}" if at else f"the label is {value}"
+    if 0 <= value < n and where is not None:
+        raise IndexError(
+            f"{label}, a class that where masks out there: unmask it, or name it as ignore_index"
+        )
+    raise IndexError(
+        f"{label}, outside [0, {n}) for the {n} classes of axis {axis} of logits: correct it, "
+        "name it as ignore_index to leave such positions out, or pass check_labels=False to get "
+        "nan there"
+    )
+
+
+def class_weight(weight: Any, logits: Any, axis: int, xp: Namespace) -> None:
+    """Check the array of one weight a class."""
+    companion("weight", weight, "logits", logits, xp)
+    kind = _arrays.kind(xp, weight.dtype)
+    if kind not in _REAL:
+        raise TypeError(_dtype_message("weight", weight.dtype, kind, False))
+    n = logits.shape[axis]
+    if tuple(weight.shape) != (n,):
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, expected ({n},): one weight for each class "
+            f"of axis {axis} of logits"
+        )

@@ -1,0 +1,230 @@
+"""Cross-entropy: what a call means, its checks, then a kernel or the portable mathematics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from portable_softmax import _arrays, _checks, portable
+from portable_softmax._typing import Array, ArrayT, Namespace
+
+__all__ = ["cross_entropy", "cross_entropy_value_and_grad"]
+
+
+def cross_entropy(
+    logits: ArrayT,
+    labels: Array,
+    /,
+    *,
+    axis: int = -1,
+    weight: Array | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    where: Array | None = None,
+    reduction: str = "mean",
+    check_labels: bool = True,
+) -> ArrayT:
+    r"""Return the cross-entropy between logits and labels.
+
+    Let x hold the logits of one position, C classes, and t its target distribution, which is
+    one-hot at y for a class index y. With weight w, label smoothing e and z_loss z ::
+
+        q_j  = w_j * ((1 - e) * t_j + e / C)               u = sum_j w_j t_j
+        loss = sum_j q_j * (logsumexp(x) - x_j) + z * u * logsumexp(x)^2
+
+    which is -log softmax(x)_y for a class index and no options. The gradient is ::
+
+        p = softmax(x)          Q = sum_j q_j
+        dloss/dx_j = p_j * (Q + 2 * z * u * logsumexp(x)) - q_j
+
+    that is p - t without options. Everywhere x stands for ``softcap * tanh(logits / softcap)`` if
+    `softcap` is given, and the gradient is then multiplied by ``1 - tanh(logits / softcap)^2``.
+
+    Parameters
+    ----------
+    logits
+        Array with C entries along `axis`, floating or integer: unnormalised, any real number.
+    labels
+        Class indices, if the dtype is an integer and there is one for each position, in the
+        logits' shape without `axis`. A distribution over the classes (one-hot included), integer
+        or floating, if the shape is that of the logits. Nothing is guessed from sizes.
+    axis
+        The class axis, an int.
+    weight
+        One weight for each class, of shape (C,).
+    ignore_index
+        Positions with this class index count neither in the loss nor in the mean, and get the
+        gradient 0, whatever their logits hold. It may lie outside [0, C).
+    label_smoothing
+        e in [0, 1]: this much of the target is spread evenly over the classes that take part.
+    z_loss
+        z >= 0: penalises the square of logsumexp, which keeps logits from drifting.
+    softcap
+        Bounds the logits to (-softcap, softcap) before everything else; positive.
+    where
+        Boolean array that broadcasts to the shape of the logits. Classes where it is False take
+        no part and get the gradient 0; a label there is an error like a label out of range.
+    reduction
+        ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by the summed weight of the labels
+        that count; for a distribution, by the number of positions.
+    check_labels
+        Whether to raise for class indices out of range. This reads one flag from the device.
+        Without it, under tracing and lazily, such a position is nan.
+
+    Returns
+    -------
+    array
+        0-d, or one loss for each position with ``reduction="none"``; of the library, device and
+        floating dtype of `logits`. Half types are computed in float32 and rounded once.
+
+    Raises
+    ------
+    TypeError
+        If an argument is no array or of the wrong dtype, or arrays of two libraries meet.
+    ValueError
+        If shapes or devices do not fit, a number is outside its range, `reduction` is unknown, or
+        `ignore_index` is given with a distribution.
+    IndexError
+        If a class index is outside [0, C) and not `ignore_index`, or masked out by `where`.
+
+    Notes
+    -----
+    The loss is computed as (max - x_y) + log1p(rest), rest being the sum of exp(x_j - max)
+    without one maximum, so that a confident row keeps its digits. A coefficient q_j of 0 makes
+    the class contribute 0 even at a logit of -inf. If every label is ignored, or the weights sum
+    to 0, or there is no position, the mean is nan, the sum 0 and the gradient 0. The conventions
+    of weights, smoothing and mean are those of torch; label smoothing: Szegedy et al. 2016; z_loss:
+    Chowdhery et al. 2022 (PaLM); softcap: Bello et al. 2016.
+
+    Probabilities passed as logits cannot be told from logits: pass what softmax would be given.
+
+    See Also
+    --------
+    cross_entropy_value_and_grad : the same with its gradient, for libraries without autodiff.
+    log_softmax : all classes' log-probabilities, of which this picks one.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_softmax import cross_entropy
+    >>> logits = np.asarray([[30.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    >>> print(cross_entropy(logits, np.asarray([0, 2]), reduction="none"))
+    [1.87152459e-13 1.09861229e+00]
+    >>> print(round(float(cross_entropy(logits, np.asarray([0, -1]), ignore_index=-1)), 15))
+    1.87e-13
+    """
+    xp, x, target, at, options, answer = _prepared(
+        logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where,
+        reduction, check_labels,
+    )  # fmt: skip
+    with _arrays.quiet(xp):
+        loss = portable.cross_entropy(xp, x, target, at, options)
+        return _arrays.cast(xp, loss, answer)  # type: ignore[no-any-return]
+
+
+def cross_entropy_value_and_grad(
+    logits: ArrayT,
+    labels: Array,
+    /,
+    *,
+    axis: int = -1,
+    weight: Array | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    where: Array | None = None,
+    reduction: str = "mean",
+    check_labels: bool = True,
+) -> tuple[ArrayT, ArrayT]:
+    r"""Return the cross-entropy and its gradient with respect to the logits.
+
+    Let L be what `cross_entropy` returns for the same arguments; this returns ::
+
+        (L, d sum(L) / d logits)
+
+    with p - t, scaled by the reduction, for a class index and no options. The entry of the label
+    is computed as minus the sum of the others where that keeps more digits: p - 1 is 0 for a
+    confident row, its true value is not.
+
+    Parameters
+    ----------
+    logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where, reduction, check_labels
+        As in `cross_entropy`.
+
+    Returns
+    -------
+    loss : array
+        As `cross_entropy` returns it.
+    grad : array
+        Of the shape, library, device and floating dtype of `logits`.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        As `cross_entropy`.
+
+    See Also
+    --------
+    cross_entropy : the loss alone, which torch and JAX differentiate.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_softmax import cross_entropy_value_and_grad
+    >>> loss, grad = cross_entropy_value_and_grad(np.asarray([[30.0, 0.0, 0.0]]), np.asarray([0]))
+    >>> print(grad)
+    [[-1.87152459e-13  9.35762297e-14  9.35762297e-14]]
+    """  # noqa: E501 - numpydoc wants the names on one line
+    xp, x, target, at, options, answer = _prepared(
+        logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where,
+        reduction, check_labels,
+    )  # fmt: skip
+    with _arrays.quiet(xp):
+        loss, grad = portable.cross_entropy_value_and_grad(xp, x, target, at, options)
+        return _arrays.cast(xp, loss, answer), _arrays.cast(xp, grad, answer)
+
+
+def _prepared(
+    logits: Any,
+    labels: Any,
+    axis: Any,
+    weight: Any,
+    ignore_index: Any,
+    label_smoothing: Any,
+    z_loss: Any,
+    softcap: Any,
+    where: Any,
+    reduction: Any,
+    check_labels: bool,
+) -> tuple[Namespace, Any, portable.Target, int, portable.Options, Any]:
+    """Check everything, and cast what takes part to the dtype of the computation."""
+    xp = _checks.array("logits", logits)
+    _checks.companion("labels", labels, "logits", logits, xp)
+    at = _checks.one_axis(axis, logits.ndim)
+    indices = _checks.labels_are_indices(logits, labels, at, xp)
+    if weight is not None:
+        _checks.class_weight(weight, logits, at, xp)
+    if where is not None:
+        _checks.mask(where, "logits", logits, xp)
+    ignore_index = _checks.ignore_index(ignore_index, indices)
+    compute, answer = _arrays.compute_dtype(xp, logits)
+    options = portable.Options(
+        weight=None if weight is None else _arrays.cast(xp, weight, compute),
+        ignore_index=ignore_index,
+        label_smoothing=_checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0),
+        z_loss=_checks.number("z_loss", z_loss, low=0.0),
+        softcap=None if softcap is None else _checks.number("softcap", softcap, low=0.0, open_low=True),
+        where=where,
+        reduction=_checks.reduction(reduction),
+    )
+    if not indices:
+        t = _arrays.cast(xp, labels, compute)
+        target = portable.Target(index=None, distribution=t, counted=None, valid=None)
+    else:
+        target = portable.index_target(xp, logits, labels, at, options)
+        if check_labels and _arrays.reads_values(xp, labels):
+            _checks.label_values(xp, labels, target.valid, at, logits.shape[at], where)
+            target = target._replace(valid=None)
+    return xp, _arrays.cast(xp, logits, compute), target, at, options, answer

@@ -1,0 +1,196 @@
+"""Layers with a forward and a backward pass, as a network written by hand uses them.
+
+Each keeps ``params`` and ``grads``, two empty lists: a softmax has nothing to learn, and a
+network collects both from all of its layers alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, final
+
+from portable_softmax import _arrays
+from portable_softmax._cross_entropy import cross_entropy_value_and_grad
+from portable_softmax._softmax import log_softmax, log_softmax_vjp, softmax, softmax_vjp
+from portable_softmax._typing import Array, ArrayT, Axis
+
+__all__ = ["LogSoftmax", "Softmax", "SoftmaxWithLoss"]
+
+
+def _no_forward(layer: object) -> RuntimeError:
+    name = type(layer).__name__
+    return RuntimeError(f"{name}.backward was called before forward: call {name}.forward(...) first")
+
+
+@final
+class Softmax(Generic[ArrayT]):
+    """A softmax with its backward pass.
+
+    ``forward(a)`` returns y = softmax(a); ``backward(dout)`` returns ``y * (dout - sum(y*dout))``.
+
+    Parameters
+    ----------
+    axis
+        An int, a tuple of ints, or None for all axes.
+
+    Attributes
+    ----------
+    params, grads
+        Empty lists.
+    out
+        y, or None before the first forward pass.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_softmax import Softmax
+    >>> layer = Softmax()
+    >>> layer.forward(np.asarray([[0.0, 0.0]]))
+    array([[0.5, 0.5]])
+    >>> layer.backward(np.asarray([[1.0, 0.0]]))
+    array([[ 0.25, -0.25]])
+    """
+
+    def __init__(self, axis: Axis = -1) -> None:
+        self.axis = axis
+        self.params: list[Any] = []
+        self.grads: list[Any] = []
+        self.out: ArrayT | None = None
+
+    def forward(self, a: ArrayT) -> ArrayT:
+        """Return softmax(a) and keep it for the backward pass."""
+        self.out = softmax(a, axis=self.axis)
+        return self.out
+
+    def backward(self, dout: ArrayT) -> ArrayT:
+        """Return the gradient with respect to `a`, for the gradient `dout` of the output."""
+        if self.out is None:
+            raise _no_forward(self)
+        return softmax_vjp(self.out, dout, axis=self.axis)
+
+
+@final
+class LogSoftmax(Generic[ArrayT]):
+    """A log_softmax with its backward pass.
+
+    ``forward(a)`` returns log_y = log_softmax(a); ``backward(dout)`` returns
+    ``dout - exp(log_y) * sum(dout)``.
+
+    Parameters
+    ----------
+    axis
+        An int, a tuple of ints, or None for all axes.
+
+    Attributes
+    ----------
+    params, grads
+        Empty lists.
+    out
+        log_y, or None before the first forward pass.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_softmax import LogSoftmax
+    >>> layer = LogSoftmax()
+    >>> layer.forward(np.asarray([[0.0, 0.0]])).round(6)
+    array([[-0.693147, -0.693147]])
+    >>> layer.backward(np.asarray([[1.0, 0.0]]))
+    array([[ 0.5, -0.5]])
+    """
+
+    def __init__(self, axis: Axis = -1) -> None:
+        self.axis = axis
+        self.params: list[Any] = []
+        self.grads: list[Any] = []
+        self.out: ArrayT | None = None
+
+    def forward(self, a: ArrayT) -> ArrayT:
+        """Return log_softmax(a) and keep it for the backward pass."""
+        self.out = log_softmax(a, axis=self.axis)
+        return self.out
+
+    def backward(self, dout: ArrayT) -> ArrayT:
+        """Return the gradient with respect to `a`, for the gradient `dout` of the output."""
+        if self.out is None:
+            raise _no_forward(self)
+        return log_softmax_vjp(self.out, dout, axis=self.axis)
+
+
+@final
+class SoftmaxWithLoss(Generic[ArrayT]):
+    """A softmax and its cross-entropy in one, whose gradient is (y - t) / batch.
+
+    ``forward(x, t)`` returns `portable_softmax.cross_entropy` of the logits x and labels t;
+    ``backward(dout)`` returns its gradient with respect to x, times `dout`.
+
+    Parameters
+    ----------
+    **options
+        Those of `portable_softmax.cross_entropy`: axis, weight, reduction, and so on.
+
+    Attributes
+    ----------
+    params, grads
+        Empty lists.
+    y
+        The probabilities softmax(x), or None before the first forward pass.
+    t
+        The labels, or None before the first forward pass.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_softmax import SoftmaxWithLoss
+    >>> layer = SoftmaxWithLoss()
+    >>> print(layer.forward(np.asarray([[0.0, 0.0], [0.0, 0.0]]), np.asarray([0, 1])).round(6))
+    0.693147
+    >>> layer.backward()
+    array([[-0.25,  0.25],
+           [ 0.25, -0.25]])
+    """
+
+    def __init__(self, **options: Any) -> None:
+        known = cross_entropy_value_and_grad.__kwdefaults__
+        if unknown := sorted(options.keys() - known.keys()):
+            raise TypeError(
+                f"SoftmaxWithLoss got {unknown[0]!r}, expected options of cross_entropy: "
+                f"{', '.join(known)}"
+            )
+        self.options = options
+        self.params: list[Any] = []
+        self.grads: list[Any] = []
+        self.y: ArrayT | None = None
+        self.t: Array | None = None
+        self._dx: ArrayT | None = None
+
+    def forward(self, x: ArrayT, t: Array) -> ArrayT:
+        """Return the loss of the logits `x` for the labels `t`, keeping what backward needs."""
+        loss, self._dx = cross_entropy_value_and_grad(x, t, **self.options)
+        self.y = self._probabilities(x)
+        self.t = t
+        return loss
+
+    def backward(self, dout: Any = 1) -> ArrayT:
+        """Return the gradient with respect to the logits.
+
+        Parameters
+        ----------
+        dout
+            Gradient of whatever follows with respect to the loss: a number, or an array of the
+            loss's shape.
+        """
+        if self._dx is None:
+            raise _no_forward(self)
+        if getattr(dout, "ndim", 0):  # one for each position, with reduction="none"
+            xp = _arrays.namespace(self._dx, dout)
+            dout = xp.expand_dims(dout, axis=self.options.get("axis", -1))
+        return self._dx * dout  # type: ignore[no-any-return]
+
+    def _probabilities(self, x: Any) -> Any:
+        axis, softcap = self.options.get("axis", -1), self.options.get("softcap")
+        if softcap is not None:
+            xp = _arrays.namespace(x)
+            compute, answer = _arrays.compute_dtype(xp, x)
+            capped = softcap * xp.tanh(_arrays.cast(xp, x, compute) / softcap)
+            return _arrays.cast(xp, softmax(capped, axis=axis, where=self.options.get("where")), answer)
+        return softmax(x, axis=axis, where=self.options.get("where"))

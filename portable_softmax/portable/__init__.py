@@ -1,0 +1,36 @@
+"""The implementation: mathematics in the array API standard alone.
+
+Nothing here checks an argument or names a library; `_arrays` answers what differs between them.
+"""
+
+from portable_softmax.portable._cross_entropy import (
+    Options,
+    Target,
+    cross_entropy,
+    cross_entropy_value_and_grad,
+    index_target,
+)
+from portable_softmax.portable._softmax import (
+    log_softmax,
+    log_softmax_vjp,
+    logsumexp,
+    softmax,
+    softmax_jacobian,
+    softmax_vjp,
+)
+from portable_softmax.portable._sums import total
+
+__all__ = [
+    "Options",
+    "Target",
+    "cross_entropy",
+    "cross_entropy_value_and_grad",
+    "index_target",
+    "log_softmax",
+    "log_softmax_vjp",
+    "logsumexp",
+    "softmax",
+    "softmax_jacobian",
+    "softmax_vjp",
+    "total",
+]

@@ -1,0 +1,360 @@
+"""Cross-entropy and its gradient, in the standard alone.
+
+Every loss is one sum over the classes. With the coefficients
+
+    q_j = weight_j * ((1 - label_smoothing) * t_j + label_smoothing / C)        Q = sum_j q_j
+
+of a target distribution t (one-hot for a class index), and u = sum_j weight_j * t_j,
+
+    loss   = sum_j q_j * ((max - x_j) + log1p(rest))  +  z_loss * u * logsumexp^2
+    grad_j = p_j * (Q + 2 * z_loss * u * logsumexp) - q_j                       p = softmax(x)
+
+where x are the logits after `softcap` and without the classes that `where` masks out. All arrays
+here have the logits' number of dimensions: what there is one of per position has length 1 along
+the class axis.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from portable_softmax._arrays import (
+    cast,
+    constant,
+    default_int,
+    device,
+    differentiates,
+    gathers,
+    scalar,
+)
+from portable_softmax._typing import Namespace
+from portable_softmax.portable._state import State, fold
+from portable_softmax.portable._sums import total
+
+
+class Options(NamedTuple):
+    """The options of the loss, checked, and arrays among them in the dtype of the computation."""
+
+    weight: Any = None  # (C,)
+    ignore_index: int | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    where: Any = None
+    reduction: str = "mean"
+
+
+class Target(NamedTuple):
+    """What the labels ask for."""
+
+    index: Any  # class indices inside [0, C), or None
+    distribution: Any  # t, or None where `index` says it all
+    counted: Any  # bool: not ignored; None where every position counts
+    valid: Any  # bool: a label that there is; None for a distribution
+
+
+# --------------------------------------------------------------------------- targets
+
+
+def classes(xp: Namespace, x: Any, axis: int) -> Any:
+    """Return 0 .. C-1 along `axis`."""
+    shape = [1] * x.ndim
+    shape[axis] = x.shape[axis]
+    return xp.reshape(
+        xp.arange(x.shape[axis], dtype=default_int(xp, x), device=device(x)), tuple(shape)
+    )
+
+
+def index_target(xp: Namespace, x: Any, labels: Any, axis: int, options: Options) -> Target:
+    """Sort class indices into counted and ignored, valid and not, before they are used."""
+    labels = xp.expand_dims(labels, axis=axis)
+    counted = None
+    ignore = options.ignore_index
+    # An index that the labels' dtype cannot hold matches none: comparing would wrap it around.
+    limits = xp.iinfo(labels.dtype)
+    fits = ignore is not None and limits.min <= ignore <= limits.max
+    index = cast(xp, labels, default_int(xp, x))
+    if fits:
+        counted = index != ignore
+    n = x.shape[axis]
+    valid = (index >= 0) & (index < n)
+    index = xp.where(valid, index, xp.zeros_like(index))
+    if options.where is not None:
+        valid = valid & pick(xp, xp.broadcast_to(options.where, x.shape), index, axis)
+    if counted is not None:
+        valid = valid | ~counted
+    return Target(index, None, counted, valid)
+
+
+def pick(xp: Namespace, values: Any, index: Any, axis: int) -> Any:
+    """Return ``values[index]`` along `axis`, kept with length 1."""
+    if gathers(xp):
+        return xp.take_along_axis(values, index, axis=axis)
+    hit = classes(xp, values, axis) == index
+    if xp.isdtype(values.dtype, "bool"):
+        return xp.any(hit & values, axis=axis, keepdims=True)
+    # One entry and zeros: the sum is the entry, whatever is found in the others.
+    return xp.sum(
+        xp.where(hit, values, scalar(xp, 0.0, values)), axis=axis, keepdims=True
+    )
+
+
+# --------------------------------------------------------------------------- the public pair
+
+
+def cross_entropy(
+    xp: Namespace, logits: Any, target: Target, axis: int, options: Options
+) -> Any:
+    """Return the reduced loss."""
+    loss, divisor, _, _ = _forward(xp, logits, target, axis, options)
+    return _reduced(xp, loss, divisor, axis, options)
+
+
+def cross_entropy_value_and_grad(
+    xp: Namespace, logits: Any, target: Target, axis: int, options: Options
+) -> tuple[Any, Any]:
+    """Return the reduced loss and the gradient of its sum with respect to the logits."""
+    loss, divisor, state, rows = _forward(xp, logits, target, axis, options)
+    grad = _gradient(xp, state, rows, target, axis, options)
+    if options.reduction == "mean":
+        # A mean over nothing is nan, its gradient 0.
+        one = scalar(xp, 1.0, grad)
+        grad = grad / xp.where(divisor == 0, one, divisor)
+    if target.valid is not None:
+        grad = xp.where(target.valid, grad, scalar(xp, math.nan, grad))
+    if options.softcap is not None:
+        grad = grad * _softcap_derivative(xp, rows.inputs, options.softcap)
+    if options.where is not None:
+        grad = xp.where(options.where, grad, scalar(xp, 0.0, grad))
+    if target.counted is not None:
+        grad = xp.where(target.counted, grad, scalar(xp, 0.0, grad))
+    return _reduced(xp, loss, divisor, axis, options), grad
+
+
+# --------------------------------------------------------------------------- one row
+
+
+class Rows(NamedTuple):
+    """What loss and gradient share."""
+
+    inputs: Any  # the logits before `softcap`, harmless where they do not count
+    x: Any  # the logits that are folded
+    weight: Any  # per position: weight[label], 0 where ignored; None for 1
+    q: Any  # the coefficients, or None for a class index without smoothing
+    u: Any  # sum of weight * t
+
+
+def _forward(
+    xp: Namespace, logits: Any, target: Target, axis: int, options: Options
+) -> tuple[Any, Any, State, Rows]:
+    inputs, x = _conditioned(xp, logits, target, options)
+    weight = None if options.weight is None else _along(xp, options.weight, x, axis)
+    if target.index is not None and options.label_smoothing == 0.0:
+        rows = _index_rows(xp, inputs, x, weight, target, axis)
+        loss, state = _index_loss(xp, rows, target, axis, options)
+    else:
+        rows = _distribution_rows(xp, inputs, x, weight, target, axis, options)
+        loss, state = _distribution_loss(xp, rows, axis, options)
+    if target.valid is not None:
+        nowhere = scalar(xp, math.nan, loss)
+        loss = xp.where(target.valid, loss, nowhere * loss)
+    if target.counted is not None:
+        loss = xp.where(target.counted, loss, scalar(xp, 0.0, loss))
+    return loss, _divisor(xp, loss, rows, target), state, rows
+
+
+def _conditioned(
+    xp: Namespace, logits: Any, target: Target, options: Options
+) -> tuple[Any, Any]:
+    """Make what does not count harmless, then apply `softcap`."""
+    zero = scalar(xp, 0.0, logits)
+    x = logits
+    if options.where is not None:
+        x = xp.where(options.where, x, zero)
+    if target.counted is not None:
+        x = xp.where(target.counted, x, zero)
+    inputs = x
+    if options.softcap is not None:
+        x = options.softcap * xp.tanh(x / options.softcap)
+    if options.where is not None:
+        x = xp.where(options.where, x, scalar(xp, -math.inf, x))
+        if target.counted is not None:  # an ignored row may be masked as a whole
+            x = xp.where(target.counted, x, zero)
+    return inputs, x
+
+
+def _softcap_derivative(xp: Namespace, x: Any, cap: float) -> Any:
+    """1 - tanh(x/cap)^2, written as 1/cosh^2 to keep its digits where tanh is close to 1."""
+    e = xp.exp(-2.0 * xp.abs(x) / cap)
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+def _along(xp: Namespace, weight: Any, x: Any, axis: int) -> Any:
+    shape = [1] * x.ndim
+    shape[axis] = x.shape[axis]
+    return xp.reshape(weight, tuple(shape))
+
+
+def _index_rows(
+    xp: Namespace, inputs: Any, x: Any, weight: Any, target: Target, axis: int
+) -> Rows:
+    w = None
+    if weight is not None:
+        w = pick(xp, xp.broadcast_to(weight, x.shape), target.index, axis)
+        if target.counted is not None:
+            w = xp.where(target.counted, w, scalar(xp, 0.0, w))
+    return Rows(inputs, x, w, None, w)
+
+
+def _index_loss(
+    xp: Namespace, rows: Rows, target: Target, axis: int, options: Options
+) -> tuple[Any, State]:
+    """Return weight * ((max - x_label) + log1p(rest)), the rows' loss."""
+    x = rows.x
+    at_label = pick(xp, x, target.index, axis)
+    if differentiates(xp):
+        state, gap, lse = _fold_from_label(xp, x, at_label, target.index, axis)
+    else:
+        state = fold(xp, x, (axis,))
+        gap, lse = state.max - at_label, state.max + state.log
+    loss = gap + state.log
+    if options.z_loss != 0.0:
+        loss = loss + options.z_loss * (lse * lse)
+    if rows.weight is not None:
+        loss = _times(xp, rows.weight, loss)
+    return loss, state
+
+
+def _fold_from_label(
+    xp: Namespace, x: Any, at_label: Any, index: Any, axis: int
+) -> tuple[State, Any, Any]:
+    """Fold a row so that automatic differentiation keeps a confident label's digits.
+
+    loss = log sum_j exp(x_j - x_label) has the derivative -sum of the other probabilities at the
+    label, because each term but the label's own depends on x_label. Written as (max - x_label) +
+    log1p(rest) it would be p_label - 1, which cancels. So the value is the latter's and the
+    derivative is the former's: `attach` adds (x_j - x_label) minus its own value, a zero.
+    """
+    finite_label = ~xp.isinf(at_label)
+    label = classes(xp, x, axis) == index
+
+    def attach(shifted: Any) -> Any:
+        from_label = x - xp.where(finite_label, at_label, constant(xp, at_label))
+        zero = from_label - constant(xp, from_label)
+        keep = (finite_label & label) | xp.isinf(constant(xp, from_label))
+        return constant(xp, shifted) + xp.where(keep, scalar(xp, 0.0, zero), zero)
+
+    state = fold(xp, x, (axis,), attach=attach)
+    gap = state.max - xp.where(finite_label, constant(xp, at_label), at_label)
+    linear = xp.where(finite_label, at_label, scalar(xp, 0.0, at_label))
+    lse = state.max + state.log + (linear - constant(xp, linear))
+    return state, gap, lse
+
+
+def _distribution_rows(
+    xp: Namespace,
+    inputs: Any,
+    x: Any,
+    weight: Any,
+    target: Target,
+    axis: int,
+    options: Options,
+) -> Rows:
+    zero, one = scalar(xp, 0.0, x), scalar(xp, 1.0, x)
+    if target.index is not None:
+        t = xp.where(classes(xp, x, axis) == target.index, one, zero)
+    else:
+        t = target.distribution
+    if options.where is not None:
+        t = xp.where(options.where, t, zero)
+    q = t
+    if options.label_smoothing != 0.0:
+        spread = options.label_smoothing / _class_count(xp, x, axis, options)
+        q = (1.0 - options.label_smoothing) * t + spread
+        if options.where is not None:
+            q = xp.where(options.where, q, zero)
+    if weight is not None:
+        t, q = t * weight, q * weight
+    u = total(xp, t, (axis,))
+    if target.counted is not None:
+        q, u = xp.where(target.counted, q, zero), xp.where(target.counted, u, zero)
+    return Rows(inputs, x, u if target.index is not None else None, q, u)
+
+
+def _class_count(xp: Namespace, x: Any, axis: int, options: Options) -> Any:
+    if options.where is None:
+        return x.shape[axis]
+    part = cast(xp, xp.broadcast_to(options.where, x.shape), x.dtype)
+    count = xp.sum(part, axis=axis, keepdims=True)
+    return xp.where(count == 0, scalar(xp, 1.0, count), count)
+
+
+def _distribution_loss(
+    xp: Namespace, rows: Rows, axis: int, options: Options
+) -> tuple[Any, State]:
+    state = fold(xp, rows.x, (axis,))
+    surprise = (state.max - rows.x) + state.log
+    loss = total(xp, _times(xp, rows.q, surprise), (axis,))
+    if options.z_loss != 0.0:
+        lse = state.max + state.log
+        loss = loss + _times(xp, rows.u, options.z_loss * (lse * lse))
+    return loss, state
+
+
+def _times(xp: Namespace, coefficient: Any, value: Any) -> Any:
+    """Return coefficient * value, 0 where the coefficient is 0 and the value is infinite."""
+    zero = scalar(xp, 0.0, value)
+    never = (coefficient == 0) & xp.isinf(value)
+    return coefficient * xp.where(never, zero, value)
+
+
+# --------------------------------------------------------------------------- gradient and reduction
+
+
+def _gradient(
+    xp: Namespace, state: State, rows: Rows, target: Target, axis: int, options: Options
+) -> Any:
+    """p_j * A - q_j with A = Q + 2 * z_loss * u * logsumexp, without its cancellation.
+
+    With p_j = e_j / (1 + rest) this is ((e_j A - q_j) - q_j rest) / (1 + rest). At the label of
+    a confident row e_j A - q_j is an exact 0, and -q_j rest is minus the sum of the others.
+    """
+    inverse = 1.0 / (1.0 + state.rest)
+    one = scalar(xp, 1.0, state.exps)
+    if rows.q is None:
+        q, a = rows.weight, one if rows.weight is None else rows.weight
+    else:
+        q = rows.q
+        a = total(xp, q, (axis,))
+    if options.z_loss != 0.0:
+        u = one if rows.u is None else rows.u
+        a = a + _times(xp, u, 2.0 * options.z_loss * (state.max + state.log))
+    scaled = state.exps * a
+    if rows.q is not None:
+        return ((scaled - q) - q * state.rest) * inverse
+    label = classes(xp, state.exps, axis) == target.index
+    q = one if q is None else q
+    return xp.where(label, (scaled - q) - q * state.rest, scaled) * inverse
+
+
+def _divisor(xp: Namespace, loss: Any, rows: Rows, target: Target) -> Any:
+    """Return what the mean divides by: the weights that count, or the number of positions."""
+    if target.index is None:
+        each = xp.ones_like(loss)
+    elif rows.weight is not None:
+        each = rows.weight
+    elif target.counted is not None:
+        each = cast(xp, target.counted, loss.dtype)
+    else:
+        each = xp.ones_like(loss)
+    return xp.sum(each)
+
+
+def _reduced(xp: Namespace, loss: Any, divisor: Any, axis: int, options: Options) -> Any:
+    if options.reduction == "none":
+        return xp.squeeze(loss, axis=axis)
+    summed = xp.sum(total(xp, loss, tuple(range(loss.ndim))))
+    if options.reduction == "sum":
+        return summed
+    return summed / divisor

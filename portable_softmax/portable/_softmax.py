@@ -1,0 +1,187 @@
+"""softmax, log_softmax, logsumexp and their vector-Jacobian products, in the standard alone.
+
+Arrays are real floating (complex for `logsumexp`), reduced axes are non-negative and not empty.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from portable_softmax._arrays import cast, device, differentiates, scalar
+from portable_softmax._typing import Namespace
+from portable_softmax.portable._state import fold, maximum
+from portable_softmax.portable._sums import total
+
+Axes = tuple[int, ...]
+
+
+# --------------------------------------------------------------------------- masks
+
+
+def masked(xp: Namespace, x: Any, where: Any, axes: Axes) -> tuple[Any, Any]:
+    """Give masked entries the logit -inf, and rows without any other entry the logits 0.
+
+    Returns the new row and which rows have an entry at all. Whatever hides under the mask is
+    gone, so it reaches neither a value nor a derivative; a row of zeros keeps every derivative of
+    an empty row finite, for the caller to overwrite.
+    """
+    some = xp.any(where, axis=axes, keepdims=True)
+    x = xp.where(where, x, scalar(xp, -math.inf, x))
+    return xp.where(some, x, scalar(xp, 0.0, x)), some
+
+
+# --------------------------------------------------------------------------- softmax
+
+
+def softmax(
+    xp: Namespace, x: Any, axes: Axes, *, where: Any = None, temperature: float = 1.0
+) -> Any:
+    """exp(x - max) / sum(exp(x - max)): the common factor exp(-max) cancels."""
+    if where is not None:
+        x, _ = masked(xp, x, where, axes)
+    shifted = x - maximum(xp, x, axes)
+    if temperature != 1.0:
+        shifted = shifted / temperature
+    exps = xp.exp(shifted)
+    y = exps / total(xp, exps, axes)
+    return y if where is None else xp.where(where, y, scalar(xp, 0.0, y))
+
+
+def softmax_vjp(xp: Namespace, y: Any, dy: Any, axes: Axes) -> Any:
+    """y * (dy - sum(y*dy)): dx_j = sum_i dy_i y_i (delta_ij - y_j)."""
+    return y * (dy - total(xp, y * dy, axes))
+
+
+def softmax_jacobian(xp: Namespace, y: Any, axis: int) -> Any:
+    """diag(y) - y y^T over the last two axes, the class axis moved there."""
+    y = xp.moveaxis(y, axis, -1)
+    n = y.shape[-1]
+    eye = xp.eye(n, dtype=y.dtype, device=device(y))
+    rows, columns = y[..., :, None], y[..., None, :]
+    # y_i (1 - y_i) as y_i times the sum of the others keeps the digits of a confident row.
+    others = xp.sum(xp.where(eye == 1, scalar(xp, 0.0, y), columns), axis=-1, keepdims=True)
+    return xp.where(eye == 1, rows * others, -rows * columns)
+
+
+# --------------------------------------------------------------------------- log_softmax
+
+
+def log_softmax(
+    xp: Namespace, x: Any, axes: Axes, *, where: Any = None, temperature: float = 1.0
+) -> Any:
+    """(x - max) - log1p(rest)."""
+    if where is not None:
+        x, _ = masked(xp, x, where, axes)
+    state = fold(xp, x, axes, temperature=temperature)
+    y = state.shifted - state.log
+    return y if where is None else xp.where(where, y, scalar(xp, -math.inf, y))
+
+
+def log_softmax_vjp(xp: Namespace, log_y: Any, dy: Any, axes: Axes) -> Any:
+    """dy - exp(log_y) * sum(dy)."""
+    # A masked entry stays at -inf for every logit: nothing flows to it, or from it.
+    dy = xp.where(xp.isinf(log_y), scalar(xp, 0.0, dy), dy)
+    return dy - xp.exp(log_y) * total(xp, dy, axes)
+
+
+# --------------------------------------------------------------------------- logsumexp
+
+
+def logsumexp(
+    xp: Namespace,
+    x: Any,
+    axes: Axes,
+    *,
+    b: Any = None,
+    where: Any = None,
+    return_sign: bool = False,
+) -> tuple[Any, Any]:
+    """Return log s of s = sum(b * exp(x)) and None, or log|s| and s/|s|; the axes are kept."""
+    some = None
+    if where is not None:
+        x, some = masked(xp, x, where, axes)
+        if b is not None:
+            b = xp.where(where, b, scalar(xp, 0.0, b))
+    sign = None
+    if xp.isdtype(x.dtype, "complex floating"):
+        value, sign = _complex(xp, x, axes, b, return_sign)
+    elif b is not None:
+        value, sign = _weighted(xp, x, axes, b)
+        if not return_sign:
+            value = xp.where(sign < 0, scalar(xp, math.nan, value), value)
+    else:
+        value = _unweighted(xp, x, axes)
+        if return_sign:
+            zero, one = scalar(xp, 0.0, value), scalar(xp, 1.0, value)
+            sign = xp.where(value == -math.inf, zero, xp.where(xp.isnan(value), value, one))
+    if some is not None:
+        value = xp.where(some, value, scalar(xp, -math.inf, value))
+        sign = None if sign is None else xp.where(some, sign, scalar(xp, 0.0, sign))
+    return value, sign if return_sign else None
+
+
+def _unweighted(xp: Namespace, x: Any, axes: Axes) -> Any:
+    m = maximum(xp, x, axes)
+    infinite = xp.isinf(m)
+    if differentiates(xp):
+        # An infinite row keeps its value below; as zeros its derivative is 0 instead of nan.
+        x = xp.where(infinite, scalar(xp, 0.0, x), x)
+    state = fold(xp, x, axes)
+    return xp.where(infinite, m, state.max + state.log)
+
+
+def _weighted(xp: Namespace, x: Any, axes: Axes, b: Any) -> tuple[Any, Any]:
+    live, m, shifted = _shifted_where_it_counts(xp, x, x, axes, b)
+    exps = xp.exp(shifted)
+    # s = (weight at the maximum) + others; the constant 1 leaves the maximum's value, and not
+    # its derivative, out of the others.
+    is_max = cast(xp, live == m, exps.dtype)
+    at_max = total(xp, b * is_max, axes)
+    others = total(xp, b * (exps - is_max), axes)
+    s = at_max + others
+    one = scalar(xp, 1.0, s)
+    small = xp.abs(others) < xp.abs(at_max) / 2
+    c = xp.where(small, at_max, one)
+    near = xp.log(xp.abs(c)) + xp.log1p(xp.where(small, others, scalar(xp, 0.0, s)) / c)
+    far = xp.log(xp.abs(xp.where(small | (s == 0), one, s)))
+    shift = xp.where(xp.isinf(m), scalar(xp, 0.0, m), m)
+    value = xp.where(small, near, far) + shift
+    return xp.where(s == 0, scalar(xp, -math.inf, value), value), xp.sign(s)
+
+
+def _complex(xp: Namespace, x: Any, axes: Axes, b: Any, return_sign: bool) -> tuple[Any, Any]:
+    _, m, shifted = _shifted_where_it_counts(xp, x, xp.real(x), axes, b)
+    m = xp.where(xp.isinf(m), scalar(xp, 0.0, m), m)
+    exps = xp.exp(shifted)
+    s = total(xp, exps if b is None else b * exps, axes)
+    zero = s == 0
+    if not return_sign:
+        value = xp.log(xp.where(zero, scalar(xp, 1.0, s), s)) + m
+        return xp.where(zero, scalar(xp, -math.inf, value), value), None
+    size = xp.where(zero, scalar(xp, 1.0, m), xp.abs(s))
+    value = xp.where(zero, scalar(xp, -math.inf, m), xp.log(size) + m)
+    return value, s / cast(xp, size, s.dtype)
+
+
+def _shifted_where_it_counts(
+    xp: Namespace, x: Any, real: Any, axes: Axes, b: Any
+) -> tuple[Any, Any, Any]:
+    """Return the real parts that count, their maximum, and x shifted by it.
+
+    An entry of weight 0 does not count, whatever it holds: it must neither set the maximum nor
+    overflow against it. In a row whose maximum is infinite only the entries at +inf count.
+    """
+    minus_inf = scalar(xp, -math.inf, real)
+    live = real if b is None else xp.where(b == 0, minus_inf, real)
+    m = maximum(xp, live, axes)
+    infinite = xp.isinf(m)
+    shifted = x - xp.where(infinite, scalar(xp, 0.0, m), m)
+    only_infinities = xp.where(live == math.inf, x, scalar(xp, -math.inf, x))
+    shifted = xp.where(infinite, only_infinities, shifted)
+    if b is not None:
+        # Half the largest exponent leaves room for the derivative with respect to b.
+        bound = math.log(float(xp.finfo(real.dtype).max)) / 2
+        too_large = ~((xp.real(shifted) if x is not real else shifted) < bound)
+        shifted = xp.where((b == 0) & too_large, scalar(xp, 0.0, shifted), shifted)
+    return live, m, shifted

@@ -1,0 +1,80 @@
+"""The one state that everything is folded into: the maximum, and the rest without it.
+
+    max  = max_j x_j            rest = sum_j exp(x_j - max)  -  1        (one maximum left out)
+
+so that ``logsumexp = max + log1p(rest)`` keeps the digits of a confident row, whose rest is far
+below the spacing of numbers near one (the log1p form: SciPy pull request 21597, 2024; the state as
+a fold: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from portable_softmax._arrays import cast, constant, scalar
+from portable_softmax._typing import Namespace
+from portable_softmax.portable._sums import total
+
+
+class State(NamedTuple):
+    """A folded row: every field but `shifted` and `exps` has the reduced axes with length 1."""
+
+    max: Any  # the row's maximum, a constant for every derivative
+    rest: Any  # sum of exps without one maximum
+    log: Any  # log1p(rest)
+    shifted: Any  # x - max, rounded
+    exps: Any  # exp(x - max), with the rounding error of the difference put back
+
+
+def maximum(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Any:
+    """Return the maximum over `axes`, kept with length 1, as a constant.
+
+    Shifting a row changes nothing in exact arithmetic, so no derivative runs through the shift.
+    """
+    if 0 in x.shape:  # an empty batch; Dask has no maximum of an empty chunk
+        return xp.sum(x, axis=axes, keepdims=True)
+    return constant(xp, xp.max(x, axis=axes, keepdims=True))
+
+
+def fold(
+    xp: Namespace,
+    x: Any,
+    axes: tuple[int, ...],
+    *,
+    temperature: float = 1.0,
+    attach: Callable[[Any], Any] | None = None,
+) -> State:
+    """Fold `x` over `axes` into its state.
+
+    Parameters
+    ----------
+    attach
+        Gives the shifted row another way to be differentiated, without changing its value.
+    """
+    m = maximum(xp, x, axes)
+    shifted = x - m
+    error = _difference_error(xp, x, m, shifted)
+    if attach is not None:
+        shifted = attach(shifted)
+    if temperature != 1.0:
+        shifted, error = shifted / temperature, error / temperature
+    exps = xp.exp(shifted)
+    exps = exps + exps * error
+    # The value of one maximum is left out of the sum, its derivative is not: subtracting the
+    # constant 1 keeps both right, to every order and at ties, where masking the entry would not.
+    is_max = cast(xp, constant(xp, shifted) == 0, exps.dtype)
+    rest = total(xp, exps - is_max, axes) + (xp.sum(is_max, axis=axes, keepdims=True) - 1)
+    return State(m, rest, xp.log1p(rest), shifted, exps)
+
+
+def _difference_error(xp: Namespace, x: Any, m: Any, difference: Any) -> Any:
+    """Return ``(x - m) - fl(x - m)`` exactly (Knuth's two-sum, TAOCP 4.2.2), 0 where infinite.
+
+    A confident row's rest is one exponential of a large difference: half a unit lost in a
+    difference of 64 is 32 units lost in the loss. This puts them back to first order.
+    """
+    x, difference = constant(xp, x), constant(xp, difference)
+    t = difference - x
+    error = (x - (difference - t)) - (m + t)
+    return xp.where(xp.isnan(error), scalar(xp, 0.0, error), error)

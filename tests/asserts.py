@@ -1,0 +1,33 @@
+"""Comparisons that look at type, dtype, shape and device before values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from backends import Backend
+
+
+def assert_like(xp: Backend, actual: Any, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Check library, device, dtype and shape; return the values."""
+    assert xp.is_ours(actual), f"{type(actual)} is no array of {xp}"
+    assert xp.dtype_name(actual) == dtype
+    assert tuple(actual.shape) == shape
+    return xp.numpy(actual)
+
+
+def assert_close(
+    xp: Backend,
+    actual: Any,
+    expected: Any,
+    dtype: str = "float64",
+    *,
+    rtol: float | None = None,
+    atol: float = 0.0,
+) -> None:
+    """Check everything that `assert_like` does, then the values; nan equals nan."""
+    expected = np.asarray(expected, dtype=np.float64)
+    values = assert_like(xp, actual, expected.shape, dtype)
+    if rtol is None:
+        rtol = {"float64": 1e-13, "float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}[dtype]
+    np.testing.assert_allclose(values.astype(np.float64), expected, rtol=rtol, atol=atol)

@@ -1,0 +1,232 @@
+"""The array libraries that the tests run on, each behind the same few calls."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+
+try:
+    import ml_dtypes
+except ImportError:  # only bfloat16 on NumPy needs it
+    ml_dtypes = None
+
+FLOATS = ("float32", "float64")
+HALVES = ("float16", "bfloat16")
+
+
+class Backend:
+    """One library on one device: how its arrays are made, and read back as NumPy's."""
+
+    name: str
+    library: str
+    halves: tuple[str, ...] = HALVES
+    differentiates = False
+    lazy = False
+    device: Any = None
+
+    def __repr__(self) -> str:
+        return self.name
+
+    @classmethod
+    def missing(cls) -> str:
+        """Why it can't be used here; empty where it can."""
+        found = importlib.util.find_spec(cls.library) is not None
+        return "" if found else f"{cls.library} is not installed"
+
+    def asarray(self, values: Any, dtype: str | None = None) -> Any:
+        """Return values as an array of this backend; `dtype` by name, NumPy's own if not given."""
+        array = np.asarray(values) if dtype is None else np.asarray(values).astype(np_dtype(dtype))
+        return self.from_numpy(array)
+
+    def from_numpy(self, array: np.ndarray) -> Any:
+        raise TypeError("a backend says how")
+
+    def numpy(self, array: Any) -> np.ndarray:
+        """Return an array's values; bfloat16 as float32, which holds them all."""
+        raise TypeError("a backend says how")
+
+    def is_ours(self, array: Any) -> bool:
+        """Whether an array is of this library and on this device."""
+        raise TypeError("a backend says how")
+
+    def dtype_name(self, array: Any) -> str:
+        return str(array.dtype).rpartition(".")[2]
+
+    def version(self) -> str:
+        return str(importlib.import_module(self.library).__version__)
+
+    def other_device(self, array: Any) -> Any:
+        """Return the array on another device of the library, or None where there is no other."""
+        return None
+
+
+def np_dtype(name: str) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+class NumPy(Backend):
+    name = library = "numpy"
+    device = "cpu"
+    halves = HALVES if ml_dtypes else ("float16",)
+
+    def from_numpy(self, array):
+        return array
+
+    def numpy(self, array):
+        array = np.asarray(array)
+        return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+
+    def is_ours(self, array):
+        return isinstance(array, np.ndarray | np.generic)
+
+
+class Strict(Backend):
+    name = "strict"
+    library = "array_api_strict"
+    halves = ()
+
+    def __init__(self):
+        import array_api_strict
+
+        self.xp = array_api_strict
+        self.device = self.xp.Device("CPU_DEVICE")
+
+    def from_numpy(self, array):
+        return self.xp.asarray(array, copy=True)
+
+    def numpy(self, array):
+        cpu = self.xp.Device("CPU_DEVICE")
+        return np.from_dlpack(self.xp.asarray(array, device=cpu, copy=True))
+
+    def is_ours(self, array):
+        return type(array).__module__.startswith("array_api_strict") and array.device == self.device
+
+    def other_device(self, array):
+        return self.xp.asarray(array, device=self.xp.Device("device1"))
+
+
+class Torch(Backend):
+    name = library = "torch"
+    differentiates = True
+    place = "cpu"
+
+    def __init__(self):
+        import torch
+
+        self.xp = torch
+        self.device = torch.device(self.place)
+
+    def from_numpy(self, array):
+        if array.dtype.name == "bfloat16":
+            return self.from_numpy(array.astype(np.float32)).to(self.xp.bfloat16)
+        return self.xp.tensor(np.ascontiguousarray(array).reshape(array.shape), device=self.place)
+
+    def numpy(self, array):
+        array = array.detach().cpu()
+        return (array.float() if array.dtype == self.xp.bfloat16 else array).numpy()
+
+    def is_ours(self, array):
+        return isinstance(array, self.xp.Tensor) and array.device.type == self.place
+
+    def other_device(self, array):
+        return array.to("meta")
+
+
+class TorchCuda(Torch):
+    name = "torch-cuda"
+    place = "cuda"
+
+    @classmethod
+    def missing(cls):
+        if why := super().missing():
+            return why
+        import torch
+
+        return "" if torch.cuda.is_available() else "no CUDA device here"
+
+
+class Jax(Backend):
+    name = library = "jax"
+    differentiates = True
+
+    def __init__(self):
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+        self.xp = jax.numpy
+        self.device = jax.devices()[0]
+
+    def from_numpy(self, array):
+        return self.xp.asarray(array)
+
+    def numpy(self, array):
+        array = np.asarray(array)
+        return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+
+    def is_ours(self, array):
+        import jax
+
+        return isinstance(array, jax.Array)
+
+
+class Dask(Backend):
+    name = library = "dask"
+    halves = ("float16",)
+    lazy = True
+    device = "cpu"
+
+    def from_numpy(self, array):
+        import dask.array as da
+
+        # Two chunks along every axis, so that each reduction has to merge.
+        return da.from_array(array.copy(), chunks=tuple(max(1, -(-n // 2)) for n in array.shape))
+
+    def numpy(self, array):
+        import dask
+
+        with dask.config.set(scheduler="synchronous"), np.errstate(all="ignore"):
+            return np.asarray(array.compute())
+
+    def is_ours(self, array):
+        import dask.array as da
+
+        return isinstance(array, da.Array)
+
+
+class Cupy(Backend):
+    name = library = "cupy"
+    halves = ("float16",)
+
+    def __init__(self):
+        import cupy
+
+        self.xp = cupy
+        self.device = cupy.cuda.Device(0)
+
+    @classmethod
+    def missing(cls):
+        if why := super().missing():
+            return why
+        import cupy
+
+        try:
+            cupy.cuda.runtime.getDeviceCount()
+        except cupy.cuda.runtime.CUDARuntimeError:
+            return "no CUDA device here"
+        return ""
+
+    def from_numpy(self, array):
+        return self.xp.asarray(array)
+
+    def numpy(self, array):
+        return self.xp.asnumpy(array)
+
+    def is_ours(self, array):
+        return isinstance(array, self.xp.ndarray)
+
+
+BACKENDS: dict[str, type[Backend]] = {
+    cls.name: cls for cls in (NumPy, Strict, Torch, TorchCuda, Jax, Dask, Cupy)
+}

@@ -1,0 +1,92 @@
+"""One fixture, `xp`, runs a test on every backend."""
+
+from __future__ import annotations
+
+import pytest
+from backends import BACKENDS, Backend
+from hypothesis import settings
+
+# The time of one example depends on the machine and on whatever compiles first.
+settings.register_profile("portable", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("portable")
+
+_MADE: dict[str, Backend] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        default="",
+        help=f"comma list of {', '.join(BACKENDS)}; a named one that is missing fails. "
+        "Without it: every one that is there",
+    )
+
+
+def _chosen(config: pytest.Config) -> tuple[str, ...]:
+    named = [name.strip() for name in config.getoption("--backend").split(",") if name.strip()]
+    if not named:
+        return tuple(name for name, cls in BACKENDS.items() if not cls.missing())
+    for name in named:
+        if name not in BACKENDS:
+            raise pytest.UsageError(f"--backend {name}: expected one of {', '.join(BACKENDS)}")
+        if why := BACKENDS[name].missing():
+            raise pytest.UsageError(f"--backend {name}: {why}")
+    return tuple(named)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_KEY] = _chosen(config)
+
+
+_KEY = pytest.StashKey[tuple[str, ...]]()
+
+
+def _backend(name: str) -> Backend:
+    if name not in _MADE:
+        _MADE[name] = BACKENDS[name]()
+    return _MADE[name]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend_name" in metafunc.fixturenames:
+        metafunc.parametrize("backend_name", metafunc.config.stash[_KEY], scope="session")
+
+
+@pytest.fixture(scope="session")
+def xp(backend_name: str) -> Backend:
+    """A backend: the same test for every array library."""
+    return _backend(backend_name)
+
+
+@pytest.fixture
+def torch(xp: Backend):
+    """The module torch, in tests of what only torch has."""
+    return _module(xp, "torch")
+
+
+@pytest.fixture
+def jax(xp: Backend):
+    """The module jax, in tests of what only JAX has."""
+    return _module(xp, "jax")
+
+
+@pytest.fixture
+def da(xp: Backend):
+    """The module dask.array, in tests of what only Dask has."""
+    return _module(xp, "dask.array")
+
+
+def _module(xp: Backend, name: str):
+    if xp.library != name.partition(".")[0]:
+        pytest.skip(f"a test of {name.partition('.')[0]}, this is {xp.name}")
+    return pytest.importorskip(name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _report(request: pytest.FixtureRequest, record_testsuite_property) -> None:
+    """Leave what the table of results wants to know in the report."""
+    for name in request.config.stash[_KEY]:
+        backend = _backend(name)
+        record_testsuite_property("backend", name)
+        record_testsuite_property("version", backend.version())
+        record_testsuite_property("device", str(backend.device or "cpu"))

@@ -1,0 +1,476 @@
+"""The table of semantics: one test a row, named after it, on every backend.
+
+The first line of each docstring is the row: `case | answer`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from asserts import assert_close, assert_like
+from numpy.testing import assert_array_equal
+
+import portable_softmax as ps
+
+INF, NAN = np.inf, np.nan
+FAMILY = (ps.softmax, ps.log_softmax)
+
+
+def ce(xp, logits, labels, **options):
+    """Return the loss and the gradient, having checked that both functions agree on the loss."""
+    loss, grad = ps.cross_entropy_value_and_grad(logits, labels, **options)
+    alone = ps.cross_entropy(logits, labels, **options)
+    assert_array_equal(xp.numpy(alone), xp.numpy(loss))
+    return xp.numpy(loss), xp.numpy(grad)
+
+
+# --------------------------------------------------------------------------- shapes
+
+
+def test_reduced_axis_of_length_0(xp):
+    """reduced axis of length 0 | softmax, log_softmax: empty; logsumexp: -inf"""
+    x = xp.asarray(np.zeros((2, 0, 3)), "float32")
+    for f in FAMILY:
+        assert_like(xp, f(x, axis=1), (2, 0, 3), "float32")
+    assert_close(xp, ps.logsumexp(x, axis=1), np.full((2, 3), -INF), "float32")
+    value, sign = ps.logsumexp(x, axis=1, keepdims=True, return_sign=True)
+    assert_close(xp, value, np.full((2, 1, 3), -INF), "float32")
+    assert_close(xp, sign, np.zeros((2, 1, 3)), "float32")
+    assert_close(xp, ps.logsumexp(xp.asarray(np.zeros(0))), np.asarray(-INF))
+
+
+def test_empty_batch(xp):
+    """empty batch | empty result; mean loss nan, sum 0; gradient empty"""
+    x = xp.asarray(np.zeros((0, 3)))
+    for f in FAMILY:
+        assert_like(xp, f(x, axis=1), (0, 3), "float64")
+    assert_like(xp, ps.logsumexp(x, axis=1), (0,), "float64")
+    labels = xp.asarray(np.zeros(0), "int64")
+    for reduction, expected in (("mean", NAN), ("sum", 0.0)):
+        loss, grad = ps.cross_entropy_value_and_grad(x, labels, reduction=reduction)
+        assert_close(xp, loss, expected)
+        assert_like(xp, grad, (0, 3), "float64")
+    assert_like(xp, ps.cross_entropy(x, labels, reduction="none"), (0,), "float64")
+
+
+def test_0_d_input(xp):
+    """0-d input | axis=None works; an axis raises, as an out-of-range axis does"""
+    x = xp.asarray(3.0)
+    assert_close(xp, ps.softmax(x, axis=None), 1.0)
+    assert_close(xp, ps.log_softmax(x, axis=None), 0.0)
+    assert_close(xp, ps.logsumexp(x), 3.0)
+    assert_close(xp, ps.softmax_vjp(xp.asarray(1.0), xp.asarray(5.0), axis=None), 0.0)
+    for f in (*FAMILY, ps.logsumexp):
+        with pytest.raises(ValueError, match="axis is 0, but the array has 0 dimensions"):
+            f(x, axis=0)
+        with pytest.raises(IndexError, match="axis is 2, but the array has 2 dimensions"):
+            f(xp.asarray(np.zeros((2, 2))), axis=2)
+
+
+def test_no_axis_at_all(xp):
+    """axis=() | nothing is reduced: softmax 1, log_softmax 0, logsumexp the input"""
+    x = np.asarray([[1.0, -2.0], [3.0, 0.5]])
+    assert_close(xp, ps.softmax(xp.asarray(x), axis=()), np.ones((2, 2)))
+    assert_close(xp, ps.log_softmax(xp.asarray(x), axis=()), np.zeros((2, 2)))
+    assert_close(xp, ps.logsumexp(xp.asarray(x), axis=()), x)
+
+
+# --------------------------------------------------------------------------- infinities and nan
+
+
+def test_a_row_of_minus_inf_only(xp):
+    """a row of -inf only | softmax nan, logsumexp -inf, as every peer"""
+    x = xp.asarray([[-INF, -INF], [0.0, 0.0]])
+    assert_close(xp, ps.softmax(x), [[NAN, NAN], [0.5, 0.5]])
+    assert_close(xp, ps.log_softmax(x), [[NAN, NAN], [-np.log(2)] * 2])
+    assert_close(xp, ps.logsumexp(x, axis=1), [-INF, np.log(2)])
+
+
+def test_a_row_fully_masked_by_where(xp):
+    """a row fully masked by `where` | softmax 0, log_softmax -inf, logsumexp -inf, gradient 0"""
+    x = xp.asarray([[1.0, NAN], [0.0, 0.0]])
+    mask = xp.asarray([[False, False], [True, False]])
+    y = ps.softmax(x, where=mask)
+    log_y = ps.log_softmax(x, where=mask)
+    assert_close(xp, y, [[0.0, 0.0], [1.0, 0.0]])
+    assert_close(xp, log_y, [[-INF, -INF], [0.0, -INF]])
+    assert_close(xp, ps.logsumexp(x, axis=1, where=mask), [-INF, 0.0])
+    value, sign = ps.logsumexp(x, axis=1, where=mask, return_sign=True)
+    assert_close(xp, value, [-INF, 0.0])
+    assert_close(xp, sign, [0.0, 1.0])
+    dy = xp.asarray([[3.0, 4.0], [5.0, 6.0]])
+    assert_close(xp, ps.softmax_vjp(y, dy), np.zeros((2, 2)))
+    assert_close(xp, ps.log_softmax_vjp(log_y, dy), np.zeros((2, 2)))
+
+
+def test_plus_inf_in_a_row(xp):
+    """+inf in a row | softmax nan; logsumexp +inf"""
+    x = xp.asarray([[INF, 0.0], [INF, INF], [INF, -INF], [0.0, 0.0]])
+    expected = np.full((4, 2), NAN)
+    expected[3] = 0.5
+    assert_close(xp, ps.softmax(x), expected)
+    assert_close(xp, ps.log_softmax(x), np.log(expected))
+    assert_close(xp, ps.logsumexp(x, axis=1), [INF, INF, INF, np.log(2)])
+
+
+def test_nan_in_a_row(xp):
+    """nan in a row | that row nan, no other row touched"""
+    x = xp.asarray([[NAN, 0.0, INF], [0.0, 0.0, 0.0], [1.0, NAN, -INF]])
+    third = 1 / 3
+    assert_close(xp, ps.softmax(x), [[NAN] * 3, [third] * 3, [NAN] * 3])
+    assert_close(xp, ps.log_softmax(x), [[NAN] * 3, [-np.log(3)] * 3, [NAN] * 3])
+    assert_close(xp, ps.logsumexp(x, axis=1), [NAN, np.log(3), NAN])
+    loss, grad = ce(xp, x, xp.asarray([0, 0, 0]), reduction="none")
+    assert_array_equal(np.isnan(loss), [True, False, True])
+    assert_array_equal(np.isnan(grad).all(axis=1), [True, False, True])
+    assert not np.isnan(grad[1]).any()
+
+
+# --------------------------------------------------------------------------- dtypes
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8"])
+def test_integers(xp, dtype):
+    """integers | promoted to the library's default floating dtype before anything is subtracted"""
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    ends = [[high, low]] if dtype in ("int8", "uint8") else [[100, 30]]
+    x = xp.asarray(ends, dtype)
+    wide = np.asarray(ends, np.float64)
+    gap = wide[0, 0] - wide[0, 1]
+    default = "float32" if xp.library == "torch" else "float64"
+    tiny = 0.0 if default == "float32" and gap > 104 else np.exp(-gap)  # below float32's range
+    assert_close(xp, ps.softmax(x), [[1.0, tiny]], default)
+    assert_close(xp, ps.log_softmax(x), [[-tiny, -gap]], default)
+    assert_close(xp, ps.logsumexp(x, axis=1), [wide[0, 0]], default)
+    loss, _ = ps.cross_entropy_value_and_grad(x, xp.asarray([1]))
+    assert_close(xp, loss, gap, default)
+
+
+def test_half_types(xp):
+    """float16, bfloat16 | computed in float32, rounded once to the input's dtype"""
+    if not xp.halves:
+        pytest.skip(f"{xp.name} has no half types")
+    rng = np.random.default_rng(0)
+    for dtype in xp.halves:
+        x = xp.asarray(rng.normal(size=(4, 300)), dtype)
+        exact = xp.numpy(x).astype(np.float64)
+        e = np.exp(exact - exact.max(axis=1, keepdims=True))
+        assert_half(xp, ps.softmax(x), e / e.sum(axis=1, keepdims=True), dtype)
+        lse = np.log(np.exp(exact).sum(axis=1, keepdims=True))
+        assert_half(xp, ps.logsumexp(x, axis=1, keepdims=True), lse, dtype)
+        assert_half(xp, ps.log_softmax(x), exact - lse, dtype)
+        labels = np.arange(4)
+        loss, grad = ps.cross_entropy_value_and_grad(x, xp.asarray(labels), reduction="none")
+        assert_half(xp, loss, (lse - exact)[labels, labels], dtype)
+        assert_like(xp, grad, (4, 300), dtype)
+        many = xp.asarray(np.zeros((4096, 2)), dtype)
+        columns = xp.numpy(ps.softmax(many, axis=0)).astype(np.float64).sum(axis=0)
+        assert_array_equal(columns, [1.0, 1.0])
+        ones = xp.asarray(np.zeros(100_000), dtype)
+        assert_half(xp, ps.logsumexp(ones), np.log(1e5), dtype)
+
+
+def assert_half(xp, actual, expected, dtype):
+    """Check that `actual` is within 0.51 units in the last place of `expected`."""
+    expected = np.asarray(expected)
+    values = assert_like(xp, actual, expected.shape, dtype).astype(np.float64)
+    digits, smallest = {"float16": (10, -24), "bfloat16": (7, -133)}[dtype]
+    exponent = np.floor(np.log2(np.maximum(np.abs(expected), 1e-300)))
+    unit = 2.0 ** np.maximum(exponent - digits, smallest)
+    assert (np.abs(values - expected) <= 0.51 * unit).all()
+
+
+@pytest.mark.parametrize("dtype", ["bool", "complex128"])
+def test_bool_complex_object_str(xp, dtype):
+    """bool, complex (logsumexp takes complex, as SciPy), object, str | TypeError that names the dtype and what to do"""  # noqa: E501
+    x = xp.asarray(np.ones((2, 2)), dtype)
+    for f in (*FAMILY, ps.softmax_jacobian):
+        with pytest.raises(TypeError, match=rf"has dtype {dtype}, expected .*: "):
+            f(x)
+    with pytest.raises(TypeError, match=f"logits has dtype {dtype}"):
+        ps.cross_entropy(x, xp.asarray([0, 1]))
+    if dtype == "bool":
+        with pytest.raises(TypeError, match="x has dtype bool"):
+            ps.logsumexp(x)
+    else:
+        assert_like(xp, ps.logsumexp(x), (), "complex128")
+
+
+def test_other_types_of_numpy():
+    """object, str, structured and dates on NumPy | TypeError that names the dtype and what to do"""
+    for values in (
+        np.asarray([1, None], dtype=object),
+        np.asarray(["1", "2"]),
+        np.zeros(2, dtype=[("a", "f4")]),
+        np.asarray(["2020-01-01"], dtype="datetime64[D]"),
+    ):
+        with pytest.raises(TypeError, match=r"x has dtype .*cast x to float32 or float64 first"):
+            ps.softmax(values)
+
+
+# --------------------------------------------------------------------------- what is an array
+
+
+class Matrix(np.ndarray):
+    """Stands for np.matrix, which warns when it is made: a subclass with another arithmetic."""
+
+
+class Frame:
+    """Stands for a pandas frame, which need not be installed."""
+
+    __module__ = "pandas.core.frame"
+
+
+@pytest.mark.parametrize(
+    ("value", "remedy"),
+    [
+        ([1.0, 2.0], r"list.*numpy\.asarray\(x\)"),
+        (1.0, r"float.*numpy\.asarray\(x\)"),
+        (None, "NoneType.*pass an array"),
+        (np.ma.masked_array([1.0, 2.0], [True, False]), r"MaskedArray.*where=~x\.mask"),
+        (np.zeros((1, 2)).view(Matrix), r"atrix.*numpy\.asarray\(x\)"),
+        (Frame(), r"pandas.*x\.to_numpy\(\)"),
+        (object(), "object.*array API standard"),
+    ],
+    ids=["list", "scalar", "None", "masked array", "np.matrix", "pandas", "object"],
+)
+def test_list_scalar_masked_array_matrix_pandas(value, remedy):
+    """list, scalar, masked array, np.matrix, pandas | TypeError that names the type and the fix"""
+    for f in (*FAMILY, ps.logsumexp):
+        with pytest.raises(TypeError, match=f"x is a .*{remedy}"):
+            f(value)
+    with pytest.raises(TypeError, match="logits is a "):
+        ps.cross_entropy(value, np.asarray([0]))
+    with pytest.raises(TypeError, match="labels is a "):
+        ps.cross_entropy(np.zeros((1, 2)), value)
+
+
+LAYOUTS = {
+    "strided": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+    "reversed": lambda a: np.ascontiguousarray(a[::-1, ::-1])[::-1, ::-1],
+    "Fortran-order": np.asfortranarray,
+    "read-only": lambda a: _frozen(a.copy()),
+    "big-endian": lambda a: a.astype(a.dtype.newbyteorder(">")),
+    "offset": lambda a: np.concatenate([a[:1], a])[1:],
+}
+
+
+def _frozen(a):
+    a.flags.writeable = False
+    return a
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(5, 7), (300, 700), (1, 9), (9, 1)])
+def test_strided_reversed_fortran_read_only_big_endian(layout, shape):
+    """strided, reversed, Fortran-order, read-only, big-endian input | right answer; input bytes never change"""  # noqa: E501
+    rng = np.random.default_rng(1)
+    plain = rng.normal(size=shape)
+    x = LAYOUTS[layout](plain)
+    labels = rng.integers(shape[1], size=shape[0])
+    before = x.tobytes(), labels.tobytes()
+    for axis in (0, 1):
+        for f in (*FAMILY, ps.logsumexp):
+            y = f(x, axis=axis)
+            np.testing.assert_allclose(y, f(plain, axis=axis), rtol=1e-13)
+            assert y.dtype == np.float64
+            assert y.dtype.isnative
+    y, dy = ps.softmax(x), LAYOUTS[layout](plain[::-1].copy())
+    np.testing.assert_allclose(
+        ps.softmax_vjp(y, dy), ps.softmax_vjp(ps.softmax(plain), dy.astype("f8")), atol=1e-15
+    )
+    loss, grad = ps.cross_entropy_value_and_grad(x, labels)
+    expected = ps.cross_entropy_value_and_grad(plain, labels)
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-13)
+    np.testing.assert_allclose(grad, expected[1], rtol=1e-13)
+    assert (x.tobytes(), labels.tobytes()) == before
+
+
+def test_torch_and_jax_views_and_inputs(xp):
+    """transposed views and inputs of every library | right answer; inputs never change"""
+    rng = np.random.default_rng(2)
+    values = rng.normal(size=(6, 5))
+    x = xp.asarray(values)
+    for f in FAMILY:
+        np.testing.assert_allclose(
+            xp.numpy(f(x.T, axis=0)), xp.numpy(f(x, axis=1)).T, rtol=1e-14, atol=0
+        )
+    labels, weight = xp.asarray([0, 1, 2, 3, 4, -1]), xp.asarray(np.arange(1.0, 6.0))
+    mask = xp.asarray(np.asarray([[True, True, True, True, True]]))
+    ps.cross_entropy_value_and_grad(
+        x, labels, weight=weight, where=mask, ignore_index=-1, softcap=3.0, z_loss=0.1
+    )
+    assert_array_equal(xp.numpy(x), values)
+    assert_array_equal(xp.numpy(labels), [0, 1, 2, 3, 4, -1])
+    assert_array_equal(xp.numpy(weight), np.arange(1.0, 6.0))
+
+
+def test_arrays_of_two_libraries(xp):
+    """arrays of two libraries | TypeError; before any computing, naming the argument"""
+    if xp.library == "numpy":
+        pytest.skip("the other backends each meet NumPy here")
+    x = xp.asarray(np.zeros((2, 2)))
+    foreign = np.asarray([0, 1])
+    with pytest.raises(TypeError, match="labels is an array of numpy and logits one of"):
+        ps.cross_entropy(x, foreign)
+    with pytest.raises(TypeError, match="where is an array of numpy and x one of"):
+        ps.softmax(x, where=np.ones((2, 2), bool))
+    with pytest.raises(TypeError, match="dy is an array of numpy and y one of"):
+        ps.softmax_vjp(x, np.zeros((2, 2)))
+    with pytest.raises(TypeError, match="b is an array of numpy and x one of"):
+        ps.logsumexp(x, b=np.zeros((2, 2)))
+    with pytest.raises(TypeError, match="weight is an array of numpy and logits one of"):
+        ps.cross_entropy(x, xp.asarray([0, 1]), weight=np.ones(2))
+
+
+def test_arrays_of_two_devices(xp):
+    """arrays of two devices | ValueError; before any computing, naming the argument"""
+    x = xp.asarray(np.zeros((2, 2)))
+    labels = xp.other_device(xp.asarray([0, 1]))
+    if labels is None:
+        pytest.skip(f"{xp.name} has one device here")
+    with pytest.raises(ValueError, match=r"labels is on device .* move labels"):
+        ps.cross_entropy(x, labels)
+    with pytest.raises(ValueError, match="where is on device"):
+        ps.softmax(x, where=xp.other_device(xp.asarray(np.ones((2, 2), bool))))
+    with pytest.raises(ValueError, match="dy is on device"):
+        ps.softmax_vjp(x, xp.other_device(x))
+
+
+# --------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1.0, NAN, INF, -INF])
+def test_temperature_out_of_range(xp, value):
+    """temperature <= 0 or nan | ValueError naming value and range"""
+    for f in FAMILY:
+        with pytest.raises(ValueError, match=rf"temperature is {value}.*\(0, inf\)"):
+            f(xp.asarray([0.0, 1.0]), temperature=value)
+
+
+def test_options_out_of_range(xp):
+    """label_smoothing outside [0, 1]; unknown reduction; z_loss < 0; softcap <= 0 | ValueError naming value and range"""  # noqa: E501
+    x, labels = xp.asarray(np.zeros((2, 3))), xp.asarray([0, 1])
+    for options, message in (
+        ({"label_smoothing": 1.5}, r"label_smoothing is 1\.5.*\[0, 1\]"),
+        ({"label_smoothing": -0.1}, r"label_smoothing is -0\.1"),
+        ({"label_smoothing": NAN}, "label_smoothing is nan"),
+        ({"reduction": "avg"}, "reduction is 'avg'.*'mean', 'sum', 'none'"),
+        ({"reduction": None}, "reduction is None"),
+        ({"z_loss": -1.0}, r"z_loss is -1\.0.*\[0, inf\)"),
+        ({"softcap": 0.0}, r"softcap is 0\.0.*\(0, inf\)"),
+        ({"softcap": -3}, r"softcap is -3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ps.cross_entropy(x, labels, **options)
+
+
+# --------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize("bad", [3, -1, 127])
+@pytest.mark.parametrize("dtype", ["int8", "int64"])
+def test_label_out_of_range(xp, bad, dtype):
+    """label >= C or < 0 and not ignore_index | IndexError naming the label, its position and C; under tracing and lazily, nan there"""  # noqa: E501
+    x = xp.asarray(np.zeros((2, 2, 3)))
+    labels = xp.asarray([[0, 1], [2, bad]], dtype)
+    expected = [[np.log(3), np.log(3)], [np.log(3), NAN]]
+    if not xp.lazy:
+        with pytest.raises(IndexError, match=rf"labels\[1, 1\] is {bad}, outside \[0, 3\)"):
+            ps.cross_entropy(x, labels)
+        single = xp.asarray(np.asarray(bad), dtype)
+        with pytest.raises(IndexError, match=rf"the label is {bad}"):
+            ps.cross_entropy(xp.asarray(np.zeros(3)), single)
+    loss, grad = ce(xp, x, labels, reduction="none", check_labels=False)
+    np.testing.assert_allclose(loss, expected, rtol=1e-14)
+    assert np.isnan(grad[1, 1]).all()
+    assert not np.isnan(np.delete(grad.reshape(4, 3), 3, axis=0)).any()
+
+
+def test_label_of_a_masked_class(xp):
+    """label of a class that `where` masks out | an error like a label out of range"""
+    x = xp.asarray(np.zeros((2, 3)))
+    mask = xp.asarray([[True, True, False], [True, True, True]])
+    labels = xp.asarray([2, 2])
+    if not xp.lazy:
+        with pytest.raises(IndexError, match=r"labels\[0\] is 2, a class that where masks out"):
+            ps.cross_entropy(x, labels, where=mask)
+    loss, grad = ce(xp, x, labels, where=mask, reduction="none", check_labels=False)
+    np.testing.assert_allclose(loss, [NAN, np.log(3)], rtol=1e-14)
+    assert_array_equal(np.isnan(grad[1]), [False] * 3)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "float32", "float64"])
+def test_label_dtype_bool_or_floating(xp, dtype):
+    """label dtype bool or floating of index shape | TypeError"""
+    with pytest.raises(TypeError, match=f"labels have dtype {dtype}.*cast them"):
+        ps.cross_entropy(xp.asarray(np.zeros((2, 3))), xp.asarray([0, 1], dtype))
+
+
+def test_ignore_index(xp):
+    """ignore_index | may lie outside [0, C); compared without wrap-around for unsigned labels"""
+    x = np.asarray([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0], [0.0, 5.0, 0.0]])
+    lse = np.log(np.exp(x).sum(axis=1))
+    for ignored in (-100, 1, 3, 255):
+        labels = xp.asarray([2, ignored, 0])
+        loss, grad = ce(xp, xp.asarray(x), labels, ignore_index=ignored)
+        np.testing.assert_allclose(loss, ((lse[0] - 2.0) + lse[2]) / 2, rtol=1e-13)
+        assert_array_equal(grad[1], 0.0)
+    # 255 is what -1 would become in eight unsigned bits.
+    unsigned = xp.asarray([2, 255, 0], "uint8")
+    if not xp.lazy:
+        with pytest.raises(IndexError, match=r"labels\[1\] is 255"):
+            ps.cross_entropy(xp.asarray(x), unsigned, ignore_index=-1)
+    loss, _ = ce(xp, xp.asarray(x), unsigned, ignore_index=-1, check_labels=False, reduction="none")
+    assert_array_equal(np.isnan(loss), [False, True, False])
+    loss, _ = ce(xp, xp.asarray(x), unsigned, ignore_index=255, reduction="none")
+    np.testing.assert_allclose(loss, [lse[0] - 2.0, 0.0, lse[2]], rtol=1e-13)
+
+
+@pytest.mark.parametrize("hidden", [NAN, INF, -INF])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_an_ignored_row_holding_nan_or_inf(xp, hidden, smoothing):
+    """an ignored row holding nan or inf | no effect on the loss; gradient exactly 0"""
+    x = np.asarray([[0.0, 1.0], [hidden, hidden], [1.0, hidden]])
+    options = {"label_smoothing": smoothing, "z_loss": 0.1, "softcap": 4.0}
+    alone, grad_alone = ce(xp, xp.asarray(x[:1]), xp.asarray([0]), **options)
+    for weight in (None, xp.asarray([0.5, 2.0])):
+        more = {"ignore_index": -1, "weight": weight, **options}
+        loss, grad = ce(xp, xp.asarray(x), xp.asarray([0, -1, -1]), **more)
+        assert_array_equal(grad[1:], 0.0)
+        assert np.isfinite(loss)
+        if weight is None:
+            np.testing.assert_allclose(loss, alone, rtol=1e-15)
+            np.testing.assert_allclose(grad[:1], grad_alone, rtol=1e-15)
+
+
+def test_all_ignored_or_weights_summing_to_0(xp):
+    """all ignored, or weights summing to 0 | mean nan, sum 0, gradient 0"""
+    x = xp.asarray([[0.0, 1.0], [2.0, 3.0]])
+    ignored = (xp.asarray([-1, -1]), {"ignore_index": -1})
+    weightless = (xp.asarray([1, 1]), {"weight": xp.asarray([1.0, 0.0])})
+    for labels, options in (ignored, weightless):
+        for reduction, expected in (("mean", NAN), ("sum", 0.0), ("none", [0.0, 0.0])):
+            loss, grad = ce(xp, x, labels, reduction=reduction, **options)
+            assert_array_equal(loss, expected)
+            assert_array_equal(grad, np.zeros((2, 2)))
+
+
+def test_probability_0_at_a_logit_of_minus_inf(xp):
+    """probability 0 at a logit of -inf | contributes 0"""
+    x = xp.asarray([[0.0, -INF, 0.0]])
+    loss, grad = ce(xp, x, xp.asarray([[0.5, 0.0, 0.5]]))
+    np.testing.assert_allclose(loss, np.log(2), rtol=1e-14)
+    np.testing.assert_allclose(grad, np.zeros((1, 3)), atol=1e-16)
+    loss, grad = ce(xp, x, xp.asarray([0]))
+    np.testing.assert_allclose(loss, np.log(2), rtol=1e-14)
+    np.testing.assert_allclose(grad, [[-0.5, 0.0, 0.5]], rtol=1e-14)
+    loss, _ = ce(xp, x, xp.asarray([[0.0, 1.0, 0.0]]))
+    assert_array_equal(loss, INF)
+
+
+def test_probabilities_with_ignore_index(xp):
+    """probabilities with ignore_index | ValueError"""
+    x = xp.asarray([[0.0, 1.0]])
+    with pytest.raises(ValueError, match="ignore_index is -100, but labels are a distribution"):
+        ps.cross_entropy(x, xp.asarray([[0.5, 0.5]]), ignore_index=-100)
