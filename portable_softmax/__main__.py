@@ -1,4 +1,4 @@
-"""The command line: ``python -m portable_softmax demo`` and ``python -m portable_softmax backends``."""
+"""The command line: ``python -m portable_softmax demo`` and ``... backends``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    output = argparse.ArgumentParser(add_help=False)
+    output = _Parser(add_help=False)
     output.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
     output.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
@@ -78,16 +78,23 @@ def _parser() -> argparse.ArgumentParser:
         "backends", parents=[output], help="which libraries, devices, dtypes and kernels are here"
     )
     learn = commands.add_parser(
-        "demo",
-        parents=[output],
-        help="train a softmax classifier on handwritten digits",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "demo", parents=[output], help="train a softmax classifier on handwritten digits"
     )
-    learn.add_argument("--backend", choices=TRAINABLE, default="numpy", help="the array library")
-    learn.add_argument("--device", metavar="NAME", help="such as cpu or cuda:0; None: its default")
-    learn.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="of all randomness")
-    learn.add_argument("--epochs", type=_whole(1), default=80, metavar="N", help="training length")
-    learn.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="for the figure")
+    learn.add_argument(
+        "--backend", choices=TRAINABLE, default="numpy", help="array library, numpy by default"
+    )
+    learn.add_argument(
+        "--device", metavar="NAME", help="such as cpu or cuda:0, the library's own by default"
+    )
+    learn.add_argument(
+        "--seed", type=_whole(0), default=0, metavar="N", help="of all randomness, 0 by default"
+    )
+    learn.add_argument(
+        "--epochs", type=_whole(1), default=80, metavar="N", help="passes, 80 by default"
+    )
+    learn.add_argument(
+        "--out", type=Path, default=Path(), metavar="DIR", help="for the figure, here by default"
+    )
     return parser
 
 

@@ -235,7 +235,7 @@ def is_chunked(xp: Namespace) -> bool:
     return library(xp) == "dask"
 
 
-# --------------------------------------------------------------------------- when can values be read?
+# --------------------------------------------------------------------------- reading values
 
 
 def reads_values(xp: Namespace, x: Any) -> bool:

@@ -214,7 +214,9 @@ def temperature(value: Any) -> float:
 def reduction(value: Any) -> str:
     """Return the reduction, one of `REDUCTIONS`."""
     if value not in REDUCTIONS:
-        raise ValueError(f"reduction is {value!r}, expected one of {', '.join(map(repr, REDUCTIONS))}")
+        raise ValueError(
+            f"reduction is {value!r}, expected one of {', '.join(map(repr, REDUCTIONS))}"
+        )
     return str(value)
 
 
@@ -284,9 +286,7 @@ def _label_shape_message(logits: Any, labels: Any, axis: int, positions: tuple[i
     return f"{message}: reshape labels"
 
 
-def label_values(
-    xp: Namespace, labels: Any, valid: Any, axis: int, n: int, where: Any
-) -> None:
+def label_values(xp: Namespace, labels: Any, valid: Any, axis: int, n: int, where: Any) -> None:
     """Raise for the first label without a class; `valid` says which have one."""
     if bool(xp.all(valid)):
         return

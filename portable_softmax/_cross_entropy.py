@@ -119,8 +119,8 @@ def cross_entropy(
         reduction, check_labels,
     )  # fmt: skip
     with _arrays.quiet(xp):
-        loss = portable.cross_entropy(xp, x, target, at, options)
-        return _arrays.cast(xp, loss, answer)  # type: ignore[no-any-return]
+        loss: ArrayT = _arrays.cast(xp, portable.cross_entropy(xp, x, target, at, options), answer)
+    return loss
 
 
 def cross_entropy_value_and_grad(
@@ -186,6 +186,10 @@ def cross_entropy_value_and_grad(
         return _arrays.cast(xp, loss, answer), _arrays.cast(xp, grad, answer)
 
 
+# What SoftmaxWithLoss takes and passes on.
+LOSS_OPTIONS = tuple(cross_entropy.__kwdefaults__ or ())
+
+
 def _prepared(
     logits: Any,
     labels: Any,
@@ -215,7 +219,9 @@ def _prepared(
         ignore_index=ignore_index,
         label_smoothing=_checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0),
         z_loss=_checks.number("z_loss", z_loss, low=0.0),
-        softcap=None if softcap is None else _checks.number("softcap", softcap, low=0.0, open_low=True),
+        softcap=None
+        if softcap is None
+        else _checks.number("softcap", softcap, low=0.0, open_low=True),
         where=where,
         reduction=_checks.reduction(reduction),
     )

@@ -263,9 +263,7 @@ def _logsumexp(
     return value, sign
 
 
-def _empty_sum(
-    xp: Namespace, x: Any, axes: tuple[int, ...], answer: Any
-) -> tuple[Any, Any]:
+def _empty_sum(xp: Namespace, x: Any, axes: tuple[int, ...], answer: Any) -> tuple[Any, Any]:
     shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
     where = {"dtype": answer, "device": _arrays.device(x)}
     return xp.full(shape, -math.inf, **where), xp.zeros(shape, **where)
@@ -419,13 +417,14 @@ def softmax_jacobian(y: ArrayT, /, *, axis: int = -1) -> ArrayT:
     compute, answer = _arrays.compute_dtype(xp, y)
     with _arrays.quiet(xp):
         jacobian = portable.softmax_jacobian(xp, _arrays.cast(xp, y, compute), at)
-    return _arrays.cast(xp, jacobian, answer)  # type: ignore[no-any-return]
+        answered: ArrayT = _arrays.cast(xp, jacobian, answer)
+    return answered
 
 
 # --------------------------------------------------------------------------- shared steps
 
 
-def _rowwise(operation: str, x: Any, axis: Axis, where: Any, temperature: Any) -> Any:
+def _rowwise(operation: str, x: ArrayT, axis: Axis, where: Any, temperature: Any) -> ArrayT:
     """Check the arguments of softmax or log_softmax, then take its kernel or portable form."""
     xp = _checks.array("x", x)
     axes = _checks.axes(axis, x.ndim)
@@ -435,22 +434,30 @@ def _rowwise(operation: str, x: Any, axis: Axis, where: Any, temperature: Any) -
         temperature = _checks.temperature(temperature)
     compute, answer = _arrays.compute_dtype(xp, x)
     if any(x.shape[a] == 0 for a in axes):
-        return xp.zeros_like(x, dtype=answer)
+        empty: ArrayT = xp.zeros_like(x, dtype=answer)
+        return empty
     kernel = kernels.find(operation, xp) if axes else None
+    y: ArrayT
     with _arrays.quiet(xp):
+        if where is not None:
+            where = xp.broadcast_to(where, x.shape)
         if kernel is not None:
-            if where is not None:
-                where = xp.broadcast_to(where, x.shape)
-            return kernel(
+            y = kernel(
                 xp, x, axes, where=where, temperature=temperature, compute=compute, answer=answer
             )
-        x, _, where, axes, added = _with_an_axis(xp, x, None, where, axes)
+            return y
+        at_least_1d, _, where, axes, added = _with_an_axis(xp, x, None, where, axes)
         y = getattr(portable, operation)(
-            xp, _arrays.cast(xp, x, compute), axes, where=where, temperature=temperature
+            xp,
+            _arrays.cast(xp, at_least_1d, compute),
+            axes,
+            where=where,
+            temperature=temperature,
         )
         if added:
             y = xp.squeeze(y, axis=-1)
-        return _arrays.cast(xp, y, answer)
+        y = _arrays.cast(xp, y, answer)
+    return y
 
 
 def _with_an_axis(
@@ -464,7 +471,8 @@ def _with_an_axis(
     return xp.expand_dims(x, axis=-1), b, where, (x.ndim,), True
 
 
-def _vjp(operation: str, name: str, y: Any, dy: Any, axis: Axis) -> Any:
+def _vjp(operation: str, name: str, y: ArrayT, dy: Array, axis: Axis) -> ArrayT:
+    """Check the arguments of a vector-Jacobian product, then take its portable form."""
     xp = _checks.array(name, y)
     _checks.floating(name, y, xp)
     _checks.companion("dy", dy, name, y, xp)
@@ -473,10 +481,11 @@ def _vjp(operation: str, name: str, y: Any, dy: Any, axis: Axis) -> Any:
     axes = _checks.axes(axis, y.ndim)
     compute, answer = _arrays.compute_dtype(xp, y)
     with _arrays.quiet(xp):
-        y, dy, _, axes, added = _with_an_axis(xp, y, dy, None, axes)
+        out, upstream, _, axes, added = _with_an_axis(xp, y, dy, None, axes)
         dx = getattr(portable, operation)(
-            xp, _arrays.cast(xp, y, compute), _arrays.cast(xp, dy, compute), axes
+            xp, _arrays.cast(xp, out, compute), _arrays.cast(xp, upstream, compute), axes
         )
         if added:
             dx = xp.squeeze(dx, axis=-1)
-        return _arrays.cast(xp, dx, answer)
+        answered: ArrayT = _arrays.cast(xp, dx, answer)
+    return answered

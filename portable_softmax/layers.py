@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Generic, final
 
 from portable_softmax import _arrays
-from portable_softmax._cross_entropy import cross_entropy_value_and_grad
+from portable_softmax._cross_entropy import LOSS_OPTIONS, cross_entropy_value_and_grad
 from portable_softmax._softmax import log_softmax, log_softmax_vjp, softmax, softmax_vjp
 from portable_softmax._typing import Array, ArrayT, Axis
 
@@ -18,7 +18,9 @@ __all__ = ["LogSoftmax", "Softmax", "SoftmaxWithLoss"]
 
 def _no_forward(layer: object) -> RuntimeError:
     name = type(layer).__name__
-    return RuntimeError(f"{name}.backward was called before forward: call {name}.forward(...) first")
+    return RuntimeError(
+        f"{name}.backward was called before forward: call {name}.forward(...) first"
+    )
 
 
 @final
@@ -150,11 +152,10 @@ class SoftmaxWithLoss(Generic[ArrayT]):
     """
 
     def __init__(self, **options: Any) -> None:
-        known = cross_entropy_value_and_grad.__kwdefaults__
-        if unknown := sorted(options.keys() - known.keys()):
+        if unknown := sorted(options.keys() - set(LOSS_OPTIONS)):
             raise TypeError(
                 f"SoftmaxWithLoss got {unknown[0]!r}, expected options of cross_entropy: "
-                f"{', '.join(known)}"
+                f"{', '.join(LOSS_OPTIONS)}"
             )
         self.options = options
         self.params: list[Any] = []
@@ -192,5 +193,7 @@ class SoftmaxWithLoss(Generic[ArrayT]):
             xp = _arrays.namespace(x)
             compute, answer = _arrays.compute_dtype(xp, x)
             capped = softcap * xp.tanh(_arrays.cast(xp, x, compute) / softcap)
-            return _arrays.cast(xp, softmax(capped, axis=axis, where=self.options.get("where")), answer)
+            return _arrays.cast(
+                xp, softmax(capped, axis=axis, where=self.options.get("where")), answer
+            )
         return softmax(x, axis=axis, where=self.options.get("where"))

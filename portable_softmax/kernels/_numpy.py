@@ -35,9 +35,7 @@ def softmax(
         if where is None:
             out[cut] = _softmax_in_place(tile, axes, temperature)
         else:
-            out[cut] = portable.softmax(
-                xp, tile, axes, where=where[cut], temperature=temperature
-            )
+            out[cut] = portable.softmax(xp, tile, axes, where=where[cut], temperature=temperature)
     return out
 
 

@@ -54,12 +54,15 @@ _LOADED: dict[tuple[str, str], Callable[..., Any]] = {}
 def _forced_from_outside() -> str:
     value = os.environ.get(VARIABLE, "")
     if value not in ("", "portable"):
-        raise ValueError(f"{VARIABLE} is {value!r}, expected 'portable' or nothing: correct or unset it")
+        raise ValueError(
+            f"{VARIABLE} is {value!r}, expected 'portable' or nothing: correct or unset it"
+        )
     return f"{VARIABLE}={value}" if value else ""
 
 
 # What forces the portable path; empty where nothing does. The variable is read once, on import.
-_FORCED: ContextVar[str] = ContextVar("portable_softmax_forced", default=_forced_from_outside())
+_FORCED_FROM_OUTSIDE = _forced_from_outside()
+_FORCED: ContextVar[str] = ContextVar("portable_softmax_forced", default=_FORCED_FROM_OUTSIDE)
 
 
 def find(operation: str, xp: Namespace) -> Callable[..., Any] | None:

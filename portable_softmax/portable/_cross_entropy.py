@@ -29,6 +29,7 @@ from portable_softmax._arrays import (
     scalar,
 )
 from portable_softmax._typing import Namespace
+from portable_softmax.portable._softmax import masked
 from portable_softmax.portable._state import State, fold
 from portable_softmax.portable._sums import total
 
@@ -95,17 +96,13 @@ def pick(xp: Namespace, values: Any, index: Any, axis: int) -> Any:
     if xp.isdtype(values.dtype, "bool"):
         return xp.any(hit & values, axis=axis, keepdims=True)
     # One entry and zeros: the sum is the entry, whatever is found in the others.
-    return xp.sum(
-        xp.where(hit, values, scalar(xp, 0.0, values)), axis=axis, keepdims=True
-    )
+    return xp.sum(xp.where(hit, values, scalar(xp, 0.0, values)), axis=axis, keepdims=True)
 
 
 # --------------------------------------------------------------------------- the public pair
 
 
-def cross_entropy(
-    xp: Namespace, logits: Any, target: Target, axis: int, options: Options
-) -> Any:
+def cross_entropy(xp: Namespace, logits: Any, target: Target, axis: int, options: Options) -> Any:
     """Return the reduced loss."""
     loss, divisor, _, _ = _forward(xp, logits, target, axis, options)
     return _reduced(xp, loss, divisor, axis, options)
@@ -140,15 +137,14 @@ class Rows(NamedTuple):
 
     inputs: Any  # the logits before `softcap`, harmless where they do not count
     x: Any  # the logits that are folded
-    weight: Any  # per position: weight[label], 0 where ignored; None for 1
-    q: Any  # the coefficients, or None for a class index without smoothing
-    u: Any  # sum of weight * t
+    q: Any  # the coefficients; None where they are u at the label and 0 elsewhere
+    u: Any  # sum of weight * t, 0 where ignored; None where it is 1 everywhere
 
 
 def _forward(
     xp: Namespace, logits: Any, target: Target, axis: int, options: Options
 ) -> tuple[Any, Any, State, Rows]:
-    inputs, x = _conditioned(xp, logits, target, options)
+    inputs, x = _conditioned(xp, logits, target, axis, options)
     weight = None if options.weight is None else _along(xp, options.weight, x, axis)
     if target.index is not None and options.label_smoothing == 0.0:
         rows = _index_rows(xp, inputs, x, weight, target, axis)
@@ -165,7 +161,7 @@ def _forward(
 
 
 def _conditioned(
-    xp: Namespace, logits: Any, target: Target, options: Options
+    xp: Namespace, logits: Any, target: Target, axis: int, options: Options
 ) -> tuple[Any, Any]:
     """Make what does not count harmless, then apply `softcap`."""
     zero = scalar(xp, 0.0, logits)
@@ -178,15 +174,14 @@ def _conditioned(
     if options.softcap is not None:
         x = options.softcap * xp.tanh(x / options.softcap)
     if options.where is not None:
-        x = xp.where(options.where, x, scalar(xp, -math.inf, x))
-        if target.counted is not None:  # an ignored row may be masked as a whole
-            x = xp.where(target.counted, x, zero)
+        x, _ = masked(xp, x, options.where, (axis,))
     return inputs, x
 
 
 def _softcap_derivative(xp: Namespace, x: Any, cap: float) -> Any:
     """1 - tanh(x/cap)^2, written as 1/cosh^2 to keep its digits where tanh is close to 1."""
-    e = xp.exp(-2.0 * xp.abs(x) / cap)
+    size = xp.where(x < 0, -x, x)  # abs, but with a second derivative at 0
+    e = xp.exp(-2.0 * size / cap)
     return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
@@ -196,39 +191,39 @@ def _along(xp: Namespace, weight: Any, x: Any, axis: int) -> Any:
     return xp.reshape(weight, tuple(shape))
 
 
-def _index_rows(
-    xp: Namespace, inputs: Any, x: Any, weight: Any, target: Target, axis: int
-) -> Rows:
-    w = None
+def _index_rows(xp: Namespace, inputs: Any, x: Any, weight: Any, target: Target, axis: int) -> Rows:
+    u = None
     if weight is not None:
-        w = pick(xp, xp.broadcast_to(weight, x.shape), target.index, axis)
-        if target.counted is not None:
-            w = xp.where(target.counted, w, scalar(xp, 0.0, w))
-    return Rows(inputs, x, w, None, w)
+        u = pick(xp, xp.broadcast_to(weight, x.shape), target.index, axis)
+    if target.counted is not None:
+        u = scalar(xp, 1.0, x) if u is None else u
+        u = xp.where(target.counted, u, scalar(xp, 0.0, x))
+    return Rows(inputs, x, None, u)
 
 
 def _index_loss(
     xp: Namespace, rows: Rows, target: Target, axis: int, options: Options
 ) -> tuple[Any, State]:
-    """Return weight * ((max - x_label) + log1p(rest)), the rows' loss."""
+    """Return u * ((max - x_label) + log1p(rest)), the rows' loss."""
     x = rows.x
     at_label = pick(xp, x, target.index, axis)
     if differentiates(xp):
-        state, gap, lse = _fold_from_label(xp, x, at_label, target.index, axis)
+        state, gap = _fold_from_label(xp, x, at_label, target.index, axis)
     else:
         state = fold(xp, x, (axis,))
-        gap, lse = state.max - at_label, state.max + state.log
+        gap = state.max - at_label
     loss = gap + state.log
     if options.z_loss != 0.0:
+        lse = state.max + state.log
         loss = loss + options.z_loss * (lse * lse)
-    if rows.weight is not None:
-        loss = _times(xp, rows.weight, loss)
+    if rows.u is not None:
+        loss = _times(xp, rows.u, loss)
     return loss, state
 
 
 def _fold_from_label(
     xp: Namespace, x: Any, at_label: Any, index: Any, axis: int
-) -> tuple[State, Any, Any]:
+) -> tuple[State, Any]:
     """Fold a row so that automatic differentiation keeps a confident label's digits.
 
     loss = log sum_j exp(x_j - x_label) has the derivative -sum of the other probabilities at the
@@ -247,9 +242,9 @@ def _fold_from_label(
 
     state = fold(xp, x, (axis,), attach=attach)
     gap = state.max - xp.where(finite_label, constant(xp, at_label), at_label)
+    # What the shift took out of the logarithm's derivative goes into the maximum's, for logsumexp.
     linear = xp.where(finite_label, at_label, scalar(xp, 0.0, at_label))
-    lse = state.max + state.log + (linear - constant(xp, linear))
-    return state, gap, lse
+    return state._replace(max=state.max + (linear - constant(xp, linear))), gap
 
 
 def _distribution_rows(
@@ -279,7 +274,7 @@ def _distribution_rows(
     u = total(xp, t, (axis,))
     if target.counted is not None:
         q, u = xp.where(target.counted, q, zero), xp.where(target.counted, u, zero)
-    return Rows(inputs, x, u if target.index is not None else None, q, u)
+    return Rows(inputs, x, q, u)
 
 
 def _class_count(xp: Namespace, x: Any, axis: int, options: Options) -> Any:
@@ -290,9 +285,7 @@ def _class_count(xp: Namespace, x: Any, axis: int, options: Options) -> Any:
     return xp.where(count == 0, scalar(xp, 1.0, count), count)
 
 
-def _distribution_loss(
-    xp: Namespace, rows: Rows, axis: int, options: Options
-) -> tuple[Any, State]:
+def _distribution_loss(xp: Namespace, rows: Rows, axis: int, options: Options) -> tuple[Any, State]:
     state = fold(xp, rows.x, (axis,))
     surprise = (state.max - rows.x) + state.log
     loss = total(xp, _times(xp, rows.q, surprise), (axis,))
@@ -321,34 +314,28 @@ def _gradient(
     a confident row e_j A - q_j is an exact 0, and -q_j rest is minus the sum of the others.
     """
     inverse = 1.0 / (1.0 + state.rest)
-    one = scalar(xp, 1.0, state.exps)
+    u = scalar(xp, 1.0, state.exps) if rows.u is None else rows.u
     if rows.q is None:
-        q, a = rows.weight, one if rows.weight is None else rows.weight
+        q = a = u
     else:
-        q = rows.q
-        a = total(xp, q, (axis,))
+        q, a = rows.q, total(xp, rows.q, (axis,))
     if options.z_loss != 0.0:
-        u = one if rows.u is None else rows.u
         a = a + _times(xp, u, 2.0 * options.z_loss * (state.max + state.log))
     scaled = state.exps * a
     if rows.q is not None:
         return ((scaled - q) - q * state.rest) * inverse
     label = classes(xp, state.exps, axis) == target.index
-    q = one if q is None else q
     return xp.where(label, (scaled - q) - q * state.rest, scaled) * inverse
 
 
 def _divisor(xp: Namespace, loss: Any, rows: Rows, target: Target) -> Any:
     """Return what the mean divides by: the weights that count, or the number of positions."""
-    if target.index is None:
-        each = xp.ones_like(loss)
-    elif rows.weight is not None:
-        each = rows.weight
-    elif target.counted is not None:
-        each = cast(xp, target.counted, loss.dtype)
-    else:
-        each = xp.ones_like(loss)
-    return xp.sum(each)
+    if target.index is not None and rows.u is not None:
+        return xp.sum(total(xp, rows.u, tuple(range(loss.ndim))))
+    positions = math.prod(loss.shape)
+    if math.isnan(positions):  # chunks of unknown length
+        return xp.sum(xp.ones_like(loss))
+    return scalar(xp, positions, loss)
 
 
 def _reduced(xp: Namespace, loss: Any, divisor: Any, axis: int, options: Options) -> Any:

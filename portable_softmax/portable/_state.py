@@ -60,7 +60,7 @@ def fold(
     if temperature != 1.0:
         shifted, error = shifted / temperature, error / temperature
     exps = xp.exp(shifted)
-    exps = exps + exps * error
+    exps = exps * (1.0 + error)  # not exps + exps * error: XLA flushes a subnormal product to 0
     # The value of one maximum is left out of the sum, its derivative is not: subtracting the
     # constant 1 keeps both right, to every order and at ties, where masking the entry would not.
     is_max = cast(xp, constant(xp, shifted) == 0, exps.dtype)

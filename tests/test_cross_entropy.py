@@ -1,0 +1,210 @@
+"""Cross-entropy and its gradient against exact values, on every backend."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+from asserts import assert_close, assert_like
+from mpmath import mp, mpf
+
+import portable_softmax as ps
+
+GOLDEN = json.loads(Path(__file__).with_name("cross_entropy_golden.json").read_text())
+SOURCES = sorted({case["source"] for case in GOLDEN})
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_golden(xp, source):
+    """The losses and gradients of tests/cross_entropy_golden.json, computed with 40 digits."""
+    for case in GOLDEN:
+        if case["source"] != source:
+            continue
+        options = dict(case["kwargs"], axis=case["axis"])
+        if "weight" in options:
+            options["weight"] = xp.asarray(options["weight"], "float64")
+        dtype = "int64" if case["target_kind"] == "index" else "float64"
+        arguments = (xp.asarray(case["logits"], "float64"), xp.asarray(case["target"], dtype))
+        loss, grad = ps.cross_entropy_value_and_grad(*arguments, **options)
+        assert_close(xp, loss, case["loss"], rtol=1e-12, atol=1e-12)
+        assert_close(xp, grad, case["grad"], rtol=1e-12, atol=1e-12)
+        alone = ps.cross_entropy(*arguments, **options)
+        assert_close(xp, alone, case["loss"], rtol=1e-12, atol=1e-12)
+
+
+def test_all_golden_cases_are_run():
+    assert len(GOLDEN) == 135
+
+
+# --------------------------------------------------------------------------- every option with every other
+
+LOGITS = np.asarray(
+    [[0.3, -1.2, 2.0, 0.7], [40.0, 1.0, -3.0, 0.5], [-2.0, -2.0, 1.5, 1.5], [0.1, 0.2, 0.3, 9.0]]
+)
+INDICES = np.asarray([2, 0, 3, 1])
+IGNORED = 3  # row 2
+PROBABILITIES = np.asarray(
+    [[0.2, 0.3, 0.5, 0.0], [1.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.2], [0.5, 0.5, 0.5, 0.5]]
+)
+WEIGHT = np.asarray([0.5, 1.0, 2.0, 1.25])
+MASK = np.asarray(
+    [[True, True, True, False], [True, True, True, True], [True, False, True, True], [True] * 4]
+)
+TARGETS = ("index", "one-hot", "probabilities")
+
+
+@cache
+def expected_row(kind, row, weighted, smoothing, z, cap, masked):
+    t = np.eye(4)[INDICES[row]] if kind != "probabilities" else PROBABILITIES[row]
+    return reference.cross_entropy_row(
+        [mpf(v) for v in LOGITS[row]],
+        [mpf(v) for v in t],
+        [mpf(v) for v in (WEIGHT if weighted else np.ones(4))],
+        mpf(smoothing),
+        mpf(z),
+        None if cap is None else mpf(cap),
+        MASK[row] if masked else np.ones(4, bool),
+    )
+
+
+def expected(kind, weighted, ignoring, smoothing, z, cap, masked, reduction):
+    rows = [expected_row(kind, r, weighted, smoothing, z, cap, masked) for r in range(4)]
+    counted = [not (ignoring and INDICES[r] == IGNORED) for r in range(4)]
+    losses = [loss if c else mpf(0) for (loss, _), c in zip(rows, counted, strict=True)]
+    grads = [grad if c else [mpf(0)] * 4 for (_, grad), c in zip(rows, counted, strict=True)]
+    divisor = mpf(1)
+    if reduction == "mean":
+        if kind == "index":
+            weights = [mpf(WEIGHT[INDICES[r]]) if weighted else mpf(1) for r in range(4)]
+            divisor = mp.fsum(w for w, c in zip(weights, counted, strict=True) if c)
+        else:
+            divisor = mpf(4)
+    grad = np.asarray([[float(g / divisor) for g in row] for row in grads])
+    if reduction == "none":
+        return np.asarray([float(v) for v in losses]), grad
+    return float(mp.fsum(losses) / divisor), grad
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_option_product(xp, kind, reduction, axis):
+    """Every option with every other, against an exact model written from the docstring."""
+
+    def along(a):
+        return a if axis == 1 else np.ascontiguousarray(a.T)
+
+    labels = {
+        "index": INDICES,
+        "one-hot": along(np.eye(4, dtype=np.int64)[INDICES]),
+        "probabilities": along(PROBABILITIES),
+    }[kind]
+    logits, labels = xp.asarray(along(LOGITS)), xp.asarray(labels)
+    for weighted, ignoring, smoothing, z, cap, masked in itertools.product(
+        (False, True),
+        (False, True) if kind == "index" else (False,),
+        (0.0, 0.1, 1.0),
+        (0.0, 0.3),
+        (None, 2.5),
+        (False, True),
+    ):
+        options = {
+            "axis": axis,
+            "reduction": reduction,
+            "weight": xp.asarray(WEIGHT) if weighted else None,
+            "ignore_index": IGNORED if ignoring else None,
+            "label_smoothing": smoothing,
+            "z_loss": z,
+            "softcap": cap,
+            "where": xp.asarray(along(MASK)) if masked else None,
+        }
+        loss, grad = ps.cross_entropy_value_and_grad(logits, labels, **options)
+        want, slope = expected(kind, weighted, ignoring, smoothing, z, cap, masked, reduction)
+        assert_close(xp, loss, want, rtol=1e-13, atol=1e-13)
+        assert_close(xp, grad, along(slope), rtol=1e-12, atol=1e-13)
+
+
+# --------------------------------------------------------------------------- shapes and labels
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3, -1, -3])
+def test_any_class_axis(xp, axis):
+    """Images: the class axis may be anywhere."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(2, 3, 4, 5))
+    n = x.shape[axis]
+    moved = np.moveaxis(x, axis, -1)
+    labels = rng.integers(n, size=moved.shape[:-1])
+    p = np.exp(moved) / np.exp(moved).sum(axis=-1, keepdims=True)
+    losses = -np.log(np.take_along_axis(p, labels[..., None], axis=-1))[..., 0]
+    slope = np.moveaxis(p - np.eye(n)[labels], -1, axis)
+    options = {"axis": axis, "reduction": "none"}
+    loss, grad = ps.cross_entropy_value_and_grad(xp.asarray(x), xp.asarray(labels), **options)
+    assert_close(xp, loss, losses, rtol=1e-12)
+    assert_close(xp, grad, slope, rtol=1e-11, atol=1e-15)
+    one_hot = xp.asarray(np.moveaxis(np.eye(n)[labels], -1, axis))
+    loss, grad = ps.cross_entropy_value_and_grad(xp.asarray(x), one_hot, **options)
+    assert_close(xp, loss, losses, rtol=1e-12)
+    assert_close(xp, grad, slope, rtol=1e-11, atol=1e-15)
+
+
+def test_single_sample(xp):
+    """1-d logits with a 0-d label, or with a distribution."""
+    x = np.asarray([1.0, 2.0, 3.0])
+    p = np.exp(x) / np.exp(x).sum()
+    for labels in (np.asarray(2), np.asarray([0, 0, 1]), np.asarray([0.0, 0.0, 1.0])):
+        for reduction in ("mean", "sum", "none"):
+            loss, grad = ps.cross_entropy_value_and_grad(
+                xp.asarray(x), xp.asarray(labels), reduction=reduction
+            )
+            assert_close(xp, loss, -np.log(p[2]), rtol=1e-14)
+            assert_close(xp, grad, p - [0, 0, 1], rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+)
+def test_labels_of_every_integer_dtype(xp, dtype):
+    x = np.random.default_rng(4).normal(size=(5, 6))
+    labels = np.asarray([0, 5, 2, 3, 1])
+    losses = np.log(np.exp(x).sum(axis=1)) - x[np.arange(5), labels]
+    arguments = (xp.asarray(x), xp.asarray(labels, dtype))
+    assert_close(xp, ps.cross_entropy(*arguments, reduction="none"), losses, rtol=1e-12)
+    ignored = ps.cross_entropy(*arguments, reduction="none", ignore_index=5)
+    assert_close(xp, ignored, np.where(labels == 5, 0, losses), rtol=1e-12)
+
+
+@pytest.mark.parametrize("margin", [5, 20, 40, 80])
+def test_the_label_entry_of_a_confident_gradient(xp, margin):
+    """p - 1 is 0 in float32 from a margin of 17 on; the entry is minus the sum of the others."""
+    x = np.asarray([[margin, 0.0, 0.25, -1.0]], np.float32)
+    exact = reference.softmax(reference.exact(x[0]))
+    slope = [float(-(exact[1] + exact[2] + exact[3])), *map(float, exact[1:])]
+    for labels in (np.asarray([0]), np.asarray([[1, 0, 0, 0]])):
+        loss, grad = ps.cross_entropy_value_and_grad(xp.asarray(x), xp.asarray(labels))
+        assert_close(xp, grad, [slope], "float32", rtol=1e-5)
+        assert_close(xp, loss, float(-mp.log(exact[0])), "float32", rtol=1e-6)
+
+
+def test_the_gradient_is_that_of_the_sum_of_the_returned_loss(xp):
+    x = np.random.default_rng(5).normal(size=(4, 3))
+    labels = xp.asarray([0, 1, 2, 0])
+    grads = {
+        r: xp.numpy(ps.cross_entropy_value_and_grad(xp.asarray(x), labels, reduction=r)[1])
+        for r in ("mean", "sum", "none")
+    }
+    np.testing.assert_array_equal(grads["none"], grads["sum"])
+    np.testing.assert_allclose(grads["mean"] * 4, grads["sum"], rtol=1e-15)
+
+
+def test_weight_of_another_dtype(xp):
+    x, labels = xp.asarray(LOGITS, "float32"), xp.asarray(INDICES)
+    loss = ps.cross_entropy(x, labels, weight=xp.asarray([1, 2, 3, 4]))
+    assert_like(xp, loss, (), "float32")
+    same = ps.cross_entropy(x, labels, weight=xp.asarray([1.0, 2.0, 3.0, 4.0]))
+    np.testing.assert_array_equal(xp.numpy(loss), xp.numpy(same))

@@ -1,0 +1,295 @@
+"""The softmax family against exact values, on every backend."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+from asserts import assert_close, assert_like
+from mpmath import mp, mpc, mpf
+
+import portable_softmax as ps
+
+RNG = np.random.default_rng(20240607)
+ROWS = {
+    "plain": RNG.normal(size=(3, 5)),
+    "spread": RNG.uniform(-80, 0, size=(3, 5)),
+    "offset": 1e4 + RNG.normal(size=(3, 5)),
+    "ties": np.asarray([[2.0, 2.0, 2.0], [1.0, 1.0, 0.0]]),
+    "confident": np.asarray([[0.0, 33.25, 1.125], [100.0, 0.0, -3.0], [-5.5, -5.25, 40.0]]),
+    "one class": np.asarray([[3.0], [-2.0]]),
+    "log-probabilities": np.log(RNG.dirichlet(np.ones(6), size=4)),
+    "huge": np.asarray([[1e308, -1e308, 0.0], [1e5, -1e5, 1e5]]),
+    "minus infinity": np.asarray([[0.0, -np.inf, 1.0]]),
+}
+
+
+def rows(function, x):
+    """Apply a function of reference.py to each row."""
+    return np.asarray([[float(v) for v in function(reference.exact(row))] for row in x])
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_softmax(xp, name):
+    x = ROWS[name]
+    assert_close(xp, ps.softmax(xp.asarray(x)), rows(reference.softmax, x), rtol=2e-14)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_log_softmax(xp, name):
+    x = ROWS[name]
+    expected = rows(reference.log_softmax, x)
+    assert_close(xp, ps.log_softmax(xp.asarray(x)), expected, rtol=2e-15)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_logsumexp(xp, name):
+    x = ROWS[name]
+    expected = [float(reference.logsumexp(reference.exact(row))) for row in x]
+    assert_close(xp, ps.logsumexp(xp.asarray(x), axis=1), expected, rtol=1e-15, atol=1e-15)
+
+
+def test_known_values(xp):
+    """The values of the lesson."""
+    y = ps.softmax(xp.asarray([[1.0, 2.0, 3.0, 4.0], [9.0, 10.0, 11.0, 13.0]]))
+    expected = [
+        [0.0320586, 0.08714432, 0.23688282, 0.64391426],
+        [0.01521943, 0.0413707, 0.11245721, 0.83095266],
+    ]
+    assert_close(xp, y, expected, rtol=0, atol=5e-9)
+
+
+def test_a_confident_row_keeps_its_digits(xp):
+    """The entry of [30, 0, 0] at 30 is log1p(2 exp(-30)), where 1 + 2 exp(-30) rounds badly."""
+    expected = float(-mp.log1p(2 * mp.exp(-30)))
+    for dtype, rtol in (("float64", 1e-15), ("float32", 5e-7)):
+        x = xp.asarray([30.0, 0.0, 0.0], dtype)
+        actual = assert_like(xp, ps.log_softmax(x), (3,), dtype)
+        np.testing.assert_allclose(actual[0], expected, rtol=rtol)
+        loss = ps.cross_entropy(x, xp.asarray(np.asarray(0)))
+        assert_close(xp, loss, -expected, dtype, rtol=rtol)
+
+
+def test_the_rounding_of_the_shift_is_put_back(xp):
+    """In float32, 90.3 - 0.0123 is off by up to 4e-6, which would show in the last digit of 1e-39."""
+    x = np.asarray([80.3, 0.0123, -0.987], np.float32)
+    exact = reference.exact(x)
+    expected = reference.log_softmax(exact)
+    actual = assert_like(xp, ps.log_softmax(xp.asarray(x)), (3,), "float32")
+    assert reference.ulps(actual, expected) <= 4
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, (0, 2), (2, 0, 1), None])
+def test_axes(xp, axis):
+    """Any axis is the last axis of the array with that axis moved there."""
+    x = RNG.normal(size=(3, 4, 5))
+    picked = range(3) if axis is None else np.atleast_1d(axis) % 3
+    kept = [a for a in range(3) if a not in picked]
+    flat = np.transpose(x, [*kept, *picked])
+    flat = flat.reshape(*(x.shape[a] for a in kept), -1)
+    e = np.exp(flat - flat.max(axis=-1, keepdims=True))
+    shape = [x.shape[a] for a in (*kept, *picked)]
+    y = (e / e.sum(axis=-1, keepdims=True)).reshape(shape)
+    y = np.transpose(y, np.argsort([*kept, *picked]))
+    lse = np.log(np.exp(flat).sum(axis=-1))
+    assert_close(xp, ps.softmax(xp.asarray(x), axis=axis), y, rtol=1e-13)
+    assert_close(xp, ps.log_softmax(xp.asarray(x), axis=axis), np.log(y), rtol=1e-13)
+    assert_close(xp, ps.logsumexp(xp.asarray(x), axis=axis), lse, rtol=1e-13)
+    kept_shape = [1 if a in picked else n for a, n in enumerate(x.shape)]
+    assert_like(
+        xp, ps.logsumexp(xp.asarray(x), axis=axis, keepdims=True), tuple(kept_shape), "float64"
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1, 2.5, 1e6, 1e-300])
+def test_temperature(xp, temperature):
+    """Softmax of x / T, also where x / T overflows."""
+    x = np.asarray([[1.0, 2.0, 4.0], [0.0, -30.0, 30.0]])
+    scaled = [[mpf(v) / mpf(temperature) for v in row] for row in x]
+    expected = [[float(v) for v in reference.softmax(row)] for row in scaled]
+    assert_close(xp, ps.softmax(xp.asarray(x), temperature=temperature), expected)
+    logs = [[float(v) for v in reference.log_softmax(row)] for row in scaled]
+    assert_close(xp, ps.log_softmax(xp.asarray(x), temperature=temperature), logs)
+
+
+def test_where(xp):
+    """Masked entries take no part, whatever they hold."""
+    x = np.asarray([[1.0, np.nan, 2.0, np.inf], [0.5, 3.0, -1.0, -np.inf]])
+    mask = np.asarray([[True, False, True, False], [True, True, False, False]])
+    y = np.zeros((2, 4))
+    y[0, [0, 2]] = [float(v) for v in reference.softmax([mpf(1), mpf(2)])]
+    y[1, :2] = [float(v) for v in reference.softmax([mpf(0.5), mpf(3)])]
+    with np.errstate(divide="ignore"):
+        log_y = np.log(y)
+    lse = [float(reference.logsumexp(r)) for r in ([mpf(1), mpf(2)], [mpf(0.5), mpf(3)])]
+    where = xp.asarray(mask)
+    assert_close(xp, ps.softmax(xp.asarray(x), where=where), y)
+    assert_close(xp, ps.log_softmax(xp.asarray(x), where=where), log_y)
+    assert_close(xp, ps.logsumexp(xp.asarray(x), axis=1, where=where), lse)
+    # A mask of one row broadcasts.
+    first = xp.asarray(np.asarray([True, False, False, False]))
+    assert_close(xp, ps.softmax(xp.asarray(x), where=first), [[1.0, 0, 0, 0]] * 2)
+    with pytest.raises(ValueError, match=r"where has shape \(3, 1\)"):
+        ps.softmax(xp.asarray(x), where=xp.asarray(np.ones((3, 1), bool)))
+    with pytest.raises(TypeError, match="where has dtype int64, expected bool"):
+        ps.softmax(xp.asarray(x), where=xp.asarray(np.ones((2, 4), np.int64)))
+
+
+# --------------------------------------------------------------------------- weights and signs
+
+WEIGHTED = {
+    "positive": ([1.0, 2.0, 3.0], [0.5, 1.0, 2.0]),
+    "one negative": ([1.0, 2.0, 3.0], [1.0, -1.0, 0.5]),
+    "negative sum": ([1.0, 2.0, 3.0], [1.0, 1.0, -1.0]),
+    "all negative": ([0.0, 50.0], [-1.0, -1.0]),
+    "zero at the maximum": ([1.0, 800.0, 0.0], [1.0, 0.0, 1.0]),
+    "zero hides nan and inf": ([1.0, np.nan, np.inf, 2.0], [1.0, 0.0, 0.0, 1.0]),
+    "cancelling maxima": ([5.0, 5.0, -20.0], [1.0, -1.0, 1.0]),
+    "a confident row": ([0.0, -40.0], [1.0, 3.0]),
+    "maxima that sum to 1": ([0.0, 0.0, -60.0], [0.25, 0.75, 1.0]),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_logsumexp_with_weights(xp, name):
+    x, b = WEIGHTED[name]
+    terms = [mpf(w) * mp.exp(mpf(v)) for v, w in zip(x, b, strict=True) if w != 0]
+    s = mp.fsum(terms)
+    options = {"b": xp.asarray(b)}
+    value, sign = ps.logsumexp(xp.asarray(x), return_sign=True, **options)
+    assert_close(xp, value, float(mp.log(abs(s))), rtol=1e-14)
+    assert_close(xp, sign, float(mp.sign(s)))
+    plain = ps.logsumexp(xp.asarray(x), **options)
+    assert_close(xp, plain, float(mp.log(s)) if s > 0 else np.nan, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("x", "b", "value", "sign"),
+    [
+        ([1.0, 1.0], [1.0, -1.0], -np.inf, 0.0),
+        ([np.inf, 1000.0], [1.0, -1.0], np.inf, 1.0),
+        ([np.inf, 1.0], [-1.0, 1.0], np.inf, -1.0),
+        ([np.inf, np.inf], [1.0, -1.0], np.nan, np.nan),
+        ([-np.inf, -np.inf], [2.0, -3.0], -np.inf, 0.0),
+        ([1.0, 2.0], [0.0, 0.0], -np.inf, 0.0),
+        ([np.nan, 2.0], [1.0, 1.0], np.nan, np.nan),
+    ],
+)
+def test_logsumexp_with_weights_at_the_edges(xp, x, b, value, sign):
+    actual = ps.logsumexp(xp.asarray(x), b=xp.asarray(b), return_sign=True)
+    assert_close(xp, actual[0], value)
+    assert_close(xp, actual[1], sign)
+
+
+def test_sign_without_weights(xp):
+    x = xp.asarray([[0.0, 1.0], [-np.inf, -np.inf], [np.nan, 0.0], [np.inf, 0.0]])
+    value, sign = ps.logsumexp(x, axis=1, return_sign=True)
+    assert_close(xp, value, [np.log1p(np.e), -np.inf, np.nan, np.inf])
+    assert_close(xp, sign, [1.0, 0.0, np.nan, 1.0])
+
+
+def test_weights_of_each_kind(xp):
+    """b broadcasts, may be integer, and takes the dtype of x."""
+    x = RNG.normal(size=(2, 3))
+    b = np.asarray([1, 2, 3])
+    expected = np.log((b * np.exp(x)).sum(axis=1))
+    for weights in (xp.asarray(b), xp.asarray(b, "float32")):
+        assert_close(xp, ps.logsumexp(xp.asarray(x), axis=1, b=weights), expected)
+    with pytest.raises(ValueError, match=r"b has shape \(4,\).*does not broadcast"):
+        ps.logsumexp(xp.asarray(x), b=xp.asarray(np.ones(4)))
+    with pytest.raises(TypeError, match="b has dtype bool"):
+        ps.logsumexp(xp.asarray(x), b=xp.asarray(np.ones(3, bool)))
+
+
+def test_complex_logsumexp(xp):
+    z = np.asarray([[1 + 2j, -1 - 3j, 0.5j], [700 + 3j, 699 - 3j, 1 + 0j]])
+    sums = [mp.fsum(mp.exp(mpc(v)) for v in row) for row in z]
+    value = assert_like(xp, ps.logsumexp(xp.asarray(z), axis=1), (2,), "complex128")
+    np.testing.assert_allclose(value, [complex(mp.log(s)) for s in sums], rtol=1e-14)
+    size, sign = ps.logsumexp(xp.asarray(z), axis=1, return_sign=True)
+    assert_close(xp, size, [float(mp.log(abs(s))) for s in sums], rtol=1e-14)
+    unit = assert_like(xp, sign, (2,), "complex128")
+    np.testing.assert_allclose(unit, [complex(s / abs(s)) for s in sums], rtol=1e-13)
+    b = np.asarray([1 - 1j, 2.0, 0.0])
+    weighted = ps.logsumexp(xp.asarray([0.0, 1.0, 5.0]), b=xp.asarray(b))
+    value = assert_like(xp, weighted, (), "complex128")
+    np.testing.assert_allclose(value, np.log(1 - 1j + 2 * np.e), rtol=1e-14)
+
+
+# --------------------------------------------------------------------------- gradients
+
+
+def test_vjps_against_the_jacobian(xp):
+    x, dy = RNG.normal(size=(2, 4)), RNG.normal(size=(2, 4))
+    p = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
+    jacobian = p[:, :, None] * (np.eye(4) - p[:, None, :])
+    y = ps.softmax(xp.asarray(x))
+    assert_close(xp, ps.softmax_jacobian(y), jacobian, rtol=1e-12)
+    expected = np.einsum("ni,nij->nj", dy, jacobian)
+    assert_close(xp, ps.softmax_vjp(y, xp.asarray(dy)), expected, rtol=1e-12, atol=1e-16)
+    # d log y_i / dx_j = delta_ij - y_j
+    expected = np.einsum("ni,nij->nj", dy, np.eye(4) - p[:, None, :])
+    log_y = ps.log_softmax(xp.asarray(x))
+    actual = ps.log_softmax_vjp(log_y, xp.asarray(dy))
+    assert_close(xp, actual, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("axis", [0, (0, 2), None])
+def test_vjps_over_any_axes(xp, axis):
+    """Central differences of the forward functions in 50 digits would be slower: NumPy's do."""
+    x, dy = RNG.normal(size=(2, 3, 2)), RNG.normal(size=(2, 3, 2))
+    pairs = ((ps.softmax, ps.softmax_vjp), (ps.log_softmax, ps.log_softmax_vjp))
+    for forward, vjp in pairs:
+        expected = np.empty_like(x)
+        for index in np.ndindex(x.shape):
+            step = np.zeros_like(x)
+            step[index] = 1e-5
+            slope = (forward(x + step, axis=axis) - forward(x - step, axis=axis)) / 2e-5
+            expected[index] = (slope * dy).sum()
+        out = forward(xp.asarray(x), axis=axis)
+        assert_close(xp, vjp(out, xp.asarray(dy), axis=axis), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_jacobian_of_any_axis_and_of_a_confident_row(xp):
+    x = RNG.normal(size=(3, 2))
+    y = ps.softmax(xp.asarray(x), axis=0)
+    transposed = ps.softmax(xp.asarray(np.ascontiguousarray(x.T)))
+    by_axis = assert_like(xp, ps.softmax_jacobian(y, axis=0), (2, 3, 3), "float64")
+    np.testing.assert_allclose(by_axis, xp.numpy(ps.softmax_jacobian(transposed)), rtol=1e-14)
+    confident = ps.softmax(xp.asarray([40.0, 0.0], "float32"))
+    expected = float(mp.exp(-40) / (1 + mp.exp(-40)) ** 2)
+    assert_close(
+        xp, ps.softmax_jacobian(confident), np.asarray([[1, -1], [-1, 1]]) * expected, "float32"
+    )
+
+
+def test_vjps_check_their_arguments(xp):
+    y = ps.softmax(xp.asarray(np.zeros((2, 3))))
+    for vjp, name in ((ps.softmax_vjp, "y"), (ps.log_softmax_vjp, "log_y")):
+        with pytest.raises(ValueError, match=r"dy has shape \(3,\), expected \(2, 3\)"):
+            vjp(y, xp.asarray(np.zeros(3)))
+        with pytest.raises(TypeError, match=f"{name} has dtype int64, expected a floating"):
+            vjp(xp.asarray([[1, 0]]), xp.asarray([[1.0, 0.0]]))
+        with pytest.raises(TypeError, match="dy has dtype int64, expected a floating"):
+            vjp(y, xp.asarray(np.zeros((2, 3), np.int64)))
+    with pytest.raises(TypeError, match="axis is None, expected an int"):
+        ps.softmax_jacobian(y, axis=None)
+
+
+# --------------------------------------------------------------------------- sums
+
+
+def test_long_columns_keep_their_digits(xp):
+    """A running sum of 100 000 rows in float32 is off by thousands of units; ours by a few."""
+    n = 100_000
+    x = np.full((n, 2), 0.1, np.float32)
+    x[:, 1] = np.linspace(0, 1, n, dtype=np.float32)
+    exact = x.astype(np.longdouble)
+    lse = np.log(np.exp(exact).sum(axis=0))
+    value = assert_like(xp, ps.logsumexp(xp.asarray(x), axis=0), (2,), "float32")
+    assert (np.abs(value - lse) <= 4 * np.spacing(lse.astype(np.float32))).all()
+    if xp.lazy:  # NumPy sums the rows inside of a chunk
+        return
+    y = assert_like(xp, ps.softmax(xp.asarray(x), axis=0), (n, 2), "float32")
+    expected = np.exp(exact - lse)
+    assert (np.abs(y - expected) <= 6 * np.spacing(expected.astype(np.float32))).all()
