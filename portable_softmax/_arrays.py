@@ -41,7 +41,8 @@ __all__ = [
 # NumPy 2 is itself a namespace of the standard. Taking it as it is saves importing
 # array_api_compat.numpy (0.06 s) and a call for each array.
 _NAMESPACES: dict[type, Namespace] = {np.ndarray: np}
-_LIBRARIES: dict[Any, str] = {np: "numpy"}
+# Keyed by the namespace's name: torch.compile cannot compare modules.
+_LIBRARIES: dict[str, str] = {"numpy": "numpy"}
 
 
 def namespace(*arrays: Any) -> Namespace:
@@ -74,13 +75,13 @@ def _look_up(array: Any) -> Namespace:
 
 def library(xp: Namespace) -> str:
     """Return the short name of the library behind a namespace, such as ``"torch"``."""
-    name = _LIBRARIES.get(xp)
+    name = _LIBRARIES.get(xp.__name__)
     if name is None:
         parts = xp.__name__.split(".")
         # array_api_compat.torch, array_api_compat.dask.array, jax.numpy, array_api_strict, ...
         name = parts[1] if parts[0] == "array_api_compat" else parts[0]
         name = {"array_api_strict": "strict"}.get(name, name)
-        _LIBRARIES[xp] = name
+        _LIBRARIES[xp.__name__] = name
     return name
 
 
@@ -96,7 +97,7 @@ def same_device(xp: Namespace, x: Any, other: Any) -> bool:
         return True
     if name == "jax":
         # JAX moves uncommitted arrays as it likes, and a tracer has no device yet.
-        if not (getattr(x, "committed", False) and getattr(other, "committed", False)):
+        if not all(reads_values(xp, a) and a.committed for a in (x, other)):
             return True
         return bool(x.devices() == other.devices())
     return bool(compat.device(x) == compat.device(other))
@@ -109,14 +110,14 @@ def default_float(xp: Namespace, x: Any) -> Any:
     """Return the floating dtype that the library gives to a Python float today."""
     if xp is np:
         return np.dtype(np.float64)
-    return xp.__array_namespace_info__().default_dtypes(device=device(x))["real floating"]
+    return xp.empty(0, device=device(x)).dtype  # a version before 2023.12 has no inspection
 
 
 def default_int(xp: Namespace, x: Any) -> Any:
     """Return the integer dtype that the library gives to a Python int today."""
     if xp is np:
         return np.dtype(np.int64)
-    return xp.__array_namespace_info__().default_dtypes(device=device(x))["integral"]
+    return xp.arange(0, device=device(x)).dtype
 
 
 def dtype_name(dtype: Any) -> str:
@@ -125,14 +126,14 @@ def dtype_name(dtype: Any) -> str:
 
 
 # One table a library: comparing the dtypes of two libraries may warn.
-_KINDS: dict[Any, dict[Any, str]] = {np: {}}
+_KINDS: dict[str, dict[Any, str]] = {}
 
 
 def kind(xp: Namespace, dtype: Any) -> str:
     """Sort a dtype into real, half, integer, complex, bool or other."""
-    kinds = _KINDS.get(xp)
+    kinds = _KINDS.get(xp.__name__)
     if kinds is None:
-        kinds = _KINDS[xp] = {}
+        kinds = _KINDS[xp.__name__] = {}
     found = kinds.get(dtype)
     if found is None:
         found = kinds[dtype] = _sort(xp, dtype)

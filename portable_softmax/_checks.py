@@ -125,6 +125,15 @@ def like_shape(name: str, x: Any, of: str, like: Any) -> None:
         )
 
 
+def upstream(dout: Any, shape: Any) -> None:
+    """Check that the upstream gradient of a loss is one number or one for each position."""
+    if dout.ndim and not _same_shape(dout.shape, shape):
+        expected = " or ".join(dict.fromkeys(("()", str(tuple(shape)))))
+        raise ValueError(
+            f"dout has shape {tuple(dout.shape)}, expected {expected}, the shape of the loss"
+        )
+
+
 def broadcastable(name: str, x: Any, shape: tuple[int, ...], of: str) -> None:
     """Check that `x` broadcasts to `shape` without making it larger."""
     ok = x.ndim <= len(shape) and all(

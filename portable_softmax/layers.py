@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Generic, final
 
-from portable_softmax import _arrays
+from portable_softmax import _arrays, _checks
 from portable_softmax._cross_entropy import LOSS_OPTIONS, cross_entropy_value_and_grad
 from portable_softmax._softmax import log_softmax, log_softmax_vjp, softmax, softmax_vjp
 from portable_softmax._typing import Array, ArrayT, Axis
@@ -163,10 +163,12 @@ class SoftmaxWithLoss(Generic[ArrayT]):
         self.y: ArrayT | None = None
         self.t: Array | None = None
         self._dx: ArrayT | None = None
+        self._loss_shape: tuple[int, ...] = ()
 
     def forward(self, x: ArrayT, t: Array) -> ArrayT:
         """Return the loss of the logits `x` for the labels `t`, keeping what backward needs."""
         loss, self._dx = cross_entropy_value_and_grad(x, t, **self.options)
+        self._loss_shape = loss.shape
         self.y = self._probabilities(x)
         self.t = t
         return loss
@@ -182,10 +184,16 @@ class SoftmaxWithLoss(Generic[ArrayT]):
         """
         if self._dx is None:
             raise _no_forward(self)
-        if getattr(dout, "ndim", 0):  # one for each position, with reduction="none"
-            xp = _arrays.namespace(self._dx, dout)
+        if isinstance(dout, int | float):
+            scaled: ArrayT = self._dx * dout
+            return scaled
+        xp = _checks.array("dout", dout)
+        _checks.companion("dout", dout, "logits", self._dx, xp)
+        _checks.upstream(dout, self._loss_shape)
+        if dout.ndim:  # one for each position, with reduction="none"
             dout = xp.expand_dims(dout, axis=self.options.get("axis", -1))
-        return self._dx * dout  # type: ignore[no-any-return]
+        answered: ArrayT = _arrays.cast(xp, self._dx * dout, self._dx.dtype)
+        return answered
 
     def _probabilities(self, x: Any) -> Any:
         axis, softcap = self.options.get("axis", -1), self.options.get("softcap")

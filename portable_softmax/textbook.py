@@ -29,6 +29,14 @@ The steps stop where the explanation is complete. What a program should call are
 functions, such as `portable_softmax.softmax` and `portable_softmax.cross_entropy`: they take any
 axis, masks, integers and half precision, check their arguments, and keep the digits that step 7
 shows being lost.
+
+>>> import numpy as np
+>>> from portable_softmax import textbook
+>>> layer = textbook.SoftmaxWithLoss()
+>>> print(round(float(layer.forward(np.asarray([[0.0, 0.0]]), np.asarray([1]))), 6))
+0.693147
+>>> layer.backward()  # y - t
+array([[ 0.5, -0.5]])
 """
 
 from __future__ import annotations

@@ -7,7 +7,10 @@ from backends import BACKENDS, Backend
 from hypothesis import settings
 
 # The time of one example depends on the machine and on whatever compiles first.
-settings.register_profile("portable", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile(
+    "portable", deadline=None, derandomize=True, print_blob=True, max_examples=30
+)
+settings.register_profile("thorough", deadline=None, print_blob=True, max_examples=10_000)
 settings.load_profile("portable")
 
 _MADE: dict[str, Backend] = {}

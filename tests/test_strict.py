@@ -66,7 +66,9 @@ def _calls() -> dict[str, Call]:
     found = {}
 
     def call(function: Callable[..., Any], *positional: np.ndarray, **keyword: Any) -> None:
-        options = ", ".join(k if isinstance(v, np.ndarray) else f"{k}={v}" for k, v in keyword.items())
+        options = ", ".join(
+            k if isinstance(v, np.ndarray) else f"{k}={v}" for k, v in keyword.items()
+        )
         kind = {labels.shape: "index", shape: "distribution"}[positional[-1].shape]
         kind = f"{kind} {positional[-1].dtype}: " if "entropy" in function.__name__ else ""
         found[f"{function.__name__}({kind}{options})"] = Call(function, positional, keyword)
@@ -108,3 +110,55 @@ def _calls() -> dict[str, Call]:
 
 CALLS = _calls()
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+# --------------------------------------------------------------------------- array-api-strict
+
+
+@pytest.fixture
+def strict(xp):
+    """The module array_api_strict, in tests of what only it has."""
+    if xp.library != "array_api_strict":
+        pytest.skip(f"a test of array_api_strict, this is {xp.name}")
+    return xp.xp
+
+
+VERSIONS = ("2022.12", "2023.12", "2024.12", "2025.12")
+
+
+@every_call
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version_of_the_standard(strict, xp, version, call):
+    # Neither an extension nor a shape that depends on values is asked for.
+    flags = {"data_dependent_shapes": False, "enabled_extensions": ()}
+    try:
+        context = strict.ArrayAPIStrictFlags(api_version=version, **flags)
+    except ValueError:
+        pytest.skip(f"array_api_strict {strict.__version__} does not know {version}")
+    with context:
+        actual = call.outputs(xp.from_numpy)
+    assert_same(xp, actual, call.outputs(np.asarray))
+
+
+@every_call
+def test_the_second_device_is_never_left(strict, xp, call):
+    device = strict.Device("device1")
+    actual = call.outputs(lambda a: strict.asarray(a, device=device))
+    assert [a.device for a in actual] == [device] * len(actual)
+    assert_same(xp, actual, call.outputs(np.asarray))
+
+
+def test_the_default_dtype_is_that_of_the_device(strict):
+    devices = [str(d) for d in strict.__array_namespace_info__().devices()]
+    if not any("no_float64" in name for name in devices):
+        pytest.skip(f"array_api_strict {strict.__version__} has no device without float64")
+    x = strict.asarray([1, 2, 3], dtype=strict.int32, device=strict.Device("no_float64"))
+    label = strict.asarray(1, dtype=strict.int32, device=x.device)
+    for y in (ps.softmax(x), ps.log_softmax(x), ps.logsumexp(x), ps.cross_entropy(x, label)):
+        assert y.dtype == strict.float32
+        assert y.device == x.device
+
+
+def assert_same(xp, actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(xp.numpy(a), e, rtol=1e-13, atol=1e-15)

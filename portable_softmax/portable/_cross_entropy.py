@@ -153,8 +153,8 @@ def _forward(
         rows = _distribution_rows(xp, inputs, x, weight, target, axis, options)
         loss, state = _distribution_loss(xp, rows, axis, options)
     if target.valid is not None:
-        nowhere = scalar(xp, math.nan, loss)
-        loss = xp.where(target.valid, loss, nowhere * loss)
+        # A factor: choosing between two losses would multiply nan with the 0 that flows back.
+        loss = loss * xp.where(target.valid, scalar(xp, 1.0, loss), scalar(xp, math.nan, loss))
     if target.counted is not None:
         loss = xp.where(target.counted, loss, scalar(xp, 0.0, loss))
     return loss, _divisor(xp, loss, rows, target), state, rows

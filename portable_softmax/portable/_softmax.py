@@ -56,7 +56,7 @@ def softmax_vjp(xp: Namespace, y: Any, dy: Any, axes: Axes) -> Any:
 
 def softmax_jacobian(xp: Namespace, y: Any, axis: int) -> Any:
     """diag(y) - y y^T over the last two axes, the class axis moved there."""
-    y = xp.moveaxis(y, axis, -1)
+    y = xp.permute_dims(y, (*(a for a in range(y.ndim) if a != axis), axis))
     n = y.shape[-1]
     eye = xp.eye(n, dtype=y.dtype, device=device(y))
     rows, columns = y[..., :, None], y[..., None, :]

@@ -1,0 +1,216 @@
+"""The libraries that the command line can name: how to import one, reach its devices, fill it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import portable_softmax
+from portable_softmax._arrays import namespace
+from portable_softmax._cli.errors import CommandError, one_line
+
+__all__ = ["BACKENDS", "TRAINABLE", "Backend", "Place", "is_installed", "open_place", "reach"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the command line must know about one library, and nothing more."""
+
+    module: str
+    """Import name of the module whose ``asarray`` makes the library's arrays."""
+    install: str
+    devices: Callable[[Any], dict[str, Any]]
+    """Given the module: each device that can be reached, the default first, by name."""
+    to_numpy: Callable[[Any], NDArray[Any]] = np.asarray
+    activate: Callable[[Any], object] = lambda device: None
+    """Make a device the current one, for a library that computes only there."""
+    compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
+    """What the library's users wrap around a training step."""
+
+    @property
+    def library(self) -> str:
+        """Name of the importable library itself."""
+        return self.module.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One backend on one of its devices, ready to compute."""
+
+    name: str
+    version: str
+    device_name: str
+    xp: Any
+    device: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}, {self.device_name}"
+
+    def put(self, array: NDArray[Any]) -> Any:
+        """Bring a NumPy array to this place."""
+        return self.xp.asarray(array, device=self.device)
+
+    def get(self, array: Any) -> NDArray[Any]:
+        """Bring an array of this place to NumPy."""
+        return BACKENDS[self.name].to_numpy(array)
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a pure function of arrays as the library's users would run it."""
+        return BACKENDS[self.name].compile(function)
+
+    def dtypes(self) -> list[str]:
+        """Return the floating dtypes in which softmax really computes here."""
+        return [name for name in ("float16", "bfloat16", "float32", "float64") if self._has(name)]
+
+    def _has(self, name: str) -> bool:
+        try:
+            dtype = getattr(self.xp, name, None) or _numpy_dtype(name)
+            with warnings.catch_warnings(action="ignore"):  # JAX without x64 warns, gives float32
+                x = self.xp.asarray([0.0, 0.0], dtype=dtype, device=self.device)
+                y = portable_softmax.softmax(x)
+            return bool(y.dtype == dtype and self.xp.all(y + y == 1))
+        except Exception:  # each library refuses a dtype or a device's lack of it in its own way
+            return False
+
+
+def reach(name: str) -> dict[str, Any]:
+    """Import a backend and return its devices by name, the default first.
+
+    Raises
+    ------
+    CommandError
+        If the backend is unknown, not installed, broken, or reaches no device.
+    """
+    backend = BACKENDS.get(name)
+    if backend is None:
+        raise CommandError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
+    if not is_installed(name):
+        raise CommandError(f"{backend.library} is not installed: {backend.install}")
+    try:
+        devices = backend.devices(importlib.import_module(backend.module))
+    except Exception as error:  # a broken installation may raise anything
+        raise CommandError(f"{backend.library} can't be used here: {one_line(error)}") from error
+    if not devices:
+        raise CommandError(f"{backend.library} can't be used here: it reaches no device")
+    return devices
+
+
+def open_place(name: str, device: str | None = None) -> Place:
+    """Return a backend ready to compute on ``device``, or on its default device for None.
+
+    Raises
+    ------
+    CommandError
+        If `reach` raises it, or if there is no such device.
+    """
+    devices = reach(name)
+    device_name = _match(device, list(devices))
+    if device_name is None:
+        raise CommandError(f"{name} has no device {device!r} here; it has {', '.join(devices)}")
+    backend = BACKENDS[name]
+    backend.activate(devices[device_name])
+    return Place(
+        name=name,
+        version=sys.modules[backend.library].__version__,
+        device_name=device_name,
+        xp=namespace(sys.modules[backend.module].asarray(0.0)),
+        device=devices[device_name],
+    )
+
+
+def is_installed(name: str) -> bool:
+    """Say whether the library of a backend could be imported, without importing it."""
+    return importlib.util.find_spec(BACKENDS[name].library) is not None
+
+
+def _match(wanted: str | None, names: list[str]) -> str | None:
+    """Return the first name that is ``wanted`` or a numbered device of that kind."""
+    if wanted is None:
+        return names[0]
+    return next((n for n in names if n == wanted or n.startswith(f"{wanted}:")), None)
+
+
+def _numpy_dtype(name: str) -> Any:
+    """Return the dtype for libraries that compute in NumPy's but don't name them all."""
+    source = np if hasattr(np, name) else importlib.import_module("ml_dtypes")
+    return np.dtype(getattr(source, name))
+
+
+def _torch_devices(torch: Any) -> dict[str, Any]:
+    names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    names += ["mps"] if torch.backends.mps.is_available() else []
+    return {name: torch.device(name) for name in names}
+
+
+def _jax_devices(_: Any) -> dict[str, Any]:
+    jax = importlib.import_module("jax")
+    devices = jax.devices()
+    with suppress(RuntimeError):  # JAX_PLATFORMS may leave the CPU out
+        devices += jax.devices("cpu")
+    return {f"{d.platform}:{d.id}": d for d in devices}
+
+
+def _cupy_devices(cupy: Any) -> dict[str, Any]:
+    count = cupy.cuda.runtime.getDeviceCount()
+    return {f"cuda:{i}": cupy.cuda.Device(i) for i in range(count)}
+
+
+def _strict_devices(strict: Any) -> dict[str, Any]:
+    # A device is written array_api_strict.Device('device1'): the name is between the quotes.
+    return {str(d).split("'")[1]: d for d in strict.__array_namespace_info__().devices()}
+
+
+def _strict_to_numpy(array: Any) -> NDArray[Any]:
+    strict = sys.modules["array_api_strict"]
+    return np.asarray(array.to_device(strict.Device("CPU_DEVICE")))
+
+
+BACKENDS: dict[str, Backend] = {
+    "numpy": Backend(
+        module="numpy",
+        install="pip install numpy",
+        devices=lambda _: {"cpu": "cpu"},
+    ),
+    "torch": Backend(
+        module="torch",
+        install='pip install "portable_softmax[torch]"',
+        devices=_torch_devices,
+        to_numpy=lambda array: np.asarray(array.detach().cpu()),
+    ),
+    "cupy": Backend(
+        module="cupy",
+        install='pip install "portable_softmax[cuda13]" (or cuda12)',
+        devices=_cupy_devices,
+        to_numpy=lambda array: np.asarray(array.get()),
+        activate=lambda device: device.use(),
+    ),
+    "jax": Backend(
+        module="jax.numpy",
+        install='pip install "portable_softmax[jax]"',
+        devices=_jax_devices,
+        compile=lambda function: sys.modules["jax"].jit(function),
+    ),
+    "strict": Backend(
+        module="array_api_strict",
+        install='pip install "portable_softmax[strict]"',
+        devices=_strict_devices,
+        to_numpy=_strict_to_numpy,
+    ),
+    "dask": Backend(
+        module="dask.array",
+        install='pip install "portable_softmax[dask]"',
+        devices=lambda _: {"cpu": "cpu"},
+    ),
+}
+
+TRAINABLE = tuple(name for name in BACKENDS if name != "dask")
+"""A training step needs its numbers at once; Dask would only write the graph longer."""

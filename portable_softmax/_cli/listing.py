@@ -1,0 +1,70 @@
+"""``backends``: what each library can do here, or why it can't."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from portable_softmax import kernels
+from portable_softmax._cli.backends import BACKENDS, Place, open_place, reach
+from portable_softmax._cli.errors import CommandError
+from portable_softmax._cli.report import Report
+
+__all__ = ["run"]
+
+
+def run(*, report: Report) -> dict[str, Any]:
+    """Import every backend, show what was found and return it as plain data."""
+    usable: dict[str, dict[str, Any]] = {}
+    unusable: dict[str, str] = {}
+    for name in BACKENDS:
+        try:
+            usable[name] = _describe(name)
+        except CommandError as error:
+            unusable[name] = str(error)
+    report.table(
+        "Backends that work here",
+        ("backend", "version", "devices", "dtypes", "fused kernels"),
+        [
+            (
+                name,
+                found["version"],
+                ", ".join(found["devices"]),
+                ", ".join(found["dtypes"]),
+                "; ".join(f"{kernel}: {', '.join(ops)}" for kernel, ops in found["kernels"].items())
+                or "none, the portable code runs",
+            )
+            for name, found in usable.items()
+        ],
+    )
+    if unusable:
+        report.table("Backends that don't", ("backend", "why"), list(unusable.items()))
+    return {
+        "backends": {
+            name: {"usable": True, **usable[name]}
+            if name in usable
+            else {"usable": False, "reason": unusable[name]}
+            for name in BACKENDS
+        }
+    }
+
+
+def _describe(name: str) -> dict[str, Any]:
+    place = open_place(name)
+    return {
+        "version": place.version,
+        "devices": list(reach(name)),
+        "dtypes": place.dtypes(),
+        "kernels": _kernels(place),
+    }
+
+
+def _kernels(place: Place) -> dict[str, list[str]]:
+    """Return the kernels that calls on this place take, each with its operations."""
+    x = place.put(np.zeros((1, 1), np.float32))
+    taken = {
+        kernel: [op for op in operations if kernels.explain(op, x).startswith(f"{kernel}:")]
+        for kernel, operations in kernels.available().items()
+    }
+    return {kernel: operations for kernel, operations in taken.items() if operations}

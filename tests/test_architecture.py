@@ -1,0 +1,191 @@
+"""What holds the package together: the direction of imports, and what using it loads."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import portable_softmax as ps
+
+PACKAGE = Path(ps.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# From the face down to the ground: a room may import from the rooms below it only.
+ROOMS = (
+    "__main__",
+    "_cli",
+    "__init__",
+    "layers",
+    "_cross_entropy",
+    "_softmax",
+    "kernels",
+    "portable",
+    "textbook",
+    "_checks",
+    "_arrays",
+    "_typing",
+)
+LIBRARIES = ("numpy", "torch", "jax", "dask", "cupy", "array_api_strict", "numba", "scipy")
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path):
+    """Yield the modules that a file imports, and whether it does so when it is imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = {id(n) for statement in tree.body for n in _outside_functions(statement)}
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from ((name, id(node) in top) for name in names)
+
+
+def _outside_functions(node):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from _outside_functions(child)
+
+
+def test_every_room_is_in_the_plan():
+    assert {room(path) for path in MODULES} == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_direction_of_imports(path):
+    here = room(path)
+    for name, _ in imports(path):
+        parts = name.split(".")
+        if parts[0] != "portable_softmax" or len(parts) == 1:
+            continue
+        # `from portable_softmax import kernels` names a room; `... import softmax` the face.
+        there = parts[1] if parts[1] in ROOMS else "__init__"
+        assert ROOMS.index(there) > ROOMS.index(here) or there == here, f"{here} imports {name}"
+
+
+def test_textbook_stands_on_the_namespace_lookup_alone():
+    ours = {n for n, _ in imports(PACKAGE / "textbook.py") if n.startswith("portable_softmax")}
+    assert {name.split(".")[1] for name in ours} <= {"_arrays", "_typing"}
+    assert "portable_softmax._arrays.namespace" in ours
+
+
+def test_kernels_do_not_import_each_other():
+    for path in (PACKAGE / "kernels").glob("_*.py"):
+        if path.name in ("__init__.py", "_table.py"):
+            continue
+        for name, _ in imports(path):
+            assert not name.startswith("portable_softmax.kernels"), f"{path.name} imports {name}"
+
+
+def test_only_arrays_imports_array_api_compat():
+    importers = {path.name for path in MODULES for name, _ in imports(path) if "array_api" in name}
+    assert importers == {"_arrays.py"}
+
+
+def test_portable_names_no_library():
+    """Neither in its imports nor anywhere else in its code; comments may say why."""
+    for path in (PACKAGE / "portable").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        names |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        names |= {part for name, _ in imports(path) for part in name.split(".")}
+        assert not names.intersection({*LIBRARIES, "np", "library"}), path.name
+
+
+def test_array_libraries_are_imported_when_used_only():
+    core = [p for p in MODULES if room(p) not in ("_cli", "__main__")]
+    for path in core:
+        for name, at_import in imports(path):
+            library = name.split(".")[0]
+            assert library not in LIBRARIES or library == "numpy" or not at_import, path.name
+
+
+def in_a_fresh_process(code: str) -> list:
+    code += "\nimport json, sys; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+USE = """
+import numpy as np, portable_softmax as ps
+x, t = np.zeros((3, 4)), np.asarray([0, 1, 2])
+ps.softmax(x), ps.log_softmax(x, where=x == 0), ps.logsumexp(x, b=x), ps.softmax_vjp(x, x)
+ps.log_softmax_vjp(x, x), ps.softmax_jacobian(x), ps.cross_entropy_value_and_grad(x, t)
+ps.cross_entropy(x, x, label_smoothing=0.1), ps.SoftmaxWithLoss().forward(x, t)
+ps.textbook.SoftmaxWithLoss().forward(x, t)
+"""
+
+
+@pytest.mark.parametrize("code", ["import portable_softmax", USE], ids=["import", "use"])
+def test_numpy_alone_is_loaded(code):
+    """Nothing third-party but numpy and array_api_compat."""
+    loaded = in_a_fresh_process(code)
+    baseline = in_a_fresh_process("import numpy")
+    third_party = set(loaded) - set(baseline) - set(sys.stdlib_module_names)
+    assert third_party == {"portable_softmax", "array_api_compat"}
+
+
+# --------------------------------------------------------------------------- the public face
+
+
+PUBLIC = [
+    pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")
+    for module in (ps, ps.textbook, ps.kernels)
+    for name in module.__all__
+]
+
+
+@pytest.mark.parametrize("thing", PUBLIC)
+def test_each_public_name_has_an_example(thing):
+    if thing is ps.kernels.find:  # the package's own door to the table
+        return
+    assert thing.__doc__, f"{thing} has no docstring"
+    assert ">>> " in thing.__doc__, f"{thing} has no example"
+
+
+@pytest.mark.parametrize("module", [ps, ps.textbook, ps.kernels], ids=lambda m: m.__name__)
+def test_all_is_what_is_exported(module):
+    modules = {"layers", "portable"} if module is ps else set()
+    visible = {name for name in vars(module) if not name.startswith("_")} - modules
+    imported = {n.rpartition(".")[2] for n, _ in imports(Path(module.__file__))}
+    own = {
+        name
+        for name in visible
+        if getattr(getattr(module, name), "__module__", "").startswith("portable_softmax")
+        or name in ("kernels", "textbook")
+    }
+    if module is ps.textbook:
+        own -= imported
+    assert sorted(module.__all__) == module.__all__ or module is ps.textbook
+    assert set(module.__all__) == own
+
+
+def test_the_wheel_is_typed_and_versioned():
+    assert (PACKAGE / "py.typed").exists()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", ps.__version__)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [ps.softmax, ps.log_softmax, ps.logsumexp, ps.softmax_vjp, ps.cross_entropy],
+    ids=lambda f: f.__name__,
+)
+def test_arrays_are_positional_and_options_are_not(function):
+    with pytest.raises(TypeError):
+        function(np.zeros(3), np.zeros(3), -1)
+    with pytest.raises(TypeError):
+        function(x=np.zeros(3), y=np.zeros(3))

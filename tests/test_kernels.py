@@ -1,0 +1,139 @@
+"""The table of kernels: what is there, which path a call takes, and that both answer alike."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import portable_softmax as ps
+from portable_softmax import kernels
+from portable_softmax.kernels import _numpy, _table
+
+OPERATIONS = ("softmax", "log_softmax", "logsumexp")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Which kernel functions ran."""
+    seen = []
+
+    def spied(name, real):
+        def spy(*args, **kwargs):
+            seen.append(name)
+            return real(*args, **kwargs)
+
+        return spy
+
+    for name in OPERATIONS:
+        monkeypatch.setattr(_numpy, name, spied(name, getattr(_numpy, name)))
+    monkeypatch.setattr(_table, "_LOADED", {})
+    return seen
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_path_that_explain_names_is_taken(calls, operation):
+    x = np.ones((2, 3))
+    assert kernels.explain(operation, x) == "numpy tiles: row tiles in cache"
+    getattr(ps, operation)(x)
+    assert calls == [operation]
+    with kernels.portable():
+        assert kernels.explain(operation, x) == "portable: forced by kernels.portable()"
+        getattr(ps, operation)(x)
+    assert calls == [operation]
+    getattr(ps, operation)(x)
+    assert calls == [operation] * 2
+
+
+def test_every_kernel_of_the_table_exists():
+    for kernel in _table.TABLE:
+        for operation in kernel.operations:
+            assert operation in _table.OPERATIONS
+            assert callable(getattr(_numpy, operation))
+        assert kernels.available()[kernel.name] == kernel.operations
+
+
+def test_libraries_without_kernels(xp):
+    x = xp.asarray(np.ones((2, 3)))
+    if xp.library == "numpy":
+        assert kernels.explain("softmax_vjp", x) == "portable: no kernel for softmax_vjp on numpy"
+    else:
+        assert kernels.explain("softmax", x).startswith("portable: no kernel for softmax on ")
+    with pytest.raises(ValueError, match="operation is 'relu', expected one of 'softmax'"):
+        kernels.explain("relu", x)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 5), (100_000, 3), (3, 100_000), (70, 40, 33), (2, 0), (5, 1), (1, 70_000), (70_000, 1)],
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int16"])
+def test_tiles_answer_as_the_portable_path(shape, dtype):
+    """On both sides of the size of a tile, for every axis, with and without a mask."""
+    rng = np.random.default_rng(9)
+    x = (rng.normal(size=shape) * 5).astype(dtype)
+    mask = rng.random(shape) > 0.3
+    compute = np.float32 if dtype in ("float16", "float32") else np.float64
+    axes = [*range(len(shape)), None, tuple(range(len(shape)))[:2]]
+    for axis in axes:
+        for name in OPERATIONS:
+            for options in ({}, {"where": mask}):
+                function = getattr(ps, name)
+                tiled = function(x, axis=axis, **options)
+                with kernels.portable():
+                    plain = function(x, axis=axis, **options)
+                assert tiled.dtype == plain.dtype
+                unit = np.finfo(tiled.dtype).eps
+                tolerance = 8 * np.finfo(compute).eps + (unit if dtype == "float16" else 0)
+                np.testing.assert_allclose(tiled, plain, rtol=tolerance, atol=tolerance)
+
+
+def test_small_and_large_arrays_take_different_ways(monkeypatch):
+    """A small contiguous softmax is worked on as a whole, anything else in tiles."""
+    cuts = []
+    real = _numpy._tiles
+    monkeypatch.setattr(_numpy, "_tiles", lambda *a: cuts.extend(real(*a)) or iter(cuts))
+    edge = _numpy.TILE_BYTES // 8
+    ps.softmax(np.zeros((edge // 4, 4)))
+    assert cuts == []
+    ps.softmax(np.zeros((edge // 4 + 1, 4)))
+    assert len(cuts) == 2
+    cuts.clear()
+    ps.softmax(np.zeros((4, 8)).T)  # not contiguous
+    assert len(cuts) == 1
+
+
+def test_a_one_row_tile_is_no_view_of_the_input():
+    """Working in place on it would change the user's array."""
+    for shape in ((1, 70_000), (70_000, 1), (1, 5), (5, 1)):
+        x = np.random.default_rng(0).normal(size=shape)
+        before = x.copy()
+        for axis in (0, 1):
+            y = ps.softmax(x, axis=axis)
+            assert not np.shares_memory(x, y)
+            np.testing.assert_array_equal(x, before)
+
+
+def run(code, value):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PORTABLE_SOFTMAX_KERNELS": value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_environment_variable():
+    code = (
+        "import numpy as np; from portable_softmax import kernels; "
+        "print(kernels.explain('softmax', np.ones(3)))"
+    )
+    forced = run(code, "portable")
+    assert forced.stdout.strip() == "portable: forced by PORTABLE_SOFTMAX_KERNELS=portable"
+    assert run(code, "").stdout.strip() == "numpy tiles: row tiles in cache"
+    wrong = run(code, "fused")
+    assert "PORTABLE_SOFTMAX_KERNELS is 'fused', expected 'portable'" in wrong.stderr

@@ -1,0 +1,116 @@
+"""The layers: forward, backward, and what they keep."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from asserts import assert_close, assert_like
+
+import portable_softmax as ps
+
+RNG = np.random.default_rng(8)
+
+
+def slope_of(function, x, step=1e-6):
+    """Return the gradient of a scalar function of NumPy arrays by central differences."""
+    grad = np.empty_like(x)
+    for index in np.ndindex(x.shape):
+        shift = np.zeros_like(x)
+        shift[index] = step
+        grad[index] = (function(x + shift) - function(x - shift)) / (2 * step)
+    return grad
+
+
+@pytest.mark.parametrize("axis", [-1, 0, (0, 1), None])
+@pytest.mark.parametrize("layer", [ps.Softmax, ps.LogSoftmax])
+def test_softmax_layers(xp, layer, axis):
+    """The backward pass is the gradient of the forward pass."""
+    a, dout = RNG.normal(size=(3, 4)), RNG.normal(size=(3, 4))
+    one = layer(axis=axis)
+    assert one.params == []
+    assert one.grads == []
+    assert one.out is None
+    out = one.forward(xp.asarray(a))
+    assert one.out is out
+    expected = slope_of(lambda v: (layer(axis=axis).forward(v) * dout).sum(), a)
+    assert_close(xp, one.backward(xp.asarray(dout)), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("layer", [ps.Softmax, ps.LogSoftmax, ps.SoftmaxWithLoss])
+def test_backward_before_forward(layer):
+    with pytest.raises(
+        RuntimeError, match=rf"{layer.__name__}\.backward was called before forward"
+    ):
+        layer().backward(np.ones(3))
+
+
+def test_softmax_with_loss(xp):
+    """(y - t) / batch, for class indices and one-hot labels alike."""
+    x = RNG.normal(size=(4, 3))
+    p = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
+    labels = np.asarray([0, 2, 1, 2])
+    t = np.eye(3)[labels]
+    for given in (xp.asarray(labels), xp.asarray(t), xp.asarray(t, "int64")):
+        layer = ps.SoftmaxWithLoss()
+        assert layer.params == []
+        assert layer.grads == []
+        assert layer.y is None
+        assert layer.t is None
+        loss = layer.forward(xp.asarray(x), given)
+        assert_close(xp, loss, -np.log((p * t).sum(axis=1)).mean(), rtol=1e-13)
+        assert_close(xp, layer.y, p, rtol=1e-13)
+        assert layer.t is given
+        assert_close(xp, layer.backward(), (p - t) / 4, rtol=1e-12, atol=1e-16)
+        assert_close(xp, layer.backward(3.0), 3 * (p - t) / 4, rtol=1e-12, atol=1e-16)
+        assert_close(xp, layer.backward(xp.asarray(0.5)), (p - t) / 8, rtol=1e-12, atol=1e-16)
+
+
+def test_softmax_with_loss_scales_each_position(xp):
+    """With reduction="none" each loss has an upstream gradient of its own, on any axis."""
+    x, dout = RNG.normal(size=(2, 3, 4)), RNG.normal(size=(2, 4))
+    labels = RNG.integers(3, size=(2, 4))
+    layer = ps.SoftmaxWithLoss(axis=1, reduction="none")
+    assert_like(xp, layer.forward(xp.asarray(x), xp.asarray(labels)), (2, 4), "float64")
+
+    def weighed(v):
+        return (ps.cross_entropy(v, labels, axis=1, reduction="none") * dout).sum()
+
+    actual = layer.backward(xp.asarray(dout))
+    assert_close(xp, actual, slope_of(weighed, x), rtol=1e-6, atol=1e-9)
+    with pytest.raises(ValueError, match=r"dout has shape \(4,\), expected \(\) or \(2, 4\)"):
+        layer.backward(xp.asarray(dout[0]))
+
+
+def test_softmax_with_loss_takes_the_losss_options(xp):
+    x = RNG.normal(size=(3, 4))
+    options = {"label_smoothing": 0.1, "softcap": 2.0, "z_loss": 0.1, "ignore_index": -1}
+    layer = ps.SoftmaxWithLoss(**options)
+    labels = np.asarray([1, -1, 3])
+    loss = layer.forward(xp.asarray(x), xp.asarray(labels))
+    assert_close(xp, loss, ps.cross_entropy(x, labels, **options), rtol=1e-13)
+    slope = slope_of(lambda v: ps.cross_entropy(v, labels, **options), x)
+    assert_close(xp, layer.backward(), slope, rtol=1e-6, atol=1e-9)
+    capped = 2.0 * np.tanh(x / 2.0)
+    p = np.exp(capped) / np.exp(capped).sum(axis=1, keepdims=True)
+    assert_close(xp, layer.y, p, rtol=1e-12)
+    with pytest.raises(TypeError, match="SoftmaxWithLoss got 'smoothing', expected options of"):
+        ps.SoftmaxWithLoss(smoothing=0.1)
+
+
+def test_single_sample(xp):
+    """1-d logits and a 0-d label."""
+    layer = ps.SoftmaxWithLoss()
+    loss = layer.forward(xp.asarray([0.0, 0.0]), xp.asarray(np.asarray(1)))
+    assert_close(xp, loss, np.log(2))
+    assert_close(xp, layer.backward(), [0.5, -0.5])
+
+
+def test_half_types_keep_their_dtype(xp):
+    if not xp.halves:
+        pytest.skip(f"{xp.name} has no half types")
+    for dtype in xp.halves:
+        layer = ps.SoftmaxWithLoss()
+        loss = layer.forward(xp.asarray([[0.0, 1.0]], dtype), xp.asarray([0]))
+        assert_like(xp, loss, (), dtype)
+        assert_like(xp, layer.y, (1, 2), dtype)
+        assert_like(xp, layer.backward(loss), (1, 2), dtype)

@@ -1,0 +1,335 @@
+"""torch: derivatives of every order and mode, compilation, and tensors that hold no values."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from test_strict import CALLS, as_tuple, every_call
+
+import portable_softmax as ps
+
+INF, NAN = np.inf, np.nan
+
+# torch's own: forward mode and vmap compile decompositions with it.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _only_torch(torch):
+    """Skip this module for the other libraries."""
+
+
+def finite(torch, function):
+    """Return the function with 0 for -inf: a masked log-probability has no difference quotient."""
+
+    def outputs(*arrays):
+        ys = as_tuple(function(*arrays))
+        return tuple(torch.where(torch.isinf(y.detach().abs()), 0.0, y) for y in ys)
+
+    return outputs
+
+
+# --------------------------------------------------------------------------- derivatives
+
+
+@every_call
+def test_gradcheck_and_gradgradcheck(torch, xp, call):
+    function, arrays = call.on(xp.from_numpy)
+    function = finite(torch, function)
+    for a in arrays:
+        a.requires_grad_()
+    # Reverse mode, forward mode, and both under vmap, against difference quotients.
+    assert torch.autograd.gradcheck(
+        function,
+        arrays,
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
+    )
+    assert torch.autograd.gradgradcheck(function, arrays, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("row", [[0.0] * 4, [3.0, 1.0, -2.0, 3.0], [9.0, 1.0, 0.0, 2.0]])
+def test_hessian_of_a_logarithm_of_a_sum(torch, xp, row):
+    """diag(p) - p p^T for logsumexp and the loss, at ties and for the largest entry."""
+    x, label = xp.asarray(row), xp.asarray(0)
+    p = torch.softmax(x, dim=0)
+    expected = torch.diag(p) - torch.outer(p, p)
+    for f in (ps.logsumexp, lambda x: ps.cross_entropy(x, label, check_labels=False)):
+        for hessian in (torch.func.hessian(f), torch.func.jacrev(torch.func.jacrev(f))):
+            torch.testing.assert_close(hessian(x), expected, rtol=1e-13, atol=1e-15)
+
+
+def test_transforms_of_torch_func_agree_with_the_public_gradients(torch, xp):
+    x = xp.asarray(np.random.default_rng(1).normal(size=(3, 5)))
+    labels = xp.asarray([4, 0, 2])
+    jacobians = ps.softmax_jacobian(ps.softmax(x))
+    for jacobian in (torch.func.jacrev(ps.softmax), torch.func.jacfwd(ps.softmax)):
+        torch.testing.assert_close(torch.func.vmap(jacobian)(x), jacobians, rtol=1e-13, atol=1e-15)
+    # One gradient an example: labels are mapped over as well, so their values cannot be read.
+    each = torch.func.vmap(torch.func.grad(ps.cross_entropy))(x, labels)
+    _, grad = ps.cross_entropy_value_and_grad(x, labels, reduction="sum")
+    torch.testing.assert_close(each, grad, rtol=1e-13, atol=1e-15)
+    losses = torch.func.vmap(ps.cross_entropy, in_dims=(1, 0))(x.T, labels)
+    torch.testing.assert_close(losses, ps.cross_entropy(x, labels, reduction="none"))
+
+
+@every_call
+def test_vmap_over_a_stack_is_the_loop_over_it(torch, xp, call):
+    function, arrays = call.on(xp.from_numpy)
+    stacks = [torch.stack([a, 0.5 * a]) for a in arrays]
+    for y, one, two in zip(
+        as_tuple(torch.func.vmap(function)(*stacks)),
+        as_tuple(function(*arrays)),
+        as_tuple(function(*(0.5 * a for a in arrays))),
+        strict=True,
+    ):
+        torch.testing.assert_close(y, torch.stack([one, two]), rtol=1e-13, atol=1e-15)
+
+
+ROWS = {
+    "ties": [1.5, 1.5, 1.5, 1.5],
+    "ordinary": [0.3, -1.2, 2.1, 0.0],
+    **{f"margin {m}": [m, 0.5, 0.0, -0.25] for m in (20.0, 40.0, 80.0)},
+}
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_the_gradient_through_the_value_has_the_digits_of_the_public_one(torch, xp, row, z_loss):
+    # At a margin of 20 the label's p - 1 rounds to 0 in float32, and minus the others' sum is 2e-9.
+    x, labels = xp.asarray([row, row], "float32"), xp.asarray([0, 2])
+    options = {"reduction": "sum", "z_loss": z_loss}
+    loss, grad = ps.cross_entropy_value_and_grad(x, labels, **options)
+    value = ps.cross_entropy(x.requires_grad_(), labels, **options)
+    assert torch.equal(value, loss)
+    through, forward = torch.autograd.grad(value, x)[0], torch.func.jacfwd(
+        lambda x: ps.cross_entropy(x, labels, **options)
+    )(x.detach())
+    assert (grad != 0).all()
+    for g in (through, forward):
+        torch.testing.assert_close(g, grad, rtol=4 * 2.0**-23, atol=0.0)
+
+
+@pytest.mark.parametrize("hidden", [NAN, INF, -INF, 1e308])
+def test_what_a_mask_hides_reaches_no_derivative(torch, xp, hidden):
+    x = xp.asarray([[1.0, hidden, 2.0], [hidden] * 3, [0.0, 0.0, 3.0]])
+    mask = xp.asarray([[True, False, True], [False] * 3, [True] * 3])
+    some, t = xp.asarray([0, -1, 2]), torch.full_like(x, 1 / 3)
+    counted = {"where": mask, "ignore_index": -1}
+    options = {"z_loss": 0.1, "softcap": 3.0, "label_smoothing": 0.1}
+    direction = torch.where(mask, 0.0, 1.0).to(x.dtype)
+    for f in (
+        lambda x: ps.softmax(x, where=mask),
+        lambda x: ps.log_softmax(x, where=mask),
+        lambda x: ps.logsumexp(x, axis=1, where=mask),
+        lambda x: ps.logsumexp(x, axis=1, where=mask, b=t, return_sign=True)[0],
+        lambda x: ps.logsumexp(x, axis=1, b=mask.to(x.dtype)),
+        lambda x: ps.cross_entropy(x, some, **counted),
+        lambda x: ps.cross_entropy(x, some, **counted, **options),
+        lambda x: ps.cross_entropy(x, t, where=mask),
+        lambda x: ps.cross_entropy(x, t, where=mask, **options),
+        lambda x: ps.cross_entropy_value_and_grad(x, some, **counted, **options)[1],
+    ):
+        leaf = x.clone().requires_grad_()
+        y = f(leaf)
+        weights = torch.arange(1.0, y.numel() + 1, dtype=y.dtype).reshape(y.shape)
+        (first,) = torch.autograd.grad(y, leaf, weights, create_graph=True)
+        (second,) = torch.autograd.grad((first * torch.cos(first)).sum(), leaf)
+        for g in (first, second):
+            assert torch.isfinite(g).all()
+            assert_array_equal(xp.numpy(g[~mask]), 0.0)
+        _, tangent = torch.func.jvp(f, (x,), (direction,))
+        assert_array_equal(xp.numpy(tangent), 0.0)
+
+
+@pytest.mark.parametrize("hidden", [NAN, INF, -INF])
+def test_what_an_ignored_row_holds_reaches_no_derivative(torch, xp, hidden):
+    x = xp.asarray([[0.0, 1.0], [hidden, hidden], [1.0, hidden]]).requires_grad_()
+    labels = xp.asarray([0, -1, -1])
+    for smoothing in (0.0, 0.1):
+        options = {"ignore_index": -1, "label_smoothing": smoothing}
+        loss = ps.cross_entropy(x, labels, **options)
+        (grad,) = torch.autograd.grad(loss, x)
+        assert_array_equal(xp.numpy(grad[1:]), 0.0)
+        _, expected = ps.cross_entropy_value_and_grad(x.detach(), labels, **options)
+        torch.testing.assert_close(grad, expected, rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.parametrize("check_labels", [True, False])
+def test_reading_the_labels_or_not_leaves_the_gradient_alone(torch, xp, check_labels):
+    x = xp.asarray([[0.0, 1.0, 3.0], [2.0, 0.0, 0.0]]).requires_grad_()
+    labels = xp.asarray([2, 1])
+    loss = ps.cross_entropy(x, labels, check_labels=check_labels)
+    _, expected = ps.cross_entropy_value_and_grad(x.detach(), labels)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected, rtol=1e-14, atol=0.0)
+
+
+def test_a_label_out_of_range_makes_its_own_row_nan(torch, xp):
+    x = xp.asarray(np.zeros((2, 3))).requires_grad_()
+    loss = ps.cross_entropy(x, xp.asarray([3, 0]), reduction="none", check_labels=False)
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    assert_array_equal(np.isnan(xp.numpy(loss)), [True, False])
+    assert_array_equal(np.isnan(xp.numpy(grad)), [[True] * 3, [False] * 3])
+    each = torch.func.vmap(ps.cross_entropy)(x.detach(), xp.asarray([3, 0]))
+    assert_array_equal(np.isnan(xp.numpy(each)), [True, False])
+
+
+# --------------------------------------------------------------------------- what takes part
+
+
+@every_call
+def test_a_derivative_is_taken_for_those_that_ask(torch, xp, call):
+    function, arrays = call.on(xp.from_numpy)
+    assert not any(y.requires_grad for y in as_tuple(function(*arrays)))
+    for asking in arrays:
+        asking.requires_grad_()
+        y = as_tuple(function(*arrays))[0]
+        assert y.requires_grad
+        with torch.no_grad():
+            assert not any(y.requires_grad for y in as_tuple(function(*arrays)))
+        y.abs().nan_to_num().sum().backward()
+        assert [a.grad is not None for a in arrays] == [a is asking for a in arrays]
+        asking.grad = None
+        asking.requires_grad_(False)
+
+
+@every_call
+def test_inference_mode_and_autocast_change_no_bit(torch, xp, call):
+    function, arrays = call.on(xp.from_numpy)
+    arrays = [a if a.is_complex() else a.float() for a in arrays]
+    expected = as_tuple(function(*arrays))
+    with torch.inference_mode():
+        inferred = as_tuple(function(*arrays))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = as_tuple(function(*arrays))
+    for e, i, a in zip(expected, inferred, autocast, strict=True):
+        assert i.is_inference()
+        assert (e.dtype, e.dtype) == (i.dtype, a.dtype)
+        torch.testing.assert_close(i, e, rtol=0.0, atol=0.0, equal_nan=True)
+        torch.testing.assert_close(a, e, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def test_logits_that_autocast_made(torch, xp):
+    x, w = xp.asarray(np.eye(3), "float32").requires_grad_(), xp.asarray(np.eye(3), "float32")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = x @ w
+        loss = ps.cross_entropy(logits, xp.asarray([0, 1, 2]))
+    assert logits.dtype == loss.dtype == torch.bfloat16
+    (grad,) = torch.autograd.grad(loss, x)
+    _, expected = ps.cross_entropy_value_and_grad(x.detach(), xp.asarray([0, 1, 2]))
+    torch.testing.assert_close(grad, expected, rtol=2.0**-7, atol=0.0)
+
+
+def test_integers_take_the_default_dtype(torch, xp):
+    x, labels = xp.asarray([[1, 2, 3]]), xp.asarray([0])
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float64, torch.float32):
+            torch.set_default_dtype(dtype)
+            for y in (ps.softmax(x), ps.logsumexp(x), ps.cross_entropy(x, labels)):
+                assert y.dtype == dtype
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int8", "int32"])
+def test_labels_of_every_integer_dtype(torch, xp, dtype):
+    x = xp.asarray(np.random.default_rng(2).normal(size=(3, 4)))
+    labels, expected = np.asarray([3, 0, 1]), ps.cross_entropy(x, xp.asarray([3, 0, 1]))
+    assert torch.equal(ps.cross_entropy(x, xp.asarray(labels, dtype)), expected)
+    with pytest.raises(IndexError, match=r"labels\[2\] is 4"):
+        ps.cross_entropy(x, xp.asarray([3, 0, 4], dtype))
+
+
+# --------------------------------------------------------------------------- no values to read
+
+
+@every_call
+def test_meta_and_fake_tensors_give_the_shape_and_dtype(torch, xp, call):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    expected = call.outputs(xp.from_numpy)
+    with FakeTensorMode() as mode:
+        fake = call.outputs(lambda a: mode.from_tensor(xp.from_numpy(a)))
+    for actual in (call.outputs(lambda a: xp.from_numpy(a).to("meta")), fake):
+        for y, e in zip(actual, expected, strict=True):
+            assert (y.shape, y.dtype) == (e.shape, e.dtype)
+            assert y.device.type == ("cpu" if actual is fake else "meta")
+
+
+# --------------------------------------------------------------------------- torch.compile
+
+
+@pytest.fixture
+def compiled(torch):
+    """torch.compile, of which nothing may be left to the interpreter."""
+
+    def compiled(function, **options):
+        torch.compiler.reset()
+        return torch.compile(function, fullgraph=True, **options)
+
+    with warnings.catch_warnings():
+        # torch's own: it looks at deprecated names while it traces.
+        warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning, UserWarning))
+        yield compiled
+    torch.compiler.reset()
+
+
+@every_call
+def test_compiles_as_one_graph(torch, xp, compiled, call):
+    function, arrays = call.on(xp.from_numpy)
+    actual = as_tuple(compiled(function, backend="eager")(*arrays))
+    for y, e in zip(actual, as_tuple(function(*arrays)), strict=True):
+        torch.testing.assert_close(y, e, rtol=1e-13, atol=1e-15)
+
+
+DIFFERENTIATED = [n for n in CALLS if "weight, label_smoothing" in n or n.endswith("softmax()")]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_a_compiled_gradient_is_the_eager_one(torch, xp, compiled, name):
+    function, arrays = CALLS[name].on(xp.from_numpy)
+    x = arrays[0].requires_grad_()
+
+    def gradient(function):
+        y = as_tuple(function(*arrays))[-1]
+        weights = torch.arange(1.0, y.numel() + 1, dtype=y.dtype).reshape(y.shape)
+        return torch.autograd.grad(y, x, weights)[0]
+
+    actual = gradient(compiled(function, backend="aot_eager"))
+    torch.testing.assert_close(actual, gradient(function), rtol=1e-13, atol=1e-15)
+
+
+def test_one_graph_serves_every_length(torch, xp, compiled):
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    step = compiled(ps.cross_entropy, backend=count, dynamic=True)
+    for n, c in ((4, 7), (5, 8), (9, 20)):
+        x = xp.asarray(np.random.default_rng(3).normal(size=(n, c)))
+        labels = xp.asarray(np.arange(n) % c)
+        torch.testing.assert_close(step(x, labels), ps.cross_entropy(x, labels))
+    assert len(graphs) == 1
+
+
+def test_inductor_keeps_the_digits_of_a_confident_row(torch, xp, compiled):
+    x = xp.asarray([[30.0, 0.0, 0.0], [0.0, 1.0, 2.0]], "float32")
+    labels = xp.asarray([0, 3])  # the second is out of range: nan, since no value can be read
+
+    def loss(x):
+        return ps.cross_entropy(x, labels, reduction="none")
+
+    leaf = x.clone().requires_grad_()
+    value = compiled(loss)(leaf)
+    (grad,) = torch.autograd.grad(value.sum(), leaf)
+    rest = 2 * np.exp(-30.0)
+    np.testing.assert_allclose(xp.numpy(value), [np.log1p(rest), NAN], rtol=1e-6)
+    np.testing.assert_allclose(xp.numpy(grad[0]), [-rest, rest / 2, rest / 2], rtol=1e-6)
+    assert np.isnan(xp.numpy(grad[1])).all()
