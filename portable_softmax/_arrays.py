@@ -7,6 +7,7 @@ can only exist after somebody else has imported that library.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,8 +35,10 @@ __all__ = [
     "namespace",
     "quiet",
     "reads_values",
+    "reduce_chunks",
     "same_device",
     "scalar",
+    "scalar_if_0d",
 ]
 
 # NumPy 2 is itself a namespace of the standard. Taking it as it is saves importing
@@ -197,6 +200,11 @@ def cast(xp: Namespace, x: Any, dtype: Any) -> Any:
     return x.astype(dtype) if xp is np else xp.astype(x, dtype)
 
 
+def scalar_if_0d(xp: Namespace, y: Any) -> Any:
+    """Return `y`, as a scalar where it has no axis and NumPy's own functions answer with one."""
+    return y[()] if xp is np and y.ndim == 0 else y
+
+
 def scalar(xp: Namespace, value: float, like: Any) -> Any:
     """Return `value` as a 0-d array with the dtype and device of `like`.
 
@@ -234,6 +242,15 @@ def gathers(xp: Namespace) -> bool:
 def is_chunked(xp: Namespace) -> bool:
     """Return whether arrays are split into chunks, so that slicing one adds to a task graph."""
     return library(xp) == "dask"
+
+
+def reduce_chunks(x: Any, axes: tuple[int, ...], function: Callable[..., Any]) -> Any:
+    """Fold the chunks of `x` over `axes` in a tree, the axes kept with length 1.
+
+    ``function(chunk, axis=..., keepdims=...)`` folds one chunk, and then what chunks gave.
+    """
+    reduction = sys.modules["dask.array"].reduction
+    return reduction(x, chunk=function, aggregate=function, axis=axes, keepdims=True, dtype=x.dtype)
 
 
 # --------------------------------------------------------------------------- reading values

@@ -165,11 +165,11 @@ def axes(axis: Any, ndim: int) -> tuple[int, ...]:
     """Return `axis`, an int, a tuple of ints or None for all, as non-negative ints."""
     if axis is None:
         return tuple(range(ndim))
-    if type(axis) is int:
-        if -ndim <= axis < ndim:
-            return (axis % ndim,)
-        raise _axis_error(axis, ndim)
+    if type(axis) is int and -ndim <= axis < ndim:
+        return (axis % ndim,)
     given = axis if isinstance(axis, tuple) else (axis,)
+    if ndim == 0 and given:
+        raise _axis_error(given[0], ndim, "pass axis=None")
     found = tuple(one_axis(a, ndim) for a in given)
     if len(set(found)) != len(found):
         raise ValueError(f"axis is {axis}, which names an axis twice: name each axis once")
@@ -192,9 +192,10 @@ def one_axis(axis: Any, ndim: int) -> int:
     return index % ndim
 
 
-def _axis_error(axis: int, ndim: int) -> Exception:
+def _axis_error(axis: Any, ndim: int, remedy: str = "") -> Exception:
     # NumPy's AxisError is both a ValueError and an IndexError, whichever a caller catches.
-    remedy = "pass axis=None" if ndim == 0 else f"pass an axis from {-ndim} to {ndim - 1}"
+    if not remedy:
+        remedy = f"pass an axis from {-ndim} to {ndim - 1}" if ndim else "give the array an axis"
     return np.exceptions.AxisError(f"axis is {axis}, but the array has {ndim} dimensions: {remedy}")
 
 

@@ -119,8 +119,9 @@ def cross_entropy(
         reduction, check_labels,
     )  # fmt: skip
     with _arrays.quiet(xp):
-        loss: ArrayT = _arrays.cast(xp, portable.cross_entropy(xp, x, target, at, options), answer)
-    return loss
+        loss = portable.cross_entropy(xp, x, target, at, options)
+        answered: ArrayT = _arrays.scalar_if_0d(xp, _arrays.cast(xp, loss, answer))
+    return answered
 
 
 def cross_entropy_value_and_grad(
@@ -183,7 +184,8 @@ def cross_entropy_value_and_grad(
     )  # fmt: skip
     with _arrays.quiet(xp):
         loss, grad = portable.cross_entropy_value_and_grad(xp, x, target, at, options)
-        return _arrays.cast(xp, loss, answer), _arrays.cast(xp, grad, answer)
+        loss = _arrays.scalar_if_0d(xp, _arrays.cast(xp, loss, answer))
+        return loss, _arrays.cast(xp, grad, answer)
 
 
 # What SoftmaxWithLoss takes and passes on.

@@ -134,7 +134,7 @@ def log_softmax(
     >>> import numpy as np
     >>> from portable_softmax import log_softmax
     >>> print(log_softmax(np.asarray([30.0, 0.0, 0.0]))[0])
-    -1.871524593768035e-13
+    -1.8715245937678598e-13
     """
     return _rowwise("log_softmax", x, axis, where, temperature)
 
@@ -231,7 +231,8 @@ def logsumexp(
     if not keepdims and axes:
         value = xp.squeeze(value, axis=axes)
         sign = None if sign is None else xp.squeeze(sign, axis=axes)
-    return (value, sign) if return_sign else value
+    value = _arrays.scalar_if_0d(xp, value)
+    return (value, _arrays.scalar_if_0d(xp, sign)) if return_sign else value
 
 
 def _logsumexp(
@@ -455,7 +456,7 @@ def _rowwise(operation: str, x: ArrayT, axis: Axis, where: Any, temperature: Any
             temperature=temperature,
         )
         if added:
-            y = xp.squeeze(y, axis=-1)
+            y = _arrays.scalar_if_0d(xp, xp.squeeze(y, axis=-1))
         y = _arrays.cast(xp, y, answer)
     return y
 
@@ -486,6 +487,6 @@ def _vjp(operation: str, name: str, y: ArrayT, dy: Array, axis: Axis) -> ArrayT:
             xp, _arrays.cast(xp, out, compute), _arrays.cast(xp, upstream, compute), axes
         )
         if added:
-            dx = xp.squeeze(dx, axis=-1)
+            dx = _arrays.scalar_if_0d(xp, xp.squeeze(dx, axis=-1))
         answered: ArrayT = _arrays.cast(xp, dx, answer)
     return answered

@@ -57,6 +57,9 @@ class Backend:
     def version(self) -> str:
         return str(importlib.import_module(self.library).__version__)
 
+    def device_name(self) -> str:
+        return str(self.device or "cpu")
+
     def other_device(self, array: Any) -> Any:
         """Return the array on another device of the library, or None where there is no other."""
         return None
@@ -102,6 +105,9 @@ class Strict(Backend):
 
     def is_ours(self, array):
         return type(array).__module__.startswith("array_api_strict") and array.device == self.device
+
+    def device_name(self):
+        return "cpu"
 
     def other_device(self, array):
         return self.xp.asarray(array, device=self.xp.Device("device1"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 from backends import BACKENDS, Backend
 from hypothesis import settings
@@ -61,28 +63,50 @@ def xp(backend_name: str) -> Backend:
     return _backend(backend_name)
 
 
+# A test that asks for a library's module is a test of that library, and runs on its backends only.
+_LIBRARY_FIXTURES = {
+    "torch": "torch",
+    "jax": "jax",
+    "da": "dask",
+    "array_api_strict": "array_api_strict",
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what no chosen backend can run: it is deselected, as it is no test of theirs."""
+    kept, left_out = [], []
+    for item in items:
+        wanted = {v for k, v in _LIBRARY_FIXTURES.items() if k in getattr(item, "fixturenames", ())}
+        name = item.callspec.params.get("backend_name") if hasattr(item, "callspec") else None
+        foreign = name is not None and wanted and BACKENDS[name].library not in wanted
+        (left_out if foreign else kept).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
 @pytest.fixture
 def torch(xp: Backend):
     """The module torch, in tests of what only torch has."""
-    return _module(xp, "torch")
+    return importlib.import_module("torch")
 
 
 @pytest.fixture
 def jax(xp: Backend):
     """The module jax, in tests of what only JAX has."""
-    return _module(xp, "jax")
+    return importlib.import_module("jax")
 
 
 @pytest.fixture
 def da(xp: Backend):
     """The module dask.array, in tests of what only Dask has."""
-    return _module(xp, "dask.array")
+    return importlib.import_module("dask.array")
 
 
-def _module(xp: Backend, name: str):
-    if xp.library != name.partition(".")[0]:
-        pytest.skip(f"a test of {name.partition('.')[0]}, this is {xp.name}")
-    return pytest.importorskip(name)
+@pytest.fixture
+def array_api_strict(xp: Backend):
+    """The module array_api_strict, in tests of what only it has."""
+    return importlib.import_module("array_api_strict")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -92,4 +116,4 @@ def _report(request: pytest.FixtureRequest, record_testsuite_property) -> None:
         backend = _backend(name)
         record_testsuite_property("backend", name)
         record_testsuite_property("version", backend.version())
-        record_testsuite_property("device", str(backend.device or "cpu"))
+        record_testsuite_property("device", backend.device_name())

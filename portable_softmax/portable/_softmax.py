@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from portable_softmax._arrays import cast, device, differentiates, scalar
+from portable_softmax._arrays import cast, constant, device, differentiates, scalar
 from portable_softmax._typing import Namespace
 from portable_softmax.portable._state import fold, maximum
 from portable_softmax.portable._sums import total
@@ -148,7 +148,8 @@ def _weighted(xp: Namespace, x: Any, axes: Axes, b: Any) -> tuple[Any, Any]:
     far = xp.log(xp.abs(xp.where(small | (s == 0), one, s)))
     shift = xp.where(xp.isinf(m), scalar(xp, 0.0, m), m)
     value = xp.where(small, near, far) + shift
-    return xp.where(s == 0, scalar(xp, -math.inf, value), value), xp.sign(s)
+    sign = xp.where(s > 0, one, xp.where(s < 0, -one, constant(xp, s)))
+    return xp.where(s == 0, scalar(xp, -math.inf, value), value), sign
 
 
 def _complex(xp: Namespace, x: Any, axes: Axes, b: Any, return_sign: bool) -> tuple[Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from portable_softmax._arrays import is_chunked
+from portable_softmax._arrays import is_chunked, namespace, reduce_chunks
 from portable_softmax._typing import Namespace
 
 # A plain running sum of n equal terms is off by about n/16 units in the last place (measured on
@@ -20,10 +20,16 @@ def total(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Any:
     with an error of log2(n) units instead of n (Higham 1993, "The accuracy of floating point
     summation").
     """
+    if is_chunked(xp):
+        return reduce_chunks(x, axes, _total_of_a_chunk)
     for axis in axes:
-        if axis != x.ndim - 1 and not is_chunked(xp):
+        if axis != x.ndim - 1:
             x = _halved(xp, x, axis)
     return xp.sum(x, axis=axes, keepdims=True)
+
+
+def _total_of_a_chunk(chunk: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
+    return total(namespace(chunk), chunk, axis)
 
 
 def _halved(xp: Namespace, x: Any, axis: int) -> Any:

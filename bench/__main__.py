@@ -1,0 +1,149 @@
+"""The command line: ``python -m bench speed`` and ``python -m bench accuracy``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bench import accuracy, exact, places, report, speed
+from portable_softmax._cli.errors import CommandError
+from portable_softmax._cli.report import choose
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return 0, 1 for a broken claim of ours, 2 for what the user can right."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        args = _parser().parse_args(argv)
+        report.check_writable(args.json)
+        return args.run(args, argv)
+    except CommandError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def run_speed(args: argparse.Namespace, argv: list[str]) -> int:
+    """Time ours and the peers on one backend; return 1 if an answer of ours is wrong."""
+    load = report.load()
+    operations = speed.parse_operations(args.ops)
+    shapes = speed.parse_shapes(args.shapes or (speed.QUICK_SHAPES if args.quick else speed.SHAPES))
+    dtypes = _dtypes(args.dtypes)
+    place = places.open_backend(args.backend)
+    providers, missing = speed.default_providers(place)
+    effort = speed.QUICK if args.quick else speed.THOROUGH
+    rows = _followed(speed.measure(place, providers, operations, shapes, dtypes, effort))
+    document = {
+        "benchmark": "speed",
+        **report.provenance(argv, load),
+        "backend": place.name,
+        "device": place.device_name,
+        "rows": [asdict(row) for row in rows],
+    }
+    show = choose(plain=False, json=False)
+    show.table(f"speed on {place}", speed.HEADINGS, speed.cells(rows))
+    show.line(speed.LEGEND)
+    if warning := report.busy(document):
+        show.line(warning)
+    _close(show, document, missing, args.json)
+    return 1 if any(row.ours and row.problem for row in rows) else 0
+
+
+def run_accuracy(args: argparse.Namespace, argv: list[str]) -> int:
+    """Compare errors with the bounds; return 1 if ours breaks one."""
+    load = report.load()
+    report.check_writable(args.markdown)
+    dtypes, left_out = _judged_dtypes(args.dtypes)
+    backends = args.backend.split(",") if args.backend else accuracy.installed()
+    providers, missing = accuracy.columns(list(dict.fromkeys(backends)))
+    cells = _followed(accuracy.measure(providers, dtypes, quick=args.quick))
+    document = {
+        "benchmark": "accuracy",
+        **report.provenance(argv, load),
+        "cells": [asdict(cell) for cell in cells],
+    }
+    show = choose(plain=False, json=False)
+    for title, headings, rows in accuracy.tables(cells):
+        show.table(title, headings, rows)
+    show.line(accuracy.LEGEND)
+    _close(show, document, missing + left_out, args.json)
+    if args.markdown:
+        report.write_markdown(args.markdown, document, accuracy.LEGEND, accuracy.tables(cells))
+    broken = sum(cell.ours and not cell.held for cell in cells)
+    show.line(f"{broken} bounds broken" if broken else "every bound held")
+    return 1 if broken else 0
+
+
+def _followed(measured: Iterator[Any]) -> list[Any]:
+    """Collect what is measured, telling a terminal that something happens."""
+    found = []
+    for item in measured:
+        found.append(item)
+        if sys.stderr.isatty():
+            print(f"\r{len(found)} measured", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\r", end="", file=sys.stderr)
+    return found
+
+
+def _close(show: Any, document: dict[str, Any], missing: list[str], path: Path | None) -> None:
+    if missing:
+        show.line(f"not here: {', '.join(missing)}")
+    show.line(report.described(document))
+    if path is not None:
+        report.write_json(path, document)
+
+
+def _judged_dtypes(text: str) -> tuple[list[str], list[str]]:
+    """Return the dtypes that were asked for, or all that can be judged, and what was left out."""
+    asked = _dtypes(text) if text else list(exact.FORMATS)
+    why = {dtype: accuracy.why_not(dtype) for dtype in asked}
+    left_out = [f"{dtype} ({reason})" for dtype, reason in why.items() if reason]
+    if text and left_out:
+        raise CommandError(f"can't judge {', '.join(left_out)}")
+    return [dtype for dtype in asked if not why[dtype]], left_out
+
+
+def _dtypes(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in exact.FORMATS:
+            raise CommandError(f"unknown dtype {name!r}; choose from {', '.join(exact.FORMATS)}")
+    return names
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--quick", action="store_true", help="a short run, to see that it runs")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
+
+    parser = _Parser(prog="python -m bench", description="Measure this package beside its peers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="speed|accuracy")
+    one = commands.add_parser("speed", parents=[output], help="time, and GB/s beside a copy")
+    one.add_argument("--backend", default="numpy", choices=places.CHOICES, help="the array library")
+    one.add_argument("--ops", default=",".join(speed.OPERATIONS), help="comma list")
+    one.add_argument("--shapes", metavar="ROWSxCLASSES,...", help="comma list")
+    one.add_argument("--dtypes", default="float32", help="comma list")
+    one.set_defaults(run=run_speed)
+    two = commands.add_parser(
+        "accuracy", parents=[output], help="errors in units in the last place"
+    )
+    two.add_argument("--backend", default="", help="comma list of where to measure ours")
+    two.add_argument("--dtypes", default="", help="comma list")
+    two.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there")
+    two.set_defaults(run=run_accuracy)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""``accuracy``: errors in units in the last place, ours beside the peers', against the bounds."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from bench import exact, families, places
+from bench.places import Place
+from bench.providers import NUMPY_BY_HAND, Offer, our_provider, peers
+from portable_softmax._cli.backends import is_installed
+from portable_softmax._cli.errors import one_line
+
+OPERATIONS = ("softmax", "log_softmax", "logsumexp", "cross_entropy")
+LABEL_GRADIENT = "label gradient"
+
+# Where ours is measured, and where the peers are, so far as installed.
+BACKENDS = ("numpy", "torch", "jax")
+
+_HALF_BOUND = 0.51
+_LABEL_GRADIENT_BOUND = 1e-5
+
+
+@dataclass
+class Cell:
+    """The worst error of one provider on one family, in units in the last place."""
+
+    operation: str
+    family: str
+    dtype: str
+    provider: str
+    ours: bool
+    error: float
+    bound: float
+    """The largest over the family's rows: that of softmax depends on what a row spans."""
+    held: bool
+    counted: int = 0
+    """How many entries the bound speaks of."""
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A provider on its backend."""
+
+    name: str
+    ours: bool
+    place: Place
+    dtypes: frozenset[str]
+    offer: Callable[[int, str], Offer]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family in one dtype, and its exact answers."""
+
+    family: str
+    dtype: str
+    axis: int
+    x: np.ndarray
+    labels: np.ndarray
+    exact: exact.Exact
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The logits with the classes last, in extended precision."""
+        return np.moveaxis(self.x, self.axis, -1).astype(np.longdouble)
+
+
+def installed() -> list[str]:
+    return [name for name in BACKENDS if is_installed(name)]
+
+
+def why_not(dtype: str) -> str:
+    """Why a dtype can't be judged here; empty where it can."""
+    if not exact.measures(dtype):
+        return "np.longdouble is no longer than float64 on this machine"
+    if dtype == "bfloat16" and importlib.util.find_spec("ml_dtypes") is None:
+        return "ml_dtypes is not installed"
+    return ""
+
+
+def columns(backends: list[str]) -> tuple[list[Column], list[str]]:
+    """Return ours on each of `backends`, every peer, and the names of the peers that are missing.
+
+    The peers are always all there: a bound compares with the best of them.
+    """
+    opened = {name: places.open_backend(name) for name in {*backends, *installed()}}
+    dtypes = {name: frozenset(place.dtypes()) for name, place in opened.items()}
+    ours, theirs, missing = [], [], [name for name in BACKENDS if name not in opened]
+    for name in backends:
+        offer = cache(our_provider(opened[name]).offer)  # JAX compiles once
+        ours.append(Column(f"ours, {name}", True, opened[name], dtypes[name], offer))
+    for name in installed():
+        present, absent = peers(opened[name])
+        missing += absent
+        theirs += [
+            Column(peer.name, False, opened[name], dtypes[name], cache(peer.offer))
+            for peer in present
+            if peer.name != NUMPY_BY_HAND
+        ]
+    return ours + theirs, missing
+
+
+def measure(providers: list[Column], dtypes: list[str], *, quick: bool) -> Iterator[Cell]:
+    """Yield a cell for each operation, family, dtype and provider."""
+    for case in _cases(dtypes, quick=quick):
+        for operation in OPERATIONS:
+            yield from _judged([_cell(case, operation, column) for column in providers])
+    if "float32" in dtypes:
+        for case in _margins():
+            yield from (_label_gradient(case, column) for column in providers)
+
+
+def _cases(dtypes: list[str], *, quick: bool) -> Iterator[Case]:
+    for family in families.chosen(quick=quick):
+        for dtype in family.dtypes:
+            if dtype in dtypes:
+                rng = np.random.default_rng(0)
+                yield _case(family.name, dtype, family.axis, family.rows(rng, dtype), rng)
+
+
+def _margins() -> Iterator[Case]:
+    for margin in families.MARGINS:
+        rng = np.random.default_rng(0)
+        x = families.confident(rng, np.full(400, float(margin)))
+        yield _case(f"margin {margin}, V=10", "float32", -1, x, rng)
+
+
+def _case(name: str, dtype: str, axis: int, rows: np.ndarray, rng: np.random.Generator) -> Case:
+    x = rows.astype(places.np_dtype(dtype))
+    labels = families.labels(rng, x, axis)
+    answers = exact.solve(np.moveaxis(x, axis, -1), labels)
+    return Case(name, dtype, axis, x, labels, answers)
+
+
+def _cell(case: Case, operation: str, column: Column) -> Cell:
+    answer = getattr(case.exact, operation)
+    unit, bound = _unit_and_bound(case, operation, answer)
+    cell = _empty(case, operation, column, float(np.max(bound)))
+    result = _compute(case, operation, column, cell)
+    if result is not None:
+        error = _distance(result, answer) / unit
+        counted = _counted(case, operation, answer, column.place)
+        cell.counted = int(counted.sum())
+        cell.error = float(np.max(error, where=counted, initial=0))
+        cell.held = bool(np.all(~counted | (error <= bound)))
+    return cell
+
+
+def _label_gradient(case: Case, column: Column) -> Cell:
+    cell = _empty(case, LABEL_GRADIENT, column, _LABEL_GRADIENT_BOUND)
+    result = _compute(case, "cross_entropy_value_and_grad", column, cell)
+    if result is not None:
+        answer = case.exact.label_gradient
+        gradient = result[np.arange(len(answer)), case.labels]
+        cell.counted = len(answer)
+        cell.error = float(np.max(_distance(gradient, answer) / np.abs(answer)))
+        cell.held = cell.error <= cell.bound
+    return cell
+
+
+def _empty(case: Case, operation: str, column: Column, bound: float) -> Cell:
+    names = (operation, case.family, case.dtype, column.name)
+    return Cell(*names, ours=column.ours, error=np.nan, bound=bound, held=False)
+
+
+def _compute(case: Case, operation: str, column: Column, cell: Cell) -> np.ndarray | None:
+    """Return the result with the classes last, in extended precision, or say the problem."""
+    place, call = column.place, column.offer(case.axis, "none").get(operation)
+    if call is None or case.dtype not in column.dtypes:
+        cell.problem, cell.held = "-", True
+        return None
+    try:
+        with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):
+            result = call(places.put(place, case.x), places.put(place, case.labels))
+            if operation == "cross_entropy_value_and_grad":
+                _, result = result
+            result = places.get(place, result).astype(np.longdouble)
+    except Exception as problem:  # each library refuses a dtype in its own way
+        cell.problem = one_line(problem)
+        return None
+    return np.moveaxis(result, case.axis, -1) if result.ndim == case.x.ndim else result
+
+
+def _distance(result: np.ndarray, answer: np.ndarray) -> np.ndarray:
+    distance = np.abs(result - answer)
+    return np.where(np.isnan(distance), np.inf, distance)
+
+
+def _unit_and_bound(case: Case, operation: str, answer: np.ndarray) -> tuple[Any, Any]:
+    unit = exact.unit(answer, case.dtype)
+    if case.dtype in families.HALVES:
+        return unit, _HALF_BOUND
+    if operation == "softmax":
+        return unit, np.maximum(6, 2 + 2 * np.ptp(case.rows, axis=-1, keepdims=True))
+    if operation == "logsumexp":
+        # Near 0 it is the difference of two larger numbers: its bound there is absolute.
+        u = np.ldexp(np.longdouble(1), -exact.FORMATS[case.dtype][0])
+        near_zero = 4 * u * np.maximum(1, np.abs(case.rows.max(axis=-1)))
+        return np.maximum(unit, near_zero / 6), 6
+    return unit, 8
+
+
+def _counted(case: Case, operation: str, answer: np.ndarray, place: Place) -> np.ndarray:
+    """Return which entries the bound speaks of.
+
+    A logarithm counts where it is a normal number: it is the remainder where that is small. A
+    library that flushes subnormal numbers to 0 has no such probabilities, and drops such terms
+    from its remainders: what is counted is what these could not change.
+    """
+    everything = np.ones(answer.shape, bool)
+    if operation == "logsumexp":
+        return everything
+    flushes = _flushes(place, case.dtype)
+    smallest = 1.01 * exact.smallest_normal(case.dtype)
+    if operation == "softmax":
+        return answer > smallest if flushes else everything
+    if flushes:
+        terms = np.exp(case.rows - case.rows.max(axis=-1, keepdims=True))
+        dropped = terms.sum(axis=-1, keepdims=answer.ndim == 2, where=terms < smallest)
+        smallest = np.maximum(smallest, np.ldexp(dropped, exact.FORMATS[case.dtype][0]))
+    return np.abs(answer) > smallest
+
+
+def _flushes(place: Place, dtype: str) -> bool:
+    """Whether a library takes what is below the smallest normal number for 0, as XLA does."""
+    smallest = np.asarray(exact.smallest_normal(dtype), places.np_dtype(dtype))
+    return bool((places.put(place, smallest) / 2) == 0)
+
+
+def _judged(cells: list[Cell]) -> list[Cell]:
+    """Hold ours against the best peer as well, of those that were judged on the same entries."""
+    for cell in cells:
+        if cell.ours:
+            same = [c.error for c in cells if not c.ours and c.counted == cell.counted]
+            best = min(same, default=np.inf)
+            # Written so that a cell without an error, which says its problem, stays as it is.
+            cell.held = cell.held and not cell.error > 1.5 * best + 1
+    return cells
+
+
+def tables(cells: list[Cell]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Yield a title, column names and rows of text for each operation."""
+    for operation in dict.fromkeys(cell.operation for cell in cells):
+        some = [cell for cell in cells if cell.operation == operation]
+        names = list(dict.fromkeys(cell.provider for cell in some))
+        lines: dict[tuple[str, str], list[Cell]] = {}
+        for cell in some:
+            lines.setdefault((cell.family, cell.dtype), []).append(cell)
+        unit = "relative error" if operation == LABEL_GRADIENT else "ulp"
+        rows = [
+            [
+                family,
+                dtype,
+                *(cell.problem or f"{cell.error:.3g}" for cell in line),
+                f"{max(cell.bound for cell in line):.3g}",
+                "yes" if all(cell.held for cell in line if cell.ours) else "NO",
+            ]
+            for (family, dtype), line in lines.items()
+        ]
+        yield f"{operation}, {unit}", ["rows", "dtype", *names, "bound", "ours within"], rows
+
+
+LEGEND = (
+    "The worst error over the rows of a family, in units in the last place of the exact result. "
+    "Ours must stay within the bound, and within 1.5 times the best peer's error plus one. "
+    "The bound of softmax is max(6, 2 + 2D) for a row that spans D; shown is the largest. "
+    "logsumexp within 4u max(1, |max|) of the exact value counts as 6 units or less. The "
+    "logarithms count where the remainder is a normal number; a library that flushes subnormal "
+    "numbers to 0 is not asked for those, nor for remainders that need them."
+)

@@ -1,0 +1,59 @@
+"""Backends to measure on: how data gets there and back, and when a result is really there."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from portable_softmax._cli.backends import BACKENDS, Place, open_place
+
+CHOICES = (*BACKENDS, "torch-cuda")
+
+
+def open_backend(name: str) -> Place:
+    """Return a backend ready to compute, JAX with its float64; CommandError says why not."""
+    place = open_place("torch", "cuda") if name == "torch-cuda" else open_place(name)
+    if name == "jax":
+        sys.modules["jax"].config.update("jax_enable_x64", True)
+    return place
+
+
+def np_dtype(name: str) -> np.dtype:
+    """Return a dtype of NumPy by name; bfloat16 is that of ml_dtypes."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def put(place: Place, x: np.ndarray) -> Any:
+    if place.name == "torch" and x.dtype.name == "bfloat16":
+        return place.put(x.astype(np.float32)).to(place.xp.bfloat16)
+    return place.put(x)
+
+
+def get(place: Place, y: Any) -> np.ndarray:
+    if place.name == "torch" and y.dtype == place.xp.bfloat16:
+        y = y.float()
+    return place.get(y)
+
+
+def finish(place: Place, result: Any) -> None:
+    """Wait until a result, or each of a tuple, has been computed."""
+    if place.name == "jax":
+        sys.modules["jax"].block_until_ready(result)
+    elif place.name == "dask":
+        sys.modules["dask"].compute(result)
+    elif place.device_name.startswith("cuda"):
+        library = sys.modules[place.name]
+        (library.cuda if place.name == "torch" else library.cuda.Device()).synchronize()
+
+
+def copy(place: Place, x: Any) -> Any:
+    """Read x once and write it once, the least that a softmax has to do."""
+    if place.name == "dask":  # its own copy shares the memory
+        return x.map_blocks(np.copy)
+    return place.xp.asarray(x, copy=True)

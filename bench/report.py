@@ -1,0 +1,129 @@
+"""What every measurement is kept with, and the forms it is shown in."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import portable_softmax
+from portable_softmax._cli.errors import CommandError
+
+ROOT = Path(__file__).resolve().parent.parent
+_LIBRARIES = ("numpy", "scipy", "torch", "jax", "dask", "cupy", "array_api_strict", "ml_dtypes")
+
+
+def load() -> float | None:
+    """Return how many processes wanted a core during the last minute; None on Windows."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def provenance(argv: Sequence[str], load_before: float | None) -> dict[str, Any]:
+    """Return where, when and with what something was measured."""
+    modules = {name: sys.modules.get(name) for name in _LIBRARIES}
+    return {
+        "command": shlex.join(["python", "-m", "bench", *argv]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": {
+            "cpu": _cpu(),
+            "cores": _cores(),
+            "system": platform.system(),
+            "load_before": load_before,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "portable_softmax": portable_softmax.__version__,
+            **{name: module.__version__ for name, module in modules.items() if module},
+        },
+    }
+
+
+def _cores() -> int | None:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()  # not Linux
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())
+
+
+def _commit() -> str | None:
+    """Return the clone's commit, marked where files differ from it; None without git."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+def described(document: dict[str, Any]) -> str:
+    """Return one line on where, when and with what a document was measured."""
+    machine = document["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    commit = document["commit"] or "unknown"
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores; {versions}; commit {commit}; "
+        f"{document['date']}"
+    )
+
+
+def busy(document: dict[str, Any]) -> str:
+    """Return a warning where other processes took the cores; empty where none did."""
+    machine = document["machine"]
+    load_before, cores = machine["load_before"], machine["cores"]
+    if load_before is None or cores is None or load_before < cores / 2:
+        return ""
+    return f"the machine was busy (load {load_before:.1f} on {cores} cores): trust ratios only"
+
+
+def check_writable(path: Path | None) -> None:
+    """Raise before anything is measured, not after."""
+    if path is not None:
+        target = path if path.exists() else path.parent
+        if path.is_dir() or not os.access(target, os.W_OK):
+            raise CommandError(f"can't write {path}")
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no token for, nan and infinities, by strings."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_markdown(
+    path: Path,
+    document: dict[str, Any],
+    legend: str,
+    tables: Iterable[tuple[str, Sequence[str], Sequence[Sequence[str]]]],
+) -> None:
+    parts = [f"Made by `{document['command']}`: {described(document)}.", legend]
+    for title, columns, rows in tables:
+        lines = [columns, ["---"] * len(columns), *rows]
+        parts += [f"## {title}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    path.write_text("\n\n".join(parts) + "\n")

@@ -1,0 +1,436 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["nox>=2025.10.14"]
+# [tool.nox]
+# script-venv-backend = "virtualenv"
+# ///
+"""All that is run on this repository, in a file that starts itself.
+
+    python3 noxfile.py                    the demo on NumPy
+    python3 noxfile.py -s tests           the tests on every backend, and one table
+    python3 noxfile.py -s tests-torch -- -k softmax -x    what follows `--` goes on to the runner
+    python3 noxfile.py --list             the other sessions
+
+It needs Python 3.11 or newer with venv, and nothing else.
+"""
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - an older Python does come here, and must be told
+    sys.exit(f"noxfile.py: needs Python 3.11 or newer, this is {sys.version.split()[0]}")
+
+import ctypes
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import zipfile
+from collections import Counter
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent
+HOME = ROOT / ".nox"
+REPORTS = HOME / "reports"
+
+
+# --- Starting nox -------------------------------------------------------------------------------
+
+
+def start_nox() -> NoReturn:
+    """Run this file again in a private environment that holds nox, made on the first call."""
+    folder = HOME / f"nox-py{sys.version_info.major}.{sys.version_info.minor}"
+    python = Path(sysconfig.get_path("scripts", "venv", {"base": str(folder)}), "python")
+    if not has_nox(python):  # never made, half made, or made by a Python that is gone
+        if not (find_spec("venv") and find_spec("ensurepip")):
+            sys.exit(
+                "noxfile.py: this Python has no venv; install it "
+                f"(Debian, Ubuntu: python3-venv, or python3.{sys.version_info.minor}-venv)"
+            )
+        print(f"noxfile.py: making an environment for nox in {folder}", file=sys.stderr)
+        requirement = re.search(r'^# dependencies = \["(.+)"\]$', Path(__file__).read_text(), re.M)
+        for command in (
+            [sys.executable, "-m", "venv", "--clear", folder],
+            [python, "-m", "pip", "install", "--quiet", requirement[1]],
+        ):
+            if subprocess.call(command):
+                sys.exit("noxfile.py: could not make the environment for nox, see above")
+    os.execv(python, [str(python), __file__, *sys.argv[1:]])
+
+
+def has_nox(python: Path) -> bool:
+    """Whether `python` runs and imports what this file imports."""
+    try:
+        return not subprocess.call([python, "-c", IMPORT_NOX], stderr=subprocess.DEVNULL)
+    except OSError:
+        return False
+
+
+IMPORT_NOX = "import nox; from nox.project import dependency_groups, load_toml"
+try:
+    import nox
+    from nox.project import dependency_groups, load_toml
+except ImportError:
+    if __name__ != "__main__":
+        sys.exit("noxfile.py: this nox is too old for it; run `python3 noxfile.py` instead")
+    start_nox()
+
+if __name__ == "__main__":  # from here on, nox reads this file as its module
+    sys.argv[1:1] = ["--noxfile", __file__]  # wherever it was called from
+    sys.exit(nox.main())
+
+nox.options.sessions = ["demo-numpy"]
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+# The session `lowest` skips where the oldest Python is not at hand, in CI too.
+nox.options.error_on_missing_interpreters = False
+
+
+# --- The backends and what they need ------------------------------------------------------------
+
+# Each backend and the extra of pyproject.toml that brings its library.
+# CuPy's is completed by the driver's generation: cuda12 or cuda13.
+BACKENDS = {
+    "numpy": None,
+    "strict": "strict",
+    "torch": "torch",
+    "jax": "jax",
+    "dask": "dask",
+    "cupy": "cuda",
+}
+PYPROJECT = load_toml(ROOT / "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """The CUDA generation that the driver speaks, or why there is none to use."""
+
+    generation: int | None
+    missing: str = ""
+
+
+@functools.cache
+def cuda() -> Cuda:
+    """Ask the driver itself: no array library has to be installed to learn that there is no GPU."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return Cuda(None, "no CUDA driver on this machine")
+    devices, version = ctypes.c_int(), ctypes.c_int()
+    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(devices))
+    if status or not devices.value:
+        return Cuda(None, f"the CUDA driver finds no device (cuInit: {status})")
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    generation = version.value // 1000
+    if generation < 12:
+        return Cuda(None, f"the driver speaks CUDA {generation}, CuPy needs 12 or newer")
+    return Cuda(min(generation, 13))  # a newer driver runs what was built for an older one
+
+
+def required(session: nox.Session) -> set[str]:
+    """Backends that fail where they are missing, instead of being skipped."""
+    listed = os.environ.get("PORTABLE_SOFTMAX_REQUIRE", "").split(",")
+    names = {name.strip() for name in listed} - {""}
+    known = [*BACKENDS, "torch-cuda"]
+    unknown = names.difference(known)
+    if unknown:
+        session.error(
+            f"PORTABLE_SOFTMAX_REQUIRE names no backend of ours: {', '.join(sorted(unknown))} "
+            f"(there are {', '.join(known)})"
+        )
+    return names
+
+
+def group(*names: str) -> tuple[str, ...]:
+    """The requirements of dependency groups of pyproject.toml."""
+    return dependency_groups(PYPROJECT, *names)
+
+
+def package(*extras: str | None) -> tuple[str, str]:
+    """This package, editable, with extras."""
+    names = ",".join(filter(None, extras))
+    return "--editable", f"{ROOT}[{names}]" if names else str(ROOT)
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install into the session's environment, unless the same was installed before."""
+    wanted = "\n".join([*requirements, (ROOT / "pyproject.toml").read_text()])
+    stamp = Path(session.virtualenv.location, "installed.txt")
+    if not (stamp.exists() and stamp.read_text() == wanted):
+        stamp.unlink(missing_ok=True)
+        session.install(*requirements)
+        stamp.write_text(wanted)
+
+
+def install_backend(session: nox.Session, backend: str, *extras: str, also=()) -> None:
+    """Install this package with one backend's library; skip where that needs a GPU in vain."""
+    extra = BACKENDS[backend]
+    if backend == "cupy":
+        if cuda().missing:
+            stop = session.error if backend in required(session) else session.skip
+            stop(cuda().missing)
+        extra = f"cuda{cuda().generation}"
+    install(session, *package(extra, *extras), *also)
+
+
+def for_each_backend(name: str, without: tuple[str, ...] = ()):
+    """Make a session NAME-BACKEND for each backend of a function of a session and a backend."""
+
+    def decorate(function):
+        for backend in BACKENDS:
+            if backend not in without:
+                one = functools.partial(function, backend=backend)
+                one.__doc__ = function.__doc__.replace("BACKEND", backend)
+                nox.session(one, name=f"{name}-{backend}")
+        return function
+
+    return decorate
+
+
+# --- The main job, the benchmarks ---------------------------------------------------------------
+
+
+@for_each_backend("demo", without=("dask",))  # a lazy library has nothing to gain from small steps
+def demo(session: nox.Session, backend: str) -> None:
+    """Train a softmax classifier on handwritten digits with BACKEND."""
+    install_backend(session, backend, "demo")
+    command = ("python", "-m", "portable_softmax", "demo", "--backend", backend)
+    session.run(*command, *session.posargs)
+
+
+@for_each_backend("bench")
+def bench(session: nox.Session, backend: str) -> None:
+    """Measure speed on BACKEND beside the library's own functions and a copy."""
+    install_backend(session, backend, "bench")
+    session.run("python", "-m", "bench", "speed", "--backend", backend, *session.posargs)
+
+
+# --- The tests ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What this process knows of one backend's tests beside their report."""
+
+    finished: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a JUnit report says."""
+
+    version: str
+    device: str
+    passed: int
+    failed: int
+    skipped: int
+    reasons: Counter
+
+
+# Only what ran in this process is shown: never the report of an earlier run.
+runs: dict[str, Run] = {}
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """Run the tests on every backend, then show one table; arguments go on to pytest."""
+    required(session)
+    for backend in BACKENDS:
+        session.notify(f"tests-{backend}")
+    session.notify("tests-table")
+
+
+@for_each_backend("tests")
+def test(session: nox.Session, backend: str) -> None:
+    """Run the tests on BACKEND; arguments go on to pytest."""
+    run = runs[backend] = Run()
+    must_run = required(session)
+    report = REPORTS / f"{backend}.xml"
+    for stale in (report, *REPORTS.glob(f"{backend}.coverage*")):
+        stale.unlink(missing_ok=True)
+    more = f"test-{backend}" if f"test-{backend}" in PYPROJECT["dependency-groups"] else "test"
+    install_backend(session, backend, "demo", also=group(more))
+    names = [backend]
+    if backend == "torch":
+        ask = "import torch; print(torch.cuda.is_available())"
+        answer = session.run("python", "-c", ask, silent=True) or ""  # none with --install-only
+        if "torch-cuda" in must_run or "True" in answer:
+            names.append("torch-cuda")
+        else:
+            run.note = f"torch-cuda: {cuda().missing or 'this build of torch reaches no GPU'}"
+    session.run(
+        *("python", "-m", "coverage", "run", "-m", "pytest"),
+        *("--backend", ",".join(names), f"--junitxml={report}"),
+        *session.posargs,
+        env={"COVERAGE_FILE": str(REPORTS / f"{backend}.coverage")},
+    )
+    run.finished = True
+
+
+@nox.session(name="tests-table")
+def tests_table(session: nox.Session) -> None:
+    """End a run of `tests`: one table, then the coverage of numpy and torch together."""
+    rows = {backend: row(backend, required(session)) for backend in BACKENDS}
+    print(table(rows.values()), flush=True)
+    failed = [backend for backend, cells in rows.items() if cells[FAILED] not in ("0", "-")]
+    if failed:
+        session.error(f"failed: {', '.join(failed)}")
+    if session.posargs:  # a part of the tests covers a part of the code
+        return
+    install(session, *group("coverage"))
+    parts = [str(p) for b in ("numpy", "torch") for p in REPORTS.glob(f"{b}.coverage*")]
+    session.env["COVERAGE_FILE"] = str(REPORTS / "coverage")
+    session.run("python", "-m", "coverage", "combine", "--quiet", "--keep", *parts)
+    session.run("python", "-m", "coverage", "report", "--fail-under=95")
+
+
+COUNTS = ("passed", "failed", "skipped")
+HEADINGS = ("backend", "version", "device", *COUNTS, "why")
+FAILED = HEADINGS.index("failed")
+
+
+def row(backend: str, must_run: set[str]) -> tuple[str, ...]:
+    """One line of the table, from this run's report or from why there is none."""
+    if backend == "cupy" and cuda().missing:
+        outcome = ("failed", "-") if backend in must_run else ("-", "skipped")
+        return (backend, "-", "-", "-", *outcome, cuda().missing)
+    run = runs.get(backend)
+    report = read_report(REPORTS / f"{backend}.xml") if run else None
+    if report is None:
+        why = "it ended without a report, see above" if run else "it did not start"
+        return (backend, "-", "-", "-", "failed", "-", why)
+    why = [f"{count} x {reason}" for reason, count in report.reasons.most_common()]
+    failed = str(report.failed)
+    if not (run.finished or report.failed):
+        failed, why = "failed", ["its runner ended with an error, see above", *why]
+    if run.note:
+        why.append(run.note)
+    counts = (str(report.passed), failed, str(report.skipped))
+    return (backend, report.version, report.device, *counts, "\n".join(why))
+
+
+def read_report(path: Path) -> Report | None:
+    """Read a JUnit report of pytest; None where it is missing or broken off."""
+    try:
+        suite = ElementTree.parse(path).find("testsuite")
+    except (OSError, ElementTree.ParseError):
+        return None
+    count = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = count["failures"] + count["errors"]
+
+    def values(name: str) -> str:
+        found = suite.iterfind(f"properties/property[@name='{name}']")
+        return ", ".join(dict.fromkeys(p.get("value") for p in found)) or "-"
+
+    return Report(
+        version=values("version"),
+        device=values("device"),
+        passed=count["tests"] - failed - count["skipped"],
+        failed=failed,
+        skipped=count["skipped"],
+        reasons=Counter(skip.get("message") for skip in suite.iter("skipped")),
+    )
+
+
+def table(rows) -> str:
+    """Lay rows out in columns; a cell of several lines goes on below."""
+    lines = [HEADINGS]
+    for *cells, why in rows:
+        first, *more = why.splitlines() or [""]
+        lines.append((*cells, first))
+        lines.extend(("",) * len(cells) + (line,) for line in more)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if heading in COUNTS else cell.ljust(width)
+            for heading, cell, width in zip(HEADINGS, line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+@for_each_backend("fuzz")
+def fuzz(session: nox.Session, backend: str) -> None:
+    """Search 10,000 examples a property on BACKEND: minutes to hours, and no part of CI."""
+    install_backend(session, backend, also=group("test"))
+    options = ("--backend", backend, "--hypothesis-profile", "thorough")
+    session.run("python", "-m", "pytest", "tests/test_properties.py", *options, *session.posargs)
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """Run SciPy's tests of the softmax family and torch's of CrossEntropyLoss on this package."""
+    libraries = ("strict", "torch", "jax", "dask")
+    install(session, *package(*libraries), *group("conformance"))
+    folder = ROOT / "tests" / "conformance"
+    session.run("python", str(folder / "scipy_special.py"), *session.posargs)
+    backends = ("--backend", ",".join(["numpy", *libraries]))
+    torch = str(folder / "torch_cross_entropy.py")
+    session.run("python", "-m", "pytest", torch, *backends, *session.posargs)
+
+
+@nox.session(python=PYPROJECT["project"]["requires-python"].removeprefix(">="))
+def lowest(session: nox.Session) -> None:
+    """Run the tests on the oldest Python, NumPy and array-api-compat that pyproject.toml allows."""
+    pins = (d.replace(">=", "==") for d in PYPROJECT["project"]["dependencies"])
+    install(session, *package("demo"), *pins, *group("test"))
+    session.run("python", "-m", "pytest", "--backend", "numpy", *session.posargs)
+
+
+# --- The other checks ---------------------------------------------------------------------------
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, format and types."""
+    install(session, *package("demo"), *group("lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Run every example in the docstrings and in README.md."""
+    install(session, *package("strict", "torch", "jax", "dask", "demo"), *group("docs"))
+    examples = ("--doctest-modules", "portable_softmax", "--doctest-glob=README.md", "README.md")
+    session.run("python", "-m", "pytest", *examples, *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build sdist and wheel; run README.md's first example on the wheel in a clean environment."""
+    install(session, *group("build"))
+    dist = HOME / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(dist), str(ROOT))
+    (wheel,) = dist.glob("*.whl")
+
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    sources = (ROOT / "portable_softmax").rglob("*")
+    ours = {p.relative_to(ROOT).as_posix() for p in sources if p.is_file()}
+    different = {name for name in inside ^ ours if "__pycache__" not in name}
+    if different:
+        session.error(f"the wheel is not the package: {', '.join(sorted(different))}")
+
+    example = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    if not (example and ">>> " in example[1]):
+        session.error("README.md's first python block holds no example to run")
+    with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
+        session.run("python", "-m", "venv", "clean")
+        python = sysconfig.get_path("scripts", "venv", {"base": "clean"}) + "/python"
+        session.run(python, "-m", "pip", "install", "--quiet", str(wheel), external=True)
+        where = "import portable_softmax; print(portable_softmax.__file__)"
+        origin = session.run(python, "-I", "-c", where, external=True, silent=True)
+        if "site-packages" not in origin:
+            session.error(f"the example would not run on the wheel but on {origin}")
+        Path("example.txt").write_text(example[1])
+        options = ("-o", "ELLIPSIS", "-o", "NORMALIZE_WHITESPACE")
+        session.run(python, "-I", "-m", "doctest", *options, "example.txt", external=True)

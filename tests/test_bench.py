@@ -1,0 +1,204 @@
+"""The benchmarks run, keep what they measured, and believe no wrong answer."""
+
+import json
+
+import numpy as np
+import pytest
+import reference
+
+from bench import accuracy, exact, families, places, providers, speed
+from bench.__main__ import main
+
+TINY = speed.Effort(seconds=0.0, rounds=2, slice_s=1e-6)
+
+PROVENANCE = {"benchmark", "command", "date", "commit", "machine", "versions"}
+
+
+def _speed(*arguments):
+    return main(["speed", "--quick", "--shapes", "4x3", *arguments])
+
+
+# --------------------------------------------------------------------------- speed
+
+
+def test_speed_runs_on_every_backend(backend_name, tmp_path, capsys):
+    path = tmp_path / "speed.json"
+    assert _speed("--backend", backend_name, "--json", str(path)) == 0
+    document = json.loads(path.read_text())
+    assert document.keys() == PROVENANCE | {"backend", "device", "rows"}
+    assert document["command"].startswith("python -m bench speed --quick --shapes 4x3 --backend")
+    assert document["machine"].keys() == {"cpu", "cores", "system", "load_before"}
+    assert {"python", "numpy", "portable_softmax"} <= document["versions"].keys()
+    ours = [row for row in document["rows"] if row["ours"]]
+    assert {row["operation"] for row in ours} == set(providers.OPERATIONS)
+    assert {row["provider"] for row in document["rows"]} > {speed.COPY}
+    for row in document["rows"]:
+        assert not row["problem"]
+        assert 0 < row["min_s"] <= row["median_s"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes_moved"] / row["min_s"] / 1e9)
+    assert "of copy" in capsys.readouterr().out
+
+
+def test_softmax_moves_its_array_twice_and_logsumexp_once():
+    rows = _measured([providers.our_provider(places.open_backend("numpy"))], *providers.OPERATIONS)
+    moved = {row.operation: row.bytes_moved for row in rows if row.ours}
+    once = 4 * 3 * 4
+    assert moved == {
+        "softmax": 2 * once,
+        "log_softmax": 2 * once,
+        "logsumexp": once,
+        "cross_entropy": once,
+        "cross_entropy_value_and_grad": 2 * once,
+    }
+
+
+def test_the_portable_path_is_timed_where_there_is_a_kernel():
+    place = places.open_backend("numpy")
+    rows = _measured(speed.default_providers(place)[0], "softmax", "cross_entropy_value_and_grad")
+    with_kernel = {row.operation for row in rows if row.provider == "ours, portable"}
+    assert with_kernel == {"softmax"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        (lambda x, _: x, "wrong: relative error"),
+        (lambda x, _: np.full_like(x, np.nan), "wrong: relative error nan"),
+        (lambda x, _: x[:1], "wrong: shape (1, 3) instead of (4, 3)"),
+        (lambda x, _: x.no_such_method(), "AttributeError"),
+    ],
+)
+def test_a_wrong_provider_is_not_timed(answer, problem):
+    wrong = providers.Provider("wrong", lambda axis, reduction: {"softmax": answer})
+    ours = providers.our_provider(places.open_backend("numpy"))
+    rows = {row.provider: row for row in _measured([wrong, ours], "softmax")}
+    assert rows["wrong"].problem.startswith(problem)
+    assert np.isnan(rows["wrong"].min_s)
+    assert rows["wrong"].rounds == 0
+    assert rows["ours"].rounds >= 2
+    (line,) = [line for line in speed.cells(list(rows.values())) if "wrong" in line]
+    assert rows["wrong"].problem in line
+
+
+def _measured(some, *operations):
+    place = places.open_backend("numpy")
+    return list(speed.measure(place, some, list(operations), [(4, 3)], ["float32"], TINY))
+
+
+# --------------------------------------------------------------------------- accuracy
+
+
+@pytest.fixture
+def accuracy_backend(backend_name, monkeypatch):
+    """One of the backends whose accuracy is promised; its own library is the only peer."""
+    if backend_name not in accuracy.BACKENDS:
+        pytest.skip(f"accuracy is promised on {', '.join(accuracy.BACKENDS)}")
+    monkeypatch.setattr(accuracy, "BACKENDS", (backend_name,))
+    return backend_name
+
+
+def test_accuracy_holds_every_bound_on_short_rows(accuracy_backend, tmp_path, capsys):
+    paths = {name: tmp_path / f"accuracy.{name}" for name in ("json", "markdown")}
+    files = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
+    assert main(["accuracy", "--quick", "--dtypes", "float32", *files]) == 0
+    document = json.loads(paths["json"].read_text())
+    assert document.keys() == PROVENANCE | {"cells"}
+    ours = [cell for cell in document["cells"] if cell["ours"]]
+    assert {cell["provider"] for cell in ours} == {f"ours, {accuracy_backend}"}
+    assert {cell["operation"] for cell in ours} == {*accuracy.OPERATIONS, accuracy.LABEL_GRADIENT}
+    for cell in ours:
+        assert cell["held"]
+        assert cell["counted"]
+        assert cell["error"] <= cell["bound"]
+    assert f"| rows | dtype | ours, {accuracy_backend} |" in paths["markdown"].read_text()
+    assert "every bound held" in capsys.readouterr().out
+
+
+def test_accuracy_fails_where_ours_loses_digits(monkeypatch, capsys):
+    by_hand = providers.Provider("ours", providers.numpy_by_hand, ours=True)
+    monkeypatch.setattr(accuracy, "our_provider", lambda place: by_hand)
+    monkeypatch.setattr(accuracy, "BACKENDS", ("numpy",))
+    assert main(["accuracy", "--quick", "--backend", "numpy", "--dtypes", "float32"]) == 1
+    out = capsys.readouterr().out
+    assert "bounds broken" in out
+    assert "NO" in out
+
+
+@pytest.mark.parametrize(("dtype", "within"), [("float32", 0.001), ("float64", 0.3)])
+def test_the_exact_answers_are_exact(dtype, within):
+    """Against 50 digits: in units in the last place of the dtype that they judge."""
+    if accuracy.why_not(dtype):
+        pytest.skip(accuracy.why_not(dtype))
+    rng = np.random.default_rng(0)
+    low = np.log(float(np.finfo(dtype).smallest_normal))
+    x = np.concatenate(
+        [
+            rng.standard_normal((5, 6)),
+            families.confident(rng, np.linspace(5, 100, 20), classes=6),
+            rng.uniform(low, 0, (10, 6)),
+            1e4 + rng.standard_normal((5, 6)),
+            np.log(rng.dirichlet(np.ones(6), 5)),
+        ]
+    ).astype(dtype)
+    labels = families.labels(rng, x, -1)
+    answers = exact.solve(x, labels)
+    for i, row in enumerate(x):
+        wide = reference.exact(row)
+        p, log_p = reference.softmax(wide), reference.log_softmax(wide)
+        t = labels[i]
+        others = [p[j] for j in range(len(p)) if j != t]
+        for ours, theirs in (
+            (answers.softmax[i], p),
+            (answers.log_softmax[i], log_p),
+            ([answers.cross_entropy[i]], [-log_p[t]]),
+            ([answers.label_gradient[i]], [-reference.mp.fsum(others)]),
+        ):
+            for a, b in zip(ours, theirs, strict=True):
+                unit = exact.unit(np.asarray(a), dtype)
+                assert abs(_mp(a) - b) <= within * _mp(unit)
+        # Near 0 logsumexp is a difference, and its bound absolute.
+        scale = max(1, abs(float(row.max())))
+        unit = exact.unit(np.asarray(scale, np.longdouble), dtype)
+        assert abs(_mp(answers.logsumexp[i]) - reference.logsumexp(wide)) <= within * _mp(unit)
+
+
+def _mp(value):
+    """Convert a long double without loss: in two parts that a float holds."""
+    high = float(value)
+    return reference.mpf(high) + reference.mpf(float(value - np.longdouble(high)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_unit_is_the_spacing_of_numbers(dtype):
+    info = np.finfo(dtype)
+    values = np.asarray(
+        [1.0, 1.5, 3.75, 1e-3, info.smallest_normal, info.smallest_subnormal], dtype
+    )
+    units = exact.unit(values.astype(np.longdouble), dtype)
+    np.testing.assert_array_equal(units, np.spacing(values).astype(np.longdouble))
+
+
+# --------------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["speed", "--ops", "softmin"], "unknown operation 'softmin'; choose from softmax"),
+        (["speed", "--shapes", "3"], "shape '3' is not of the form ROWSxCLASSES"),
+        (["speed", "--shapes", "0x3"], "shape '0x3' is not of the form ROWSxCLASSES"),
+        (["speed", "--dtypes", "int8"], "unknown dtype 'int8'; choose from float64"),
+        (["speed", "--backend", "nympy"], "argument --backend: invalid choice: 'nympy'"),
+        (["accuracy", "--backend", "nympy"], "unknown backend 'nympy'; choose from numpy"),
+        (["speed", "--json", "no/such/folder.json"], "can't write no/such/folder.json"),
+        (["accuracy", "--markdown", "no/such/file.md"], "can't write no/such/file.md"),
+        ([], "the following arguments are required: speed|accuracy"),
+    ],
+)
+def test_a_failure_is_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert captured.err.startswith("bench: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err

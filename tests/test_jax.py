@@ -1,0 +1,231 @@
+"""JAX: transformations of every order and mode, tracing, and 32 bits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from test_strict import as_tuple, every_call
+from test_torch import ROWS
+
+import portable_softmax as ps
+
+INF, NAN = np.inf, np.nan
+
+
+@pytest.fixture(autouse=True)
+def _only_jax(jax):
+    """Skip this module for the other libraries."""
+
+
+def finite(jax, function):
+    """Return the function with 0 for -inf: a masked log-probability has no difference quotient."""
+
+    def outputs(*arrays):
+        ys = as_tuple(function(*arrays))
+        return tuple(jax.numpy.where(jax.numpy.isinf(y), 0.0, y) for y in ys)
+
+    return outputs
+
+
+# --------------------------------------------------------------------------- derivatives
+
+
+@every_call
+def test_check_grads(jax, xp, call):
+    from jax.test_util import check_grads
+
+    function, arrays = call.on(xp.from_numpy)
+    # The gradient is a first derivative already: its own first one is the second of the loss.
+    order = 1 if call.function is ps.cross_entropy_value_and_grad else 2
+    function = jax.jit(finite(jax, function))  # one compilation, not one for each operation
+    for mode in ("fwd", "rev"):
+        check_grads(function, arrays, order, modes=(mode,), eps=1e-5, atol=1e-6, rtol=1e-6)
+
+
+def test_hessian_of_a_logarithm_of_a_sum(jax, xp):
+    """diag(p) - p p^T for logsumexp and the loss, at ties and for the largest entry."""
+    label = xp.asarray(0)
+    for f in (ps.logsumexp, lambda x: ps.cross_entropy(x, label)):
+        for hessian in (jax.hessian(f), jax.jacrev(jax.jacrev(f)), jax.jacrev(jax.jacfwd(f))):
+            compiled = jax.jit(hessian)
+            for row in ([0.0] * 4, [3.0, 1.0, -2.0, 3.0], [9.0, 1.0, 0.0, 2.0]):
+                p = np.exp(row) / np.exp(row).sum()
+                expected = np.diag(p) - np.outer(p, p)
+                assert_allclose(compiled(xp.asarray(row)), expected, rtol=1e-13, atol=1e-15)
+
+
+def test_transformations_agree_with_the_public_gradients(jax, xp):
+    x = xp.asarray(np.random.default_rng(1).normal(size=(3, 5)))
+    labels = xp.asarray([4, 0, 2])
+    jacobians = ps.softmax_jacobian(ps.softmax(x))
+    for jacobian in (jax.jacrev(ps.softmax), jax.jacfwd(ps.softmax)):
+        assert_allclose(jax.vmap(jacobian)(x), jacobians, rtol=1e-13, atol=1e-15)
+    # One gradient an example: labels are mapped over as well, so their values cannot be read.
+    each = jax.vmap(jax.grad(ps.cross_entropy))(x, labels)
+    _, grad = ps.cross_entropy_value_and_grad(x, labels, reduction="sum")
+    assert_allclose(each, grad, rtol=1e-13, atol=1e-15)
+    dy = xp.asarray(np.random.default_rng(2).normal(size=(3, 5)))
+    for f, vjp in ((ps.softmax, ps.softmax_vjp), (ps.log_softmax, ps.log_softmax_vjp)):
+        y, back = jax.vjp(f, x)
+        assert_allclose(vjp(y, dy), back(dy)[0], rtol=1e-13, atol=1e-15)
+
+
+@every_call
+def test_jit_and_vmap_change_nothing(jax, xp, call):
+    function, arrays = call.on(xp.from_numpy)
+    expected = [as_tuple(function(*arrays)), as_tuple(function(*(0.5 * a for a in arrays)))]
+    stacks = [jax.numpy.stack([a, 0.5 * a]) for a in arrays]
+    for y, one, two in zip(as_tuple(jax.jit(jax.vmap(function))(*stacks)), *expected, strict=True):
+        assert_allclose(y, np.stack([one, two]), rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_the_gradient_through_the_value_has_the_digits_of_the_public_one(jax, xp, row, z_loss):
+    # At a margin of 20 the label's p - 1 rounds to 0 in float32, and minus the others' sum is 2e-9.
+    x, labels = xp.asarray([row, row], "float32"), xp.asarray([0, 2])
+    options = {"reduction": "sum", "z_loss": z_loss}
+
+    def loss(x):
+        return ps.cross_entropy(x, labels, **options)
+
+    _, grad = ps.cross_entropy_value_and_grad(x, labels, **options)
+    assert (xp.numpy(grad) != 0).all()
+    for gradient in (jax.grad(loss), jax.jit(jax.grad(loss)), jax.jacfwd(loss)):
+        assert_allclose(gradient(x), grad, rtol=4 * 2.0**-23, atol=0.0)
+
+
+def test_what_a_mask_hides_reaches_no_derivative(jax, xp):
+    jnp = jax.numpy
+    mask = xp.asarray([[True, False, True], [False] * 3, [True] * 3])
+    some, t = xp.asarray([0, -1, 2]), xp.asarray(np.full((3, 3), 1 / 3))
+    counted = {"where": mask, "ignore_index": -1}
+    options = {"z_loss": 0.1, "softcap": 3.0, "label_smoothing": 0.1}
+
+    def every(x):
+        ys = (
+            ps.softmax(x, where=mask),
+            ps.log_softmax(x, where=mask),
+            ps.logsumexp(x, axis=1, where=mask),
+            ps.logsumexp(x, axis=1, where=mask, b=t, return_sign=True)[0],
+            ps.logsumexp(x, axis=1, b=mask.astype(x.dtype)),
+            ps.cross_entropy(x, some, **counted),
+            ps.cross_entropy(x, some, **counted, **options),
+            ps.cross_entropy(x, t, where=mask),
+            ps.cross_entropy(x, t, where=mask, **options),
+            ps.cross_entropy_value_and_grad(x, some, **counted, **options)[1],
+        )
+        return [jnp.where(y == -INF, 0.0, y) for y in ys]  # nothing remains of a masked row
+
+    def total(x):
+        return [jnp.sum(jnp.cos(y) * y) for y in every(x)]
+
+    first = jax.jacrev(total)
+    second = jax.jacrev(lambda x: [jnp.sum(jnp.cos(g) * g) for g in first(x)])
+    along_the_mask = jnp.where(mask, 0.0, 1.0)
+
+    @jax.jit
+    def derivatives(x):
+        return first(x), second(x), jax.jvp(every, (x,), (along_the_mask,))[1]
+
+    for hidden in (NAN, INF, -INF, 1e308):
+        x = xp.asarray([[1.0, hidden, 2.0], [hidden] * 3, [0.0, 0.0, 3.0]])
+        *gradients, tangents = derivatives(x)
+        for g in (*gradients[0], *gradients[1]):
+            assert jnp.isfinite(g).all()
+            assert_array_equal(g[~mask], 0.0)
+        for tangent in tangents:
+            assert_array_equal(tangent, 0.0)
+
+
+@pytest.mark.parametrize("hidden", [NAN, INF, -INF])
+def test_what_an_ignored_row_holds_reaches_no_derivative(jax, xp, hidden):
+    x = xp.asarray([[0.0, 1.0], [hidden, hidden], [1.0, hidden]])
+    labels = xp.asarray([0, -1, -1])
+    for smoothing in (0.0, 0.1):
+        options = {"ignore_index": -1, "label_smoothing": smoothing}
+        grad = jax.grad(lambda x: ps.cross_entropy(x, labels, **options))(x)  # noqa: B023
+        assert_array_equal(grad[1:], 0.0)
+        _, expected = ps.cross_entropy_value_and_grad(x, labels, **options)
+        assert_allclose(grad, expected, rtol=1e-14, atol=0.0)
+
+
+# --------------------------------------------------------------------------- tracing
+
+
+@pytest.mark.parametrize("traced", ["logits", "labels", "both"])
+def test_a_label_out_of_range_raises_where_it_can_be_read_and_is_nan_where_not(jax, xp, traced):
+    x, labels = xp.asarray(np.zeros((2, 3))), xp.asarray([3, 0])
+    with pytest.raises(IndexError, match=r"labels\[0\] is 3"):
+        ps.cross_entropy(x, labels)
+    with pytest.raises(IndexError, match=r"labels\[0\] is 3"):
+        jax.grad(ps.cross_entropy)(x, labels)  # op by op: the labels can be read
+    loss = {
+        "logits": lambda: jax.jit(lambda x: ps.cross_entropy(x, labels, reduction="none"))(x),
+        "labels": lambda: jax.jit(lambda t: ps.cross_entropy(x, t, reduction="none"))(labels),
+        "both": lambda: jax.vmap(ps.cross_entropy)(x, labels),
+    }[traced]()
+    assert_allclose(loss, [NAN, np.log(3)], rtol=1e-14)
+    grad = jax.jit(jax.grad(lambda x: ps.cross_entropy(x, labels, reduction="sum")))(x)
+    assert_array_equal(np.isnan(grad), [[True] * 3, [False] * 3])
+
+
+def test_labels_are_read_by_nobody_under_a_mapped_mask(jax, xp):
+    x, labels = xp.asarray(np.zeros((2, 3))), xp.asarray([0, 2])
+    masks = xp.asarray([[True, True, True], [True, True, False]])
+    losses = jax.vmap(lambda m: ps.cross_entropy(x, labels, where=m, reduction="none"))(masks)
+    assert_allclose(losses, [[np.log(3)] * 2, [np.log(2), NAN]], rtol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int8", "int32"])
+def test_labels_of_every_integer_dtype_have_no_derivative(jax, xp, dtype):
+    x, labels = xp.asarray(np.zeros((2, 3))), xp.asarray([0, 2], dtype)
+    _, back = jax.vjp(ps.cross_entropy, x, labels)
+    grad, nothing = back(jax.numpy.ones(()))
+    assert nothing.dtype == jax.dtypes.float0
+    _, expected = ps.cross_entropy_value_and_grad(x, xp.asarray([0, 2]))
+    assert_allclose(grad, expected, rtol=1e-14)
+
+
+@every_call
+def test_the_program_calls_nobody_back(jax, xp, call):
+    function, arrays = call.on(xp.from_numpy)
+    program = str(jax.make_jaxpr(function)(*arrays))
+    assert "callback" not in program
+
+
+def test_shapes_are_known_without_values(jax, xp):
+    x = jax.ShapeDtypeStruct((5, 7), "bfloat16")
+    labels = jax.ShapeDtypeStruct((5,), "int32")
+    loss, grad = jax.eval_shape(ps.cross_entropy_value_and_grad, x, labels)
+    assert (loss.shape, loss.dtype, grad.shape, grad.dtype) == ((), x.dtype, (5, 7), x.dtype)
+
+
+# --------------------------------------------------------------------------- 32 bits
+
+WITHOUT_X64 = """
+import jax, numpy as np
+import portable_softmax as ps
+x = jax.numpy.asarray([[30, 0, 0], [1, 2, 3]])
+labels = jax.numpy.asarray([0, 2])
+assert x.dtype == labels.dtype == "int32"
+outputs = ps.softmax(x), ps.log_softmax(x), ps.logsumexp(x), ps.cross_entropy(x, labels)
+assert {y.dtype.name for y in outputs} == {"float32"}
+loss, grad = ps.cross_entropy_value_and_grad(x, labels, reduction="none")
+np.testing.assert_allclose(loss, [2 * np.exp(-30.0), np.log1p(np.exp(-1) + np.exp(-2))], rtol=1e-6)
+y = x.astype("float32")
+through = jax.jit(jax.grad(lambda x: ps.cross_entropy(x, labels, reduction="sum")))(y)
+assert through.dtype == grad.dtype == "float32"
+np.testing.assert_allclose(through, grad, rtol=1e-6, atol=0)
+np.testing.assert_allclose(grad[0], np.exp(-30.0) * np.asarray([-2, 1, 1]), rtol=1e-6)
+"""
+
+
+def test_32_bits_only(jax):
+    """x64 is off unless asked for, and cannot be switched in a process that computed before."""
+    flags = ("-W", "error::UserWarning")  # JAX warns where it would truncate to 32 bits
+    subprocess.run([sys.executable, *flags, "-c", WITHOUT_X64], check=True)

@@ -1,0 +1,88 @@
+"""JAX arrays split over four devices, in a process that pretends to have them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SETUP = """
+import re
+import jax, numpy as np
+import portable_softmax as ps
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+jax.config.update("jax_enable_x64", True)
+assert len(jax.devices()) == 4
+mesh = Mesh(np.asarray(jax.devices()), ("devices",))
+
+def put(array, *spec):
+    return jax.device_put(array, NamedSharding(mesh, P(*spec)))
+
+def collectives(compiled):
+    text = compiled.as_text()
+    assert "callback" not in text and "infeed" not in text and "outfeed" not in text
+    found = re.findall(r"= (\\S+) (all-gather|all-to-all|collective-permute)\\(", text)
+    return [shape for shape, _ in found]
+
+rng = np.random.default_rng(0)
+x, labels = rng.normal(size=(8, 12)), rng.integers(12, size=8)
+options = {"label_smoothing": 0.1, "z_loss": 0.01, "reduction": "none"}
+"""
+
+VALUES = """
+for spec in (("devices", None), (None, "devices")):
+    split = put(x, *spec)
+    split_labels = put(labels, spec[0])
+    for f in (ps.softmax, ps.log_softmax, lambda x: ps.logsumexp(x, axis=1)):
+        np.testing.assert_allclose(f(split), f(x), rtol=1e-14, atol=1e-15)
+        np.testing.assert_allclose(jax.jit(f)(split), f(x), rtol=1e-14, atol=1e-15)
+        assert f(split).sharding.device_set == split.sharding.device_set
+    for more in ({}, options):
+        expected = ps.cross_entropy_value_and_grad(x, labels, **more)
+        f = lambda x, t: ps.cross_entropy_value_and_grad(x, t, **more)
+        for actual in (f(split, split_labels), jax.jit(f)(split, split_labels)):
+            for a, e in zip(actual, expected):
+                np.testing.assert_allclose(a, e, rtol=1e-13, atol=1e-15)
+"""
+
+STAYS_SPLIT = """
+for spec in (("devices", None), (None, "devices")):
+    split, split_labels = put(x, *spec), put(labels, spec[0])
+    for f in (
+        jax.jit(lambda x, t: ps.cross_entropy(x, t)),
+        jax.jit(lambda x, t: ps.cross_entropy_value_and_grad(x, t, **options)),
+        jax.jit(jax.grad(lambda x, t: ps.cross_entropy(x, t))),
+        jax.jit(lambda x, t: ps.log_softmax(x)),
+    ):
+        # Whole logits on one device would be moved by one of these; sums and maxima a row are not.
+        assert collectives(f.lower(split, split_labels).compile()) == [], spec
+    grad = jax.jit(jax.grad(lambda x: ps.cross_entropy(x, split_labels)))(split)
+    assert grad.sharding.is_equivalent_to(split.sharding, 2), (spec, grad.sharding)
+"""
+
+LABELS = """
+split, bad = put(x, "devices", None), put(np.where(np.arange(8) == 5, 12, labels), "devices")
+try:
+    ps.cross_entropy(split, bad)
+except IndexError as error:
+    assert "labels[5] is 12" in str(error), error
+else:
+    raise AssertionError("a label out of range went unnoticed")
+loss = jax.jit(lambda x, t: ps.cross_entropy(x, t, reduction="none"))(split, bad)
+np.testing.assert_array_equal(np.isnan(loss), np.arange(8) == 5)
+"""
+
+
+@pytest.mark.parametrize(
+    "script", [VALUES, STAYS_SPLIT, LABELS], ids=["values", "stays split", "labels"]
+)
+def test_on_four_devices(jax, script):
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment["JAX_PLATFORMS"] = "cpu"
+    ran = subprocess.run(
+        [sys.executable, "-c", SETUP + script], env=environment, text=True, capture_output=True
+    )
+    assert ran.returncode == 0, ran.stderr
