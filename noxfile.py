@@ -358,7 +358,7 @@ def table(rows) -> str:
 
 @for_each_backend("fuzz")
 def fuzz(session: nox.Session, backend: str) -> None:
-    """Search 10,000 examples a property on BACKEND: minutes to hours, and no part of CI."""
+    """Search 10,000 examples of the loss and 1,000 of each property on BACKEND; no part of CI."""
     install_backend(session, backend, also=group("test"))
     options = ("--backend", backend, "--hypothesis-profile", "thorough")
     session.run("python", "-m", "pytest", "tests/test_properties.py", *options, *session.posargs)

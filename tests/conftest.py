@@ -12,7 +12,7 @@ from hypothesis import settings
 settings.register_profile(
     "portable", deadline=None, derandomize=True, print_blob=True, max_examples=30
 )
-settings.register_profile("thorough", deadline=None, print_blob=True, max_examples=10_000)
+settings.register_profile("thorough", deadline=None, print_blob=True, max_examples=1_000)
 settings.load_profile("portable")
 
 _MADE: dict[str, Backend] = {}

@@ -1,6 +1,7 @@
 """Properties that hold for every input, searched by hypothesis on every backend.
 
-``--hypothesis-profile thorough`` searches 10,000 examples instead of a few.
+``--hypothesis-profile thorough`` searches 10,000 examples of the loss, which has the most options,
+and 1,000 of each other property, instead of 300 and 30.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import model
 import numpy as np
 import pytest
 from asserts import assert_like
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import portable_softmax as ps
@@ -158,11 +159,11 @@ def losses(draw):
     n = draw(st.sampled_from((1, 3, 4)))
     batch = draw(st.sampled_from(((), (1,), (3,), (2, 2))))
     axis = draw(st.integers(0, len(batch)))
-    x = arrays(draw, (*batch, n))
+    x = arrays(draw, (*batch, n), dtype=draw(st.sampled_from(("float32", "float64", "float64"))))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     if draw(st.booleans()) and x.size:
         bad = rng.choice([np.nan, -np.inf, np.inf, -np.inf], size=x.shape)
-        x = np.where(rng.random(x.shape) < 0.15, bad, x)
+        x = np.where(rng.random(x.shape) < 0.15, bad.astype(x.dtype), x)
     kind = draw(st.sampled_from(("index", "index", "one-hot", "probabilities")))
     ignore = draw(st.sampled_from((None, -100, 0, n))) if kind == "index" else None
     labels = rng.integers(n, size=batch)
@@ -225,6 +226,7 @@ def expected_loss(case):
         return total / divisor, grad / (divisor if divisor else 1)
 
 
+@settings(max_examples=10 * settings.default.max_examples)
 @given(case=losses())
 def test_cross_entropy_with_any_options(xp, case):
     """Loss and gradient agree with the model, infinities and nans included."""
@@ -248,9 +250,10 @@ def test_cross_entropy_with_any_options(xp, case):
     want, slope = expected_loss(case)
     loss, grad = xp.numpy(loss), np.moveaxis(xp.numpy(grad), axis, -1)
     finite = bool(np.isfinite(case["x"][case["mask"]]).all())
-    np.testing.assert_allclose(loss, want.astype(float), rtol=1e-11, atol=1e-12)
+    scale = eps(case["x"].dtype)
+    np.testing.assert_allclose(loss, want.astype(float), rtol=64 * scale, atol=64 * scale)
     if finite:
-        np.testing.assert_allclose(grad, slope.astype(float), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(grad, slope.astype(float), rtol=4096 * scale, atol=64 * scale)
     if case["counted"] is not None:
         assert (grad[~np.broadcast_to(case["counted"], grad.shape[:-1])] == 0).all()
     assert (grad[~case["mask"]] == 0).all()

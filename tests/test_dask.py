@@ -1,0 +1,135 @@
+"""Dask: nothing is computed before it is asked for, whatever the chunks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from test_strict import CALLS, as_tuple, every_call
+
+import portable_softmax as ps
+
+
+@pytest.fixture(autouse=True)
+def _only_dask(da):
+    """Skip this module for the other libraries."""
+
+
+@pytest.fixture
+def computes_nothing():
+    """Raise for whoever computes."""
+    import dask
+
+    def scheduler(*_args, **_options):
+        raise AssertionError("somebody computed")
+
+    with dask.config.set(scheduler=scheduler):
+        yield
+
+
+@every_call
+def test_nothing_is_computed_before_it_is_asked_for(da, xp, computes_nothing, call):
+    outputs = call.outputs(xp.from_numpy)
+    for y, e in zip(outputs, call.outputs(np.asarray), strict=True):
+        assert isinstance(y, da.Array)
+        # What Dask says of a block that it has not seen.
+        assert (y.shape, y.dtype, y._meta.dtype) == (e.shape, e.dtype, e.dtype)
+    with pytest.raises(AssertionError, match="somebody computed"):
+        outputs[0].compute()
+
+
+CHUNKS = {"batch": (2, 12), "classes": (8, 5), "both": (3, 4), "one": (8, 12), "single": (1, 1)}
+TABLE = np.random.default_rng(0).normal(size=(8, 12))
+LABELS = np.arange(8) % 12
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_chunks_do_not_change_the_values(da, xp, chunks):
+    x, labels = da.from_array(TABLE, chunks), da.from_array(LABELS, chunks[0])
+    for f in (
+        ps.softmax,
+        ps.log_softmax,
+        lambda x: ps.softmax(x, axis=None),
+        lambda x: ps.logsumexp(x, axis=0),
+        ps.logsumexp,
+    ):
+        assert_allclose(xp.numpy(f(x)), f(TABLE), rtol=1e-13)
+    options = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}
+    for more in ({}, options, {"reduction": "none", "ignore_index": 3}):
+        actual = ps.cross_entropy_value_and_grad(x, labels, **more)
+        expected = ps.cross_entropy_value_and_grad(TABLE, LABELS, **more)
+        for a, e in zip(actual, expected, strict=True):
+            assert_allclose(xp.numpy(a), e, rtol=1e-12, atol=1e-15)
+
+
+def test_unknown_chunk_sizes_along_the_batch(da, xp, computes_nothing):
+    x, labels = da.from_array(TABLE, (3, 5)), da.from_array(LABELS, 3)
+    keep, kept = x[:, 0] > 0, TABLE[:, 0] > 0
+    some, few = x[keep], labels[keep]
+    assert np.isnan(some.shape[0])
+    weight = np.arange(1.0, 13.0)
+    weighted = {"weight": da.from_array(weight), "ignore_index": 2}
+    for actual, expected in (
+        (ps.softmax(some), ps.softmax(TABLE[kept])),
+        (ps.log_softmax(some), ps.log_softmax(TABLE[kept])),
+        (ps.logsumexp(some, axis=1), ps.logsumexp(TABLE[kept], axis=1)),
+        (ps.logsumexp(some), ps.logsumexp(TABLE[kept])),
+        (ps.cross_entropy(some, few), ps.cross_entropy(TABLE[kept], LABELS[kept])),
+        (
+            ps.cross_entropy_value_and_grad(some, few, **weighted)[1],
+            ps.cross_entropy_value_and_grad(
+                TABLE[kept], LABELS[kept], **{**weighted, "weight": weight}
+            )[1],
+        ),
+        (ps.cross_entropy(some, some), ps.cross_entropy(TABLE[kept], TABLE[kept])),
+    ):
+        assert_allclose(xp.numpy(actual), expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("along", ["batch", "classes"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "softmax()",
+        "log_softmax()",
+        "logsumexp()",
+        "cross_entropy(index int64: )",
+        "cross_entropy_value_and_grad(distribution float64: )",
+    ],
+)
+def test_the_number_of_tasks_grows_linearly(da, name, along):
+    function = CALLS[name].function
+
+    def tasks(n):
+        shape, chunks = ((4 * n, 8), (4, 8)) if along == "batch" else ((4, 8 * n), (4, 8))
+        x = da.zeros(shape, chunks=chunks)
+        more = {
+            "index": [da.zeros(shape[0], chunks=4, dtype=np.int64)],
+            "distribution": [x],
+        }.get(name.partition("(")[2].split()[0], [])
+        return sum(len(dict(y.__dask_graph__())) for y in as_tuple(function(x, *more)))
+
+    # The tree of a reduction makes one more level of each eightfold number, hence not exactly 8.
+    assert tasks(64) <= 8 * 1.1 * tasks(8)
+
+
+def test_a_label_out_of_range_is_nan_when_it_is_computed(da, xp, computes_nothing):
+    labels = LABELS.copy()
+    labels[5] = 12
+    x, labels = da.from_array(TABLE, (3, 5)), da.from_array(labels, 3)
+    loss, grad = ps.cross_entropy_value_and_grad(x, labels, reduction="none")
+    assert_array_equal(np.isnan(xp.numpy(loss)), np.arange(8) == 5)
+    assert_array_equal(np.isnan(xp.numpy(grad)).all(axis=1), np.arange(8) == 5)
+
+
+@pytest.mark.parametrize("hidden", [np.nan, np.inf, -np.inf])
+def test_what_a_mask_hides_reaches_no_gradient(da, xp, hidden):
+    values = np.where(np.eye(4, dtype=bool), hidden, 1.0)
+    mask = ~np.eye(4, dtype=bool)
+    mask[2] = False
+    x, where = da.from_array(values, (3, 2)), da.from_array(mask, (3, 2))
+    labels = da.from_array(np.asarray([1, 2, -1, 0]), 3)
+    _, grad = ps.cross_entropy_value_and_grad(x, labels, where=where, ignore_index=-1)
+    grad = xp.numpy(grad)
+    assert np.isfinite(grad).all()
+    assert_array_equal(grad[~mask], 0.0)
