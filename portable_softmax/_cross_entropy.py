@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from portable_softmax import _arrays, _checks, portable
+from portable_softmax import _arrays, _checks, kernels, portable
 from portable_softmax._typing import Array, ArrayT, Namespace
 
 __all__ = ["cross_entropy", "cross_entropy_value_and_grad"]
@@ -114,13 +114,11 @@ def cross_entropy(
     >>> print(round(float(cross_entropy(logits, np.asarray([0, -1]), ignore_index=-1)), 15))
     1.87e-13
     """
-    xp, x, target, at, options, answer = _prepared(
+    call = _prepared(
         logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where,
         reduction, check_labels,
     )  # fmt: skip
-    with _arrays.quiet(xp):
-        loss = portable.cross_entropy(xp, x, target, at, options)
-        answered: ArrayT = _arrays.scalar_if_0d(xp, _arrays.cast(xp, loss, answer))
+    answered: ArrayT = call.of("cross_entropy")
     return answered
 
 
@@ -178,18 +176,43 @@ def cross_entropy_value_and_grad(
     >>> print(grad)
     [[-1.87152459e-13  9.35762297e-14  9.35762297e-14]]
     """  # noqa: E501 - numpydoc wants the names on one line
-    xp, x, target, at, options, answer = _prepared(
+    call = _prepared(
         logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where,
         reduction, check_labels,
     )  # fmt: skip
-    with _arrays.quiet(xp):
-        loss, grad = portable.cross_entropy_value_and_grad(xp, x, target, at, options)
-        loss = _arrays.scalar_if_0d(xp, _arrays.cast(xp, loss, answer))
-        return loss, _arrays.cast(xp, grad, answer)
+    loss, grad = call.of("cross_entropy_value_and_grad")
+    return loss, grad
 
 
 # What SoftmaxWithLoss takes and passes on.
 LOSS_OPTIONS = tuple(cross_entropy.__kwdefaults__ or ())
+
+
+class _Call(NamedTuple):
+    """A checked call of a loss."""
+
+    xp: Namespace
+    logits: Any
+    target: portable.Target
+    axis: int
+    options: portable.Options
+    compute: Any
+    answer: Any
+
+    def of(self, operation: str) -> Any:
+        """Take the kernel of an operation, or its portable form."""
+        xp, compute, answer = self.xp, self.compute, self.answer
+        arguments = (self.target, self.axis, self.options)
+        kernel = kernels.find(operation, xp)
+        with _arrays.quiet(xp):
+            if kernel is not None:
+                found = kernel(xp, self.logits, *arguments, compute=compute, answer=answer)
+            else:
+                x = _arrays.cast(xp, self.logits, compute)
+                found = getattr(portable, operation)(xp, x, *arguments)
+            parts = found if isinstance(found, tuple) else (found,)
+            parts = tuple(_arrays.scalar_if_0d(xp, _arrays.cast(xp, p, answer)) for p in parts)
+        return parts if isinstance(found, tuple) else parts[0]
 
 
 def _prepared(
@@ -204,8 +227,8 @@ def _prepared(
     where: Any,
     reduction: Any,
     check_labels: bool,
-) -> tuple[Namespace, Any, portable.Target, int, portable.Options, Any]:
-    """Check everything, and cast what takes part to the dtype of the computation."""
+) -> _Call:
+    """Check everything, and cast all but the logits to the dtype of the computation."""
     xp = _checks.array("logits", logits)
     _checks.companion("labels", labels, "logits", logits, xp)
     at = _checks.one_axis(axis, logits.ndim)
@@ -231,8 +254,8 @@ def _prepared(
         t = _arrays.cast(xp, labels, compute)
         target = portable.Target(index=None, distribution=t, counted=None, valid=None)
     else:
-        target = portable.index_target(xp, logits, labels, at, options)
+        target = portable.index_target(xp, logits, labels, at, options, compute)
         if check_labels and _arrays.reads_values(xp, labels):
             _checks.label_values(xp, labels, target.valid, at, logits.shape[at], where)
             target = target._replace(valid=None)
-    return xp, _arrays.cast(xp, logits, compute), target, at, options, answer
+    return _Call(xp, logits, target, at, options, compute, answer)

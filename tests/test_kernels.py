@@ -13,7 +13,8 @@ import portable_softmax as ps
 from portable_softmax import kernels
 from portable_softmax.kernels import _numpy, _table
 
-OPERATIONS = ("softmax", "log_softmax", "logsumexp")
+FAMILY = ("softmax", "log_softmax", "logsumexp")
+LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
 
 
 @pytest.fixture
@@ -28,23 +29,24 @@ def calls(monkeypatch):
 
         return spy
 
-    for name in OPERATIONS:
+    for name in (*FAMILY, *LOSSES):
         monkeypatch.setattr(_numpy, name, spied(name, getattr(_numpy, name)))
     monkeypatch.setattr(_table, "_LOADED", {})
     return seen
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", [*FAMILY, *LOSSES])
 def test_the_path_that_explain_names_is_taken(calls, operation):
     x = np.ones((2, 3))
+    arguments = (x, np.asarray([0, 1])) if operation in LOSSES else (x,)
     assert kernels.explain(operation, x) == "numpy tiles: row tiles in cache"
-    getattr(ps, operation)(x)
+    getattr(ps, operation)(*arguments)
     assert calls == [operation]
     with kernels.portable():
         assert kernels.explain(operation, x) == "portable: forced by kernels.portable()"
-        getattr(ps, operation)(x)
+        getattr(ps, operation)(*arguments)
     assert calls == [operation]
-    getattr(ps, operation)(x)
+    getattr(ps, operation)(*arguments)
     assert calls == [operation] * 2
 
 
@@ -79,7 +81,7 @@ def test_tiles_answer_as_the_portable_path(shape, dtype):
     compute = np.float32 if dtype in ("float16", "float32") else np.float64
     axes = [*range(len(shape)), None, tuple(range(len(shape)))[:2]]
     for axis in axes:
-        for name in OPERATIONS:
+        for name in FAMILY:
             for options in ({}, {"where": mask}):
                 function = getattr(ps, name)
                 tiled = function(x, axis=axis, **options)
@@ -89,6 +91,50 @@ def test_tiles_answer_as_the_portable_path(shape, dtype):
                 unit = np.finfo(tiled.dtype).eps
                 tolerance = 8 * np.finfo(compute).eps + (unit if dtype == "float16" else 0)
                 np.testing.assert_allclose(tiled, plain, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (100_000, 3), (3, 100_000), (70, 40, 33), (0, 4)])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_tiles_of_a_loss_answer_as_the_portable_path(shape, dtype):
+    """Every option is cut like the logits, whatever the class axis."""
+    rng = np.random.default_rng(10)
+    x = (rng.normal(size=shape) * 5).astype(dtype)
+    compute = np.float32 if dtype == "float16" else x.dtype
+    for axis in range(len(shape)):
+        n = shape[axis]
+        if n == 0:
+            continue
+        positions = (*shape[:axis], *shape[axis + 1 :])
+        labels = rng.integers(n, size=positions)
+        t = rng.random(shape)
+        mask = rng.random(shape) < 0.8
+        if labels.size:
+            np.put_along_axis(mask, np.expand_dims(labels, axis), True, axis=axis)
+        ignored = np.where(rng.random(positions) < 0.2, -1, labels)
+        for target, options in (
+            (labels, {}),
+            (ignored, {"ignore_index": -1, "weight": rng.random(n), "where": mask, "z_loss": 0.1}),
+            (labels, {"label_smoothing": 0.1, "softcap": 3.0, "reduction": "sum"}),
+            (np.where(labels == 0, n, labels), {"check_labels": False, "reduction": "none"}),
+            (t, {"weight": rng.random(n), "reduction": "none"}),
+            (t, {"where": mask[:1], "label_smoothing": 0.2}),
+        ):
+            tiled = ps.cross_entropy_value_and_grad(x, target, axis=axis, **options)
+            alone = ps.cross_entropy(x, target, axis=axis, **options)
+            with kernels.portable():
+                plain = ps.cross_entropy_value_and_grad(x, target, axis=axis, **options)
+            np.testing.assert_array_equal(alone, tiled[0])
+            for one, other in zip(tiled, plain, strict=True):
+                assert one.dtype == other.dtype
+                assert one.shape == other.shape
+                unit = 64 * np.finfo(compute).eps + 2 * np.finfo(dtype).eps
+                # p * Q - q of a distribution cancels: what is left is as exact as its terms.
+                terms = (
+                    8
+                    * np.finfo(compute).eps
+                    * np.max(np.abs(other), initial=0, where=other == other)
+                )
+                np.testing.assert_allclose(one, other, rtol=unit, atol=terms)
 
 
 def test_small_and_large_arrays_take_different_ways(monkeypatch):

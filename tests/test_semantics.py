@@ -454,6 +454,10 @@ def test_all_ignored_or_weights_summing_to_0(xp):
             loss, grad = ce(xp, x, labels, reduction=reduction, **options)
             assert_array_equal(loss, expected)
             assert_array_equal(grad, np.zeros((2, 2)))
+    # Smoothing spreads a loss over classes that have a weight; its mean is over nothing still.
+    loss, grad = ce(xp, x, weightless[0], label_smoothing=0.1, **weightless[1])
+    assert_array_equal(loss, NAN)
+    assert_array_equal(grad, np.zeros((2, 2)))
 
 
 def test_probability_0_at_a_logit_of_minus_inf(xp):

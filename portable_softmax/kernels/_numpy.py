@@ -75,6 +75,58 @@ def logsumexp(xp: Namespace, x: Any, axes: Axes, *, compute: Any, answer: Any) -
     return out
 
 
+def cross_entropy(
+    xp: Namespace,
+    x: Any,
+    target: portable.Target,
+    axis: int,
+    options: portable.Options,
+    *,
+    compute: Any,
+    answer: Any,
+) -> Any:
+    """Return the reduced loss, computed in dtype `compute` and returned in dtype `answer`."""
+    loss = np.empty([1 if a == axis else n for a, n in enumerate(x.shape)], compute)
+    for cut, tile, *rest in _positions(x, target, axis, options, compute):
+        loss[cut] = np.expand_dims(portable.cross_entropy(xp, tile, *rest), axis)
+    return portable.reduced(xp, loss, target, axis, options.reduction).astype(answer)
+
+
+def cross_entropy_value_and_grad(
+    xp: Namespace,
+    x: Any,
+    target: portable.Target,
+    axis: int,
+    options: portable.Options,
+    *,
+    compute: Any,
+    answer: Any,
+) -> tuple[Any, Any]:
+    """Return the reduced loss and its gradient, each tile's scaled while it is in cache."""
+    loss = np.empty([1 if a == axis else n for a, n in enumerate(x.shape)], compute)
+    grad = np.empty(x.shape, answer)
+    divisor = None
+    if options.reduction == "mean":
+        divisor = portable.nothing_to_inf(xp, portable.mean_divisor(xp, loss, target))
+    for cut, tile, *rest in _positions(x, target, axis, options, compute):
+        value, slope = portable.cross_entropy_value_and_grad(xp, tile, *rest)
+        loss[cut] = np.expand_dims(value, axis)
+        grad[cut] = slope if divisor is None else np.divide(slope, divisor, out=slope)
+    return portable.reduced(xp, loss, target, axis, options.reduction).astype(answer), grad
+
+
+def _positions(
+    x: Any, target: portable.Target, axis: int, options: portable.Options, compute: Any
+) -> Iterator[tuple[Any, ...]]:
+    """Yield the cuts of a loss, each with the arguments of the portable function on it."""
+    where = None if options.where is None else np.broadcast_to(options.where, x.shape)
+    for cut in _tiles(x, (axis,), compute):
+        tile = x[cut].astype(compute, order="C", copy=False)
+        there = portable.Target(*(None if part is None else part[cut] for part in target))
+        unreduced = options._replace(reduction="none", where=None if where is None else where[cut])
+        yield cut, tile, there, axis, unreduced
+
+
 def _tiles(x: Any, axes: Axes, compute: Any) -> Iterator[tuple[slice, ...]]:
     """Yield the cuts of `x` along its longest batch axis, each of about `TILE_BYTES`."""
     batch = [a for a in range(x.ndim) if a not in axes]

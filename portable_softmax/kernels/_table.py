@@ -43,7 +43,13 @@ TABLE = (
         library="numpy",
         device="cpu",
         module="portable_softmax.kernels._numpy",
-        operations=("softmax", "log_softmax", "logsumexp"),
+        operations=(
+            "softmax",
+            "log_softmax",
+            "logsumexp",
+            "cross_entropy",
+            "cross_entropy_value_and_grad",
+        ),
     ),
 )
 
@@ -84,7 +90,7 @@ def available() -> dict[str, tuple[str, ...]]:
     --------
     >>> from portable_softmax import kernels
     >>> kernels.available()["numpy tiles"]
-    ('softmax', 'log_softmax', 'logsumexp')
+    ('softmax', 'log_softmax', 'logsumexp', 'cross_entropy', 'cross_entropy_value_and_grad')
     """
     return {kernel.name: kernel.operations for kernel in TABLE}
 

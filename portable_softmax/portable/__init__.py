@@ -9,6 +9,9 @@ from portable_softmax.portable._cross_entropy import (
     cross_entropy,
     cross_entropy_value_and_grad,
     index_target,
+    mean_divisor,
+    nothing_to_inf,
+    reduced,
 )
 from portable_softmax.portable._softmax import (
     log_softmax,
@@ -29,6 +32,9 @@ __all__ = [
     "log_softmax",
     "log_softmax_vjp",
     "logsumexp",
+    "mean_divisor",
+    "nothing_to_inf",
+    "reduced",
     "softmax",
     "softmax_jacobian",
     "softmax_vjp",

@@ -53,6 +53,7 @@ class Target(NamedTuple):
     distribution: Any  # t, or None where `index` says it all
     counted: Any  # bool: not ignored; None where every position counts
     valid: Any  # bool: a label that there is; None for a distribution
+    weight: Any = None  # of the label, 0 where ignored; None where it is 1 everywhere
 
 
 # --------------------------------------------------------------------------- targets
@@ -67,9 +68,12 @@ def classes(xp: Namespace, x: Any, axis: int) -> Any:
     )
 
 
-def index_target(xp: Namespace, x: Any, labels: Any, axis: int, options: Options) -> Target:
-    """Sort class indices into counted and ignored, valid and not, before they are used."""
-    labels = xp.expand_dims(labels, axis=axis)
+def index_target(
+    xp: Namespace, x: Any, labels: Any, axis: int, options: Options, dtype: Any
+) -> Target:
+    """Sort class indices into counted and ignored, valid and not, and weigh them in `dtype`."""
+    # Dask expands no axis beside one of unknown length, but indexes there.
+    labels = labels[(*(slice(None),) * axis, None, ...)]
     counted = None
     ignore = options.ignore_index
     # An index that the labels' dtype cannot hold matches none: comparing would wrap it around.
@@ -82,17 +86,24 @@ def index_target(xp: Namespace, x: Any, labels: Any, axis: int, options: Options
     valid = (index >= 0) & (index < n)
     index = xp.where(valid, index, xp.zeros_like(index))
     if options.where is not None:
-        valid = valid & pick(xp, xp.broadcast_to(options.where, x.shape), index, axis)
+        valid = valid & pick(xp, options.where, index, axis, x)
+    weight = None
+    if options.weight is not None:
+        weight = pick(xp, _along(xp, options.weight, x, axis), index, axis, x)
     if counted is not None:
         valid = valid | ~counted
-    return Target(index, None, counted, valid)
+        if weight is None:
+            weight = cast(xp, counted, dtype)
+        else:
+            weight = xp.where(counted, weight, scalar(xp, 0.0, weight))
+    return Target(index, None, counted, valid, weight)
 
 
-def pick(xp: Namespace, values: Any, index: Any, axis: int) -> Any:
-    """Return ``values[index]`` along `axis`, kept with length 1."""
+def pick(xp: Namespace, values: Any, index: Any, axis: int, x: Any) -> Any:
+    """Return ``values[index]`` along `axis`, kept with length 1; `values` broadcast to `x`."""
     if gathers(xp):
-        return xp.take_along_axis(values, index, axis=axis)
-    hit = classes(xp, values, axis) == index
+        return xp.take_along_axis(xp.broadcast_to(values, x.shape), index, axis=axis)
+    hit = classes(xp, x, axis) == index
     if xp.isdtype(values.dtype, "bool"):
         return xp.any(hit & values, axis=axis, keepdims=True)
     # One entry and zeros: the sum is the entry, whatever is found in the others.
@@ -104,20 +115,18 @@ def pick(xp: Namespace, values: Any, index: Any, axis: int) -> Any:
 
 def cross_entropy(xp: Namespace, logits: Any, target: Target, axis: int, options: Options) -> Any:
     """Return the reduced loss."""
-    loss, divisor, _, _ = _forward(xp, logits, target, axis, options)
-    return _reduced(xp, loss, divisor, axis, options)
+    loss, _, _ = _forward(xp, logits, target, axis, options)
+    return reduced(xp, loss, target, axis, options.reduction)
 
 
 def cross_entropy_value_and_grad(
     xp: Namespace, logits: Any, target: Target, axis: int, options: Options
 ) -> tuple[Any, Any]:
     """Return the reduced loss and the gradient of its sum with respect to the logits."""
-    loss, divisor, state, rows = _forward(xp, logits, target, axis, options)
+    loss, state, rows = _forward(xp, logits, target, axis, options)
     grad = _gradient(xp, state, rows, target, axis, options)
     if options.reduction == "mean":
-        # A mean over nothing is nan, its gradient 0.
-        one = scalar(xp, 1.0, grad)
-        grad = grad / xp.where(divisor == 0, one, divisor)
+        grad = grad / nothing_to_inf(xp, mean_divisor(xp, loss, target))
     if target.valid is not None:
         grad = xp.where(target.valid, grad, scalar(xp, math.nan, grad))
     if options.softcap is not None:
@@ -126,7 +135,7 @@ def cross_entropy_value_and_grad(
         grad = xp.where(options.where, grad, scalar(xp, 0.0, grad))
     if target.counted is not None:
         grad = xp.where(target.counted, grad, scalar(xp, 0.0, grad))
-    return _reduced(xp, loss, divisor, axis, options), grad
+    return reduced(xp, loss, target, axis, options.reduction), grad
 
 
 # --------------------------------------------------------------------------- one row
@@ -143,21 +152,20 @@ class Rows(NamedTuple):
 
 def _forward(
     xp: Namespace, logits: Any, target: Target, axis: int, options: Options
-) -> tuple[Any, Any, State, Rows]:
+) -> tuple[Any, State, Rows]:
     inputs, x = _conditioned(xp, logits, target, axis, options)
-    weight = None if options.weight is None else _along(xp, options.weight, x, axis)
     if target.index is not None and options.label_smoothing == 0.0:
-        rows = _index_rows(xp, inputs, x, weight, target, axis)
+        rows = Rows(inputs, x, None, target.weight)
         loss, state = _index_loss(xp, rows, target, axis, options)
     else:
-        rows = _distribution_rows(xp, inputs, x, weight, target, axis, options)
+        rows = _distribution_rows(xp, inputs, x, target, axis, options)
         loss, state = _distribution_loss(xp, rows, axis, options)
     if target.valid is not None:
         # A factor: choosing between two losses would multiply nan with the 0 that flows back.
         loss = loss * xp.where(target.valid, scalar(xp, 1.0, loss), scalar(xp, math.nan, loss))
     if target.counted is not None:
         loss = xp.where(target.counted, loss, scalar(xp, 0.0, loss))
-    return loss, _divisor(xp, loss, rows, target), state, rows
+    return loss, state, rows
 
 
 def _conditioned(
@@ -186,19 +194,10 @@ def _softcap_derivative(xp: Namespace, x: Any, cap: float) -> Any:
 
 
 def _along(xp: Namespace, weight: Any, x: Any, axis: int) -> Any:
+    """Lay the weights of the classes along the class axis."""
     shape = [1] * x.ndim
     shape[axis] = x.shape[axis]
     return xp.reshape(weight, tuple(shape))
-
-
-def _index_rows(xp: Namespace, inputs: Any, x: Any, weight: Any, target: Target, axis: int) -> Rows:
-    u = None
-    if weight is not None:
-        u = pick(xp, xp.broadcast_to(weight, x.shape), target.index, axis)
-    if target.counted is not None:
-        u = scalar(xp, 1.0, x) if u is None else u
-        u = xp.where(target.counted, u, scalar(xp, 0.0, x))
-    return Rows(inputs, x, None, u)
 
 
 def _index_loss(
@@ -206,7 +205,7 @@ def _index_loss(
 ) -> tuple[Any, State]:
     """Return u * ((max - x_label) + log1p(rest)), the rows' loss."""
     x = rows.x
-    at_label = pick(xp, x, target.index, axis)
+    at_label = pick(xp, x, target.index, axis, x)
     if differentiates(xp):
         state, gap = _fold_from_label(xp, x, at_label, target.index, axis)
     else:
@@ -251,7 +250,6 @@ def _distribution_rows(
     xp: Namespace,
     inputs: Any,
     x: Any,
-    weight: Any,
     target: Target,
     axis: int,
     options: Options,
@@ -269,7 +267,8 @@ def _distribution_rows(
         q = (1.0 - options.label_smoothing) * t + spread
         if options.where is not None:
             q = xp.where(options.where, q, zero)
-    if weight is not None:
+    if options.weight is not None:
+        weight = _along(xp, options.weight, x, axis)
         t, q = t * weight, q * weight
     u = total(xp, t, (axis,))
     if target.counted is not None:
@@ -280,7 +279,7 @@ def _distribution_rows(
 def _class_count(xp: Namespace, x: Any, axis: int, options: Options) -> Any:
     if options.where is None:
         return x.shape[axis]
-    part = cast(xp, xp.broadcast_to(options.where, x.shape), x.dtype)
+    part = xp.where(options.where, xp.ones_like(x), scalar(xp, 0.0, x))
     count = xp.sum(part, axis=axis, keepdims=True)
     return xp.where(count == 0, scalar(xp, 1.0, count), count)
 
@@ -302,7 +301,7 @@ def _times(xp: Namespace, coefficient: Any, value: Any) -> Any:
     return coefficient * xp.where(never, zero, value)
 
 
-# --------------------------------------------------------------------------- gradient and reduction
+# --------------------------------------------------------------------------- gradient, reduction
 
 
 def _gradient(
@@ -328,20 +327,29 @@ def _gradient(
     return xp.where(label, (scaled - q) - q * state.rest, scaled) * inverse
 
 
-def _divisor(xp: Namespace, loss: Any, rows: Rows, target: Target) -> Any:
+def mean_divisor(xp: Namespace, loss: Any, target: Target) -> Any:
     """Return what the mean divides by: the weights that count, or the number of positions."""
-    if target.index is not None and rows.u is not None:
-        return xp.sum(total(xp, rows.u, tuple(range(loss.ndim))))
+    if target.weight is not None:
+        return xp.sum(total(xp, target.weight, tuple(range(loss.ndim))))
     positions = math.prod(loss.shape)
     if math.isnan(positions):  # chunks of unknown length
         return xp.sum(xp.ones_like(loss))
     return scalar(xp, positions, loss)
 
 
-def _reduced(xp: Namespace, loss: Any, divisor: Any, axis: int, options: Options) -> Any:
-    if options.reduction == "none":
+def nothing_to_inf(xp: Namespace, divisor: Any) -> Any:
+    """Return `divisor` with inf for 0, so that a mean over nothing has the gradient 0."""
+    return xp.where(divisor == 0, scalar(xp, math.inf, divisor), divisor)
+
+
+def reduced(xp: Namespace, loss: Any, target: Target, axis: int, reduction: str) -> Any:
+    """Reduce the losses of the positions, which have length 1 along the class axis."""
+    if reduction == "none":
         return xp.squeeze(loss, axis=axis)
     summed = xp.sum(total(xp, loss, tuple(range(loss.ndim))))
-    if options.reduction == "sum":
+    if reduction == "sum":
         return summed
-    return summed / divisor
+    divisor = mean_divisor(xp, loss, target)
+    # Smoothing may leave a loss where the labels' weights sum to 0, which is no infinite mean.
+    mean = summed / nothing_to_inf(xp, divisor)
+    return xp.where(divisor == 0, scalar(xp, math.nan, mean), mean)

@@ -26,7 +26,7 @@ def masked(xp: Namespace, x: Any, where: Any, axes: Axes) -> tuple[Any, Any]:
     gone, so it reaches neither a value nor a derivative; a row of zeros keeps every derivative of
     an empty row finite, for the caller to overwrite.
     """
-    where = xp.broadcast_to(where, x.shape)
+    where = where[(*(None,) * (x.ndim - where.ndim), ...)]
     some = xp.any(where, axis=axes, keepdims=True)
     x = xp.where(where, x, scalar(xp, -math.inf, x))
     return xp.where(some, x, scalar(xp, 0.0, x)), some

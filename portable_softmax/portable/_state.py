@@ -54,11 +54,11 @@ def fold(
     """
     m = maximum(xp, x, axes)
     shifted = x - m
-    error = _difference_error(xp, x, m, shifted)
+    error = _difference_error(xp, x, m, shifted, temperature)
     if attach is not None:
         shifted = attach(shifted)
     if temperature != 1.0:
-        shifted, error = shifted / temperature, error / temperature
+        shifted = shifted / temperature
     exps = xp.exp(shifted)
     exps = exps * (1.0 + error)  # not exps + exps * error: XLA flushes a subnormal product to 0
     # The value of one maximum is left out of the sum, its derivative is not: subtracting the
@@ -68,8 +68,8 @@ def fold(
     return State(m, rest, xp.log1p(rest), shifted, exps)
 
 
-def _difference_error(xp: Namespace, x: Any, m: Any, difference: Any) -> Any:
-    """Return ``(x - m) - fl(x - m)`` exactly (Knuth's two-sum, TAOCP 4.2.2), 0 where infinite.
+def _difference_error(xp: Namespace, x: Any, m: Any, difference: Any, temperature: float) -> Any:
+    """Return ``(x - m) - fl(x - m)`` exactly (Knuth's two-sum, TAOCP 4.2.2), over the temperature.
 
     A confident row's rest is one exponential of a large difference: half a unit lost in a
     difference of 64 is 32 units lost in the loss. This puts them back to first order.
@@ -77,4 +77,7 @@ def _difference_error(xp: Namespace, x: Any, m: Any, difference: Any) -> Any:
     x, difference = constant(xp, x), constant(xp, difference)
     t = difference - x
     error = (x - (difference - t)) - (m + t)
-    return xp.where(xp.isnan(error), scalar(xp, 0.0, error), error)
+    if temperature != 1.0:
+        error = error / temperature
+    # An infinity in the row has no rounding error, and its terms cancel to nan.
+    return xp.where(xp.isfinite(error), error, scalar(xp, 0.0, error))
