@@ -255,7 +255,8 @@ def _prepared(
         target = portable.Target(index=None, distribution=t, counted=None, valid=None)
     else:
         target = portable.index_target(xp, logits, labels, at, options, compute)
-        if check_labels and _arrays.reads_values(xp, labels):
+        # Under tracing even a constant becomes a traced array once it is computed with.
+        if check_labels and _arrays.reads_values(xp, target.valid):
             _checks.label_values(xp, labels, target.valid, at, logits.shape[at], where)
             target = target._replace(valid=None)
     return _Call(xp, logits, target, at, options, compute, answer)

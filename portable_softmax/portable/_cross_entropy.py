@@ -230,19 +230,20 @@ def _fold_from_label(
     log1p(rest) it would be p_label - 1, which cancels. So the value is the latter's and the
     derivative is the former's: `attach` adds (x_j - x_label) minus its own value, a zero.
     """
-    finite_label = ~xp.isinf(at_label)
+    zero = scalar(xp, 0.0, x)
+    infinite = xp.isinf(at_label)
+    linear = xp.where(infinite, zero, at_label)
     label = classes(xp, x, axis) == index
 
     def attach(shifted: Any) -> Any:
-        from_label = x - xp.where(finite_label, at_label, constant(xp, at_label))
-        zero = from_label - constant(xp, from_label)
-        keep = (finite_label & label) | xp.isinf(constant(xp, from_label))
-        return constant(xp, shifted) + xp.where(keep, scalar(xp, 0.0, zero), zero)
+        from_label = x - linear
+        value = constant(xp, from_label)
+        apart = label | ~xp.isfinite(value)  # the label's own term is a constant, as is exp(-inf)
+        return constant(xp, shifted) + xp.where(apart, zero, from_label - value)
 
     state = fold(xp, x, (axis,), attach=attach)
-    gap = state.max - xp.where(finite_label, constant(xp, at_label), at_label)
+    gap = state.max - xp.where(infinite, at_label, constant(xp, at_label))
     # What the shift took out of the logarithm's derivative goes into the maximum's, for logsumexp.
-    linear = xp.where(finite_label, at_label, scalar(xp, 0.0, at_label))
     return state._replace(max=state.max + (linear - constant(xp, linear))), gap
 
 

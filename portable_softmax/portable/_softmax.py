@@ -8,7 +8,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from portable_softmax._arrays import cast, constant, device, differentiates, scalar
+from portable_softmax._arrays import (
+    cast,
+    constant,
+    device,
+    is_chunked,
+    namespace,
+    quiet,
+    reduce_chunks,
+    scalar,
+)
 from portable_softmax._typing import Namespace
 from portable_softmax.portable._state import fold, maximum
 from portable_softmax.portable._sums import total
@@ -123,13 +132,20 @@ def logsumexp(
 
 
 def _unweighted(xp: Namespace, x: Any, axes: Axes) -> Any:
+    if is_chunked(xp):
+        # logsumexp merges: a chunk is read once and dropped, not kept until the maximum is known.
+        return reduce_chunks(x, axes, _logsumexp_of_a_chunk)
     m = maximum(xp, x, axes)
-    infinite = xp.isinf(m)
-    if differentiates(xp):
-        # An infinite row keeps its value below; as zeros its derivative is 0 instead of nan.
-        x = xp.where(infinite, scalar(xp, 0.0, x), x)
-    state = fold(xp, x, axes)
-    return xp.where(infinite, m, state.max + state.log)
+    infinite, zero = xp.isinf(m), scalar(xp, 0.0, m)
+    state = fold(xp, x, axes, shift=xp.where(infinite, zero, m))
+    # A row of -inf keeps its value, and has the derivative 0 instead of that of log1p(-1).
+    return xp.where(infinite, m, state.max + xp.log1p(xp.where(infinite, zero, state.rest)))
+
+
+def _logsumexp_of_a_chunk(chunk: Any, axis: Axes, keepdims: bool) -> Any:
+    xp = namespace(chunk)
+    with quiet(xp):
+        return _unweighted(xp, chunk, axis)
 
 
 def _weighted(xp: Namespace, x: Any, axes: Axes, b: Any) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from portable_softmax._arrays import cast, constant, scalar
+from portable_softmax._arrays import constant, scalar
 from portable_softmax._typing import Namespace
 from portable_softmax.portable._sums import total
 
@@ -42,6 +42,7 @@ def fold(
     x: Any,
     axes: tuple[int, ...],
     *,
+    shift: Any = None,
     temperature: float = 1.0,
     attach: Callable[[Any], Any] | None = None,
 ) -> State:
@@ -49,35 +50,37 @@ def fold(
 
     Parameters
     ----------
+    shift
+        What to subtract, where that is not the maximum.
     attach
         Gives the shifted row another way to be differentiated, without changing its value.
     """
-    m = maximum(xp, x, axes)
+    m = maximum(xp, x, axes) if shift is None else shift
     shifted = x - m
-    error = _difference_error(xp, x, m, shifted, temperature)
+    error = _difference_error(xp, x, m, shifted)
     if attach is not None:
         shifted = attach(shifted)
     if temperature != 1.0:
-        shifted = shifted / temperature
+        shifted, error = shifted / temperature, error / temperature
     exps = xp.exp(shifted)
-    exps = exps * (1.0 + error)  # not exps + exps * error: XLA flushes a subnormal product to 0
+    # exps + exps * error would be the same, but XLA flushes a subnormal product to 0. Beside an
+    # infinity the error is nan and its term 0.
+    error = xp.where(constant(xp, exps) > 0, error, scalar(xp, 0.0, error))
+    exps = exps * (1.0 + error)
     # The value of one maximum is left out of the sum, its derivative is not: subtracting the
     # constant 1 keeps both right, to every order and at ties, where masking the entry would not.
-    is_max = cast(xp, constant(xp, shifted) == 0, exps.dtype)
+    # Terms are at most 1, so the whole part of one says whether it is a maximum.
+    is_max = xp.floor(constant(xp, exps))
     rest = total(xp, exps - is_max, axes) + (xp.sum(is_max, axis=axes, keepdims=True) - 1)
     return State(m, rest, xp.log1p(rest), shifted, exps)
 
 
-def _difference_error(xp: Namespace, x: Any, m: Any, difference: Any, temperature: float) -> Any:
-    """Return ``(x - m) - fl(x - m)`` exactly (Knuth's two-sum, TAOCP 4.2.2), over the temperature.
+def _difference_error(xp: Namespace, x: Any, m: Any, difference: Any) -> Any:
+    """Return ``(x - m) - fl(x - m)``, exactly where all are finite (Knuth's two-sum, TAOCP 4.2.2).
 
     A confident row's rest is one exponential of a large difference: half a unit lost in a
     difference of 64 is 32 units lost in the loss. This puts them back to first order.
     """
     x, difference = constant(xp, x), constant(xp, difference)
     t = difference - x
-    error = (x - (difference - t)) - (m + t)
-    if temperature != 1.0:
-        error = error / temperature
-    # An infinity in the row has no rounding error, and its terms cancel to nan.
-    return xp.where(xp.isfinite(error), error, scalar(xp, 0.0, error))
+    return (x - (difference - t)) - (m + t)

@@ -1,0 +1,107 @@
+"""The table of backends and capabilities in README.md, from what the code knows of them.
+
+    python tests/capabilities.py
+
+writes it anew between the two markers of README.md.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+from backends import BACKENDS
+
+from portable_softmax import _arrays
+from portable_softmax.kernels import _table
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+BEGIN, END = "<!-- capabilities:begin -->", "<!-- capabilities:end -->"
+
+# What compiles or traces a function of a library, and is tested in tests/test_LIBRARY.py.
+COMPILERS = {"torch": "torch.compile", "jax": "jax.jit"}
+
+HEADINGS = (
+    "backend", "extra", "float16", "bfloat16", "autodiff", "compiled", "lazy", "fused kernels",
+    "tested",
+)  # fmt: skip
+
+
+def table() -> str:
+    """Return the table in Markdown."""
+    rows = [HEADINGS, ("---",) * len(HEADINGS), *(row(*item) for item in sessions().items())]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def sessions() -> dict[str, str | None]:
+    """Return BACKENDS of noxfile.py: the extra of each backend that has a session of tests."""
+    tree = ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "BACKENDS":
+            return ast.literal_eval(node.value)
+    raise SystemExit("noxfile.py has no BACKENDS")
+
+
+def row(name: str, extra: str | None) -> tuple[str, ...]:
+    """Return the cells of one backend, without importing its library."""
+    backend = BACKENDS[name]
+    xp = ModuleType(backend.library)  # a namespace is known by its name
+    return (
+        backend.library.replace("_", "-"),
+        ", ".join(f"`{found}`" for found in extras(extra)) or "none",
+        yes("float16" in backend.halves),
+        yes("bfloat16" in backend.halves),
+        yes(_arrays.differentiates(xp)),
+        compiler(name),
+        yes(_arrays.is_chunked(xp)),
+        kernels(_arrays.library(xp)),
+        # CuPy's extra stands for one for each CUDA generation.
+        "where there is a CUDA device" if extra == "cuda" else "in every run",
+    )
+
+
+def yes(is_true: bool) -> str:
+    return "yes" if is_true else "no"
+
+
+def extras(extra: str | None) -> list[str]:
+    """Return the extras of pyproject.toml that bring a backend's library."""
+    if extra is None:
+        return []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [e for e in project["optional-dependencies"] if re.fullmatch(rf"{extra}\d*", e)]
+
+
+def compiler(name: str) -> str:
+    """Return what compiles a library's functions, if the tests of that library use it."""
+    found = COMPILERS.get(name)
+    if found is None:
+        return "no"
+    tests = (ROOT / "tests" / f"test_{name}.py").read_text(encoding="utf-8")
+    return f"`{found}`" if f"{found}(" in tests else "untested"
+
+
+def kernels(library: str) -> str:
+    found = [k for k in _table.TABLE if k.library == library]
+    return "; ".join(f"{k.name}: {', '.join(k.operations)}" for k in found) or "none"
+
+
+def in_readme() -> str:
+    """Return the table that README.md holds."""
+    return README.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
+
+
+def main() -> None:
+    before, begin, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"README.md lacks the markers {BEGIN} and {END}")
+    README.write_text(f"{before}{begin}\n{table()}\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""dask.distributed: an array of several times a worker's memory is reduced in pieces."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import portable_softmax as ps
+
+LIMIT = 256 * 2**20
+SHAPE = (131_072, 1024)  # float64: 1 GiB
+CHUNKS = {"batch": (1024, 1024), "batch and classes": (4096, 256)}  # of 8 MiB
+
+
+@pytest.fixture(scope="module")
+def client(backend_name):
+    if backend_name != "dask":
+        pytest.skip(f"a test of dask, this is {backend_name}")
+    distributed = pytest.importorskip("distributed", reason="distributed is not installed")
+    import dask
+
+    config = {
+        # Nothing goes to disk, and a worker that is killed for its memory fails the test.
+        "distributed.worker.memory.target": False,
+        "distributed.worker.memory.spill": False,
+        "distributed.scheduler.allowed-failures": 0,
+    }
+    one = {"n_workers": 1, "threads_per_worker": 1, "memory_limit": LIMIT}
+    with (
+        dask.config.set(config),
+        distributed.LocalCluster(processes=True, dashboard_address=None, **one) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_an_array_is_reduced_by_a_worker_that_could_not_hold_it(client, chunks):
+    import dask.array as da
+
+    x = da.random.default_rng(0).random(SHAPE, chunks=chunks)
+    labels = da.zeros(SHAPE[0], chunks=chunks[0], dtype=np.int64)
+    assert x.nbytes == 4 * LIMIT
+    lse = client.compute(ps.logsumexp(x)).result(timeout=120)
+    loss = client.compute(ps.cross_entropy(x, labels)).result(timeout=120)
+    # Over uniform numbers the mean of exp is e - 1, and that of the label's own 1/2.
+    assert abs(lse - np.log(x.size * (np.e - 1))) < 1e-3
+    assert abs(loss - (np.log(SHAPE[1] * (np.e - 1)) - 0.5)) < 1e-2
+    (most,) = client.run(peak_memory).values()
+    assert most < LIMIT
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process has had, in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

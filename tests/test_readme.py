@@ -1,0 +1,180 @@
+"""README.md and docs/ say what the code is. The session `docs` runs the examples in README.md."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import capabilities
+import pytest
+import semantics_table
+from backends import BACKENDS, ml_dtypes
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SEMANTICS = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/semantics.md", "docs/accuracy.md")
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+# --------------------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python3 noxfile.py",
+        "python3 noxfile.py -s tests",
+        "python3 noxfile.py -s bench-numpy",
+        "python -m bench accuracy --markdown docs/accuracy.md",
+    ],
+)
+def test_a_command_has_a_line_of_its_own(command):
+    assert f"\n    {command}\n" in README
+
+
+@pytest.mark.parametrize("name", ["capabilities", "semantics_table"])
+def test_a_generated_table_names_its_generator(name):
+    assert f"python tests/{name}.py" in README + SEMANTICS
+    assert (ROOT / "tests" / f"{name}.py").exists()
+
+
+def test_every_session_is_described():
+    source = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    plain = re.findall(r"@nox\.session.*\ndef (\w+)\(", source)
+    families = re.findall(r'@for_each_backend\("(\w+)"', source)
+    expected = {*plain, *(f"{name}-BACKEND" for name in families)} - {"tests", "tests_table"}
+    table = README.partition("| session | what it does |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`([\w-]+)`", table)) == expected
+
+
+# --------------------------------------------------------------------------- generated tables
+
+
+@pytest.mark.skipif(ml_dtypes is None, reason="bfloat16 on NumPy needs ml_dtypes")
+def test_the_table_of_capabilities_is_that_of_the_code():
+    assert capabilities.in_readme() == capabilities.table()
+
+
+def test_the_package_and_the_tests_agree_on_what_a_library_can_do():
+    by_code = {line[0]: line for line in map(cells, capabilities.table().splitlines()[2:])}
+    for name in capabilities.sessions():
+        backend = BACKENDS[name]
+        row = by_code[backend.library.replace("_", "-")]
+        assert row[capabilities.HEADINGS.index("autodiff")] == capabilities.yes(
+            backend.differentiates
+        )
+        assert row[capabilities.HEADINGS.index("lazy")] == capabilities.yes(backend.lazy)
+        assert "untested" not in row
+
+
+def test_the_table_of_semantics_has_a_row_for_each_test():
+    lines = [cells(line) for line in SEMANTICS.splitlines() if line.startswith("|")]
+    assert lines[0] == [*semantics_table.HEADINGS, *BACKENDS]
+    rows = [(case, answer, test.strip("`")) for case, answer, test, *_ in lines[2:]]
+    assert rows == [row[:3] for row in semantics_table.cases()]
+    assert "FAILED" not in SEMANTICS
+
+
+def test_the_table_of_accuracy_holds():
+    lines = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("Made by `python -m bench accuracy ")
+    verdicts = {cells(line)[-1] for line in lines if line.startswith("|")}
+    assert verdicts == {"ours within", "---", "yes"}
+
+
+REPORT = """\
+<testsuites><testsuite>
+  <properties>
+    <property name="backend" value="torch"/><property name="version" value="2.13.0"/>
+    <property name="backend" value="torch-cuda"/><property name="version" value="2.13.0+cu"/>
+  </properties>
+  <testcase classname="tests.test_semantics" name="test_a[torch-int8]"/>
+  <testcase classname="tests.test_semantics" name="test_a[torch-int16]"/>
+  <testcase classname="tests.test_semantics" name="test_a[torch-cuda-int8]"/>
+  <testcase classname="tests.test_semantics" name="test_a[torch-cuda-int16]">
+    <skipped message="no int16"/></testcase>
+  <testcase classname="tests.test_semantics" name="test_b[torch]"><failure/></testcase>
+  <testcase classname="tests.test_semantics" name="test_b[torch-cuda]"><error/></testcase>
+  <testcase classname="tests.test_semantics" name="test_c"/>
+  <testcase classname="tests.test_values" name="test_a[torch]"><failure/></testcase>
+</testsuite></testsuites>
+"""
+
+
+def test_reports_become_rows(tmp_path):
+    (tmp_path / "torch.xml").write_text(REPORT)
+    rows = [
+        semantics_table.Case(f"case {name}", "answer", f"test_{name}", name != "c")
+        for name in "abc"
+    ]
+    text = semantics_table.document(rows, semantics_table.read(tmp_path))
+    heading, _, *lines = [cells(line) for line in text.splitlines() if line.startswith("|")]
+    a, b, c = (dict(zip(heading, line, strict=True)) for line in lines)
+    assert (a["torch"], a["torch-cuda"], a["jax"]) == (
+        "passed",
+        "1 passed, 1 skipped (1)",
+        "not run",
+    )
+    assert (b["torch"], b["torch-cuda"]) == ("FAILED", "FAILED")
+    assert (c["numpy"], c["torch"]) == ("passed", "NumPy only")
+    assert "\n1. no int16\n" in text
+    assert text.endswith("This was torch 2.13.0, torch-cuda 2.13.0+cu.\n")
+
+
+def test_without_reports_nothing_is_written(tmp_path, capsys):
+    target = tmp_path / "semantics.md"
+    assert semantics_table.main(str(tmp_path), str(target)) == 2
+    assert "holds no report" in capsys.readouterr().err
+    assert not target.exists()
+
+
+# --------------------------------------------------------------------------- links and peers
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
+        if target.startswith("https://"):
+            continue
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), f"{page} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+            assert anchor in {slug(heading) for heading in headings}, f"{page} links to #{anchor}"
+
+
+def slug(heading: str) -> str:
+    """Return the anchor that GitHub gives to a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+BESIDE = re.findall(
+    r"^### Beside ([^\n]+)\n\n```python\n(.*?)^```\n\n```text\n(.*?)^```", README, re.M | re.S
+)
+
+
+def test_three_peers_are_shown():
+    assert len(BESIDE) == README.count("### Beside ") == 3
+
+
+@pytest.mark.parametrize(("versions", "code", "printed"), BESIDE, ids=[b[0] for b in BESIDE])
+def test_what_peers_were_seen_to_print(versions, code, printed):
+    for peer in versions.split(", "):
+        name, version = peer.split()
+        try:
+            here = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"{name} is not installed")
+        if here.partition("+")[0] != version:
+            pytest.skip(f"README.md speaks of {name} {version}, here is {here}")
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == printed
