@@ -211,7 +211,7 @@ def number(
         )
     answer = float(value)
     above = answer > low if open_low else answer >= low
-    if not (above and answer <= high and math.isfinite(answer)):
+    if not (above and answer <= high and answer < math.inf):
         raise ValueError(f"{name} is {value}, expected a number in {inside}")
     return answer
 

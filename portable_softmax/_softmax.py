@@ -253,7 +253,7 @@ def _logsumexp(
     x, b, where, axes, added = _with_an_axis(xp, x, b, where, axes)
     x = _arrays.cast(xp, x, compute)
     if b is not None:
-        b = _arrays.cast(xp, xp.broadcast_to(b, x.shape), compute)
+        b = _arrays.cast(xp, b, compute)
     value, sign = portable.logsumexp(xp, x, axes, b=b, where=where, return_sign=return_sign)
     if kind == "real":
         value = _arrays.cast(xp, value, answer)
@@ -440,8 +440,6 @@ def _rowwise(operation: str, x: ArrayT, axis: Axis, where: Any, temperature: Any
     kernel = kernels.find(operation, xp) if axes else None
     y: ArrayT
     with _arrays.quiet(xp):
-        if where is not None:
-            where = xp.broadcast_to(where, x.shape)
         if kernel is not None:
             y = kernel(
                 xp, x, axes, where=where, temperature=temperature, compute=compute, answer=answer

@@ -63,13 +63,8 @@ def xp(backend_name: str) -> Backend:
     return _backend(backend_name)
 
 
-# A test that asks for a library's module is a test of that library, and runs on its backends only.
-_LIBRARY_FIXTURES = {
-    "torch": "torch",
-    "jax": "jax",
-    "da": "dask",
-    "array_api_strict": "array_api_strict",
-}
+# A test that asks for a library's module is a test of that library, as one that is marked so.
+_LIBRARY_FIXTURES = {"torch": "torch", "jax": "jax", "da": "dask"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -77,6 +72,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, left_out = [], []
     for item in items:
         wanted = {v for k, v in _LIBRARY_FIXTURES.items() if k in getattr(item, "fixturenames", ())}
+        wanted.update(*(mark.args for mark in item.iter_markers("libraries")))
         name = item.callspec.params.get("backend_name") if hasattr(item, "callspec") else None
         foreign = name is not None and wanted and BACKENDS[name].library not in wanted
         (left_out if foreign else kept).append(item)
@@ -101,12 +97,6 @@ def jax(xp: Backend):
 def da(xp: Backend):
     """The module dask.array, in tests of what only Dask has."""
     return importlib.import_module("dask.array")
-
-
-@pytest.fixture
-def array_api_strict(xp: Backend):
-    """The module array_api_strict, in tests of what only it has."""
-    return importlib.import_module("array_api_strict")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from calls import CALLS, as_tuple, every_call
 from numpy.testing import assert_allclose, assert_array_equal
-from test_strict import CALLS, as_tuple, every_call
 
 import portable_softmax as ps
 

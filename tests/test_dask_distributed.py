@@ -12,10 +12,11 @@ SHAPE = (131_072, 1024)  # float64: 1 GiB
 CHUNKS = {"batch": (1024, 1024), "batch and classes": (4096, 256)}  # of 8 MiB
 
 
+pytestmark = pytest.mark.libraries("dask")
+
+
 @pytest.fixture(scope="module")
 def client(backend_name):
-    if backend_name != "dask":
-        pytest.skip(f"a test of dask, this is {backend_name}")
     distributed = pytest.importorskip("distributed", reason="distributed is not installed")
     import dask
 

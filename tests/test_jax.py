@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
+from calls import as_tuple, every_call
 from numpy.testing import assert_allclose, assert_array_equal
-from test_strict import as_tuple, every_call
 from test_torch import ROWS
 
 import portable_softmax as ps

@@ -7,7 +7,7 @@ from threading import Barrier
 
 import numpy as np
 import pytest
-from test_strict import every_call
+from calls import every_call
 
 import portable_softmax as ps
 from portable_softmax import kernels
@@ -31,28 +31,27 @@ def bits(xp, outputs):
     return [xp.numpy(y).tobytes() for y in outputs]
 
 
-@pytest.fixture
-def threaded(xp):
-    if xp.library not in ("numpy", "torch"):
-        pytest.skip(f"{xp.name} schedules its own threads")
-    return xp
+# The other libraries schedule threads of their own.
+threaded = pytest.mark.libraries("numpy", "torch")
 
 
+@threaded
 @every_call
-def test_every_call_gives_the_same_bits(threaded, call):
-    expected = bits(threaded, call.outputs(threaded.from_numpy))
-    for results in at_once(lambda _: bits(threaded, call.outputs(threaded.from_numpy))):
+def test_every_call_gives_the_same_bits(xp, call):
+    expected = bits(xp, call.outputs(xp.from_numpy))
+    for results in at_once(lambda _: bits(xp, call.outputs(xp.from_numpy))):
         assert results == [expected] * 4
 
 
-def test_large_arrays_give_the_same_bits(threaded):
+@threaded
+def test_large_arrays_give_the_same_bits(xp):
     """Many tiles, and a different array in each thread."""
     xs = [
-        threaded.asarray(np.random.default_rng(i).normal(size=(700, 999)), "float32")
+        xp.asarray(np.random.default_rng(i).normal(size=(700, 999)), "float32")
         for i in range(THREADS)
     ]
-    expected = [bits(threaded, [ps.softmax(x), ps.log_softmax(x)]) for x in xs]
-    results = at_once(lambda i: bits(threaded, [ps.softmax(xs[i]), ps.log_softmax(xs[i])]))
+    expected = [bits(xp, [ps.softmax(x), ps.log_softmax(x)]) for x in xs]
+    results = at_once(lambda i: bits(xp, [ps.softmax(xs[i]), ps.log_softmax(xs[i])]))
     assert results == [[e] * 4 for e in expected]
 
 

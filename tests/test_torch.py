@@ -6,8 +6,8 @@ import warnings
 
 import numpy as np
 import pytest
+from calls import CALLS, as_tuple, every_call
 from numpy.testing import assert_array_equal
-from test_strict import CALLS, as_tuple, every_call
 
 import portable_softmax as ps
 

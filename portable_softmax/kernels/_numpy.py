@@ -29,6 +29,7 @@ def softmax(
     """Softmax over `axes`, computed in dtype `compute` and returned in dtype `answer`."""
     if where is None and x.nbytes <= TILE_BYTES and compute == x.dtype and x.flags.c_contiguous:
         return _softmax_in_place(x, axes, temperature)
+    where = None if where is None else np.broadcast_to(where, x.shape)
     out = np.empty(x.shape, answer)
     for cut in _tiles(x, axes, compute):
         tile = x[cut].astype(compute, order="C", copy=False)
@@ -58,6 +59,7 @@ def log_softmax(
     xp: Namespace, x: Any, axes: Axes, *, where: Any, temperature: float, compute: Any, answer: Any
 ) -> Any:
     """log_softmax over `axes`, computed in dtype `compute` and returned in dtype `answer`."""
+    where = None if where is None else np.broadcast_to(where, x.shape)
     out = np.empty(x.shape, answer)
     for cut in _tiles(x, axes, compute):
         tile = x[cut].astype(compute, order="C", copy=False)

@@ -1,0 +1,106 @@
+"""Every public function with each of its options, as calls that any test can make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import portable_softmax as ps
+
+
+class Call(NamedTuple):
+    """A public function and its arguments; arrays are NumPy's, for `on` to convert."""
+
+    function: Callable[..., Any]
+    positional: tuple[np.ndarray, ...]
+    keyword: dict[str, Any]
+
+    def on(self, asarray: Callable[[np.ndarray], Any]) -> tuple[Callable[..., Any], list[Any]]:
+        """Return the call as a function of its floating arrays alone, and these arrays."""
+        given = {**dict(enumerate(self.positional)), **self.keyword}
+        arrays = {k: v for k, v in given.items() if isinstance(v, np.ndarray)}
+        given.update({k: asarray(v) for k, v in arrays.items()})
+        floating = [k for k, v in arrays.items() if v.dtype.kind in "fc"]
+
+        def function(*values: Any) -> Any:
+            now = {**given, **dict(zip(floating, values, strict=True))}
+            return self.function(
+                *(now[k] for k in now if isinstance(k, int)),
+                **{k: v for k, v in now.items() if isinstance(k, str)},
+            )
+
+        return function, [given[k] for k in floating]
+
+    def outputs(self, asarray: Callable[[np.ndarray], Any]) -> tuple[Any, ...]:
+        """Return what the call returns, as a tuple."""
+        function, arrays = self.on(asarray)
+        return as_tuple(function(*arrays))
+
+
+def as_tuple(outputs: Any) -> tuple[Any, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _calls() -> dict[str, Call]:
+    rng = np.random.default_rng(0)
+    shape = (2, 3, 4)
+    x, other = rng.normal(size=(2, *shape))
+    x[0, 1] = 0.0  # a row of ties
+    weights = rng.uniform(0.5, 1.5, size=4)
+    mask = rng.random(shape) < 0.7
+    mask[:, :, 0], mask[0, 0] = True, False  # one row is masked as a whole
+    labels = np.asarray([[0, 3, 2], [1, 0, 0]])
+    inside = np.asarray([[-1, 0, 0], [0, 0, 0]])  # labels that `mask` leaves in
+    t = rng.uniform(size=shape)
+    one_hot = (np.arange(4) == labels[..., None]).astype(np.int64)
+
+    found = {}
+
+    def call(function: Callable[..., Any], *positional: np.ndarray, **keyword: Any) -> None:
+        options = ", ".join(
+            k if isinstance(v, np.ndarray) else f"{k}={v}" for k, v in keyword.items()
+        )
+        kind = {labels.shape: "index", shape: "distribution"}[positional[-1].shape]
+        kind = f"{kind} {positional[-1].dtype}: " if "entropy" in function.__name__ else ""
+        found[f"{function.__name__}({kind}{options})"] = Call(function, positional, keyword)
+
+    for f in (ps.softmax, ps.log_softmax):
+        call(f, x)
+        call(f, x, axis=(0, 2))
+        call(f, x, axis=None, temperature=0.7)
+        call(f, x, where=mask)
+        call(f, x, axis=1, where=mask[0], temperature=2.0)
+    call(ps.logsumexp, x)
+    call(ps.logsumexp, x, axis=(0, 2), keepdims=True)
+    call(ps.logsumexp, x, axis=-1, where=mask, return_sign=True)
+    call(ps.logsumexp, x, axis=-1, b=t)
+    call(ps.logsumexp, x, axis=(1, 2), b=other, where=mask, return_sign=True)
+    call(ps.logsumexp, x + 1j * other, axis=1)
+    call(ps.logsumexp, x + 1j * other, axis=1, b=other, return_sign=True)
+    call(ps.softmax_vjp, t, other, axis=(0, 2))
+    call(ps.log_softmax_vjp, x, other, axis=(0, 2))
+    call(ps.softmax_jacobian, t, axis=1)
+    for f in (ps.cross_entropy, ps.cross_entropy_value_and_grad):
+        for target in (labels, t):
+            call(f, x, target)
+            call(f, x, target, reduction="sum", weight=weights)
+            call(f, x, target, reduction="none", label_smoothing=0.1)
+            call(f, x, target, z_loss=0.1)
+            call(f, x, target, softcap=2.0)
+            everything = {"weight": weights, "label_smoothing": 0.1, "z_loss": 0.1, "softcap": 2.0}
+            where = {"where": mask, "ignore_index": -1} if target is labels else {"where": mask}
+            target = inside if target is labels else t
+            call(f, x, target, **where)
+            call(f, x, target, **where, **everything)
+        call(f, x, labels, ignore_index=0, weight=weights)
+        call(f, x, labels, ignore_index=-100, check_labels=False)
+        call(f, x, one_hot)
+        call(f, np.moveaxis(x, 2, 1), labels, axis=1)
+    return found
+
+
+CALLS = _calls()
+every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
