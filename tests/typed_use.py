@@ -1,0 +1,28 @@
+"""What a type checker sees: each function returns the type of the array that it is given.
+
+mypy reads this file in the session `lint`; nothing runs it.
+"""
+
+from __future__ import annotations
+
+from typing import assert_type
+
+import numpy as np
+from numpy.typing import NDArray
+
+import portable_softmax as ps
+
+Real = NDArray[np.float64]
+x: Real = np.zeros((2, 3))
+labels: NDArray[np.int64] = np.zeros(2, np.int64)
+
+assert_type(ps.softmax(x, axis=(0, 1)), Real)
+assert_type(ps.log_softmax(x, where=x > 0), Real)
+assert_type(ps.softmax_vjp(x, x), Real)
+assert_type(ps.softmax_jacobian(x), Real)
+assert_type(ps.cross_entropy(x, labels, reduction="none"), Real)
+assert_type(ps.cross_entropy_value_and_grad(x, labels), tuple[Real, Real])
+
+layer: ps.SoftmaxWithLoss[Real] = ps.SoftmaxWithLoss(label_smoothing=0.1)
+assert_type(layer.forward(x, labels), Real)
+assert_type(layer.backward(), Real)
