@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from portable_softmax import _arrays, _checks, kernels, portable
+from portable_softmax import _arrays, _checks, portable
 from portable_softmax._typing import Array, ArrayT, Namespace
+from portable_softmax.kernels._table import find
 
 __all__ = ["cross_entropy", "cross_entropy_value_and_grad"]
 
@@ -203,7 +204,7 @@ class _Call(NamedTuple):
         """Take the kernel of an operation, or its portable form."""
         xp, compute, answer = self.xp, self.compute, self.answer
         arguments = (self.target, self.axis, self.options)
-        kernel = kernels.find(operation, xp)
+        kernel = find(operation, xp)
         with _arrays.quiet(xp):
             if kernel is not None:
                 found = kernel(xp, self.logits, *arguments, compute=compute, answer=answer)

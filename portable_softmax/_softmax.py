@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from portable_softmax import _arrays, _checks, kernels, portable
+from portable_softmax import _arrays, _checks, portable
 from portable_softmax._typing import Array, ArrayT, Axis, Namespace
+from portable_softmax.kernels._table import find
 
 __all__ = [
     "log_softmax",
@@ -247,7 +248,7 @@ def _logsumexp(
     answer: Any,
 ) -> tuple[Any, Any]:
     if b is None and where is None and not return_sign and kind == "real" and axes:
-        kernel = kernels.find("logsumexp", xp)
+        kernel = find("logsumexp", xp)
         if kernel is not None:
             return kernel(xp, x, axes, compute=compute, answer=answer), None
     x, b, where, axes, added = _with_an_axis(xp, x, b, where, axes)
@@ -437,7 +438,7 @@ def _rowwise(operation: str, x: ArrayT, axis: Axis, where: Any, temperature: Any
     if any(x.shape[a] == 0 for a in axes):
         empty: ArrayT = xp.zeros_like(x, dtype=answer)
         return empty
-    kernel = kernels.find(operation, xp) if axes else None
+    kernel = find(operation, xp) if axes else None
     y: ArrayT
     with _arrays.quiet(xp):
         if kernel is not None:

@@ -12,6 +12,6 @@ A kernel is an optimisation of the portable mathematics and gives the same answe
 'portable: forced by kernels.portable()'
 """
 
-from portable_softmax.kernels._table import available, explain, find, portable
+from portable_softmax.kernels._table import available, explain, portable
 
-__all__ = ["available", "explain", "find", "portable"]
+__all__ = ["available", "explain", "portable"]

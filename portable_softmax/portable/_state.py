@@ -20,7 +20,7 @@ from portable_softmax.portable._sums import total
 class State(NamedTuple):
     """A folded row: every field but `shifted` and `exps` has the reduced axes with length 1."""
 
-    max: Any  # the row's maximum, a constant for every derivative
+    max: Any  # what was subtracted: the row's maximum, a constant for every derivative
     rest: Any  # sum of exps without one maximum
     log: Any  # log1p(rest)
     shifted: Any  # x - max, rounded
