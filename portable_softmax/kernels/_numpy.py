@@ -27,7 +27,7 @@ def softmax(
     xp: Namespace, x: Any, axes: Axes, *, where: Any, temperature: float, compute: Any, answer: Any
 ) -> Any:
     """Softmax over `axes`, computed in dtype `compute` and returned in dtype `answer`."""
-    if where is None and x.nbytes <= TILE_BYTES and compute == x.dtype and x.flags.c_contiguous:
+    if where is None and _is_one_tile(x, compute):
         return _softmax_in_place(x, axes, temperature)
     where = None if where is None else np.broadcast_to(where, x.shape)
     out = np.empty(x.shape, answer)
@@ -59,6 +59,8 @@ def log_softmax(
     xp: Namespace, x: Any, axes: Axes, *, where: Any, temperature: float, compute: Any, answer: Any
 ) -> Any:
     """log_softmax over `axes`, computed in dtype `compute` and returned in dtype `answer`."""
+    if _is_one_tile(x, compute):
+        return portable.log_softmax(xp, x, axes, where=where, temperature=temperature)
     where = None if where is None else np.broadcast_to(where, x.shape)
     out = np.empty(x.shape, answer)
     for cut in _tiles(x, axes, compute):
@@ -70,6 +72,8 @@ def log_softmax(
 
 def logsumexp(xp: Namespace, x: Any, axes: Axes, *, compute: Any, answer: Any) -> Any:
     """Logsumexp over `axes`, kept with length 1."""
+    if _is_one_tile(x, compute):
+        return portable.logsumexp(xp, x, axes)[0]
     out = np.empty([1 if a in axes else n for a, n in enumerate(x.shape)], answer)
     for cut in _tiles(x, axes, compute):
         tile = x[cut].astype(compute, order="C", copy=False)
@@ -88,6 +92,8 @@ def cross_entropy(
     answer: Any,
 ) -> Any:
     """Return the reduced loss, computed in dtype `compute` and returned in dtype `answer`."""
+    if _is_one_tile(x, compute):
+        return portable.cross_entropy(xp, x, target, axis, options)
     loss = np.empty([1 if a == axis else n for a, n in enumerate(x.shape)], compute)
     for cut, tile, *rest in _positions(x, target, axis, options, compute):
         loss[cut] = np.expand_dims(portable.cross_entropy(xp, tile, *rest), axis)
@@ -105,6 +111,8 @@ def cross_entropy_value_and_grad(
     answer: Any,
 ) -> tuple[Any, Any]:
     """Return the reduced loss and its gradient, each tile's scaled while it is in cache."""
+    if _is_one_tile(x, compute):
+        return portable.cross_entropy_value_and_grad(xp, x, target, axis, options)
     loss = np.empty([1 if a == axis else n for a, n in enumerate(x.shape)], compute)
     grad = np.empty(x.shape, answer)
     divisor = None
@@ -127,6 +135,11 @@ def _positions(
         there = portable.Target(*(None if part is None else part[cut] for part in target))
         unreduced = options._replace(reduction="none", where=None if where is None else where[cut])
         yield cut, tile, there, axis, unreduced
+
+
+def _is_one_tile(x: Any, compute: Any) -> bool:
+    """Return whether `x` can be worked on as it is: small, in rows, and of the right dtype."""
+    return bool(x.nbytes <= TILE_BYTES and x.dtype == compute and x.flags.c_contiguous)
 
 
 def _tiles(x: Any, axes: Axes, compute: Any) -> Iterator[tuple[slice, ...]]:
