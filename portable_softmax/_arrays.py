@@ -20,7 +20,7 @@ __all__ = [
     "Array",
     "Namespace",
     "cast",
-    "complex_dtypes",
+    "complex_dtype",
     "compute_dtype",
     "constant",
     "default_float",
@@ -182,11 +182,10 @@ def compute_dtype(xp: Namespace, x: Any) -> tuple[Any, Any]:
     return x.dtype, x.dtype
 
 
-def complex_dtypes(xp: Namespace, dtype: Any) -> tuple[Any, Any]:
-    """Return the complex dtype to compute and to answer in, for a real or complex `dtype`."""
-    name = dtype_name(dtype)
-    found = {"float32": xp.complex64, "float64": xp.complex128}.get(name, dtype)
-    return found, found
+def complex_dtype(xp: Namespace, dtype: Any) -> Any:
+    """Return the complex dtype that holds a real or complex `dtype`."""
+    names = {"float32": xp.complex64, "float64": xp.complex128}
+    return names.get(dtype_name(dtype), dtype)
 
 
 # --------------------------------------------------------------------------- building blocks

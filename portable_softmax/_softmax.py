@@ -223,7 +223,8 @@ def logsumexp(
     compute, answer = _arrays.compute_dtype(xp, x)
     kind = _arrays.kind(xp, compute)
     if b is not None and _arrays.kind(xp, b.dtype) == "complex":
-        kind, compute, answer = "complex", *_arrays.complex_dtypes(xp, compute)
+        kind = "complex"
+        compute = answer = _arrays.complex_dtype(xp, compute)
     with _arrays.quiet(xp):
         if any(x.shape[a] == 0 for a in axes):
             value, sign = _empty_sum(xp, x, axes, answer)
