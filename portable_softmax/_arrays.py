@@ -14,11 +14,9 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
-from portable_softmax._typing import Array, Namespace
+from portable_softmax._typing import Namespace
 
 __all__ = [
-    "Array",
-    "Namespace",
     "cast",
     "complex_dtype",
     "compute_dtype",
