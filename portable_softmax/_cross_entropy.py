@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from portable_softmax import _arrays, _checks, portable
-from portable_softmax._typing import Array, ArrayT, Namespace
-from portable_softmax.kernels._table import find
+from portable_softmax._typing import Array, ArrayT
+from portable_softmax.kernels._calls import LossCall
+from portable_softmax.kernels._table import find, shortcut
 
 __all__ = ["cross_entropy", "cross_entropy_value_and_grad"]
 
@@ -115,11 +116,18 @@ def cross_entropy(
     >>> print(round(float(cross_entropy(logits, np.asarray([0, -1]), ignore_index=-1)), 15))
     1.87e-13
     """
+    if quick := shortcut(logits, "cross_entropy"):
+        found: ArrayT | None = quick(
+            logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where,
+            reduction, check_labels,
+        )  # fmt: skip
+        if found is not None:
+            return found
     call = _prepared(
-        logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where,
-        reduction, check_labels,
+        "cross_entropy", logits, labels, axis, weight, ignore_index, label_smoothing,
+        z_loss, softcap, where, reduction, check_labels,
     )  # fmt: skip
-    answered: ArrayT = call.of("cross_entropy")
+    answered: ArrayT = _answer(call)
     return answered
 
 
@@ -177,11 +185,19 @@ def cross_entropy_value_and_grad(
     >>> print(grad)
     [[-1.87152459e-13  9.35762297e-14  9.35762297e-14]]
     """  # noqa: E501 - numpydoc wants the names on one line
+    if quick := shortcut(logits, "cross_entropy_value_and_grad"):
+        found = quick(
+            logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where,
+            reduction, check_labels,
+        )  # fmt: skip
+        if found is not None:
+            loss, grad = found
+            return loss, grad
     call = _prepared(
-        logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where,
-        reduction, check_labels,
+        "cross_entropy_value_and_grad", logits, labels, axis, weight, ignore_index, label_smoothing,
+        z_loss, softcap, where, reduction, check_labels,
     )  # fmt: skip
-    loss, grad = call.of("cross_entropy_value_and_grad")
+    loss, grad = _answer(call)
     return loss, grad
 
 
@@ -189,34 +205,23 @@ def cross_entropy_value_and_grad(
 LOSS_OPTIONS = tuple(cross_entropy.__kwdefaults__ or ())
 
 
-class _Call(NamedTuple):
-    """A checked call of a loss."""
-
-    xp: Namespace
-    logits: Any
-    target: portable.Target
-    axis: int
-    options: portable.Options
-    compute: Any
-    answer: Any
-
-    def of(self, operation: str) -> Any:
-        """Take the kernel of an operation, or its portable form."""
-        xp, compute, answer = self.xp, self.compute, self.answer
-        arguments = (self.target, self.axis, self.options)
-        kernel = find(operation, xp)
-        with _arrays.quiet(xp):
-            if kernel is not None:
-                found = kernel(xp, self.logits, *arguments, compute=compute, answer=answer)
-            else:
-                x = _arrays.cast(xp, self.logits, compute)
-                found = getattr(portable, operation)(xp, x, *arguments)
-            parts = found if isinstance(found, tuple) else (found,)
-            parts = tuple(_arrays.scalar_if_0d(xp, _arrays.cast(xp, p, answer)) for p in parts)
-        return parts if isinstance(found, tuple) else parts[0]
+def _answer(call: LossCall) -> Any:
+    """Take the kernel of a call, or its portable form."""
+    xp, answer = call.xp, call.answer
+    kernel = find(call)
+    with _arrays.quiet(xp):
+        if kernel is not None:
+            found = kernel(call)
+        else:
+            target, x = call.target(), _arrays.cast(xp, call.x, call.compute)
+            found = getattr(portable, call.operation)(xp, x, target, call.axis, call.options)
+        parts = found if isinstance(found, tuple) else (found,)
+        parts = tuple(_arrays.scalar_if_0d(xp, _arrays.cast(xp, p, answer)) for p in parts)
+    return parts if isinstance(found, tuple) else parts[0]
 
 
 def _prepared(
+    operation: str,
     logits: Any,
     labels: Any,
     axis: Any,
@@ -228,8 +233,8 @@ def _prepared(
     where: Any,
     reduction: Any,
     check_labels: bool,
-) -> _Call:
-    """Check everything, and cast all but the logits to the dtype of the computation."""
+) -> LossCall:
+    """Check everything that can be checked without reading values, and cast the options."""
     xp = _checks.array("logits", logits)
     _checks.companion("labels", labels, "logits", logits, xp)
     at = _checks.one_axis(axis, logits.ndim)
@@ -251,13 +256,6 @@ def _prepared(
         where=where,
         reduction=_checks.reduction(reduction),
     )
-    if not indices:
-        t = _arrays.cast(xp, labels, compute)
-        target = portable.Target(index=None, distribution=t, counted=None, valid=None)
-    else:
-        target = portable.index_target(xp, logits, labels, at, options, compute)
-        # Under tracing even a constant becomes a traced array once it is computed with.
-        if check_labels and _arrays.reads_values(xp, target.valid):
-            _checks.label_values(xp, labels, target.valid, at, logits.shape[at], where)
-            target = target._replace(valid=None)
-    return _Call(xp, logits, target, at, options, compute, answer)
+    return LossCall(
+        operation, xp, logits, labels, indices, at, options, check_labels, compute, answer
+    )

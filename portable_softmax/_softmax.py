@@ -7,7 +7,8 @@ from typing import Any
 
 from portable_softmax import _arrays, _checks, portable
 from portable_softmax._typing import Array, ArrayT, Axis, Namespace
-from portable_softmax.kernels._table import find
+from portable_softmax.kernels._calls import RowsCall, VjpCall
+from portable_softmax.kernels._table import find, shortcut
 
 __all__ = [
     "log_softmax",
@@ -79,6 +80,10 @@ def softmax(
     >>> softmax(np.asarray([1.0, 2.0, 9.0]), where=np.asarray([True, True, False])).round(4)
     array([0.2689, 0.7311, 0.    ])
     """
+    if where is None and (quick := shortcut(x, "softmax")):
+        y: ArrayT | None = quick(x, axis, temperature)
+        if y is not None:
+            return y
     return _rowwise("softmax", x, axis, where, temperature)
 
 
@@ -137,6 +142,10 @@ def log_softmax(
     >>> print(log_softmax(np.asarray([30.0, 0.0, 0.0]))[0])
     -1.8715245937678598e-13
     """
+    if where is None and (quick := shortcut(x, "log_softmax")):
+        y: ArrayT | None = quick(x, axis, temperature)
+        if y is not None:
+            return y
     return _rowwise("log_softmax", x, axis, where, temperature)
 
 
@@ -212,6 +221,10 @@ def logsumexp(
     >>> print(round(float(value), 6), sign)
     1.541325 -1.0
     """
+    if b is None and where is None and not return_sign and (quick := shortcut(x, "logsumexp")):
+        found: ArrayT | None = quick(x, axis, keepdims)
+        if found is not None:
+            return found
     xp = _checks.array("x", x, complex_too=True)
     axes = _checks.axes(axis, x.ndim)
     if b is not None:
@@ -248,10 +261,10 @@ def _logsumexp(
     compute: Any,
     answer: Any,
 ) -> tuple[Any, Any]:
-    if b is None and where is None and not return_sign and kind == "real" and axes:
-        kernel = find("logsumexp", xp)
-        if kernel is not None:
-            return kernel(xp, x, axes, compute=compute, answer=answer), None
+    if b is None and not return_sign and kind == "real" and axes:
+        call = RowsCall("logsumexp", xp, x, axes, where, 1.0, compute, answer)
+        if kernel := find(call):
+            return kernel(call), None
     x, b, where, axes, added = _with_an_axis(xp, x, b, where, axes)
     x = _arrays.cast(xp, x, compute)
     if b is not None:
@@ -439,13 +452,12 @@ def _rowwise(operation: str, x: ArrayT, axis: Axis, where: Any, temperature: Any
     if any(x.shape[a] == 0 for a in axes):
         empty: ArrayT = xp.zeros_like(x, dtype=answer)
         return empty
-    kernel = find(operation, xp) if axes else None
+    call = RowsCall(operation, xp, x, axes, where, temperature, compute, answer)
+    kernel = find(call) if axes else None
     y: ArrayT
     with _arrays.quiet(xp):
         if kernel is not None:
-            y = kernel(
-                xp, x, axes, where=where, temperature=temperature, compute=compute, answer=answer
-            )
+            y = kernel(call)
             return y
         at_least_1d, _, where, axes, added = _with_an_axis(xp, x, None, where, axes)
         y = getattr(portable, operation)(
@@ -473,7 +485,7 @@ def _with_an_axis(
 
 
 def _vjp(operation: str, name: str, y: ArrayT, dy: Array, axis: Axis) -> ArrayT:
-    """Check the arguments of a vector-Jacobian product, then take its portable form."""
+    """Check the arguments of a vector-Jacobian product, then take its kernel or portable form."""
     xp = _checks.array(name, y)
     _checks.floating(name, y, xp)
     _checks.companion("dy", dy, name, y, xp)
@@ -481,12 +493,18 @@ def _vjp(operation: str, name: str, y: ArrayT, dy: Array, axis: Axis) -> ArrayT:
     _checks.like_shape("dy", dy, name, y)
     axes = _checks.axes(axis, y.ndim)
     compute, answer = _arrays.compute_dtype(xp, y)
+    call = VjpCall(operation, xp, y, dy, axes, compute, answer)
+    kernel = find(call) if axes else None
+    dx: ArrayT
     with _arrays.quiet(xp):
+        if kernel is not None:
+            dx = kernel(call)
+            return dx
         out, upstream, _, axes, added = _with_an_axis(xp, y, dy, None, axes)
         dx = getattr(portable, operation)(
             xp, _arrays.cast(xp, out, compute), _arrays.cast(xp, upstream, compute), axes
         )
         if added:
             dx = _arrays.scalar_if_0d(xp, xp.squeeze(dx, axis=-1))
-        answered: ArrayT = _arrays.cast(xp, dx, answer)
-    return answered
+        dx = _arrays.cast(xp, dx, answer)
+    return dx

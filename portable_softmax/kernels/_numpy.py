@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from portable_softmax import portable
-from portable_softmax._typing import Namespace
+from portable_softmax.kernels._calls import Call, LossCall, RowsCall
 
 Axes = tuple[int, ...]
 
@@ -23,20 +23,31 @@ Axes = tuple[int, ...]
 TILE_BYTES = 1 << 18
 
 
-def softmax(
-    xp: Namespace, x: Any, axes: Axes, *, where: Any, temperature: float, compute: Any, answer: Any
-) -> Any:
-    """Softmax over `axes`, computed in dtype `compute` and returned in dtype `answer`."""
-    if where is None and _is_one_tile(x, compute):
-        return _softmax_in_place(x, axes, temperature)
-    where = None if where is None else np.broadcast_to(where, x.shape)
-    out = np.empty(x.shape, answer)
+def missing() -> str:
+    """Return what has to be installed: nothing."""
+    return ""
+
+
+def refusal(call: Call) -> str:
+    """Return why a call is not for tiles: every one is that reduces something."""
+    return "" if getattr(call, "axes", True) else "no axis to reduce"
+
+
+def softmax(call: RowsCall) -> Any:
+    """Softmax over the axes."""
+    x, axes, compute = call.x, call.axes, call.compute
+    if call.where is None and _is_one_tile(x, compute):
+        return _softmax_in_place(x, axes, call.temperature)
+    where = None if call.where is None else np.broadcast_to(call.where, x.shape)
+    out = np.empty(x.shape, call.answer)
     for cut in _tiles(x, axes, compute):
         tile = x[cut].astype(compute, order="C", copy=False)
         if where is None:
-            out[cut] = _softmax_in_place(tile, axes, temperature)
+            out[cut] = _softmax_in_place(tile, axes, call.temperature)
         else:
-            out[cut] = portable.softmax(xp, tile, axes, where=where[cut], temperature=temperature)
+            out[cut] = portable.softmax(
+                np, tile, axes, where=where[cut], temperature=call.temperature
+            )
     return out
 
 
@@ -55,74 +66,63 @@ def _softmax_in_place(x: Any, axes: Axes, temperature: float) -> Any:
     return np.divide(e, s, out=e)
 
 
-def log_softmax(
-    xp: Namespace, x: Any, axes: Axes, *, where: Any, temperature: float, compute: Any, answer: Any
-) -> Any:
-    """log_softmax over `axes`, computed in dtype `compute` and returned in dtype `answer`."""
+def log_softmax(call: RowsCall) -> Any:
+    """log_softmax over the axes."""
+    x, axes, compute = call.x, call.axes, call.compute
+    options = {"temperature": call.temperature}
     if _is_one_tile(x, compute):
-        return portable.log_softmax(xp, x, axes, where=where, temperature=temperature)
-    where = None if where is None else np.broadcast_to(where, x.shape)
-    out = np.empty(x.shape, answer)
+        return portable.log_softmax(np, x, axes, where=call.where, **options)
+    where = None if call.where is None else np.broadcast_to(call.where, x.shape)
+    out = np.empty(x.shape, call.answer)
     for cut in _tiles(x, axes, compute):
         tile = x[cut].astype(compute, order="C", copy=False)
         mask = None if where is None else where[cut]
-        out[cut] = portable.log_softmax(xp, tile, axes, where=mask, temperature=temperature)
+        out[cut] = portable.log_softmax(np, tile, axes, where=mask, **options)
     return out
 
 
-def logsumexp(xp: Namespace, x: Any, axes: Axes, *, compute: Any, answer: Any) -> Any:
-    """Logsumexp over `axes`, kept with length 1."""
+def logsumexp(call: RowsCall) -> Any:
+    """Logsumexp over the axes, kept with length 1."""
+    x, axes, compute = call.x, call.axes, call.compute
     if _is_one_tile(x, compute):
-        return portable.logsumexp(xp, x, axes)[0]
-    out = np.empty([1 if a in axes else n for a, n in enumerate(x.shape)], answer)
+        return portable.logsumexp(np, x, axes, where=call.where)[0]
+    where = None if call.where is None else np.broadcast_to(call.where, x.shape)
+    out = np.empty([1 if a in axes else n for a, n in enumerate(x.shape)], call.answer)
     for cut in _tiles(x, axes, compute):
         tile = x[cut].astype(compute, order="C", copy=False)
-        out[cut] = portable.logsumexp(xp, tile, axes)[0]
+        mask = None if where is None else where[cut]
+        out[cut] = portable.logsumexp(np, tile, axes, where=mask)[0]
     return out
 
 
-def cross_entropy(
-    xp: Namespace,
-    x: Any,
-    target: portable.Target,
-    axis: int,
-    options: portable.Options,
-    *,
-    compute: Any,
-    answer: Any,
-) -> Any:
-    """Return the reduced loss, computed in dtype `compute` and returned in dtype `answer`."""
+def cross_entropy(call: LossCall) -> Any:
+    """Return the reduced loss."""
+    x, axis, options, compute = call.x, call.axis, call.options, call.compute
+    target = call.target()
     if _is_one_tile(x, compute):
-        return portable.cross_entropy(xp, x, target, axis, options)
+        return portable.cross_entropy(np, x, target, axis, options)
     loss = np.empty([1 if a == axis else n for a, n in enumerate(x.shape)], compute)
     for cut, tile, *rest in _positions(x, target, axis, options, compute):
-        loss[cut] = np.expand_dims(portable.cross_entropy(xp, tile, *rest), axis)
-    return portable.reduced(xp, loss, target, axis, options.reduction).astype(answer)
+        loss[cut] = np.expand_dims(portable.cross_entropy(np, tile, *rest), axis)
+    return portable.reduced(np, loss, target, axis, options.reduction).astype(call.answer)
 
 
-def cross_entropy_value_and_grad(
-    xp: Namespace,
-    x: Any,
-    target: portable.Target,
-    axis: int,
-    options: portable.Options,
-    *,
-    compute: Any,
-    answer: Any,
-) -> tuple[Any, Any]:
+def cross_entropy_value_and_grad(call: LossCall) -> tuple[Any, Any]:
     """Return the reduced loss and its gradient, each tile's scaled while it is in cache."""
+    x, axis, options, compute = call.x, call.axis, call.options, call.compute
+    target = call.target()
     if _is_one_tile(x, compute):
-        return portable.cross_entropy_value_and_grad(xp, x, target, axis, options)
+        return portable.cross_entropy_value_and_grad(np, x, target, axis, options)
     loss = np.empty([1 if a == axis else n for a, n in enumerate(x.shape)], compute)
-    grad = np.empty(x.shape, answer)
+    grad = np.empty(x.shape, call.answer)
     divisor = None
     if options.reduction == "mean":
-        divisor = portable.nothing_to_inf(xp, portable.mean_divisor(xp, loss, target))
+        divisor = portable.nothing_to_inf(np, portable.mean_divisor(np, loss, target))
     for cut, tile, *rest in _positions(x, target, axis, options, compute):
-        value, slope = portable.cross_entropy_value_and_grad(xp, tile, *rest)
+        value, slope = portable.cross_entropy_value_and_grad(np, tile, *rest)
         loss[cut] = np.expand_dims(value, axis)
         grad[cut] = slope if divisor is None else np.divide(slope, divisor, out=slope)
-    return portable.reduced(xp, loss, target, axis, options.reduction).astype(answer), grad
+    return portable.reduced(np, loss, target, axis, options.reduction).astype(call.answer), grad
 
 
 def _positions(

@@ -1,4 +1,13 @@
-"""The one table of kernels, and the one place that chooses from it."""
+"""The one table of kernels, and the one place that chooses from it.
+
+The module of a kernel is small and loads nothing but NumPy, so that it can be asked about every
+call; what it needs beyond that, it imports when it is used. It holds
+
+    missing()       what has to be installed or plugged in before it can run here; empty if nothing
+    refusal(call)   why it leaves this call to the next kernel; empty if it does not
+
+and a function of a `Call` for each of its operations, under the operation's name.
+"""
 
 from __future__ import annotations
 
@@ -10,51 +19,50 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from portable_softmax import _arrays
-from portable_softmax._typing import Array, Namespace
+from portable_softmax._typing import Array
+from portable_softmax.kernels._calls import Call, LossCall, RowsCall, VjpCall
+from portable_softmax.portable import Options
 
-OPERATIONS = (
-    "softmax",
-    "log_softmax",
-    "logsumexp",
-    "softmax_vjp",
-    "log_softmax_vjp",
-    "cross_entropy",
-    "cross_entropy_value_and_grad",
-)
+ROWS = ("softmax", "log_softmax", "logsumexp")
+VJPS = ("softmax_vjp", "log_softmax_vjp")
+LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
+OPERATIONS = (*ROWS, *VJPS, *LOSSES)
 
 VARIABLE = "PORTABLE_SOFTMAX_KERNELS"
 
 
 class Kernel(NamedTuple):
-    """A fused implementation of some operations for one library on one kind of device."""
+    """A fused implementation of some operations for one library."""
 
     name: str
     why: str
     library: str
-    device: str
     module: str
     operations: tuple[str, ...]
 
 
+# For each library the first one that takes a call has it.
 TABLE = (
     Kernel(
         name="numpy tiles",
         why="row tiles in cache",
         library="numpy",
-        device="cpu",
         module="portable_softmax.kernels._numpy",
-        operations=(
-            "softmax",
-            "log_softmax",
-            "logsumexp",
-            "cross_entropy",
-            "cross_entropy_value_and_grad",
-        ),
+        operations=(*ROWS, *LOSSES),
     ),
 )
 
-_BY_CALL = {(k.library, op): k for k in TABLE for op in k.operations}
-_LOADED: dict[tuple[str, str], Callable[..., Any]] = {}
+
+def _by_call() -> dict[tuple[str, str], tuple[Kernel, ...]]:
+    found: dict[tuple[str, str], tuple[Kernel, ...]] = {}
+    for kernel in TABLE:
+        for operation in kernel.operations:
+            key = kernel.library, operation
+            found[key] = (*found.get(key, ()), kernel)
+    return found
+
+
+_BY_CALL = _by_call()
 
 
 def _forced_from_outside() -> str:
@@ -70,17 +78,51 @@ def _forced_from_outside() -> str:
 _FORCED_FROM_OUTSIDE = _forced_from_outside()
 _FORCED: ContextVar[str] = ContextVar("portable_softmax_forced", default=_FORCED_FROM_OUTSIDE)
 
+# Shortcuts for small arrays, filled in by a kernel that has them loaded: (type of the array,
+# operation) -> function of the public function's arguments, which answers None for a call that it
+# leaves to the usual way.
+SHORTCUTS: dict[tuple[type, str], Callable[..., Any]] = {}
 
-def find(operation: str, xp: Namespace) -> Callable[..., Any] | None:
-    """Return the kernel that a call takes, or None for the portable path."""
-    key = (_arrays.library(xp), operation)
-    kernel = _BY_CALL.get(key)
-    if kernel is None or _FORCED.get():
-        return None
-    found = _LOADED.get(key)
+
+def shortcut(array: Any, operation: str) -> Callable[..., Any] | None:
+    """Return the shortcut for a small array, or None where there is none, or none is wanted."""
+    found = SHORTCUTS.get((type(array), operation))
+    return found if found is None or not _FORCED.get() else None
+
+
+_MODULES: dict[str, Any] = {}
+_MISSING: dict[str, str] = {}
+
+
+def _module(kernel: Kernel) -> Any:
+    found = _MODULES.get(kernel.module)
     if found is None:
-        found = _LOADED[key] = getattr(import_module(kernel.module), operation)
+        found = _MODULES[kernel.module] = import_module(kernel.module)
     return found
+
+
+def _missing(kernel: Kernel) -> str:
+    found = _MISSING.get(kernel.module)
+    if found is None:
+        found = _MISSING[kernel.module] = _module(kernel).missing()
+    return found
+
+
+def _refusal(kernel: Kernel, call: Call) -> str:
+    found: str = _missing(kernel) or _module(kernel).refusal(call)
+    return found
+
+
+def find(call: Call) -> Callable[[Any], Any] | None:
+    """Return the kernel that a call takes, or None for the portable path."""
+    candidates = _BY_CALL.get((_arrays.library(call.xp), call.operation))
+    if candidates is None or _FORCED.get() or not _arrays.reads_values(call.xp, call.x):
+        return None
+    for kernel in candidates:
+        if not _refusal(kernel, call):
+            function: Callable[[Any], Any] = getattr(_module(kernel), call.operation)
+            return function
+    return None
 
 
 def available() -> dict[str, tuple[str, ...]]:
@@ -92,10 +134,16 @@ def available() -> dict[str, tuple[str, ...]]:
     >>> kernels.available()["numpy tiles"]
     ('softmax', 'log_softmax', 'logsumexp', 'cross_entropy', 'cross_entropy_value_and_grad')
     """
-    return {kernel.name: kernel.operations for kernel in TABLE}
+    found: dict[str, tuple[str, ...]] = {}
+    for kernel in TABLE:
+        if not _missing(kernel):
+            found[kernel.name] = tuple(
+                dict.fromkeys((*found.get(kernel.name, ()), *kernel.operations))
+            )
+    return found
 
 
-def explain(operation: str, x: Array) -> str:
+def explain(operation: str, x: Array, **options: Any) -> str:
     """Return which path a call of `operation` on `x` takes, and why.
 
     Parameters
@@ -104,6 +152,9 @@ def explain(operation: str, x: Array) -> str:
         A public function's name, such as ``"softmax"``.
     x
         The array that would be passed first.
+    options
+        What would be passed by name, such as ``axis=0``, and `labels` of a loss: a path may
+        depend on them. Labels not given are class indices.
 
     Raises
     ------
@@ -114,19 +165,50 @@ def explain(operation: str, x: Array) -> str:
     --------
     >>> import numpy as np
     >>> from portable_softmax import kernels
-    >>> kernels.explain("softmax_vjp", np.ones(3))
-    'portable: no kernel for softmax_vjp on numpy'
+    >>> kernels.explain("softmax_vjp", np.ones(3)).partition(":")[0]
+    'portable'
     """
     if operation not in OPERATIONS:
         raise ValueError(
             f"operation is {operation!r}, expected one of {', '.join(map(repr, OPERATIONS))}"
         )
-    library = _arrays.library(_arrays.namespace(x))
-    kernel = _BY_CALL.get((library, operation))
-    if kernel is None:
+    call = _call(operation, x, options)
+    library = _arrays.library(call.xp)
+    candidates = _BY_CALL.get((library, operation), ())
+    if not candidates:
         return f"portable: no kernel for {operation} on {library}"
-    forced = _FORCED.get()
-    return f"portable: forced by {forced}" if forced else f"{kernel.name}: {kernel.why}"
+    if forced := _FORCED.get():
+        return f"portable: forced by {forced}"
+    if not _arrays.reads_values(call.xp, x):
+        return "portable: traced, lazy or abstract"
+    refused: list[str] = []
+    for kernel in candidates:
+        why = _refusal(kernel, call)
+        if not why:
+            return "; ".join([f"{kernel.name}: {kernel.why}", *refused])
+        refused.append(f"not {kernel.name}: {why}")
+    return "portable: " + "; ".join(refused)
+
+
+def _call(operation: str, x: Any, options: dict[str, Any]) -> Call:
+    """Return a call as the public functions make it, of arguments that they would accept."""
+    xp = _arrays.namespace(x)
+    compute, answer = _arrays.compute_dtype(xp, x)
+    axis = options.pop("axis", None if operation == "logsumexp" else -1)
+    if operation in LOSSES:
+        labels = options.pop("labels", None)
+        indices = labels is None or labels.ndim < x.ndim
+        check = options.pop("check_labels", True)
+        return LossCall(
+            operation, xp, x, labels, indices, axis % x.ndim, Options(**options), check,
+            compute, answer,
+        )  # fmt: skip
+    every = range(x.ndim) if axis is None else (axis if isinstance(axis, tuple) else (axis,))
+    axes = tuple(a % x.ndim for a in every)
+    if operation in VJPS:
+        return VjpCall(operation, xp, x, options.pop("dy", x), axes, compute, answer)
+    where, temperature = options.pop("where", None), options.pop("temperature", 1.0)
+    return RowsCall(operation, xp, x, axes, where, temperature, compute, answer)
 
 
 @contextmanager

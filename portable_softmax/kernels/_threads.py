@@ -1,0 +1,158 @@
+"""One pool of threads for large arrays: NumPy and compiled code let go of the interpreter's lock.
+
+It takes as many threads as the machine, the control group, OMP_NUM_THREADS and threadpoolctl
+leave to this process, and one call at a time. A call that comes while another one has the pool,
+from within it or from a thread of the user's own, runs in its caller's thread alone: whoever
+already works in parallel is not multiplied.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from contextvars import copy_context
+from functools import cache
+from math import ceil
+from pathlib import Path
+from typing import Any, TypeVar
+
+Piece = TypeVar("Piece")
+
+
+class _Pool:
+    """The threads, started when they are first needed."""
+
+    def __init__(self) -> None:
+        self.taken = threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
+        self._size = 0
+
+    def submit(self, function: Callable[..., Any], *args: Any, size: int) -> Future[Any]:
+        if self._executor is None or self._size < size:
+            if self._executor is not None:
+                self._executor.shutdown(wait=False)
+            self._executor = ThreadPoolExecutor(size, thread_name_prefix="portable_softmax")
+            self._size = size
+        return self._executor.submit(function, *args)
+
+
+_pool = _Pool()
+
+
+def _forget() -> None:
+    """Give a forked child a pool of its own: its parent's threads do not exist there."""
+    global _pool
+    _pool = _Pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def run(function: Callable[[Piece], Any], pieces: Sequence[Piece]) -> None:
+    """Call ``function(piece)`` for each piece, on several threads where they are free.
+
+    The first exception is raised when all threads have stopped; what is left is not begun.
+    """
+    others = min(limit(), len(pieces)) - 1
+    pool = _pool
+    if others < 1 or not pool.taken.acquire(blocking=False):
+        for piece in pieces:
+            function(piece)
+        return
+    try:
+        _run_on(pool, function, pieces, others)
+    finally:
+        pool.taken.release()
+
+
+def _run_on(
+    pool: _Pool, function: Callable[[Any], Any], pieces: Sequence[Any], others: int
+) -> None:
+    left = deque(pieces)
+
+    def work() -> None:
+        try:
+            while True:
+                try:
+                    piece = left.popleft()
+                except IndexError:
+                    return
+                function(piece)
+        except BaseException:
+            left.clear()
+            raise
+
+    helpers: list[Future[Any]] = []
+    with suppress(RuntimeError):  # the interpreter is shutting down: this thread does it all
+        for _ in range(others):
+            # NumPy's errstate is part of the context.
+            helpers += [pool.submit(copy_context().run, work, size=others)]
+    try:
+        work()
+    finally:
+        for helper in helpers:
+            helper.exception()
+    for helper in helpers:
+        helper.result()
+
+
+# --------------------------------------------------------------------------- how many
+
+
+def limit() -> int:
+    """Return how many threads this process should use now, the caller's among them."""
+    return max(1, min(_cores(), _openmp(), _threadpoolctl()))
+
+
+@cache
+def _cores() -> int:
+    """Return how many cores this process may use, by its affinity and its control group."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1  # not Linux
+    return min(cores, _quota(Path("/sys/fs/cgroup")))
+
+
+def _quota(group: Path) -> int:
+    """Return the cores that the control group (version 2, then 1) grants, rounded up."""
+    try:
+        quota, period = (group / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (group / "cpu" / "cpu.cfs_quota_us").read_text()
+            period = (group / "cpu" / "cpu.cfs_period_us").read_text()
+        except OSError:
+            return sys.maxsize
+    if quota.strip() == "max" or int(quota) <= 0:
+        return sys.maxsize
+    return ceil(int(quota) / int(period))
+
+
+def _openmp() -> int:
+    """Return what OMP_NUM_THREADS says; a list names the outermost level first."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) > 0 else sys.maxsize
+
+
+def _threadpoolctl() -> int:
+    """Return what threadpoolctl has set for BLAS, where the user has imported it.
+
+    It has no setting for pools like this one: its limit for the linear algebra stands for them.
+    """
+    if "threadpoolctl" not in sys.modules:
+        return sys.maxsize
+    found = [library.num_threads for library in _linear_algebra()]
+    return min((n for n in found if n), default=sys.maxsize)
+
+
+@cache
+def _linear_algebra() -> list[Any]:
+    controller = sys.modules["threadpoolctl"].ThreadpoolController()
+    return list(controller.select(user_api="blas").lib_controllers)
