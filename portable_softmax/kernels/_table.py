@@ -39,6 +39,7 @@ class Kernel(NamedTuple):
     library: str
     module: str
     operations: tuple[str, ...]
+    traced: bool = False  # whether it takes arrays that are traced or abstract, too
 
 
 # For each library the first one that takes a call has it.
@@ -49,6 +50,14 @@ TABLE = (
         library="numpy",
         module="portable_softmax.kernels._numpy",
         operations=(*ROWS, *LOSSES),
+    ),
+    Kernel(
+        name="jax rules",
+        why="one pass where the values allow it",
+        library="jax",
+        module="portable_softmax.kernels._jax",
+        operations=("log_softmax", "logsumexp", *LOSSES),
+        traced=True,
     ),
 )
 
@@ -116,10 +125,11 @@ def _refusal(kernel: Kernel, call: Call) -> str:
 def find(call: Call) -> Callable[[Any], Any] | None:
     """Return the kernel that a call takes, or None for the portable path."""
     candidates = _BY_CALL.get((_arrays.library(call.xp), call.operation))
-    if candidates is None or _FORCED.get() or not _arrays.reads_values(call.xp, call.x):
+    if candidates is None or _FORCED.get():
         return None
+    readable = _arrays.reads_values(call.xp, call.x)
     for kernel in candidates:
-        if not _refusal(kernel, call):
+        if (readable or kernel.traced) and not _refusal(kernel, call):
             function: Callable[[Any], Any] = getattr(_module(kernel), call.operation)
             return function
     return None
@@ -179,11 +189,10 @@ def explain(operation: str, x: Array, **options: Any) -> str:
         return f"portable: no kernel for {operation} on {library}"
     if forced := _FORCED.get():
         return f"portable: forced by {forced}"
-    if not _arrays.reads_values(call.xp, x):
-        return "portable: traced, lazy or abstract"
+    readable = _arrays.reads_values(call.xp, x)
     refused: list[str] = []
     for kernel in candidates:
-        why = _refusal(kernel, call)
+        why = _refusal(kernel, call) if readable or kernel.traced else "traced or abstract"
         if not why:
             return "; ".join([f"{kernel.name}: {kernel.why}", *refused])
         refused.append(f"not {kernel.name}: {why}")
