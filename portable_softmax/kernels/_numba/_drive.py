@@ -1,0 +1,92 @@
+"""Cuts arrays into pieces and runs the compiled kernels on them, on as many threads as are free.
+
+The arrays are NumPy's, C-contiguous, of shape (rows, n) or (outer * n, inner) as `_entries` has
+them, and of a dtype that it knows: float16 is handed over as uint16 and bfloat16 as int16. They
+may be views of any library's memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import typeof
+
+from portable_softmax.kernels import _threads
+from portable_softmax.kernels._numba import _entries
+
+# Rows of fewer classes are worked on side by side.
+SHORT = 64
+# Rows side by side: a tile of short ones stays in the first cache, one of long ones in the second.
+LANES, FEW_LANES = 64, 16
+TILE = 1 << 18
+# So many bytes are one piece of work, and fewer than twice as many are left to one thread.
+PIECE = 1 << 18
+
+
+class Layout(NamedTuple):
+    """How rows lie in memory."""
+
+    outer: int
+    n: int
+    inner: int
+
+    @property
+    def rows(self) -> int:
+        return self.outer * self.inner
+
+
+class Plan(NamedTuple):
+    """How they are worked on."""
+
+    T: int  # rows side by side, 0 for one by one
+    tile: tuple[int, Any]  # length and dtype
+    pieces: list[tuple[int, int]]
+
+
+def plan(layout: Layout, dtype: Any) -> Plan:
+    """Choose between rows one by one and side by side, and cut the work."""
+    outer, n, inner = layout
+    compute = np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
+    if inner == 1 and n >= SHORT:
+        T, units, size = 0, outer, n
+        tile = 1 if dtype == compute else n
+    else:
+        T = LANES if n * LANES * compute.itemsize <= TILE else FEW_LANES
+        T = min(T, -(-layout.rows // 16) * 16 if inner == 1 else -(-inner // 16) * 16)
+        tile = T * (n + 5)
+        units, size = (outer, n) if inner == 1 else (outer * -(-inner // T), n * min(T, inner))
+    step = max(1, PIECE // (size * dtype.itemsize))
+    if T and inner == 1:
+        step = -(-step // T) * T
+    if units < 2 * step:
+        step = units
+    return Plan(T, (tile, compute), [(i, min(i + step, units)) for i in range(0, units, step)])
+
+
+def run(entry: Any, arrays: tuple[Any, ...], numbers: tuple[Any, ...], layout: Layout) -> list[Any]:
+    """Run a compiled function on every piece; return what it returned for each."""
+    T, (size, compute), pieces = plan(layout, arrays[0].dtype)
+    answers: list[Any] = [None] * len(pieces)
+
+    def work(at: int) -> None:
+        lo, hi = pieces[at]
+        tile = np.empty(size, compute)
+        answers[at] = entry(*arrays, *numbers, tile, T, layout.n, layout.inner, lo, hi)
+
+    example = (*arrays, *numbers, np.empty(0, compute), T, layout.n, layout.inner, 0, 0)
+    load(entry, example)
+    _threads.run(work, range(len(pieces)))
+    return answers
+
+
+def load(entry: Any, example: tuple[Any, ...]) -> None:
+    """Compile a function for arguments like these, or take it from disk."""
+    signature = tuple(typeof(a) for a in example)
+    if signature not in entry.overloads:
+        entry.compile(signature)
+
+
+def softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
+    """One read, one write."""
+    run(_entries.softmax, (x, out), (1 if temperature == 1.0 else temperature,), layout)
