@@ -48,7 +48,7 @@ TABLE = (
         why="one pass in cache",
         library="numpy",
         module="portable_softmax.kernels._numba",
-        operations=("softmax",),
+        operations=(*ROWS, *VJPS),
     ),
     Kernel(
         name="numpy tiles",

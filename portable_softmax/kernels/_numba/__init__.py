@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax.kernels._calls import Call, RowsCall
+from portable_softmax.kernels._calls import Call, RowsCall, VjpCall
 
 # Smaller arrays do not wait for a kernel to be compiled: one takes a second, once.
 ENOUGH = 1 << 16
@@ -62,22 +62,28 @@ def _layout_refusal(call: Call) -> str:
     x = call.x
     if x.size == 0:
         return "no elements"
-    if not (x.flags.c_contiguous and x.flags.aligned):
+    arrays = (x, call.dy) if isinstance(call, VjpCall) else (x,)
+    if not all(a.flags.c_contiguous and a.flags.aligned for a in arrays):
         return "not in C order"
-    layout = _layout(call)
-    if layout is None:
+    if isinstance(call, VjpCall) and call.dy.dtype != x.dtype:
+        return f"dtypes: {x.dtype} and {call.dy.dtype}"
+    axes = _axes(call)
+    if axes[-1] - axes[0] + 1 != len(axes):
         return "axes apart from each other"
-    if layout[2] > 1 and layout[1] > LONGEST_ACROSS:
-        return f"{layout[1]:,} classes along an axis that is not the last"
+    _, n, inner = _layout(call)
+    if inner > 1 and n > LONGEST_ACROSS:
+        return f"{n:,} classes along an axis that is not the last"
     return ""
 
 
-def _layout(call: Any) -> tuple[int, int, int] | None:
-    """Return the shape as (outer, n, inner), or None where the axes are not neighbours."""
-    axes = sorted(call.axes) if hasattr(call, "axes") else [call.axis]
-    first, last, shape = axes[0], axes[-1], call.x.shape
-    if last - first + 1 != len(axes):
-        return None
+def _axes(call: Any) -> list[int]:
+    return sorted(call.axes) if hasattr(call, "axes") else [call.axis]
+
+
+def _layout(call: Any) -> tuple[int, int, int]:
+    """Return the shape as (outer, n, inner); the axes are neighbours."""
+    axes, shape = _axes(call), call.x.shape
+    first, last = axes[0], axes[-1]
     outer = n = inner = 1
     for a, length in enumerate(shape):
         if a < first:
@@ -124,11 +130,37 @@ def _handed(x: Any, layout: tuple[int, int, int]) -> Any:
     return x if x.flags.writeable else np.asarray(_Alias(x))
 
 
-def softmax(call: RowsCall) -> Any:
-    """Softmax over the axes."""
+def _row_by_row(call: RowsCall) -> Any:
+    """softmax or log_softmax over the axes."""
     drive, layout, x = _compiled(), _layout(call), call.x
-    assert layout is not None
     out = np.empty(x.shape, call.answer)
-    drive.softmax(_handed(x, layout), _handed(out, layout), drive.Layout(*layout), call.temperature)
+    function = getattr(drive, call.operation)
+    function(_handed(x, layout), _handed(out, layout), drive.Layout(*layout), call.temperature)
     loaded.add((call.operation, x.dtype.name))
     return out
+
+
+softmax = log_softmax = _row_by_row
+
+
+def logsumexp(call: RowsCall) -> Any:
+    """Logsumexp over the axes, kept with length 1."""
+    drive, layout, x = _compiled(), _layout(call), call.x
+    out = np.empty([1 if a in call.axes else n for a, n in enumerate(x.shape)], call.answer)
+    flat = out.view(HANDED[x.dtype.name]).reshape(-1)
+    drive.logsumexp(_handed(x, layout), flat, drive.Layout(*layout))
+    loaded.add((call.operation, x.dtype.name))
+    return out
+
+
+def _from_output(call: VjpCall) -> Any:
+    """softmax_vjp or log_softmax_vjp over the axes."""
+    drive, layout, x = _compiled(), _layout(call), call.x
+    out = np.empty(x.shape, call.answer)
+    arrays = (_handed(a, layout) for a in (x, call.dy, out))
+    getattr(drive, call.operation)(*arrays, drive.Layout(*layout))
+    loaded.add((call.operation, x.dtype.name))
+    return out
+
+
+softmax_vjp = log_softmax_vjp = _from_output

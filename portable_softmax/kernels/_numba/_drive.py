@@ -13,7 +13,7 @@ import numpy as np
 from numba import typeof
 
 from portable_softmax.kernels import _threads
-from portable_softmax.kernels._numba import _entries
+from portable_softmax.kernels._numba import _entries, _lanes
 
 # Rows of fewer classes are worked on side by side.
 SHORT = 64
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     pieces: list[tuple[int, int]]
 
 
-def plan(layout: Layout, dtype: Any) -> Plan:
+def plan(layout: Layout, dtype: Any, inputs: int = 1) -> Plan:
     """Choose between rows one by one and side by side, and cut the work."""
     outer, n, inner = layout
     compute = np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
@@ -54,7 +54,7 @@ def plan(layout: Layout, dtype: Any) -> Plan:
     else:
         T = LANES if n * LANES * compute.itemsize <= TILE else FEW_LANES
         T = min(T, -(-layout.rows // 16) * 16 if inner == 1 else -(-inner // 16) * 16)
-        tile = T * (n + 5)
+        tile = T * (n + _lanes.LANE_NUMBERS) * inputs
         units, size = (outer, n) if inner == 1 else (outer * -(-inner // T), n * min(T, inner))
     step = max(1, PIECE // (size * dtype.itemsize))
     if T and inner == 1:
@@ -64,9 +64,11 @@ def plan(layout: Layout, dtype: Any) -> Plan:
     return Plan(T, (tile, compute), [(i, min(i + step, units)) for i in range(0, units, step)])
 
 
-def run(entry: Any, arrays: tuple[Any, ...], numbers: tuple[Any, ...], layout: Layout) -> list[Any]:
+def run(
+    entry: Any, arrays: tuple[Any, ...], numbers: tuple[Any, ...], layout: Layout, inputs: int = 1
+) -> list[Any]:
     """Run a compiled function on every piece; return what it returned for each."""
-    T, (size, compute), pieces = plan(layout, arrays[0].dtype)
+    T, (size, compute), pieces = plan(layout, arrays[0].dtype, inputs)
     answers: list[Any] = [None] * len(pieces)
 
     def work(at: int) -> None:
@@ -88,5 +90,25 @@ def load(entry: Any, example: tuple[Any, ...]) -> None:
 
 
 def softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
-    """One read, one write."""
+    """One read of the array and one write of its size."""
     run(_entries.softmax, (x, out), (1 if temperature == 1.0 else temperature,), layout)
+
+
+def log_softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
+    """One read and one write."""
+    run(_entries.log_softmax, (x, out), (1 if temperature == 1.0 else temperature,), layout)
+
+
+def logsumexp(x: Any, out: Any, layout: Layout) -> None:
+    """One read."""
+    run(_entries.logsumexp, (x, out), (), layout)
+
+
+def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout) -> None:
+    """Two reads and one write."""
+    run(_entries.softmax_vjp, (y, dy, out), (), layout, inputs=2)
+
+
+def log_softmax_vjp(log_y: Any, dy: Any, out: Any, layout: Layout) -> None:
+    """Two reads and one write."""
+    run(_entries.log_softmax_vjp, (log_y, dy, out), (), layout, inputs=2)

@@ -5,8 +5,8 @@ the shape (rows, n) and a piece is the rows [lo, hi). Otherwise the classes of a
 apart, `x` has the shape (outer * n, inner) and a piece is the blocks [lo, hi) of `T` neighbours.
 Rows are worked on `T` at a time, one a lane, or one by one if `T` is 0.
 
-All arrays are C-contiguous. `tile` holds T * (n + 5) numbers of the computation; without lanes a
-row, if the array has another dtype.
+All arrays are C-contiguous. `tile` holds T * (n + LANE_NUMBERS) numbers of the computation for each
+input; without lanes a row, if the array has another dtype.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from numba import njit
 
 from portable_softmax.kernels._numba import _lanes, _rows
-from portable_softmax.kernels._numba._ir import ahead, either, pointer
+from portable_softmax.kernels._numba._ir import ahead, either, load, pointer, store
 from portable_softmax.kernels._numba._store import kept
 
 function = njit(nogil=True, error_model="numpy")
@@ -34,4 +34,78 @@ def softmax(x, out, t, tile, T, n, inner, lo, hi):
         at, rows = _lanes.block(i, hi, T, n, inner)
         _lanes.fetch(ahead(p, at), e, T, n, inner, rows)
         _lanes.softmax(e, n, T, ahead(e, n * T), t)
+        _lanes.deliver(e, ahead(o, at), T, n, inner, rows)
+
+
+@kept
+@function
+def log_softmax(x, out, t, tile, T, n, inner, lo, hi):
+    p, o, e = pointer(x), pointer(out), pointer(tile)
+    if T == 0:
+        for i in range(lo, hi):
+            _rows.log_softmax(ahead(p, i * n), ahead(o, i * n), n, t)
+        return
+    step = T if inner == 1 else 1
+    for i in range(lo, hi, step):
+        at, rows = _lanes.block(i, hi, T, n, inner)
+        _lanes.fetch(ahead(p, at), e, T, n, inner, rows)
+        _lanes.log_softmax(e, n, T, ahead(e, n * T), t)
+        _lanes.deliver(e, ahead(o, at), T, n, inner, rows)
+
+
+@kept
+@function
+def logsumexp(x, out, tile, T, n, inner, lo, hi):
+    p, o, e = pointer(x), pointer(out), pointer(tile)
+    if T == 0:
+        for i in range(lo, hi):
+            m, rest = _rows.fold(ahead(p, i * n), 0, n, 1)
+            store(o, i, _rows.with_log(m, rest))
+        return
+    step = T if inner == 1 else 1
+    for i in range(lo, hi, step):
+        at, rows = _lanes.block(i, hi, T, n, inner)
+        _lanes.fetch(ahead(p, at), e, T, n, inner, rows)
+        lanes = ahead(e, n * T)
+        _lanes.logsumexp(e, n, T, lanes)
+        first = ahead(o, _lanes.first_row(i, T, inner))
+        for k in range(rows):
+            store(first, k, load(lanes, k))
+
+
+@kept
+@function
+def softmax_vjp(y, dy, out, tile, T, n, inner, lo, hi):
+    p, q, o, e = pointer(y), pointer(dy), pointer(out), pointer(tile)
+    if T == 0:
+        for i in range(lo, hi):
+            _rows.softmax_vjp(ahead(p, i * n), ahead(q, i * n), ahead(o, i * n), n)
+        return
+    step = T if inner == 1 else 1
+    lanes = ahead(e, n * T)
+    f = ahead(lanes, _lanes.LANE_NUMBERS * T)
+    for i in range(lo, hi, step):
+        at, rows = _lanes.block(i, hi, T, n, inner)
+        _lanes.fetch(ahead(p, at), e, T, n, inner, rows)
+        _lanes.fetch(ahead(q, at), f, T, n, inner, rows)
+        _lanes.softmax_vjp(e, f, n, T, lanes)
+        _lanes.deliver(e, ahead(o, at), T, n, inner, rows)
+
+
+@kept
+@function
+def log_softmax_vjp(log_y, dy, out, tile, T, n, inner, lo, hi):
+    p, q, o, e = pointer(log_y), pointer(dy), pointer(out), pointer(tile)
+    if T == 0:
+        for i in range(lo, hi):
+            _rows.log_softmax_vjp(ahead(p, i * n), ahead(q, i * n), ahead(o, i * n), n)
+        return
+    step = T if inner == 1 else 1
+    lanes = ahead(e, n * T)
+    f = ahead(lanes, _lanes.LANE_NUMBERS * T)
+    for i in range(lo, hi, step):
+        at, rows = _lanes.block(i, hi, T, n, inner)
+        _lanes.fetch(ahead(p, at), e, T, n, inner, rows)
+        _lanes.fetch(ahead(q, at), f, T, n, inner, rows)
+        _lanes.log_softmax_vjp(e, f, n, T, lanes)
         _lanes.deliver(e, ahead(o, at), T, n, inner, rows)

@@ -51,7 +51,9 @@ def either(typing, row, scratch):
 
 @intrinsic
 def ahead(typing, p, n):
-    """``p + n``."""
+    """``p + n``; the integer 0 stands for nowhere and stays 0."""
+    if isinstance(p, types.Integer):
+        return p(p, types.intp), lambda context, builder, signature, args: args[0]
 
     def generate(context, builder, signature, args):
         return builder.gep(args[0], [args[1]])
@@ -107,6 +109,20 @@ def load(typing, p, j):
 @intrinsic
 def store(typing, p, j, value):
     """``p[j] = value``, rounded once."""
+
+    def generate(context, builder, signature, args):
+        builder.store(_narrowed(builder, p.dtype, args[2]), builder.gep(args[0], [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(p, types.intp, COMPUTE[p.dtype]), generate
+
+
+@intrinsic
+def store_if(typing, p, j, value):
+    """``p[j] = value``, or nothing where `p` is an integer."""
+    if isinstance(p, types.Integer):
+        nothing = lambda context, builder, signature, args: context.get_dummy_value()  # noqa: E731
+        return types.void(p, types.intp, value), nothing
 
     def generate(context, builder, signature, args):
         builder.store(_narrowed(builder, p.dtype, args[2]), builder.gep(args[0], [args[1]]))
@@ -221,3 +237,13 @@ def over(typing, a, t):
 def fma(typing, a, b, c):
     """``a * b + c``, rounded once."""
     return a(a, a, a), lambda context, builder, signature, args: builder.fma(*args)
+
+
+@intrinsic
+def chosen(typing, condition, a, b):
+    """`a` where the condition holds, else `b`, without a branch."""
+
+    def generate(context, builder, signature, args):
+        return builder.select(*args)
+
+    return a(types.boolean, a, a), generate

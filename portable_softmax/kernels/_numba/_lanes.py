@@ -10,19 +10,20 @@ import math
 
 from numba import njit
 
-from portable_softmax.kernels._numba._exp import exp_up
+from portable_softmax.kernels._numba._exp import DOWN, UP, exp, exp_up, log1p
 from portable_softmax.kernels._numba._ir import (
     ahead,
+    chosen,
     load,
     maximum,
     over,
-    plus,
     store,
+    store_if,
     transpose4,
     transpose8,
     typed,
 )
-from portable_softmax.kernels._numba._rows import added
+from portable_softmax.kernels._numba._rows import added, careful_term, with_log
 
 function = njit(nogil=True, error_model="numpy")
 
@@ -100,6 +101,15 @@ def block(i, hi, T, n, inner):
 
 
 @function
+def first_row(i, T, inner):
+    """Return the number of a block's first row."""
+    if inner == 1:
+        return i
+    blocks = (inner + T - 1) // T
+    return i // blocks * inner + i % blocks * T
+
+
+@function
 def fetch(source, tile, T, n, inner, rows):
     """Copy a block to a tile."""
     if inner == 1:
@@ -123,14 +133,25 @@ def deliver(tile, target, T, n, inner, rows):
             store(y, i, load(x, i))
 
 
-# --------------------------------------------------------------------------- folds
+# --------------------------------------------------------------------------- operations
+#
+# `lanes` has room for LANE_NUMBERS numbers a lane: the maximum, a sum of the last classes, the sum
+# and what its rounding lost, and how many maxima there are. What they are when a function
+# returns stands in its docstring.
+
+LANE_NUMBERS = 8
+
+
+@function
+def fill(lane, T, value):
+    for i in range(T):
+        store(lane, i, typed(lane, value))
 
 
 @function
 def tops(x, n, T, m):
     """Write the maxima to `m`."""
-    for i in range(T):
-        store(m, i, typed(m, -math.inf))
+    fill(m, T, -math.inf)
     for j in range(n):
         c = ahead(x, j * T)
         for i in range(T):
@@ -138,30 +159,115 @@ def tops(x, n, T, m):
 
 
 @function
-def softmax(x, n, T, lanes, t):
-    """Turn a tile into probabilities; `lanes` has room for five numbers a lane."""
-    m, s = lanes, ahead(lanes, T)
-    total, lost = ahead(lanes, 2 * T), ahead(lanes, 3 * T)
-    tops(x, n, T, m)
+def carry(s, total, lost, T):
+    """Add `s` to the sums and clear it."""
     for i in range(T):
-        store(total, i, typed(m, 0.0))
-        store(lost, i, typed(m, 0.0))
+        a, b = added(load(total, i), load(lost, i), load(s, i))
+        store(total, i, a)
+        store(lost, i, b)
+        store(s, i, typed(s, 0.0))
+
+
+@function
+def softmax(x, n, T, lanes, t):
+    """Turn a tile into probabilities."""
+    m, s, total, lost = lanes, ahead(lanes, T), ahead(lanes, 2 * T), ahead(lanes, 3 * T)
+    tops(x, n, T, m)
+    fill(s, 3 * T, 0.0)
     for start in range(0, n, RUN):
-        for i in range(T):
-            store(s, i, typed(m, 0.0))
         for j in range(start, min(start + RUN, n)):
             c = ahead(x, j * T)
             for i in range(T):
                 e = exp_up(over(load(c, i) - load(m, i), t))
                 store(c, i, e)
                 store(s, i, load(s, i) + e)
-        for i in range(T):
-            a, b = added(load(total, i), load(lost, i), load(s, i))
-            store(total, i, a)
-            store(lost, i, b)
+        carry(s, total, lost, T)
     for i in range(T):
         store(s, i, typed(m, 1.0) / (load(total, i) + load(lost, i)))
     for j in range(n):
         c = ahead(x, j * T)
         for i in range(T):
             store(c, i, load(c, i) * load(s, i))
+
+
+@function
+def rests(x, e, n, T, lanes, t):
+    """Turn maxima, the first lane, into remainders, the second; exps times UP go to `e`, or not."""
+    m, s, total, lost = lanes, ahead(lanes, T), ahead(lanes, 2 * T), ahead(lanes, 3 * T)
+    count = ahead(lanes, 4 * T)
+    up, one, zero = typed(m, UP), typed(m, 1.0), typed(m, 0.0)
+    fill(s, 4 * T, 0.0)
+    for start in range(0, n, RUN):
+        for j in range(start, min(start + RUN, n)):
+            c, d = ahead(x, j * T), ahead(e, j * T)
+            for i in range(T):
+                term = careful_term(load(c, i), load(m, i), t)
+                store_if(d, i, term)
+                is_top = term == up
+                store(s, i, load(s, i) + chosen(is_top, zero, term))
+                store(count, i, load(count, i) + chosen(is_top, one, zero))
+        carry(s, total, lost, T)
+    for i in range(T):
+        rest = (load(total, i) + load(lost, i)) + (load(count, i) - one) * up
+        store(s, i, rest * typed(m, DOWN))
+
+
+@function
+def log_softmax(x, n, T, lanes, t):
+    """Turn a tile into the logarithms of its probabilities."""
+    m, s = lanes, ahead(lanes, T)
+    tops(x, n, T, m)
+    rests(x, 0, n, T, lanes, t)
+    for i in range(T):
+        store(s, i, log1p(load(s, i)))
+    for j in range(n):
+        c = ahead(x, j * T)
+        for i in range(T):
+            store(c, i, over(load(c, i) - load(m, i), t) - load(s, i))
+
+
+@function
+def logsumexp(x, n, T, lanes):
+    """Write the logarithms of the sums to the first lane."""
+    m, s = lanes, ahead(lanes, T)
+    tops(x, n, T, m)
+    rests(x, 0, n, T, lanes, 1)
+    for i in range(T):
+        store(m, i, with_log(load(m, i), load(s, i)))
+
+
+@function
+def softmax_vjp(y, dy, n, T, lanes):
+    """Turn y into y * (dy - sum(y * dy))."""
+    s, total, lost = ahead(lanes, T), ahead(lanes, 2 * T), ahead(lanes, 3 * T)
+    fill(s, 3 * T, 0.0)
+    for start in range(0, n, RUN):
+        for j in range(start, min(start + RUN, n)):
+            a, b = ahead(y, j * T), ahead(dy, j * T)
+            for i in range(T):
+                store(s, i, load(s, i) + load(a, i) * load(b, i))
+        carry(s, total, lost, T)
+    for j in range(n):
+        a, b = ahead(y, j * T), ahead(dy, j * T)
+        for i in range(T):
+            store(a, i, load(a, i) * (load(b, i) - (load(total, i) + load(lost, i))))
+
+
+@function
+def log_softmax_vjp(log_y, dy, n, T, lanes):
+    """Turn log_y into dy - exp(log_y) * sum(dy), `dy` counting as 0 at infinities of log_y."""
+    s, total, lost = ahead(lanes, T), ahead(lanes, 2 * T), ahead(lanes, 3 * T)
+    zero = typed(s, 0.0)
+    fill(s, 3 * T, 0.0)
+    for start in range(0, n, RUN):
+        for j in range(start, min(start + RUN, n)):
+            a, b = ahead(log_y, j * T), ahead(dy, j * T)
+            for i in range(T):
+                u = chosen(abs(load(a, i)) == math.inf, zero, load(b, i))
+                store(b, i, u)
+                store(s, i, load(s, i) + u)
+        carry(s, total, lost, T)
+    for j in range(n):
+        a, b = ahead(log_y, j * T), ahead(dy, j * T)
+        for i in range(T):
+            store(a, i, load(b, i) - exp(load(a, i)) * (load(total, i) + load(lost, i)))
