@@ -48,7 +48,7 @@ TABLE = (
         why="one pass in cache",
         library="numpy",
         module="portable_softmax.kernels._numba",
-        operations=(*ROWS, *VJPS),
+        operations=OPERATIONS,
     ),
     Kernel(
         name="numpy tiles",

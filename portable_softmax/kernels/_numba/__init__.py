@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax.kernels._calls import Call, RowsCall, VjpCall
+from portable_softmax.kernels._calls import Call, LossCall, RowsCall, VjpCall
 
 # Smaller arrays do not wait for a kernel to be compiled: one takes a second, once.
 ENOUGH = 1 << 16
@@ -55,6 +55,12 @@ def refusal(call: Call) -> str:
 def _options(call: Call) -> str:
     if isinstance(call, RowsCall) and call.where is not None:
         return "options: where"
+    if isinstance(call, LossCall):
+        given = [o for o in ("where", "softcap") if getattr(call.options, o) is not None]
+        if given:
+            return f"options: {', '.join(given)}"
+        if not call.indices:
+            return "labels are a distribution"
     return ""
 
 
@@ -67,6 +73,8 @@ def _layout_refusal(call: Call) -> str:
         return "not in C order"
     if isinstance(call, VjpCall) and call.dy.dtype != x.dtype:
         return f"dtypes: {x.dtype} and {call.dy.dtype}"
+    if getattr(call, "labels", None) is not None and not call.labels.dtype.isnative:
+        return f"dtype of labels: {call.labels.dtype}"
     axes = _axes(call)
     if axes[-1] - axes[0] + 1 != len(axes):
         return "axes apart from each other"
@@ -164,3 +172,55 @@ def _from_output(call: VjpCall) -> Any:
 
 
 softmax_vjp = log_softmax_vjp = _from_output
+
+
+def _loss(call: LossCall) -> Any:
+    """Return the reduced loss; with it the gradient if that is asked for."""
+    drive, layout, x, options = _compiled(), _layout(call), call.x, call.options
+    labels, ignore = _labels(call)
+    positions = (*x.shape[: call.axis], *x.shape[call.axis + 1 :])
+    each = np.empty(positions, call.compute) if options.reduction == "none" else None
+    wants_gradient = call.operation == "cross_entropy_value_and_grad"
+    grad = np.empty(x.shape, call.answer) if wants_gradient else None
+    loss, weights, wrong = drive.losses(
+        _handed(x, layout),
+        labels,
+        drive.Layout(*layout),
+        drive.Loss(options.weight, ignore, options.label_smoothing, options.z_loss),
+        None if each is None else each.reshape(-1),
+        None if grad is None else _handed(grad, layout),
+        options.reduction == "mean",
+    )
+    if wrong and call.check_labels:
+        call.target()
+    loaded.add((call.operation, x.dtype.name))
+    if each is None:
+        if options.reduction == "mean":
+            loss = loss / weights if weights else np.nan
+        each = np.asarray(loss, call.compute)
+    return each if grad is None else (each, grad)
+
+
+cross_entropy = cross_entropy_value_and_grad = _loss
+
+
+def _labels(call: LossCall) -> tuple[Any, int | None]:
+    """Return the labels as int64 in the order of the rows, and what is ignored among them.
+
+    An index that their dtype cannot hold is in none of them; an unsigned label beyond int64 has
+    no class, whatever it wraps around to.
+    """
+    labels, ignore = call.labels, call.options.ignore_index
+    limits = np.iinfo(labels.dtype)
+    if ignore is not None and not limits.min <= ignore <= limits.max:
+        ignore = None
+    if labels.dtype == np.uint64:
+        n = call.x.shape[call.axis]
+        beyond = labels >= n
+        if ignore is not None and ignore >= n:
+            beyond &= labels != ignore
+            labels = np.where(labels == ignore, np.uint64(n + 1), labels)
+            ignore = n + 1
+        labels = np.where(beyond, np.uint64(n), labels)
+    labels = np.ascontiguousarray(labels, np.int64).reshape(-1)
+    return (labels if labels.flags.writeable else labels.copy()), ignore

@@ -7,13 +7,14 @@ may be views of any library's memory.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import typeof
 
 from portable_softmax.kernels import _threads
-from portable_softmax.kernels._numba import _entries, _lanes
+from portable_softmax.kernels._numba import _entries, _lanes, _losses
 
 # Rows of fewer classes are worked on side by side.
 SHORT = 64
@@ -112,3 +113,55 @@ def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout) -> None:
 def log_softmax_vjp(log_y: Any, dy: Any, out: Any, layout: Layout) -> None:
     """Two reads and one write."""
     run(_entries.log_softmax_vjp, (log_y, dy, out), (), layout, inputs=2)
+
+
+class Loss(NamedTuple):
+    """The options of a loss, as the kernels read them."""
+
+    weight: Any  # of the computation's dtype, or None
+    ignore: int | None
+    smoothing: float
+    z: float
+
+
+def losses(
+    x: Any, labels: Any, layout: Layout, loss: Loss, each: Any, grad: Any, mean: bool
+) -> tuple[float, float, int]:
+    """Return the sum of the losses, that of the labels' weights, and how many labels are wrong.
+
+    `labels` are int64, in the order of the rows. Every loss goes to `each` and the gradient of
+    the sum, or of the mean, to `grad`, unless they are None. One read of the logits, and a write
+    of the gradient's size.
+    """
+    compute = np.dtype(np.float64 if x.dtype.itemsize == 8 else np.float32)
+    weighted = loss.weight is not None
+    w = np.ascontiguousarray(loss.weight) if weighted else np.ones(1, compute)
+    w = w if w.flags.writeable else w.copy()
+    flags = _losses.WEIGHTED * weighted | _losses.IGNORING * (loss.ignore is not None)
+    ignore = 0 if loss.ignore is None else loss.ignore
+    scale = 1.0
+    if mean and grad is not None:
+        divisor = float(layout.rows)
+        if flags:
+            load(_entries.scan, (labels, w, layout.n, flags, ignore))
+            divisor, _ = _entries.scan(labels, w, layout.n, flags, ignore)
+        scale = 1.0 / divisor if divisor else 0.0
+    classes = float(np.sum(w, dtype=np.float64)) if weighted else float(layout.n)
+    options = np.asarray([loss.smoothing, loss.z, classes, scale])
+    if each is None:
+        each = np.empty(1, compute)
+    else:
+        flags |= _losses.EACH
+    arrays, numbers = (x, labels, each, w, options), (flags, ignore)
+    if grad is None:
+        parts = run(_entries.cross_entropy, arrays, numbers, layout)
+    else:
+        parts = run(_entries.cross_entropy_value_and_grad, arrays, (*numbers, grad), layout)
+    return _sum([p[0] for p in parts]), _sum([p[1] for p in parts]), sum(p[2] for p in parts)
+
+
+def _sum(parts: list[float]) -> float:
+    try:
+        return math.fsum(parts)
+    except (ValueError, OverflowError):  # infinities of both signs, or one on the way
+        return sum(parts)

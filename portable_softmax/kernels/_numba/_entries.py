@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from portable_softmax.kernels._numba import _lanes, _rows
+from portable_softmax.kernels._numba import _lanes, _losses, _rows
 from portable_softmax.kernels._numba._ir import ahead, either, load, pointer, store
 from portable_softmax.kernels._numba._store import kept
 
@@ -109,3 +109,103 @@ def log_softmax_vjp(log_y, dy, out, tile, T, n, inner, lo, hi):
         _lanes.fetch(ahead(q, at), f, T, n, inner, rows)
         _lanes.log_softmax_vjp(e, f, n, T, lanes)
         _lanes.deliver(e, ahead(o, at), T, n, inner, rows)
+
+
+@kept
+@function
+def cross_entropy(x, labels, losses, w, options, flags, ignore, tile, T, n, inner, lo, hi):
+    """Return the sum of the losses, that of the labels' weights, and how many labels are wrong."""
+    p, o, v, e = pointer(x), pointer(losses), pointer(w), pointer(tile)
+    total, lost, weights, more, wrong = 0.0, 0.0, 0.0, 0.0, 0
+    if T == 0:
+        for i in range(lo, hi):
+            y, u, code = _losses.label(labels, i, v, n, flags, ignore)
+            loss = u
+            if code != 1:
+                row = ahead(p, i * n)
+                m, rest = _rows.fold(row, 0, n, 1)
+                loss = _losses.loss(row, v, n, y, u, options, flags, m, rest)
+            total, lost = _rows.added(total, lost, float(loss))
+            u = load(v, 0) if code == 2 else u
+            weights, more = _rows.added(weights, more, float(u))
+            wrong += code == 2
+            if flags & _losses.EACH:
+                store(o, i, loss)
+        return _rows.settled(total, lost), _rows.settled(weights, more), wrong
+    step = T if inner == 1 else 1
+    lanes = ahead(e, n * T)
+    for i in range(lo, hi, step):
+        at, rows = _lanes.block(i, hi, T, n, inner)
+        first = _lanes.first_row(i, T, inner)
+        _lanes.fetch(ahead(p, at), e, T, n, inner, rows)
+        some = labels[first : first + rows]
+        weight, bad = _losses.lane_labels(some, rows, T, lanes, v, n, flags, ignore)
+        loss = _losses.lane_losses(e, 0, some, rows, T, lanes, v, n, options, flags, ignore)
+        total, lost = _rows.added(total, lost, loss)
+        weights, more = _rows.added(weights, more, weight)
+        wrong += bad
+        if flags & _losses.EACH:
+            for k in range(rows):
+                store(o, first + k, load(lanes, 7 * T + k))
+    return _rows.settled(total, lost), _rows.settled(weights, more), wrong
+
+
+@kept
+@function
+def cross_entropy_value_and_grad(
+    x, labels, losses, w, options, flags, ignore, grad, tile, T, n, inner, lo, hi
+):
+    """Write the gradient as well."""
+    p, o, v, e, g = pointer(x), pointer(losses), pointer(w), pointer(tile), pointer(grad)
+    total, lost, weights, more, wrong = 0.0, 0.0, 0.0, 0.0, 0
+    if T == 0:
+        for i in range(lo, hi):
+            y, u, code = _losses.label(labels, i, v, n, flags, ignore)
+            loss, out = u, ahead(g, i * n)
+            if code == 1:
+                for j in range(n):
+                    store(out, j, u)
+            else:
+                row, terms = ahead(p, i * n), either(out, e)
+                m, rest = _rows.fold(row, terms, n, 1)
+                loss = _losses.loss(row, v, n, y, u, options, flags, m, rest)
+                _losses.gradient(terms, out, v, n, y, u, options, flags, m, rest)
+            total, lost = _rows.added(total, lost, float(loss))
+            u = load(v, 0) if code == 2 else u
+            weights, more = _rows.added(weights, more, float(u))
+            wrong += code == 2
+            if flags & _losses.EACH:
+                store(o, i, loss)
+        return _rows.settled(total, lost), _rows.settled(weights, more), wrong
+    step = T if inner == 1 else 1
+    lanes = ahead(e, n * T)
+    for i in range(lo, hi, step):
+        at, rows = _lanes.block(i, hi, T, n, inner)
+        first = _lanes.first_row(i, T, inner)
+        _lanes.fetch(ahead(p, at), e, T, n, inner, rows)
+        some = labels[first : first + rows]
+        weight, bad = _losses.lane_labels(some, rows, T, lanes, v, n, flags, ignore)
+        loss = _losses.lane_losses(e, e, some, rows, T, lanes, v, n, options, flags, ignore)
+        _losses.lane_gradients(e, some, rows, T, lanes, v, n, options, flags, ignore)
+        _lanes.deliver(e, ahead(g, at), T, n, inner, rows)
+        total, lost = _rows.added(total, lost, loss)
+        weights, more = _rows.added(weights, more, weight)
+        wrong += bad
+        if flags & _losses.EACH:
+            for k in range(rows):
+                store(o, first + k, load(lanes, 7 * T + k))
+    return _rows.settled(total, lost), _rows.settled(weights, more), wrong
+
+
+@kept
+@function
+def scan(labels, w, n, flags, ignore):
+    """Return the sum of the labels' weights, and how many labels are wrong."""
+    v = pointer(w)
+    weights, more, wrong = 0.0, 0.0, 0
+    for i in range(labels.shape[0]):
+        _, u, code = _losses.label(labels, i, v, n, flags, ignore)
+        u = load(v, 0) if code == 2 else u
+        weights, more = _rows.added(weights, more, float(u))
+        wrong += code == 2
+    return _rows.settled(weights, more), wrong

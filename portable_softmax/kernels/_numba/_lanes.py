@@ -23,7 +23,7 @@ from portable_softmax.kernels._numba._ir import (
     transpose8,
     typed,
 )
-from portable_softmax.kernels._numba._rows import added, careful_term, with_log
+from portable_softmax.kernels._numba._rows import added, careful_term, settled, with_log
 
 function = njit(nogil=True, error_model="numpy")
 
@@ -139,7 +139,7 @@ def deliver(tile, target, T, n, inner, rows):
 # and what its rounding lost, and how many maxima there are. What they are when a function
 # returns stands in its docstring.
 
-LANE_NUMBERS = 8
+LANE_NUMBERS = 9
 
 
 @function
@@ -250,7 +250,7 @@ def softmax_vjp(y, dy, n, T, lanes):
     for j in range(n):
         a, b = ahead(y, j * T), ahead(dy, j * T)
         for i in range(T):
-            store(a, i, load(a, i) * (load(b, i) - (load(total, i) + load(lost, i))))
+            store(a, i, load(a, i) * (load(b, i) - settled(load(total, i), load(lost, i))))
 
 
 @function
@@ -270,4 +270,4 @@ def log_softmax_vjp(log_y, dy, n, T, lanes):
     for j in range(n):
         a, b = ahead(log_y, j * T), ahead(dy, j * T)
         for i in range(T):
-            store(a, i, load(b, i) - exp(load(a, i)) * (load(total, i) + load(lost, i)))
+            store(a, i, load(b, i) - exp(load(a, i)) * settled(load(total, i), load(lost, i)))

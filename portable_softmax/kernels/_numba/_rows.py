@@ -53,6 +53,12 @@ def added(total, lost, x):
 
 
 @function
+def settled(total, lost):
+    """The sum; an infinite one as it is."""
+    return total + lost if total - total == 0 else total
+
+
+@function
 def top(p, n):
     """The maximum; nan if there is one."""
     m = typed(p, -math.inf)
@@ -156,7 +162,7 @@ def softmax_vjp(p, q, o, n):
         for j in range(min(RUN, n - start)):
             s = plus(s, load(y, j) * load(dy, j))
         total, lost = added(total, lost, s)
-    s = total + lost
+    s = settled(total, lost)
     for j in range(n):
         store(o, j, load(p, j) * (load(q, j) - s))
 
@@ -172,7 +178,7 @@ def log_softmax_vjp(p, q, o, n):
         for j in range(min(RUN, n - start)):
             s = plus(s, chosen(abs(load(y, j)) == math.inf, zero, load(dy, j)))
         total, lost = added(total, lost, s)
-    s = total + lost
+    s = settled(total, lost)
     for j in range(n):
         y = load(p, j)
         dy = chosen(abs(y) == math.inf, zero, load(q, j))
