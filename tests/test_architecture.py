@@ -83,7 +83,7 @@ def test_textbook_stands_on_the_namespace_lookup_alone():
     assert "portable_softmax._arrays.namespace" in ours
 
 
-SHARED_BY_KERNELS = ("_calls", "_threads")
+SHARED_BY_KERNELS = ("_calls", "_shortcuts", "_threads")
 
 
 def test_kernels_do_not_import_each_other():
@@ -113,12 +113,30 @@ def test_portable_names_no_library():
         assert not names.intersection({*LIBRARIES, "np", "library"}), path.name
 
 
+# The technology that a folder of kernels is written in; its __init__ loads the rest when it is used.
+TECHNOLOGIES = {"_numba": "numba"}
+
+
 def test_array_libraries_are_imported_when_used_only():
     core = [p for p in MODULES if room(p) not in ("_cli", "__main__")]
     for path in core:
+        own = TECHNOLOGIES.get(path.parent.name) if path.name != "__init__.py" else None
         for name, at_import in imports(path):
             library = name.split(".")[0]
-            assert library not in LIBRARIES or library == "numpy" or not at_import, path.name
+            allowed = library not in LIBRARIES or library in ("numpy", own)
+            assert allowed or not at_import, path.name
+
+
+@pytest.mark.parametrize("folder", TECHNOLOGIES)
+def test_a_technology_is_imported_by_its_own_folder_and_that_lazily(folder):
+    """No module imports one that imports the technology when it is itself imported."""
+    inside = PACKAGE / "kernels" / folder
+    heavy = {p.stem for p in inside.glob("*.py")} - {"__init__"}
+    for path in MODULES:
+        if path.parent == inside and path.name != "__init__.py":
+            continue
+        for name, at_import in imports(path):
+            assert not (at_import and folder in name and heavy & set(name.split("."))), path.name
 
 
 def in_a_fresh_process(code: str) -> list:

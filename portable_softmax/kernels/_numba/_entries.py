@@ -26,8 +26,7 @@ def softmax(x, out, t, tile, T, n, inner, lo, hi):
     p, o, e = pointer(x), pointer(out), pointer(tile)
     if T == 0:
         for i in range(lo, hi):
-            row = ahead(o, i * n)
-            _rows.softmax(ahead(p, i * n), either(row, e), row, n, t)
+            _rows.softmax(ahead(p, i * n), e, ahead(o, i * n), n, t)
         return
     step = T if inner == 1 else 1
     for i in range(lo, hi, step):
@@ -117,6 +116,7 @@ def cross_entropy(x, labels, losses, w, options, flags, ignore, tile, T, n, inne
     """Return the sum of the losses, that of the labels' weights, and how many labels are wrong."""
     p, o, v, e = pointer(x), pointer(losses), pointer(w), pointer(tile)
     total, lost, weights, more, wrong = 0.0, 0.0, 0.0, 0.0, 0
+    c = _losses.constants(v, n, options)
     if T == 0:
         for i in range(lo, hi):
             y, u, code = _losses.label(labels, i, v, n, flags, ignore)
@@ -124,7 +124,7 @@ def cross_entropy(x, labels, losses, w, options, flags, ignore, tile, T, n, inne
             if code != 1:
                 row = ahead(p, i * n)
                 m, rest = _rows.fold(row, 0, n, 1)
-                loss = _losses.loss(row, v, n, y, u, options, flags, m, rest)
+                loss = _losses.loss(row, v, n, y, u, c, flags, m, rest)
             total, lost = _rows.added(total, lost, float(loss))
             u = load(v, 0) if code == 2 else u
             weights, more = _rows.added(weights, more, float(u))
@@ -140,7 +140,7 @@ def cross_entropy(x, labels, losses, w, options, flags, ignore, tile, T, n, inne
         _lanes.fetch(ahead(p, at), e, T, n, inner, rows)
         some = labels[first : first + rows]
         weight, bad = _losses.lane_labels(some, rows, T, lanes, v, n, flags, ignore)
-        loss = _losses.lane_losses(e, 0, some, rows, T, lanes, v, n, options, flags, ignore)
+        loss = _losses.lane_losses(e, 0, some, rows, T, lanes, v, n, c, flags, ignore)
         total, lost = _rows.added(total, lost, loss)
         weights, more = _rows.added(weights, more, weight)
         wrong += bad
@@ -158,6 +158,7 @@ def cross_entropy_value_and_grad(
     """Write the gradient as well."""
     p, o, v, e, g = pointer(x), pointer(losses), pointer(w), pointer(tile), pointer(grad)
     total, lost, weights, more, wrong = 0.0, 0.0, 0.0, 0.0, 0
+    c = _losses.constants(v, n, options)
     if T == 0:
         for i in range(lo, hi):
             y, u, code = _losses.label(labels, i, v, n, flags, ignore)
@@ -166,10 +167,10 @@ def cross_entropy_value_and_grad(
                 for j in range(n):
                     store(out, j, u)
             else:
-                row, terms = ahead(p, i * n), either(out, e)
-                m, rest = _rows.fold(row, terms, n, 1)
-                loss = _losses.loss(row, v, n, y, u, options, flags, m, rest)
-                _losses.gradient(terms, out, v, n, y, u, options, flags, m, rest)
+                row = ahead(p, i * n)
+                m, rest = _rows.fold(row, either(out, e), n, 1)
+                loss = _losses.loss(row, v, n, y, u, c, flags, m, rest)
+                _losses.gradient(e, out, v, n, y, u, c, flags, m, rest)
             total, lost = _rows.added(total, lost, float(loss))
             u = load(v, 0) if code == 2 else u
             weights, more = _rows.added(weights, more, float(u))
@@ -179,15 +180,16 @@ def cross_entropy_value_and_grad(
         return _rows.settled(total, lost), _rows.settled(weights, more), wrong
     step = T if inner == 1 else 1
     lanes = ahead(e, n * T)
+    f = ahead(lanes, _lanes.LANE_NUMBERS * T)
     for i in range(lo, hi, step):
         at, rows = _lanes.block(i, hi, T, n, inner)
         first = _lanes.first_row(i, T, inner)
         _lanes.fetch(ahead(p, at), e, T, n, inner, rows)
         some = labels[first : first + rows]
         weight, bad = _losses.lane_labels(some, rows, T, lanes, v, n, flags, ignore)
-        loss = _losses.lane_losses(e, e, some, rows, T, lanes, v, n, options, flags, ignore)
-        _losses.lane_gradients(e, some, rows, T, lanes, v, n, options, flags, ignore)
-        _lanes.deliver(e, ahead(g, at), T, n, inner, rows)
+        loss = _losses.lane_losses(e, f, some, rows, T, lanes, v, n, c, flags, ignore)
+        _losses.lane_gradients(f, some, rows, T, lanes, v, n, c, flags, ignore)
+        _lanes.deliver(f, ahead(g, at), T, n, inner, rows)
         total, lost = _rows.added(total, lost, loss)
         weights, more = _rows.added(weights, more, weight)
         wrong += bad

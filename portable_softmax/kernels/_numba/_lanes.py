@@ -23,7 +23,13 @@ from portable_softmax.kernels._numba._ir import (
     transpose8,
     typed,
 )
-from portable_softmax.kernels._numba._rows import added, careful_term, settled, with_log
+from portable_softmax.kernels._numba._rows import (
+    added,
+    careful_term,
+    is_plenty,
+    settled,
+    with_log,
+)
 
 function = njit(nogil=True, error_model="numpy")
 
@@ -191,18 +197,44 @@ def softmax(x, n, T, lanes, t):
 
 
 @function
-def rests(x, e, n, T, lanes, t):
-    """Turn maxima, the first lane, into remainders, the second; exps times UP go to `e`, or not."""
+def fold(x, e, n, T, lanes, t):
+    """Write maxima and remainders to the first two lanes; exps times UP go to `e` unless it is 0.
+
+    As `_rows.fold` for one row: with care where any row of the tile wants it.
+    """
+    m, s, total, lost = lanes, ahead(lanes, T), ahead(lanes, 2 * T), ahead(lanes, 3 * T)
+    one = typed(m, 1.0)
+    tops(x, n, T, m)
+    fill(s, 3 * T, 0.0)
+    for start in range(0, n, RUN):
+        for j in range(start, min(start + RUN, n)):
+            c, d = ahead(x, j * T), ahead(e, j * T)
+            for i in range(T):
+                term = exp_up(over(load(c, i) - load(m, i), t))
+                store_if(d, i, term)
+                store(s, i, load(s, i) + term)
+        carry(s, total, lost, T)
+    small = 0
+    for i in range(T):
+        rest = (load(total, i) + load(lost, i)) * typed(m, DOWN) - one
+        store(s, i, rest)
+        small += not is_plenty(rest, n)
+    if small:
+        careful_rests(x, n, T, lanes, t)
+
+
+@function
+def careful_rests(x, n, T, lanes, t):
+    """Write the remainders, one maximum left out, to the last digits."""
     m, s, total, lost = lanes, ahead(lanes, T), ahead(lanes, 2 * T), ahead(lanes, 3 * T)
     count = ahead(lanes, 4 * T)
     up, one, zero = typed(m, UP), typed(m, 1.0), typed(m, 0.0)
     fill(s, 4 * T, 0.0)
     for start in range(0, n, RUN):
         for j in range(start, min(start + RUN, n)):
-            c, d = ahead(x, j * T), ahead(e, j * T)
+            c = ahead(x, j * T)
             for i in range(T):
                 term = careful_term(load(c, i), load(m, i), t)
-                store_if(d, i, term)
                 is_top = term == up
                 store(s, i, load(s, i) + chosen(is_top, zero, term))
                 store(count, i, load(count, i) + chosen(is_top, one, zero))
@@ -216,8 +248,7 @@ def rests(x, e, n, T, lanes, t):
 def log_softmax(x, n, T, lanes, t):
     """Turn a tile into the logarithms of its probabilities."""
     m, s = lanes, ahead(lanes, T)
-    tops(x, n, T, m)
-    rests(x, 0, n, T, lanes, t)
+    fold(x, 0, n, T, lanes, t)
     for i in range(T):
         store(s, i, log1p(load(s, i)))
     for j in range(n):
@@ -230,8 +261,7 @@ def log_softmax(x, n, T, lanes, t):
 def logsumexp(x, n, T, lanes):
     """Write the logarithms of the sums to the first lane."""
     m, s = lanes, ahead(lanes, T)
-    tops(x, n, T, m)
-    rests(x, 0, n, T, lanes, 1)
+    fold(x, 0, n, T, lanes, 1)
     for i in range(T):
         store(m, i, with_log(load(m, i), load(s, i)))
 

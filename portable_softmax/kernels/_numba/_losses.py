@@ -9,8 +9,9 @@ logsumexp and w_j the weights of the classes,
 where a coefficient of 0 counts as 0 beside an infinity. The gradient is computed as
 ((e_j A - q_j) - q_j rest) / (1 + rest), which keeps the digits of a confident label.
 
-`options` holds e, z, the sum of the w_j and the factor of the gradient; `flags` says whether there
-are weights, whether some labels are ignored, and whether every loss is asked for.
+`options` holds e, z, the sum of the w_j and the factor of the gradient, and `c` what `constants`
+makes of them; `flags` says whether there are weights, whether some labels are ignored, and
+whether every loss is asked for.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from portable_softmax.kernels._numba._exp import DOWN, log1p
 from portable_softmax.kernels._numba._ir import (
     ahead,
     chosen,
+    either,
     load,
     plus,
     store,
@@ -57,14 +59,27 @@ def times(a, b):
     return chosen(a == 0, chosen(abs(b) == math.inf, a, a * b), a * b)
 
 
+@function
+def constants(w, n, options):
+    """Return 1 - e, e/n, e/n sum_j w_j, z and the factor of the gradient."""
+    share = options[0] / n
+    return (
+        typed(w, 1.0 - options[0]),
+        typed(w, share),
+        typed(w, share * options[2]),
+        typed(w, options[1]),
+        typed(w, options[3]),
+    )
+
+
 # --------------------------------------------------------------------------- one row
 
 
 @function
-def loss(p, w, n, y, u, options, flags, m, rest):
+def loss(p, w, n, y, u, c, flags, m, rest):
     """Return the loss of a row from its maximum and remainder."""
     spread = typed(p, 0.0)
-    if options[0] != 0:
+    if c[1] != 0:
         lost = spread
         for start in range(0, n, RUN):
             x, v = ahead(p, start), ahead(w, start)
@@ -77,39 +92,41 @@ def loss(p, w, n, y, u, options, flags, m, rest):
                     s = plus(s, m - load(x, j))
             spread, lost = added(spread, lost, s)
         spread = settled(spread, lost)
-    return value(m - load(p, y), log1p(rest), spread, m, u, w, n, options)
+    return value(m - load(p, y), log1p(rest), spread, m, u, c)
 
 
 @function
-def value(gap, log, spread, m, u, w, n, options):
+def value(gap, log, spread, m, u, c):
     """The loss from gap = max - x_y and spread = sum_j w_j (max - x_j)."""
-    v = times(u * typed(w, 1.0 - options[0]), gap + log)
-    if options[0] != 0:
-        v += typed(w, options[0] / n) * (spread + typed(w, options[2]) * log)
-    if options[1] != 0:
+    v = times(u * c[0], gap + log)
+    if c[1] != 0:
+        v += c[1] * spread + c[2] * log
+    if c[3] != 0:
         lse = m + log
-        v += times(u, typed(w, options[1]) * (lse * lse))
+        v += times(u, c[3] * (lse * lse))
     return v
 
 
 @function
-def slope(u, m, rest, w, n, options):
+def slope(u, m, rest, c):
     """A, which multiplies the probabilities in the gradient."""
-    a = u * typed(w, 1.0 - options[0]) + typed(w, options[0] / n * options[2])
-    if options[1] != 0:
-        a += times(u, typed(w, 2.0 * options[1]) * (m + log1p(rest)))
+    a = u * c[0] + c[2]
+    if c[3] != 0:
+        a += times(u, (c[3] + c[3]) * (m + log1p(rest)))
     return a
 
 
 @function
-def gradient(e, o, w, n, y, u, options, flags, m, rest):
-    """Write the gradient of a row to `o`, from the exps times UP in `e`, which may be `o`."""
-    down, share = typed(w, DOWN), typed(w, options[0] / n)
-    a = slope(u, m, rest, w, n, options)
-    inverse = typed(w, options[3]) / (typed(w, 1.0) + rest)
+def gradient(scratch, o, w, n, y, u, c, flags, m, rest):
+    """Write the gradient of a row to `o`, from the exps times UP in `o`, or in `scratch` if `o`
+    rounds."""
+    e = either(o, scratch)
+    down, share = typed(w, DOWN), c[1]
+    a = slope(u, m, rest, c)
+    inverse = c[4] / (typed(w, 1.0) + rest)
     at_label = load(e, y) * down
-    q = u * typed(w, 1.0 - options[0])
-    if options[0] == 0:
+    q = u * c[0]
+    if c[1] == 0:
         factor = a * inverse
         for j in range(n):
             store(o, j, load(e, j) * factor * down)
@@ -155,25 +172,24 @@ def lane_labels(labels, rows, T, lanes, w, n, flags, ignore):
 
 
 @function
-def lane_losses(x, e, labels, rows, T, lanes, w, n, options, flags, ignore):
-    """Write the losses; the exps times UP go to `e`, which may be `x`, or not."""
+def lane_losses(x, e, labels, rows, T, lanes, w, n, c, flags, ignore):
+    """Write the losses; the exps times UP go to `e` unless it is 0."""
     m, s, us, ys = lanes, ahead(lanes, T), ahead(lanes, 5 * T), ahead(lanes, 6 * T)
     losses, spreads = ahead(lanes, 7 * T), ahead(lanes, 8 * T)
-    _lanes.tops(x, n, T, m)
+    _lanes.fold(x, e, n, T, lanes, 1)
     for i in range(T):
         store(losses, i, load(m, i) - load(x, int(load(ys, i)) * T + i))
         store(spreads, i, typed(w, 0.0))
-    if options[0] != 0:
+    if c[1] != 0:
         for j in range(n):
-            c = ahead(x, j * T)
+            row = ahead(x, j * T)
             v = load(w, j) if flags & WEIGHTED else typed(w, 1.0)
             for i in range(T):
-                store(spreads, i, load(spreads, i) + times(v, load(m, i) - load(c, i)))
-    _lanes.rests(x, e, n, T, lanes, 1)
+                store(spreads, i, load(spreads, i) + times(v, load(m, i) - load(row, i)))
     for i in range(T):
         log = log1p(load(s, i))
-        args = load(losses, i), log, load(spreads, i), load(m, i), load(us, i)
-        store(losses, i, value(args[0], args[1], args[2], args[3], args[4], w, n, options))
+        v = value(load(losses, i), log, load(spreads, i), load(m, i), load(us, i), c)
+        store(losses, i, v)
     if flags & IGNORING:
         for i in range(rows):
             if labels[i] == ignore:
@@ -185,36 +201,36 @@ def lane_losses(x, e, labels, rows, T, lanes, w, n, options, flags, ignore):
 
 
 @function
-def lane_gradients(e, labels, rows, T, lanes, w, n, options, flags, ignore):
+def lane_gradients(e, labels, rows, T, lanes, w, n, c, flags, ignore):
     """Turn the exps times UP into the gradient."""
     m, s, us, ys = lanes, ahead(lanes, T), ahead(lanes, 5 * T), ahead(lanes, 6 * T)
     a, inverse, at_label = ahead(lanes, 2 * T), ahead(lanes, 3 * T), ahead(lanes, 4 * T)
-    down, share = typed(w, DOWN), typed(w, options[0] / n)
+    down, share = typed(w, DOWN), c[1]
     for i in range(T):
         rest = load(s, i)
-        store(a, i, slope(load(us, i), load(m, i), rest, w, n, options))
-        store(inverse, i, typed(w, options[3]) / (typed(w, 1.0) + rest))
+        store(a, i, slope(load(us, i), load(m, i), rest, c))
+        store(inverse, i, c[4] / (typed(w, 1.0) + rest))
     for i in range(T):
         y = int(load(ys, i))
-        q = load(us, i) * typed(w, 1.0 - options[0])
-        if options[0] != 0:
+        q = load(us, i) * c[0]
+        if c[1] != 0:
             q += share * (load(w, y) if flags & WEIGHTED else typed(w, 1.0))
         term = load(e, y * T + i) * down
         store(at_label, i, entry(term, load(a, i), q, load(s, i), load(inverse, i)))
-    if options[0] == 0:
+    if c[1] == 0:
         for i in range(T):
             store(a, i, load(a, i) * load(inverse, i))
         for j in range(n):
-            c = ahead(e, j * T)
+            row = ahead(e, j * T)
             for i in range(T):
-                store(c, i, load(c, i) * load(a, i) * down)
+                store(row, i, load(row, i) * load(a, i) * down)
     else:
         for j in range(n):
-            c = ahead(e, j * T)
+            row = ahead(e, j * T)
             q = share * (load(w, j) if flags & WEIGHTED else typed(w, 1.0))
             for i in range(T):
-                term = load(c, i) * down
-                store(c, i, entry(term, load(a, i), q, load(s, i), load(inverse, i)))
+                term = load(row, i) * down
+                store(row, i, entry(term, load(a, i), q, load(s, i), load(inverse, i)))
     for i in range(rows):
         store(e, int(load(ys, i)) * T + i, load(at_label, i))
     if flags & IGNORING:

@@ -22,6 +22,7 @@ from portable_softmax.kernels._numba._exp import (
 from portable_softmax.kernels._numba._ir import (
     ahead,
     chosen,
+    either,
     fma,
     load,
     maximum,
@@ -55,7 +56,7 @@ def added(total, lost, x):
 @function
 def settled(total, lost):
     """The sum; an infinite one as it is."""
-    return total + lost if total - total == 0 else total
+    return chosen(total - total == 0, total + lost, total)
 
 
 @function
@@ -112,8 +113,8 @@ def careful_rest(p, n, m, t):
 
 @function
 def is_plenty(rest, n):
-    """Whether a remainder is large enough for the plain sum of its terms."""
-    return rest >= 1.0 and rest >= n * CARE
+    """Whether a remainder is large enough for the plain sum of its terms; nan is not."""
+    return rest >= max(1.0, n * CARE)
 
 
 @function
@@ -121,7 +122,7 @@ def fold(p, e, n, t):
     """Return a row's maximum and its remainder; the exps times UP go to `e` unless it is 0."""
     m = top(p, n)
     rest = exps(p, e, n, m, t) * typed(p, DOWN) - typed(p, 1.0)
-    if not is_plenty(rest, n):  # nor is nan
+    if not is_plenty(rest, n):
         rest = careful_rest(p, n, m, t)
     return m, rest
 
@@ -130,8 +131,9 @@ def fold(p, e, n, t):
 
 
 @function
-def softmax(p, e, o, n, t):
-    """Write the probabilities of a row to `o`, by way of `e`, which may be `o`."""
+def softmax(p, scratch, o, n, t):
+    """Write the probabilities of a row to `o`, by way of `scratch` if `o` rounds."""
+    e = either(o, scratch)
     q = typed(p, 1.0) / exps(p, e, n, top(p, n), t)
     for j in range(n):
         store(o, j, load(e, j) * q)
@@ -149,7 +151,7 @@ def log_softmax(p, o, n, t):
 @function
 def with_log(m, rest):
     """m + log(1 + rest); an infinite maximum as it is."""
-    return m if m - m != 0 else m + log1p(rest)
+    return chosen(m - m == 0, m + log1p(rest), m)
 
 
 @function
