@@ -142,10 +142,9 @@ def deliver(tile, target, T, n, inner, rows):
 # --------------------------------------------------------------------------- operations
 #
 # `lanes` has room for LANE_NUMBERS numbers a lane: the maximum, a sum of the last classes, the sum
-# and what its rounding lost, and how many maxima there are. What they are when a function
-# returns stands in its docstring.
+# and what its rounding lost, how many maxima there are, four of `_losses`, and the plain remainder.
 
-LANE_NUMBERS = 9
+LANE_NUMBERS = 10
 
 
 @function
@@ -214,13 +213,17 @@ def fold(x, e, n, T, lanes, t):
                 store_if(d, i, term)
                 store(s, i, load(s, i) + term)
         carry(s, total, lost, T)
-    small = 0
+    small, plain = 0, ahead(lanes, 9 * T)
     for i in range(T):
         rest = (load(total, i) + load(lost, i)) * typed(m, DOWN) - one
         store(s, i, rest)
+        store(plain, i, rest)
         small += not is_plenty(rest, n)
     if small:
         careful_rests(x, n, T, lanes, t)
+        for i in range(T):  # a row's digits do not depend on its neighbours
+            rest = load(plain, i)
+            store(s, i, chosen(is_plenty(rest, n), rest, load(s, i)))
 
 
 @function
