@@ -27,8 +27,8 @@ HANDED = {
     "bfloat16": np.dtype(np.int16),
 }
 
-# Operation and dtype of the kernels that are compiled.
-loaded: set[tuple[str, str]] = set()
+# The kernels that are compiled, as `_key` names them.
+loaded: set[tuple[str, str, bool]] = set()
 _broken = ""
 
 
@@ -47,9 +47,23 @@ def refusal(call: Call) -> str:
         return why
     if name not in HANDED or not x.dtype.isnative:
         return f"dtype: {x.dtype}"
-    if x.size < ENOUGH and (call.operation, name) not in loaded:
+    if x.size < ENOUGH and _key(call) not in loaded:
         return f"{x.size:,} elements, fewer than {ENOUGH:,}, and nothing is loaded yet"
     return _broken or _cannot_import()
+
+
+def _key(call: Call) -> tuple[str, str, bool]:
+    """Return operation, dtype and whether there is a temperature: each is compiled on its own."""
+    return call.operation, call.x.dtype.name, getattr(call, "temperature", 1.0) != 1.0
+
+
+def _remember(call: Call) -> None:
+    key = _key(call)
+    if key not in loaded:
+        loaded.add(key)
+        if not key[2]:
+            small = import_module("portable_softmax.kernels._numba._small")
+            small.register(call.operation, call.x.dtype)
 
 
 def _options(call: Call) -> str:
@@ -144,7 +158,7 @@ def _row_by_row(call: RowsCall) -> Any:
     out = np.empty(x.shape, call.answer)
     function = getattr(drive, call.operation)
     function(_handed(x, layout), _handed(out, layout), drive.Layout(*layout), call.temperature)
-    loaded.add((call.operation, x.dtype.name))
+    _remember(call)
     return out
 
 
@@ -157,7 +171,7 @@ def logsumexp(call: RowsCall) -> Any:
     out = np.empty([1 if a in call.axes else n for a, n in enumerate(x.shape)], call.answer)
     flat = out.view(HANDED[x.dtype.name]).reshape(-1)
     drive.logsumexp(_handed(x, layout), flat, drive.Layout(*layout))
-    loaded.add((call.operation, x.dtype.name))
+    _remember(call)
     return out
 
 
@@ -167,7 +181,7 @@ def _from_output(call: VjpCall) -> Any:
     out = np.empty(x.shape, call.answer)
     arrays = (_handed(a, layout) for a in (x, call.dy, out))
     getattr(drive, call.operation)(*arrays, drive.Layout(*layout))
-    loaded.add((call.operation, x.dtype.name))
+    _remember(call)
     return out
 
 
@@ -193,7 +207,7 @@ def _loss(call: LossCall) -> Any:
     )
     if wrong and call.check_labels:
         call.target()
-    loaded.add((call.operation, x.dtype.name))
+    _remember(call)
     if each is None:
         if options.reduction == "mean":
             loss = loss / weights if weights else np.nan
