@@ -98,6 +98,7 @@ nox.options.error_on_missing_interpreters = False
 # CuPy's is completed by the driver's generation: cuda12 or cuda13.
 BACKENDS = {
     "numpy": None,
+    "numba": "numba",
     "strict": "strict",
     "torch": "torch",
     "jax": "jax",
@@ -105,7 +106,7 @@ BACKENDS = {
     "cupy": "cuda",
 }
 # The backends whose tests together must cover the package, line and branch.
-COVERED = ("numpy", "torch")
+COVERED = ("numpy", "numba", "torch")
 PYPROJECT = load_toml(ROOT / "pyproject.toml")
 
 
@@ -198,7 +199,8 @@ def for_each_backend(name: str, without: tuple[str, ...] = ()):
 # --- The main job, the benchmarks ---------------------------------------------------------------
 
 
-@for_each_backend("demo", without=("dask",))  # a lazy library has nothing to gain from small steps
+# A lazy library has nothing to gain from small steps, nor have kernels for large arrays.
+@for_each_backend("demo", without=("dask", "numba"))
 def demo(session: nox.Session, backend: str) -> None:
     """Train a softmax classifier on handwritten digits with BACKEND."""
     install_backend(session, backend, "demo")
@@ -210,7 +212,8 @@ def demo(session: nox.Session, backend: str) -> None:
 def bench(session: nox.Session, backend: str) -> None:
     """Measure speed on BACKEND beside the library's own functions and a copy."""
     install_backend(session, backend, "bench")
-    session.run("python", "-m", "bench", "speed", "--backend", backend, *session.posargs)
+    arrays = "numpy" if backend == "numba" else backend
+    session.run("python", "-m", "bench", "speed", "--backend", arrays, *session.posargs)
 
 
 # --- The tests ----------------------------------------------------------------------------------
@@ -279,7 +282,7 @@ def test(session: nox.Session, backend: str) -> None:
 
 @nox.session(name="tests-table")
 def tests_table(session: nox.Session) -> None:
-    """End a run of `tests`: one table, then what numpy and torch together cover."""
+    """End a run of `tests`: one table, then what those of COVERED cover."""
     rows = {backend: row(backend, required(session)) for backend in BACKENDS}
     print(table(rows.values()), flush=True)
     failed = [backend for backend, cells in rows.items() if cells[FAILED] not in ("0", "-")]

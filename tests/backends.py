@@ -25,6 +25,7 @@ class Backend:
     differentiates = False
     lazy = False
     device: Any = None
+    title: str = ""  # in tables; the library's name if empty
 
     def __repr__(self) -> str:
         return self.name
@@ -83,6 +84,20 @@ class NumPy(Backend):
 
     def is_ours(self, array):
         return isinstance(array, np.ndarray | np.generic)
+
+
+class Numba(NumPy):
+    """NumPy's arrays, of any size, through the kernels compiled by Numba."""
+
+    name = "numba"
+    title = "numpy, with numba"
+
+    @classmethod
+    def missing(cls):
+        return "" if importlib.util.find_spec("numba") else "numba is not installed"
+
+    def version(self):
+        return f"{np.__version__}, numba {importlib.import_module('numba').__version__}"
 
 
 class Strict(Backend):
@@ -234,5 +249,8 @@ class Cupy(Backend):
 
 
 BACKENDS: dict[str, type[Backend]] = {
-    cls.name: cls for cls in (NumPy, Strict, Torch, TorchCuda, Jax, Dask, Cupy)
+    cls.name: cls for cls in (NumPy, Numba, Strict, Torch, TorchCuda, Jax, Dask, Cupy)
 }
+
+# Those that differ by library or device: Numba is another way to compute on NumPy's arrays.
+LIBRARIES = tuple(name for name in BACKENDS if name != "numba")

@@ -51,14 +51,14 @@ def row(name: str, extra: str | None) -> tuple[str, ...]:
     backend = BACKENDS[name]
     xp = ModuleType(backend.library)  # a namespace is known by its name
     return (
-        backend.library.replace("_", "-"),
+        backend.title or backend.library.replace("_", "-"),
         ", ".join(f"`{found}`" for found in extras(extra)) or "none",
         yes("float16" in backend.halves),
         yes("bfloat16" in backend.halves),
         yes(_arrays.differentiates(xp)),
         compiler(name),
         yes(_arrays.is_chunked(xp)),
-        kernels(_arrays.library(xp)),
+        kernels(name, _arrays.library(xp)),
         # CuPy's extra stands for one for each CUDA generation.
         "where there is a CUDA device" if extra == "cuda" else "in every run",
     )
@@ -85,8 +85,11 @@ def compiler(name: str) -> str:
     return f"`{found}`" if f"{found}(" in tests else "untested"
 
 
-def kernels(library: str) -> str:
-    found = [k for k in _table.TABLE if k.library == library]
+def kernels(name: str, library: str) -> str:
+    """Return the kernels of a library; those of Numba stand in its own row."""
+    found = [
+        k for k in _table.TABLE if k.library == library and ("numba" in k.name) == (name == "numba")
+    ]
     return "; ".join(f"{k.name}: {', '.join(k.operations)}" for k in found) or "none"
 
 

@@ -8,6 +8,8 @@ import pytest
 from backends import BACKENDS, Backend
 from hypothesis import settings
 
+from portable_softmax.kernels import _numba, _table
+
 # The time of one example depends on the machine and on whatever compiles first.
 settings.register_profile(
     "portable", deadline=None, derandomize=True, print_blob=True, max_examples=30
@@ -61,6 +63,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def xp(backend_name: str) -> Backend:
     """A backend: the same test for every array library."""
     return _backend(backend_name)
+
+
+@pytest.fixture(autouse=True)
+def _numba_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba's kernels take every call on their backend, and none in the tests of others."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    wanted = params.get("backend_name") == "numba"
+    if wanted or request.node.get_closest_marker("numba"):
+        if why := BACKENDS["numba"].missing():
+            pytest.skip(why)
+        if wanted:
+            monkeypatch.setattr(_numba, "ENOUGH", 0)
+        return
+    monkeypatch.setitem(_table._MISSING, _numba.__name__, "left out of this test")
+    monkeypatch.setattr(_table, "SHORTCUTS", {})
 
 
 # A test that asks for a library's module is a test of that library, as one that is marked so.

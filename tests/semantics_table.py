@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from backends import BACKENDS
+from backends import LIBRARIES
 
 HERE = Path(__file__).resolve().parent
 HEADINGS = ("case", "answer", "test")
@@ -111,13 +111,13 @@ def _outcome(one: ElementTree.Element) -> str:
 def document(rows: list[Case], reports: Reports) -> str:
     """Return docs/semantics.md."""
     reasons: list[str] = []
-    lines = [(*HEADINGS, *BACKENDS), ("---",) * (len(HEADINGS) + len(BACKENDS))]
+    lines = [(*HEADINGS, *LIBRARIES), ("---",) * (len(HEADINGS) + len(LIBRARIES))]
     for row in rows:
-        cells = [_cell(row, backend, reports, reasons) for backend in BACKENDS]
+        cells = [_cell(row, backend, reports, reasons) for backend in LIBRARIES]
         lines.append((row.case, row.answer, f"`{row.test}`", *cells))
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     why = "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))
-    ran = ", ".join(f"{b} {reports.backends[b]}" for b in BACKENDS if b in reports.backends)
+    ran = ", ".join(f"{b} {reports.backends[b]}" for b in LIBRARIES if b in reports.backends)
     parts = [INTRODUCTION.rstrip(), table]
     if why:
         parts += ["Why a test was skipped:", why]

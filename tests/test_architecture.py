@@ -84,7 +84,7 @@ def test_textbook_stands_on_the_namespace_lookup_alone():
     assert "portable_softmax._arrays.namespace" in ours
 
 
-SHARED_BY_KERNELS = ("_calls", "_threads")
+SHARED_BY_KERNELS = ("_calls", "_shortcuts", "_threads")
 
 
 def test_kernels_do_not_import_each_other():
@@ -114,18 +114,37 @@ def test_portable_names_no_library():
         assert not names.intersection({*LIBRARIES, "np", "library"}), path.name
 
 
+# What the files of a folder of kernels may import. Those that the table names load it when used.
+TECHNOLOGIES = {"_numba": ("numba", "torch"), "_jax": ("jax",)}
+ASKED = {kernel.module for kernel in _table.TABLE}
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
+
+
 def test_array_libraries_are_imported_when_used_only():
-    """A kernel's folder holds files that need its technology; the one in the table does not."""
-    asked = {f"{kernel.module.replace('.', '/')}" for kernel in _table.TABLE}
     core = [p for p in MODULES if room(p) not in ("_cli", "__main__")]
     for path in core:
-        module = path.relative_to(PACKAGE.parent).with_suffix("").as_posix()
-        of_a_kernel = path.parent.parent == PACKAGE / "kernels" and path.name != "__init__.py"
-        if of_a_kernel and module not in asked:
-            continue
+        own = () if module(path) in ASKED else TECHNOLOGIES.get(path.parent.name, ())
         for name, at_import in imports(path):
             library = name.split(".")[0]
-            assert library not in LIBRARIES or library == "numpy" or not at_import, path.name
+            allowed = library not in LIBRARIES or library in ("numpy", *own)
+            assert allowed or not at_import, path.name
+
+
+@pytest.mark.parametrize("folder", TECHNOLOGIES)
+def test_a_technology_is_imported_by_its_own_folder_and_that_lazily(folder):
+    """No module imports one that imports the technology when it is itself imported."""
+    inside = {p for p in MODULES if p.parent == PACKAGE / "kernels" / folder}
+    heavy = {module(p).rpartition(".")[2] for p in inside if module(p) not in ASKED}
+    for path in MODULES:
+        if path in inside and module(path) not in ASKED:
+            continue
+        for name, at_import in imports(path):
+            assert not (at_import and folder in name and heavy & set(name.split("."))), path.name
 
 
 def in_a_fresh_process(code: str) -> list:

@@ -209,6 +209,8 @@ def test_backends_describes_what_is_here_as_json(capsys):
 
 def test_backends_finds_the_backend_of_the_tests(backend_name, monkeypatch, capsys):
     name, _, device = backend_name.partition("-")
+    if name not in BACKENDS:
+        pytest.skip(f"the command line has no backend {name}")
     monkeypatch.setattr(listing, "BACKENDS", {name: BACKENDS[name]})
     assert main(["backends", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["backends"][name]

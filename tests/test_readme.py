@@ -11,7 +11,7 @@ from pathlib import Path
 import capabilities
 import pytest
 import semantics_table
-from backends import BACKENDS, ml_dtypes
+from backends import BACKENDS, LIBRARIES, ml_dtypes
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,7 +66,7 @@ def test_the_package_and_the_tests_agree_on_what_a_library_can_do():
     by_code = {line[0]: line for line in map(cells, capabilities.table().splitlines()[2:])}
     for name in capabilities.sessions():
         backend = BACKENDS[name]
-        row = by_code[backend.library.replace("_", "-")]
+        row = by_code[backend.title or backend.library.replace("_", "-")]
         assert row[capabilities.HEADINGS.index("autodiff")] == capabilities.yes(
             backend.differentiates
         )
@@ -76,7 +76,7 @@ def test_the_package_and_the_tests_agree_on_what_a_library_can_do():
 
 def test_the_table_of_semantics_has_a_row_for_each_test():
     lines = [cells(line) for line in SEMANTICS.splitlines() if line.startswith("|")]
-    assert lines[0] == [*semantics_table.HEADINGS, *BACKENDS]
+    assert lines[0] == [*semantics_table.HEADINGS, *LIBRARIES]
     rows = [(case, answer, test.strip("`")) for case, answer, test, *_ in lines[2:]]
     assert rows == [row[:3] for row in semantics_table.cases()]
     assert "FAILED" not in SEMANTICS

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from portable_softmax import _arrays
 from portable_softmax._typing import Array
 from portable_softmax.kernels._calls import Call, LossCall, RowsCall, VjpCall
+from portable_softmax.kernels._shortcuts import SHORTCUTS
 from portable_softmax.portable import Options
 
 ROWS = ("softmax", "log_softmax", "logsumexp")
@@ -44,6 +45,20 @@ class Kernel(NamedTuple):
 
 # For each library the first one that takes a call has it.
 TABLE = (
+    Kernel(
+        name="numba rows",
+        why="one pass in cache",
+        library="numpy",
+        module="portable_softmax.kernels._numba",
+        operations=OPERATIONS,
+    ),
+    Kernel(
+        name="numba rows",
+        why="one pass in cache",
+        library="torch",
+        module="portable_softmax.kernels._numba._tensors",
+        operations=OPERATIONS,
+    ),
     Kernel(
         name="numpy tiles",
         why="row tiles in cache",
@@ -87,16 +102,16 @@ def _forced_from_outside() -> str:
 _FORCED_FROM_OUTSIDE = _forced_from_outside()
 _FORCED: ContextVar[str] = ContextVar("portable_softmax_forced", default=_FORCED_FROM_OUTSIDE)
 
-# Shortcuts for small arrays, filled in by a kernel that has them loaded: (type of the array,
-# operation) -> function of the public function's arguments, which answers None for a call that it
-# leaves to the usual way.
-SHORTCUTS: dict[tuple[type, str], Callable[..., Any]] = {}
+# The names of single kernels that are switched off.
+_OFF: ContextVar[frozenset[str]] = ContextVar("portable_softmax_off", default=frozenset())
 
 
 def shortcut(array: Any, operation: str) -> Callable[..., Any] | None:
     """Return the shortcut for a small array, or None where there is none, or none is wanted."""
     found = SHORTCUTS.get((type(array), operation))
-    return found if found is None or not _FORCED.get() else None
+    if found is None or _FORCED.get() or _OFF.get():
+        return None
+    return found
 
 
 _MODULES: dict[str, Any] = {}
@@ -118,6 +133,8 @@ def _missing(kernel: Kernel) -> str:
 
 
 def _refusal(kernel: Kernel, call: Call) -> str:
+    if kernel.name in _OFF.get():
+        return "switched off by kernels.without()"
     found: str = _missing(kernel) or _module(kernel).refusal(call)
     return found
 
@@ -125,11 +142,13 @@ def _refusal(kernel: Kernel, call: Call) -> str:
 def find(call: Call) -> Callable[[Any], Any] | None:
     """Return the kernel that a call takes, or None for the portable path."""
     candidates = _BY_CALL.get((_arrays.library(call.xp), call.operation))
-    if candidates is None or _FORCED.get():
+    if candidates and not _arrays.reads_values(call.xp, call.x):
+        candidates = tuple(kernel for kernel in candidates if kernel.traced)
+    # Asked last: torch.compile cannot read a context variable.
+    if not candidates or _FORCED.get():
         return None
-    readable = _arrays.reads_values(call.xp, call.x)
     for kernel in candidates:
-        if (readable or kernel.traced) and not _refusal(kernel, call):
+        if not _refusal(kernel, call):
             function: Callable[[Any], Any] = getattr(_module(kernel), call.operation)
             return function
     return None
@@ -175,8 +194,8 @@ def explain(operation: str, x: Array, **options: Any) -> str:
     --------
     >>> import numpy as np
     >>> from portable_softmax import kernels
-    >>> kernels.explain("softmax_vjp", np.ones(3)).partition(":")[0]
-    'portable'
+    >>> kernels.explain("softmax", np.ones(3), axis=0).partition(":")[0]
+    'numpy tiles'
     """
     if operation not in OPERATIONS:
         raise ValueError(
@@ -241,3 +260,37 @@ def portable() -> Iterator[None]:
         yield
     finally:
         _FORCED.reset(token)
+
+
+@contextmanager
+def without(name: str) -> Iterator[None]:
+    """Leave one kernel's calls to the next in this block, to compare the two.
+
+    It counts for the current thread or task only.
+
+    Parameters
+    ----------
+    name
+        As `available` lists it.
+
+    Raises
+    ------
+    ValueError
+        If there is no kernel of this name.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_softmax import kernels
+    >>> with kernels.without("numpy tiles"):
+    ...     print(kernels.explain("softmax", np.ones(3)).partition(":")[0])
+    portable
+    """
+    names = tuple(dict.fromkeys(kernel.name for kernel in TABLE))
+    if name not in names:
+        raise ValueError(f"name is {name!r}, expected one of {', '.join(map(repr, names))}")
+    token = _OFF.set(_OFF.get() | {name})
+    try:
+        yield
+    finally:
+        _OFF.reset(token)

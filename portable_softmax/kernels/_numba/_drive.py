@@ -1,0 +1,168 @@
+"""Cuts arrays into pieces and runs the compiled kernels on them, on as many threads as are free.
+
+The arrays are NumPy's, C-contiguous, of shape (rows, n) or (outer * n, inner) as `_entries` has
+them, and of a dtype that it knows: float16 is handed over as uint16 and bfloat16 as int16. They
+may be views of any library's memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import typeof
+
+from portable_softmax.kernels import _threads
+from portable_softmax.kernels._numba import _entries, _lanes, _losses
+
+# Shorter rows, in bytes of the computation, are worked on side by side: a row alone leaves its
+# last lanes empty and adds up across them (measured: they meet at 150 classes of float32).
+SHORT = 640
+# Rows side by side: a tile of short ones stays in the first cache, one of long ones in the second.
+LANES, FEW_LANES = 64, 16
+TILE = 1 << 18
+# So many bytes are one piece of work, and fewer than twice as many are left to one thread.
+PIECE = 1 << 18
+
+
+class Layout(NamedTuple):
+    """How rows lie in memory."""
+
+    outer: int
+    n: int
+    inner: int
+
+    @property
+    def rows(self) -> int:
+        return self.outer * self.inner
+
+
+class Plan(NamedTuple):
+    """How they are worked on."""
+
+    T: int  # rows side by side, 0 for one by one
+    tile: tuple[int, Any]  # length and dtype
+    pieces: list[tuple[int, int]]
+
+
+def plan(layout: Layout, dtype: Any, inputs: int = 1) -> Plan:
+    """Choose between rows one by one and side by side, and cut the work."""
+    outer, n, inner = layout
+    compute = np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
+    if inner == 1 and n * compute.itemsize >= SHORT:
+        T, units, size = 0, outer, n
+        tile = 1 if dtype == compute else n
+    else:
+        T = LANES if n * LANES * compute.itemsize <= TILE else FEW_LANES
+        T = min(T, -(-layout.rows // 16) * 16 if inner == 1 else -(-inner // 16) * 16)
+        tile = T * (n + _lanes.LANE_NUMBERS) * inputs
+        units, size = (outer, n) if inner == 1 else (outer * -(-inner // T), n * min(T, inner))
+    step = max(1, PIECE // (size * dtype.itemsize))
+    if T and inner == 1:
+        step = -(-step // T) * T
+    if units < 2 * step:
+        step = units
+    return Plan(T, (tile, compute), [(i, min(i + step, units)) for i in range(0, units, step)])
+
+
+def run(
+    entry: Any, arrays: tuple[Any, ...], numbers: tuple[Any, ...], layout: Layout, inputs: int = 1
+) -> list[Any]:
+    """Run a compiled function on every piece; return what it returned for each."""
+    T, (size, compute), pieces = plan(layout, arrays[0].dtype, inputs)
+    answers: list[Any] = [None] * len(pieces)
+
+    def work(at: int) -> None:
+        lo, hi = pieces[at]
+        tile = np.empty(size, compute)
+        answers[at] = entry(*arrays, *numbers, tile, T, layout.n, layout.inner, lo, hi)
+
+    example = (*arrays, *numbers, np.empty(0, compute), T, layout.n, layout.inner, 0, 0)
+    load(entry, example)
+    _threads.run(work, range(len(pieces)))
+    return answers
+
+
+def load(entry: Any, example: tuple[Any, ...]) -> None:
+    """Compile a function for arguments like these, or take it from disk."""
+    signature = tuple(typeof(a) for a in example)
+    if signature not in entry.overloads:
+        entry.compile(signature)
+
+
+def softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
+    """One read of the array and one write of its size."""
+    run(_entries.softmax, (x, out), (1 if temperature == 1.0 else temperature,), layout)
+
+
+def log_softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
+    """One read and one write."""
+    run(_entries.log_softmax, (x, out), (1 if temperature == 1.0 else temperature,), layout)
+
+
+def logsumexp(x: Any, out: Any, layout: Layout) -> None:
+    """One read."""
+    run(_entries.logsumexp, (x, out), (), layout)
+
+
+def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout) -> None:
+    """Two reads and one write."""
+    run(_entries.softmax_vjp, (y, dy, out), (), layout, inputs=2)
+
+
+def log_softmax_vjp(log_y: Any, dy: Any, out: Any, layout: Layout) -> None:
+    """Two reads and one write."""
+    run(_entries.log_softmax_vjp, (log_y, dy, out), (), layout, inputs=2)
+
+
+class Loss(NamedTuple):
+    """The options of a loss, as the kernels read them."""
+
+    weight: Any  # of the computation's dtype, or None
+    ignore: int | None
+    smoothing: float
+    z: float
+
+
+def losses(
+    x: Any, labels: Any, layout: Layout, loss: Loss, each: Any, grad: Any, mean: bool
+) -> tuple[float, float, int]:
+    """Return the sum of the losses, that of the labels' weights, and how many labels are wrong.
+
+    `labels` are int64, in the order of the rows. Every loss goes to `each` and the gradient of
+    the sum, or of the mean, to `grad`, unless they are None. One read of the logits, and a write
+    of the gradient's size.
+    """
+    compute = np.dtype(np.float64 if x.dtype.itemsize == 8 else np.float32)
+    weighted = loss.weight is not None
+    w = np.ascontiguousarray(loss.weight) if weighted else np.ones(1, compute)
+    w = w if w.flags.writeable else w.copy()
+    flags = _losses.WEIGHTED * weighted | _losses.IGNORING * (loss.ignore is not None)
+    ignore = 0 if loss.ignore is None else loss.ignore
+    scale = 1.0
+    if mean and grad is not None:
+        divisor = float(layout.rows)
+        if flags:
+            load(_entries.scan, (labels, w, layout.n, flags, ignore))
+            divisor, _ = _entries.scan(labels, w, layout.n, flags, ignore)
+        scale = 1.0 / divisor if divisor else 0.0
+    classes = float(np.sum(w, dtype=np.float64)) if weighted else float(layout.n)
+    options = np.asarray([loss.smoothing, loss.z, classes, scale])
+    if each is None:
+        each = np.empty(1, compute)
+    else:
+        flags |= _losses.EACH
+    arrays, numbers = (x, labels, each, w, options), (flags, ignore)
+    if grad is None:
+        parts = run(_entries.cross_entropy, arrays, numbers, layout)
+    else:
+        parts = run(_entries.cross_entropy_value_and_grad, arrays, (*numbers, grad), layout, 2)
+    return _sum([p[0] for p in parts]), _sum([p[1] for p in parts]), sum(p[2] for p in parts)
+
+
+def _sum(parts: list[float]) -> float:
+    try:
+        return math.fsum(parts)
+    except (ValueError, OverflowError):  # infinities of both signs, or one on the way
+        return sum(parts)

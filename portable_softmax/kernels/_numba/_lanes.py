@@ -1,0 +1,306 @@
+"""Many rows at once, one a lane: short rows turned around, and rows that run across memory.
+
+A tile holds `n` classes of `T` rows in the dtype of the computation, class after class, T a
+multiple of 16. What is not filled by a row holds what it holds: lanes do not meet.
+"""
+
+from __future__ import annotations
+
+import math
+
+from numba import njit
+
+from portable_softmax.kernels._numba._exp import DOWN, UP, exp, exp_up, log1p
+from portable_softmax.kernels._numba._ir import (
+    ahead,
+    chosen,
+    load,
+    maximum,
+    over,
+    store,
+    store_if,
+    transpose4,
+    transpose8,
+    typed,
+)
+from portable_softmax.kernels._numba._rows import (
+    added,
+    careful_term,
+    is_plenty,
+    settled,
+    with_log,
+)
+
+function = njit(nogil=True, error_model="numpy")
+
+# So many classes are summed as they come.
+RUN = 16
+
+
+# --------------------------------------------------------------------------- in and out
+
+
+@function
+def turn(source, step, target, target_step, rows, n):
+    """Copy rows of a matrix to the columns of another."""
+    if n >= 8:
+        whole = rows - rows % 8
+        for i in range(0, whole, 8):
+            for j in range(0, n - 7, 8):
+                transpose8(
+                    ahead(source, i * step + j), step, ahead(target, j * target_step + i), target_step
+                )
+            if n % 8:  # the last square overlaps the one before
+                j = n - 8
+                transpose8(
+                    ahead(source, i * step + j), step, ahead(target, j * target_step + i), target_step
+                )
+    elif n >= 4:
+        whole = rows - rows % 4
+        for i in range(0, whole, 4):
+            transpose4(ahead(source, i * step), step, ahead(target, i), target_step)
+            if n > 4:
+                j = n - 4
+                transpose4(
+                    ahead(source, i * step + j), step, ahead(target, j * target_step + i), target_step
+                )
+    else:
+        whole = 0
+    for i in range(whole, rows):
+        for j in range(n):
+            store(target, j * target_step + i, load(source, i * step + j))
+
+
+@function
+def back(tile, T, target, step, rows, n):
+    """Copy columns of a tile to rows of a matrix: its classes are the rows of `turn`."""
+    if n >= 8:
+        whole = rows - rows % 8
+        for i in range(0, whole, 8):
+            for j in range(0, n - 7, 8):
+                transpose8(ahead(tile, j * T + i), T, ahead(target, i * step + j), step)
+            if n % 8:
+                j = n - 8
+                transpose8(ahead(tile, j * T + i), T, ahead(target, i * step + j), step)
+    elif n >= 4:
+        whole = rows - rows % 4
+        for i in range(0, whole, 4):
+            transpose4(ahead(tile, i), T, ahead(target, i * step), step)
+            if n > 4:
+                j = n - 4
+                transpose4(ahead(tile, j * T + i), T, ahead(target, i * step + j), step)
+    else:
+        whole = 0
+    for i in range(whole, rows):
+        for j in range(n):
+            store(target, i * step + j, load(tile, j * T + i))
+
+
+@function
+def block(i, hi, T, n, inner):
+    """Return where the i-th block begins, and how many rows it has."""
+    if inner == 1:
+        return i * n, min(T, hi - i)
+    blocks = (inner + T - 1) // T
+    column = i % blocks * T
+    return i // blocks * n * inner + column, min(T, inner - column)
+
+
+@function
+def first_row(i, T, inner):
+    """Return the number of a block's first row."""
+    if inner == 1:
+        return i
+    blocks = (inner + T - 1) // T
+    return i // blocks * inner + i % blocks * T
+
+
+@function
+def fetch(source, tile, T, n, inner, rows):
+    """Copy a block to a tile."""
+    if inner == 1:
+        turn(source, n, tile, T, rows, n)
+        return
+    for j in range(n):
+        x, y = ahead(source, j * inner), ahead(tile, j * T)
+        for i in range(rows):
+            store(y, i, load(x, i))
+
+
+@function
+def deliver(tile, target, T, n, inner, rows):
+    """Copy a tile to a block."""
+    if inner == 1:
+        back(tile, T, target, n, rows, n)
+        return
+    for j in range(n):
+        x, y = ahead(tile, j * T), ahead(target, j * inner)
+        for i in range(rows):
+            store(y, i, load(x, i))
+
+
+# --------------------------------------------------------------------------- operations
+#
+# `lanes` has room for LANE_NUMBERS numbers a lane: the maximum, a sum of the last classes, the sum
+# and what its rounding lost, how many maxima there are, four of `_losses`, and the plain remainder.
+
+LANE_NUMBERS = 10
+
+
+@function
+def fill(lane, T, value):
+    for i in range(T):
+        store(lane, i, typed(lane, value))
+
+
+@function
+def tops(x, n, T, m):
+    """Write the maxima to `m`."""
+    fill(m, T, -math.inf)
+    for j in range(n):
+        c = ahead(x, j * T)
+        for i in range(T):
+            store(m, i, maximum(load(c, i), load(m, i)))
+
+
+@function
+def carry(s, total, lost, T):
+    """Add `s` to the sums and clear it."""
+    for i in range(T):
+        a, b = added(load(total, i), load(lost, i), load(s, i))
+        store(total, i, a)
+        store(lost, i, b)
+        store(s, i, typed(s, 0.0))
+
+
+@function
+def softmax(x, n, T, lanes, t):
+    """Turn a tile into probabilities."""
+    m, s, total, lost = lanes, ahead(lanes, T), ahead(lanes, 2 * T), ahead(lanes, 3 * T)
+    tops(x, n, T, m)
+    fill(s, 3 * T, 0.0)
+    for start in range(0, n, RUN):
+        for j in range(start, min(start + RUN, n)):
+            c = ahead(x, j * T)
+            for i in range(T):
+                e = exp_up(over(load(c, i) - load(m, i), t))
+                store(c, i, e)
+                store(s, i, load(s, i) + e)
+        carry(s, total, lost, T)
+    for i in range(T):
+        store(s, i, typed(m, 1.0) / (load(total, i) + load(lost, i)))
+    for j in range(n):
+        c = ahead(x, j * T)
+        for i in range(T):
+            store(c, i, load(c, i) * load(s, i))
+
+
+@function
+def fold(x, e, n, T, lanes, t):
+    """Write maxima and remainders to the first two lanes; exps times UP go to `e` unless it is 0.
+
+    As `_rows.fold` for one row: with care where any row of the tile wants it.
+    """
+    m, s, total, lost = lanes, ahead(lanes, T), ahead(lanes, 2 * T), ahead(lanes, 3 * T)
+    one = typed(m, 1.0)
+    tops(x, n, T, m)
+    fill(s, 3 * T, 0.0)
+    for start in range(0, n, RUN):
+        for j in range(start, min(start + RUN, n)):
+            c, d = ahead(x, j * T), ahead(e, j * T)
+            for i in range(T):
+                term = exp_up(over(load(c, i) - load(m, i), t))
+                store_if(d, i, term)
+                store(s, i, load(s, i) + term)
+        carry(s, total, lost, T)
+    small, plain = 0, ahead(lanes, 9 * T)
+    for i in range(T):
+        rest = (load(total, i) + load(lost, i)) * typed(m, DOWN) - one
+        store(s, i, rest)
+        store(plain, i, rest)
+        small += not is_plenty(rest, n)
+    if small:
+        careful_rests(x, n, T, lanes, t)
+        for i in range(T):  # a row's digits do not depend on its neighbours
+            rest = load(plain, i)
+            store(s, i, chosen(is_plenty(rest, n), rest, load(s, i)))
+
+
+@function
+def careful_rests(x, n, T, lanes, t):
+    """Write the remainders, one maximum left out, to the last digits."""
+    m, s, total, lost = lanes, ahead(lanes, T), ahead(lanes, 2 * T), ahead(lanes, 3 * T)
+    count = ahead(lanes, 4 * T)
+    up, one, zero = typed(m, UP), typed(m, 1.0), typed(m, 0.0)
+    fill(s, 4 * T, 0.0)
+    for start in range(0, n, RUN):
+        for j in range(start, min(start + RUN, n)):
+            c = ahead(x, j * T)
+            for i in range(T):
+                term = careful_term(load(c, i), load(m, i), t)
+                is_top = term == up
+                store(s, i, load(s, i) + chosen(is_top, zero, term))
+                store(count, i, load(count, i) + chosen(is_top, one, zero))
+        carry(s, total, lost, T)
+    for i in range(T):
+        rest = (load(total, i) + load(lost, i)) + (load(count, i) - one) * up
+        store(s, i, rest * typed(m, DOWN))
+
+
+@function
+def log_softmax(x, n, T, lanes, t):
+    """Turn a tile into the logarithms of its probabilities."""
+    m, s = lanes, ahead(lanes, T)
+    fold(x, 0, n, T, lanes, t)
+    for i in range(T):
+        store(s, i, log1p(load(s, i)))
+    for j in range(n):
+        c = ahead(x, j * T)
+        for i in range(T):
+            store(c, i, over(load(c, i) - load(m, i), t) - load(s, i))
+
+
+@function
+def logsumexp(x, n, T, lanes):
+    """Write the logarithms of the sums to the first lane."""
+    m, s = lanes, ahead(lanes, T)
+    fold(x, 0, n, T, lanes, 1)
+    for i in range(T):
+        store(m, i, with_log(load(m, i), load(s, i)))
+
+
+@function
+def softmax_vjp(y, dy, n, T, lanes):
+    """Turn y into y * (dy - sum(y * dy))."""
+    s, total, lost = ahead(lanes, T), ahead(lanes, 2 * T), ahead(lanes, 3 * T)
+    fill(s, 3 * T, 0.0)
+    for start in range(0, n, RUN):
+        for j in range(start, min(start + RUN, n)):
+            a, b = ahead(y, j * T), ahead(dy, j * T)
+            for i in range(T):
+                store(s, i, load(s, i) + load(a, i) * load(b, i))
+        carry(s, total, lost, T)
+    for j in range(n):
+        a, b = ahead(y, j * T), ahead(dy, j * T)
+        for i in range(T):
+            store(a, i, load(a, i) * (load(b, i) - settled(load(total, i), load(lost, i))))
+
+
+@function
+def log_softmax_vjp(log_y, dy, n, T, lanes):
+    """Turn log_y into dy - exp(log_y) * sum(dy), `dy` counting as 0 at infinities of log_y."""
+    s, total, lost = ahead(lanes, T), ahead(lanes, 2 * T), ahead(lanes, 3 * T)
+    zero = typed(s, 0.0)
+    fill(s, 3 * T, 0.0)
+    for start in range(0, n, RUN):
+        for j in range(start, min(start + RUN, n)):
+            a, b = ahead(log_y, j * T), ahead(dy, j * T)
+            for i in range(T):
+                u = chosen(abs(load(a, i)) == math.inf, zero, load(b, i))
+                store(b, i, u)
+                store(s, i, load(s, i) + u)
+        carry(s, total, lost, T)
+    for j in range(n):
+        a, b = ahead(log_y, j * T), ahead(dy, j * T)
+        for i in range(T):
+            store(a, i, load(b, i) - exp(load(a, i)) * settled(load(total, i), load(lost, i)))
