@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bench import accuracy, exact, places, report, speed
+from bench import accuracy, exact, gpu, places, providers, report, speed, summary, tables
 from portable_softmax._cli.errors import CommandError
 from portable_softmax._cli.report import choose
 
@@ -31,27 +31,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_speed(args: argparse.Namespace, argv: list[str]) -> int:
     """Time ours and the peers on one backend; return 1 if an answer of ours is wrong."""
     load = report.load()
-    operations = speed.parse_operations(args.ops)
     shapes = speed.parse_shapes(args.shapes or (speed.QUICK_SHAPES if args.quick else speed.SHAPES))
-    dtypes = _dtypes(args.dtypes)
+    dtypes = _dtypes(args.dtypes or (speed.QUICK_DTYPES if args.quick else speed.DTYPES))
+    operations = speed.parse_operations(args.ops) if args.ops else []
     place = places.open_backend(args.backend)
-    providers, missing = speed.default_providers(place)
+    operations = operations or speed.default_operations(place)
+    everyone, missing = providers.everyone(place, args.peers, slow_starts=not args.quick)
+    before = gpu.state(place)
     effort = speed.QUICK if args.quick else speed.THOROUGH
-    rows = _followed(speed.measure(place, providers, operations, shapes, dtypes, effort))
+    rows = _followed(speed.measure(everyone, operations, shapes, dtypes, effort))
     document = {
         "benchmark": "speed",
         **report.provenance(argv, load),
         "backend": place.name,
         "device": place.device_name,
+        "peers": args.peers,
+        "gpu": {"before": before, "after": gpu.state(place)},
         "rows": [asdict(row) for row in rows],
     }
     show = choose(plain=False, json=False)
-    show.table(f"speed on {place}", speed.HEADINGS, speed.cells(rows))
-    show.line(speed.LEGEND)
+    show.table(f"speed on {place}", tables.HEADINGS, tables.cells(rows))
+    show.line(tables.LEGEND)
+    show.table("ours in short", *summary.table(rows))
+    show.line(summary.LEGEND)
     if warning := report.busy(document):
         show.line(warning)
     _close(show, document, missing, args.json)
-    return 1 if any(row.ours and row.problem for row in rows) else 0
+    return 1 if any(row.role == speed.OURS and row.problem for row in rows) else 0
 
 
 def run_accuracy(args: argparse.Namespace, argv: list[str]) -> int:
@@ -60,8 +66,8 @@ def run_accuracy(args: argparse.Namespace, argv: list[str]) -> int:
     report.check_writable(args.markdown)
     dtypes, left_out = _judged_dtypes(args.dtypes)
     backends = args.backend.split(",") if args.backend else accuracy.installed()
-    providers, missing = accuracy.columns(list(dict.fromkeys(backends)))
-    cells = _followed(accuracy.measure(providers, dtypes, quick=args.quick))
+    columns, missing = accuracy.columns(list(dict.fromkeys(backends)))
+    cells = _followed(accuracy.measure(columns, dtypes, quick=args.quick))
     document = {
         "benchmark": "accuracy",
         **report.provenance(argv, load),
@@ -117,6 +123,9 @@ def _dtypes(text: str) -> list[str]:
     return names
 
 
+_PEERS_HELP = "those of every library on that kind of device, or of the backend's own library only"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise CommandError(message)
@@ -131,9 +140,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="speed|accuracy")
     one = commands.add_parser("speed", parents=[output], help="time, and GB/s beside a copy")
     one.add_argument("--backend", default="numpy", choices=places.CHOICES, help="the array library")
-    one.add_argument("--ops", default=",".join(speed.OPERATIONS), help="comma list")
+    one.add_argument("--peers", default="all", choices=("all", "own"), help=_PEERS_HELP)
+    one.add_argument("--ops", default="", help="comma list")
     one.add_argument("--shapes", metavar="ROWSxCLASSES,...", help="comma list")
-    one.add_argument("--dtypes", default="float32", help="comma list")
+    one.add_argument("--dtypes", default="", help="comma list")
     one.set_defaults(run=run_speed)
     two = commands.add_parser(
         "accuracy", parents=[output], help="errors in units in the last place"
