@@ -208,8 +208,8 @@ def demo(session: nox.Session, backend: str) -> None:
 
 @for_each_backend("bench")
 def bench(session: nox.Session, backend: str) -> None:
-    """Measure speed on BACKEND beside the library's own functions and a copy."""
-    install_backend(session, backend, "bench")
+    """Measure speed on BACKEND beside the peers of every library and a copy."""
+    install_backend(session, backend, "bench", None if backend == "cupy" else "peers")
     session.run("python", "-m", "bench", "speed", "--backend", backend, *session.posargs)
 
 
