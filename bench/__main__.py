@@ -9,7 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bench import accuracy, exact, gpu, places, providers, report, speed, summary, tables
+from bench import (
+    accuracy,
+    comparison,
+    exact,
+    gpu,
+    places,
+    providers,
+    report,
+    speed,
+    summary,
+    tables,
+)
 from portable_softmax._cli.errors import CommandError
 from portable_softmax._cli.report import choose
 
@@ -29,13 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_speed(args: argparse.Namespace, argv: list[str]) -> int:
-    """Time ours and the peers on one backend; return 1 if an answer of ours is wrong."""
+    """Time ours and the peers; return 1 if ours is wrong, or slower than in an earlier run."""
     load = report.load()
     shapes = speed.parse_shapes(args.shapes or (speed.QUICK_SHAPES if args.quick else speed.SHAPES))
     dtypes = _dtypes(args.dtypes or (speed.QUICK_DTYPES if args.quick else speed.DTYPES))
     operations = speed.parse_operations(args.ops) if args.ops else []
     place = places.open_backend(args.backend)
     operations = operations or speed.default_operations(place)
+    old = comparison.read(args.compare) if args.compare else None
+    if old:
+        comparison.check(args.compare, old, place, operations, shapes, dtypes)
     everyone, missing = providers.everyone(place, args.peers, slow_starts=not args.quick)
     before = gpu.state(place)
     effort = speed.QUICK if args.quick else speed.THOROUGH
@@ -54,10 +68,23 @@ def run_speed(args: argparse.Namespace, argv: list[str]) -> int:
     show.line(tables.LEGEND)
     show.table("ours in short", *summary.table(rows))
     show.line(summary.LEGEND)
+    slower = _compared(show, old, document, rows) if old else False
     if warning := report.busy(document):
         show.line(warning)
     _close(show, document, missing, args.json)
-    return 1 if any(row.role == speed.OURS and row.problem for row in rows) else 0
+    wrong = any(row.role == speed.OURS and row.problem for row in rows)
+    return 1 if wrong or slower else 0
+
+
+def _compared(show: Any, old: dict[str, Any], new: dict[str, Any], rows: list[speed.Row]) -> bool:
+    """Show ours beside an earlier run; return whether it got too slow."""
+    found = comparison.changes(old["rows"], rows)
+    show.table(f"since {old.get('date')}", comparison.HEADINGS, comparison.cells(found))
+    show.line(comparison.LEGEND)
+    for difference in comparison.differences(old, new):
+        show.line(f"differs: {difference}")
+    show.line(comparison.verdict(found))
+    return any(change.normalised > comparison.FAILING for change in found)
 
 
 def run_accuracy(args: argparse.Namespace, argv: list[str]) -> int:
@@ -140,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="speed|accuracy")
     one = commands.add_parser("speed", parents=[output], help="time, and GB/s beside a copy")
     one.add_argument("--backend", default="numpy", choices=places.CHOICES, help="the array library")
+    one.add_argument("--compare", type=Path, metavar="OLD", help="the --json of an earlier run")
     one.add_argument("--peers", default="all", choices=("all", "own"), help=_PEERS_HELP)
     one.add_argument("--ops", default="", help="comma list")
     one.add_argument("--shapes", metavar="ROWSxCLASSES,...", help="comma list")
