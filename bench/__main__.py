@@ -15,6 +15,7 @@ from bench import (
     exact,
     gpu,
     places,
+    plots,
     providers,
     report,
     speed,
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_speed(args: argparse.Namespace, argv: list[str]) -> int:
     """Time ours and the peers; return 1 if ours is wrong, or slower than in an earlier run."""
     load = report.load()
+    report.check_folder(args.plot)
     shapes = speed.parse_shapes(args.shapes or (speed.QUICK_SHAPES if args.quick else speed.SHAPES))
     dtypes = _dtypes(args.dtypes or (speed.QUICK_DTYPES if args.quick else speed.DTYPES))
     operations = speed.parse_operations(args.ops) if args.ops else []
@@ -71,9 +73,25 @@ def run_speed(args: argparse.Namespace, argv: list[str]) -> int:
     slower = _compared(show, old, document, rows) if old else False
     if warning := report.busy(document):
         show.line(warning)
+    if args.plot:
+        _plotted(show, document, rows, args.plot)
     _close(show, document, missing, args.json)
     wrong = any(row.role == speed.OURS and row.problem for row in rows)
     return 1 if wrong or slower else 0
+
+
+def run_plot(args: argparse.Namespace, argv: list[str]) -> int:
+    """Draw an earlier run."""
+    document = comparison.read(args.file)
+    report.check_folder(args.folder)
+    show = choose(plain=False, json=False)
+    _plotted(show, document, document["rows"], args.folder)
+    return 0
+
+
+def _plotted(show: Any, document: dict[str, Any], rows: list[speed.Row], folder: Path) -> None:
+    for path in plots.save(rows, document, folder):
+        show.line(f"drew {path}")
 
 
 def _compared(show: Any, old: dict[str, Any], new: dict[str, Any], rows: list[speed.Row]) -> bool:
@@ -164,15 +182,20 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
 
     parser = _Parser(prog="python -m bench", description="Measure this package beside its peers.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="speed|accuracy")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="speed|accuracy|plot")
     one = commands.add_parser("speed", parents=[output], help="time, and GB/s beside a copy")
     one.add_argument("--backend", default="numpy", choices=places.CHOICES, help="the array library")
+    one.add_argument("--plot", type=Path, metavar="FOLDER", help="draw figures there")
     one.add_argument("--compare", type=Path, metavar="OLD", help="the --json of an earlier run")
     one.add_argument("--peers", default="all", choices=("all", "own"), help=_PEERS_HELP)
     one.add_argument("--ops", default="", help="comma list")
     one.add_argument("--shapes", metavar="ROWSxCLASSES,...", help="comma list")
     one.add_argument("--dtypes", default="", help="comma list")
     one.set_defaults(run=run_speed)
+    draw = commands.add_parser("plot", help="the figures of an earlier run of speed")
+    draw.add_argument("file", type=Path, help="its --json")
+    draw.add_argument("folder", type=Path, help="where to draw")
+    draw.set_defaults(run=run_plot, json=None)
     two = commands.add_parser(
         "accuracy", parents=[output], help="errors in units in the last place"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import math
 import os
@@ -130,6 +131,17 @@ def check_writable(path: Path | None) -> None:
         target = path if path.exists() else path.parent
         if path.is_dir() or not os.access(target, os.W_OK):
             raise CommandError(f"can't write {path}")
+
+
+def check_folder(path: Path | None) -> None:
+    """Raise where a folder for figures can't be had, or nothing draws them."""
+    if path is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CommandError('figures need matplotlib: pip install "portable_softmax[bench]"')
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise CommandError(f"can't write into {path}")
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
