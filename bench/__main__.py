@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench speed`` and ``python -m bench accuracy``."""
+"""The command line: ``python -m bench speed``, ``memory``, ``accuracy`` and ``plot``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from bench import (
     comparison,
     exact,
     gpu,
+    memory,
     places,
     plots,
     providers,
@@ -105,6 +106,37 @@ def _compared(show: Any, old: dict[str, Any], new: dict[str, Any], rows: list[sp
     return any(change.normalised > comparison.FAILING for change in found)
 
 
+def run_memory(args: argparse.Namespace, argv: list[str]) -> int:
+    """Compare peaks of memory with the ceilings; return 1 if a kernel of ours breaks one."""
+    load = report.load()
+    if why := memory.why_not():
+        raise CommandError(why)
+    operations = memory.parse_operations(args.ops)
+    shapes = speed.parse_shapes(
+        args.shapes or (memory.QUICK_SHAPES if args.quick else memory.SHAPES)
+    )
+    dtypes = _dtypes(args.dtypes)
+    memory.check(shapes, dtypes)
+    place = places.open_backend(args.backend)
+    everyone, missing = providers.everyone(place, "own", slow_starts=not args.quick)
+    some = [provider for provider in everyone if provider.ours or args.peers == "own"]
+    cells = _followed(memory.measure(args.backend, some, operations, shapes, dtypes))
+    document = {
+        "benchmark": "memory",
+        **report.provenance(argv, load),
+        "backend": place.name,
+        "device": place.device_name,
+        "cells": [asdict(cell) | {"held": cell.held} for cell in cells],
+    }
+    show = choose(plain=False, json=False)
+    show.table(f"memory on {place}", memory.HEADINGS, memory.cells(cells))
+    show.line(memory.LEGEND)
+    _close(show, document, missing, args.json)
+    broken = sum(cell.ours and not cell.held for cell in cells)
+    show.line(f"{broken} ceilings broken" if broken else "every ceiling held")
+    return 1 if broken else 0
+
+
 def run_accuracy(args: argparse.Namespace, argv: list[str]) -> int:
     """Compare errors with the bounds; return 1 if ours breaks one."""
     load = report.load()
@@ -181,21 +213,32 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--quick", action="store_true", help="a short run, to see that it runs")
     output.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
 
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument(
+        "--backend", default="numpy", choices=places.CHOICES, help="the array library"
+    )
+    where.add_argument("--shapes", metavar="ROWSxCLASSES,...", help="comma list")
+
     parser = _Parser(prog="python -m bench", description="Measure this package beside its peers.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="speed|accuracy|plot")
-    one = commands.add_parser("speed", parents=[output], help="time, and GB/s beside a copy")
-    one.add_argument("--backend", default="numpy", choices=places.CHOICES, help="the array library")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="speed|memory|accuracy|plot"
+    )
+    one = commands.add_parser("speed", parents=[output, where], help="time, and GB/s beside a copy")
     one.add_argument("--plot", type=Path, metavar="FOLDER", help="draw figures there")
     one.add_argument("--compare", type=Path, metavar="OLD", help="the --json of an earlier run")
     one.add_argument("--peers", default="all", choices=("all", "own"), help=_PEERS_HELP)
     one.add_argument("--ops", default="", help="comma list")
-    one.add_argument("--shapes", metavar="ROWSxCLASSES,...", help="comma list")
     one.add_argument("--dtypes", default="", help="comma list")
     one.set_defaults(run=run_speed)
     draw = commands.add_parser("plot", help="the figures of an earlier run of speed")
     draw.add_argument("file", type=Path, help="its --json")
     draw.add_argument("folder", type=Path, help="where to draw")
     draw.set_defaults(run=run_plot, json=None)
+    most = commands.add_parser("memory", parents=[output, where], help="peaks of memory")
+    most.add_argument("--peers", default="own", choices=("own", "none"), help="beside ours")
+    most.add_argument("--ops", default=",".join(memory.OPERATIONS), help="comma list")
+    most.add_argument("--dtypes", default=memory.DTYPES, help="comma list")
+    most.set_defaults(run=run_memory)
     two = commands.add_parser(
         "accuracy", parents=[output], help="errors in units in the last place"
     )

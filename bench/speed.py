@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import median
 from time import sleep
 from typing import Any, NamedTuple
@@ -144,7 +145,10 @@ class Problem:
         self.arrays = {"x": x, "labels": rng.integers(0, shape[1], shape[0])}
         self._draw = lambda shape: rng.standard_normal(shape).astype(np_dtype)
         self._there: dict[tuple[Place, str], Any] = {}
-        self.answers = Answers(x, self.arrays["labels"])
+
+    @cached_property
+    def answers(self) -> Answers:
+        return Answers(self.arrays["x"], self.arrays["labels"])
 
     def second(self, operation: str) -> str:
         """Return the name of what an operation takes beside x."""

@@ -122,7 +122,7 @@ def test_a_unit_is_the_spacing_of_numbers(dtype):
         (["accuracy", "--backend", "nympy"], "unknown backend 'nympy'; choose from numpy"),
         (["speed", "--json", "no/such/folder.json"], "can't write no/such/folder.json"),
         (["accuracy", "--markdown", "no/such/file.md"], "can't write no/such/file.md"),
-        ([], "the following arguments are required: speed|accuracy|plot"),
+        ([], "the following arguments are required: speed|memory|accuracy|plot"),
     ],
 )
 def test_a_failure_is_one_line(arguments, message, capsys):
