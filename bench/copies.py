@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bench import places
 from portable_softmax._cli.backends import Place
 
 COPY = "copy"
@@ -36,11 +37,14 @@ def cores() -> int:
 
 
 def of(around: list[Place]) -> list[Copy]:
-    """Return the copies at these places: each library's own, and NumPy's by all cores."""
-    found = [Copy(f"{COPY}, {place.name}", place, _own(place)) for place in around]
-    by_all = f"{COPY}, {cores()} threads"
-    shared = [place for place in around if place.name == "numpy" and cores() > 1]
-    return found + [Copy(by_all, place, by_threads) for place in shared]
+    """Return each library's own copy at its place, and NumPy's wherever the host works."""
+    found = {place.name: Copy(f"{COPY}, {place.name}", place, _own(place)) for place in around}
+    if not all(map(places.is_gpu, around)):
+        numpy = found["numpy"].place if "numpy" in found else places.open_backend("numpy")
+        found.setdefault("numpy", Copy(f"{COPY}, numpy", numpy, _own(numpy)))
+        if cores() > 1:
+            found["threads"] = Copy(f"{COPY}, {cores()} threads", numpy, by_threads)
+    return list(found.values())
 
 
 def by_threads(x: np.ndarray) -> np.ndarray:

@@ -123,14 +123,15 @@ def measure(
         for dtype in dtypes:
             if dtype not in has:
                 raise CommandError(f"{provider.place.name} has no {dtype} here: {', '.join(has)}")
-    clocks = {provider.place: gpu.clock(provider.place) for provider in everyone}
+    taken = copies.of(list(dict.fromkeys(provider.place for provider in everyone)))
+    clocks = {one.place: gpu.clock(one.place) for one in (*everyone, *taken)}
     for dtype in dtypes:
         for shape in shapes:
             places.forget_compiled()
             problem = Problem(shape, dtype)
             for operation in operations:
                 with warnings.catch_warnings(action="ignore"):  # a library's, of itself
-                    rows = _compare(problem, everyone, clocks, operation, effort)
+                    rows = _compare(problem, everyone, taken, clocks, operation, effort)
                 yield from rows
 
 
@@ -170,6 +171,7 @@ class Problem:
 def _compare(
     problem: Problem,
     everyone: list[Provider],
+    taken: list[copies.Copy],
     clocks: Mapping[Place, gpu.Clock],
     operation: str,
     effort: Effort,
@@ -199,7 +201,7 @@ def _compare(
         row.problem = _wrong(problem, place, operation, problem.arrays[second], timed)
         if not row.problem:
             turns[provider.name] = timed
-    for copy in copies.of(list(clocks)):
+    for copy in taken:
         rows[copy.name] = Row(*what, copy.name, COPY, 2 * x.nbytes)
         call = _bound(copy.call, problem.at(copy.place, "x"))
         turns[copy.name] = Timed(call, clocks[copy.place], providers.nullcontext)

@@ -223,6 +223,15 @@ def test_a_short_call_is_repeated():
     assert speed._repeats(timed, speed.Effort(1, 1, 1, slice_s=1e-3)) == 100
 
 
+@pytest.mark.parametrize(("device", "numpy_too"), [("cpu", True), ("cuda:0", False)])
+def test_numpy_copies_wherever_the_host_works(device, numpy_too):
+    place = places.open_backend("numpy")
+    other = places.Place("other", "1", device, place.xp, None)
+    names = {copy.name for copy in copies.of([other])}
+    assert "copy, other" in names
+    assert ("copy, numpy" in names) == numpy_too
+
+
 def test_the_best_copy_is_the_whole():
     rows = _measured([_numpy("right", **peers.numpy_by_hand(-1, "mean"))], "softmax")
     shares = [row.share_of_copy for row in rows if row.role == speed.COPY]
