@@ -20,7 +20,7 @@ from typing import Any
 
 from bench import places, tables
 from bench.peers import FORWARD, LOSSES
-from bench.providers import Provider
+from bench.providers import Provider, ours, ours_jitted
 from bench.report import ROOT
 from portable_softmax._cli.errors import CommandError
 
@@ -30,7 +30,8 @@ QUICK_SHAPES = "16384x1024"
 DTYPES = "float32"
 
 # What a fused kernel may take, in units of the logits: those that return an array of that size
-# that array and little more, the others little. The portable code has no ceiling.
+# that array and little more, the others little. The portable code has no ceiling, nor has autograd,
+# which keeps what it needs on the way back.
 _WITH_OUTPUT = 1.15
 _WITHOUT = 0.15
 CEILINGS = {
@@ -107,6 +108,8 @@ def measure(
                         continue
                     cell = Cell(operation, shape, dtype, provider.name, provider.ours, size)
                     _fill(cell, _in_a_process(backend, cell))
+                    if provider.offer in (ours, ours_jitted) and cell.path not in ("", "portable"):
+                        cell.ceiling = CEILINGS[operation]
                     way = provider.offer, cell.path
                     if not (cell.ours and way in seen):
                         yield cell
@@ -133,8 +136,6 @@ def _fill(cell: Cell, found: dict[str, Any]) -> None:
     cell.path = found.get("path", "")
     cell.peak_bytes = found.get("peak_bytes", math.nan)
     cell.ratio = cell.peak_bytes / cell.input_bytes
-    if cell.ours and cell.path not in ("", "portable"):
-        cell.ceiling = CEILINGS[cell.operation]
 
 
 HEADINGS = ("operation", "shape", "dtype", "provider", "path", "peak", "/ input", "ceiling", "held")

@@ -102,7 +102,7 @@ def measured(asked: dict[str, Any]) -> dict[str, Any]:
     call = provider.offer(-1, "mean")[operation]
     with provider.context():
         peak = peak_of(lambda: call(x, second), lambda r: places.finish(place, r), gauge(place))
-    path = providers.path_taken(provider, operation, x) if provider.ours else ""
+    path = providers.path_taken(provider, operation, x, second) if provider.ours else ""
     return {"peak_bytes": peak, "path": path}
 
 

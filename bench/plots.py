@@ -20,10 +20,12 @@ INK, MUTED, FAINT = "#1f2933", "#5f6b78", "#e4e8ec"
 _COLOURS = {
     "ours": "#1d4ed8",
     "ours, jit": "#1d4ed8",
+    "ours, jit, portable": "#a9c2f8",
     "ours, compiled": "#0891b2",
     "ours, autograd": "#7c3aed",
     "ours, jit, vjp": "#7c3aed",
-    "ours, portable": "#93b4f5",
+    "ours, no Numba": "#5b84ee",
+    "ours, portable": "#a9c2f8",
     "numpy by hand": "#b8a67a",
     "scipy.special": "#f59e0b",
     "sklearn": "#8a5a1f",

@@ -54,6 +54,11 @@ def ours(axis: int, reduction: str) -> Offer:
     }
 
 
+def ours_jitted(axis: int, reduction: str) -> Offer:
+    """Return this package's functions under JAX's jit."""
+    return peers.jitted(ours(axis, reduction))
+
+
 class Path(NamedTuple):
     """One way through this package, as its users would take it."""
 
@@ -66,12 +71,19 @@ class Path(NamedTuple):
     slow_start: bool = False
 
 
+def _without(kernel: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Return what puts one kernel out of the way, or nothing where that can't be asked for."""
+    without = getattr(kernels, "without", None)
+    return (lambda: without(kernel)) if without and kernel in kernels.available() else nullcontext
+
+
 _UNCOMPILED = tuple(name for name in BACKENDS if name != "jax")
 
 # A path whose calls take the same kernels as an earlier one with the same offer is not measured
 # twice: a line here is enough for each set of kernels that can be put out of the way.
 PATHS = (
     Path("ours", _UNCOMPILED),
+    Path("ours, no Numba", ("numpy",), context=_without("numba rows")),
     Path("ours, portable", _UNCOMPILED, context=kernels.portable),
     Path("ours, autograd", ("torch",), lambda *o: peers.torch_autograd(ours(*o))),
     Path(
@@ -81,7 +93,8 @@ PATHS = (
         why_not=peers.why_not_compiled,
         slow_start=True,
     ),
-    Path("ours, jit", ("jax",), lambda *o: peers.jitted(ours(*o))),
+    Path("ours, jit", ("jax",), ours_jitted),
+    Path("ours, jit, portable", ("jax",), ours_jitted, kernels.portable),
     Path("ours, jit, vjp", ("jax",), lambda *o: peers.jitted(peers.jax_autograd(ours(*o)))),
 )
 
@@ -106,10 +119,12 @@ def our_provider(place: Place) -> Provider:
     return our_providers(place)[0]
 
 
-def path_taken(provider: Provider, operation: str, x: Any) -> str:
+def path_taken(provider: Provider, operation: str, x: Any, second: Any) -> str:
     """Return the kernel that a call of ours takes, or "portable"."""
+    options = {"labels": second} if operation in peers.LOSSES else {}
     with provider.context():
-        return kernels.explain(operation.partition("+")[0], x).partition(":")[0]
+        said = kernels.explain(operation.partition("+")[0], x, axis=-1, **options)
+    return said.partition(":")[0]
 
 
 # --------------------------------------------------------------------------- the peers

@@ -192,7 +192,7 @@ def _compare(
             *what, provider.name, OURS if provider.ours else PEER, x.nbytes * _TOUCHES[operation]
         )
         if provider.ours:
-            row.path = providers.path_taken(provider, operation, arrays[0])
+            row.path = providers.path_taken(provider, operation, *arrays)
             if (provider.offer, row.path) in seen:
                 continue
             seen.add((provider.offer, row.path))

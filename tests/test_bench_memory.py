@@ -150,6 +150,21 @@ def test_a_kernel_has_a_ceiling_and_the_portable_path_none(
     assert "9.00" in out
 
 
+def test_autograd_has_no_ceiling(monkeypatch):
+    _found(monkeypatch, tiles=9.0)
+    place = places.open_backend("numpy")
+    some = [
+        providers.Provider(name, place, offer, ours=True)
+        for name, offer in {"ours": providers.ours, "ours, autograd": _as_ours}.items()
+    ]
+    cells = list(memory.measure("numpy", some, ["softmax"], [(4, 3)], ["float32"]))
+    assert [cell.held for cell in cells] == [False, True]
+
+
+def _as_ours(axis, reduction):
+    return providers.ours(axis, reduction)
+
+
 def test_a_path_that_is_the_same_is_measured_once(monkeypatch):
     monkeypatch.setattr(memory, "_in_a_process", lambda *_: {"peak_bytes": 1.0, "path": "portable"})
     some = providers.our_providers(places.open_backend("numpy"))

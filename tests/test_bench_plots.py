@@ -56,7 +56,8 @@ def test_a_run_is_drawn_and_can_be_drawn_again(tmp_path, capsys):
 def test_everyone_has_one_colour():
     names = {path.name for path in providers.PATHS} | {peer.name for peer in peers.PEERS}
     assert names <= plots._COLOURS.keys()
-    together = names - {"ours, jit", "ours, jit, vjp", "cupyx.scipy"}  # elsewhere than their twins
+    # These are elsewhere than those whose colours they share.
+    together = names - {"ours, jit", "ours, jit, portable", "ours, jit, vjp", "cupyx.scipy"}
     assert len({plots._COLOURS[name] for name in together}) == len(together)
     colours = plots._colours([_row("someone new", 1.0), _row("and another", 1.0)])
     assert colours["someone new"] != colours["and another"]
