@@ -60,8 +60,10 @@ def _threads() -> dict[str, int | str]:
         name: ask(sys.modules[name]) for name, ask in _ASK_THREADS.items() if name in sys.modules
     }
     pools: dict[str, int] = {}
-    if control := sys.modules.get("threadpoolctl"):
-        for pool in control.threadpool_info():
+    if importlib.util.find_spec("threadpoolctl"):
+        import threadpoolctl
+
+        for pool in threadpoolctl.threadpool_info():
             pools[pool["internal_api"]] = max(
                 pool["num_threads"], pools.get(pool["internal_api"], 0)
             )

@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
+import sys
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
-from bench import copies, gpu, peers, places, providers, speed, tables
+from bench import copies, gpu, peers, places, providers, report, speed, tables
 from bench.__main__ import main
 from portable_softmax.kernels import _table
 
@@ -88,6 +89,15 @@ def test_each_operation_moves_what_it_must():
         "log_softmax+backward": 4 * once,
         "logsumexp+backward": 2 * once,
     }
+
+
+def test_threads_are_those_of_the_libraries_and_of_the_variables(monkeypatch):
+    library = type("Library", (), {"get_num_threads": lambda: 7})
+    monkeypatch.setitem(sys.modules, "numba", library)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    threads = report._threads()
+    assert threads["numba"] == 7
+    assert threads["OMP_NUM_THREADS"] == "3"
 
 
 # --------------------------------------------------------------------------- our paths
