@@ -208,12 +208,11 @@ def demo(session: nox.Session, backend: str) -> None:
     session.run(*command, *session.posargs)
 
 
-@for_each_backend("bench")
+@for_each_backend("bench", without=("numba",))  # numpy brings it
 def bench(session: nox.Session, backend: str) -> None:
-    """Measure speed on BACKEND beside the library's own functions and a copy."""
-    install_backend(session, backend, "bench")
-    arrays = "numpy" if backend == "numba" else backend
-    session.run("python", "-m", "bench", "speed", "--backend", arrays, *session.posargs)
+    """Measure speed on BACKEND beside the peers of every library and a copy."""
+    install_backend(session, backend, "bench", None if backend == "cupy" else "peers")
+    session.run("python", "-m", "bench", "speed", "--backend", backend, *session.posargs)
 
 
 # --- The tests ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench speed`` and ``python -m bench accuracy``."""
+"""The command line: ``python -m bench speed``, ``memory``, ``accuracy`` and ``plot``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bench import accuracy, exact, places, report, speed
+from bench import (
+    accuracy,
+    comparison,
+    exact,
+    gpu,
+    memory,
+    places,
+    plots,
+    providers,
+    report,
+    speed,
+    summary,
+    tables,
+)
 from portable_softmax._cli.errors import CommandError
 from portable_softmax._cli.report import choose
 
@@ -29,29 +42,99 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_speed(args: argparse.Namespace, argv: list[str]) -> int:
-    """Time ours and the peers on one backend; return 1 if an answer of ours is wrong."""
+    """Time ours and the peers; return 1 if ours is wrong, or slower than in an earlier run."""
     load = report.load()
-    operations = speed.parse_operations(args.ops)
+    report.check_folder(args.plot)
     shapes = speed.parse_shapes(args.shapes or (speed.QUICK_SHAPES if args.quick else speed.SHAPES))
-    dtypes = _dtypes(args.dtypes)
+    dtypes = _dtypes(args.dtypes or (speed.QUICK_DTYPES if args.quick else speed.DTYPES))
+    operations = speed.parse_operations(args.ops) if args.ops else []
     place = places.open_backend(args.backend)
-    providers, missing = speed.default_providers(place)
+    operations = operations or speed.default_operations(place)
+    old = comparison.read(args.compare) if args.compare else None
+    if old:
+        comparison.check(args.compare, old, place, operations, shapes, dtypes)
+    everyone, missing = providers.everyone(place, args.peers, slow_starts=not args.quick)
+    before = gpu.state(place)
     effort = speed.QUICK if args.quick else speed.THOROUGH
-    rows = _followed(speed.measure(place, providers, operations, shapes, dtypes, effort))
+    rows = _followed(speed.measure(everyone, operations, shapes, dtypes, effort))
     document = {
         "benchmark": "speed",
         **report.provenance(argv, load),
         "backend": place.name,
         "device": place.device_name,
+        "peers": args.peers,
+        "gpu": {"before": before, "after": gpu.state(place)},
         "rows": [asdict(row) for row in rows],
     }
     show = choose(plain=False, json=False)
-    show.table(f"speed on {place}", speed.HEADINGS, speed.cells(rows))
-    show.line(speed.LEGEND)
+    show.table(f"speed on {place}", tables.HEADINGS, tables.cells(rows))
+    show.line(tables.LEGEND)
+    show.table("ours in short", *summary.table(rows))
+    show.line(summary.LEGEND)
+    slower = _compared(show, old, document, rows) if old else False
     if warning := report.busy(document):
         show.line(warning)
+    if args.plot:
+        _plotted(show, document, rows, args.plot)
     _close(show, document, missing, args.json)
-    return 1 if any(row.ours and row.problem for row in rows) else 0
+    wrong = any(row.role == speed.OURS and row.problem for row in rows)
+    return 1 if wrong or slower else 0
+
+
+def run_plot(args: argparse.Namespace, argv: list[str]) -> int:
+    """Draw an earlier run."""
+    document = comparison.read(args.file)
+    report.check_folder(args.folder)
+    show = choose(plain=False, json=False)
+    _plotted(show, document, document["rows"], args.folder)
+    return 0
+
+
+def _plotted(show: Any, document: dict[str, Any], rows: list[speed.Row], folder: Path) -> None:
+    for path in plots.save(rows, document, folder):
+        show.line(f"drew {path}")
+
+
+def _compared(show: Any, old: dict[str, Any], new: dict[str, Any], rows: list[speed.Row]) -> bool:
+    """Show ours beside an earlier run; return whether it got too slow."""
+    found = comparison.changes(old["rows"], rows)
+    show.table(f"since {old.get('date')}", comparison.HEADINGS, comparison.cells(found))
+    show.line(comparison.LEGEND)
+    for difference in comparison.differences(old, new):
+        show.line(f"differs: {difference}")
+    show.line(comparison.verdict(found))
+    return any(change.normalised > comparison.FAILING for change in found)
+
+
+def run_memory(args: argparse.Namespace, argv: list[str]) -> int:
+    """Compare peaks of memory with the ceilings; return 1 if a kernel of ours breaks one."""
+    load = report.load()
+    if why := memory.why_not():
+        raise CommandError(why)
+    operations = memory.parse_operations(args.ops)
+    shapes = speed.parse_shapes(
+        args.shapes or (memory.QUICK_SHAPES if args.quick else memory.SHAPES)
+    )
+    dtypes = _dtypes(args.dtypes)
+    memory.check(shapes, dtypes)
+    place = places.open_backend(args.backend)
+    everyone, missing = providers.everyone(place, "own", slow_starts=not args.quick)
+    some = [provider for provider in everyone if provider.ours or args.peers == "own"]
+    cells = _followed(memory.measure(args.backend, some, operations, shapes, dtypes))
+    document = {
+        "benchmark": "memory",
+        **report.provenance(argv, load),
+        "backend": place.name,
+        "device": place.device_name,
+        "cells": [asdict(cell) | {"held": cell.held} for cell in cells],
+    }
+    show = choose(plain=False, json=False)
+    show.table(f"memory on {place}", memory.HEADINGS, memory.cells(cells))
+    show.line(memory.LEGEND)
+    _close(show, document, missing, args.json)
+    broken = sum(cell.ours and not cell.held for cell in cells)
+    show.line(f"{broken} ceilings broken" if broken else "every ceiling held")
+    return 1 if broken else 0
 
 
 def run_accuracy(args: argparse.Namespace, argv: list[str]) -> int:
@@ -60,8 +143,8 @@ def run_accuracy(args: argparse.Namespace, argv: list[str]) -> int:
     report.check_writable(args.markdown)
     dtypes, left_out = _judged_dtypes(args.dtypes)
     backends = args.backend.split(",") if args.backend else accuracy.installed()
-    providers, missing = accuracy.columns(list(dict.fromkeys(backends)))
-    cells = _followed(accuracy.measure(providers, dtypes, quick=args.quick))
+    columns, missing = accuracy.columns(list(dict.fromkeys(backends)))
+    cells = _followed(accuracy.measure(columns, dtypes, quick=args.quick))
     document = {
         "benchmark": "accuracy",
         **report.provenance(argv, load),
@@ -117,6 +200,9 @@ def _dtypes(text: str) -> list[str]:
     return names
 
 
+_PEERS_HELP = "those of every library on that kind of device, or of the backend's own library only"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise CommandError(message)
@@ -127,14 +213,32 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--quick", action="store_true", help="a short run, to see that it runs")
     output.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
 
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument(
+        "--backend", default="numpy", choices=places.CHOICES, help="the array library"
+    )
+    where.add_argument("--shapes", metavar="ROWSxCLASSES,...", help="comma list")
+
     parser = _Parser(prog="python -m bench", description="Measure this package beside its peers.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="speed|accuracy")
-    one = commands.add_parser("speed", parents=[output], help="time, and GB/s beside a copy")
-    one.add_argument("--backend", default="numpy", choices=places.CHOICES, help="the array library")
-    one.add_argument("--ops", default=",".join(speed.OPERATIONS), help="comma list")
-    one.add_argument("--shapes", metavar="ROWSxCLASSES,...", help="comma list")
-    one.add_argument("--dtypes", default="float32", help="comma list")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="speed|memory|accuracy|plot"
+    )
+    one = commands.add_parser("speed", parents=[output, where], help="time, and GB/s beside a copy")
+    one.add_argument("--plot", type=Path, metavar="FOLDER", help="draw figures there")
+    one.add_argument("--compare", type=Path, metavar="OLD", help="the --json of an earlier run")
+    one.add_argument("--peers", default="all", choices=("all", "own"), help=_PEERS_HELP)
+    one.add_argument("--ops", default="", help="comma list")
+    one.add_argument("--dtypes", default="", help="comma list")
     one.set_defaults(run=run_speed)
+    draw = commands.add_parser("plot", help="the figures of an earlier run of speed")
+    draw.add_argument("file", type=Path, help="its --json")
+    draw.add_argument("folder", type=Path, help="where to draw")
+    draw.set_defaults(run=run_plot, json=None)
+    most = commands.add_parser("memory", parents=[output, where], help="peaks of memory")
+    most.add_argument("--peers", default="own", choices=("own", "none"), help="beside ours")
+    most.add_argument("--ops", default=",".join(memory.OPERATIONS), help="comma list")
+    most.add_argument("--dtypes", default=memory.DTYPES, help="comma list")
+    most.set_defaults(run=run_memory)
     two = commands.add_parser(
         "accuracy", parents=[output], help="errors in units in the last place"
     )

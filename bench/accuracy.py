@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from bench import exact, families, places
+from bench.peers import Offer
 from bench.places import Place
-from bench.providers import NUMPY_BY_HAND, Offer, our_provider, peers
+from bench.providers import our_provider, peers_at
 from portable_softmax._cli.backends import is_installed
 from portable_softmax._cli.errors import one_line
 
@@ -22,6 +23,7 @@ LABEL_GRADIENT = "label gradient"
 
 # Where ours is measured, and where the peers are, so far as installed.
 BACKENDS = ("numpy", "torch", "jax")
+PEERS = ("scipy.special", "torch", "jax.nn, jit")
 
 _HALF_BOUND = 0.51
 _LABEL_GRADIENT_BOUND = 1e-5
@@ -98,12 +100,12 @@ def columns(backends: list[str]) -> tuple[list[Column], list[str]]:
         offer = cache(our_provider(opened[name]).offer)  # JAX compiles once
         ours.append(Column(f"ours, {name}", True, opened[name], dtypes[name], offer))
     for name in installed():
-        present, absent = peers(opened[name])
-        missing += absent
+        present, absent = peers_at(opened[name], slow_starts=False)
+        missing += [peer for peer in absent if peer in PEERS]
         theirs += [
             Column(peer.name, False, opened[name], dtypes[name], cache(peer.offer))
             for peer in present
-            if peer.name != NUMPY_BY_HAND
+            if peer.name in PEERS
         ]
     return ours + theirs, missing
 

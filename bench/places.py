@@ -8,16 +8,41 @@ from typing import Any
 import numpy as np
 
 from portable_softmax._cli.backends import BACKENDS, Place, open_place
+from portable_softmax._cli.errors import CommandError
 
 CHOICES = (*BACKENDS, "torch-cuda")
 
 
 def open_backend(name: str) -> Place:
     """Return a backend ready to compute, JAX with its float64; CommandError says why not."""
-    place = open_place("torch", "cuda") if name == "torch-cuda" else open_place(name)
+    return _open("torch", "cuda") if name == "torch-cuda" else _open(name)
+
+
+def _open(name: str, device: str | None = None) -> Place:
+    place = open_place(name, device)
     if name == "jax":
         sys.modules["jax"].config.update("jax_enable_x64", True)
     return place
+
+
+def is_gpu(place: Place) -> bool:
+    return place.device_name.startswith(("cuda", "gpu"))
+
+
+def others(place: Place) -> tuple[list[Place], list[str]]:
+    """Return the other libraries on the same kind of device, and those that can't be used."""
+    wanted = {"cupy": None, "torch": "cuda", "jax": "gpu"} if is_gpu(place) else _ON_CPU
+    found, missing = [], []
+    for name, device in wanted.items():
+        if name != place.name:
+            try:
+                found.append(_open(name, device))
+            except CommandError:
+                missing.append(name)
+    return found, missing
+
+
+_ON_CPU = {"numpy": None, "torch": "cpu", "jax": "cpu"}
 
 
 def np_dtype(name: str) -> np.dtype:
@@ -52,8 +77,7 @@ def finish(place: Place, result: Any) -> None:
         (library.cuda if place.name == "torch" else library.cuda.Device()).synchronize()
 
 
-def copy(place: Place, x: Any) -> Any:
-    """Read x once and write it once, the least that a softmax has to do."""
-    if place.name == "dask":  # its own copy shares the memory
-        return x.map_blocks(np.copy)
-    return place.xp.asarray(x, copy=True)
+def forget_compiled() -> None:
+    """Drop what torch has compiled: it gives up on a function after eight shapes."""
+    if torch := sys.modules.get("torch"):
+        torch.compiler.reset()

@@ -1,49 +1,46 @@
-"""The operations as each library offers them, all behind the same call.
-
-A provider turns an axis and a reduction into a table: operation -> function of (x, labels). What
-it does not offer is not in its table. A library is imported by its own provider only.
-"""
+"""Who is measured: this package in each of its paths, and the peers, each on arrays of its own."""
 
 from __future__ import annotations
 
 import importlib.util
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 import portable_softmax as ps
-from portable_softmax._cli.backends import Place
-
-Call = Callable[[Any, Any], Any]
-Offer = Mapping[str, Call]
-
-OPERATIONS = (
-    "softmax",
-    "log_softmax",
-    "logsumexp",
-    "cross_entropy",
-    "cross_entropy_value_and_grad",
-)
-NUMPY_BY_HAND = "numpy by hand"
+from bench import peers, places
+from bench.peers import Offer
+from portable_softmax import kernels
+from portable_softmax._cli.backends import BACKENDS, Place
 
 
 @dataclass(frozen=True)
 class Provider:
-    """Someone who computes our operations on one library's arrays."""
+    """Someone who computes our operations at one place."""
 
     name: str
+    place: Place
     offer: Callable[[int, str], Offer]
     ours: bool = False
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
+# --------------------------------------------------------------------------- ours
+
+
 def ours(axis: int, reduction: str) -> Offer:
-    """Return this package's functions."""
+    """Return this package's functions; a gradient is that of the functions for it."""
     options = {"axis": axis, "reduction": reduction}
+
+    def softmax_backward(x, dy):
+        y = ps.softmax(x, axis=axis)
+        return y, ps.softmax_vjp(y, dy, axis=axis)
+
+    def log_softmax_backward(x, dy):
+        log_y = ps.log_softmax(x, axis=axis)
+        return log_y, ps.log_softmax_vjp(log_y, dy, axis=axis)
+
     return {
         "softmax": lambda x, _: ps.softmax(x, axis=axis),
         "log_softmax": lambda x, _: ps.log_softmax(x, axis=axis),
@@ -52,162 +49,112 @@ def ours(axis: int, reduction: str) -> Offer:
         "cross_entropy_value_and_grad": lambda x, t: ps.cross_entropy_value_and_grad(
             x, t, **options
         ),
+        "softmax+backward": softmax_backward,
+        "log_softmax+backward": log_softmax_backward,
     }
 
 
-def numpy_by_hand(axis: int, reduction: str) -> Offer:
-    """Return what people write themselves."""
-
-    def softmax(x, _):
-        e = np.exp(x - x.max(axis, keepdims=True))
-        return e / e.sum(axis, keepdims=True)
-
-    def logsumexp(x, _):
-        m = x.max(axis, keepdims=True)
-        return np.log(np.exp(x - m).sum(axis)) + m.squeeze(axis)
-
-    def log_softmax(x, _):
-        shifted = x - x.max(axis, keepdims=True)
-        return shifted - np.log(np.exp(shifted).sum(axis, keepdims=True))
-
-    def reduced(loss):
-        return loss.mean() if reduction == "mean" else loss
-
-    def at(t):
-        return np.expand_dims(t, axis)
-
-    def cross_entropy(x, t):
-        return reduced(-np.take_along_axis(log_softmax(x, t), at(t), axis).squeeze(axis))
-
-    def value_and_grad(x, t):
-        grad = softmax(x, t)
-        label = np.take_along_axis(grad, at(t), axis)
-        np.put_along_axis(grad, at(t), label - 1, axis)
-        if reduction == "mean":
-            grad /= t.size
-        return reduced(-np.log(label).squeeze(axis)), grad
-
-    return {
-        "softmax": softmax,
-        "log_softmax": log_softmax,
-        "logsumexp": logsumexp,
-        "cross_entropy": cross_entropy,
-        "cross_entropy_value_and_grad": value_and_grad,
-    }
+def ours_jitted(axis: int, reduction: str) -> Offer:
+    """Return this package's functions under JAX's jit."""
+    return peers.jitted(ours(axis, reduction))
 
 
-def scipy_special(axis: int, reduction: str) -> Offer:
-    """Return scipy.special's functions, and the loss that users build from them."""
-    from scipy import special
+class Path(NamedTuple):
+    """One way through this package, as its users would take it."""
 
-    def cross_entropy(x, t):
-        log_p = special.log_softmax(x, axis=axis)
-        loss = -np.take_along_axis(log_p, np.expand_dims(t, axis), axis).squeeze(axis)
-        return loss.mean() if reduction == "mean" else loss
-
-    return {
-        "softmax": lambda x, _: special.softmax(x, axis=axis),
-        "log_softmax": lambda x, _: special.log_softmax(x, axis=axis),
-        "logsumexp": lambda x, _: special.logsumexp(x, axis=axis),
-        "cross_entropy": cross_entropy,
-    }
+    name: str
+    libraries: tuple[str, ...] = tuple(BACKENDS)
+    """Where there is this way."""
+    offer: Callable[[int, str], Offer] = ours
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    why_not: Callable[[Place], str] = lambda place: ""
+    slow_start: bool = False
 
 
-def torch_eager(axis: int, reduction: str) -> Offer:
-    """Return torch's functions, run eagerly."""
-    import torch
-    from torch.nn import functional
-
-    def cross_entropy(x, t):
-        return functional.cross_entropy(x.movedim(axis, -1), t, reduction=reduction)
-
-    def value_and_grad(x, t):
-        x = x.detach().requires_grad_()
-        loss = cross_entropy(x, t)
-        return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
-
-    return {
-        "softmax": lambda x, _: torch.softmax(x, axis),
-        "log_softmax": lambda x, _: torch.log_softmax(x, axis),
-        "logsumexp": lambda x, _: torch.logsumexp(x, axis),
-        "cross_entropy": cross_entropy,
-        "cross_entropy_value_and_grad": value_and_grad,
-    }
+def _without(kernel: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Return what puts one kernel out of the way, or nothing where that can't be asked for."""
+    without = getattr(kernels, "without", None)
+    return (lambda: without(kernel)) if without and kernel in kernels.available() else nullcontext
 
 
-def jax_nn(axis: int, reduction: str) -> Offer:
-    """Return jax.nn's functions under jit, and the loss that users build from them."""
-    import jax
-    from jax import numpy as jnp
+_UNCOMPILED = tuple(name for name in BACKENDS if name != "jax")
 
-    def losses(x, t):
-        log_p = jax.nn.log_softmax(x, axis=axis)
-        return -jnp.take_along_axis(log_p, jnp.expand_dims(t, axis), axis).squeeze(axis)
-
-    def cross_entropy(x, t):
-        return losses(x, t).mean() if reduction == "mean" else losses(x, t)
-
-    def value_and_grad(x, t):
-        loss, vjp = jax.vjp(lambda x: cross_entropy(x, t), x)
-        return loss, vjp(jnp.ones_like(loss))[0]
-
-    return _jitted(
-        {
-            "softmax": lambda x, _: jax.nn.softmax(x, axis=axis),
-            "log_softmax": lambda x, _: jax.nn.log_softmax(x, axis=axis),
-            "logsumexp": lambda x, _: jax.nn.logsumexp(x, axis=axis),
-            "cross_entropy": cross_entropy,
-            "cross_entropy_value_and_grad": value_and_grad,
-        }
-    )
-
-
-def cupyx_special(axis: int, reduction: str) -> Offer:
-    """Return cupyx.scipy.special's functions."""
-    from cupyx.scipy import special
-
-    return {
-        "softmax": lambda x, _: special.softmax(x, axis=axis),
-        "log_softmax": lambda x, _: special.log_softmax(x, axis=axis),
-        "logsumexp": lambda x, _: special.logsumexp(x, axis=axis),
-    }
-
-
-def _jitted(offer: Offer) -> Offer:
-    jit = sys.modules["jax"].jit
-    return {operation: jit(call) for operation, call in offer.items()}
-
-
-# Name, the package it needs, and the provider, for each library.
-_PEERS: dict[str, tuple[tuple[str, str, Callable[[int, str], Offer]], ...]] = {
-    "numpy": (
-        (NUMPY_BY_HAND, "numpy", numpy_by_hand),
-        ("scipy.special", "scipy", scipy_special),
+# A path whose calls take the same kernels as an earlier one with the same offer is not measured
+# twice: a line here is enough for each set of kernels that can be put out of the way.
+PATHS = (
+    Path("ours", _UNCOMPILED),
+    Path("ours, no Numba", ("numpy",), context=_without("numba rows")),
+    Path("ours, portable", _UNCOMPILED, context=kernels.portable),
+    Path("ours, autograd", ("torch",), lambda *o: peers.torch_autograd(ours(*o))),
+    Path(
+        "ours, compiled",
+        ("torch",),
+        lambda *o: peers.compiled(_forward(ours(*o))),
+        why_not=peers.why_not_compiled,
+        slow_start=True,
     ),
-    "torch": (("torch", "torch", torch_eager),),
-    "jax": (("jax.nn, jit", "jax", jax_nn),),
-    "cupy": (("cupyx.scipy", "scipy", cupyx_special),),  # cupyx.scipy imports scipy
-}
+    Path("ours, jit", ("jax",), ours_jitted),
+    Path("ours, jit, portable", ("jax",), ours_jitted, kernels.portable),
+    Path("ours, jit, vjp", ("jax",), lambda *o: peers.jitted(peers.jax_autograd(ours(*o)))),
+)
+
+
+def _forward(offer: Offer) -> Offer:
+    return {name: offer[name] for name in (*peers.FORWARD, *peers.LOSSES)}
+
+
+def our_providers(place: Place, *, slow_starts: bool = True) -> list[Provider]:
+    """Return this package in each of its paths at a place."""
+    return [
+        Provider(path.name, place, path.offer, True, path.context)
+        for path in PATHS
+        if place.name in path.libraries
+        and not path.why_not(place)
+        and (slow_starts or not path.slow_start)
+    ]
 
 
 def our_provider(place: Place) -> Provider:
-    """Return this package as its users call it on a backend: under jit in JAX."""
-    if place.name == "jax":
-        return Provider("ours, jit", lambda *options: _jitted(ours(*options)), ours=True)
-    return Provider("ours", ours, ours=True)
+    """Return this package as its users call it at a place: under jit in JAX."""
+    return our_providers(place)[0]
 
 
-def portable_provider() -> Provider:
-    """Return this package with its kernels out of the way."""
-    return Provider("ours, portable", ours, ours=True, context=ps.kernels.portable)
+def path_taken(provider: Provider, operation: str, x: Any, second: Any) -> str:
+    """Return the kernel that a call of ours takes, or "portable"."""
+    options = {"labels": second} if operation in peers.LOSSES else {}
+    with provider.context():
+        said = kernels.explain(operation.partition("+")[0], x, axis=-1, **options)
+    return said.partition(":")[0]
 
 
-def peers(place: Place) -> tuple[list[Provider], list[str]]:
-    """Return the peers on a library's arrays, and the names of those that are not installed."""
+# --------------------------------------------------------------------------- the peers
+
+
+def peers_at(place: Place, *, slow_starts: bool = True) -> tuple[list[Provider], list[str]]:
+    """Return the peers on a place's arrays, and which are missing, with the reason."""
     present, missing = [], []
-    for name, package, offer in _PEERS.get(place.name, ()):
-        if importlib.util.find_spec(package) is None:
-            missing.append(name)
+    for peer in peers.PEERS:
+        if peer.library != place.name:
+            continue
+        if importlib.util.find_spec(peer.package) is None:
+            missing.append(peer.name)
+        elif why := peer.why_not(place):
+            missing.append(f"{peer.name} ({why})")
+        elif peer.slow_start and not slow_starts:
+            missing.append(f"{peer.name} (--quick)")
         else:
-            present.append(Provider(name, offer))
+            present.append(Provider(peer.name, place, peer.offer))
     return present, missing
+
+
+def everyone(
+    place: Place, which: str, *, slow_starts: bool = True
+) -> tuple[list[Provider], list[str]]:
+    """Return ours at a place, and the peers: `which` is all, or only those on its own arrays."""
+    others, missing = places.others(place) if which == "all" else ([], [])
+    found = our_providers(place, slow_starts=slow_starts)
+    for one in [place, *others]:
+        present, absent = peers_at(one, slow_starts=slow_starts)
+        found += present
+        missing += absent
+    return found, missing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import math
 import os
@@ -10,15 +11,19 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import portable_softmax
+from bench import copies
 from portable_softmax._cli.errors import CommandError
 
 ROOT = Path(__file__).resolve().parent.parent
-_LIBRARIES = ("numpy", "scipy", "torch", "jax", "dask", "cupy", "array_api_strict", "ml_dtypes")
+_LIBRARIES = (
+    "numpy", "scipy", "numba", "torch", "triton", "jax", "optax", "dask", "cupy", "sklearn",
+    "array_api_strict", "ml_dtypes", "threadpoolctl",
+)  # fmt: skip
 
 
 def load() -> float | None:
@@ -35,10 +40,11 @@ def provenance(argv: Sequence[str], load_before: float | None) -> dict[str, Any]
         "commit": _commit(),
         "machine": {
             "cpu": _cpu(),
-            "cores": _cores(),
+            "cores": copies.cores(),
             "system": platform.system(),
             "load_before": load_before,
         },
+        "threads": _threads(),
         "versions": {
             "python": platform.python_version(),
             "portable_softmax": portable_softmax.__version__,
@@ -47,11 +53,34 @@ def provenance(argv: Sequence[str], load_before: float | None) -> dict[str, Any]
     }
 
 
-def _cores() -> int | None:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()  # not Linux
+def _threads() -> dict[str, int | str]:
+    """Return how many threads each library would use, and the variables that say so."""
+    asked = {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ}
+    known = {
+        name: ask(sys.modules[name]) for name, ask in _ASK_THREADS.items() if name in sys.modules
+    }
+    pools: dict[str, int] = {}
+    if importlib.util.find_spec("threadpoolctl"):
+        import threadpoolctl
+
+        for pool in threadpoolctl.threadpool_info():
+            pools[pool["internal_api"]] = max(
+                pool["num_threads"], pools.get(pool["internal_api"], 0)
+            )
+    return {**known, **pools, **asked}
+
+
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+    "XLA_FLAGS",
+)
+_ASK_THREADS: dict[str, Callable[[Any], int]] = {
+    "torch": lambda torch: torch.get_num_threads(),
+    "numba": lambda numba: numba.get_num_threads(),
+}
 
 
 def _cpu() -> str:
@@ -92,7 +121,10 @@ def busy(document: dict[str, Any]) -> str:
     load_before, cores = machine["load_before"], machine["cores"]
     if load_before is None or cores is None or load_before < cores / 2:
         return ""
-    return f"the machine was busy (load {load_before:.1f} on {cores} cores): trust ratios only"
+    return (
+        f"the machine was busy (load {load_before:.1f} on {cores} cores): run it again when it is "
+        "idle, for what works on several threads waits whole time slices for each of them"
+    )
 
 
 def check_writable(path: Path | None) -> None:
@@ -101,6 +133,17 @@ def check_writable(path: Path | None) -> None:
         target = path if path.exists() else path.parent
         if path.is_dir() or not os.access(target, os.W_OK):
             raise CommandError(f"can't write {path}")
+
+
+def check_folder(path: Path | None) -> None:
+    """Raise where a folder for figures can't be had, or nothing draws them."""
+    if path is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CommandError('figures need matplotlib: pip install "portable_softmax[bench]"')
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise CommandError(f"can't write into {path}")
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -1,51 +1,55 @@
 """``speed``: each operation beside its peers, in GB/s and in shares of the machine's copy.
 
 Everything that is compared takes turns within one run, so that what disturbs the machine disturbs
-all. Each call makes a new result, as users' calls do.
+all; a benchmark library times one function to its end, then the next. Each call makes a new result,
+as users' calls do, and each provider works on arrays of its own library.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import median
-from time import perf_counter
-from typing import Any
+from time import sleep
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench import places
-from bench.places import Place
-from bench.providers import (
-    OPERATIONS,
-    Provider,
-    numpy_by_hand,
-    our_provider,
-    peers,
-    portable_provider,
-)
-from portable_softmax import kernels
+from bench import copies, gpu, places, providers
+from bench.answers import Answers
+from bench.peers import BACKWARD, OPERATIONS
+from bench.providers import Provider
+from portable_softmax._cli.backends import Place
 from portable_softmax._cli.errors import CommandError, one_line
 
-SHAPES = "32x10,10000x1000,1024x32000"
+SHAPES = "32x10,262144x16,100000x100,10000x1000,4096x4096,1024x32000,64x128256"
 QUICK_SHAPES = "32x10,1000x1000"
+DTYPES = "float32,float64"
+QUICK_DTYPES = "float32"
 
-# The array is read once; these write one of its size as well. Anything else is small.
-_WRITES = {"softmax", "log_softmax", "cross_entropy_value_and_grad"}
-
-# Largest error, relative and absolute, of a result that deserves to be timed. A probability may
-# be subnormal in float16, and is then a whole unit off.
-_TOLERANCE = {
-    "float64": (1e-12, 0.0),
-    "float32": (2e-5, 0.0),
-    "float16": (2e-2, 2.0**-24),
-    "bfloat16": (1e-1, 0.0),
+# How often an operation must touch an array of the input's size: once to read it, once to write
+# one, and with an upstream gradient to read that and to write its own. Anything else is small.
+_TOUCHES = {
+    "softmax": 2,
+    "log_softmax": 2,
+    "logsumexp": 1,
+    "cross_entropy": 1,
+    "cross_entropy_value_and_grad": 2,
+    "softmax+backward": 4,
+    "log_softmax+backward": 4,
+    "logsumexp+backward": 2,
 }
 
-COPY = "copy"
+# The threads that a turn left spinning for more work take a core from the next one: they sleep by
+# then, and a short call wakes its own before it's timed.
+_SETTLE_S = 2e-3
+_WARM_CALLS = 20
+
+OURS, PEER, COPY = "ours", "peer", "copy"
 
 
 @dataclass
@@ -56,8 +60,12 @@ class Row:
     shape: tuple[int, int]
     dtype: str
     provider: str
-    ours: bool
+    role: str
+    """Ours, a peer, or a copy."""
     bytes_moved: int
+    path: str = ""
+    """The kernel that ours takes."""
+    clock: str = ""
     problem: str = ""
     """Why it was not timed: the wrong answer, or the exception."""
     rounds: int = 0
@@ -66,187 +74,204 @@ class Row:
     gb_per_s: float = math.nan
     """Of the bytes that must move, in the fastest round."""
     share_of_copy: float = math.nan
+    """Of the fastest copy in the same run."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure."""
+    """How long to measure one operation on one array."""
 
     seconds: float
-    """For one operation on one array, all providers together."""
+    """For each provider. One that has used them up sits out, unless it had too few rounds."""
     rounds: int
     """At least."""
+    most: int
+    """Rounds at most: more would lower the minimum of the fast ones only."""
     slice_s: float = 1e-3
     """A faster call is repeated until a round takes this long."""
 
 
-THOROUGH = Effort(seconds=3.0, rounds=7)
-QUICK = Effort(seconds=0.05, rounds=3, slice_s=1e-4)
+# Five rounds of the slowest peer decide how long a full run takes: some 10 minutes on 2 cores.
+THOROUGH = Effort(seconds=0.3, rounds=5, most=40)
+QUICK = Effort(seconds=0.01, rounds=3, most=10, slice_s=1e-4)
+
+
+class Timed(NamedTuple):
+    """What takes its turn, in the state that it wants."""
+
+    call: Callable[[], Any]
+    clock: gpu.Clock
+    context: Callable[[], Any]
+
+
+def default_operations(place: Place) -> list[str]:
+    """Return all, or where the library has no autograd those without backward."""
+    autograd = place.name in ("torch", "jax")
+    return [operation for operation in OPERATIONS if autograd or operation not in BACKWARD]
 
 
 def measure(
-    place: Place,
-    providers: list[Provider],
+    everyone: list[Provider],
     operations: list[str],
     shapes: list[tuple[int, int]],
     dtypes: list[str],
     effort: Effort,
 ) -> Iterator[Row]:
-    """Yield a row for each operation, array and provider, and for the copy."""
-    for dtype in dtypes:
-        if dtype not in place.dtypes():
-            raise CommandError(f"{place.name} has no {dtype} here: {', '.join(place.dtypes())}")
+    """Yield a row for each operation, array and provider, and for the copies."""
+    for provider in everyone:
+        has = provider.place.dtypes() if provider.ours else dtypes
+        for dtype in dtypes:
+            if dtype not in has:
+                raise CommandError(f"{provider.place.name} has no {dtype} here: {', '.join(has)}")
+    taken = copies.of(list(dict.fromkeys(provider.place for provider in everyone)))
+    clocks = {one.place: gpu.clock(one.place) for one in (*everyone, *taken)}
     for dtype in dtypes:
         for shape in shapes:
-            rng = np.random.default_rng(0)
-            x = rng.standard_normal(shape).astype(places.np_dtype(dtype))
-            labels = rng.integers(0, shape[1], shape[0])
+            places.forget_compiled()
+            problem = Problem(shape, dtype)
             for operation in operations:
-                yield from _compare(place, providers, operation, x, labels, effort)
+                with warnings.catch_warnings(action="ignore"):  # a library's, of itself
+                    rows = _compare(problem, everyone, taken, clocks, operation, effort)
+                yield from rows
 
 
-def default_providers(place: Place) -> tuple[list[Provider], list[str]]:
-    """Return ours and the peers on this backend, and the peers that are not installed."""
-    present, missing = peers(place)
-    return [our_provider(place), portable_provider(), *present], missing
+class Problem:
+    """The arrays of one shape and dtype, made once and brought once to each place."""
+
+    def __init__(self, shape: tuple[int, int], dtype: str) -> None:
+        rng = np.random.default_rng(0)
+        np_dtype = places.np_dtype(dtype)
+        x = rng.standard_normal(shape).astype(np_dtype)
+        self.shape, self.dtype = shape, dtype
+        self.arrays = {"x": x, "labels": rng.integers(0, shape[1], shape[0])}
+        self._draw = lambda shape: rng.standard_normal(shape).astype(np_dtype)
+        self._there: dict[tuple[Place, str], Any] = {}
+
+    @cached_property
+    def answers(self) -> Answers:
+        return Answers(self.arrays["x"], self.arrays["labels"])
+
+    def second(self, operation: str) -> str:
+        """Return the name of what an operation takes beside x."""
+        if operation not in BACKWARD:
+            return "labels"
+        name, shape = "upstream", self.shape
+        if operation.startswith("logsumexp"):
+            name, shape = "upstream of rows", self.shape[:1]
+        if name not in self.arrays:
+            self.arrays[name] = self._draw(shape)
+        return name
+
+    def at(self, place: Place, name: str) -> Any:
+        if (place, name) not in self._there:
+            self._there[place, name] = places.put(place, self.arrays[name])
+        return self._there[place, name]
 
 
 def _compare(
-    place: Place,
-    providers: list[Provider],
+    problem: Problem,
+    everyone: list[Provider],
+    taken: list[copies.Copy],
+    clocks: Mapping[Place, gpu.Clock],
     operation: str,
-    x: np.ndarray,
-    labels: np.ndarray,
     effort: Effort,
 ) -> list[Row]:
-    expected = numpy_by_hand(-1, "mean")[operation](x.astype(np.float64), labels)
-    arrays = places.put(place, x), places.put(place, labels)
-    moved = x.nbytes * (2 if operation in _WRITES else 1)
-    has_kernel = not kernels.explain(operation, arrays[0]).startswith("portable")
-    rows, calls = [], {}
-    for provider in providers:
+    x = problem.arrays["x"]
+    second = problem.second(operation)
+    what = operation, x.shape, x.dtype.name
+    rows: dict[str, Row] = {}
+    turns: dict[str, Timed] = {}
+    seen = set()
+    for provider in everyone:
         call = provider.offer(-1, "mean").get(operation)
-        if call is None or (provider.context is kernels.portable and not has_kernel):
+        if call is None:
             continue
-        row = Row(operation, x.shape, x.dtype.name, provider.name, provider.ours, moved)
-        rows.append(row)
-        with provider.context():
-            row.problem = _wrong(place, call, arrays, expected, x.dtype.name)
+        place = provider.place
+        arrays = problem.at(place, "x"), problem.at(place, second)
+        row = Row(
+            *what, provider.name, OURS if provider.ours else PEER, x.nbytes * _TOUCHES[operation]
+        )
+        if provider.ours:
+            row.path = providers.path_taken(provider, operation, *arrays)
+            if (provider.offer, row.path) in seen:
+                continue
+            seen.add((provider.offer, row.path))
+        rows[provider.name] = row
+        timed = Timed(_bound(call, *arrays), clocks[place], provider.context)
+        row.problem = _wrong(problem, place, operation, problem.arrays[second], timed)
         if not row.problem:
-            calls[provider.name] = provider.context, _bound(place, call, *arrays)
-    rows.append(Row(operation, x.shape, x.dtype.name, COPY, False, 2 * x.nbytes))
-    calls[COPY] = ExitStack, _bound(place, lambda x, _: places.copy(place, x), *arrays)
-    times = _interleaved(calls, effort)
-    for row in rows:
-        if row.provider in times:
-            _fill(row, times[row.provider])
-    for row in rows:
-        row.share_of_copy = row.gb_per_s / rows[-1].gb_per_s
-    return rows
+            turns[provider.name] = timed
+    for copy in taken:
+        rows[copy.name] = Row(*what, copy.name, COPY, 2 * x.nbytes)
+        call = _bound(copy.call, problem.at(copy.place, "x"))
+        turns[copy.name] = Timed(call, clocks[copy.place], providers.nullcontext)
+    for name, times in _interleaved(turns, effort).items():
+        _fill(rows[name], times, turns[name].clock)
+    best = max(row.gb_per_s for row in rows.values() if row.role == COPY)
+    for row in rows.values():
+        row.share_of_copy = row.gb_per_s / best
+    return list(rows.values())
 
 
-def _wrong(place: Place, call: Any, arrays: Any, expected: Any, dtype: str) -> str:
+def _bound(call: Callable[..., Any], *arrays: Any) -> Callable[[], Any]:
+    return lambda: call(*arrays)
+
+
+def _wrong(problem: Problem, place: Place, operation: str, second: np.ndarray, timed: Timed) -> str:
     """Return what is wrong with a provider's answer; empty where nothing is."""
     try:
-        result = call(*arrays)
+        with timed.context():
+            result = timed.call()
         results = result if isinstance(result, tuple) else (result,)
-        results = [places.get(place, r).astype(np.float64) for r in results]
-    except Exception as problem:  # a library refuses a dtype in its own way
-        return one_line(problem)
-    relative, absolute = _TOLERANCE[dtype]
-    answers = expected if isinstance(expected, tuple) else (expected,)
-    for actual, answer in zip(results, answers, strict=True):
-        if actual.shape != np.shape(answer):
-            return f"wrong: shape {actual.shape} instead of {np.shape(answer)}"
-        error = np.max((np.abs(actual - answer) - absolute) / np.abs(answer))
-        if not error <= relative:  # nor may it be nan
-            return f"wrong: relative error {error:.1e}"
-    return ""
+        arrays = tuple(places.get(place, r) for r in results)
+    except Exception as error:  # a library refuses a dtype in its own way
+        return one_line(error)
+    return problem.answers.problem(operation, second, arrays)
 
 
-def _bound(place: Place, call: Any, *arrays: Any) -> Callable[[], None]:
-    return lambda: places.finish(place, call(*arrays))
-
-
-def _interleaved(calls: Mapping[str, Any], effort: Effort) -> dict[str, list[float]]:
+def _interleaved(turns: Mapping[str, Timed], effort: Effort) -> dict[str, list[float]]:
     """Return seconds a call for each name, one value a round; in each round all take a turn."""
-    repeats = {}
-    for name, (context, call) in calls.items():
-        with context():
-            call()  # compiles
-            once = min(_seconds(call, 1) for _ in range(3))
-            repeats[name] = max(1, math.ceil(effort.slice_s / once))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+    repeats = {name: _repeats(timed, effort) for name, timed in turns.items()}
+    times: dict[str, list[float]] = {name: [] for name in turns}
+
+    def goes_on(name: str) -> bool:
+        taken = times[name]
+        spent = sum(taken) * repeats[name]
+        return len(taken) < effort.rounds or (spent < effort.seconds and len(taken) < effort.most)
+
+    names = list(turns)
     gc.collect()
     gc.disable()
     try:
-        started = perf_counter()
-        while len(times[names[0]]) < effort.rounds or perf_counter() - started < effort.seconds:
+        while names := [name for name in names if goes_on(name)]:
             for name in names:
-                context, call = calls[name]
+                call, clock, context = turns[name]
+                sleep(_SETTLE_S)
                 with context():
-                    times[name].append(_seconds(call, repeats[name]))
+                    for _ in range(min(repeats[name] - 1, _WARM_CALLS)):
+                        call()
+                    times[name].append(clock.seconds(call, repeats[name]))
             names.append(names.pop(0))  # nobody always runs after the same neighbour
     finally:
         gc.enable()
     return times
 
 
-def _seconds(call: Callable[[], None], repeats: int) -> float:
-    started = perf_counter()
-    for _ in range(repeats):
-        call()
-    return (perf_counter() - started) / repeats
+def _repeats(timed: Timed, effort: Effort) -> int:
+    """Return how many calls make a round, the first call having compiled what there is."""
+    call, clock, context = timed
+    with context():
+        once = clock.seconds(call, 1)
+        if once < 10 * effort.slice_s:  # threads that had to wake may have made it longer
+            once = min(once, *(clock.seconds(call, 1) for _ in range(_WARM_CALLS)))
+    return max(1, math.ceil(effort.slice_s / once))
 
 
-def _fill(row: Row, times: list[float]) -> None:
+def _fill(row: Row, times: list[float], clock: gpu.Clock) -> None:
+    row.clock = clock.name
     row.rounds = len(times)
     row.min_s, row.median_s = min(times), median(times)
     row.gb_per_s = row.bytes_moved / row.min_s / 1e9
-
-
-HEADINGS = (
-    "operation", "shape", "dtype", "provider", "min", "median", "GB/s", "of copy", "/ ours",
-)  # fmt: skip
-
-
-LEGEND = (
-    "GB/s of the bytes that must move, in the fastest round: softmax, log_softmax and the gradient "
-    "read and write the array once, logsumexp and the loss read it once. `of copy` is the share of "
-    "what the library's own copy of the same array reached in the same run, `/ ours` the time in "
-    "units of ours."
-)
-
-
-def cells(rows: list[Row]) -> list[list[str]]:
-    """Return the rows as text."""
-    ours: dict[Any, float] = {}
-    for row in rows:
-        if row.ours:
-            ours.setdefault((row.operation, row.shape, row.dtype), row.min_s)
-    lines = []
-    for row in rows:
-        what = row.operation, row.shape, row.dtype
-        numbers = (
-            [row.problem, "", "", "", ""]
-            if row.problem
-            else [
-                _duration(row.min_s),
-                _duration(row.median_s),
-                f"{row.gb_per_s:6.2f}",
-                f"{row.share_of_copy:5.0%}",
-                f"{row.min_s / ours.get(what, math.nan):5.2f}",
-            ]
-        )
-        lines.append(
-            [row.operation, "x".join(map(str, row.shape)), row.dtype, row.provider, *numbers]
-        )
-    return lines
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds * 1e6:9.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:9.2f} ms"
 
 
 def parse_operations(text: str) -> list[str]:

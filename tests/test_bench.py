@@ -6,88 +6,10 @@ import numpy as np
 import pytest
 import reference
 
-from bench import accuracy, exact, families, places, providers, speed
+from bench import accuracy, exact, families, peers, providers
 from bench.__main__ import main
-from portable_softmax.kernels import _table
 
-TINY = speed.Effort(seconds=0.0, rounds=2, slice_s=1e-6)
-
-PROVENANCE = {"benchmark", "command", "date", "commit", "machine", "versions"}
-
-
-def _speed(*arguments):
-    return main(["speed", "--quick", "--shapes", "4x3", *arguments])
-
-
-# --------------------------------------------------------------------------- speed
-
-
-def test_speed_runs_on_every_backend(backend_name, tmp_path, capsys):
-    if backend_name == "numba":
-        pytest.skip("measured as what NumPy's arrays take")
-    path = tmp_path / "speed.json"
-    assert _speed("--backend", backend_name, "--json", str(path)) == 0
-    document = json.loads(path.read_text())
-    assert document.keys() == PROVENANCE | {"backend", "device", "rows"}
-    assert document["command"].startswith("python -m bench speed --quick --shapes 4x3 --backend")
-    assert document["machine"].keys() == {"cpu", "cores", "system", "load_before"}
-    assert {"python", "numpy", "portable_softmax"} <= document["versions"].keys()
-    ours = [row for row in document["rows"] if row["ours"]]
-    assert {row["operation"] for row in ours} == set(providers.OPERATIONS)
-    assert {row["provider"] for row in document["rows"]} > {speed.COPY}
-    for row in document["rows"]:
-        assert not row["problem"]
-        assert 0 < row["min_s"] <= row["median_s"]
-        assert row["gb_per_s"] == pytest.approx(row["bytes_moved"] / row["min_s"] / 1e9)
-    assert "of copy" in capsys.readouterr().out
-
-
-def test_softmax_moves_its_array_twice_and_logsumexp_once():
-    rows = _measured([providers.our_provider(places.open_backend("numpy"))], *providers.OPERATIONS)
-    moved = {row.operation: row.bytes_moved for row in rows if row.ours}
-    once = 4 * 3 * 4
-    assert moved == {
-        "softmax": 2 * once,
-        "log_softmax": 2 * once,
-        "logsumexp": once,
-        "cross_entropy": once,
-        "cross_entropy_value_and_grad": 2 * once,
-    }
-
-
-def test_the_portable_path_is_timed_where_there_is_a_kernel(monkeypatch):
-    only = {key: kernel for key, kernel in _table._BY_CALL.items() if key[1] == "softmax"}
-    monkeypatch.setattr(_table, "_BY_CALL", only)
-    place = places.open_backend("numpy")
-    rows = _measured(speed.default_providers(place)[0], "softmax", "cross_entropy_value_and_grad")
-    with_kernel = {row.operation for row in rows if row.provider == "ours, portable"}
-    assert with_kernel == {"softmax"}
-
-
-@pytest.mark.parametrize(
-    ("answer", "problem"),
-    [
-        (lambda x, _: x, "wrong: relative error"),
-        (lambda x, _: np.full_like(x, np.nan), "wrong: relative error nan"),
-        (lambda x, _: x[:1], "wrong: shape (1, 3) instead of (4, 3)"),
-        (lambda x, _: x.no_such_method(), "AttributeError"),
-    ],
-)
-def test_a_wrong_provider_is_not_timed(answer, problem):
-    wrong = providers.Provider("wrong", lambda axis, reduction: {"softmax": answer})
-    ours = providers.our_provider(places.open_backend("numpy"))
-    rows = {row.provider: row for row in _measured([wrong, ours], "softmax")}
-    assert rows["wrong"].problem.startswith(problem)
-    assert np.isnan(rows["wrong"].min_s)
-    assert rows["wrong"].rounds == 0
-    assert rows["ours"].rounds >= 2
-    (line,) = [line for line in speed.cells(list(rows.values())) if "wrong" in line]
-    assert rows["wrong"].problem in line
-
-
-def _measured(some, *operations):
-    place = places.open_backend("numpy")
-    return list(speed.measure(place, some, list(operations), [(4, 3)], ["float32"], TINY))
+PROVENANCE = {"benchmark", "command", "date", "commit", "machine", "threads", "versions"}
 
 
 # --------------------------------------------------------------------------- accuracy
@@ -120,8 +42,11 @@ def test_accuracy_holds_every_bound_on_short_rows(accuracy_backend, tmp_path, ca
 
 
 def test_accuracy_fails_where_ours_loses_digits(monkeypatch, capsys):
-    by_hand = providers.Provider("ours", providers.numpy_by_hand, ours=True)
-    monkeypatch.setattr(accuracy, "our_provider", lambda place: by_hand)
+    monkeypatch.setattr(
+        accuracy,
+        "our_provider",
+        lambda place: providers.Provider("ours", place, peers.numpy_by_hand, ours=True),
+    )
     monkeypatch.setattr(accuracy, "BACKENDS", ("numpy",))
     assert main(["accuracy", "--quick", "--backend", "numpy", "--dtypes", "float32"]) == 1
     out = capsys.readouterr().out
@@ -197,7 +122,7 @@ def test_a_unit_is_the_spacing_of_numbers(dtype):
         (["accuracy", "--backend", "nympy"], "unknown backend 'nympy'; choose from numpy"),
         (["speed", "--json", "no/such/folder.json"], "can't write no/such/folder.json"),
         (["accuracy", "--markdown", "no/such/file.md"], "can't write no/such/file.md"),
-        ([], "the following arguments are required: speed|accuracy"),
+        ([], "the following arguments are required: speed|memory|accuracy|plot"),
     ],
 )
 def test_a_failure_is_one_line(arguments, message, capsys):

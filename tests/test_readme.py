@@ -19,6 +19,9 @@ SEMANTICS = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/semantics.md", "docs/accuracy.md")
 
 
+SPEED = README.partition("\n## Speed\n")[2].partition("\n## ")[0]
+
+
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
 
@@ -33,10 +36,19 @@ def cells(line: str) -> list[str]:
         "python3 noxfile.py -s tests",
         "python3 noxfile.py -s bench-numpy",
         "python -m bench accuracy --markdown docs/accuracy.md",
+        "python -m bench memory",
     ],
 )
 def test_a_command_has_a_line_of_its_own(command):
     assert f"\n    {command}\n" in README
+
+
+def test_every_option_of_the_benchmark_is_described():
+    """And no other: what has a parser of its own is asked for its options."""
+    source = (ROOT / "bench" / "__main__.py").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(--[\w]+)", SPEED)) <= set(re.findall(r'"(--[\w]+)"', source))
+    in_speed = re.findall(r'    one\.add_argument\("(--\w+)"', source)
+    assert {*in_speed, "--quick", "--json", "--shapes"} <= set(re.findall(r"`(--\w+)", SPEED))
 
 
 @pytest.mark.parametrize("name", ["capabilities", "semantics_table"])

@@ -1,0 +1,97 @@
+"""The right answers, so that no wrong one is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bench.peers import BACKWARD
+
+# Largest error, relative and absolute, of a result that deserves to be timed. A probability may
+# be subnormal in float16, and is then a whole unit off.
+_TOLERANCE = {
+    "float64": (1e-12, 0.0),
+    "float32": (2e-5, 0.0),
+    "float16": (2e-2, 2.0**-24),
+    "bfloat16": (1e-1, 0.0),
+}
+
+# How many entries of a result are compared: rows from all over it, the first and last included.
+_COMPARED = 2**19
+_BLOCK = 2**18
+
+
+class Answers:
+    """What every operation over the last axis should return for one array, in float64."""
+
+    def __init__(self, x: np.ndarray, labels: np.ndarray) -> None:
+        rows, classes = x.shape
+        self.x, self.labels = x, labels
+        step = max(1, _BLOCK // classes)
+        self._logsumexp = np.concatenate(
+            [_logsumexp(x[i : i + step]) for i in range(0, rows, step)]
+        )
+        compared = min(rows, max(2, _COMPARED // classes))
+        self._rows = np.unique(np.linspace(0, rows - 1, compared).astype(int))
+
+    def problem(self, operation: str, second: np.ndarray, results: tuple[np.ndarray, ...]) -> str:
+        """Return what is wrong with a provider's results; empty where nothing is.
+
+        `second` is what the call got beside x: labels, or the upstream gradient.
+        """
+        relative, absolute = _TOLERANCE[self.x.dtype.name]
+        expected = self._expected(operation, second)
+        if len(results) != len(expected):
+            return f"wrong: {len(results)} results instead of {len(expected)}"
+        for i, (shape, answer) in enumerate(expected):
+            actual = results[i]
+            if actual.shape != shape:
+                return f"wrong: shape {actual.shape} instead of {shape}"
+            if shape:
+                actual = actual[self._rows]
+            size = np.abs(answer)
+            if i and operation in BACKWARD:  # a difference, which cancels somewhere
+                size = np.maximum(size, size.max())
+            error = np.max((np.abs(actual.astype(np.float64) - answer) - absolute) / size)
+            if not error <= relative:  # nor may it be nan
+                return f"wrong: relative error {error:.1e}"
+        return ""
+
+    def _expected(self, operation: str, second: np.ndarray) -> list[tuple[tuple[int, ...], Any]]:
+        """Return the shape of each result, and its compared rows."""
+        forward, _, backward = operation.partition("+")
+        picked = self._rows
+        lse = self._logsumexp[picked]
+        log_y = self.x[picked].astype(np.float64) - lse[:, None]
+        if forward.startswith("cross_entropy"):
+            every = np.arange(len(second))
+            loss = np.mean(self._logsumexp - self.x[every, second].astype(np.float64))
+            grad = np.exp(log_y)
+            grad[np.arange(len(picked)), second[picked]] -= 1
+            both: list[tuple[tuple[int, ...], Any]] = [
+                ((), loss),
+                (self.x.shape, grad / len(every)),
+            ]
+            return both[:1] if forward == "cross_entropy" else both
+        values: dict[str, Any] = {"softmax": np.exp(log_y), "log_softmax": log_y, "logsumexp": lse}
+        value = values[forward]
+        shape = self.x.shape[: value.ndim]
+        if not backward:
+            return [(shape, value)]
+        dy = second[picked].astype(np.float64)
+        return [(shape, value), (self.x.shape, _VJP[forward](np.exp(log_y), dy))]
+
+
+def _logsumexp(x: np.ndarray) -> np.ndarray:
+    wide = x.astype(np.float64)
+    m = wide.max(axis=-1)
+    return m + np.log(np.exp(wide - m[:, None]).sum(axis=-1))
+
+
+_VJP: dict[str, Callable[[Any, Any], Any]] = {
+    "softmax": lambda y, dy: y * (dy - (y * dy).sum(axis=-1, keepdims=True)),
+    "log_softmax": lambda y, dy: dy - y * dy.sum(axis=-1, keepdims=True),
+    "logsumexp": lambda y, dy: dy[:, None] * y,
+}

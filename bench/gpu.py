@@ -1,0 +1,126 @@
+"""Time on a GPU and off it: one clock a place.
+
+A call to a GPU returns before its work is done. There the device's own events mark begin and end,
+and before each call a buffer larger than the L2 cache is written, so that no call finds its input
+there. The device is busy with that write while the host prepares the call: the time to launch a
+kernel is hidden, unless it exceeds what the device needs.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Protocol
+
+from bench import places
+from portable_softmax._cli.backends import Place
+
+# Twice the largest L2 there is, for a device that does not tell its own.
+_FLUSHED = 256 * 2**20
+
+
+class Clock(Protocol):
+    """Times a call that takes nothing."""
+
+    name: str
+
+    def seconds(self, call: Callable[[], Any], repeats: int) -> float:
+        """Return the mean of `repeats` calls."""
+
+
+@dataclass(frozen=True)
+class HostClock:
+    """The host's time until a result is there."""
+
+    finish: Callable[[Any], None]
+    now: Callable[[], float] = perf_counter
+    name: str = "perf_counter"
+
+    def seconds(self, call: Callable[[], Any], repeats: int) -> float:
+        started = self.now()
+        for _ in range(repeats):
+            self.finish(call())
+        return (self.now() - started) / repeats
+
+
+@dataclass(frozen=True)
+class EventClock:
+    """The device's time between two events of its stream."""
+
+    event: Callable[[], Any]
+    milliseconds: Callable[[Any, Any], float]
+    flush: Callable[[], object]
+    name: str = "CUDA events, L2 flushed"
+
+    def seconds(self, call: Callable[[], Any], repeats: int) -> float:
+        pairs = []
+        for _ in range(repeats):
+            self.flush()
+            start, end = self.event(), self.event()
+            start.record()
+            call()
+            end.record()
+            pairs.append((start, end))
+        end.synchronize()  # the stream works in order: with the last, all are done
+        return sum(self.milliseconds(*pair) for pair in pairs) / repeats / 1e3
+
+
+def clock(place: Place) -> Clock:
+    """Return the clock of a place: events where its library has them, the host's elsewhere."""
+    if places.is_gpu(place) and place.name in _EVENTS:
+        return _EVENTS[place.name](sys.modules[place.name], place.device)
+    return HostClock(lambda result: places.finish(place, result))
+
+
+def _torch_events(torch: Any, device: Any) -> EventClock:
+    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+    buffer = torch.empty(2 * cache or _FLUSHED, dtype=torch.int8, device=device)
+    return EventClock(
+        event=lambda: torch.cuda.Event(enable_timing=True),
+        milliseconds=lambda start, end: start.elapsed_time(end),
+        flush=buffer.zero_,
+    )
+
+
+def _cupy_events(cupy: Any, device: Any) -> EventClock:
+    cache = device.attributes.get("L2CacheSize", 0)
+    buffer = cupy.empty(2 * cache or _FLUSHED, dtype=cupy.int8)
+    return EventClock(
+        event=cupy.cuda.Event,
+        milliseconds=cupy.cuda.get_elapsed_time,
+        flush=lambda: buffer.fill(0),
+    )
+
+
+_EVENTS: dict[str, Callable[[Any, Any], EventClock]] = {
+    "torch": _torch_events,
+    "cupy": _cupy_events,
+}
+
+_QUERY = (
+    "name", "driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw",
+)  # fmt: skip
+
+
+def state(place: Place, run: Callable[..., Any] = subprocess.run) -> dict[str, str] | None:
+    """Return the GPU's clocks and temperature now; None off a GPU or without nvidia-smi."""
+    if not places.is_gpu(place) or shutil.which("nvidia-smi") is None:
+        return None
+    index = place.device_name.partition(":")[2] or "0"
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={','.join(_QUERY)}",
+        "--format=csv,noheader",
+        "-i",
+        index,
+    ]
+    try:
+        said = run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = [value.strip() for value in said.splitlines()[0].split(",")]
+    return dict(zip(_QUERY, values, strict=True))

@@ -1,0 +1,215 @@
+"""Figures of the measured speeds: GB/s against the length of a row, and everyone beside ours.
+
+Everything is drawn on a `Figure` of its own: pyplot, with its state shared by the whole process, is
+never imported.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from bench import tables
+from bench.speed import COPY, OURS, Row
+from bench.summary import is_large
+
+INK, MUTED, FAINT = "#1f2933", "#5f6b78", "#e4e8ec"
+
+# A provider has its colour in every figure. Ours are blue; one technology of a peer a hue.
+_COLOURS = {
+    "ours": "#1d4ed8",
+    "ours, jit": "#1d4ed8",
+    "ours, jit, portable": "#a9c2f8",
+    "ours, compiled": "#0891b2",
+    "ours, autograd": "#7c3aed",
+    "ours, jit, vjp": "#7c3aed",
+    "ours, no Numba": "#5b84ee",
+    "ours, portable": "#a9c2f8",
+    "numpy by hand": "#b8a67a",
+    "scipy.special": "#f59e0b",
+    "sklearn": "#8a5a1f",
+    "torch": "#dc2626",
+    "torch, compiled": "#f2a0a0",
+    "jax.nn, jit": "#15803d",
+    "optax, jit": "#86c99a",
+    "cupyx.scipy": "#f59e0b",
+    COPY: "#9aa7b4",
+}
+_SPARE = ("#db2777", "#65a30d", "#0f766e", "#a16207")
+_COLUMNS = 3
+
+
+def save(rows: list[Row], document: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw two figures for each dtype and return where they are."""
+    machine, library = document["machine"], document["backend"]
+    where = f"{document['device']}: {machine.get('cpu')}, {machine.get('cores')} cores"
+    title = f"ours on {library} {document['versions'].get(library, '')}, {where}"
+    folder.mkdir(parents=True, exist_ok=True)
+    colours = _colours(rows)
+    written = []
+    for dtype in dict.fromkeys(row.dtype for row in rows):
+        some = [row for row in rows if row.dtype == dtype and not row.problem]
+        for name, draw in (("bandwidth", _bandwidth), ("ratios", _ratios)):
+            path = folder / f"{name}-{dtype}.png"
+            draw(some, f"{dtype}, {title}", colours).savefig(path, dpi=110)
+            written.append(path)
+    return written
+
+
+def _colours(rows: list[Row]) -> dict[str, str]:
+    names = list(dict.fromkeys(row.provider for row in rows if row.role != COPY))
+    spare = [name for name in names if name not in _COLOURS]
+    return _COLOURS | {name: _SPARE[i % len(_SPARE)] for i, name in enumerate(spare)}
+
+
+def _figure(width: float, height: float, title: str, subtitle: str) -> Any:
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    head = 0.75 / height  # as high as two lines, whatever the figure
+    foot = 0.45 / height
+    layout = ConstrainedLayoutEngine(
+        w_pad=0.08, h_pad=0.08, rect=(0.005, foot, 0.99, 1 - head - foot)
+    )
+    figure = Figure(figsize=(width, height), facecolor="white", layout=layout)
+    figure.text(
+        0.012, 1 - 0.3 / height, title, fontsize=13, fontweight="bold", color=INK, va="center"
+    )
+    figure.text(0.012, 1 - 0.58 / height, subtitle, fontsize=10, color=MUTED, va="center")
+    return figure
+
+
+def _legend(figure: Any, axes: list[Any]) -> None:
+    """Put one legend for all panels at the foot."""
+    handles = {}
+    for one in axes:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        handles.values(), handles.keys(), loc="lower left", bbox_to_anchor=(0.008, 0.004),
+        ncols=len(handles), fontsize=10, frameon=False, columnspacing=1.6, handlelength=1.6,
+    )  # fmt: skip
+
+
+def _plain(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(colors=MUTED, labelsize=9, which="both")
+    axes.set_axisbelow(True)
+
+
+# --------------------------------------------------------------------------- GB/s
+
+
+def _bandwidth(rows: list[Row], title: str, colours: dict[str, str]) -> Any:
+    """Draw GB/s against the length of a row: a panel an operation, a line a provider."""
+    large = [row for row in rows if is_large(row)] or rows
+    operations = list(dict.fromkeys(row.operation for row in large))
+    down = math.ceil(len(operations) / _COLUMNS)
+    subtitle = (
+        "GB/s of the bytes that must move, by classes in a row, both axes log; arrays over 1 MB"
+    )
+    figure = _figure(14, 1.2 + 3.6 * down, title, subtitle)
+    panels = list(figure.subplots(down, _COLUMNS, squeeze=False).flat)
+    for panel, operation in zip(panels, operations, strict=False):
+        _lines(panel, [row for row in large if row.operation == operation], colours)
+        _plain(panel, operation)
+    for panel in panels[len(operations) :]:
+        panel.set_visible(False)
+    _legend(figure, panels[: len(operations)])
+    return figure
+
+
+def _lines(axes: Any, rows: list[Row], colours: dict[str, str]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    shapes = sorted({row.shape for row in rows}, key=lambda shape: (shape[1], shape[0]))
+    classes = [shape[1] for shape in shapes]
+    best = [max(r.gb_per_s for r in rows if r.role == COPY and r.shape == s) for s in shapes]
+    axes.plot(classes, best, color=colours[COPY], linewidth=2, linestyle="--", label="best copy")
+    for name in dict.fromkeys(row.provider for row in rows if row.role != COPY):
+        mine = {row.shape: row for row in rows if row.provider == name}
+        points = [(shape[1], mine[shape].gb_per_s) for shape in shapes if shape in mine]
+        is_ours = name.startswith(OURS)
+        axes.plot(
+            *zip(*points, strict=True), color=colours[name], label=name, marker="o",
+            markersize=5 if is_ours else 3.5, linewidth=2.6 if is_ours else 1.5,
+            zorder=4 if is_ours else 3,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xticks(classes, [f"{n:,}" for n in classes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="y", color=FAINT)
+    low, high = axes.get_ylim()
+    axes.fill_between(classes, best, high, color=FAINT, alpha=0.6, linewidth=0)  # out of reach
+    axes.set_ylim(low, high)
+
+
+# --------------------------------------------------------------------------- ratios
+
+
+def _ratios(rows: list[Row], title: str, colours: dict[str, str]) -> Any:
+    """Draw each provider's time in units of ours: a panel an operation, a group of bars a shape."""
+    timed = [row for row in rows if row.role != COPY]
+    operations = list(dict.fromkeys(row.operation for row in timed))
+    subtitle = "time in units of our first path's, log scale: a bar upwards is slower than ours"
+    figure = _figure(16, 1.2 + 2.5 * len(operations), title, subtitle)
+    panels = list(figure.subplots(len(operations), 1, squeeze=False).flat)
+    for panel, operation in zip(panels, operations, strict=True):
+        _bars(panel, [row for row in timed if row.operation == operation], colours)
+        _plain(panel, operation)
+    _legend(figure, panels)
+    return figure
+
+
+def _bars(axes: Any, rows: list[Row], colours: dict[str, str]) -> None:
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    first = next((row.provider for row in rows if row.role == OURS), None)
+    names = [n for n in dict.fromkeys(row.provider for row in rows) if n != first]
+    width = 0.84 / max(1, len(names))
+    low, high = 0.5, 2.0
+    for i, name in enumerate(names):
+        places, ratios = [], []
+        for group, shape in enumerate(shapes):
+            times = {row.provider: row.min_s for row in rows if row.shape == shape}
+            if name in times and first in times:
+                places.append(group - 0.42 + (i + 0.5) * width)
+                ratios.append(times[name] / times[first])
+        bottoms = [ratio - 1 for ratio in ratios]
+        axes.bar(places, bottoms, width * 0.9, bottom=1, color=colours[name], label=name)
+        for place, ratio in zip(places, ratios, strict=True):
+            up = ratio >= 1
+            axes.annotate(
+                _short(ratio), (place, ratio),
+                xytext=(0, 2 if up else -2), textcoords="offset points", fontsize=7.5,
+                color=INK, ha="center", va="bottom" if up else "top",
+            )  # fmt: skip
+        low, high = min([low, *ratios]), max([high, *ratios])
+    axes.axhline(1, color=_COLOURS[OURS], linewidth=2)
+    axes.set_yscale("log")
+    room = (high / low) ** 0.14  # for the numbers
+    low, high = low / room, high * room
+    axes.set_ylim(low, high)
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    ticks = [t for t in (0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100, 1000) if low < t < high]
+    axes.set_yticks(ticks, [f"{t:g}x" for t in ticks])
+    axes.grid(axis="y", color=FAINT)
+    axes.set_xticks(range(len(shapes)), [tables.shape(shape) for shape in shapes])
+    axes.set_xlim(-0.5, len(shapes) - 0.5)
+    axes.tick_params(axis="x", length=0)
+
+
+def _short(ratio: float) -> str:
+    """Write a number that fits over a narrow bar."""
+    if ratio < 1:
+        return f"{ratio:.2f}".removeprefix("0")
+    return f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"

@@ -1,0 +1,201 @@
+"""``bench memory`` sees what any allocator takes, at its peak, and holds ours to its ceilings."""
+
+import json
+import mmap
+import threading
+
+import numpy as np
+import pytest
+
+from bench import memory, memory_cell, places, providers
+from bench.__main__ import main
+
+pytestmark = pytest.mark.skipif(bool(memory.why_not()), reason="memory is measured on Linux only")
+
+MB = 2**20
+ARGUMENTS = ("memory", "--quick", "--peers", "none")
+
+
+# --------------------------------------------------------------------------- what is measured
+
+
+def _mapped():
+    """Take memory that tracemalloc does not see, and keep half of it."""
+    maps = [mmap.mmap(-1, 40 * MB) for _ in range(2)]
+    for one in maps:
+        np.frombuffer(one, np.uint8)[:] = 1
+    maps[1].close()
+    return maps[0]
+
+
+def _by_a_thread():
+    held = []
+    thread = threading.Thread(target=lambda: held.append(np.ones(40 * MB // 8)))
+    thread.start()
+    thread.join()
+    return [*held, np.ones(40 * MB // 8)]
+
+
+def _nothing():
+    return None
+
+
+@pytest.mark.parametrize(("call", "expected"), [(_mapped, 80), (_by_a_thread, 80), (_nothing, 0)])
+def test_the_peak_holds_what_any_allocator_and_thread_took(call, expected):
+    gauge = memory_cell.gauge(places.open_backend("numpy"))
+    peak = memory_cell.peak_of(call, lambda result: None, gauge)
+    assert peak / MB == pytest.approx(expected, abs=4)
+
+
+def test_the_first_call_is_not_measured_and_the_largest_counts():
+    finished, peaks = [], iter([5, 9, 7])
+    gauge = memory_cell.Gauge(lambda: 1, lambda: next(peaks))
+    calls = iter("abcd")
+    assert memory_cell.peak_of(lambda: next(calls), finished.append, gauge) == 8
+    assert finished == list("abcd")
+
+
+class _Library:
+    """What the gauges use of torch and of CuPy."""
+
+    def __init__(self):
+        self.cuda = self
+        self.told = []
+        self.held = 100
+
+    def synchronize(self, device):
+        self.told.append("synchronize")
+
+    def reset_peak_memory_stats(self, device):
+        self.told.append("reset")
+
+    def free_all_blocks(self):
+        self.told.append("free")
+
+    def memory_allocated(self, device):
+        return self.held
+
+    def max_memory_allocated(self, device):
+        return 300
+
+    def total_bytes(self):
+        return self.held
+
+    def get_default_memory_pool(self):
+        return self
+
+
+def test_a_gpu_is_asked_for_its_allocator():
+    torch, cupy = _Library(), _Library()
+    gauge = memory_cell._torch(torch, "cuda:0")
+    assert (gauge.start(), gauge.peak()) == (100, 300)
+    assert torch.told == ["synchronize", "reset"]
+    gauge = memory_cell._cupy(cupy, "cuda:0")
+    assert gauge.start() == 100
+    cupy.held = 400
+    assert gauge.peak() == 400
+    assert cupy.told == ["free"]
+
+
+# --------------------------------------------------------------------------- the command
+
+
+def test_memory_runs_on_every_backend(backend_name, tmp_path, capsys):
+    path = tmp_path / "memory.json"
+    assert (
+        main([*ARGUMENTS, "--backend", backend_name, "--ops", "softmax", "--json", str(path)]) == 0
+    )
+    document = json.loads(path.read_text())
+    assert document["benchmark"] == "memory"
+    assert {"command", "commit", "machine", "threads", "versions"} <= document.keys()
+    first, *_ = document["cells"]
+    assert first["ours"]
+    assert first["path"]
+    for cell in document["cells"]:
+        assert not cell["problem"]
+        assert cell["held"]
+        # At least the result; a lazy or compiled one may not have been kept.
+        assert 0.9 <= cell["ratio"] < 20
+    assert "every ceiling held" in capsys.readouterr().out
+
+
+def _found(monkeypatch, **by_path):
+    """Measure nothing: each path of ours is said to take so many units of the input."""
+
+    def in_a_process(backend, cell):
+        path = "portable" if "portable" in cell.provider else "numpy tiles"
+        return {"peak_bytes": by_path[path.split()[-1]] * cell.input_bytes, "path": path}
+
+    monkeypatch.setattr(memory, "_in_a_process", in_a_process)
+
+
+@pytest.mark.parametrize(
+    ("operation", "ratio", "status"),
+    [
+        ("softmax", 1.1, 0),
+        ("softmax", 1.2, 1),
+        ("logsumexp", 0.1, 0),
+        ("logsumexp", 0.2, 1),
+        ("cross_entropy", 0.2, 1),
+        ("cross_entropy_value_and_grad", 1.2, 1),
+    ],
+)
+def test_a_kernel_has_a_ceiling_and_the_portable_path_none(
+    operation, ratio, status, monkeypatch, capsys
+):
+    _found(monkeypatch, tiles=ratio, portable=9.0)
+    assert main([*ARGUMENTS, "--ops", operation]) == status
+    out = capsys.readouterr().out
+    assert ("1 ceilings broken" in out) == bool(status)
+    assert "9.00" in out
+
+
+def test_autograd_has_no_ceiling(monkeypatch):
+    _found(monkeypatch, tiles=9.0)
+    place = places.open_backend("numpy")
+    some = [
+        providers.Provider(name, place, offer, ours=True)
+        for name, offer in {"ours": providers.ours, "ours, autograd": _as_ours}.items()
+    ]
+    cells = list(memory.measure("numpy", some, ["softmax"], [(4, 3)], ["float32"]))
+    assert [cell.held for cell in cells] == [False, True]
+
+
+def _as_ours(axis, reduction):
+    return providers.ours(axis, reduction)
+
+
+def test_a_path_that_is_the_same_is_measured_once(monkeypatch):
+    monkeypatch.setattr(memory, "_in_a_process", lambda *_: {"peak_bytes": 1.0, "path": "portable"})
+    some = providers.our_providers(places.open_backend("numpy"))
+    cells = list(memory.measure("numpy", some, ["softmax"], [(4, 3)], ["float32"]))
+    assert [cell.provider for cell in cells] == ["ours"]
+    assert cells[0].held
+
+
+def test_a_process_that_fails_says_why():
+    cell = memory.Cell("softmax", (4, 3), "float32", "nobody", True, 48)
+    assert "ValueError" in memory._in_a_process("numpy", cell)["problem"]
+    cell = memory.Cell("softmax", (4, 3), "int7", "ours", True, 48)
+    memory._fill(cell, memory._in_a_process("numpy", cell))
+    assert cell.problem.startswith("TypeError")
+    assert not cell.held
+    (line,) = memory.cells([cell])
+    assert cell.problem in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "1000x1000"], "shape 1000x1000 of float32 has 4 MB: the memory of a process"),
+        (
+            ["--ops", "softmax+backward"],
+            "unknown operation 'softmax+backward'; choose from softmax",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(arguments, message, capsys):
+    assert main([*ARGUMENTS, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1

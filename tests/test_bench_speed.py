@@ -1,0 +1,373 @@
+"""``bench speed`` times what is right, everyone in turn, and keeps what it measured."""
+
+import importlib.util
+import json
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from bench import copies, gpu, peers, places, providers, report, speed, tables
+from bench.__main__ import main
+from portable_softmax.kernels import _table
+
+TINY = speed.Effort(seconds=0.0, rounds=2, most=2, slice_s=1e-6)
+
+PROVENANCE = {"benchmark", "command", "date", "commit", "machine", "threads", "versions"}
+
+
+def _speed(*arguments):
+    return main(["speed", "--quick", "--shapes", "4x3", *arguments])
+
+
+def _measured(some, *operations, effort=TINY, dtype="float32"):
+    return list(speed.measure(some, list(operations), [(4, 3)], [dtype], effort))
+
+
+def _numpy(name, **offer):
+    return providers.Provider(name, places.open_backend("numpy"), lambda *options: offer)
+
+
+# --------------------------------------------------------------------------- the command
+
+
+def test_speed_runs_on_every_backend(backend_name, tmp_path, capsys):
+    path = tmp_path / "speed.json"
+    assert _speed("--backend", backend_name, "--peers", "own", "--json", str(path)) == 0
+    document = json.loads(path.read_text())
+    assert document.keys() == PROVENANCE | {"backend", "device", "peers", "gpu", "rows"}
+    assert document["command"].startswith("python -m bench speed --quick --shapes 4x3 --backend")
+    assert document["machine"].keys() == {"cpu", "cores", "system", "load_before"}
+    assert {"python", "numpy", "portable_softmax"} <= document["versions"].keys()
+    place = places.open_backend(backend_name)
+    roles = {role: [row for row in document["rows"] if row["role"] == role] for role in _ROLES}
+    assert {row["operation"] for row in roles["ours"]} == set(speed.default_operations(place))
+    assert all(row["path"] for row in roles["ours"])
+    assert {row["provider"] for row in roles["copy"]} >= {f"copy, {place.name}"}
+    names = {row["provider"] for row in roles["peer"]}
+    assert names == {peer.name for peer in providers.peers_at(place, slow_starts=False)[0]}
+    for row in document["rows"]:
+        assert not row["problem"]
+        assert 0 < row["min_s"] <= row["median_s"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes_moved"] / row["min_s"] / 1e9)
+    out = capsys.readouterr().out
+    assert "of copy" in out
+    assert "ours in short" in out
+
+
+_ROLES = ("ours", "peer", "copy")
+
+
+def test_all_peers_are_those_of_every_library_on_arrays_of_their_own():
+    place = places.open_backend("numpy")
+    everyone, missing = providers.everyone(place, "all", slow_starts=False)
+    others = {"torch": "torch", "jax": "jax.nn, jit"}
+    for library, peer in others.items():
+        if importlib.util.find_spec(library):
+            (found,) = [provider for provider in everyone if provider.name == peer]
+            assert found.place.name == library
+        else:
+            assert library in missing
+    own = providers.everyone(place, "own", slow_starts=False)[0]
+    assert {provider.place for provider in own} == {place}
+
+
+def test_each_operation_moves_what_it_must():
+    everyone = [_numpy("by hand", **peers.numpy_by_hand(-1, "mean"))]
+    rows = _measured(everyone, *peers.OPERATIONS)
+    moved = {row.operation: row.bytes_moved for row in rows if row.role == speed.PEER}
+    assert not any(row.problem for row in rows)
+    once = 4 * 3 * 4
+    assert moved == {
+        "softmax": 2 * once,
+        "log_softmax": 2 * once,
+        "logsumexp": once,
+        "cross_entropy": once,
+        "cross_entropy_value_and_grad": 2 * once,
+        "softmax+backward": 4 * once,
+        "log_softmax+backward": 4 * once,
+        "logsumexp+backward": 2 * once,
+    }
+
+
+def test_threads_are_those_of_the_libraries_and_of_the_variables(monkeypatch):
+    library = type("Library", (), {"get_num_threads": lambda: 7})
+    monkeypatch.setitem(sys.modules, "numba", library)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    threads = report._threads()
+    assert threads["numba"] == 7
+    assert threads["OMP_NUM_THREADS"] == "3"
+
+
+# --------------------------------------------------------------------------- our paths
+
+
+def test_the_portable_path_is_timed_where_there_is_a_kernel(monkeypatch):
+    only = {key: found for key, found in _table._BY_CALL.items() if key[1] == "softmax"}
+    monkeypatch.setattr(_table, "_BY_CALL", only)
+    ours = providers.our_providers(places.open_backend("numpy"))
+    rows = _measured(ours, "softmax", "cross_entropy_value_and_grad")
+    paths = {(row.operation, row.provider): row.path for row in rows if row.role == speed.OURS}
+    assert paths.pop(("softmax", "ours")) != "portable"
+    paths.pop(("softmax", "ours, no Numba"), None)
+    assert paths == {
+        ("softmax", "ours, portable"): "portable",
+        ("cross_entropy_value_and_grad", "ours"): "portable",
+    }
+
+
+def test_a_kernel_is_put_out_of_the_way_by_its_name(monkeypatch):
+    asked = []
+    monkeypatch.setattr(providers.kernels, "without", asked.append, raising=False)
+    providers._without("numpy tiles")()
+    assert asked == ["numpy tiles"]
+    assert providers._without("a kernel that is not here") is providers.nullcontext
+
+
+def test_a_line_in_the_table_adds_a_path(monkeypatch):
+    entered = []
+
+    @contextmanager
+    def without():
+        entered.append(True)
+        with providers.kernels.portable():
+            yield
+
+    line = providers.Path("ours, without", ("numpy",), context=without)
+    monkeypatch.setattr(providers, "PATHS", (*providers.PATHS[:1], line))
+    rows = _measured(providers.our_providers(places.open_backend("numpy")), "softmax")
+    ours = [row.provider for row in rows if row.role == speed.OURS]
+    assert ours == ["ours", "ours, without"]
+    assert entered
+
+
+@pytest.mark.libraries("torch", "jax")
+def test_backward_is_timed_where_there_is_autograd(backend_name):
+    place = places.open_backend(backend_name)
+    everyone, _ = providers.everyone(place, "own", slow_starts=False)
+    rows = _measured(everyone, "logsumexp+backward", "cross_entropy_value_and_grad")
+    found = {(row.operation, row.provider): row.problem for row in rows if row.role != speed.COPY}
+    ours, theirs = _WITH_AUTOGRAD[place.name]
+    for operation in ("logsumexp+backward", "cross_entropy_value_and_grad"):
+        assert found[operation, ours] == ""
+        assert found[operation, theirs] == ""
+
+
+_WITH_AUTOGRAD = {"torch": ("ours, autograd", "torch"), "jax": ("ours, jit, vjp", "jax.nn, jit")}
+
+
+@pytest.mark.libraries("torch")
+def test_torch_compiles_before_it_is_timed(backend_name):
+    place = places.open_backend(backend_name)
+    if why := peers.why_not_compiled(place):
+        pytest.skip(why)
+    everyone, _ = providers.everyone(place, "own")
+    compiled = [provider for provider in everyone if "compiled" in provider.name]
+    rows = _measured(compiled, "logsumexp")
+    timed = {row.provider: row for row in rows if row.role != speed.COPY}
+    assert timed.keys() == {"ours, compiled", "torch, compiled"}
+    for row in timed.values():
+        assert not row.problem
+        assert row.median_s < 0.1  # compiling takes longer
+
+
+# --------------------------------------------------------------------------- taking turns
+
+
+@pytest.mark.parametrize(
+    ("operation", "answer", "problem"),
+    [
+        ("softmax", lambda x, _: x, "wrong: relative error"),
+        ("softmax", lambda x, _: np.full_like(x, np.nan), "wrong: relative error nan"),
+        ("softmax", lambda x, _: x[:1], "wrong: shape (1, 3) instead of (4, 3)"),
+        ("softmax", lambda x, _: x.no_such_method(), "AttributeError"),
+        ("cross_entropy", lambda x, _: np.float32(1), "wrong: relative error"),
+        ("softmax+backward", lambda x, dy: _right(x, dy, dx=dy), "wrong: relative error"),
+        ("softmax+backward", lambda x, dy: _right(x, dy, y=x), "wrong: relative error"),
+        ("softmax", lambda x, _: (), "wrong: 0 results instead of 1"),
+    ],
+)
+def test_a_wrong_provider_is_not_timed(operation, answer, problem):
+    wrong = _numpy("wrong", **{operation: answer})
+    right = _numpy("right", **peers.numpy_by_hand(-1, "mean"))
+    rows = {row.provider: row for row in _measured([wrong, right], operation)}
+    assert rows["wrong"].problem.startswith(problem)
+    assert np.isnan(rows["wrong"].min_s)
+    assert rows["wrong"].rounds == 0
+    assert rows["right"].rounds >= 2
+    (line,) = [line for line in tables.cells(list(rows.values())) if "wrong" in line]
+    assert rows["wrong"].problem in line
+
+
+def _right(x, dy, **instead):
+    y, dx = peers.numpy_by_hand(-1, "mean")["softmax+backward"](x, dy)
+    return instead.get("y", y), instead.get("dx", dx)
+
+
+class _Clock:
+    """A clock by which each call takes as long as it says."""
+
+    name = "fake"
+
+    def __init__(self):
+        self.order = []
+
+    def seconds(self, call, repeats):
+        name, seconds = call()
+        self.order.append(name)
+        return seconds
+
+
+def test_everyone_takes_turns_and_who_is_slow_sits_out_first():
+    clock = _Clock()
+    turns = {
+        name: speed.Timed(lambda name=name, s=s: (name, s), clock, providers.nullcontext)
+        for name, s in {"slow": 1.0, "middle": 0.3, "fast": 0.01}.items()
+    }
+    times = speed._interleaved(turns, speed.Effort(seconds=1.5, rounds=3, most=10, slice_s=0.001))
+    assert {name: len(taken) for name, taken in times.items()} == {
+        "slow": 3,
+        "middle": 5,
+        "fast": 10,
+    }
+    first_rounds = clock.order[3:12]  # after one call each to count repeats
+    assert [set(first_rounds[i : i + 3]) for i in (0, 3, 6)] == [set(turns)] * 3
+    assert len({tuple(first_rounds[i : i + 3]) for i in (0, 3, 6)}) == 3
+
+
+def test_a_short_call_is_repeated():
+    clock = _Clock()
+    timed = speed.Timed(lambda: ("short", 1e-5), clock, providers.nullcontext)
+    assert speed._repeats(timed, speed.Effort(1, 1, 1, slice_s=1e-3)) == 100
+
+
+@pytest.mark.parametrize(("device", "numpy_too"), [("cpu", True), ("cuda:0", False)])
+def test_numpy_copies_wherever_the_host_works(device, numpy_too):
+    place = places.open_backend("numpy")
+    other = places.Place("other", "1", device, place.xp, None)
+    names = {copy.name for copy in copies.of([other])}
+    assert "copy, other" in names
+    assert ("copy, numpy" in names) == numpy_too
+
+
+def test_the_best_copy_is_the_whole():
+    rows = _measured([_numpy("right", **peers.numpy_by_hand(-1, "mean"))], "softmax")
+    shares = [row.share_of_copy for row in rows if row.role == speed.COPY]
+    assert max(shares) == 1
+    assert len(shares) == (2 if copies.cores() > 1 else 1)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+def test_threads_copy_every_row(rows):
+    x = np.random.default_rng(0).standard_normal((rows, 7))
+    y = copies.by_threads(x)
+    assert not np.shares_memory(x, y)
+    np.testing.assert_array_equal(x, y)
+
+
+def test_a_dtype_that_ours_has_not_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(places.Place, "dtypes", lambda self: ["float64"])
+    assert _speed("--backend", "numpy", "--dtypes", "float32") == 2
+    assert "numpy has no float32 here: float64" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- the GPU's clock
+
+
+class _Event:
+    """An event that is recorded when it is told to, as a stream would."""
+
+    def __init__(self, log):
+        self.log, self.at = log, None
+
+    def record(self):
+        self.log.append("record")
+        self.at = len(self.log)
+
+    def synchronize(self):
+        self.log.append("synchronize")
+
+
+def test_events_enclose_the_call_and_the_flush_stays_outside():
+    log = []
+    clock = gpu.EventClock(
+        event=lambda: _Event(log),
+        milliseconds=lambda start, end: 10.0 * (end.at - start.at),
+        flush=lambda: log.append("flush"),
+    )
+    seconds = clock.seconds(lambda: log.append("call"), 2)
+    assert log == [*["flush", "record", "call", "record"] * 2, "synchronize"]
+    assert seconds == pytest.approx(0.02)  # a mean, of milliseconds
+
+
+def test_the_host_waits_for_each_result():
+    finished, ticks = [], iter([1.0, 7.0])
+    clock = gpu.HostClock(finished.append, lambda: next(ticks))
+    assert clock.seconds(lambda: "result", 3) == 2.0
+    assert finished == ["result"] * 3
+
+
+def test_events_are_taken_where_the_library_has_them(monkeypatch):
+    made = gpu.EventClock(None, None, None)
+    monkeypatch.setitem(gpu._EVENTS, "numpy", lambda module, device: made)
+    place = places.open_backend("numpy")
+    assert gpu.clock(place).name == "perf_counter"
+    on_gpu = places.Place("numpy", place.version, "cuda:0", place.xp, "cuda:0")
+    assert gpu.clock(on_gpu) is made
+
+
+class _Cuda:
+    """What the clocks use of torch and of CuPy."""
+
+    def __init__(self):
+        self.buffers = []
+        self.cuda = self
+        self.int8 = "int8"
+
+    def get_device_properties(self, device):
+        return type("Properties", (), {"L2_cache_size": 50})
+
+    attributes = {"L2CacheSize": 50}  # noqa: RUF012 - a device of CuPy
+
+    def empty(self, size, **options):
+        self.buffers.append(size)
+        return self
+
+    def zero_(self):
+        self.buffers.append("written")
+
+    def fill(self, value):
+        self.buffers.append("written")
+
+    Event = get_elapsed_time = None
+
+
+@pytest.mark.parametrize("library", ["torch", "cupy"])
+def test_what_is_flushed_exceeds_the_cache(library):
+    cuda = _Cuda()
+    clock = gpu._EVENTS[library](cuda, cuda)
+    clock.flush()
+    assert cuda.buffers == [100, "written"]
+
+
+def test_the_state_of_a_gpu_is_read(monkeypatch):
+    place = places.open_backend("numpy")
+    on_gpu = places.Place("numpy", place.version, "cuda:1", place.xp, "cuda:1")
+    asked = []
+
+    def run(command, **options):
+        asked.append(command)
+        return type("Done", (), {"stdout": "NVIDIA X, 570.1, 1980 MHz, 2619 MHz, 41, 70.5 W\n"})
+
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
+    state = gpu.state(on_gpu, run)
+    assert state["clocks.sm"] == "1980 MHz"
+    assert state["temperature.gpu"] == "41"
+    assert asked[0][-2:] == ["-i", "1"]
+    assert gpu.state(place, run) is None
+
+    def broken(command, **options):
+        raise OSError
+
+    assert gpu.state(on_gpu, broken) is None
