@@ -19,8 +19,9 @@ import numpy as np
 
 from portable_softmax.kernels import _threads
 
-# A quarter of a common 1 MB L2 cache: a tile and what is computed from it fit beside each other.
-TILE_BYTES = 1 << 18
+# Half of a common 1 MB L2 cache: smaller tiles spend more on the calls, and threads on taking turns
+# between them.
+TILE_BYTES = 1 << 19
 
 # Rows shorter than this are transposed.
 SHORT = 128
@@ -76,6 +77,9 @@ class Layout:
         elements = TILE_BYTES // compute.itemsize
         if self.rows:
             step = max(1, elements // n)
+            if self.axis == 0 and step > 16:
+                # Classes a power of two apart would share one place in the cache.
+                step |= 16
             self.pieces: list[Any] = [slice(i, i + step) for i in range(0, before, step)]
         else:
             step = min(after, max(_RUN, elements // n))
@@ -93,7 +97,7 @@ class Layout:
         """Return a piece of an array of the shape (before, after)."""
         return array[piece, 0] if self.rows else array[piece]
 
-    def read(self, piece: Any, buffers: Buffers) -> Any:
+    def read(self, piece: Any, buffers: Buffers, name: str = "tile") -> Any:
         """Return a tile: a copy in scratch if `copies`, else the array itself, not to be written.
 
         A copy even of a single row, whose transpose NumPy would call contiguous as it is.
@@ -101,29 +105,29 @@ class Layout:
         tile = self.view(self.x, piece)
         if not self.copies:
             return tile
-        copy = buffers.take("tile", tile.shape)
+        copy = buffers.take(name, tile.shape)
         np.copyto(copy, tile, casting="unsafe")
         return copy
 
-    def some(self, which: Any, x: Any, buffers: Buffers) -> Any:
-        """Return a copy of some of a tile's positions."""
+    def again(self, piece: Any, which: Any, buffers: Buffers) -> Any:
+        """Return some positions of a tile, which may have been worked on in place since."""
+        x = self.read(piece, buffers, "again")
+        if which.size == x.shape[1 - self.axis]:
+            return x
         shape = (x.shape[0], which.size) if self.axis == 0 else (which.size, x.shape[1])
         return np.take(x, which, axis=1 - self.axis, out=buffers.take("some", shape), mode="clip")
 
     def redo(
-        self, which: Any, x: Any, y: Any, buffers: Buffers, work: Callable[[Any, Any], None]
+        self, piece: Any, which: Any, y: Any, buffers: Buffers, work: Callable[[Any, Any], None]
     ) -> None:
         """Call ``work(x, y)`` for some positions of a tile: it reads `x` and writes `y`."""
-        if which.size == x.shape[1 - self.axis]:
+        x = self.again(piece, which, buffers)
+        if x.shape == y.shape:
             work(x, y)
             return
-        some = self.some(which, x, buffers)
-        answer = buffers.take("some result", some.shape)
-        work(some, answer)
-        if self.axis == 0:
-            y[:, which] = answer
-        else:
-            y[which] = answer
+        answer = buffers.take("answer", x.shape)
+        work(x, answer)
+        y[(slice(None), which) if self.axis == 0 else which] = answer
 
     def run(self, work: Callable[[int, Any, Buffers], None]) -> None:
         """Call ``work(i, piece, buffers)`` for each piece, on threads if the array is large."""

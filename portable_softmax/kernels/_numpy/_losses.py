@@ -81,12 +81,12 @@ def losses(call: LossCall, layout: Layout, labels: Any, *, with_grad: bool) -> t
             ignored = np.flatnonzero(index == ignore)
             index[ignored] = 0
         u = None if weight is None else weight[index]
-        scale = None
+        scale: Any = None
         if with_grad:
             scale = 1.0 / divisor if divisor else 0.0
             scale = np.asarray(scale, call.compute) if u is None else u * call.compute.type(scale)
             target = layout.view(gradients, piece)
-            y = buffers.take("result", x.shape) if layout.copies else target
+            y = x if layout.copies else target
         else:
             y = None
         at_label = _Labels(index, axis)
@@ -103,9 +103,9 @@ def losses(call: LossCall, layout: Layout, labels: Any, *, with_grad: bool) -> t
                 loss[unfit] = _precise(x, y, few_labels, axis, few_scale, buffers)
 
             if y is not None:
-                layout.redo(unfit, x, y, buffers, precise)
+                layout.redo(piece, unfit, y, buffers, precise)
             else:
-                precise(layout.some(unfit, x, buffers) if few else x, None)
+                precise(layout.again(piece, unfit, buffers), None)
         if u is not None:
             never = (u == 0.0) & np.isinf(loss)
             loss[never] = 0.0

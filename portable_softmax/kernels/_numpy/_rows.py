@@ -45,16 +45,17 @@ def log_softmax(call: RowsCall, layout: Layout) -> Any:
 
     def work(_: int, piece: Any, buffers: Buffers) -> None:
         x, target = layout.read(piece, buffers), layout.view(answers, piece)
-        y = buffers.take("result", x.shape) if layout.copies else target
+        y = x if layout.copies else target
         if call.temperature != 1.0:
-            precise(x, y, buffers)
+            everything = np.arange(x.shape[1 - axis])
+            layout.redo(piece, everything, y, buffers, lambda x, y: precise(x, y, buffers))
         else:
             s = _maths.differences_and_sum(x, _maths.maximum(x, axis), y, axis, buffers)
             unfit = _maths.unfit(s, n)
             if unfit is None or unfit.size < s.size:
                 np.subtract(y, np.log(s), out=y)
             if unfit is not None:
-                layout.redo(unfit, x, y, buffers, lambda x, y: precise(x, y, buffers))
+                layout.redo(piece, unfit, y, buffers, lambda x, y: precise(x, y, buffers))
         if layout.copies:
             np.copyto(target, y, casting="unsafe")
 
@@ -73,10 +74,9 @@ def logsumexp(call: RowsCall, layout: Layout) -> Any:
         m = _maths.maximum(x, axis)
         s = _maths.sum_of_exps(x, m, axis, buffers)
         value = (m + np.log(s)).reshape(-1)
-        unfit = _maths.unfit(s, n)
+        unfit = _maths.unfit_logsumexp(s, value, n)
         if unfit is not None:
-            some = x if unfit.size == s.size else layout.some(unfit, x, buffers)
-            m, rest = _maths.fold(some, None, axis, buffers)
+            m, rest = _maths.fold(layout.again(piece, unfit, buffers), None, axis, buffers)
             value[unfit] = np.where(np.isinf(m), m, m + np.log1p(rest)).reshape(-1)
         layout.positions(answers, piece)[...] = value
 
