@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from portable_softmax.kernels._calls import Call, LossCall, RowsCall
-from portable_softmax.kernels._numpy import _general, _losses, _rows
+from portable_softmax.kernels._numpy import _general, _losses, _rows, _small
 from portable_softmax.kernels._numpy._layout import layout
+
+# What takes a small array before the call is even checked: (its type, operation) -> function.
+SHORTCUTS = {(np.ndarray, name): function for name, function in _small.SHORTCUTS.items()}
 
 
 def missing() -> str:
