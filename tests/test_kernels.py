@@ -36,7 +36,7 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize("operation", [*FAMILY, *LOSSES])
 def test_the_path_that_explain_names_is_taken(calls, operation):
-    x = np.ones((2, 3))
+    x = np.ones((2, 3), np.float16)  # no shortcut
     arguments = (x, np.asarray([0, 1])) if operation in LOSSES else (x,)
     assert kernels.explain(operation, x).startswith("numpy tiles: row tiles in cache; not numba")
     getattr(ps, operation)(*arguments)
@@ -137,29 +137,9 @@ def test_tiles_of_a_loss_answer_as_the_portable_path(shape, dtype):
                     * np.finfo(compute).eps
                     * np.max(np.abs(other), initial=0, where=other == other)
                 )
+                # A subnormal half is rounded to a whole unit, to either side of a tie.
+                terms += np.finfo(dtype).smallest_subnormal
                 np.testing.assert_allclose(one, other, rtol=unit, atol=terms)
-
-
-@pytest.mark.parametrize("operation", [*FAMILY, *LOSSES])
-def test_small_and_large_arrays_take_different_ways(monkeypatch, operation):
-    """A small contiguous array is worked on as a whole, anything else in tiles."""
-    cuts = []
-    real = _numpy._tiles
-    monkeypatch.setattr(_numpy, "_tiles", lambda *a: cuts.extend(real(*a)) or iter(cuts))
-
-    def tiles(x):
-        cuts.clear()
-        labels = (np.zeros(len(x), np.int64),) if operation in LOSSES else ()
-        options = {} if operation in LOSSES else {"axis": 1}
-        getattr(ps, operation)(x, *labels, **options)
-        return len(cuts)
-
-    rows = _numpy.TILE_BYTES // 8 // 4
-    assert tiles(np.zeros((rows, 4))) == 0
-    assert tiles(np.zeros((rows + 1, 4))) == 2
-    assert tiles(np.zeros((4, 8)).T) == 1  # not in rows
-    assert tiles(np.zeros((8, 4), np.float16)) == 1  # computed in another dtype
-    assert tiles(np.zeros((8, 4), ">f8")) == 1
 
 
 def test_a_one_row_tile_is_no_view_of_the_input():

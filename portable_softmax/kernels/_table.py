@@ -122,6 +122,8 @@ def _module(kernel: Kernel) -> Any:
     found = _MODULES.get(kernel.module)
     if found is None:
         found = _MODULES[kernel.module] = import_module(kernel.module)
+        for key, function in getattr(found, "SHORTCUTS", {}).items():
+            SHORTCUTS.setdefault(key, function)
     return found
 
 

@@ -1,0 +1,91 @@
+"""Any other call: the portable functions on tiles, every pass but the first in cache.
+
+The array is cut along its longest batch axis, and each piece is worked on as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from portable_softmax import portable
+from portable_softmax.kernels import _threads
+from portable_softmax.kernels._calls import LossCall, RowsCall
+from portable_softmax.kernels._numpy._layout import THREADED_BYTES, TILE_BYTES
+
+Cut = tuple[slice, ...]
+
+
+def rows(call: RowsCall) -> Any:
+    """softmax, log_softmax and logsumexp, the last with its axes kept."""
+    x, axes, compute = call.x, call.axes, call.compute
+    where = None if call.where is None else np.broadcast_to(call.where, x.shape)
+    kept = call.operation != "logsumexp"
+    shape = [n if kept or a not in axes else 1 for a, n in enumerate(x.shape)]
+    out = np.empty(shape, call.answer)
+
+    def work(cut: Cut) -> None:
+        tile = x[cut].astype(compute, order="C", copy=False)
+        mask = None if where is None else where[cut]
+        if call.operation == "logsumexp":
+            out[cut] = portable.logsumexp(np, tile, axes, where=mask)[0]
+        else:
+            function = getattr(portable, call.operation)
+            out[cut] = function(np, tile, axes, where=mask, temperature=call.temperature)
+
+    _run(work, x, axes, compute)
+    return out
+
+
+def losses(call: LossCall) -> tuple[Any, Any]:
+    """Return the reduced loss, and its gradient or None; a mean's is scaled while in cache."""
+    x, axis, options, compute = call.x, call.axis, call.options, call.compute
+    target = call.target()
+    with_grad = call.operation == "cross_entropy_value_and_grad"
+    where = None if options.where is None else np.broadcast_to(options.where, x.shape)
+    loss = np.empty([1 if a == axis else n for a, n in enumerate(x.shape)], compute)
+    grad = np.empty(x.shape, call.answer) if with_grad else None
+    divisor = None
+    if options.reduction == "mean":
+        divisor = portable.nothing_to_inf(np, portable.mean_divisor(np, loss, target))
+
+    def work(cut: Cut) -> None:
+        tile = x[cut].astype(compute, order="C", copy=False)
+        there = portable.Target(*(None if part is None else part[cut] for part in target))
+        unreduced = options._replace(reduction="none", where=None if where is None else where[cut])
+        if grad is None:
+            value = portable.cross_entropy(np, tile, there, axis, unreduced)
+        else:
+            value, slope = portable.cross_entropy_value_and_grad(np, tile, there, axis, unreduced)
+            grad[cut] = slope if divisor is None else np.divide(slope, divisor, out=slope)
+        loss[cut] = np.expand_dims(value, axis)
+
+    _run(work, x, (axis,), compute)
+    return portable.reduced(np, loss, target, axis, options.reduction).astype(call.answer), grad
+
+
+def _run(work: Callable[[Cut], None], x: Any, axes: tuple[int, ...], compute: Any) -> None:
+    cuts = _cuts(x, axes, compute)
+    if x.nbytes < THREADED_BYTES:
+        for cut in cuts:
+            work(cut)
+    else:
+        _threads.run(work, cuts)
+
+
+def _cuts(x: Any, axes: tuple[int, ...], compute: Any) -> list[Cut]:
+    """Return the cuts of `x` along its longest batch axis, each of about `TILE_BYTES`."""
+    batch = [a for a in range(x.ndim) if a not in axes]
+    if not batch or x.size == 0:
+        return [(slice(None),) * x.ndim]
+    axis = max(batch, key=lambda a: x.shape[a])
+    n = x.shape[axis]
+    step = max(1, TILE_BYTES * n // (x.size * compute.itemsize))
+    before, after = (slice(None),) * axis, (slice(None),) * (x.ndim - axis - 1)
+    return [
+        (*before, slice(i * step, min((i + 1) * step, n)), *after)
+        for i in range(math.ceil(n / step))
+    ]

@@ -1,0 +1,162 @@
+"""How an array is cut into tiles that stay in cache, and what they are worked on in.
+
+An array whose reduced axes lie side by side is seen as (before, C, after). Its tiles have one axis
+of classes and one of positions:
+
+    rows      nothing after: n rows of C, as they lie in memory
+    short     the same with a small C: n rows, transposed into a copy, since loops over a few
+              numbers cost more than the numbers
+    columns   C rows of some of what is after, as they lie in memory
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from portable_softmax.kernels import _threads
+
+# Half of a common 1 MB L2 cache: smaller tiles spend more on the calls, and threads on taking turns
+# between them.
+TILE_BYTES = 1 << 19
+
+# Rows shorter than this are transposed.
+SHORT = 128
+
+# From here on, threads: below it, starting them costs more than they save.
+THREADED_BYTES = 1 << 20
+
+# The shortest run of columns that is worth a loop of its own.
+_RUN = 64
+
+
+class Buffers:
+    """The scratch of one thread: arrays by name, made once and used for all of its tiles."""
+
+    def __init__(self, dtype: Any) -> None:
+        self._dtype = dtype
+        self._flat: dict[str, Any] = {}
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Any:
+        """Return the array of this name, of undefined content."""
+        n = math.prod(shape)
+        flat = self._flat.get(name)
+        if flat is None or flat.size < n:
+            flat = self._flat[name] = np.empty(n, self._dtype)
+        return flat[:n].reshape(shape)
+
+
+def chunks(tile: Any, axis: int) -> list[tuple[slice, ...]]:
+    """Return the cuts along its classes of a tile that is larger than a tile should be."""
+    n = tile.shape[axis]
+    step = TILE_BYTES * n // (tile.size * tile.itemsize)
+    if n <= max(step, 1):
+        return [(slice(None),)]
+    before = (slice(None),) * axis
+    step = max(step, 1)
+    return [(*before, slice(i, i + step)) for i in range(0, n, step)]
+
+
+class Layout:
+    """An array, seen as (before, C, after), and the tiles that it is cut into."""
+
+    def __init__(self, x: Any, shape: tuple[int, int, int], compute: Any) -> None:
+        before, n, after = shape
+        self.x = x.reshape(shape)
+        self.compute = compute
+        self.shape = before, after
+        """The shape of what there is one of per position."""
+        self.axis = 1 if after == 1 and n >= SHORT else 0
+        self.rows = after == 1
+        """Whether nothing comes after, so that a position's classes lie side by side."""
+        self.copies = (self.rows and self.axis == 0) or x.dtype != compute
+        """Whether a tile is a copy in scratch, that may be worked on in place."""
+        elements = TILE_BYTES // compute.itemsize
+        if self.rows:
+            step = max(1, elements // n)
+            if self.axis == 0 and step > 16:
+                # Classes a power of two apart would share one place in the cache.
+                step |= 16
+            self.pieces: list[Any] = [slice(i, i + step) for i in range(0, before, step)]
+        else:
+            step = min(after, max(_RUN, elements // n))
+            cuts = [slice(i, i + step) for i in range(0, after, step)]
+            self.pieces = [(a, cut) for a in range(before) for cut in cuts]
+
+    def view(self, array: Any, piece: Any) -> Any:
+        """Return a piece of an array of this shape, with the classes along `axis`."""
+        if not self.rows:
+            return array[piece[0], :, piece[1]]
+        rows = array[piece, :, 0]
+        return rows if self.axis == 1 else rows.T
+
+    def positions(self, array: Any, piece: Any) -> Any:
+        """Return a piece of an array of the shape (before, after)."""
+        return array[piece, 0] if self.rows else array[piece]
+
+    def read(self, piece: Any, buffers: Buffers, name: str = "tile") -> Any:
+        """Return a tile: a copy in scratch if `copies`, else the array itself, not to be written.
+
+        A copy even of a single row, whose transpose NumPy would call contiguous as it is.
+        """
+        tile = self.view(self.x, piece)
+        if not self.copies:
+            return tile
+        copy = buffers.take(name, tile.shape)
+        np.copyto(copy, tile, casting="unsafe")
+        return copy
+
+    def again(self, piece: Any, which: Any, buffers: Buffers) -> Any:
+        """Return some positions of a tile, which may have been worked on in place since."""
+        x = self.read(piece, buffers, "again")
+        if which.size == x.shape[1 - self.axis]:
+            return x
+        shape = (x.shape[0], which.size) if self.axis == 0 else (which.size, x.shape[1])
+        return np.take(x, which, axis=1 - self.axis, out=buffers.take("some", shape), mode="clip")
+
+    def redo(
+        self, piece: Any, which: Any, y: Any, buffers: Buffers, work: Callable[[Any, Any], None]
+    ) -> None:
+        """Call ``work(x, y)`` for some positions of a tile: it reads `x` and writes `y`."""
+        x = self.again(piece, which, buffers)
+        if x.shape == y.shape:
+            work(x, y)
+            return
+        answer = buffers.take("answer", x.shape)
+        work(x, answer)
+        y[(slice(None), which) if self.axis == 0 else which] = answer
+
+    def run(self, work: Callable[[int, Any, Buffers], None]) -> None:
+        """Call ``work(i, piece, buffers)`` for each piece, on threads if the array is large."""
+        free: list[Buffers] = []
+
+        def one(numbered: tuple[int, Any]) -> None:
+            buffers = free.pop() if free else Buffers(self.compute)
+            try:
+                work(*numbered, buffers)
+            finally:
+                free.append(buffers)
+
+        numbered = list(enumerate(self.pieces))
+        # Broadcasting a number a row copies it out to the size of the buffer, unless rows are
+        # longer than that. The user's size is back when the caller's errstate ends.
+        if self.axis == 1 and self.x.shape[1] >= 256:
+            np.setbufsize(256)
+        if self.x.nbytes < THREADED_BYTES:
+            for piece in numbered:
+                one(piece)
+        else:
+            _threads.run(one, numbered)
+
+
+def layout(x: Any, axes: tuple[int, ...], compute: Any) -> Layout | None:
+    """Return how `x` is cut, or None if it is not one block in memory with its axes together."""
+    first, last = min(axes), max(axes)
+    if not x.flags.c_contiguous or last - first + 1 != len(axes) or x.size == 0:
+        return None
+    shape = x.shape
+    before, n = math.prod(shape[:first]), math.prod(shape[first : last + 1])
+    return Layout(x, (before, n, math.prod(shape[last + 1 :])), compute)

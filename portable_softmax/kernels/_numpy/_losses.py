@@ -1,0 +1,189 @@
+"""The cross-entropy of class indices, with or without its gradient, in tiles.
+
+Bytes moved: one read of the logits and the labels, and one write of the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from portable_softmax.kernels._calls import LossCall
+from portable_softmax.kernels._numpy import _maths
+from portable_softmax.kernels._numpy._layout import Buffers, Layout
+
+# Labels are checked and counted in pieces, so that nothing of their size is made.
+_LABELS = 1 << 16
+
+
+def labels_of(call: LossCall, layout: Layout | None) -> Any:
+    """Return the labels in the layout's positions, or None for what is not worked on here.
+
+    That is a distribution, an option that changes the terms of the sum, and a label without a
+    class: `LossCall.target` has the error for it, or the nan.
+    """
+    options = call.options
+    plain = options.where is None and options.softcap is None
+    plain = plain and options.label_smoothing == 0.0 and options.z_loss == 0.0
+    if layout is None or not call.indices or not plain:
+        return None
+    labels = call.labels.reshape(layout.shape)
+    n = layout.x.shape[1]
+    if labels.min() >= 0 and labels.max() < n:
+        return labels
+    ignore = options.ignore_index
+    if ignore is None:
+        return None
+    for part in _parts(labels):
+        if not (((part >= 0) & (part < n)) | (part == ignore)).all():
+            return None
+    return labels
+
+
+def _parts(labels: Any) -> list[Any]:
+    flat = labels.reshape(-1)
+    return [flat[i : i + _LABELS] for i in range(0, flat.size, _LABELS)]
+
+
+def divisor_of(call: LossCall, labels: Any) -> float:
+    """Return what a mean divides by: the weights of the labels that count, or their number."""
+    weight, ignore = call.options.weight, call.options.ignore_index
+    if weight is None and ignore is None:
+        return float(labels.size)
+    sums = []
+    for part in _parts(labels):
+        counted = part if ignore is None else part[part != ignore]
+        sums.append(counted.size if weight is None else weight[counted].sum())
+    return float(np.sum(sums, dtype=call.compute))
+
+
+def losses(call: LossCall, layout: Layout, labels: Any, *, with_grad: bool) -> tuple[Any, Any]:
+    """Return the reduced loss, and its gradient or None."""
+    options, axis, n = call.options, layout.axis, layout.x.shape[1]
+    weight, ignore, reduction = options.weight, options.ignore_index, options.reduction
+    divisor = divisor_of(call, labels) if reduction == "mean" else 1.0
+    none, sums = None, np.zeros(len(layout.pieces), call.compute)
+    if reduction == "none":
+        none = np.empty(call.labels.shape, call.answer)
+        positions = none.reshape(layout.shape)
+    grad = gradients = None
+    if with_grad:
+        grad = np.empty(call.x.shape, call.answer)
+        gradients = grad.reshape(layout.x.shape)
+
+    def work(i: int, piece: Any, buffers: Buffers) -> None:
+        x = layout.read(piece, buffers)
+        index = layout.positions(labels, piece).astype(np.intp)
+        ignored = None
+        if ignore is not None:
+            ignored = np.flatnonzero(index == ignore)
+            index[ignored] = 0
+        u = None if weight is None else weight[index]
+        scale: Any = None
+        if with_grad:
+            scale = 1.0 / divisor if divisor else 0.0
+            scale = np.asarray(scale, call.compute) if u is None else u * call.compute.type(scale)
+            target = layout.view(gradients, piece)
+            y = x if layout.copies else target
+        else:
+            y = None
+        at_label = _Labels(index, axis)
+        loss, s = _plain(x, y, at_label, axis, scale, buffers)
+        if ignored is not None:
+            s.reshape(-1)[ignored] = math.inf
+        unfit = _maths.unfit(s, n)
+        if unfit is not None:
+            few = unfit.size < index.size
+            few_labels = _Labels(index[unfit], axis) if few else at_label
+            few_scale = scale if scale is None or scale.ndim == 0 else scale[unfit]
+
+            def precise(x: Any, y: Any) -> None:
+                loss[unfit] = _precise(x, y, few_labels, axis, few_scale, buffers)
+
+            if y is not None:
+                layout.redo(piece, unfit, y, buffers, precise)
+            else:
+                precise(layout.again(piece, unfit, buffers), None)
+        if u is not None:
+            never = (u == 0.0) & np.isinf(loss)
+            loss[never] = 0.0
+            loss *= u
+        if ignored is not None:
+            loss[ignored] = 0.0
+        if none is not None:
+            layout.positions(positions, piece)[...] = loss
+        else:
+            sums[i] = np.add.reduce(loss)
+        if with_grad:
+            if ignored is not None:
+                y[(slice(None), ignored) if axis == 0 else ignored] = 0.0
+            if layout.copies:
+                np.copyto(target, y, casting="unsafe")
+
+    layout.run(work)
+    if none is not None:
+        return none, grad
+    loss = np.add.reduce(sums)
+    if reduction == "mean":
+        loss = loss / call.compute.type(divisor) if divisor else call.compute.type(math.nan)
+    return loss, grad
+
+
+class _Labels:
+    """Where the labels' entries are in a tile."""
+
+    def __init__(self, index: Any, axis: int) -> None:
+        self._index = index
+        self._axis = axis
+
+    def _at(self, tile: Any) -> Any:
+        numbers = np.arange(self._index.size)
+        if self._axis == 0:
+            return self._index * tile.shape[1] + numbers
+        return self._index + numbers * tile.shape[1]
+
+    def get(self, tile: Any) -> Any:
+        if tile.flags.c_contiguous:
+            return tile.reshape(-1).take(self._at(tile))
+        return tile[self._index, np.arange(self._index.size)]
+
+    def put(self, tile: Any, values: Any) -> None:
+        if tile.flags.c_contiguous:
+            tile.reshape(-1)[self._at(tile)] = values
+        else:
+            tile[self._index, np.arange(self._index.size)] = values
+
+
+def _plain(
+    x: Any, y: Any, labels: _Labels, axis: int, scale: Any, buffers: Buffers
+) -> tuple[Any, Any]:
+    """Return the losses and the sums of exps, and write p - t, scaled, to `y`."""
+    m = _maths.maximum(x, axis)
+    gap = m.reshape(-1) - labels.get(x)
+    if y is None:
+        s = _maths.sum_of_exps(x, m, axis, buffers)
+    else:
+        s = _maths.exps(x, m, y, axis, buffers)
+        flat = s.reshape(-1)
+        # No cancellation: s is at least 2 where this is kept.
+        _scale(y, labels, labels.get(y) - flat, scale / flat, axis)
+    return gap + np.log(s).reshape(-1), s
+
+
+def _precise(
+    x: Any, y: Any, labels: _Labels, axis: int, scale: Any, buffers: Buffers
+) -> Any:  # fmt: skip
+    """Return the losses by max and rest, and write p - t, scaled, to `y`."""
+    m, rest = _maths.fold(x, y, axis, buffers)
+    gap, flat = m.reshape(-1) - labels.get(x), rest.reshape(-1)
+    if y is not None:
+        # At the label of a confident row, exp - 1 is an exact 0: minus the rest, digits and all.
+        _scale(y, labels, (labels.get(y) - 1.0) - flat, scale / (1.0 + flat), axis)
+    return gap + np.log1p(flat)
+
+
+def _scale(y: Any, labels: _Labels, at_label: Any, factor: Any, axis: int) -> None:
+    np.multiply(y, np.expand_dims(factor, axis), out=y)
+    labels.put(y, at_label * factor)
