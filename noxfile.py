@@ -331,7 +331,7 @@ def read_report(path: Path) -> Report | None:
     failed = count["failures"] + count["errors"]
 
     def values(name: str) -> str:
-        found = suite.iterfind(f"properties/property[@name='{name}']")
+        found = suite.iterfind(f".//property[@name='{name}']")
         return ", ".join(dict.fromkeys(p.get("value") for p in found)) or "-"
 
     return Report(

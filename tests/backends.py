@@ -168,6 +168,19 @@ class TorchCuda(Torch):
         return "" if torch.cuda.is_available() else "no CUDA device here"
 
 
+class TorchNumba(Torch):
+    """CPU tensors of torch, of any size, through the kernels compiled by Numba."""
+
+    name = "torch-numba"
+
+    @classmethod
+    def missing(cls):
+        return super().missing() or Numba.missing()
+
+    def version(self):
+        return f"{super().version()}, numba {importlib.import_module('numba').__version__}"
+
+
 class Jax(Backend):
     name = library = "jax"
     differentiates = True
@@ -249,8 +262,8 @@ class Cupy(Backend):
 
 
 BACKENDS: dict[str, type[Backend]] = {
-    cls.name: cls for cls in (NumPy, Numba, Strict, Torch, TorchCuda, Jax, Dask, Cupy)
+    cls.name: cls for cls in (NumPy, Numba, Strict, Torch, TorchCuda, TorchNumba, Jax, Dask, Cupy)
 }
 
-# Those that differ by library or device: Numba is another way to compute on NumPy's arrays.
-LIBRARIES = tuple(name for name in BACKENDS if name != "numba")
+# Those that differ by library or device: Numba is another way to compute on the same arrays.
+LIBRARIES = tuple(name for name in BACKENDS if "numba" not in name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 import pytest
-from backends import BACKENDS, Backend
+from backends import BACKENDS, LIBRARIES, Backend
 from hypothesis import settings
 
 from portable_softmax.kernels import _numba, _table
@@ -45,7 +45,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_KEY] = _chosen(config)
 
 
+_REPORTED = pytest.StashKey[bool]()
 _KEY = pytest.StashKey[tuple[str, ...]]()
+_REPORTED = pytest.StashKey[bool]()
 
 
 def _backend(name: str) -> Backend:
@@ -65,18 +67,27 @@ def xp(backend_name: str) -> Backend:
     return _backend(backend_name)
 
 
+@pytest.fixture
+def arrays_of(backend_name: str) -> str:
+    """The backend's name, in tests of what knows libraries and devices only."""
+    if backend_name not in LIBRARIES:
+        pytest.skip("a way to compute, and no library of its own")
+    return backend_name
+
+
 @pytest.fixture(autouse=True)
 def _numba_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numba's kernels take every call on their backend, and none in the tests of others."""
+    """Numba's kernels take every call on their backends, and none in the tests of others."""
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    wanted = params.get("backend_name") == "numba"
+    wanted = params.get("backend_name") in ("numba", "torch-numba")
     if wanted or request.node.get_closest_marker("numba"):
         if why := BACKENDS["numba"].missing():
             pytest.skip(why)
         if wanted:
             monkeypatch.setattr(_numba, "ENOUGH", 0)
         return
-    monkeypatch.setitem(_table._MISSING, _numba.__name__, "left out of this test")
+    for module in {kernel.module for kernel in _table.TABLE if kernel.name == "numba rows"}:
+        monkeypatch.setitem(_table._MISSING, module, "left out of this test")
     monkeypatch.setattr(_table, "SHORTCUTS", {})
 
 
@@ -116,11 +127,12 @@ def da(xp: Backend):
     return importlib.import_module("dask.array")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _report(request: pytest.FixtureRequest, record_testsuite_property) -> None:
-    """Leave what the table of results wants to know in the report."""
-    for name in request.config.stash[_KEY]:
+@pytest.fixture(autouse=True)
+def _report(request: pytest.FixtureRequest, record_property) -> None:
+    """Leave what the table of results wants to know in the report, beside a process's first test."""
+    for name in request.config.stash[_KEY] if not request.config.stash.get(_REPORTED, False) else ():
         backend = _backend(name)
-        record_testsuite_property("backend", name)
-        record_testsuite_property("version", backend.version())
-        record_testsuite_property("device", backend.device_name())
+        record_property("backend", name)
+        record_property("version", backend.version())
+        record_property("device", backend.device_name())
+    request.config.stash[_REPORTED] = True

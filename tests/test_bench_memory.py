@@ -100,10 +100,10 @@ def test_a_gpu_is_asked_for_its_allocator():
 # --------------------------------------------------------------------------- the command
 
 
-def test_memory_runs_on_every_backend(backend_name, tmp_path, capsys):
+def test_memory_runs_on_every_backend(arrays_of, tmp_path, capsys):
     path = tmp_path / "memory.json"
     assert (
-        main([*ARGUMENTS, "--backend", backend_name, "--ops", "softmax", "--json", str(path)]) == 0
+        main([*ARGUMENTS, "--backend", arrays_of, "--ops", "softmax", "--json", str(path)]) == 0
     )
     document = json.loads(path.read_text())
     assert document["benchmark"] == "memory"

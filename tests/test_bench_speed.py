@@ -32,15 +32,15 @@ def _numpy(name, **offer):
 # --------------------------------------------------------------------------- the command
 
 
-def test_speed_runs_on_every_backend(backend_name, tmp_path, capsys):
+def test_speed_runs_on_every_backend(arrays_of, tmp_path, capsys):
     path = tmp_path / "speed.json"
-    assert _speed("--backend", backend_name, "--peers", "own", "--json", str(path)) == 0
+    assert _speed("--backend", arrays_of, "--peers", "own", "--json", str(path)) == 0
     document = json.loads(path.read_text())
     assert document.keys() == PROVENANCE | {"backend", "device", "peers", "gpu", "rows"}
     assert document["command"].startswith("python -m bench speed --quick --shapes 4x3 --backend")
     assert document["machine"].keys() == {"cpu", "cores", "system", "load_before"}
     assert {"python", "numpy", "portable_softmax"} <= document["versions"].keys()
-    place = places.open_backend(backend_name)
+    place = places.open_backend(arrays_of)
     roles = {role: [row for row in document["rows"] if row["role"] == role] for role in _ROLES}
     assert {row["operation"] for row in roles["ours"]} == set(speed.default_operations(place))
     assert all(row["path"] for row in roles["ours"])
@@ -143,8 +143,8 @@ def test_a_line_in_the_table_adds_a_path(monkeypatch):
 
 
 @pytest.mark.libraries("torch", "jax")
-def test_backward_is_timed_where_there_is_autograd(backend_name):
-    place = places.open_backend(backend_name)
+def test_backward_is_timed_where_there_is_autograd(arrays_of):
+    place = places.open_backend(arrays_of)
     everyone, _ = providers.everyone(place, "own", slow_starts=False)
     rows = _measured(everyone, "logsumexp+backward", "cross_entropy_value_and_grad")
     found = {(row.operation, row.provider): row.problem for row in rows if row.role != speed.COPY}
@@ -158,8 +158,8 @@ _WITH_AUTOGRAD = {"torch": ("ours, autograd", "torch"), "jax": ("ours, jit, vjp"
 
 
 @pytest.mark.libraries("torch")
-def test_torch_compiles_before_it_is_timed(backend_name):
-    place = places.open_backend(backend_name)
+def test_torch_compiles_before_it_is_timed(arrays_of):
+    place = places.open_backend(arrays_of)
     if why := peers.why_not_compiled(place):
         pytest.skip(why)
     everyone, _ = providers.everyone(place, "own")

@@ -11,8 +11,6 @@ import portable_softmax as ps
 from portable_softmax import kernels
 from portable_softmax.kernels import _numba
 
-pytest.importorskip("numba", reason="numba is not installed")
-
 LABELS = [0, 3, 2]
 
 
@@ -37,6 +35,9 @@ def ran(monkeypatch):
     for name in kernels._table.OPERATIONS:
         monkeypatch.setattr(_numba, name, spied(name, getattr(_numba, name)))
     return seen
+
+
+pytestmark = pytest.mark.numba
 
 
 def functions(xp):
