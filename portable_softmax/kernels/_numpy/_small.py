@@ -48,25 +48,17 @@ def _maxima(x: Any) -> tuple[Any, Any]:
     return at, x.take(at).reshape(n, 1)
 
 
-def _unfit(m: Any, s: Any, low: float, far: float, tiny: float) -> Any:
-    """Return the rows that are not good in the plain form, or None if there are none."""
-    if (
-        np.minimum.reduce(m, None) >= low
-        and np.maximum.reduce(m, None) <= far
-        and np.minimum.reduce(s, None) >= tiny
-    ):
-        return None
-    return np.flatnonzero(~((m >= low) & (m <= far) & (s >= tiny)))
-
-
 def _rest(x: Any, at: Any, m: Any) -> tuple[Any, Any]:
     """Return the rests, and the rows to fold again."""
     e = np.exp(x)
     e.put(at, 0.0)
     s = _sum(e, 1, None, None, True)
     far, tiny = _maths.RANGES[x.dtype]
-    unfit = _unfit(m, s, -far, far, tiny)
-    return np.multiply(s, np.exp(-m), s), unfit
+    unfit = None
+    # A sum that is not tiny has no maximum far below 0.
+    if not (np.minimum.reduce(s, None) >= tiny and np.maximum.reduce(m, None) <= far):
+        unfit = np.flatnonzero(~((m <= far) & (s >= tiny)))
+    return np.divide(s, np.exp(m), s), unfit
 
 
 def _fold(rows: Any) -> tuple[Any, Any]:
@@ -189,23 +181,30 @@ def _gradient(x: Any, at: Any, m: Any, label: Any, gap: Any, scale: float) -> tu
     s = _sum(e, 1, None, None, True)
     e.put(at, top)
     far, tiny = _maths.RANGES[x.dtype]
-    unfit = _unfit(m, s, _maths.LOW_FOR_PROBABILITIES, far, tiny)
-    shrink = np.exp(-m)
-    rest = np.multiply(s, shrink, s)
+    low = _maths.LOW_FOR_PROBABILITIES
+    unfit = None
+    if not (
+        np.minimum.reduce(s, None) >= tiny
+        and np.maximum.reduce(m, None) <= far
+        and np.minimum.reduce(m, None) >= low
+    ):
+        unfit = np.flatnonzero(~((m <= far) & (m >= low) & (s >= tiny)))
+    grown = np.exp(m)
+    rest = np.divide(s, grown, s)
     if unfit is not None:
         some = np.empty((unfit.size, x.shape[1]), x.dtype)
         rest[unfit] = _maths.fold(x[unfit], some, 1, Buffers(x.dtype))[1]
         e[unfit] = some
-        shrink[unfit] = 1.0
+        grown[unfit] = 1.0
     # At the label of a confident row exp - 1 is an exact 0: minus the rest, digits and all.
     at_label = e.take(label)
-    at_label *= shrink.reshape(-1)
+    at_label /= grown.reshape(-1)
     at_label[gap == 0.0] = 1.0
     at_label -= 1.0
     at_label -= rest.reshape(-1)
     factor = np.divide(scale, rest + 1.0)
     at_label *= factor.reshape(-1)
-    factor *= shrink
+    factor /= grown
     np.multiply(e, factor, e)
     e.put(label, at_label)
     return rest, e
