@@ -105,7 +105,7 @@ def losses(call: LossCall, layout: Layout, labels: Any, *, with_grad: bool) -> t
             if y is not None:
                 layout.redo(piece, unfit, y, buffers, precise)
             else:
-                precise(layout.again(piece, unfit, buffers), None)
+                precise(layout.again(piece, unfit, buffers, x), None)
         if u is not None:
             never = (u == 0.0) & np.isinf(loss)
             loss[never] = 0.0

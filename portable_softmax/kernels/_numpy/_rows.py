@@ -75,7 +75,7 @@ def logsumexp(call: RowsCall, layout: Layout) -> Any:
         value = (m + np.log1p(rest)).reshape(-1)
         unfit = _maths.near_zero(value, unfit)
         if unfit is not None:
-            m, rest = _maths.fold(layout.again(piece, unfit, buffers), None, axis, buffers)
+            m, rest = _maths.fold(layout.again(piece, unfit, buffers, x), None, axis, buffers)
             value[unfit] = np.where(np.isinf(m), m, m + np.log1p(rest)).reshape(-1)
         layout.positions(answers, piece)[...] = value
 
