@@ -54,12 +54,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def run(function: Callable[[Piece], Any], pieces: Sequence[Piece]) -> None:
+def run(
+    function: Callable[[Piece], Any], pieces: Sequence[Piece], *, at_most: int = sys.maxsize
+) -> None:
     """Call ``function(piece)`` for each piece, on several threads where they are free.
 
     The first exception is raised when all threads have stopped; what is left is not begun.
     """
-    others = min(limit(), len(pieces)) - 1
+    others = min(limit(), len(pieces), at_most) - 1
     pool = _pool
     if others < 1 or not pool.taken.acquire(blocking=False):
         for piece in pieces:
@@ -110,16 +112,19 @@ def limit() -> int:
     return max(1, min(_cores(), _openmp(), _threadpoolctl()))
 
 
-@cache
+_GROUP = Path("/sys/fs/cgroup")
+
+
 def _cores() -> int:
     """Return how many cores this process may use, by its affinity and its control group."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1  # not Linux
-    return min(cores, _quota(Path("/sys/fs/cgroup")))
+    return min(cores, _quota(_GROUP))
 
 
+@cache
 def _quota(group: Path) -> int:
     """Return the cores that the control group (version 2, then 1) grants, rounded up."""
     try:

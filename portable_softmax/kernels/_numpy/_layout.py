@@ -29,6 +29,9 @@ SHORT = 128
 # From here on, threads: below it, starting them costs more than they save.
 THREADED_BYTES = 1 << 20
 
+# Scratch is at most five tiles a thread, and at most 15 % of an array that is not small.
+_BYTES_A_THREAD = 5 * TILE_BYTES * 100 // 15
+
 # The shortest run of columns that is worth a loop of its own.
 _RUN = 64
 
@@ -109,9 +112,10 @@ class Layout:
         np.copyto(copy, tile, casting="unsafe")
         return copy
 
-    def again(self, piece: Any, which: Any, buffers: Buffers) -> Any:
-        """Return some positions of a tile, which may have been worked on in place since."""
-        x = self.read(piece, buffers, "again")
+    def again(self, piece: Any, which: Any, buffers: Buffers, x: Any = None) -> Any:
+        """Return some positions of a tile: of `x`, or if that was written to, of a new copy."""
+        if x is None:
+            x = self.read(piece, buffers, "again")
         if which.size == x.shape[1 - self.axis]:
             return x
         shape = (x.shape[0], which.size) if self.axis == 0 else (which.size, x.shape[1])
@@ -149,7 +153,7 @@ class Layout:
             for piece in numbered:
                 one(piece)
         else:
-            _threads.run(one, numbered)
+            _threads.run(one, numbered, at_most=max(2, self.x.nbytes // _BYTES_A_THREAD))
 
 
 def layout(x: Any, axes: tuple[int, ...], compute: Any) -> Layout | None:

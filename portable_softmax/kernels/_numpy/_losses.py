@@ -61,7 +61,7 @@ def divisor_of(call: LossCall, labels: Any) -> float:
 
 def losses(call: LossCall, layout: Layout, labels: Any, *, with_grad: bool) -> tuple[Any, Any]:
     """Return the reduced loss, and its gradient or None."""
-    options, axis, n = call.options, layout.axis, layout.x.shape[1]
+    options, axis = call.options, layout.axis
     weight, ignore, reduction = options.weight, options.ignore_index, options.reduction
     divisor = divisor_of(call, labels) if reduction == "mean" else 1.0
     none, sums = None, np.zeros(len(layout.pieces), call.compute)
@@ -90,10 +90,10 @@ def losses(call: LossCall, layout: Layout, labels: Any, *, with_grad: bool) -> t
         else:
             y = None
         at_label = _Labels(index, axis)
-        loss, s = _plain(x, y, at_label, axis, scale, buffers)
-        if ignored is not None:
-            s.reshape(-1)[ignored] = math.inf
-        unfit = _maths.unfit(s, n)
+        loss, unfit = _plain(x, y, at_label, axis, scale, buffers)
+        if ignored is not None and unfit is not None:
+            unfit = np.setdiff1d(unfit, ignored, assume_unique=True)
+            unfit = unfit if unfit.size else None
         if unfit is not None:
             few = unfit.size < index.size
             few_labels = _Labels(index[unfit], axis) if few else at_label
@@ -105,7 +105,7 @@ def losses(call: LossCall, layout: Layout, labels: Any, *, with_grad: bool) -> t
             if y is not None:
                 layout.redo(piece, unfit, y, buffers, precise)
             else:
-                precise(layout.again(piece, unfit, buffers), None)
+                precise(layout.again(piece, unfit, buffers, x), None)
         if u is not None:
             never = (u == 0.0) & np.isinf(loss)
             loss[never] = 0.0
@@ -159,17 +159,23 @@ class _Labels:
 def _plain(
     x: Any, y: Any, labels: _Labels, axis: int, scale: Any, buffers: Buffers
 ) -> tuple[Any, Any]:
-    """Return the losses and the sums of exps, and write p - t, scaled, to `y`."""
-    m = _maths.maximum(x, axis)
-    gap = m.reshape(-1) - labels.get(x)
-    if y is None:
-        s = _maths.sum_of_exps(x, m, axis, buffers)
-    else:
-        s = _maths.exps(x, m, y, axis, buffers)
-        flat = s.reshape(-1)
-        # No cancellation: s is at least 2 where this is kept.
-        _scale(y, labels, labels.get(y) - flat, scale / flat, axis)
-    return gap + np.log(s).reshape(-1), s
+    """Return the losses and where they are not good, and write p - t, scaled, to `y`."""
+    at_label = labels.get(x)
+    e: Any = None
+    if y is not None:
+        e = buffers.take("exps", x.shape) if y is x else y
+    m, rest, shrink, unfit = _maths.plain(x, e, axis, buffers)
+    gap, rest = m.reshape(-1) - at_label, rest.reshape(-1)
+    if y is not None:
+        shrink = shrink.reshape(-1)
+        factor = scale / (1.0 + rest)
+        # At the label of a confident row exp - 1 is an exact 0: minus the rest, digits and all.
+        at_label = np.where(gap == 0.0, 1.0, labels.get(e) * shrink)
+        at_label -= 1.0
+        at_label -= rest
+        np.multiply(e, np.expand_dims(factor * shrink, axis), out=y)
+        labels.put(y, at_label * factor)
+    return gap + np.log1p(rest), unfit
 
 
 def _precise(
@@ -177,13 +183,10 @@ def _precise(
 ) -> Any:  # fmt: skip
     """Return the losses by max and rest, and write p - t, scaled, to `y`."""
     m, rest = _maths.fold(x, y, axis, buffers)
-    gap, flat = m.reshape(-1) - labels.get(x), rest.reshape(-1)
+    gap, rest = m.reshape(-1) - labels.get(x), rest.reshape(-1)
     if y is not None:
-        # At the label of a confident row, exp - 1 is an exact 0: minus the rest, digits and all.
-        _scale(y, labels, (labels.get(y) - 1.0) - flat, scale / (1.0 + flat), axis)
-    return gap + np.log1p(flat)
-
-
-def _scale(y: Any, labels: _Labels, at_label: Any, factor: Any, axis: int) -> None:
-    np.multiply(y, np.expand_dims(factor, axis), out=y)
-    labels.put(y, at_label * factor)
+        factor = scale / (1.0 + rest)
+        at_label = (labels.get(y) - 1.0) - rest
+        np.multiply(y, np.expand_dims(factor, axis), out=y)
+        labels.put(y, at_label * factor)
+    return gap + np.log1p(rest)

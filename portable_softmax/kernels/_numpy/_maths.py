@@ -6,8 +6,7 @@ What there is one of per position keeps it, with length 1.
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,13 +18,18 @@ _FEW = 16
 
 def maximum(x: Any, axis: int) -> Any:
     """Return the maximum over the classes."""
+    return maximum_at(x, axis)[0]
+
+
+def maximum_at(x: Any, axis: int) -> tuple[Any, Any]:
+    """Return the maximum over the classes and, along rows, its place in the flat tile."""
     if axis == 0:
-        return np.maximum.reduce(x, axis=0, keepdims=True)
+        return np.maximum.reduce(x, axis=0, keepdims=True), None
     # Along rows `argmax` costs a fraction of `maximum.reduce`, and finds a nan as well.
     n, c = x.shape
     at = x.argmax(axis=1)
     at += np.arange(0, n * c, c)
-    return x.reshape(-1).take(at).reshape(n, 1)
+    return x.reshape(-1).take(at).reshape(n, 1), at
 
 
 def total(x: Any, axis: int, buffers: Buffers) -> Any:
@@ -56,8 +60,9 @@ def sum_of(sums: list[Any]) -> Any:
 # --------------------------------------------------------------------------- the plain form
 
 
-def exps(x: Any, m: Any, out: Any, axis: int, buffers: Buffers, temperature: float = 1.0) -> Any:
-    """Write exp((x - m) / temperature) and return its sum."""
+def exps(x: Any, out: Any, axis: int, buffers: Buffers, temperature: float = 1.0) -> Any:
+    """Write exp((x - max) / temperature) and return its sum."""
+    m = maximum(x, axis)
     sums = []
     for cut in chunks(x, axis):
         e = np.subtract(x[cut], m, out=out[cut])
@@ -68,49 +73,114 @@ def exps(x: Any, m: Any, out: Any, axis: int, buffers: Buffers, temperature: flo
     return sum_of(sums)
 
 
-def differences_and_sum(x: Any, m: Any, out: Any, axis: int, buffers: Buffers) -> Any:
-    """Write x - m and return the sum of its exponentials."""
-    sums = []
-    for cut in chunks(x, axis):
-        d = np.subtract(x[cut], m, out=out[cut])
-        e = np.exp(d, out=buffers.take("exps", d.shape))
-        sums.append(total(e, axis, buffers))
-    return sum_of(sums)
+class Plain(NamedTuple):
+    """A tile's state from exp(x), not shifted: no difference is rounded, and no pass spent on it.
+
+    Good where exp(max) is far from overflow and underflow, and what the maximum leaves is normal.
+    """
+
+    max: Any
+    rest: Any  # sum of exp(x) without one maximum, times exp(-max)
+    shrink: Any  # exp(-max)
+    unfit: Any  # the positions where the plain form is not good; None if there are none
 
 
-def sum_of_exps(x: Any, m: Any, axis: int, buffers: Buffers) -> Any:
-    """Return the sum of exp(x - m)."""
-    sums = []
+class _Range(NamedTuple):
+    far: float  # exp of this, times any number of classes, is finite
+    tiny: float  # the sum of fewer than 1e6 terms that underflow is nothing beside this
+
+
+RANGES = {
+    np.dtype(t): _Range(far, float(np.finfo(t).smallest_normal) * 1e6 / float(np.finfo(t).eps))
+    for t, far in ((np.float32, 48.0), (np.float64, 600.0))
+}
+
+# Below this maximum, exp(x) of a class underflows although its probability does not.
+LOW_FOR_PROBABILITIES = -8.0
+
+
+def plain(x: Any, out: Any, axis: int, buffers: Buffers) -> Plain:
+    """Fold a tile that is not written to; `out` takes exp(x), None drops it."""
+    m, at = maximum_at(x, axis)
+    shrink = np.exp(-m)
+    sums, e = [], None
     for cut in chunks(x, axis):
         part = x[cut]
-        e = np.subtract(part, m, out=buffers.take("exps", part.shape))
-        np.exp(e, out=e)
-        sums.append(total(e, axis, buffers))
-    return sum_of(sums)
+        e = buffers.take("exps", part.shape) if out is None else out[cut]
+        np.exp(part, out=e)
+        if axis == 0:
+            sums.append(total(e, axis, buffers))
+        else:
+            sums.append(_sum_without(e, at, cut, keep=out is not None))
+    s = sum_of(sums)
+    rest = s * shrink
+    if axis == 0:
+        rest -= 1.0
+        # From 1 on, the maximum's 1 costs the rest no digits.
+        if not np.minimum.reduce(rest, axis=None) >= 1.0:
+            e = e if out is None and len(sums) == 1 else out
+            fine = rest >= 1.0
+            others, ties = _others(x, m, e, buffers)
+            s = np.where(fine, s, others)
+            rest = np.where(fine, rest, others * shrink + ties)
+    far, tiny = RANGES[x.dtype]
+    low = -far if out is None else LOW_FOR_PROBABILITIES
+    if (
+        np.minimum.reduce(m, axis=None) >= low
+        and np.maximum.reduce(m, axis=None) <= far
+        and np.minimum.reduce(s, axis=None) >= tiny
+    ):
+        return Plain(m, rest, shrink, None)
+    fit = (m >= low) & (m <= far) & (s >= tiny)
+    return Plain(m, rest, shrink, np.flatnonzero(~fit))
 
 
-def unfit(s: Any, n: int) -> Any:
-    """Return the positions whose sum of `n` terms is too small for the plain form, or is nan.
+def _sum_without(e: Any, at: Any, cut: tuple[slice, ...], *, keep: bool) -> Any:
+    """Sum along rows, the entries at flat places left out."""
+    flat = e.reshape(-1)
+    if len(cut) > 1:  # a chunk of a single row
+        start = cut[1].start
+        at = at[(at >= start) & (at < start + flat.size)] - start
+    kept = flat.take(at) if keep else None
+    flat.put(at, 0.0)
+    s = np.add.reduce(e, axis=1, keepdims=True)
+    if keep:
+        flat.put(at, kept)
+    return s
 
-    The plain form takes the logarithm of s = sum exp(x - max) as it is. From 2 on, the maximum's
-    1 costs the rest, s - 1, no digits. A difference is off by half a unit in its last place, which
-    is 4u below 8. What lies further off are less than n terms of less than exp(-8), each off by
-    less than 8u * exp(-8): at most 1/e of a rest of n * exp(-7). So the rest is within 6u, beside
-    the errors of exp and of the sum.
+
+def _others(x: Any, m: Any, e: Any, buffers: Buffers) -> tuple[Any, Any]:
+    """Sum exp(x) over the first axis without the maxima; return how many more than one there are.
+
+    `e` is exp(x), or None to compute it once more.
     """
-    bound = 1.0 + max(1.0, n * math.exp(-7.0))
-    if np.minimum.reduce(s, axis=None) >= bound:
-        return None
-    return np.flatnonzero(~(s.reshape(-1) >= bound))
+    sums, counts = [], []
+    for cut in chunks(x, 0):
+        part = x[cut]
+        below = part < m
+        others = buffers.take("others", part.shape)
+        if e is None:
+            np.exp(part, out=others)
+            np.multiply(others, below, out=others)
+        else:
+            np.multiply(e[cut], below, out=others)
+        sums.append(total(others, 0, buffers))
+        counts.append(below)
+    ties: Any = 0.0
+    if sum(map(np.count_nonzero, counts)) != x.size - m.size:
+        ties = sum_of([np.add.reduce(~c, axis=0, dtype=x.dtype, keepdims=True) for c in counts])
+        ties -= 1.0
+    return sum_of(sums), ties
 
 
-def unfit_logsumexp(s: Any, value: Any, n: int) -> Any:
-    """Return what `unfit` does, and the values near 0: there max + log(s) cancels."""
-    size = np.abs(value)
-    if np.minimum.reduce(size) >= 1.0:
-        return unfit(s, n)
-    np.copyto(s.reshape(-1), 0.0, where=~(size >= 1.0))
-    return unfit(s, n)
+def near_zero(value: Any, unfit: Any) -> Any:
+    """Add the logsumexps near 0 to the unfit: there max + log1p(rest) cancels."""
+    small = ~(np.abs(value) >= 1.0)
+    if not small.any():
+        return unfit
+    if unfit is not None:
+        small[unfit] = True
+    return np.flatnonzero(small)
 
 
 # --------------------------------------------------------------------------- the precise form

@@ -1,19 +1,18 @@
 """Small arrays, where the calls cost more than the numbers: each formula in as few as it takes.
 
 Each function takes what the public function was called with, and answers None for a call that it
-leaves to the usual way: other options, another layout, an infinity or a nan in a row.
-
-The place of the maximum is at hand, so its term is left out of the sum, as everywhere. The
-rounding errors of the differences are put back only where they count: one is at most 4u below 8,
-and the terms further off than that are at most 1/e of a rest of n * exp(-7).
+leaves to the usual way: other options, another layout, a label without a class. What stands in a
+row changes nothing for the others. The formulas are those of `_maths.plain` and `_maths.fold`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
+
+from portable_softmax.kernels._numpy import _maths
+from portable_softmax.kernels._numpy._layout import Buffers
 
 # From about here on the usual way costs the same, for short rows and for others:
 # `python -m bench speed --backend numpy --shapes 320x10,800x10,16x1000,64x1000`.
@@ -49,21 +48,21 @@ def _maxima(x: Any) -> tuple[Any, Any]:
     return at, x.take(at).reshape(n, 1)
 
 
-def _fold(x: Any, m: Any, d: Any, e: Any) -> Any:
-    """Return the rest, or None beside an infinity or a nan; `e` is exp(d), 0 at the maximum."""
-    rest = _sum(e, 1, None, None, True)
-    if np.minimum.reduce(rest, None) >= x.shape[1] * math.exp(-7.0):
-        return rest
-    # Knuth's two-sum: the error of d is (x - (d - t)) - (m + t), with t = d - x.
-    t = d - x
-    error = d - t
-    np.subtract(x, error, error)
-    np.add(m, t, t)
-    np.subtract(error, t, error)
-    error += 1.0
-    np.multiply(e, error, e)
-    rest = _sum(e, 1, None, None, True)
-    return rest if np.minimum.reduce(rest, None) >= 0.0 else None
+def _rest(x: Any, at: Any, m: Any) -> tuple[Any, Any]:
+    """Return the rests, and the rows to fold again."""
+    e = np.exp(x)
+    e.put(at, 0.0)
+    s = _sum(e, 1, None, None, True)
+    far, tiny = _maths.RANGES[x.dtype]
+    unfit = None
+    # A sum that is not tiny has no maximum far below 0.
+    if not (np.minimum.reduce(s, None) >= tiny and np.maximum.reduce(m, None) <= far):
+        unfit = np.flatnonzero(~((m <= far) & (s >= tiny)))
+    return np.divide(s, np.exp(m), s), unfit
+
+
+def _fold(rows: Any) -> tuple[Any, Any]:
+    return _maths.fold(rows, None, 1, Buffers(rows.dtype))  # type: ignore[no-any-return]
 
 
 def softmax(x: Any, axis: Any, temperature: Any) -> Any:
@@ -85,12 +84,10 @@ def log_softmax(x: Any, axis: Any, temperature: Any) -> Any:
         return None
     with np.errstate(all="ignore"):
         at, m = _maxima(rows)
+        rest, unfit = _rest(rows, at, m)
+        if unfit is not None:
+            rest[unfit] = _fold(rows[unfit])[1]
         d = rows - m
-        e = np.exp(d)
-        e.put(at, 0.0)
-        rest = _fold(rows, m, d, e)
-        if rest is None:
-            return None
         np.subtract(d, np.log1p(rest, rest), d)
     return d.reshape(x.shape)
 
@@ -102,17 +99,14 @@ def logsumexp(x: Any, axis: Any, keepdims: Any) -> Any:
         return None
     with np.errstate(all="ignore"):
         at, m = _maxima(rows)
-        d = rows - m
-        e = np.exp(d)
-        e.put(at, 0.0)
-        rest = _fold(rows, m, d, e)
-        if rest is None:
-            return None
-        m += np.log1p(rest, rest)
+        rest, unfit = _rest(rows, at, m)
+        value = m + np.log1p(rest, rest)
         # Near 0 the two cancel, and every error counts.
-        if not np.minimum.reduce(np.abs(m, rest), None) >= 1.0:
-            return None
-    return m.reshape(x.shape[:-1]) if x.ndim > 1 else m[0, 0]
+        if unfit is not None or not np.minimum.reduce(np.abs(value, rest), None) >= 1.0:
+            again = _maths.near_zero(value.reshape(-1), unfit)
+            m, rest = _fold(rows[again])
+            value[again] = np.where(np.isinf(m), m, m + np.log1p(rest))
+    return value.reshape(x.shape[:-1]) if x.ndim > 1 else value[0, 0]
 
 
 def cross_entropy(x: Any, labels: Any, axis: Any, *options: Any) -> Any:
@@ -157,38 +151,63 @@ def _losses(
     n, c = rows.shape
     if np.maximum.reduce(labels.view(_UNSIGNED[labels.dtype]), None) >= c:
         return None
+    scale = 1.0 / n if reduction == "mean" else 1.0
     with np.errstate(all="ignore"):
         at, m = _maxima(rows)
-        d = rows - m
-        e = np.exp(d)
-        e.put(at, 0.0)
-        rest = _fold(rows, m, d, e)
-        if rest is None:
-            return None
         label = labels.reshape(-1) + np.arange(0, n * c, c)
-        # The label's difference is the loss but for the normaliser: (max - x_label) + log1p(rest).
-        loss = np.log1p(rest).reshape(-1)
-        loss -= d.take(label)
-        if reduction == "none":
-            loss = loss.reshape(labels.shape) if labels.ndim else loss[0]
+        loss = m.reshape(-1) - rows.take(label)
+        grad = None
+        if with_grad:
+            rest, grad = _gradient(rows, at, m, label, loss, scale)
         else:
-            loss = np.add.reduce(loss)
-            if reduction == "mean":
-                loss = loss / n
-        if not with_grad:
-            return loss, None
-        e.put(at, 1.0)
-        rest = rest.reshape(-1)
-        # At the label of a confident row exp - 1 is an exact 0: minus the rest, digits and all.
-        at_label = e.take(label)
-        at_label -= 1.0
-        at_label -= rest
-        rest += 1.0
-        factor = np.divide(1.0 / n if reduction == "mean" else 1.0, rest, rest)
-        np.multiply(e, factor.reshape(n, 1), e)
-        at_label *= factor
-        e.put(label, at_label)
-    return loss, e.reshape(x.shape)
+            rest, unfit = _rest(rows, at, m)
+            if unfit is not None:
+                rest[unfit] = _fold(rows[unfit])[1]
+        loss += np.log1p(rest, rest).reshape(-1)
+    if reduction == "none":
+        loss = loss.reshape(labels.shape) if labels.ndim else loss[0]
+    else:
+        loss = np.add.reduce(loss)
+        if reduction == "mean":
+            loss = loss / n
+    return loss, None if grad is None else grad.reshape(x.shape)
+
+
+def _gradient(x: Any, at: Any, m: Any, label: Any, gap: Any, scale: float) -> tuple[Any, Any]:
+    """Return the rests and p - t, scaled."""
+    e = np.exp(x)
+    top = e.take(at)
+    e.put(at, 0.0)
+    s = _sum(e, 1, None, None, True)
+    e.put(at, top)
+    far, tiny = _maths.RANGES[x.dtype]
+    low = _maths.LOW_FOR_PROBABILITIES
+    unfit = None
+    if not (
+        np.minimum.reduce(s, None) >= tiny
+        and np.maximum.reduce(m, None) <= far
+        and np.minimum.reduce(m, None) >= low
+    ):
+        unfit = np.flatnonzero(~((m <= far) & (m >= low) & (s >= tiny)))
+    grown = np.exp(m)
+    rest = np.divide(s, grown, s)
+    if unfit is not None:
+        some = np.empty((unfit.size, x.shape[1]), x.dtype)
+        rest[unfit] = _maths.fold(x[unfit], some, 1, Buffers(x.dtype))[1]
+        e[unfit] = some
+        grown[unfit] = 1.0
+    # At the label of a confident row exp - 1 is an exact 0: minus the rest, digits and all.
+    at_label = e.take(label)
+    at_label /= grown.reshape(-1)
+    at_label[gap == 0.0] = 1.0
+    at_label -= 1.0
+    at_label -= rest.reshape(-1)
+    factor = np.divide(scale, rest + 1.0)
+    at_label *= factor.reshape(-1)
+    factor /= grown
+    np.multiply(e, factor, e)
+    e.put(label, at_label)
+    return rest, e
 
 
 SHORTCUTS = {
