@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,24 @@ class TorchCuda(Torch):
         return "" if torch.cuda.is_available() else "no CUDA device here"
 
 
+class Triton(Torch):
+    """CPU tensors of torch, on which Triton's interpreter runs the kernels."""
+
+    name = "triton"
+
+    @classmethod
+    def missing(cls):
+        if why := super().missing():
+            return why
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return "" if interpreted else "TRITON_INTERPRET is not 1"
+
+    def device_name(self):
+        return "triton's interpreter"
+
+
 class Jax(Backend):
     name = library = "jax"
     differentiates = True
@@ -234,5 +253,5 @@ class Cupy(Backend):
 
 
 BACKENDS: dict[str, type[Backend]] = {
-    cls.name: cls for cls in (NumPy, Strict, Torch, TorchCuda, Jax, Dask, Cupy)
+    cls.name: cls for cls in (NumPy, Strict, Torch, TorchCuda, Triton, Jax, Dask, Cupy)
 }

@@ -50,6 +50,16 @@ TABLE = (
         module="portable_softmax.kernels._numpy",
         operations=(*ROWS, *LOSSES),
     ),
+    *(
+        Kernel(
+            name="triton rows",
+            why="rows in registers, or folded as they pass by",
+            library=library,
+            module="portable_softmax.kernels._triton",
+            operations=(*ROWS, *VJPS),
+        )
+        for library in ("torch", "cupy")
+    ),
 )
 
 
