@@ -56,7 +56,7 @@ TABLE = (
             why="rows in registers, or folded as they pass by",
             library=library,
             module="portable_softmax.kernels._triton",
-            operations=(*ROWS, *VJPS),
+            operations=OPERATIONS,
         )
         for library in ("torch", "cupy")
     ),

@@ -81,7 +81,9 @@ def _wrong_options(call: Call) -> str:
 
 
 def _differentiated(call: Call) -> str:
-    arrays = (call.x, getattr(call, "dy", None))
+    arrays = [call.x, getattr(call, "dy", None)]
+    if isinstance(call, LossCall):
+        arrays += [call.labels, call.options.weight]
     if any(getattr(a, "requires_grad", False) for a in arrays):
         return "it takes a derivative"
     return ""
@@ -120,3 +122,17 @@ def log_softmax_vjp(call: VjpCall) -> Any:
     from portable_softmax.kernels._triton._launch import pull_back
 
     return pull_back(call)
+
+
+def cross_entropy(call: LossCall) -> Any:
+    """Return the reduced loss."""
+    from portable_softmax.kernels._triton import _launch
+
+    return _launch.cross_entropy(call, gradient=False)[0]
+
+
+def cross_entropy_value_and_grad(call: LossCall) -> tuple[Any, Any]:
+    """Return the reduced loss and its gradient."""
+    from portable_softmax.kernels._triton import _launch
+
+    return _launch.cross_entropy(call, gradient=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import triton.language as tl
 
 from portable_softmax import _arrays
-from portable_softmax.kernels._calls import RowsCall, VjpCall
-from portable_softmax.kernels._triton import _layout, _rows, _sizes, _torch
+from portable_softmax.kernels._calls import LossCall, RowsCall, VjpCall
+from portable_softmax.kernels._triton import _layout, _loss, _rows, _sizes, _torch
 
 
 def _library(call: Any) -> ModuleType:
@@ -126,6 +127,15 @@ class Plan:
                 },
             )
 
+    def run_small(self, kernel: Any, arrays: Sequence[Any], numbers: dict[str, Any]) -> None:
+        """Launch a kernel that has one entry a row to work on."""
+        at, rows = self.layout, _sizes.SMALL_ROWS
+        blocks = -(-at.lead // rows)
+        given = {**self.numbers(), **numbers, "lead_blocks": blocks, "ROWS": rows}
+        given |= {"ALONG": at.along, "UNIT": at.unit}
+        given = {k: v for k, v in given.items() if k in kernel.arg_names}
+        self.library.run(kernel, (blocks * at.other,), tuple(arrays), given)
+
     def states(self, count: int) -> list[Any]:
         """Return room for what the parts of each row leave, if there are parts."""
         first = next(iter(self.arrays.values()))
@@ -136,7 +146,7 @@ class Plan:
 
 
 # The strides of an array that a call may lack.
-_ABSENT = frozenset(f"{name}_{axis}" for name in "wt" for axis in ("lead", "other", "class"))
+_ABSENT = frozenset(f"{name}_{axis}" for name in "wtlg" for axis in ("lead", "other", "class"))
 
 
 def forward(call: RowsCall) -> Any:
@@ -162,3 +172,85 @@ def pull_back(call: VjpCall) -> Any:
     arrays = (plan.arrays["x"], plan.arrays["d"], plan.arrays["y"], *plan.states(1))
     plan.run(_rows.pull_back, arrays, {"OP": call.operation})
     return plan.arrays["y"]
+
+
+def cross_entropy(call: LossCall, *, gradient: bool) -> tuple[Any, Any]:
+    """Return the reduced loss in the dtype of the computation, and the gradient if asked for.
+
+    With `check_labels` one flag is read back, which waits for the device; nothing else does.
+    """
+    xp, options = call.xp, call.options
+    lib = _library(call)
+    full, out = {"x": call.x}, {"o": ("rows", call.compute)}
+    masks = {} if options.where is None else {"w": options.where}
+    rows = {}
+    if call.indices:
+        rows["l"] = xp.expand_dims(lib.bare(call.labels), axis=call.axis)
+    else:
+        full["t"] = call.labels
+    if gradient:
+        out["g"] = ("full", call.answer)
+    plan = Plan(call, (call.axis,), full, masks, rows, out)
+    numbers = _numbers(call)
+    general = numbers["SMOOTH"] or not numbers["INDEX"]
+    if general and plan.launch.way == "split":
+        # Its loss is a sum over the classes, which the parts would have to merge as well.
+        plan.launch = plan.launch._replace(way="loop", parts=1)
+    x, losses = plan.arrays["x"], plan.arrays["o"]
+    weight = x if options.weight is None else lib.contiguous(lib.bare(options.weight))
+    positions = math.prod(losses.shape)
+    divisor, how = x, "none"
+    if options.reduction == "mean":
+        how = "sum" if numbers["IGNORING"] or (call.indices and numbers["WEIGHTED"]) else "count"
+    if how == "sum":
+        weights = lib.empty_like(losses, call.compute)
+        plan.run_small(_loss.label_weights, (plan.arrays["l"], weight, weights), numbers)
+        divisor = xp.sum(weights)
+    check = call.check_labels and call.indices
+    flag = lib.zeros((1,), xp.int32, x) if check else x
+    arrays = (
+        *(x, plan.arrays.get("l", x), plan.arrays.get("t", x), plan.arrays.get("w", x)),
+        *(weight, divisor, losses, plan.arrays.get("g", x), flag, *plan.states(2)),
+    )
+    numbers |= {"positions": float(positions), "GRAD": gradient, "CHECK": check}
+    numbers["DIVISOR"] = how if gradient else "none"
+    plan.run(_loss.loss, arrays, numbers, once=not gradient)
+    if check and int(flag[0]):
+        call.target()  # raises, naming the label
+    return _reduced(call, losses, divisor if how == "sum" else float(positions)), plan.arrays.get("g")
+
+
+def _reduced(call: LossCall, losses: Any, divisor: Any) -> Any:
+    xp, reduction = call.xp, call.options.reduction
+    if reduction == "none":
+        return xp.squeeze(losses, axis=call.axis)
+    total = xp.sum(losses)
+    if reduction == "sum":
+        return total
+    if isinstance(divisor, float):
+        return total / divisor
+    # Smoothing may leave a loss where the labels' weights sum to 0, which is no infinite mean.
+    return xp.where(divisor == 0, math.nan, total / divisor)
+
+
+def _numbers(call: LossCall) -> dict[str, Any]:
+    """Return the options as a kernel takes them."""
+    options = call.options
+    ignore = options.ignore_index
+    if ignore is not None:
+        # An index that the labels' dtype cannot hold matches none.
+        limits = call.xp.iinfo(call.labels.dtype)
+        ignore = ignore if limits.min <= ignore <= limits.max else None
+    return {
+        "ignore": 0 if ignore is None else ignore,
+        "smoothing": options.label_smoothing,
+        "z_loss": options.z_loss,
+        "cap": 1.0 if options.softcap is None else options.softcap,
+        "INDEX": call.indices,
+        "IGNORING": ignore is not None,
+        "WEIGHTED": options.weight is not None,
+        "SMOOTH": options.label_smoothing != 0.0,
+        "Z": options.z_loss != 0.0,
+        "CAPPED": options.softcap is not None,
+        "MASKED": options.where is not None,
+    }

@@ -20,6 +20,7 @@ PARTS = (8, 64)  # how many parts: few numbers, since each is a kernel of its ow
 LONG_TILE = 2_048
 SHORT_TILE = 2_048
 LANES = (4, 16, 64)  # columns a program: few numbers, since each is a kernel of its own
+SMALL_ROWS = 256  # rows a program, where there is one entry a row
 DEPTH = 16  # tiles a lane adds up before it starts anew
 
 
