@@ -1,7 +1,7 @@
 """The launch table: tile and number of warps, by what a row is.
 
-Chosen by the registers that a tile takes (at most 32 elements of four bytes a thread, 16 of eight)
-and not measured: no device has run it.
+Chosen so that no kernel spills registers, by the table in docs/triton_resources.md, and not
+measured: no device has run it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 # Sides of thresholds, in classes of up to four bytes each; float64 takes half.
 SHORT = 512  # up to here, several rows share a program
-REGISTERS = 16_384  # up to here, a row along its classes stays in registers
+REGISTERS = 8_192  # up to here, a row along its classes stays in registers
 COLUMN = 64  # up to here, a column does
 # Rows that are longer than this are split where fewer programs than SPLIT_BELOW would run.
 SPLIT = 65_536
@@ -18,6 +18,7 @@ SPLIT_COLUMN = 2_048
 SPLIT_BELOW = 128  # about the multiprocessors of a large device
 PARTS = (8, 64)  # how many parts: few numbers, since each is a kernel of its own
 LONG_TILE = 2_048
+COLUMN_TILE = 1_024
 SHORT_TILE = 2_048
 LANES = (4, 16, 64)  # columns a program: few numbers, since each is a kernel of its own
 SMALL_ROWS = 256  # rows a program, where there is one entry a row
@@ -39,10 +40,10 @@ def launch(lead: int, other: int, classes: int, along: str, itemsize: int) -> La
     share = 2 if itemsize == 8 else 1
     if along == "lead":
         lanes = next((n for n in LANES if lead <= n), LANES[-1])
-        tile = LONG_TILE // lanes // share
+        tile = COLUMN_TILE // lanes // share
         programs = -(-lead // lanes) * other
         if classes <= COLUMN // share:
-            size = max(4, power_of_two(classes))
+            size = min(COLUMN // share, COLUMN // 4 if classes <= COLUMN // 4 else COLUMN)
             return Launch("registers", lanes, size, 4 if size * lanes * share <= 2048 else 8)
         if classes > SPLIT_COLUMN and programs < SPLIT_BELOW:
             return Launch("split", lanes, tile, 8, parts(classes, tile, programs))
