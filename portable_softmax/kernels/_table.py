@@ -39,6 +39,7 @@ class Kernel(NamedTuple):
     library: str
     module: str
     operations: tuple[str, ...]
+    traced: bool = False  # it takes abstract arrays too, such as those of torch.compile
 
 
 # For each library the first one that takes a call has it.
@@ -57,6 +58,7 @@ TABLE = (
             library=library,
             module="portable_softmax.kernels._triton",
             operations=OPERATIONS,
+            traced=library == "torch",
         )
         for library in ("torch", "cupy")
     ),
@@ -126,10 +128,11 @@ def _refusal(kernel: Kernel, call: Call) -> str:
 def find(call: Call) -> Callable[[Any], Any] | None:
     """Return the kernel that a call takes, or None for the portable path."""
     candidates = _BY_CALL.get((_arrays.library(call.xp), call.operation))
-    if candidates is None or _FORCED.get() or not _arrays.reads_values(call.xp, call.x):
+    if candidates is None or _FORCED.get():
         return None
+    readable = _arrays.reads_values(call.xp, call.x)
     for kernel in candidates:
-        if not _refusal(kernel, call):
+        if (readable or kernel.traced) and not _refusal(kernel, call):
             function: Callable[[Any], Any] = getattr(_module(kernel), call.operation)
             return function
     return None
@@ -190,7 +193,9 @@ def explain(operation: str, x: Array, **options: Any) -> str:
     if forced := _FORCED.get():
         return f"portable: forced by {forced}"
     if not _arrays.reads_values(call.xp, x):
-        return "portable: traced, lazy or abstract"
+        candidates = tuple(kernel for kernel in candidates if kernel.traced)
+        if not candidates:
+            return "portable: traced, lazy or abstract"
     refused: list[str] = []
     for kernel in candidates:
         why = _refusal(kernel, call)

@@ -174,16 +174,15 @@ def pull_back(call: VjpCall) -> Any:
     return plan.arrays["y"]
 
 
-def cross_entropy(call: LossCall, *, gradient: bool) -> tuple[Any, Any]:
-    """Return the reduced loss in the dtype of the computation, and the gradient if asked for.
+def losses(call: LossCall, *, gradient: bool) -> tuple[Any, Any, Any]:
+    """Return the loss of each position, the gradient as the reduction scales it, and the weights.
 
-    With `check_labels` one flag is read back, which waits for the device; nothing else does.
+    The weights are those of the labels, for the mean to divide by, where they are not all 1. With
+    `check_labels` one flag is read back, which waits for the device; nothing else does.
     """
-    xp, options = call.xp, call.options
-    lib = _library(call)
-    full, out = {"x": call.x}, {"o": ("rows", call.compute)}
+    xp, options, lib = call.xp, call.options, _library(call)
+    full, rows, out = {"x": call.x}, {}, {"o": ("rows", call.compute)}
     masks = {} if options.where is None else {"w": options.where}
-    rows = {}
     if call.indices:
         rows["l"] = xp.expand_dims(lib.bare(call.labels), axis=call.axis)
     else:
@@ -192,43 +191,44 @@ def cross_entropy(call: LossCall, *, gradient: bool) -> tuple[Any, Any]:
         out["g"] = ("full", call.answer)
     plan = Plan(call, (call.axis,), full, masks, rows, out)
     numbers = _numbers(call)
-    general = numbers["SMOOTH"] or not numbers["INDEX"]
-    if general and plan.launch.way == "split":
+    if plan.launch.way == "split" and (numbers["SMOOTH"] or not call.indices):
         # Its loss is a sum over the classes, which the parts would have to merge as well.
         plan.launch = plan.launch._replace(way="loop", parts=1)
-    x, losses = plan.arrays["x"], plan.arrays["o"]
+    x, loss = plan.arrays["x"], plan.arrays["o"]
     weight = x if options.weight is None else lib.contiguous(lib.bare(options.weight))
-    positions = math.prod(losses.shape)
-    divisor, how = x, "none"
-    if options.reduction == "mean":
-        how = "sum" if numbers["IGNORING"] or (call.indices and numbers["WEIGHTED"]) else "count"
-    if how == "sum":
-        weights = lib.empty_like(losses, call.compute)
+    weights, divisor, how = None, x, "none"
+    if call.indices and (options.weight is not None or options.ignore_index is not None):
+        weights = lib.empty_like(loss, call.compute)
         plan.run_small(_loss.label_weights, (plan.arrays["l"], weight, weights), numbers)
-        divisor = xp.sum(weights)
+    if gradient and options.reduction == "mean":
+        how, divisor = ("count", x) if weights is None else ("sum", xp.sum(weights))
     check = call.check_labels and call.indices
     flag = lib.zeros((1,), xp.int32, x) if check else x
     arrays = (
         *(x, plan.arrays.get("l", x), plan.arrays.get("t", x), plan.arrays.get("w", x)),
-        *(weight, divisor, losses, plan.arrays.get("g", x), flag, *plan.states(2)),
+        *(weight, divisor, loss, plan.arrays.get("g", x), flag, *plan.states(2)),
     )
-    numbers |= {"positions": float(positions), "GRAD": gradient, "CHECK": check}
-    numbers["DIVISOR"] = how if gradient else "none"
+    numbers |= {"GRAD": gradient, "CHECK": check, "DIVISOR": how}
+    numbers["positions"] = float(math.prod(loss.shape))
     plan.run(_loss.loss, arrays, numbers, once=not gradient)
     if check and int(flag[0]):
         call.target()  # raises, naming the label
-    return _reduced(call, losses, divisor if how == "sum" else float(positions)), plan.arrays.get("g")
+    if weights is not None:
+        weights = xp.squeeze(weights, axis=call.axis)
+    return xp.squeeze(loss, axis=call.axis), plan.arrays.get("g"), weights
 
 
-def _reduced(call: LossCall, losses: Any, divisor: Any) -> Any:
+def reduced(call: LossCall, loss: Any, weights: Any) -> Any:
+    """Reduce the losses of the positions, without reading anything back."""
     xp, reduction = call.xp, call.options.reduction
     if reduction == "none":
-        return xp.squeeze(losses, axis=call.axis)
-    total = xp.sum(losses)
+        return loss
+    total = xp.sum(loss)
     if reduction == "sum":
         return total
-    if isinstance(divisor, float):
-        return total / divisor
+    if weights is None:
+        return total / math.prod(loss.shape)
+    divisor = xp.sum(weights)
     # Smoothing may leave a loss where the labels' weights sum to 0, which is no infinite mean.
     return xp.where(divisor == 0, math.nan, total / divisor)
 
