@@ -8,11 +8,13 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
@@ -123,7 +125,11 @@ def compiled(case: Case, arch: int, *, aligned: bool = True) -> Any:
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": case.launch.warps, "enable_fp_fusion": False},
+        options={
+            "num_warps": case.launch.warps,
+            "maxnreg": case.launch.registers,
+            "enable_fp_fusion": False,
+        },
     )
 
 
@@ -132,19 +138,24 @@ class Resources:
     """What a compiled kernel takes of a device."""
 
     registers: int
-    spilled: int  # bytes of local memory, which these kernels have no other use for
+    spilled: int  # bytes stored and loaded
     shared: int
 
 
-def resources(kernel: Any) -> Resources:
-    """Ask the cuobjdump that comes with Triton what the cubin takes."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (registers, stack, local) = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", said)[0]
-    return Resources(int(registers), int(stack) + int(local), kernel.metadata.shared)
+def resources(kernel: Any, arch: int) -> Resources:
+    """Ask Triton's own assembler, with the options that Triton gives it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(kernel.asm["ptx"], encoding="utf-8")
+        command = (
+            *(get_ptxas(arch).path, "-v", "--fmad=false", "--regAllocOptLevel=2"),
+            *(f"--gpu-name={sm_arch_from_capability(arch)}", str(source)),
+            *("-o", str(Path(folder, "kernel.cubin"))),
+        )
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    (registers,) = re.findall(r"Used (\d+) registers", said)
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+    return Resources(int(registers), spilled, kernel.metadata.shared)
 
 
 def wide_accesses(kernel: Any) -> tuple[set[str], set[str]]:

@@ -35,7 +35,7 @@ Written with Triton {triton.__version__} by
 
 def measured(job: tuple[Case, int]) -> tuple[int, int, int]:
     case, arch = job
-    found = resources(compiled(case, arch))
+    found = resources(compiled(case, arch), arch)
     return found.registers, found.spilled, found.shared
 
 

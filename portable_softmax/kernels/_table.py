@@ -106,34 +106,46 @@ _MODULES: dict[str, Any] = {}
 _MISSING: dict[str, str] = {}
 
 
-def _module(kernel: Kernel) -> Any:
-    found = _MODULES.get(kernel.module)
+def _module(name: str) -> Any:
+    found = _MODULES.get(name)
     if found is None:
-        found = _MODULES[kernel.module] = import_module(kernel.module)
+        found = _MODULES[name] = import_module(name)
     return found
 
 
-def _missing(kernel: Kernel) -> str:
-    found = _MISSING.get(kernel.module)
+def _missing(name: str) -> str:
+    """Return what a module misses, having loaded it."""
+    found = _MISSING.get(name)
     if found is None:
-        found = _MISSING[kernel.module] = _module(kernel).missing()
+        found = _MISSING[name] = _module(name).missing()
     return found
+
+
+def _forced() -> str:
+    return _FORCED.get()
+
+
+# What torch.compile calls while it traces, and takes the answer for a constant: it can neither
+# import a module in a trace nor read a ContextVar. (This is torch.compiler.assume_constant_result,
+# which would have to import torch.)
+for _function in (_missing, _forced):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refusal(kernel: Kernel, call: Call) -> str:
-    found: str = _missing(kernel) or _module(kernel).refusal(call)
+    found: str = _missing(kernel.module) or _MODULES[kernel.module].refusal(call)
     return found
 
 
 def find(call: Call) -> Callable[[Any], Any] | None:
     """Return the kernel that a call takes, or None for the portable path."""
     candidates = _BY_CALL.get((_arrays.library(call.xp), call.operation))
-    if candidates is None or _FORCED.get():
+    if candidates is None or _forced():
         return None
     readable = _arrays.reads_values(call.xp, call.x)
     for kernel in candidates:
         if (readable or kernel.traced) and not _refusal(kernel, call):
-            function: Callable[[Any], Any] = getattr(_module(kernel), call.operation)
+            function: Callable[[Any], Any] = getattr(_MODULES[kernel.module], call.operation)
             return function
     return None
 
@@ -149,7 +161,7 @@ def available() -> dict[str, tuple[str, ...]]:
     """
     found: dict[str, tuple[str, ...]] = {}
     for kernel in TABLE:
-        if not _missing(kernel):
+        if not _missing(kernel.module):
             found[kernel.name] = tuple(
                 dict.fromkeys((*found.get(kernel.name, ()), *kernel.operations))
             )

@@ -122,6 +122,7 @@ class Plan:
                     "CLASSES": launch.classes,
                     "DEPTH": _sizes.DEPTH,
                     "num_warps": launch.warps,
+                    "maxnreg": launch.registers,
                     # Contracted to fma, the error of a difference would come out as 0.
                     "enable_fp_fusion": False,
                 },

@@ -139,8 +139,9 @@ def losses(
     call = _call(x, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, mask,
                  indices, check_labels)  # fmt: skip
     loss, grad, weights = _launch.losses(call, gradient=gradient)
-    none = x.new_empty(0)
-    return loss, none if grad is None else grad, none if weights is None else weights
+    # What is not there is empty, and no two of them one tensor.
+    grad = x.new_empty(0) if grad is None else grad
+    return loss, grad, x.new_empty(0) if weights is None else weights
 
 
 def _call(

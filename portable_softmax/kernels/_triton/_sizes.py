@@ -34,6 +34,11 @@ class Launch(NamedTuple):
     warps: int
     parts: int = 1
 
+    @property
+    def registers(self) -> int:
+        """The limit of registers a thread: left alone, the assembler takes fewer and spills."""
+        return {4: 255, 8: 168}.get(self.warps, 128)
+
 
 def launch(lead: int, other: int, classes: int, along: str, itemsize: int) -> Launch:
     """Choose the launch of `lead` x `other` positions of `classes` each."""
