@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -51,17 +52,19 @@ def test_the_path_that_explain_names_is_taken(calls, operation):
 
 def test_every_kernel_of_the_table_exists():
     for kernel in _table.TABLE:
+        module = importlib.import_module(kernel.module)
         for operation in kernel.operations:
             assert operation in _table.OPERATIONS
-            assert callable(getattr(_numpy, operation))
-        assert kernels.available()[kernel.name] == kernel.operations
+            assert callable(getattr(module, operation))
+        if not module.missing():
+            assert kernels.available()[kernel.name] == kernel.operations
 
 
 def test_libraries_without_kernels(xp):
     x = xp.asarray(np.ones((2, 3)))
     if xp.library == "numpy":
         assert kernels.explain("softmax_vjp", x) == "portable: no kernel for softmax_vjp on numpy"
-    else:
+    elif xp.library not in {kernel.library for kernel in _table.TABLE}:
         assert kernels.explain("softmax", x).startswith("portable: no kernel for softmax on ")
     with pytest.raises(ValueError, match="operation is 'relu', expected one of 'softmax'"):
         kernels.explain("relu", x)

@@ -128,8 +128,8 @@ def _forced() -> str:
 # What torch.compile calls while it traces, and takes the answer for a constant: it can neither
 # import a module in a trace nor read a ContextVar. (This is torch.compiler.assume_constant_result,
 # which would have to import torch.)
-for _function in (_missing, _forced):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_forced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refusal(kernel: Kernel, call: Call) -> str:

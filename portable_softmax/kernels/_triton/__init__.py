@@ -16,7 +16,7 @@ from typing import Any
 
 from portable_softmax import _arrays
 from portable_softmax.kernels._calls import Call, LossCall, RowsCall, VjpCall
-from portable_softmax.kernels._triton import _layout
+from portable_softmax.kernels._triton import _cupy, _layout
 
 # As Triton reads it, when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -31,7 +31,7 @@ def missing() -> str:
 def refusal(call: Call) -> str:
     """Return why a call is not for these kernels."""
     return (
-        _wrong_device(call.x)
+        _wrong_device(call)
         or _wrong_dtype(call)
         or _wrong_axes(call)
         or _wrong_options(call)
@@ -39,8 +39,10 @@ def refusal(call: Call) -> str:
     )
 
 
-def _wrong_device(x: Any) -> str:
-    device = getattr(x.device, "type", "cuda")  # CuPy has no other devices
+def _wrong_device(call: Call) -> str:
+    if _arrays.library(call.xp) == "cupy":
+        return _cupy.missing()
+    device = call.x.device.type
     if device == "cuda" or (device == "cpu" and INTERPRETED):
         return ""
     return f"the tensor is on {device}, not on a CUDA device"
@@ -80,17 +82,26 @@ def _wrong_options(call: Call) -> str:
 # --------------------------------------------------------------------------- derivatives, tracing
 
 
+def _transform() -> str:
+    torch = sys.modules["torch"]
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a functional transform"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "inside forward-mode differentiation"
+    return ""
+
+
+# torch.compile enters a transform for real where it traces one: it takes the answer of the moment.
+_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _transformed(call: Call) -> str:
     """Return why torch's transforms and derivatives leave a call to the portable path."""
     if _arrays.library(call.xp) != "torch":
         return ""
-    torch = sys.modules["torch"]
-    if not torch.compiler.is_compiling():
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return "inside a functional transform"
-        if torch.autograd.forward_ad._current_level >= 0:
-            return "forward-mode differentiation"
-    if isinstance(call, LossCall) and torch.is_grad_enabled():
+    if transform := _transform():
+        return transform
+    if isinstance(call, LossCall) and sys.modules["torch"].is_grad_enabled():
         options = call.options
         if any(a is not None and a.requires_grad for a in (call.labels, options.weight)):
             return "it differentiates with respect to labels or weights"

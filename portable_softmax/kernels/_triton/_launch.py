@@ -11,15 +11,11 @@ import triton.language as tl
 
 from portable_softmax import _arrays
 from portable_softmax.kernels._calls import LossCall, RowsCall, VjpCall
-from portable_softmax.kernels._triton import _layout, _loss, _rows, _sizes, _torch
+from portable_softmax.kernels._triton import _cupy, _layout, _loss, _rows, _sizes, _torch
 
 
 def _library(call: Any) -> ModuleType:
-    if _arrays.library(call.xp) == "cupy":
-        from portable_softmax.kernels._triton import _cupy
-
-        return _cupy
-    return _torch
+    return _cupy if _arrays.library(call.xp) == "cupy" else _torch
 
 
 # Triton's type for the dtype of the computation.
@@ -79,7 +75,7 @@ class Plan:
 
     def numbers(self) -> dict[str, int]:
         """Return the strides of each array as the arguments of a kernel."""
-        found = {}
+        found: dict[str, int] = {}
         rows, unit = self.layout.along == "classes", self.layout.unit
         for name, strides in zip(self.arrays, self.layout.strides, strict=True):
             lead, other, c = strides

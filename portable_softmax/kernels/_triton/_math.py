@@ -154,7 +154,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
     """x in DTYPE, rounded to nearest, ties to even."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         # The interpreter of Triton 3.9 cuts off what a device rounds: round the bits beforehand.
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536

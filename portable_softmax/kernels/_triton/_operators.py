@@ -135,9 +135,9 @@ def losses(
     x: Any, labels: Any, axis: int, weight: Any, ignore_index: Any, label_smoothing: float,
     z_loss: float, softcap: Any, mask: Any, indices: bool, check_labels: bool, gradient: bool,
 ) -> Any:  # fmt: skip
-    """The loss of each position, its gradient, and the labels' weights; empty if not there."""
-    call = _call(x, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, mask,
-                 indices, check_labels)  # fmt: skip
+    """Return each position's loss, its gradient and its label's weight; empty if not there."""
+    rest = (ignore_index, label_smoothing, z_loss, softcap)
+    call = _call(x, labels, axis, weight, rest, mask, indices, check_labels)
     loss, grad, weights = _launch.losses(call, gradient=gradient)
     # What is not there is empty, and no two of them one tensor.
     grad = x.new_empty(0) if grad is None else grad
@@ -145,16 +145,14 @@ def losses(
 
 
 def _call(
-    x: Any, labels: Any, axis: int, weight: Any, ignore_index: Any, label_smoothing: float,
-    z_loss: float, softcap: Any, mask: Any, indices: bool, check_labels: bool,
-) -> LossCall:  # fmt: skip
+    x: Any, labels: Any, axis: int, weight: Any, rest: Any, mask: Any, indices: bool, check: bool
+) -> LossCall:
     xp = _arrays.namespace(x)
     compute, answer = _arrays.compute_dtype(xp, x)
-    options = portable.Options(
-        weight, ignore_index, label_smoothing, z_loss, softcap, mask, "none"
-    )
+    ignore_index, label_smoothing, z_loss, softcap = rest
+    options = portable.Options(weight, ignore_index, label_smoothing, z_loss, softcap, mask, "none")
     return LossCall("cross_entropy_value_and_grad", xp, x, labels, indices, axis, options,
-                    check_labels, compute, answer)  # fmt: skip
+                    check, compute, answer)  # fmt: skip
 
 
 @losses.register_fake
@@ -180,7 +178,7 @@ def _keep_losses(ctx: Any, inputs: Any, output: Any) -> None:
 def _losses_backward(ctx: Any, dloss: Any, dgrad: Any, dweights: Any) -> Any:
     x, labels, weight, mask, grad = ctx.saved_tensors
     if torch.is_grad_enabled():  # for a second derivative, the portable form is differentiated
-        call = _call(x, labels, ctx.axis, weight, *ctx.options, mask, ctx.indices, False)
+        call = _call(x, labels, ctx.axis, weight, ctx.options, mask, ctx.indices, False)
         _, grad = portable.cross_entropy_value_and_grad(
             call.xp, x.to(call.compute), call.target(), ctx.axis, call.options
         )

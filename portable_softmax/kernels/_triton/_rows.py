@@ -35,7 +35,9 @@ def load_row(rows, where, c, w_class, inside, stride, fill, U: tl.constexpr, A: 
              MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """A tile in DTYPE, `fill` outside the array and where the mask is False."""
     if MASKED:
-        inside = inside & tl.load(where + c.to(tl.int64) * w_class, mask=inside, other=0).to(tl.int1)
+        inside = inside & tl.load(where + c.to(tl.int64) * w_class, mask=inside, other=0).to(
+            tl.int1
+        )
     x = tl.load(rows + class_offsets(c, stride, U, A), mask=inside, other=fill)
     return tl.where(inside, x.to(DTYPE), fill), inside
 
@@ -43,7 +45,8 @@ def load_row(rows, where, c, w_class, inside, stride, fill, U: tl.constexpr, A: 
 @triton.jit
 def _folded(rows, where, lead_inside, begin, end, x_class, w_class, temperature,
             ALONG: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, TEMPERED: tl.constexpr,
-            DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+            DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+            DEPTH: tl.constexpr):  # fmt: skip
     """Fold a stretch of each row, of any length.
 
     Each lane has a state of its own. A lane's sum is started anew every DEPTH tiles, and added to
@@ -146,8 +149,8 @@ def forward(
         out = row_pointers(y_ptr, other, lead, y_other, y_lead, UNIT, ALONG)
         if PASS == "registers":
             y = _finished(x, e, shifted, m, rest, inside, OP, MASKED)
-            tl.store(out + class_offsets(c, y_class, UNIT, ALONG), rounded(y, y_ptr.dtype.element_ty),
-                     mask=there & (c < classes))  # fmt: skip
+            tl.store(out + class_offsets(c, y_class, UNIT, ALONG),
+                     rounded(y, y_ptr.dtype.element_ty), mask=there & (c < classes))  # fmt: skip
         else:
             for start in range(begin, end, CLASSES):
                 c = start + tl.arange(0, CLASSES)[None, :]
@@ -228,8 +231,8 @@ def pull_back(
         out = row_pointers(dx_ptr, other, lead, y_other, y_lead, UNIT, ALONG)
         if PASS == "registers":
             dx = _pulled_back(y, dy, total, OP)
-            tl.store(out + class_offsets(c, y_class, UNIT, ALONG), rounded(dx, dx_ptr.dtype.element_ty),
-                     mask=at)  # fmt: skip
+            tl.store(out + class_offsets(c, y_class, UNIT, ALONG),
+                     rounded(dx, dx_ptr.dtype.element_ty), mask=at)  # fmt: skip
         else:
             for start in range(begin, end, CLASSES):
                 c = start + tl.arange(0, CLASSES)[None, :]

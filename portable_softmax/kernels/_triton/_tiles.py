@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def place(lead_blocks, ROWS: tl.constexpr):
-    """This program's position along `other`, and its positions along `lead`, as a column."""
+    """The program's position along `other`, and its positions along `lead`, as a column."""
     program = tl.program_id(0)
     other = (program // lead_blocks).to(tl.int64)
     lead = (program % lead_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -55,5 +55,5 @@ def part(classes, PARTS: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def number(value, DTYPE: tl.constexpr):
-    """A Python float in DTYPE: as an argument it comes with 64 bits, or as it is when interpreted."""
+    """A Python float in DTYPE: an argument has 64 bits, or when interpreted no bits yet."""
     return (tl.full((1, 1), 0.0, DTYPE) + value).to(DTYPE)
