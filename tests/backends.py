@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,6 @@ class Backend:
     differentiates = False
     lazy = False
     device: Any = None
-    title: str = ""  # in tables; the library's name if empty
 
     def __repr__(self) -> str:
         return self.name
@@ -90,7 +90,6 @@ class Numba(NumPy):
     """NumPy's arrays, of any size, through the kernels compiled by Numba."""
 
     name = "numba"
-    title = "numpy, with numba"
 
     @classmethod
     def missing(cls):
@@ -181,6 +180,24 @@ class TorchNumba(Torch):
         return f"{super().version()}, numba {importlib.import_module('numba').__version__}"
 
 
+class Triton(Torch):
+    """CPU tensors of torch, on which Triton's interpreter runs the kernels."""
+
+    name = "triton"
+
+    @classmethod
+    def missing(cls):
+        if why := super().missing():
+            return why
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return "" if interpreted else "TRITON_INTERPRET is not 1"
+
+    def device_name(self):
+        return "triton's interpreter"
+
+
 class Jax(Backend):
     name = library = "jax"
     differentiates = True
@@ -262,8 +279,9 @@ class Cupy(Backend):
 
 
 BACKENDS: dict[str, type[Backend]] = {
-    cls.name: cls for cls in (NumPy, Numba, Strict, Torch, TorchCuda, TorchNumba, Jax, Dask, Cupy)
+    cls.name: cls
+    for cls in (NumPy, Numba, Strict, Torch, TorchCuda, TorchNumba, Triton, Jax, Dask, Cupy)
 }
 
-# Those that differ by library or device: Numba is another way to compute on the same arrays.
-LIBRARIES = tuple(name for name in BACKENDS if "numba" not in name)
+# Those that differ by library or device. The others are ways to compute on the same arrays.
+LIBRARIES = tuple(name for name in BACKENDS if name not in ("numba", "torch-numba", "triton"))

@@ -13,7 +13,7 @@ import tomllib
 from pathlib import Path
 from types import ModuleType
 
-from backends import BACKENDS
+from backends import BACKENDS, LIBRARIES
 
 from portable_softmax import _arrays
 from portable_softmax.kernels import _table
@@ -38,11 +38,12 @@ def table() -> str:
 
 
 def sessions() -> dict[str, str | None]:
-    """Return BACKENDS of noxfile.py: the extra of each backend that has a session of tests."""
+    """Return the libraries of BACKENDS in noxfile.py, which has their tests: name to extra."""
     tree = ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "BACKENDS":
-            return ast.literal_eval(node.value)
+            found = ast.literal_eval(node.value)
+            return {name: extra for name, extra in found.items() if name in LIBRARIES}
     raise SystemExit("noxfile.py has no BACKENDS")
 
 
@@ -51,14 +52,14 @@ def row(name: str, extra: str | None) -> tuple[str, ...]:
     backend = BACKENDS[name]
     xp = ModuleType(backend.library)  # a namespace is known by its name
     return (
-        backend.title or backend.library.replace("_", "-"),
+        backend.library.replace("_", "-"),
         ", ".join(f"`{found}`" for found in extras(extra)) or "none",
         yes("float16" in backend.halves),
         yes("bfloat16" in backend.halves),
         yes(_arrays.differentiates(xp)),
         compiler(name),
         yes(_arrays.is_chunked(xp)),
-        kernels(name, _arrays.library(xp)),
+        kernels(_arrays.library(xp)),
         # CuPy's extra stands for one for each CUDA generation.
         "where there is a CUDA device" if extra == "cuda" else "in every run",
     )
@@ -85,12 +86,13 @@ def compiler(name: str) -> str:
     return f"`{found}`" if f"{found}(" in tests else "untested"
 
 
-def kernels(name: str, library: str) -> str:
-    """Return the kernels of a library; those of Numba stand in its own row."""
-    found = [
-        k for k in _table.TABLE if k.library == library and ("numba" in k.name) == (name == "numba")
-    ]
-    return "; ".join(f"{k.name}: {', '.join(k.operations)}" for k in found) or "none"
+def kernels(library: str) -> str:
+    found = [k for k in _table.TABLE if k.library == library]
+    return "; ".join(f"{k.name} ({operations(k)})" for k in found) or "none"
+
+
+def operations(kernel: _table.Kernel) -> str:
+    return "all" if kernel.operations == _table.OPERATIONS else ", ".join(kernel.operations)
 
 
 def in_readme() -> str:

@@ -130,7 +130,9 @@ def da(xp: Backend):
 @pytest.fixture(autouse=True)
 def _report(request: pytest.FixtureRequest, record_property) -> None:
     """Leave what the table of results wants to know in the report, beside a process's first test."""
-    for name in request.config.stash[_KEY] if not request.config.stash.get(_REPORTED, False) else ():
+    for name in (
+        request.config.stash[_KEY] if not request.config.stash.get(_REPORTED, False) else ()
+    ):
         backend = _backend(name)
         record_property("backend", name)
         record_property("version", backend.version())

@@ -33,7 +33,17 @@ ROOMS = (
     "_arrays",
     "_typing",
 )
-LIBRARIES = ("numpy", "torch", "jax", "dask", "cupy", "array_api_strict", "numba", "scipy")
+LIBRARIES = (
+    "numpy",
+    "torch",
+    "jax",
+    "dask",
+    "cupy",
+    "array_api_strict",
+    "numba",
+    "triton",
+    "scipy",
+)
 
 
 def room(path: Path) -> str:
@@ -115,7 +125,11 @@ def test_portable_names_no_library():
 
 
 # What the files of a folder of kernels may import. Those that the table names load it when used.
-TECHNOLOGIES = {"_numba": ("numba", "torch"), "_jax": ("jax",)}
+TECHNOLOGIES = {
+    "_numba": ("numba", "torch"),
+    "_jax": ("jax",),
+    "_triton": ("triton", "torch", "cupy"),
+}
 ASKED = {kernel.module for kernel in _table.TABLE}
 
 

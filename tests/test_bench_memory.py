@@ -102,9 +102,7 @@ def test_a_gpu_is_asked_for_its_allocator():
 
 def test_memory_runs_on_every_backend(arrays_of, tmp_path, capsys):
     path = tmp_path / "memory.json"
-    assert (
-        main([*ARGUMENTS, "--backend", arrays_of, "--ops", "softmax", "--json", str(path)]) == 0
-    )
+    assert main([*ARGUMENTS, "--backend", arrays_of, "--ops", "softmax", "--json", str(path)]) == 0
     document = json.loads(path.read_text())
     assert document["benchmark"] == "memory"
     assert {"command", "commit", "machine", "threads", "versions"} <= document.keys()

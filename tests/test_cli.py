@@ -26,9 +26,9 @@ needs_matplotlib = pytest.mark.skipif(
 
 
 @pytest.fixture
-def place(backend_name):
+def place(arrays_of):
     """The place of the command line that a backend of the tests is."""
-    name, _, device = backend_name.partition("-")
+    name, _, device = arrays_of.partition("-")
     if name not in TRAINABLE:
         pytest.skip(f"the demo doesn't train on {name}")
     return open_place(name, device or None)
@@ -207,8 +207,8 @@ def test_backends_describes_what_is_here_as_json(capsys):
         assert row["usable"] or row["reason"]
 
 
-def test_backends_finds_the_backend_of_the_tests(backend_name, monkeypatch, capsys):
-    name, _, device = backend_name.partition("-")
+def test_backends_finds_the_backend_of_the_tests(arrays_of, monkeypatch, capsys):
+    name, _, device = arrays_of.partition("-")
     if name not in BACKENDS:
         pytest.skip(f"the command line has no backend {name}")
     monkeypatch.setattr(listing, "BACKENDS", {name: BACKENDS[name]})

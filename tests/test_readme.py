@@ -78,7 +78,7 @@ def test_the_package_and_the_tests_agree_on_what_a_library_can_do():
     by_code = {line[0]: line for line in map(cells, capabilities.table().splitlines()[2:])}
     for name in capabilities.sessions():
         backend = BACKENDS[name]
-        row = by_code[backend.title or backend.library.replace("_", "-")]
+        row = by_code[backend.library.replace("_", "-")]
         assert row[capabilities.HEADINGS.index("autodiff")] == capabilities.yes(
             backend.differentiates
         )

@@ -40,7 +40,7 @@ class Kernel(NamedTuple):
     library: str
     module: str
     operations: tuple[str, ...]
-    traced: bool = False  # whether it takes arrays that are traced or abstract, too
+    traced: bool = False  # it takes abstract arrays too, such as those of torch.compile
 
 
 # For each library the first one that takes a call has it.
@@ -73,6 +73,17 @@ TABLE = (
         module="portable_softmax.kernels._jax",
         operations=("log_softmax", "logsumexp", *LOSSES),
         traced=True,
+    ),
+    *(
+        Kernel(
+            name="triton rows",
+            why="rows in registers, or folded as they pass by",
+            library=library,
+            module="portable_softmax.kernels._triton",
+            operations=OPERATIONS,
+            traced=library == "torch",
+        )
+        for library in ("torch", "cupy")
     ),
 )
 
@@ -118,26 +129,43 @@ _MODULES: dict[str, Any] = {}
 _MISSING: dict[str, str] = {}
 
 
-def _module(kernel: Kernel) -> Any:
-    found = _MODULES.get(kernel.module)
+def _module(name: str) -> Any:
+    found = _MODULES.get(name)
     if found is None:
-        found = _MODULES[kernel.module] = import_module(kernel.module)
+        found = _MODULES[name] = import_module(name)
         for key, function in getattr(found, "SHORTCUTS", {}).items():
             SHORTCUTS.setdefault(key, function)
     return found
 
 
-def _missing(kernel: Kernel) -> str:
-    found = _MISSING.get(kernel.module)
+def _missing(name: str) -> str:
+    """Return what a module misses, having loaded it."""
+    found = _MISSING.get(name)
     if found is None:
-        found = _MISSING[kernel.module] = _module(kernel).missing()
+        found = _MISSING[name] = _module(name).missing()
     return found
 
 
+def _forced() -> str:
+    return _FORCED.get()
+
+
+def _is_off(name: str) -> bool:
+    return name in _OFF.get()
+
+
+# What torch.compile calls while it traces, and takes the answer for a constant: it can neither
+# import a module in a trace nor read a ContextVar. (This is torch.compiler.assume_constant_result,
+# which would have to import torch.)
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_forced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_off._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _refusal(kernel: Kernel, call: Call) -> str:
-    if kernel.name in _OFF.get():
+    if _is_off(kernel.name):
         return "switched off by kernels.without()"
-    found: str = _missing(kernel) or _module(kernel).refusal(call)
+    found: str = _missing(kernel.module) or _MODULES[kernel.module].refusal(call)
     return found
 
 
@@ -146,12 +174,11 @@ def find(call: Call) -> Callable[[Any], Any] | None:
     candidates = _BY_CALL.get((_arrays.library(call.xp), call.operation))
     if candidates and not _arrays.reads_values(call.xp, call.x):
         candidates = tuple(kernel for kernel in candidates if kernel.traced)
-    # Asked last: torch.compile cannot read a context variable.
-    if not candidates or _FORCED.get():
+    if not candidates or _forced():
         return None
     for kernel in candidates:
         if not _refusal(kernel, call):
-            function: Callable[[Any], Any] = getattr(_module(kernel), call.operation)
+            function: Callable[[Any], Any] = getattr(_MODULES[kernel.module], call.operation)
             return function
     return None
 
@@ -167,7 +194,7 @@ def available() -> dict[str, tuple[str, ...]]:
     """
     found: dict[str, tuple[str, ...]] = {}
     for kernel in TABLE:
-        if not _missing(kernel):
+        if not _missing(kernel.module):
             found[kernel.name] = tuple(
                 dict.fromkeys((*found.get(kernel.name, ()), *kernel.operations))
             )
@@ -210,10 +237,13 @@ def explain(operation: str, x: Array, **options: Any) -> str:
         return f"portable: no kernel for {operation} on {library}"
     if forced := _FORCED.get():
         return f"portable: forced by {forced}"
-    readable = _arrays.reads_values(call.xp, x)
+    if not _arrays.reads_values(call.xp, x):
+        candidates = tuple(kernel for kernel in candidates if kernel.traced)
+        if not candidates:
+            return "portable: traced, lazy or abstract"
     refused: list[str] = []
     for kernel in candidates:
-        why = _refusal(kernel, call) if readable or kernel.traced else "traced or abstract"
+        why = _refusal(kernel, call)
         if not why:
             return "; ".join([f"{kernel.name}: {kernel.why}", *refused])
         refused.append(f"not {kernel.name}: {why}")

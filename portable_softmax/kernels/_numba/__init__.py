@@ -132,7 +132,8 @@ def _compiled() -> Any:
 
 class _Alias:
     """The memory of a read-only array, as an array that may be written: Numba tells their types
-    apart and would compile everything twice. The kernels write to their outputs alone."""
+    apart and would compile everything twice. The kernels write to their outputs alone.
+    """
 
     def __init__(self, x: Any) -> None:
         self.owner = x

@@ -48,12 +48,18 @@ def turn(source, step, target, target_step, rows, n):
         for i in range(0, whole, 8):
             for j in range(0, n - 7, 8):
                 transpose8(
-                    ahead(source, i * step + j), step, ahead(target, j * target_step + i), target_step
+                    ahead(source, i * step + j),
+                    step,
+                    ahead(target, j * target_step + i),
+                    target_step,
                 )
             if n % 8:  # the last square overlaps the one before
                 j = n - 8
                 transpose8(
-                    ahead(source, i * step + j), step, ahead(target, j * target_step + i), target_step
+                    ahead(source, i * step + j),
+                    step,
+                    ahead(target, j * target_step + i),
+                    target_step,
                 )
     elif n >= 4:
         whole = rows - rows % 4
@@ -62,7 +68,10 @@ def turn(source, step, target, target_step, rows, n):
             if n > 4:
                 j = n - 4
                 transpose4(
-                    ahead(source, i * step + j), step, ahead(target, j * target_step + i), target_step
+                    ahead(source, i * step + j),
+                    step,
+                    ahead(target, j * target_step + i),
+                    target_step,
                 )
     else:
         whole = 0

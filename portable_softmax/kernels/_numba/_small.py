@@ -38,9 +38,7 @@ def _tile(rows: int, n: int, dtype: Any, inputs: int = 1) -> tuple[Any, int]:
 
 
 def _fits(x: Any, operation: str) -> bool:
-    return (
-        x.dtype in ready[operation] and x.ndim == 2 and x.flags.carray and 0 < x.size <= MOST
-    )
+    return x.dtype in ready[operation] and x.ndim == 2 and x.flags.carray and 0 < x.size <= MOST
 
 
 def softmax(x: Any, axis: Any, temperature: Any) -> Any:

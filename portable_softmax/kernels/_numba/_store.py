@@ -38,7 +38,9 @@ def folder() -> str | None:
     if config.CACHE_DIR:
         candidates = [Path(config.CACHE_DIR) / "portable_softmax"]
     elif hasattr(caching, "AppDirs"):
-        candidates += [Path(caching.AppDirs("numba", appauthor=False).user_cache_dir, "portable_softmax")]
+        candidates += [
+            Path(caching.AppDirs("numba", appauthor=False).user_cache_dir, "portable_softmax")
+        ]
     else:
         candidates += [Path.home() / ".cache" / "portable_softmax"]
     for path in candidates:

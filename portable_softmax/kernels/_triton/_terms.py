@@ -1,0 +1,86 @@
+"""The terms of the loss and its gradient: labels, coefficients and slopes of a tile."""
+
+import triton
+import triton.language as tl
+
+from portable_softmax.kernels._triton._math import divide, exp, tanh
+from portable_softmax.kernels._triton._tiles import class_offsets
+
+
+@triton.jit
+def label_of(labels_ptr, other, lead, l_other, l_lead, there, classes, ignore,
+             IGNORING: tl.constexpr):  # fmt: skip
+    """The label, 0 for one without a class, and whether it has one, and whether it is ignored."""
+    label = tl.load(labels_ptr + other * l_other + lead * l_lead, mask=there, other=0)
+    label = label.to(tl.int64)
+    ignored = label != label
+    if IGNORING:
+        ignored = label == ignore
+    valid = (label >= 0) & (label < classes)
+    return tl.where(valid, label, 0), valid, ignored
+
+
+@triton.jit
+def times(coefficient, value):
+    """coefficient * value, 0 where the coefficient is 0 and the value infinite."""
+    never = (coefficient == 0.0) & (tl.abs(value) == float("inf"))
+    return coefficient * tl.where(never, 0.0, value)
+
+
+@triton.jit
+def capped(x, cap, CAPPED: tl.constexpr):
+    """cap * tanh(x / cap)."""
+    if CAPPED:
+        return cap * tanh(divide(x, cap))
+    else:
+        return x
+
+
+@triton.jit
+def load_logits(rows, where, c, w_class, at, x_class, cap, UNIT: tl.constexpr, ALONG: tl.constexpr,
+                MASKED: tl.constexpr, CAPPED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """A tile of logits before and after the softcap, -inf where they do not count."""
+    inside = at
+    if MASKED:
+        inside = at & tl.load(where + c.to(tl.int64) * w_class, mask=at, other=0).to(tl.int1)
+    raw = tl.load(rows + class_offsets(c, x_class, UNIT, ALONG), mask=inside, other=0.0).to(DTYPE)
+    return raw, tl.where(inside, capped(raw, cap, CAPPED), float("-inf")), inside
+
+
+@triton.jit
+def coefficients(t_rows, weight_ptr, label, c, t_class, inside, keep, spread,
+                 UNIT: tl.constexpr, ALONG: tl.constexpr, INDEX: tl.constexpr,
+                 WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """q_j = weight_j ((1 - smoothing) t_j + smoothing / C) of a tile, and weight_j t_j."""
+    if INDEX:
+        t = tl.where(c == label, 1.0, 0.0).to(DTYPE)
+    else:
+        t = tl.load(t_rows + class_offsets(c, t_class, UNIT, ALONG), mask=inside, other=0).to(DTYPE)
+    t = tl.where(inside, t, 0.0)
+    q = t
+    if SMOOTH:
+        q = tl.where(inside, keep * t + spread, 0.0)
+    if WEIGHTED:
+        w = tl.load(weight_ptr + c, mask=inside, other=0.0)
+        t = t * w
+        q = q * w
+    return q, t
+
+
+@triton.jit
+def slope(raw, e, q, a, u, rest, factor, label, c, valid, ignored, inside, cap,
+          INDEX: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
+    """p_j A - q_j of a tile, without its cancellation, times what the reduction asks for."""
+    scaled = e * a
+    if PLAIN:
+        g = tl.where(c == label, (scaled - u) - u * rest, scaled)
+    else:
+        g = (scaled - q) - q * rest
+    g = g * factor
+    if INDEX:
+        g = tl.where(valid, g, float("nan"))
+    if CAPPED:
+        # 1 - tanh^2 as 1 / cosh^2, which keeps its digits where tanh is close to 1.
+        s = exp(divide(-2.0 * tl.abs(raw), cap), 0.0)
+        g = g * divide(4.0 * s, (1.0 + s) * (1.0 + s))
+    return tl.where(ignored | ~inside, 0.0, g)

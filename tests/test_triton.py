@@ -1,0 +1,366 @@
+"""Triton's kernels, run by its interpreter: which path is taken, at every threshold.
+
+That they answer right is shown by the other tests, on the backend "triton".
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+from mpmath import mpf
+from numpy.testing import assert_allclose, assert_array_equal
+
+import portable_softmax as ps
+from portable_softmax import kernels
+from portable_softmax.kernels import _table
+
+NAME = "triton rows: rows in registers, or folded as they pass by"
+RNG = np.random.default_rng(11)
+
+
+@pytest.fixture(autouse=True)
+def _only_triton(backend_name):
+    if backend_name != "triton":
+        pytest.skip("for Triton's interpreter: TRITON_INTERPRET=1 pytest --backend triton")
+
+
+@pytest.fixture
+def launches(xp, monkeypatch):
+    """The launches of a test: (kernel, pass, tile)."""
+    from portable_softmax.kernels._triton import _torch
+
+    seen, real = [], _torch.run
+
+    def run(kernel, grid, arrays, numbers):
+        seen.append(
+            (kernel.__name__, numbers.get("PASS"), (numbers["ROWS"], numbers.get("CLASSES")))
+        )
+        return real(kernel, grid, arrays, numbers)
+
+    monkeypatch.setattr(_torch, "run", run)
+    return seen
+
+
+def arguments(xp, operation, shape=(3, 5), dtype="float32"):
+    x = xp.asarray(RNG.normal(size=shape) * 3, dtype)
+    if operation in _table.LOSSES:
+        return x, xp.asarray(RNG.integers(shape[-1], size=shape[:-1]))
+    return (ps.softmax(x), x) if operation in _table.VJPS else (x,)
+
+
+# --------------------------------------------------------------------------- which path
+
+
+@pytest.mark.parametrize("operation", _table.OPERATIONS)
+def test_the_path_that_explain_names_is_taken(xp, launches, operation):
+    given = arguments(xp, operation)
+    launches.clear()
+    assert kernels.explain(operation, given[0]) == NAME
+    getattr(ps, operation)(*given)
+    assert len(launches) == 1
+    with kernels.portable():
+        assert kernels.explain(operation, given[0]) == "portable: forced by kernels.portable()"
+        getattr(ps, operation)(*given)
+    assert len(launches) == 1
+    assert kernels.available()["triton rows"] == _table.OPERATIONS
+
+
+def test_what_is_refused_and_why(xp, launches, monkeypatch):
+    import portable_softmax.kernels._triton as ours
+
+    torch = xp.xp
+    x = xp.asarray(np.ones((2, 3, 4)), "float32")
+    for why, operation, array, options in (
+        ("the reduced axes are not neighbours", "softmax", x, {"axis": (0, 2)}),
+        ("dtype int64", "softmax", x.to(torch.int64), {}),
+        ("no rows", "softmax", x[:0], {}),
+        ("a temperature of 1e-60 leaves the range of float32", "softmax", x,
+         {"temperature": 1e-60}),
+        ("the tensor is on meta, not on a CUDA device", "softmax", x.to("meta"), {}),
+        ("it differentiates through a gradient", "cross_entropy_value_and_grad",
+         x.clone().requires_grad_(), {}),
+        ("it differentiates with respect to labels or weights", "cross_entropy", x,
+         {"weight": torch.ones(4, requires_grad=True), "labels": torch.zeros(2, 3)}),
+    ):  # fmt: skip
+        assert kernels.explain(operation, array, **options) == f"portable: not triton rows: {why}"
+    monkeypatch.setattr(ours, "INTERPRETED", False)
+    expected = "portable: not triton rows: the tensor is on cpu, not on a CUDA device"
+    assert kernels.explain("softmax", x) == expected
+    ps.softmax(x)
+    assert not launches
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_transforms_step_aside(xp, launches):
+    torch = xp.xp
+    x = xp.asarray(RNG.normal(size=(3, 4)))
+    assert torch.func.vmap(ps.softmax)(x).shape == (3, 4)
+    torch.func.grad(ps.logsumexp)(x)
+    torch.func.jvp(ps.log_softmax, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        ps.softmax(torch.autograd.forward_ad.make_dual(x, x))
+    assert not launches
+
+
+# --------------------------------------------------------------------------- thresholds
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Thresholds at which the interpreter need not wait."""
+    from portable_softmax.kernels._triton import _sizes
+
+    for name, value in {
+        "SHORT": 8, "REGISTERS": 32, "COLUMN": 16, "SPLIT": 60, "SPLIT_COLUMN": 64,
+        "SPLIT_BELOW": 4, "PARTS": (2, 4), "LONG_TILE": 16, "COLUMN_TILE": 32, "SHORT_TILE": 32,
+        "LANES": (4, 8), "DEPTH": 2,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(_sizes, name, value)
+
+
+# Shape, axis, and the passes of its launches, on both sides of each threshold above.
+SIDES = {
+    "short": ((5, 8), 1, ["registers"]),
+    "a row a program": ((5, 9), 1, ["registers"]),
+    "the longest in registers": ((2, 32), 1, ["registers"]),
+    "a loop": ((2, 33), 1, ["loop"]),
+    "the longest loop": ((2, 60), 1, ["loop"]),
+    "in parts": ((2, 61), 1, ["fold", "finish"]),
+    "enough rows for a loop": ((4, 61), 1, ["loop"]),
+    "columns in registers": ((16, 3), 0, ["registers"]),
+    "a loop of columns": ((17, 3), 0, ["loop"]),
+    "the longest loop of columns": ((64, 3), 0, ["loop"]),
+    "columns in parts": ((65, 3), 0, ["fold", "finish"]),
+    "many columns": ((65, 25), 0, ["loop"]),
+    "an axis in the middle": ((2, 20, 5), 1, ["loop"]),
+    "two axes": ((3, 2, 20), (1, 2), ["loop"]),
+    "an odd number of tiles": ((1, 77), 1, ["fold", "finish"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("side", "dtype"), [*((s, "float32") for s in SIDES), ("in parts", "bfloat16")]
+)
+def test_both_sides_of_every_threshold(xp, launches, small, side, dtype):
+    """The answers are those of the portable path in float64, whatever the pass."""
+    shape, axis, passes = SIDES[side]
+    values = RNG.normal(size=shape) * 5
+    values.flat[0] = values.flat[-1] = 40.0  # a tie of two that dominate
+    x, dy = xp.asarray(values, dtype), xp.asarray(RNG.normal(size=shape), dtype)
+    mask = RNG.random(shape) < 0.7
+    where = xp.asarray(mask)
+    for operation, arrays, options in (
+        ("softmax", (x,), {"temperature": 2.0}),
+        ("softmax", (x,), {"where": where}),
+        ("log_softmax", (x,), {}),
+        ("log_softmax", (x,), {"where": where, "temperature": 0.5}),
+        ("logsumexp", (x,), {}),
+        ("logsumexp", (x,), {"where": where}),
+        ("softmax_vjp", (ps.softmax(x, axis=axis), dy), {}),
+        ("log_softmax_vjp", (ps.log_softmax(x, axis=axis), dy), {}),
+    ):
+        launches.clear()
+        actual = getattr(ps, operation)(*arrays, axis=axis, **options)
+        assert [way for _, way, _ in launches] == passes
+        assert actual.dtype == x.dtype
+        with kernels.portable():
+            wide = (a.double() for a in arrays)
+            expected = getattr(ps, operation)(*wide, axis=axis, **options)
+        rounding = {"float32": 1e-6, "bfloat16": 2.0**-8}[dtype]
+        scale = 8 if operation.endswith("vjp") else 1e-3
+        assert_allclose(xp.numpy(actual), xp.numpy(expected), rtol=rounding, atol=rounding * scale)
+
+
+@pytest.mark.parametrize("side", [s for s in SIDES if s != "two axes"])
+def test_both_sides_of_every_threshold_of_the_loss(xp, launches, small, side):
+    shape, axis, passes = SIDES[side]
+    x = xp.asarray(RNG.normal(size=shape) * 5, "float32")
+    positions = (*shape[:axis], *shape[axis + 1 :])
+    labels = RNG.integers(shape[axis], size=positions)
+    mask = RNG.random(shape) < 0.7
+    np.put_along_axis(mask, np.expand_dims(labels, axis), True, axis=axis)
+    ignored = np.where(RNG.random(positions) < 0.3, -1, labels)
+    ignored.flat[0] = labels.flat[0]
+    weight = xp.asarray(RNG.random(shape[axis]) + 0.5)
+    t = xp.asarray(RNG.random(shape), "float32")
+    options = {"where": xp.asarray(mask), "z_loss": 0.1, "softcap": 20.0, "weight": weight}
+    for target, more, general in (
+        (xp.asarray(labels), {}, False),
+        (xp.asarray(ignored), {"ignore_index": -1, **options}, False),
+        (xp.asarray(labels), {"label_smoothing": 0.1, "reduction": "none"}, True),
+        (xp.asarray(ignored), {"ignore_index": -1, "label_smoothing": 0.1, **options}, True),
+        (t, {"reduction": "sum", **options}, True),
+        (t, {"label_smoothing": 0.2}, True),
+    ):
+        launches.clear()
+        loss, grad = ps.cross_entropy_value_and_grad(x, target, axis=axis, **more)
+        alone = ps.cross_entropy(x, target, axis=axis, **more)
+        ways = [way for name, way, _ in launches if name == "loss"]
+        assert ways == 2 * (["loop"] if general and "fold" in passes else passes)
+        with kernels.portable():
+            wide = target.double() if target is t else target
+            if "weight" in more:
+                more = {**more, "weight": weight.double()}
+            expected, slope = ps.cross_entropy_value_and_grad(x.double(), wide, axis=axis, **more)
+        assert_array_equal(xp.numpy(alone), xp.numpy(loss))
+        assert_allclose(xp.numpy(loss), xp.numpy(expected), rtol=4e-6)
+        largest = float(slope.abs().max())
+        assert_allclose(xp.numpy(grad), xp.numpy(slope), rtol=1e-5, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("n", [8, 9, 33, 65])
+def test_infinities_nan_and_masked_rows_in_every_pass(xp, small, n):
+    rows = np.zeros((6, n))
+    rows[0], rows[1, n // 2], rows[2, -1], rows[3, 0] = -np.inf, np.inf, np.nan, -np.inf
+    rows[4, 0], rows[4, -1] = np.nan, np.inf
+    mask = np.ones((6, n), bool)
+    mask[5] = False
+    for where in (None, xp.asarray(mask)):
+        x = xp.asarray(rows, "float32")
+        for f in (ps.softmax, ps.log_softmax, ps.logsumexp):
+            # Two rows at a time: few enough for parts.
+            parts = (slice(0, 2), slice(2, 4), slice(4, 6))
+            actual = [f(x[p], axis=1, where=None if where is None else where[p]) for p in parts]
+            with kernels.portable():
+                expected = [f(x[p], axis=1, where=None if where is None else where[p])
+                            for p in parts]  # fmt: skip
+            for a, e in zip(actual, expected, strict=True):
+                assert_allclose(xp.numpy(a), xp.numpy(e), rtol=1e-6)
+
+
+# --------------------------------------------------------------------------- accuracy
+
+
+@pytest.mark.parametrize("n", [3, 33, 61])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_confident_rows_in_every_pass(xp, small, n, dtype):
+    """Gaps of 30 and of 64 to 80, whose exponentials are where a rounded difference shows."""
+    for gap in (30.0, 64.3, 71.7, 79.9):
+        row = np.asarray(RNG.normal(size=n), dtype)
+        row[n // 2] = gap
+        x = xp.asarray(row[None], dtype)
+        exact = [mpf(float(v)) for v in row]
+        expected = reference.log_softmax(exact)
+        assert reference.ulps(xp.numpy(ps.log_softmax(x))[0], expected) <= 8
+        label = xp.asarray([n // 2])
+        loss, grad = ps.cross_entropy_value_and_grad(x, label)
+        assert reference.ulps(xp.numpy(loss)[None], [-expected[n // 2]]) <= 8
+        others = np.delete(xp.numpy(grad)[0], n // 2).astype(float).sum()
+        assert_allclose(xp.numpy(grad)[0, n // 2], -others, rtol=8 * np.finfo(dtype).eps)
+
+
+# --------------------------------------------------------------------------- labels
+
+
+def test_labels_are_read_back_only_when_they_are_checked(xp, launches, monkeypatch):
+    """One flag, written by the kernel; unchecked, nothing is read from the device."""
+    torch = xp.xp
+    x, labels = xp.asarray(np.zeros((2, 3))), xp.asarray([0, 3])
+    reads = []
+    for name in ("item", "__int__", "__bool__", "__float__", "tolist", "cpu"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda t, *a, real=real, name=name: reads.append(name) or real(t, *a),
+        )
+    for options in ({"reduction": "mean"}, {"ignore_index": 0, "weight": torch.ones(3).double()}):
+        loss, _ = ps.cross_entropy_value_and_grad(x, labels, check_labels=False, **options)
+        assert reads == []
+    ps.cross_entropy(x, labels % 3)
+    assert reads == ["__int__"]
+    with pytest.raises(IndexError, match=r"labels\[1\] is 3, outside \[0, 3\)"):
+        ps.cross_entropy(x, labels)
+    assert np.isnan(xp.numpy(loss))
+
+
+# --------------------------------------------------------------------------- layouts
+
+
+def test_layouts(xp, launches):
+    """Rows and columns are taken as they lie; what has no unit stride is copied first."""
+    values = RNG.normal(size=(4, 6, 8))
+    x = xp.asarray(values)
+    for view, axis in (
+        (x, 0), (x, 1), (x, 2), (x.transpose(0, 2), 0), (x.transpose(0, 2), 2), (x[:, ::2], 1),
+        (x[..., ::2], 2), (x[1:, 1:, 1:], 1), (x[:1].expand(4, 6, 8), 0), (x[:, :1], 1),
+        (x.permute(1, 0, 2), 2), (x[:, :, :1], 0),
+    ):  # fmt: skip
+        plain = np.array(xp.numpy(view))
+        e = np.exp(plain - plain.max(axis=axis, keepdims=True))
+        expected = e / e.sum(axis=axis, keepdims=True)
+        assert_allclose(xp.numpy(ps.softmax(view, axis=axis)), expected, rtol=1e-13)
+        mask = xp.asarray(RNG.random(view.shape[-1]) < 2)  # all, broadcast over every row
+        assert_allclose(xp.numpy(ps.softmax(view, axis=axis, where=mask)), expected, rtol=1e-13)
+        assert_allclose(
+            xp.numpy(ps.logsumexp(view, axis=axis)), np.log(np.exp(plain).sum(axis=axis)),
+            rtol=1e-13,
+        )  # fmt: skip
+
+
+# --------------------------------------------------------------------------- autograd, compile
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_first_and_second_derivatives(xp, launches, axis):
+    torch = xp.xp
+    x = xp.asarray(RNG.normal(size=(3, 4))).requires_grad_()
+    labels = xp.asarray(RNG.integers(2, size=4 if axis == 0 else 3))
+    weight, mask = xp.asarray(RNG.random(3 + axis)), xp.asarray(np.arange(3 + axis) < 3)
+    where = mask[:, None] if axis == 0 else mask
+    for f in (
+        lambda x: ps.softmax(x, axis=axis, temperature=0.5, where=where),
+        lambda x: ps.log_softmax(x, axis=axis, temperature=2.0),
+        lambda x: ps.logsumexp(x, axis=axis, where=where),
+        lambda x: ps.cross_entropy(x, labels, axis=axis),
+        lambda x: ps.cross_entropy(x, labels, axis=axis, weight=weight, ignore_index=1, z_loss=0.1,
+                                   softcap=3.0, label_smoothing=0.1, where=where),
+    ):  # fmt: skip
+        launches.clear()
+        assert torch.autograd.gradcheck(f, (x,), fast_mode=True)
+        assert torch.autograd.gradgradcheck(f, (x,), fast_mode=True)
+        assert launches
+
+
+def test_compiled_and_fake(xp, launches):
+    """One graph that holds the operators, as in a program that somebody compiles."""
+    import warnings
+
+    torch = xp.xp
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x = xp.asarray(RNG.normal(size=(3, 4)), "float32")
+    labels = xp.asarray([0, 1, 3])
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append({str(n.target) for n in graph.graph.nodes if n.op == "call_function"})
+        return graph.forward
+
+    def step(x):
+        probabilities = ps.softmax(x)
+        return ps.cross_entropy(x, labels) + ps.softmax_vjp(probabilities, x).sum()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.compiler.reset()
+        leaf = x.clone().requires_grad_()
+        y = torch.compile(step, fullgraph=True, backend=backend)(leaf)
+        (grad,) = torch.autograd.grad(y, leaf)
+        torch.compiler.reset()
+    (found,) = graphs
+    assert {f"portable_softmax.{name}.default" for name in ("rows", "pull_back", "losses")} <= found
+    leaf = x.double().requires_grad_()
+    with kernels.portable():
+        expected = step(leaf)
+        (slope,) = torch.autograd.grad(expected, leaf)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad.double(), slope, rtol=1e-5, atol=1e-6)
+    launches.clear()
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+        assert kernels.explain("softmax", fake) == NAME
+        assert ps.logsumexp(fake, axis=0).shape == (4,)
+        assert ps.cross_entropy(fake, mode.from_tensor(labels)).dtype == torch.float32
+    assert not launches

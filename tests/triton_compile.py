@@ -1,0 +1,167 @@
+"""Compile the Triton kernels as a launch would, for devices that need not be here."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from portable_softmax.kernels._triton import _loss, _rows, _sizes
+
+ARCHS = (80, 90, 100)
+# Triton's name of a dtype, its dtype, that of the computation, and the elements in 16 bytes.
+DTYPES = {
+    "float32": ("fp32", tl.float32, 4),
+    "float64": ("fp64", tl.float64, 2),
+    "float16": ("fp16", tl.float32, 8),
+    "bfloat16": ("bf16", tl.float32, 8),
+}
+
+# One set of options a kernel is compiled with: name -> (kernel, constants, whether it is quick).
+EVERY = {"IGNORING": True, "WEIGHTED": True, "Z": True, "CAPPED": True, "MASKED": True}
+NONE = dict.fromkeys(EVERY, False)
+LOSS = {"INDEX": True, "SMOOTH": False, "GRAD": True, "DIVISOR": "count", "CHECK": True, **NONE}
+KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    **{
+        f"{op}{', where, temperature' if more else ''}": (
+            _rows.forward,
+            {"OP": op, "MASKED": more, "TEMPERED": more and op != "logsumexp"},
+        )
+        for op in ("softmax", "log_softmax", "logsumexp")
+        for more in (False, True)
+    },
+    **{op: (_rows.pull_back, {"OP": op}) for op in ("softmax_vjp", "log_softmax_vjp")},
+    "cross_entropy": (_loss.loss, {**LOSS, "GRAD": False, "DIVISOR": "none"}),
+    "cross_entropy_value_and_grad": (_loss.loss, LOSS),
+    "cross_entropy_value_and_grad, every option": (
+        _loss.loss,
+        {**LOSS, **EVERY, "SMOOTH": True, "DIVISOR": "sum"},
+    ),
+    "cross_entropy_value_and_grad, distribution": (
+        _loss.loss,
+        {**LOSS, **EVERY, "INDEX": False, "IGNORING": False, "SMOOTH": True, "CHECK": False},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel with its constants, as one launch has them."""
+
+    name: str
+    kernel: Any
+    dtype: str
+    launch: _sizes.Launch
+    along: str
+    way: str
+    constants: dict[str, Any]
+
+    @property
+    def tile(self) -> str:
+        return f"{self.launch.rows} x {self.launch.classes}"
+
+
+def launches(itemsize: int) -> Iterator[tuple[str, str, _sizes.Launch]]:
+    """Yield each launch that the table can answer with: the layout, the pass and the launch."""
+    seen = set()
+    for along, lead in itertools.product(("classes", "lead"), (1, 8, 1_000_000)):
+        for classes in (1 << k for k in range(2, 21)):
+            found = _sizes.launch(lead, 1, classes, along, itemsize)
+            for way in ("fold", "finish") if found.way == "split" else (found.way,):
+                if (along, way, found) not in seen:
+                    seen.add((along, way, found))
+                    yield along, way, found
+
+
+def cases(names: Any = KERNELS, dtypes: Any = DTYPES) -> Iterator[Case]:
+    """Yield every kernel in each dtype with each launch."""
+    for name, dtype in itertools.product(names, dtypes):
+        kernel, constants = KERNELS[name]
+        _, compute, unit = DTYPES[dtype]
+        general = constants.get("SMOOTH", False) or not constants.get("INDEX", True)
+        for along, way, launch in launches(8 if dtype == "float64" else 4):
+            if general and launch.way == "split":
+                continue
+            more = {
+                "PASS": way, "PARTS": launch.parts, "ALONG": along,
+                "UNIT": unit if launch.classes >= unit else 1, "DTYPE": compute,
+                "ROWS": launch.rows, "CLASSES": launch.classes, "DEPTH": _sizes.DEPTH,
+            }  # fmt: skip
+            yield Case(name, kernel, dtype, launch, along, way, {**constants, **more})
+
+
+def compiled(case: Case, arch: int, *, aligned: bool = True) -> Any:
+    """Compile a case to PTX and a cubin."""
+    # Where the tests run with the interpreter on, @jit has made something else of the kernel.
+    kernel = case.kernel if isinstance(case.kernel, JITFunction) else JITFunction(case.kernel.fn)
+    short, compute, _ = DTYPES[case.dtype]
+    wide = "fp64" if compute is tl.float64 else "fp32"
+    pointers = {"labels_ptr": "*i64", "where_ptr": "*i1", "flag_ptr": "*i32"}
+    pointers |= dict.fromkeys(("m_ptr", "rest_ptr", "total_ptr", "loss_ptr", "weight_ptr",
+                               "divisor_ptr"), f"*{wide}")  # fmt: skip
+    signature, attributes, constants = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name], constants[name] = "constexpr", case.constants[name]
+        elif name.endswith("_ptr"):
+            signature[name] = pointers.get(name, f"*{short}")
+            if aligned:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = parameter.annotation_type
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", arch, 32),
+        options={
+            "num_warps": case.launch.warps,
+            "maxnreg": case.launch.registers,
+            "enable_fp_fusion": False,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes of a device."""
+
+    registers: int
+    spilled: int  # bytes stored and loaded
+    shared: int
+
+
+def resources(kernel: Any, arch: int) -> Resources:
+    """Ask Triton's own assembler, with the options that Triton gives it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(kernel.asm["ptx"], encoding="utf-8")
+        command = (
+            *(get_ptxas(arch).path, "-v", "--fmad=false", "--regAllocOptLevel=2"),
+            *(f"--gpu-name={sm_arch_from_capability(arch)}", str(source)),
+            *("-o", str(Path(folder, "kernel.cubin"))),
+        )
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    (registers,) = re.findall(r"Used (\d+) registers", said)
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+    return Resources(int(registers), spilled, kernel.metadata.shared)
+
+
+def wide_accesses(kernel: Any) -> tuple[set[str], set[str]]:
+    """Return the kinds of loads and of stores of global memory in the PTX."""
+    ptx = kernel.asm["ptx"]
+    return (
+        set(re.findall(r"ld\.global\.([\w.]+)", ptx)),
+        set(re.findall(r"st\.global\.([\w.]+)", ptx)),
+    )

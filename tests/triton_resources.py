@@ -1,0 +1,65 @@
+"""Compile every Triton kernel for every launch and write down what it takes of a device.
+
+    python tests/triton_resources.py docs/triton_resources.md
+
+No device is needed: Triton brings its own assembler. It takes about a quarter of an hour on two
+cores, and ends with status 1 if a kernel spills registers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import triton
+from triton_compile import ARCHS, Case, cases, compiled, resources
+
+HEADINGS = ("kernel", "dtype", "layout", "pass", "tiles", *(f"sm_{arch}" for arch in ARCHS))
+
+INTRODUCTION = f"""\
+# Triton kernels: registers, spills and shared memory
+
+Every kernel, compiled for three generations of devices with each launch that the launch table
+([_sizes.py](../portable_softmax/kernels/_triton/_sizes.py)) can choose. A cell holds the most
+registers a thread, the most bytes spilled, and the most bytes of shared memory, over the tiles of
+its row; a layout is what lies side by side in memory. Compiling says nothing about speed: no
+device has run these kernels.
+
+Written with Triton {triton.__version__} by
+
+    python tests/triton_resources.py docs/triton_resources.md
+"""
+
+
+def measured(job: tuple[Case, int]) -> tuple[int, int, int]:
+    case, arch = job
+    found = resources(compiled(case, arch), arch)
+    return found.registers, found.spilled, found.shared
+
+
+def main() -> None:
+    jobs = [(case, arch) for case in cases() for arch in ARCHS]
+    with ProcessPoolExecutor(2) as pool:
+        taken = list(pool.map(measured, jobs, chunksize=8))
+    rows = defaultdict(lambda: defaultdict(list))
+    spilled = []
+    for (case, arch), numbers in zip(jobs, taken, strict=True):
+        rows[case.name, case.dtype, case.along, case.way][arch].append(numbers)
+        if numbers[1]:
+            spilled.append(f"{case.name}, {case.dtype}, {case.along}, {case.way}, {case.tile}, "
+                           f"{case.launch.warps} warps, sm_{arch}: {numbers[1]} bytes")  # fmt: skip
+    lines = [HEADINGS, ("---",) * len(HEADINGS)]
+    for key, found in rows.items():
+        most = [tuple(map(max, zip(*found[arch], strict=True))) for arch in ARCHS]
+        cells = [" / ".join(map(str, numbers)) for numbers in most]
+        lines.append((*key, str(len(found[ARCHS[0]])), *cells))
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    Path(sys.argv[1]).write_text(f"{INTRODUCTION}\n{table}\n", encoding="utf-8")
+    print(f"{len(jobs)} kernels compiled, {len(spilled)} spill", *spilled, sep="\n")
+    sys.exit(bool(spilled))
+
+
+if __name__ == "__main__":
+    main()
