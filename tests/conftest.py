@@ -129,12 +129,12 @@ def da(xp: Backend):
 
 @pytest.fixture(autouse=True)
 def _report(request: pytest.FixtureRequest, record_property) -> None:
-    """Leave what the table of results wants to know in the report, beside a process's first test."""
-    for name in (
-        request.config.stash[_KEY] if not request.config.stash.get(_REPORTED, False) else ()
-    ):
-        backend = _backend(name)
-        record_property("backend", name)
-        record_property("version", backend.version())
-        record_property("device", backend.device_name())
-    request.config.stash[_REPORTED] = True
+    """Leave what the table of results wants to know, beside the first test of a process."""
+    stash = request.config.stash
+    if not stash.get(_REPORTED, False):
+        for name in stash[_KEY]:
+            backend = _backend(name)
+            record_property("backend", name)
+            record_property("version", backend.version())
+            record_property("device", backend.device_name())
+    stash[_REPORTED] = True

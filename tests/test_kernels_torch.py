@@ -1,4 +1,4 @@
-"""The Numba rows on CPU tensors of torch: whose memory, which derivatives, and when they step aside."""
+"""The Numba rows on CPU tensors of torch: whose memory, which derivatives, when they step aside."""
 
 from __future__ import annotations
 
