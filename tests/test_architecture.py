@@ -154,7 +154,8 @@ def test_a_technology_is_imported_by_its_own_folder_and_that_lazily(folder):
     """Neither what the table names nor any other room loads it by being imported."""
     inside = [p for p in MODULES if p.parent == PACKAGE / "kernels" / folder]
     loads = {module(p): {name for name, at_import in imports(p) if at_import} for p in inside}
-    heavy = {m for m, names in loads.items() if {n.split(".")[0] for n in names} & {*TECHNOLOGIES[folder]}}
+    own = {*TECHNOLOGIES[folder]}
+    heavy = {m for m, names in loads.items() if {n.split(".")[0] for n in names} & own}
     while more := {m for m, names in loads.items() if m not in heavy and names & heavy}:
         heavy |= more
     assert heavy
