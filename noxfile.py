@@ -277,6 +277,30 @@ def test(session: nox.Session, backend: str) -> None:
     run.finished = True
 
 
+@nox.session(name="tests-triton")
+def tests_triton(session: nox.Session) -> None:
+    """Run the Triton kernels with Triton's interpreter, and compile a part of them; no GPU needed.
+
+    The table of semantics and the exact values go through the kernels; the path is asserted.
+    """
+    install(session, *package("torch", "triton"), *group("test"))
+    names = ("triton", "semantics", "values", "cross_entropy")
+    files = [f"tests/test_{name}.py" for name in names]
+    env = {"TRITON_INTERPRET": "1"}
+    session.run("python", "-m", "pytest", "--backend", "triton", *files, *session.posargs, env=env)
+    # Compiling takes a process in which Triton does not interpret.
+    compile_some = ("--backend", "torch", "tests/test_triton_compile.py")
+    session.run("python", "-m", "pytest", *compile_some, *session.posargs)
+
+
+@nox.session(name="triton-compile")
+def triton_compile(session: nox.Session) -> None:
+    """Compile every Triton kernel for every device and launch; write docs/triton_resources.md."""
+    install(session, *package("torch", "triton"), *group("test"))
+    table = str(ROOT / "docs" / "triton_resources.md")
+    session.run("python", str(ROOT / "tests" / "triton_resources.py"), table)
+
+
 @nox.session(name="tests-table")
 def tests_table(session: nox.Session) -> None:
     """End a run of `tests`: one table, then what numpy and torch together cover."""
