@@ -114,7 +114,7 @@ def compiled(case: Case, arch: int, *, aligned: bool = True) -> Any:
     kernel = jit(case.kernel)
     short, compute, _ = DTYPES[case.dtype]
     wide = "fp64" if compute is tl.float64 else "fp32"
-    pointers = {"labels_ptr": "*i64", "where_ptr": "*i1", "flag_ptr": "*i32"}
+    pointers = {"labels_ptr": "*i64", "where_ptr": "*u1", "flag_ptr": "*i32"}
     pointers |= dict.fromkeys(("m_ptr", "rest_ptr", "total_ptr", "loss_ptr", "weight_ptr",
                                "divisor_ptr"), f"*{wide}")  # fmt: skip
     signature, attributes, constants = {}, {}, {}
