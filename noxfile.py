@@ -106,8 +106,10 @@ BACKENDS = {
     "cupy": "cuda",
 }
 # The backends whose tests together must cover the package, line and branch.
-COVERED = ("numpy", "numba", "torch")
+COVERED = ("numpy", "numba", "torch", "jax")
 PYPROJECT = load_toml(ROOT / "pyproject.toml")
+# Most of the time goes to compilers that use one core.
+PARALLEL = ("--numprocesses=auto", "--maxprocesses=4")
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,7 @@ def tests(session: nox.Session) -> None:
     required(session)
     for backend in BACKENDS:
         session.notify(f"tests-{backend}")
+    session.notify("tests-triton")
     session.notify("tests-table")
 
 
@@ -260,9 +263,11 @@ def test(session: nox.Session, backend: str) -> None:
     for stale in (report, *REPORTS.glob(f"{backend}.coverage*")):
         stale.unlink(missing_ok=True)
     more = f"test-{backend}" if f"test-{backend}" in PYPROJECT["dependency-groups"] else "test"
-    install_backend(session, backend, "demo", also=group(more))
+    extras = ("demo", "numba") if backend == "torch" else ("demo",)
+    install_backend(session, backend, *extras, also=group(more))
     names = [backend]
     if backend == "torch":
+        names.append("torch-numba")
         ask = "import torch; print(torch.cuda.is_available())"
         answer = session.run("python", "-c", ask, silent=True) or ""  # none with --install-only
         if "torch-cuda" in must_run or "True" in answer:
@@ -273,10 +278,36 @@ def test(session: nox.Session, backend: str) -> None:
     session.run(
         *("python", *measured, "-m", "pytest"),
         *("--backend", ",".join(names), f"--junitxml={report}"),
+        *(() if {"cupy", "torch-cuda"} & {*names} else PARALLEL),  # one process to a GPU
         *session.posargs,
         env={"COVERAGE_FILE": str(REPORTS / f"{backend}.coverage")},
     )
     run.finished = True
+
+
+@nox.session(name="tests-triton")
+def tests_triton(session: nox.Session) -> None:
+    """Run the Triton kernels with Triton's interpreter, and compile a part of them; no GPU needed.
+
+    The table of semantics and the exact values go through the kernels; the path is asserted.
+    """
+    install(session, *package("torch", "triton"), *group("test"))
+    names = ("triton", "semantics", "values", "cross_entropy")
+    files = [f"tests/test_{name}.py" for name in names]
+    env = {"TRITON_INTERPRET": "1"}
+    interpreted = ("--backend", "triton", *files, *PARALLEL)
+    session.run("python", "-m", "pytest", *interpreted, *session.posargs, env=env)
+    # Compiling takes a process in which Triton does not interpret.
+    compile_some = ("--backend", "torch", "tests/test_triton_compile.py")
+    session.run("python", "-m", "pytest", *compile_some, *session.posargs)
+
+
+@nox.session(name="triton-compile")
+def triton_compile(session: nox.Session) -> None:
+    """Compile every Triton kernel for every device and launch; write docs/triton_resources.md."""
+    install(session, *package("torch", "triton"), *group("test"))
+    table = str(ROOT / "docs" / "triton_resources.md")
+    session.run("python", str(ROOT / "tests" / "triton_resources.py"), table)
 
 
 @nox.session(name="tests-table")

@@ -112,8 +112,8 @@ def small(monkeypatch):
     from portable_softmax.kernels._triton import _sizes
 
     for name, value in {
-        "SHORT": 8, "REGISTERS": 32, "COLUMN": 16, "SPLIT": 60, "SPLIT_COLUMN": 64,
-        "SPLIT_BELOW": 4, "PARTS": (2, 4), "LONG_TILE": 16, "COLUMN_TILE": 32, "SHORT_TILE": 32,
+        "SHORT": (4, 8), "REGISTERS": 32, "COLUMN": (8, 16), "SPLIT": 60, "SPLIT_COLUMN": 64,
+        "SPLIT_BELOW": 4, "PARTS": 4, "LONG_TILE": 16, "COLUMN_TILE": 32, "SHORT_TILE": 32,
         "LANES": (4, 8), "DEPTH": 2,
     }.items():  # fmt: skip
         monkeypatch.setattr(_sizes, name, value)

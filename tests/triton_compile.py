@@ -102,13 +102,19 @@ def cases(names: Any = KERNELS, dtypes: Any = DTYPES) -> Iterator[Case]:
             yield Case(name, kernel, dtype, launch, along, way, {**constants, **more})
 
 
+def jit(kernel: Any) -> JITFunction:
+    """Return a kernel as it is compiled."""
+    if not isinstance(kernel, JITFunction):
+        raise TypeError("TRITON_INTERPRET is 1: @triton.jit has made nothing that compiles")
+    return kernel
+
+
 def compiled(case: Case, arch: int, *, aligned: bool = True) -> Any:
     """Compile a case to PTX and a cubin."""
-    # Where the tests run with the interpreter on, @jit has made something else of the kernel.
-    kernel = case.kernel if isinstance(case.kernel, JITFunction) else JITFunction(case.kernel.fn)
+    kernel = jit(case.kernel)
     short, compute, _ = DTYPES[case.dtype]
     wide = "fp64" if compute is tl.float64 else "fp32"
-    pointers = {"labels_ptr": "*i64", "where_ptr": "*i1", "flag_ptr": "*i32"}
+    pointers = {"labels_ptr": "*i64", "where_ptr": "*u1", "flag_ptr": "*i32"}
     pointers |= dict.fromkeys(("m_ptr", "rest_ptr", "total_ptr", "loss_ptr", "weight_ptr",
                                "divisor_ptr"), f"*{wide}")  # fmt: skip
     signature, attributes, constants = {}, {}, {}

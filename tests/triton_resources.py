@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
-from triton_compile import ARCHS, Case, cases, compiled, resources
+from triton_compile import ARCHS, cases, compiled, resources
 
 HEADINGS = ("kernel", "dtype", "layout", "pass", "tiles", *(f"sm_{arch}" for arch in ARCHS))
 
@@ -33,19 +33,24 @@ Written with Triton {triton.__version__} by
 """
 
 
-def measured(job: tuple[Case, int]) -> tuple[int, int, int]:
-    case, arch = job
-    found = resources(compiled(case, arch), arch)
+# A process is told a case by its number: what is compiled cannot be sent.
+CASES = tuple(cases())
+
+
+def measured(job: tuple[int, int]) -> tuple[int, int, int]:
+    number, arch = job
+    found = resources(compiled(CASES[number], arch), arch)
     return found.registers, found.spilled, found.shared
 
 
 def main() -> None:
-    jobs = [(case, arch) for case in cases() for arch in ARCHS]
+    jobs = [(number, arch) for number in range(len(CASES)) for arch in ARCHS]
     with ProcessPoolExecutor(2) as pool:
         taken = list(pool.map(measured, jobs, chunksize=8))
     rows = defaultdict(lambda: defaultdict(list))
     spilled = []
-    for (case, arch), numbers in zip(jobs, taken, strict=True):
+    for (number, arch), numbers in zip(jobs, taken, strict=True):
+        case = CASES[number]
         rows[case.name, case.dtype, case.along, case.way][arch].append(numbers)
         if numbers[1]:
             spilled.append(f"{case.name}, {case.dtype}, {case.along}, {case.way}, {case.tile}, "

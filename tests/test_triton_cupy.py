@@ -1,0 +1,164 @@
+"""How the Triton kernels are launched for CuPy, followed with stand-ins for what needs a device."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from portable_softmax import portable
+from portable_softmax.kernels import _triton
+from portable_softmax.kernels._calls import LossCall, RowsCall
+from portable_softmax.kernels._triton import _cupy
+
+
+class Device:
+    """A device that can be entered, as CuPy's."""
+
+    current = 0
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __enter__(self):
+        self.before, Device.current = Device.current, self.number
+
+    def __exit__(self, *_):
+        Device.current = self.before
+
+
+class Array(np.ndarray):
+    """NumPy's memory with the attributes of CuPy's array that a launch looks at."""
+
+    device = Device(1)
+
+    @property
+    def data(self):
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """As much of CuPy as the host's side of a launch uses."""
+
+    def array(function):
+        return lambda *a, **k: function(*a, **k).view(Array)
+
+    module = SimpleNamespace(
+        __name__="array_api_compat.cupy", float32=np.float32, int32=np.int32, iinfo=np.iinfo,
+        cuda=SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=0xABC)),
+        expand_dims=np.expand_dims, squeeze=np.squeeze, sum=np.sum, where=np.where,
+        **{name: array(getattr(np, name)) for name in (
+            "ascontiguousarray", "broadcast_to", "empty_like", "empty", "zeros")},
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return module
+
+
+class Kernel:
+    """What Triton's @jit gives, as far as it is used: it compiles, and can then be launched."""
+
+    def __init__(self, *names: str):
+        self.arg_names, self.launched = names, []
+
+    def run(self, *arrays, grid, warmup, **numbers):
+        assert warmup  # compiled only: a launch by Triton would take torch's stream
+        assert Device.current == 1
+        options = {"num_warps", "maxnreg", "enable_fp_fusion"}
+        assert set(numbers) - options <= set(self.arg_names)
+
+        def launch(*arguments, stream):
+            self.launched.append((dict(zip(self.arg_names, arguments, strict=True)), stream, grid))
+
+        return {grid: launch}
+
+
+def test_a_launch_on_the_arrays_device_and_cupys_stream(cupy):
+    x = np.ones((2, 3), np.float32).view(Array)
+    kernel = Kernel("x_ptr", "y_ptr", "n", "ROWS")
+    _cupy.run(kernel, (7,), (x, x), {"ROWS": 4, "n": 3, "num_warps": 4, "enable_fp_fusion": False})
+    ((arguments, stream, grid),) = kernel.launched
+    assert (stream, grid, Device.current) == (0xABC, (7, 1, 1), 0)
+    assert arguments["x_ptr"].data_ptr() == x.ctypes.data
+    assert (arguments["n"], arguments["ROWS"]) == (3, 4)
+
+
+def test_strides_are_in_elements(cupy):
+    x = np.zeros((4, 6), np.float16).view(Array)
+    assert _cupy.strides(x.T[::2]) == (2, 6)
+    assert _cupy.strides(_cupy.broadcast(x[:1], (5, 6))) == (0, 1)
+
+
+def test_torch_without_cuda_in_the_process_is_a_reason(cupy, monkeypatch):
+    call = RowsCall("softmax", cupy, np.ones((2, 3), np.float32).view(Array), (1,), None, 1.0,
+                    np.dtype(np.float32), np.dtype(np.float32))  # fmt: skip
+    for available, why in ((True, ""), (False, "the torch in this process has none")):
+        torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda answer=available: answer))
+        monkeypatch.setitem(sys.modules, "torch", torch)
+        assert _triton.refusal(call).endswith(why)
+        assert bool(_triton.refusal(call)) == bool(why)
+    monkeypatch.delitem(sys.modules, "torch")
+    assert _triton.refusal(call) == ""
+
+
+# --------------------------------------------------------------------------- with Triton
+
+
+@pytest.fixture
+def launches(cupy, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from portable_softmax.kernels._triton import _loss, _rows
+
+    seen = []
+
+    @contextmanager
+    def nothing():
+        yield
+
+    for module, name in ((_rows, "forward"), (_loss, "loss"), (_loss, "label_weights")):
+        kernel = Kernel(*getattr(module, name).arg_names)
+        monkeypatch.setattr(module, name, kernel)
+        seen.append(kernel)
+    return seen
+
+
+def test_every_argument_of_a_kernel_is_given(launches, cupy):
+    """Each launch names all arguments, in the kernel's order: what is compiled takes them so."""
+    f32 = np.dtype(np.float32)
+    x = np.ones((2, 3), np.float32).view(Array)
+    labels = np.zeros(2, np.int64).view(Array)
+    _triton.softmax(RowsCall("softmax", cupy, x, (1,), None, 1.0, f32, f32))
+    mask = np.ones((1, 3), bool).view(Array)
+    _triton.softmax(RowsCall("softmax", cupy, x.T, (0,), mask.T, 2.0, f32, f32))
+    options = portable.Options(
+        weight=np.ones(3, np.float32).view(Array), ignore_index=-1, where=mask
+    )
+    name = "cross_entropy_value_and_grad"
+    call = LossCall(name, cupy, x, labels, True, 1, options, True, f32, f32)
+    loss, grad = _triton.cross_entropy(call)
+    assert np.shape(loss) == ()
+    assert grad.shape == (2, 3)
+    forward, loss, weights = launches
+    assert [len(k.launched) for k in launches] == [2, 1, 1]
+    for arguments, stream, _ in (*forward.launched, *loss.launched, *weights.launched):
+        assert stream == 0xABC
+        assert arguments["UNIT"] == 1
+
+
+def test_triton_sees_a_pointer_and_its_dtype(cupy):
+    """What Triton makes a kernel for: the type, and whether the address is a multiple of 16."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from triton.backends.compiler import BaseBackend
+    from triton.runtime.jit import native_specialize_impl
+
+    for dtype, name in (("float32", "fp32"), ("float16", "fp16"), ("float64", "fp64"),
+                        ("int64", "i64"), ("bool", "u1")):  # fmt: skip
+        memory = np.zeros(64, dtype).view(Array)
+        start = -memory.ctypes.data % 16 // memory.itemsize
+        for offset in (0, 1):
+            pointer = _cupy.Pointer(memory[start + offset :])
+            kind, _ = native_specialize_impl(BaseBackend, pointer, False, True, True)
+            assert kind == f"*{name}"
