@@ -14,7 +14,7 @@ import numpy as np
 from numba import typeof
 
 from portable_softmax.kernels import _threads
-from portable_softmax.kernels._numba import _entries, _lanes, _losses
+from portable_softmax.kernels._numba import _entries, _lanes, _losses, _split
 
 # Shorter rows, in bytes of the computation, are worked on side by side: a row alone leaves its
 # last lanes empty and adds up across them (measured: they meet at 150 classes of float32).
@@ -91,19 +91,37 @@ def load(entry: Any, example: tuple[Any, ...]) -> None:
         entry.compile(signature)
 
 
+def in_parts(layout: tuple[int, int, int]) -> bool:
+    """Return whether rows are cut, which needs other kernels than those of short rows."""
+    return _split.wanted(*layout)
+
+
 def softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
     """One read of the array and one write of its size."""
-    run(_entries.softmax, (x, out), (1 if temperature == 1.0 else temperature,), layout)
+    t = 1 if temperature == 1.0 else temperature
+    if _split.wanted(*layout):
+        _split.softmax(x, out, t)
+    else:
+        run(_entries.softmax, (x, out), (t,), layout)
 
 
 def log_softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
     """One read and one write."""
-    run(_entries.log_softmax, (x, out), (1 if temperature == 1.0 else temperature,), layout)
+    t = 1 if temperature == 1.0 else temperature
+    if _split.wanted(*layout):
+        _split.log_softmax(x, out, t)
+    else:
+        run(_entries.log_softmax, (x, out), (t,), layout)
 
 
 def logsumexp(x: Any, out: Any, layout: Layout) -> None:
     """One read."""
     run(_entries.logsumexp, (x, out), (), layout)
+
+
+def logsumexp_of_few(x: Any, layout: Layout) -> list[float] | None:
+    """Return the answers for few and long rows, or None where it takes no parts."""
+    return _split.logsumexp(x) if _split.wanted(*layout) else None
 
 
 def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout) -> None:

@@ -39,10 +39,10 @@ function = njit(nogil=True, error_model="numpy")
 RUN = 512
 
 # Below this share of the row's length, or below 1, a remainder is summed again with care. Above it
-# the terms below exp(-8) make up 1/e of the remainder at most, so the rounding errors of the
-# differences, half a unit in the last place of 8, move it by less than 6 units; and with it the
-# loss, whose 8 units may be as small as those of log(2).
-CARE = math.exp(-7.0)
+# the terms below exp(-6) make up 1/e of the remainder at most, and the differences of the others
+# are off by half a unit in the last place of 8: with what else rounds, that leaves the loss within
+# its 8 units, whose size is at least that of log(2)'s.
+CARE = math.exp(-5.0)
 
 
 @function
@@ -93,8 +93,8 @@ def careful_term(x, m, t):
 
 
 @function
-def careful_rest(p, n, m, t):
-    """The remainder, one maximum left out, to the last digits."""
+def careful_sum(p, n, m, t):
+    """Return the sum of the terms below the maximum, times UP, and how many equal it."""
     up, one, zero = typed(p, UP), typed(p, 1.0), typed(p, 0.0)
     total = lost = zero
     tops = 0
@@ -108,7 +108,14 @@ def careful_rest(p, n, m, t):
             count = plus(count, chosen(is_top, one, zero))
         total, lost = added(total, lost, s)
         tops += int(count)
-    return ((total + lost) + typed(p, float(tops - 1)) * up) * typed(p, DOWN)
+    return total + lost, tops
+
+
+@function
+def careful_rest(p, n, m, t):
+    """The remainder, one maximum left out, to the last digits."""
+    below, tops = careful_sum(p, n, m, t)
+    return (below + typed(p, float(tops - 1)) * typed(p, UP)) * typed(p, DOWN)
 
 
 @function

@@ -1,0 +1,594 @@
+"""The kernels that Numba compiles: which of their paths ran, and that each gives the exact answer."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from backends import ml_dtypes, np_dtype
+from calls import as_tuple
+
+import portable_softmax as ps
+from bench import exact
+from portable_softmax import kernels
+from portable_softmax.kernels import _numba, _table, _threads
+
+pytestmark = pytest.mark.numba
+
+ROWS = ("softmax", "log_softmax", "logsumexp")
+LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
+DTYPES = ("float32", "float64", "float16", *(("bfloat16",) if ml_dtypes else ()))
+NAME = "numba rows: one pass in cache"
+
+
+@pytest.fixture
+def every_size(monkeypatch):
+    """Arrays of every size take the kernels, without their shortcuts."""
+    monkeypatch.setattr(_numba, "ENOUGH", 0)
+    monkeypatch.setattr(_table, "SHORTCUTS", {})
+
+
+def heavy(name):
+    return importlib.import_module(f"portable_softmax.kernels._numba.{name}")
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """How the calls were worked on: rows side by side, and how many pieces."""
+    drive, seen = heavy("_drive"), []
+    real = drive.plan
+
+    def spy(*args):
+        seen.append(real(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(drive, "plan", spy)
+    return seen
+
+
+# --------------------------------------------------------------------------- accuracy
+
+
+def families(n, dtype):
+    """Rows on both sides of the rule that asks for care, and the hard ones."""
+    rng = np.random.default_rng(n)
+    x = rng.standard_normal((64, n))
+    x[8:16, 3] = x[8:16].max() + np.linspace(20, 100, 8)  # confident
+    x[16:24] = rng.uniform(-80, 0, (8, n))
+    x[24:32] = 0.0  # ties
+    x[32:40] += 1e4
+    # Remainders around 1, and around n * exp(-5), most of them differences that round alike.
+    x[40:48] = 9.0 + np.linspace(-0.3, 0.3, 8)[:, None] - np.log(n)
+    x[40:48, n // 2] = 9.0
+    x[48:56, :] = -5.0 + np.linspace(-0.3, 0.3, 8)[:, None]
+    x[48:56, 1] = 1e-3
+    x[56:, 1:] = -np.inf
+    x[56:, 2] = np.linspace(-100, 0, 8)
+    return x.astype(np_dtype(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [4, 5, 10, 16, 79, 80, 159, 160, 1003])
+def test_every_kind_of_row_is_exact(every_size, plans, n, dtype):
+    if not exact.measures(dtype):
+        pytest.skip("np.longdouble is no longer than float64 on this machine")
+    x = families(n, dtype)
+    rng = np.random.default_rng(0)
+    labels = np.where(np.arange(64) % 2, x.astype(np.float64).argmax(1), rng.integers(0, n, 64))
+    labels = np.where(np.isinf(x[np.arange(64), labels].astype(np.float64)), 0, labels)
+    with np.errstate(all="ignore"):
+        answers = exact.solve(x, labels)
+    half = dtype in ("float16", "bfloat16")
+    unit = 2.0 ** -exact.FORMATS[dtype][0]
+    finite = np.where(np.isinf(x), np.nan, x).astype(np.float64)
+    span = np.nanmax(finite, axis=-1, keepdims=True) - np.nanmin(finite, axis=-1, keepdims=True)
+    m = x.astype(np.longdouble).max(-1)
+    bounds = {
+        "softmax": np.maximum(6, 2 + 2 * span),
+        "log_softmax": 8,
+        "logsumexp": np.maximum(
+            6, 4 * unit * np.maximum(1, abs(m)) / exact.unit(answers.logsumexp, dtype)
+        ),
+        "cross_entropy": 8,
+    }
+    results = {
+        "softmax": ps.softmax(x),
+        "log_softmax": ps.log_softmax(x),
+        "logsumexp": ps.logsumexp(x, axis=-1),
+        "cross_entropy": ps.cross_entropy(x, labels, reduction="none"),
+    }
+    for name, result in results.items():
+        answer = getattr(answers, name)
+        same = result.astype(np.longdouble) == answer  # infinities
+        with np.errstate(all="ignore"):
+            error = np.abs(result.astype(np.longdouble) - answer) / exact.unit(answer, dtype)
+        counted = ~same
+        if name in ("log_softmax", "cross_entropy"):
+            counted &= np.abs(answer) > exact.smallest_normal(dtype)
+        bound = np.broadcast_to(0.51 if half else bounds[name], answer.shape)
+        assert np.all(~counted | (error <= bound)), (name, float(np.max(error[counted])))
+    side_by_side = n * (8 if dtype == "float64" else 4) < heavy("_drive").SHORT
+    assert {bool(plan.T) for plan in plans} == {side_by_side}
+    loss, grad = ps.cross_entropy_value_and_grad(x, labels, reduction="none")
+    np.testing.assert_array_equal(loss, results["cross_entropy"])
+    got = grad[np.arange(64), labels].astype(np.longdouble)
+    off = np.abs(got - answers.label_gradient)
+    relative = 1e-5 if not half else 2 * unit
+    subnormal = 2 * unit * exact.smallest_normal(dtype)
+    assert np.all(off <= relative * np.abs(answers.label_gradient) + subnormal)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n", [10, 1000])
+def test_a_confident_row_keeps_its_digits(every_size, n, dtype):
+    """The rest is one exponential: the rounding error of its difference counts in full."""
+    for gap in (30, 40, 64.3, 80.7):
+        x = np.full((3, n), -1e4, dtype)
+        x[:, 0], x[:, 1] = 0.1, 0.1 - gap
+        d = np.longdouble(x[0, 1]) - np.longdouble(x[0, 0])
+        truth = np.log1p(np.exp(d))
+        loss = ps.cross_entropy(x, np.zeros(3, int))
+        assert abs(loss - truth) <= 4 * np.spacing(loss)
+        np.testing.assert_array_equal(-ps.log_softmax(x)[:, 0], [loss] * 3)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(every_size):
+    x = families(10, "float32")
+    whole = ps.log_softmax(x)
+    for i in range(64):
+        np.testing.assert_array_equal(ps.log_softmax(x[i : i + 1])[0], whole[i])
+        np.testing.assert_array_equal(ps.log_softmax(x[i:])[0], whole[i])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_exp_and_log1p_are_exact(dtype):
+    from numba import njit
+
+    _exp, _ir = heavy("_exp"), heavy("_ir")
+    exp, log1p, load, store, pointer = _exp.exp, _exp.log1p, _ir.load, _ir.store, _ir.pointer
+
+    @njit
+    def exps(x, y):
+        for i in range(x.shape[0]):
+            store(pointer(y), i, exp(load(pointer(x), i)))
+
+    @njit
+    def logs(x, y):
+        for i in range(x.shape[0]):
+            store(pointer(y), i, log1p(load(pointer(x), i)))
+
+    rng = np.random.default_rng(0)
+    lowest, highest = {"float32": (-104, 88.7), "float64": (-746, 709.7)}[dtype]
+    x = rng.uniform(lowest, highest, 300_000).astype(dtype)
+    y = np.empty_like(x)
+    exps(x, y)
+    truth = np.exp(x.astype(np.longdouble))
+    smallest = np.longdouble(np.finfo(dtype).smallest_subnormal)
+    # One unit of the least number below 1 is half of that above it.
+    assert np.max(np.abs(y - truth) / np.maximum(exact.unit(truth, dtype), smallest)) < 1.05
+    special = np.asarray([-np.inf, np.inf, np.nan, 0.0, -1e30, 1e30, lowest - 1, 1000.0], dtype)
+    exps(special, y)
+    expected = [0, np.inf, np.nan, 1, 0, np.inf, 0, np.inf]
+    np.testing.assert_array_equal(y[:8], np.asarray(expected, dtype))
+    x = np.concatenate([10.0 ** rng.uniform(-30, 8, 100_000), rng.uniform(0, 3, 100_000)])
+    x = x.astype(dtype)
+    logs(x, y)
+    truth = np.log1p(x.astype(np.longdouble))
+    assert np.max(np.abs(y[: x.size] - truth) / exact.unit(truth, dtype)) < 2.2
+
+
+# --------------------------------------------------------------------------- every layout
+
+
+def agree(call, dtype="float32", units=64):
+    """Compare with the portable path, and return the answer."""
+    taken = as_tuple(call())
+    with kernels.portable():
+        plain = as_tuple(call())
+    for one, other in zip(taken, plain, strict=True):
+        assert type(one) is type(other)
+        assert one.dtype == other.dtype
+        assert one.shape == other.shape
+        a, b = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        half = dtype in ("float16", "bfloat16")
+        unit = 2.0 ** (1 - exact.FORMATS[dtype][0])
+        largest = np.max(np.abs(b[np.isfinite(b)]), initial=0)
+        np.testing.assert_allclose(
+            a, b, rtol=(2 if half else units) * unit, atol=(2 if half else 16) * unit * largest
+        )
+    return taken
+
+
+LAYOUTS = [
+    ((70, 33), -1),
+    ((3, 5, 7), (1, 2)),
+    ((3, 5, 7), None),
+    ((40, 70), 0),
+    ((2, 40, 3), 1),
+    ((2, 3, 40, 30), (1, 2)),
+    ((1, 200), -1),
+    ((200, 1), -1),
+    ((200, 1), 0),
+    ((7,), 0),
+    ((2000, 3), 0),
+    ((300, 2), 1),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), LAYOUTS, ids=str)
+def test_every_axis(every_size, shape, axis, dtype):
+    rng = np.random.default_rng(1)
+    x = (3 * rng.standard_normal(shape)).astype(np_dtype(dtype))
+    dy = rng.standard_normal(shape).astype(np_dtype(dtype))
+    before = x.tobytes(), dy.tobytes()
+    for name in ROWS:
+        assert kernels.explain(name, x, axis=axis) == NAME
+        agree(lambda name=name: getattr(ps, name)(x, axis=axis), dtype)
+    for name in ("softmax", "log_softmax"):
+        agree(lambda name=name: getattr(ps, name)(x, axis=axis, temperature=0.7), dtype)
+        y = getattr(ps, name)(x, axis=axis)
+        assert kernels.explain(f"{name}_vjp", y, dy=dy, axis=axis) == NAME
+        agree(lambda name=name, y=y: getattr(ps, f"{name}_vjp")(y, dy, axis=axis), dtype)
+    assert (x.tobytes(), dy.tobytes()) == before
+
+
+def test_what_is_left_to_the_next_kernel(every_size):
+    x = np.ones((4, 6, 5), np.float32)
+
+    def why(operation, x, **options):
+        return kernels.explain(operation, x, **options).partition("not numba rows: ")[2]
+
+    assert why("softmax", x.T) == "not in C order"
+    assert why("softmax", x[:, ::2]) == "not in C order"
+    assert why("softmax", x, axis=(0, 2)) == "axes apart from each other"
+    assert why("softmax", x, where=x > 0) == "options: where"
+    assert why("softmax", x.astype(">f4")) == "dtype: >f4"
+    assert why("softmax", x.astype(np.int32)) == "dtype: int32"
+    assert why("softmax", x[:0]) == "no elements"
+    assert why("softmax_vjp", x, dy=x.astype(float)) == "dtypes: float32 and float64"
+    assert why("cross_entropy", x, where=x > 0, softcap=2.0) == "options: where, softcap"
+    assert why("cross_entropy", x, labels=x) == "labels are a distribution"
+    assert why("softmax", np.ones((20_000, 2)), axis=0).startswith("20,000 classes along an axis")
+
+
+def test_read_only_arrays_are_not_compiled_anew(every_size):
+    x = np.random.default_rng(0).standard_normal((50, 7))
+    t = np.arange(50) % 7
+    writeable = ps.softmax(x), ps.cross_entropy(x, t)
+    entries = heavy("_entries")
+    before = len(entries.softmax.overloads), len(entries.cross_entropy.overloads)
+    for array in (x, t):
+        array.flags.writeable = False
+    np.testing.assert_array_equal(ps.softmax(x), writeable[0])
+    assert ps.cross_entropy(x, t) == writeable[1]
+    assert (len(entries.softmax.overloads), len(entries.cross_entropy.overloads)) == before
+
+
+def test_few_and_long_rows_are_cut(every_size, monkeypatch):
+    split = heavy("_split")
+    seen = []
+    real = split._on_parts
+    monkeypatch.setattr(split, "_on_parts", lambda *a: seen.append(len(a)) or real(*a))
+    monkeypatch.setattr(_threads, "limit", lambda: 2)
+    monkeypatch.setattr(split, "LONG", 1000)
+    monkeypatch.setattr(split, "PART", 300)
+    rng = np.random.default_rng(0)
+    for dtype in DTYPES:
+        for shape, parts in (((1, 1001), True), ((7, 1000), True), ((8, 1000), False),
+                             ((1, 999), False)):  # fmt: skip
+            x = rng.standard_normal(shape).astype(np_dtype(dtype))
+            confident = x.copy()
+            confident[:, 700] = 40
+            hostile = x.copy()
+            hostile[0, 5] = np.nan
+            if len(x) > 1:
+                hostile[1, 900], hostile[2] = np.inf, -np.inf
+            for rows in (x, confident, hostile):
+                for name in ROWS:
+                    seen.clear()
+                    agree(lambda rows=rows, name=name: getattr(ps, name)(rows, axis=-1), dtype)
+                    assert bool(seen) == parts
+            agree(lambda x=x: ps.log_softmax(x, temperature=2.0), dtype)
+
+
+@pytest.mark.parametrize("operation", [*ROWS, *LOSSES])
+def test_pieces_and_threads_give_the_same_bits(every_size, plans, monkeypatch, operation):
+    drive = heavy("_drive")
+    rng = np.random.default_rng(0)
+    for shape in ((1000, 10), (300, 200)):
+        x = rng.standard_normal(shape).astype(np.float32)
+        args = (x, rng.integers(0, shape[1], shape[0])) if operation in LOSSES else (x,)
+        options = {"reduction": "none"} if operation in LOSSES else {"axis": -1}
+        results = []
+        for piece, threads in ((1 << 30, 1), (1 << 12, 1), (1 << 12, 3)):
+            monkeypatch.setattr(drive, "PIECE", piece)
+            monkeypatch.setattr(_threads, "limit", lambda threads=threads: threads)
+            plans.clear()
+            results.append(as_tuple(getattr(ps, operation)(*args, **options)))
+            assert (len(plans[0].pieces) > 1) == (piece < 1 << 30)
+        for other in results[1:]:
+            for one, two in zip(results[0], other, strict=True):
+                np.testing.assert_array_equal(one, two)
+
+
+# --------------------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), [((90, 10), -1), ((30, 200), 1), ((2, 20, 9), 1)])
+def test_every_option_of_a_loss(every_size, shape, axis, dtype):
+    rng = np.random.default_rng(2)
+    x = (3 * rng.standard_normal(shape)).astype(np_dtype(dtype))
+    n = shape[axis]
+    positions = np.delete(shape, axis)
+    labels = rng.integers(0, n, positions)
+    weight = rng.random(n)
+    weight[1] = 0
+    ignored = np.where(rng.random(positions) < 0.3, -1, labels)
+    wrong = np.where(rng.random(positions) < 0.3, n + 5, labels)
+    hostile = x.copy()
+    np.moveaxis(hostile, axis, -1)[ignored == -1] = np.nan
+    low = x.copy()
+    np.moveaxis(low, axis, -1)[..., 1] = -np.inf
+    for logits, t, options in (
+        (x, labels, {}),
+        (x, labels, {"weight": weight, "reduction": "sum"}),
+        (hostile, ignored, {"ignore_index": -1}),
+        (hostile, ignored, {"ignore_index": -1, "weight": weight, "z_loss": 0.1}),
+        (hostile, ignored, {"ignore_index": -1, "weight": weight, "label_smoothing": 0.2}),
+        (x, labels, {"label_smoothing": 1.0, "z_loss": 0.3, "reduction": "none"}),
+        (low, labels, {"weight": weight, "label_smoothing": 0.2, "reduction": "none"}),
+        (low, labels, {"reduction": "none"}),
+        (x, wrong, {"check_labels": False, "reduction": "none"}),
+        (x, wrong, {"check_labels": False, "weight": weight}),
+        (x, labels, {"weight": np.zeros(n)}),
+        (x, np.full(positions, -1), {"ignore_index": -1}),
+        (x, np.full(positions, -1), {"ignore_index": -1, "reduction": "sum"}),
+    ):
+        for name in LOSSES:
+            assert kernels.explain(name, logits, labels=t, axis=axis, **options) == NAME
+            taken = agree(
+                lambda name=name, logits=logits, t=t, options=options: getattr(ps, name)(
+                    logits, t, axis=axis, **options
+                ),
+                dtype,
+                units=256,
+            )
+        if logits is hostile:
+            assert np.all(np.moveaxis(taken[1], axis, -1)[ignored == -1] == 0)
+
+
+@pytest.mark.parametrize("dtype", [f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64)])
+def test_labels_of_every_dtype(every_size, dtype):
+    x = np.random.default_rng(0).standard_normal((4, 6))
+    labels = np.asarray([0, 5, 3, 1], dtype)
+    expected = ps.cross_entropy(x, labels.astype(np.int64), reduction="none")
+    got = ps.cross_entropy(x, labels, reduction="none", ignore_index=-1 if dtype[0] == "u" else 9)
+    np.testing.assert_array_equal(got, expected)
+    largest = np.iinfo(dtype).max
+    labels[2] = largest
+    ignored = ps.cross_entropy(x, labels, reduction="none", ignore_index=int(largest))
+    np.testing.assert_array_equal(ignored, np.where([0, 0, 1, 0], 0, expected))
+    message = rf"labels\[2\] is {largest}, outside \[0, 6\)"
+    for options in ({}, {"ignore_index": -1}, {"ignore_index": -100, "weight": np.ones(6)}):
+        for name in LOSSES:
+            with pytest.raises(IndexError, match=message):
+                getattr(ps, name)(x, labels, **options)
+    assert np.isnan(ps.cross_entropy(x, labels, check_labels=False))
+
+
+def test_the_mean_of_many_losses(every_size):
+    x = np.random.default_rng(0).standard_normal((262_144, 4)).astype(np.float32)
+    t = np.zeros(len(x), np.int64)
+    truth = exact.solve(x, t).cross_entropy.mean()
+    assert abs(ps.cross_entropy(x, t) - truth) <= np.spacing(np.float32(truth))
+
+
+# --------------------------------------------------------------------------- small arrays
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch):
+    monkeypatch.setattr(_numba, "loaded", set())
+    shortcuts = {}
+    monkeypatch.setattr(_table, "SHORTCUTS", shortcuts)
+    small = heavy("_small")
+    monkeypatch.setattr(small, "SHORTCUTS", shortcuts)
+    monkeypatch.setattr(small, "ready", {})
+    return shortcuts
+
+
+@pytest.mark.parametrize("operation", [*ROWS, *LOSSES])
+def test_small_arrays_wait_for_nothing_and_then_take_the_shortcut(nothing_loaded, operation):
+    rng = np.random.default_rng(0)
+    labels = (np.arange(7_000) % 10,) if operation in LOSSES else ()
+    options = {} if operation in LOSSES else {"axis": -1}
+
+    def call(x):
+        return as_tuple(
+            getattr(ps, operation)(x, *(t[: len(x)] for t in labels), **options)
+        )
+
+    large = rng.standard_normal((7_000, 10)).astype(np.float32)
+    x = large[:300]
+    why = kernels.explain(operation, x, axis=-1)
+    assert why.startswith("numpy tiles: ")
+    assert "3,000 elements, fewer than 65,536, and nothing is loaded yet" in why
+    call(x)
+    assert not nothing_loaded
+    call(large)
+    assert list(nothing_loaded) == [(np.ndarray, operation)]
+    assert kernels.explain(operation, x, axis=-1) == NAME
+    assert not kernels.explain(operation, x.astype(float), axis=-1).startswith("numba")
+
+    quick, took = nothing_loaded[np.ndarray, operation], []
+    nothing_loaded[np.ndarray, operation] = lambda *a: took.append(quick(*a)) or took[-1]
+    for rows in (1, 15, 16, 17, 63, 64, 65, 300):
+        for n in (1, 2, 3, 4, 7, 8, 10):
+            some = np.ascontiguousarray(x[:rows, :n])
+            with suppress(IndexError):  # labels beyond n: both ways raise
+                took.clear()
+                short = call(some)
+                assert took[-1] is not None
+                shortcut = nothing_loaded.pop((np.ndarray, operation))
+                usual = call(some)
+                nothing_loaded[np.ndarray, operation] = shortcut
+                for one, other in zip(short, usual, strict=True):
+                    assert type(one) is type(other)
+                    np.testing.assert_array_equal(one, other, strict=True)
+    with kernels.portable():
+        took.clear()
+        call(x)
+        assert not took
+
+
+def test_what_a_shortcut_leaves_to_the_usual_way(nothing_loaded):
+    x, t = np.ones((7_000, 10)), np.zeros(7_000, np.int64)
+    for name in ROWS:
+        getattr(ps, name)(x, axis=-1)
+    for name in LOSSES:
+        getattr(ps, name)(x, t)
+    quick = {name: f for (_, name), f in nothing_loaded.items()}
+    x, t = x[:30].copy(), t[:30].copy()
+    frozen = x.copy()
+    frozen.flags.writeable = False
+    assert quick["softmax"](x, -1, 1.0) is not None
+    for args in (
+        (x, 0, 1.0), (x, True, 1.0), (x, None, 1.0), (x, (1,), 1.0), (x, -1, 2.0), (x, -1, True),
+        (x.T, -1, 1.0), (x[None], -1, 1.0), (x[0], -1, 1.0), (x[:0], -1, 1.0), (frozen, -1, 1.0),
+        (x.astype(np.float32), -1, 1.0), (x.astype(">f8"), -1, 1.0), (x[:, ::2], -1, 1.0),
+        (np.ones((7_000, 10)), -1, 1.0),
+    ):  # fmt: skip
+        assert quick["softmax"](*args) is None
+    assert quick["logsumexp"](x, -1, False) is not None
+    assert quick["logsumexp"](x, None, False) is None
+    assert quick["logsumexp"](x, -1, True) is None
+    usual = (x, t, -1, None, None, 0.0, 0.0, None, None, "mean", True)
+    other = {
+        0: x.T, 1: t[:-1], 2: 0, 3: np.ones(10), 4: -1, 5: 0.1, 6: 0.1, 7: 2.0, 8: x > 0, 9: "max",
+    }  # fmt: skip
+    for name in LOSSES:
+        assert quick[name](*usual) is not None
+        for at, value in [*other.items(), (1, t.astype(np.int32)), (1, t + 10), (5, False), (6, 0)]:
+            assert quick[name](*usual[:at], value, *usual[at + 1 :]) is None
+
+
+# --------------------------------------------------------------------------- switches
+
+
+def test_one_kernel_can_be_left_out(every_size):
+    x = np.ones((3, 4))
+    assert kernels.explain("softmax", x) == NAME
+    with kernels.without("numba rows"):
+        found = kernels.explain("softmax", x)
+        assert found == (
+            "numpy tiles: row tiles in cache; not numba rows: switched off by kernels.without()"
+        )
+        with kernels.without("numpy tiles"):
+            assert kernels.explain("softmax", x).startswith("portable: not numba rows: ")
+        assert _table.shortcut(x, "softmax") is None
+    assert kernels.explain("softmax", x) == NAME
+    with (
+        pytest.raises(ValueError, match="name is 'triton', expected one of 'numba rows', 'numpy"),
+        kernels.without("triton"),
+    ):
+        pass
+
+
+def test_a_numba_that_cannot_be_imported_is_passed_over(monkeypatch):
+    def fail():
+        raise ImportError("Numba needs NumPy 2.4 or less")
+
+    monkeypatch.setattr(_numba, "_compiled", fail)
+    monkeypatch.setattr(_numba, "_broken", "")
+    x = np.ones((300, 300))
+    for _ in range(2):
+        found = kernels.explain("softmax", x)
+        assert found.startswith("numpy tiles: ")
+        assert found.endswith("numba cannot be imported: Numba needs NumPy 2.4 or less")
+    np.testing.assert_allclose(ps.softmax(x), 1 / 300)
+
+
+# --------------------------------------------------------------------------- on disk
+
+LARGE = """
+import numpy as np, sys
+from portable_softmax import kernels, softmax
+x = np.zeros((300, 300), np.float32)
+assert kernels.explain("softmax", x).startswith("numba rows"), kernels.explain("softmax", x)
+softmax(x)
+from portable_softmax.kernels._numba import _entries
+stats = _entries.softmax.stats
+print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
+"""
+
+
+def in_a_fresh_process(code, folder, **variables):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the package that may be changed."""
+    import shutil
+
+    package = Path(ps.__file__).parent
+    target = tmp_path / "copy" / package.name
+    shutil.copytree(package, target, ignore=shutil.ignore_patterns("__pycache__"))
+    return target.parent
+
+
+def test_kernels_are_kept_until_any_source_changes(copied, tmp_path):
+    here = {"NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+    hit, miss = "1 0", "0 1"
+    assert in_a_fresh_process(LARGE, copied, **here) == miss
+    assert in_a_fresh_process(LARGE, copied, **here) == hit
+    source = copied / "portable_softmax" / "kernels" / "_numba" / "_rows.py"
+    source.write_text(source.read_text() + "\n# Another version.\n")
+    assert in_a_fresh_process(LARGE, copied, **here) == miss
+    for path in (tmp_path / "kept").rglob("*.nb*"):
+        path.write_bytes(b"half a file")
+    assert in_a_fresh_process(LARGE, copied, **here) == miss
+
+
+def test_folders_that_cannot_be_written(copied, tmp_path):
+    """Beside the source, else the user's, else none: never an error."""
+    beside = copied / "portable_softmax" / "kernels" / "_numba" / "__pycache__"
+    home = tmp_path / "home"
+    here = {"HOME": str(home), "XDG_CACHE_HOME": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    in_a_fresh_process(LARGE, copied, **here)
+    assert list(beside.glob("*.nbi"))
+    for path in beside.iterdir():
+        path.unlink()
+    beside.rmdir()
+    beside.write_text("a file where the folder should be")
+    in_a_fresh_process(LARGE, copied, **here)
+    assert list(home.rglob("*.nbi"))
+    here["HOME"] = str(beside)
+    in_a_fresh_process(LARGE, copied, **here)
+
+
+def test_small_arrays_load_nothing():
+    code = (
+        "import numpy as np, sys, portable_softmax as ps; x = np.zeros((32, 10)); "
+        "ps.softmax(x), ps.logsumexp(x), ps.cross_entropy_value_and_grad(x, np.zeros(32, int)); "
+        "ps.kernels.explain('softmax', x), ps.kernels.available(); "
+        "print('numba' in sys.modules)"
+    )
+    assert in_a_fresh_process(code, Path(ps.__file__).parent.parent) == "False"
