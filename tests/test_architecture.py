@@ -113,7 +113,7 @@ def test_portable_names_no_library():
         assert not names.intersection({*LIBRARIES, "np", "library"}), path.name
 
 
-# The technology that a folder of kernels is written in; its __init__ loads the rest when it is used.
+# What a folder of kernels is written in; its __init__ loads the rest when it is used.
 TECHNOLOGIES = {"_numba": "numba"}
 
 

@@ -63,7 +63,9 @@ def ahead(typing, p, n):
 
 def _widened(builder, element, value):
     if element == types.uint16:
-        return builder.fpext(builder.bitcast(value, _like(value, ir.HalfType())), _like(value, ir.FloatType()))
+        return builder.fpext(
+            builder.bitcast(value, _like(value, ir.HalfType())), _like(value, ir.FloatType())
+        )
     if element == types.int16:
         bits = builder.shl(builder.zext(value, _like(value, _I32)), _many(value, _I32, 16))
         return builder.bitcast(bits, _like(value, ir.FloatType()))
@@ -72,7 +74,9 @@ def _widened(builder, element, value):
 
 def _narrowed(builder, element, value):
     if element == types.uint16:
-        return builder.bitcast(builder.fptrunc(value, _like(value, ir.HalfType())), _like(value, _I16))
+        return builder.bitcast(
+            builder.fptrunc(value, _like(value, ir.HalfType())), _like(value, _I16)
+        )
     if element == types.int16:
         # To nearest, ties to even; a nan keeps its upper bits and stays one.
         bits = builder.bitcast(value, _like(value, _I32))
@@ -164,7 +168,9 @@ def _transpose(n: int) -> Any:
                 for i in range(n):
                     if not i & half:
                         pair = rows[i], rows[i + half]
-                        rows[i], rows[i + half] = (_shuffled(builder, *pair, m) for m in (low, high))
+                        rows[i], rows[i + half] = (
+                            _shuffled(builder, *pair, m) for m in (low, high)
+                        )
                 half //= 2
             for i in range(n):
                 value = _narrowed(builder, b, rows[i])

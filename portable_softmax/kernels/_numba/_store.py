@@ -38,7 +38,9 @@ def folder() -> str | None:
     if config.CACHE_DIR:
         candidates = [Path(config.CACHE_DIR) / "portable_softmax"]
     elif hasattr(caching, "AppDirs"):
-        candidates += [Path(caching.AppDirs("numba", appauthor=False).user_cache_dir, "portable_softmax")]
+        candidates += [
+            Path(caching.AppDirs("numba", appauthor=False).user_cache_dir, "portable_softmax")
+        ]
     else:
         candidates += [Path.home() / ".cache" / "portable_softmax"]
     for path in candidates:
@@ -78,8 +80,12 @@ class _Files(caching.FunctionCache):  # type: ignore[misc]
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        with suppress(OSError):
+        try:
             super().save_overload(sig, data)
+        except Exception:  # such as a full disk, or a file that is broken: begin it anew
+            with suppress(Exception):
+                self.flush()
+                super().save_overload(sig, data)
 
 
 def kept(function: Any) -> Any:
