@@ -5,8 +5,8 @@ the shape (rows, n) and a piece is the rows [lo, hi). Otherwise the classes of a
 apart, `x` has the shape (outer * n, inner) and a piece is the blocks [lo, hi) of `T` neighbours.
 Rows are worked on `T` at a time, one a lane, or one by one if `T` is 0.
 
-All arrays are C-contiguous. `tile` holds T * (n + LANE_NUMBERS) numbers of the computation, twice for two
-inputs, softmax and the gradient; without lanes a row, if the array has another dtype.
+All arrays are C-contiguous. `tile` holds T * (n + LANE_NUMBERS) numbers of the computation, twice
+that for two inputs, softmax and the gradient; without lanes a row, if the array has another dtype.
 """
 
 from __future__ import annotations
