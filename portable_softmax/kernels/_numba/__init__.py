@@ -20,7 +20,7 @@ ENOUGH = 1 << 16
 LONGEST_ACROSS = 1 << 14
 
 # What the kernels read, and as what they are handed over.
-HANDED = {
+HANDED: dict[str, Any] = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
     "float16": np.dtype(np.uint16),
@@ -87,8 +87,9 @@ def _layout_refusal(call: Call) -> str:
         return "not in C order"
     if isinstance(call, VjpCall) and call.dy.dtype != x.dtype:
         return f"dtypes: {x.dtype} and {call.dy.dtype}"
-    if getattr(call, "labels", None) is not None and not call.labels.dtype.isnative:
-        return f"dtype of labels: {call.labels.dtype}"
+    labels = getattr(call, "labels", None)
+    if labels is not None and not labels.dtype.isnative:
+        return f"dtype of labels: {labels.dtype}"
     axes = _axes(call)
     if axes[-1] - axes[0] + 1 != len(axes):
         return "axes apart from each other"
@@ -131,8 +132,10 @@ def _compiled() -> Any:
 
 
 class _Alias:
-    """The memory of a read-only array, as an array that may be written: Numba tells their types
-    apart and would compile everything twice. The kernels write to their outputs alone.
+    """The memory of a read-only array, as one that may be written.
+
+    Numba tells their types apart and would compile everything twice. The kernels write to their
+    outputs alone.
     """
 
     def __init__(self, x: Any) -> None:
@@ -175,7 +178,7 @@ def logsumexp(call: RowsCall) -> Any:
     if few is not None:
         out[...] = np.reshape(few, out.shape)
         return out
-    flat = out.view(HANDED[x.dtype.name]).reshape(-1)
+    flat: Any = out.view(HANDED[x.dtype.name]).reshape(-1)
     drive.logsumexp(_handed(x, layout), flat, drive.Layout(*layout))
     _remember(call)
     return out

@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     pieces: list[tuple[int, int]]
 
 
-def plan(layout: Layout, dtype: Any, inputs: int = 1) -> Plan:
+def plan(layout: Layout, dtype: Any, tiles: int = 1) -> Plan:
     """Choose between rows one by one and side by side, and cut the work."""
     outer, n, inner = layout
     compute = np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
@@ -56,7 +56,7 @@ def plan(layout: Layout, dtype: Any, inputs: int = 1) -> Plan:
     else:
         T = LANES if n * LANES * compute.itemsize <= TILE else FEW_LANES
         T = min(T, -(-layout.rows // 16) * 16 if inner == 1 else -(-inner // 16) * 16)
-        tile = T * (n + _lanes.LANE_NUMBERS) * inputs
+        tile = T * (n + _lanes.LANE_NUMBERS) * tiles
         units, size = (outer, n) if inner == 1 else (outer * -(-inner // T), n * min(T, inner))
     step = max(1, PIECE // (size * dtype.itemsize))
     if T and inner == 1:
@@ -67,10 +67,10 @@ def plan(layout: Layout, dtype: Any, inputs: int = 1) -> Plan:
 
 
 def run(
-    entry: Any, arrays: tuple[Any, ...], numbers: tuple[Any, ...], layout: Layout, inputs: int = 1
+    entry: Any, arrays: tuple[Any, ...], numbers: tuple[Any, ...], layout: Layout, tiles: int = 1
 ) -> list[Any]:
     """Run a compiled function on every piece; return what it returned for each."""
-    T, (size, compute), pieces = plan(layout, arrays[0].dtype, inputs)
+    T, (size, compute), pieces = plan(layout, arrays[0].dtype, tiles)
     answers: list[Any] = [None] * len(pieces)
 
     def work(at: int) -> None:
@@ -102,7 +102,7 @@ def softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
     if _split.wanted(*layout):
         _split.softmax(x, out, t)
     else:
-        run(_entries.softmax, (x, out), (t,), layout)
+        run(_entries.softmax, (x, out), (t,), layout, tiles=2)
 
 
 def log_softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
@@ -126,12 +126,12 @@ def logsumexp_of_few(x: Any, layout: Layout) -> list[float] | None:
 
 def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout) -> None:
     """Two reads and one write."""
-    run(_entries.softmax_vjp, (y, dy, out), (), layout, inputs=2)
+    run(_entries.softmax_vjp, (y, dy, out), (), layout, tiles=2)
 
 
 def log_softmax_vjp(log_y: Any, dy: Any, out: Any, layout: Layout) -> None:
     """Two reads and one write."""
-    run(_entries.log_softmax_vjp, (log_y, dy, out), (), layout, inputs=2)
+    run(_entries.log_softmax_vjp, (log_y, dy, out), (), layout, tiles=2)
 
 
 class Loss(NamedTuple):

@@ -5,8 +5,8 @@ the shape (rows, n) and a piece is the rows [lo, hi). Otherwise the classes of a
 apart, `x` has the shape (outer * n, inner) and a piece is the blocks [lo, hi) of `T` neighbours.
 Rows are worked on `T` at a time, one a lane, or one by one if `T` is 0.
 
-All arrays are C-contiguous. `tile` holds T * (n + LANE_NUMBERS) numbers of the computation for each
-input; without lanes a row, if the array has another dtype.
+All arrays are C-contiguous. `tile` holds T * (n + LANE_NUMBERS) numbers of the computation, twice
+that for two inputs, softmax and the gradient; without lanes a row, if the array has another dtype.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ def softmax(x, out, t, tile, T, n, inner, lo, hi):
             _rows.softmax(ahead(p, i * n), e, ahead(o, i * n), n, t)
         return
     step = T if inner == 1 else 1
+    lanes = ahead(e, n * T)
+    f = ahead(lanes, _lanes.LANE_NUMBERS * T)
     for i in range(lo, hi, step):
         at, rows = _lanes.block(i, hi, T, n, inner)
         _lanes.fetch(ahead(p, at), e, T, n, inner, rows)
-        _lanes.softmax(e, n, T, ahead(e, n * T), t)
-        _lanes.deliver(e, ahead(o, at), T, n, inner, rows)
+        _lanes.softmax(e, f, n, T, lanes, t)
+        _lanes.deliver(f, ahead(o, at), T, n, inner, rows)
 
 
 @kept

@@ -183,23 +183,48 @@ def carry(s, total, lost, T):
 
 
 @function
-def softmax(x, n, T, lanes, t):
-    """Turn a tile into probabilities."""
+def add_exps(x, e, start, stop, T, m, s, t):
+    """Add the exps of some classes, times UP, to `s`; they go to `e` unless it is 0.
+
+    Four by four: many equal terms beside a 1 would all be rounded in the same direction.
+    """
+    j = start
+    while j + 4 <= stop:
+        c, d = ahead(x, j * T), ahead(e, j * T)
+        for i in range(T):
+            top = load(m, i)
+            e0 = exp_up(over(load(c, i) - top, t))
+            e1 = exp_up(over(load(c, i + T) - top, t))
+            e2 = exp_up(over(load(c, i + 2 * T) - top, t))
+            e3 = exp_up(over(load(c, i + 3 * T) - top, t))
+            store_if(d, i, e0)
+            store_if(d, i + T, e1)
+            store_if(d, i + 2 * T, e2)
+            store_if(d, i + 3 * T, e3)
+            store(s, i, load(s, i) + ((e0 + e1) + (e2 + e3)))
+        j += 4
+    while j < stop:
+        c, d = ahead(x, j * T), ahead(e, j * T)
+        for i in range(T):
+            term = exp_up(over(load(c, i) - load(m, i), t))
+            store_if(d, i, term)
+            store(s, i, load(s, i) + term)
+        j += 1
+
+
+@function
+def softmax(x, e, n, T, lanes, t):
+    """Write the probabilities of a tile to another."""
     m, s, total, lost = lanes, ahead(lanes, T), ahead(lanes, 2 * T), ahead(lanes, 3 * T)
     tops(x, n, T, m)
     fill(s, 3 * T, 0.0)
     for start in range(0, n, RUN):
-        for j in range(start, min(start + RUN, n)):
-            c = ahead(x, j * T)
-            for i in range(T):
-                e = exp_up(over(load(c, i) - load(m, i), t))
-                store(c, i, e)
-                store(s, i, load(s, i) + e)
+        add_exps(x, e, start, min(start + RUN, n), T, m, s, t)
         carry(s, total, lost, T)
     for i in range(T):
         store(s, i, typed(m, 1.0) / (load(total, i) + load(lost, i)))
     for j in range(n):
-        c = ahead(x, j * T)
+        c = ahead(e, j * T)
         for i in range(T):
             store(c, i, load(c, i) * load(s, i))
 
@@ -215,12 +240,7 @@ def fold(x, e, n, T, lanes, t):
     tops(x, n, T, m)
     fill(s, 3 * T, 0.0)
     for start in range(0, n, RUN):
-        for j in range(start, min(start + RUN, n)):
-            c, d = ahead(x, j * T), ahead(e, j * T)
-            for i in range(T):
-                term = exp_up(over(load(c, i) - load(m, i), t))
-                store_if(d, i, term)
-                store(s, i, load(s, i) + term)
+        add_exps(x, e, start, min(start + RUN, n), T, m, s, t)
         carry(s, total, lost, T)
     small, plain = 0, ahead(lanes, 9 * T)
     for i in range(T):

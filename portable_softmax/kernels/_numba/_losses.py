@@ -118,9 +118,7 @@ def slope(u, m, rest, c):
 
 @function
 def gradient(scratch, o, w, n, y, u, c, flags, m, rest):
-    """Write the gradient of a row to `o`, from the exps times UP in `o`, or in `scratch` if `o`
-    rounds.
-    """
+    """Write the gradient to `o`, where the exps times UP are; if `o` rounds, in `scratch`."""
     e = either(o, scratch)
     down, share = typed(w, DOWN), c[1]
     a = slope(u, m, rest, c)

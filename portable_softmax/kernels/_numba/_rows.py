@@ -35,14 +35,22 @@ from portable_softmax.kernels._numba._ir import (
 
 function = njit(nogil=True, error_model="numpy")
 
-# So many terms are summed as they come, each lane a few of them: sums of sums lose no digits.
-RUN = 512
+# So many terms are summed as they come, each lane a few of them, before their sum is carried over
+# exactly. Many equal terms beside a 1 are all rounded in the same direction.
+RUN = 128
 
-# Below this share of the row's length, or below 1, a remainder is summed again with care. Above it
-# the terms below exp(-6) make up 1/e of the remainder at most, and the differences of the others
-# are off by half a unit in the last place of 8: with what else rounds, that leaves the loss within
-# its 8 units, whose size is at least that of log(2)'s.
-CARE = math.exp(-5.0)
+
+def enough(n: int) -> float:
+    """Return the remainder from which on the plain sum of a row's terms is good enough.
+
+    Terms below exp(-6) then make up 1/e of the remainder at most, and the differences of the others
+    are off by half a unit in the last place of 8. What is lost is measured in units of log(1 +
+    rest), which double at log(e): many classes may all lose alike, and have to reach that.
+    """
+    return max(1.0, min(2.0, n * math.exp(-4.0)), n * math.exp(-5.0))
+
+
+_enough = function(enough)
 
 
 @function
@@ -121,7 +129,7 @@ def careful_rest(p, n, m, t):
 @function
 def is_plenty(rest, n):
     """Whether a remainder is large enough for the plain sum of its terms; nan is not."""
-    return rest >= max(1.0, n * CARE)
+    return rest >= _enough(n)
 
 
 @function

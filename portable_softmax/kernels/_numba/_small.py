@@ -29,12 +29,12 @@ def register(operation: str, dtype: Any) -> None:
         SHORTCUTS[np.ndarray, operation] = _FUNCTIONS[operation]
 
 
-def _tile(rows: int, n: int, dtype: Any, inputs: int = 1) -> tuple[Any, int]:
+def _tile(rows: int, n: int, dtype: Any, tiles: int = 1) -> tuple[Any, int]:
     """Return scratch memory and how many rows lie side by side in it, as `_drive.plan` does."""
     if n * dtype.itemsize >= SHORT:
         return np.empty(1, dtype), 0
     T = LANES if rows > LANES - 16 else (rows + 15) // 16 * 16
-    return np.empty(T * (n + _lanes.LANE_NUMBERS) * inputs, dtype), T
+    return np.empty(T * (n + _lanes.LANE_NUMBERS) * tiles, dtype), T
 
 
 def _fits(x: Any, operation: str) -> bool:
@@ -62,7 +62,7 @@ def _row_by_row(entry: Any, operation: str, x: Any, axis: Any, temperature: Any)
         return None
     rows, n = x.shape
     out = np.empty_like(x)
-    tile, T = _tile(rows, n, x.dtype)
+    tile, T = _tile(rows, n, x.dtype, 2)
     entry(x, out, 1, tile, T, n, 1, 0, rows)
     return out
 

@@ -14,7 +14,7 @@ from numba import typeof
 
 from portable_softmax.kernels import _threads
 from portable_softmax.kernels._numba import _parts
-from portable_softmax.kernels._numba._rows import CARE
+from portable_softmax.kernels._numba._rows import enough
 
 # Rows of so many classes are worth it, if there are fewer of them than this a thread.
 LONG = 1 << 18
@@ -67,7 +67,7 @@ def states(x: Any, t: Any) -> list[State]:
     every = [(i, t, m) for i, m in enumerate(maxima)]
     found = [math.fsum(p) - 1.0 if _finite(p) else math.nan for p in _sums(_parts.plain, x, every)]
     # As in `_rows.fold`: what is small beside the row is summed again with care.
-    again = [row for row, rest in zip(every, found, strict=True) if not rest >= max(1.0, n * CARE)]
+    again = [row for row, rest in zip(every, found, strict=True) if not rest >= enough(n)]
     if again:
         for (i, *_), parts in zip(again, _sums(_parts.careful, x, again), strict=True):
             below, tops = zip(*parts, strict=True)

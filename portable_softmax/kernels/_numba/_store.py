@@ -80,8 +80,12 @@ class _Files(caching.FunctionCache):  # type: ignore[misc]
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        with suppress(OSError):
+        try:
             super().save_overload(sig, data)
+        except Exception:  # such as a full disk, or a file that is broken: begin it anew
+            with suppress(Exception):
+                self.flush()
+                super().save_overload(sig, data)
 
 
 def kept(function: Any) -> Any:
