@@ -48,7 +48,7 @@ TABLE = (
         why="row tiles in cache",
         library="numpy",
         module="portable_softmax.kernels._numpy",
-        operations=(*ROWS, *LOSSES),
+        operations=OPERATIONS,
     ),
 )
 
@@ -133,8 +133,8 @@ def available() -> dict[str, tuple[str, ...]]:
     Examples
     --------
     >>> from portable_softmax import kernels
-    >>> kernels.available()["numpy tiles"]
-    ('softmax', 'log_softmax', 'logsumexp', 'cross_entropy', 'cross_entropy_value_and_grad')
+    >>> kernels.available()["numpy tiles"][:3]
+    ('softmax', 'log_softmax', 'logsumexp')
     """
     found: dict[str, tuple[str, ...]] = {}
     for kernel in TABLE:
@@ -167,8 +167,8 @@ def explain(operation: str, x: Array, **options: Any) -> str:
     --------
     >>> import numpy as np
     >>> from portable_softmax import kernels
-    >>> kernels.explain("softmax_vjp", np.ones(3)).partition(":")[0]
-    'portable'
+    >>> kernels.explain("softmax", np.ones(3), axis=0).partition(":")[0]
+    'numpy tiles'
     """
     if operation not in OPERATIONS:
         raise ValueError(
