@@ -64,7 +64,7 @@ TABLE = (
         why="row tiles in cache",
         library="numpy",
         module="portable_softmax.kernels._numpy",
-        operations=(*ROWS, *LOSSES),
+        operations=OPERATIONS,
     ),
     Kernel(
         name="jax rules",
@@ -189,8 +189,8 @@ def available() -> dict[str, tuple[str, ...]]:
     Examples
     --------
     >>> from portable_softmax import kernels
-    >>> kernels.available()["numpy tiles"]
-    ('softmax', 'log_softmax', 'logsumexp', 'cross_entropy', 'cross_entropy_value_and_grad')
+    >>> kernels.available()["numpy tiles"][:3]
+    ('softmax', 'log_softmax', 'logsumexp')
     """
     found: dict[str, tuple[str, ...]] = {}
     for kernel in TABLE:

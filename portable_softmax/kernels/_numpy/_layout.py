@@ -7,6 +7,7 @@ of classes and one of positions:
     short     the same with a small C: n rows, transposed into a copy, since loops over a few
               numbers cost more than the numbers
     columns   C rows of some of what is after, as they lie in memory
+    stacked   the same where all that is after makes no tile: several blocks, copied side by side
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ THREADED_BYTES = 1 << 20
 # Scratch is at most five tiles a thread, and at most 15 % of an array that is not small.
 _BYTES_A_THREAD = 5 * TILE_BYTES * 100 // 15
 
-# The shortest run of columns that is worth a loop of its own.
-_RUN = 64
+# The shortest run of columns: what lies far apart in memory is not worth reading in bits.
+_RUN = 1 << 14
 
 
 class Buffers:
@@ -77,6 +78,7 @@ class Layout:
         """Whether nothing comes after, so that a position's classes lie side by side."""
         self.copies = (self.rows and self.axis == 0) or x.dtype != compute
         """Whether a tile is a copy in scratch, that may be worked on in place."""
+        self.stacked = False
         elements = TILE_BYTES // compute.itemsize
         if self.rows:
             step = max(1, elements // n)
@@ -84,6 +86,10 @@ class Layout:
                 # Classes a power of two apart would share one place in the cache.
                 step |= 16
             self.pieces: list[Any] = [slice(i, i + step) for i in range(0, before, step)]
+        elif elements // (n * after) > 1:
+            self.stacked = self.copies = True
+            step = elements // (n * after)
+            self.pieces = [slice(i, i + step) for i in range(0, before, step)]
         else:
             step = min(after, max(_RUN, elements // n))
             cuts = [slice(i, i + step) for i in range(0, after, step)]
@@ -91,6 +97,8 @@ class Layout:
 
     def view(self, array: Any, piece: Any) -> Any:
         """Return a piece of an array of this shape, with the classes along `axis`."""
+        if self.stacked:
+            return array[piece].transpose(1, 0, 2)
         if not self.rows:
             return array[piece[0], :, piece[1]]
         rows = array[piece, :, 0]
@@ -98,6 +106,8 @@ class Layout:
 
     def positions(self, array: Any, piece: Any) -> Any:
         """Return a piece of an array of the shape (before, after)."""
+        if self.stacked:
+            return array[piece].reshape(-1)
         return array[piece, 0] if self.rows else array[piece]
 
     def read(self, piece: Any, buffers: Buffers, name: str = "tile") -> Any:
@@ -110,7 +120,12 @@ class Layout:
             return tile
         copy = buffers.take(name, tile.shape)
         np.copyto(copy, tile, casting="unsafe")
-        return copy
+        return copy.reshape(copy.shape[0], -1)
+
+    def write(self, tile: Any, view: Any) -> None:
+        """Copy a tile that was worked on in scratch to where it belongs."""
+        if self.copies:
+            np.copyto(view, tile.reshape(view.shape), casting="unsafe")
 
     def again(self, piece: Any, which: Any, buffers: Buffers, x: Any = None) -> Any:
         """Return some positions of a tile: of `x`, or if that was written to, of a new copy."""

@@ -119,8 +119,7 @@ def losses(call: LossCall, layout: Layout, labels: Any, *, with_grad: bool) -> t
         if with_grad:
             if ignored is not None:
                 y[(slice(None), ignored) if axis == 0 else ignored] = 0.0
-            if layout.copies:
-                np.copyto(target, y, casting="unsafe")
+            layout.write(y, target)
 
     layout.run(work)
     if none is not None:

@@ -49,12 +49,26 @@ def total(x: Any, axis: int, buffers: Buffers) -> Any:
     return np.add.reduce(sums[:half], axis=0, keepdims=True)
 
 
-def sum_of(sums: list[Any]) -> Any:
-    """Return the sum of what the chunks of a tile gave."""
-    if len(sums) == 1:
-        return sums[0]
-    # Along the last axis, where NumPy sums pairwise.
-    return np.add.reduce(np.stack(sums, axis=-1), axis=-1)
+class Sums:
+    """The sum of what the chunks of a tile give, pairwise, with few of them kept."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[int, Any]] = []  # how many chunks a sum is of, falling; and the sum
+
+    def add(self, value: Any) -> None:
+        """Add what the next chunk gave."""
+        of = 1
+        while self._kept and self._kept[-1][0] == of:
+            value = self._kept.pop()[1] + value
+            of *= 2
+        self._kept.append((of, value))
+
+    def get(self) -> Any:
+        """Return the sum."""
+        value = self._kept.pop()[1]
+        while self._kept:
+            value = self._kept.pop()[1] + value
+        return value
 
 
 # --------------------------------------------------------------------------- the plain form
@@ -63,14 +77,14 @@ def sum_of(sums: list[Any]) -> Any:
 def exps(x: Any, out: Any, axis: int, buffers: Buffers, temperature: float = 1.0) -> Any:
     """Write exp((x - max) / temperature) and return its sum."""
     m = maximum(x, axis)
-    sums = []
+    sums = Sums()
     for cut in chunks(x, axis):
         e = np.subtract(x[cut], m, out=out[cut])
         if temperature != 1.0:
             np.divide(e, temperature, out=e)
         np.exp(e, out=e)
-        sums.append(total(e, axis, buffers))
-    return sum_of(sums)
+        sums.add(total(e, axis, buffers))
+    return sums.get()
 
 
 class Plain(NamedTuple):
@@ -103,22 +117,22 @@ def plain(x: Any, out: Any, axis: int, buffers: Buffers) -> Plain:
     """Fold a tile that is not written to; `out` takes exp(x), None drops it."""
     m, at = maximum_at(x, axis)
     shrink = np.exp(-m)
-    sums, e = [], None
-    for cut in chunks(x, axis):
+    sums, e, cuts = Sums(), None, chunks(x, axis)
+    for cut in cuts:
         part = x[cut]
         e = buffers.take("exps", part.shape) if out is None else out[cut]
         np.exp(part, out=e)
         if axis == 0:
-            sums.append(total(e, axis, buffers))
+            sums.add(total(e, axis, buffers))
         else:
-            sums.append(_sum_without(e, at, cut, keep=out is not None))
-    s = sum_of(sums)
+            sums.add(_sum_without(e, at, cut, keep=out is not None))
+    s = sums.get()
     rest = s * shrink
     if axis == 0:
         rest -= 1.0
         # From 1 on, the maximum's 1 costs the rest no digits.
         if not np.minimum.reduce(rest, axis=None) >= 1.0:
-            e = e if out is None and len(sums) == 1 else out
+            e = e if out is None and len(cuts) == 1 else out
             fine = rest >= 1.0
             others, ties = _others(x, m, e, buffers)
             s = np.where(fine, s, others)
@@ -154,7 +168,7 @@ def _others(x: Any, m: Any, e: Any, buffers: Buffers) -> tuple[Any, Any]:
 
     `e` is exp(x), or None to compute it once more.
     """
-    sums, counts = [], []
+    sums, ties = Sums(), Sums()
     for cut in chunks(x, 0):
         part = x[cut]
         below = part < m
@@ -164,13 +178,9 @@ def _others(x: Any, m: Any, e: Any, buffers: Buffers) -> tuple[Any, Any]:
             np.multiply(others, below, out=others)
         else:
             np.multiply(e[cut], below, out=others)
-        sums.append(total(others, 0, buffers))
-        counts.append(below)
-    ties: Any = 0.0
-    if sum(map(np.count_nonzero, counts)) != x.size - m.size:
-        ties = sum_of([np.add.reduce(~c, axis=0, dtype=x.dtype, keepdims=True) for c in counts])
-        ties -= 1.0
-    return sum_of(sums), ties
+        sums.add(total(others, 0, buffers))
+        ties.add(part.shape[0] - np.add.reduce(below, axis=0, dtype=x.dtype, keepdims=True))
+    return sums.get(), ties.get() - 1.0
 
 
 def near_zero(value: Any, unfit: Any) -> Any:
@@ -201,7 +211,7 @@ def fold(x: Any, out: Any, axis: int, buffers: Buffers, temperature: float = 1.0
 def _rest(
     x: Any, m: Any, out: Any, axis: int, buffers: Buffers, temperature: float, *, infinities: bool
 ) -> Any:
-    rests, maxima = [], []
+    rests, maxima = Sums(), Sums()
     for cut in chunks(x, axis):
         part = x[cut]
         d = np.subtract(part, m, out=buffers.take("differences", part.shape))
@@ -225,7 +235,7 @@ def _rest(
         # Terms are at most 1, so the whole part of one says whether it is a maximum. A maximum is
         # left out of the sum, ties count.
         np.floor(e, out=t)
-        maxima.append(total(t, axis, buffers))
+        maxima.add(total(t, axis, buffers))
         np.subtract(e, t, out=t)
-        rests.append(total(t, axis, buffers))
-    return sum_of(rests) + (sum_of(maxima) - 1.0)
+        rests.add(total(t, axis, buffers))
+    return rests.get() + (maxima.get() - 1.0)

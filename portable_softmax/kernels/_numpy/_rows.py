@@ -24,8 +24,7 @@ def softmax(call: RowsCall, layout: Layout) -> Any:
         y = x if layout.copies else target
         s = _maths.exps(x, y, axis, buffers, call.temperature)
         np.divide(y, s, out=y)
-        if layout.copies:
-            np.copyto(target, y, casting="unsafe")
+        layout.write(y, target)
 
     layout.run(work)
     return out
@@ -56,8 +55,7 @@ def log_softmax(call: RowsCall, layout: Layout) -> Any:
                 np.subtract(y, np.log1p(rest), out=y)
             if unfit is not None:
                 layout.redo(piece, unfit, y, buffers, lambda x, y: precise(x, y, buffers))
-        if layout.copies:
-            np.copyto(target, y, casting="unsafe")
+        layout.write(y, target)
 
     layout.run(work)
     return out

@@ -1,0 +1,66 @@
+"""softmax_vjp and log_softmax_vjp in tiles.
+
+Bytes moved: one read of the output and of the upstream gradient, and one write of the result.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from portable_softmax.kernels._calls import VjpCall
+from portable_softmax.kernels._numpy import _maths
+from portable_softmax.kernels._numpy._layout import Buffers, Layout, chunks
+
+
+def softmax_vjp(call: VjpCall, layout: Layout, upstream: Layout) -> Any:
+    """y * (dy - sum(y * dy))."""
+    out = np.empty(call.x.shape, call.answer)
+    answers, axis = out.reshape(layout.x.shape), layout.axis
+
+    def work(_: int, piece: Any, buffers: Buffers) -> None:
+        y, target = layout.read(piece, buffers), layout.view(answers, piece)
+        dy = upstream.read(piece, buffers, "upstream")
+        dx = target
+        if layout.copies:
+            dx = dy if upstream.copies else buffers.take("result", y.shape)
+        sums = _maths.Sums()
+        for cut in chunks(y, axis):
+            part = y[cut]
+            products = np.multiply(part, dy[cut], out=buffers.take("products", part.shape))
+            sums.add(_maths.total(products, axis, buffers))
+        np.subtract(dy, sums.get(), out=dx)
+        np.multiply(y, dx, out=dx)
+        layout.write(dx, target)
+
+    layout.run(work)
+    return out
+
+
+def log_softmax_vjp(call: VjpCall, layout: Layout, upstream: Layout) -> Any:
+    """dy - exp(log_y) * sum(dy), where log_y is not -inf."""
+    out = np.empty(call.x.shape, call.answer)
+    answers, axis = out.reshape(layout.x.shape), layout.axis
+
+    def work(_: int, piece: Any, buffers: Buffers) -> None:
+        log_y, target = layout.read(piece, buffers), layout.view(answers, piece)
+        dy = upstream.read(piece, buffers, "upstream")
+        if not np.minimum.reduce(log_y, axis=None) > -math.inf or log_y.max() == math.inf:
+            # A masked entry stays at -inf for every logit: nothing flows to it, or from it.
+            kept = buffers.take("kept", dy.shape)
+            np.copyto(kept, dy)
+            np.copyto(kept, 0.0, where=np.isinf(log_y))
+            dy = kept
+        dx = log_y if layout.copies else target
+        sums = _maths.Sums()
+        for cut in chunks(dy, axis):
+            sums.add(_maths.total(dy[cut], axis, buffers))
+        np.exp(log_y, out=dx)
+        np.multiply(dx, sums.get(), out=dx)
+        np.subtract(dy, dx, out=dx)
+        layout.write(dx, target)
+
+    layout.run(work)
+    return out

@@ -1,0 +1,256 @@
+"""NumPy in tiles: the shape of the tiles, the form that a row takes, and what it costs."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import reference
+
+import portable_softmax as ps
+from portable_softmax.kernels import _numpy, _threads
+from portable_softmax.kernels._numpy import _general, _layout, _losses, _maths, _rows, _small
+
+RNG = np.random.default_rng(21)
+DTYPES = ("float32", "float64")
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The functions that ran, of those that tell the ways apart."""
+    ps.softmax(np.zeros(3))  # the shortcuts come with the first call
+    names = []
+
+    def spied(module, name):
+        real = getattr(module, name)
+
+        def spy(*args, **kwargs):
+            names.append(f"{module.__name__.rpartition('.')[2]}.{name}")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, spy)
+
+    for module, name in (
+        (_general, "rows"),
+        (_general, "losses"),
+        (_rows, "softmax"),
+        (_rows, "log_softmax"),
+        (_losses, "losses"),
+        (_maths, "fold"),
+        (_threads, "run"),
+    ):
+        spied(module, name)
+    return names
+
+
+# --------------------------------------------------------------------------- which way
+
+
+def test_the_ways_of_an_array(seen):
+    """Small in rows: a shortcut. One block in memory: tiles. Anything else: the portable form."""
+
+    def way(x, **options):
+        seen.clear()
+        ps.log_softmax(x, **options)
+        return seen
+
+    assert way(np.zeros((100, 10))) == []
+    assert way(np.zeros((_small._SMALL // 100, 100))) == []
+    assert way(np.zeros((_small._SMALL // 100 + 1, 100))) == ["_rows.log_softmax"]
+    assert way(np.zeros((_small._SMALL_SHORT // 4, 4))) == []
+    assert "_rows.log_softmax" in way(np.zeros((_small._SMALL_SHORT // 4 + 1, 4)))
+    assert "_rows.log_softmax" in way(np.zeros((10, 10)), axis=0)
+    assert "_rows.log_softmax" in way(np.zeros((10, 10), np.float16))
+    assert way(np.zeros((10, 20))[:, ::2]) == ["_general.rows"]
+    assert way(np.zeros((10, 20)), where=np.ones((10, 20), bool)) == ["_general.rows"]
+
+
+def test_the_ways_of_a_loss(seen):
+    x, t = RNG.normal(size=(3000, 100)), RNG.integers(0, 100, 3000)
+
+    def way(*args, **options):
+        seen.clear()
+        ps.cross_entropy_value_and_grad(*args, **options)
+        return [name for name in seen if name != "_threads.run"]
+
+    assert way(x[:9], t[:9]) == []
+    assert way(x, t) == ["_losses.losses"]
+    assert way(x, t, weight=np.ones(100), ignore_index=3) == ["_losses.losses"]
+    assert way(x, np.where(t == 3, -1, t), ignore_index=-1) == ["_losses.losses"]
+    assert way(x, t, label_smoothing=0.1) == ["_general.losses"]
+    assert way(x, np.where(t == 3, -1, t), check_labels=False) == ["_general.losses"]
+    with pytest.raises(IndexError, match="labels"):
+        ps.cross_entropy(x, np.where(t == 3, 100, t))
+
+
+def test_threads_are_for_large_arrays(seen):
+    rows = _layout.THREADED_BYTES // 8000
+    ps.softmax(np.zeros((rows, 1000)))
+    assert "_threads.run" not in seen
+    ps.softmax(np.zeros((rows + 1, 1000)))
+    assert "_threads.run" in seen
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "expected"),
+    [
+        ((5000, 10), 1, "short"),
+        ((5000, _layout.SHORT - 1), 1, "short"),
+        ((5000, _layout.SHORT), 1, "rows"),
+        ((50, 4000), 0, "columns"),
+        ((70, 40, 33), 1, "stacked"),
+        ((3, 40, 9000), 1, "columns"),
+    ],
+)
+def test_layouts(shape, axis, expected):
+    x = RNG.normal(size=shape).astype(np.float32)
+    found = _layout.layout(x, (axis,), x.dtype)
+    kind = "stacked" if found.stacked else "columns"
+    if found.rows:
+        kind = "rows" if found.axis == 1 else "short"
+    assert kind == expected
+    # The pieces cover the array, each entry once.
+    count = np.zeros(found.x.shape, np.int8)
+    for piece in found.pieces:
+        found.view(count, piece)[...] += 1
+    assert (count == 1).all()
+
+
+# --------------------------------------------------------------------------- which form
+
+
+def ulps_of_rows(actual, function, x):
+    return max(
+        reference.ulps(row, function(reference.exact(r))) for row, r in zip(actual, x, strict=True)
+    )
+
+
+SHAPES = [(40, 7), (3000, 7), (300, 300)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("margin", [0, 5, 30])
+@pytest.mark.parametrize("offset", [0, -30, 60, -2000, 700])
+def test_both_forms_keep_the_digits(shape, dtype, margin, offset):
+    """Small and in tiles; near 0 and far from it, where exp(x) alone would be 0 or infinite."""
+    x = RNG.normal(size=shape)
+    x[np.arange(len(x)), RNG.integers(0, shape[1], len(x))] += margin + 3 * (margin > 0)
+    x = (x + offset).astype(dtype)
+    some = slice(0, 2)
+    y = ps.log_softmax(x)
+    assert ulps_of_rows(y[some], reference.log_softmax, x[some]) <= 8
+    t = x.argmax(axis=1)
+    loss = ps.cross_entropy(x, t, reduction="none")
+    again, grad = ps.cross_entropy_value_and_grad(x, t, reduction="none")
+    unit = np.finfo(dtype).eps
+    best = -y[np.arange(len(x)), t]
+    np.testing.assert_allclose(loss, best, rtol=8 * unit)
+    np.testing.assert_allclose(again, best, rtol=8 * unit)
+    label = grad[np.arange(len(x)), t]
+    np.testing.assert_allclose(label, np.expm1(-best), rtol=16 * unit)
+    lse = ps.logsumexp(x, axis=1)
+    np.testing.assert_allclose(lse, x.max(axis=1) + best, rtol=4 * unit, atol=4 * unit)
+
+
+def test_the_precise_form_is_taken_by_the_rows_that_need_it(seen, monkeypatch):
+    far, _ = _maths.RANGES[np.dtype(np.float32)]
+    folded = []
+    real = _maths.fold
+    monkeypatch.setattr(
+        _maths, "fold", lambda x, *a, **k: folded.append(x.shape) or real(x, *a, **k)
+    )
+    for shape in ((100, 10), (3000, 10), (1000, 200)):
+        x = RNG.normal(size=shape).astype(np.float32)
+        n = shape[1]
+        for value, needs in ((far - 1, False), (far + 1, True), (np.nan, True), (-np.inf, False)):
+            folded.clear()
+            changed = x.copy()
+            changed[5, 3] = value
+            ps.log_softmax(changed)
+            assert bool(folded) == needs
+            assert all(shape in ((1, n), (n, 1)) for shape in folded)
+
+
+@pytest.mark.parametrize("shape", [(200, 10), (3000, 10), (1000, 200)])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30, 60.0])
+def test_a_row_changes_no_other_row(shape, value):
+    x = RNG.normal(size=shape).astype(np.float32)
+    dirty = x.copy()
+    dirty[7] = value
+    dirty[8, 3] = value
+    t = np.zeros(len(x), np.int64)
+    kept = np.r_[0:7, 9 : len(x)]
+    for function in (
+        ps.softmax,
+        ps.log_softmax,
+        lambda x: ps.logsumexp(x, axis=1),
+        lambda x: ps.cross_entropy(x, t, reduction="none"),
+        lambda x: ps.cross_entropy_value_and_grad(x, t, reduction="none")[1],
+    ):
+        np.testing.assert_array_equal(function(dirty)[kept], function(x)[kept])
+
+
+# --------------------------------------------------------------------------- what it costs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", ">f8", "int32"])
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 300), (1, 70_000), (70_000, 1), (300, 40)])
+def test_the_input_is_never_written(shape, dtype):
+    """Nor is it handed back: a transposed row is contiguous as it is, and no copy by itself."""
+    x = (RNG.normal(size=shape) * 9).astype(dtype)
+    before = x.tobytes()
+    for axis in (0, 1):
+        t = np.zeros(x.shape[1 - axis], np.int8)
+        for y in (
+            ps.softmax(x, axis=axis),
+            ps.log_softmax(x, axis=axis),
+            ps.logsumexp(x, axis=axis),
+            ps.cross_entropy_value_and_grad(x, t, axis=axis)[1],
+        ):
+            assert not np.shares_memory(x, y)
+        assert x.tobytes() == before
+        assert not t.any()
+
+
+@pytest.mark.parametrize("confident", [False, True])
+@pytest.mark.parametrize("shape", [(1 << 18, 64), (1 << 14, 1024), (1 << 10, 1 << 14)])
+def test_scratch_is_a_small_share_of_the_array(shape, confident):
+    x = np.zeros(shape, np.float32)  # 64 MB
+    if confident:
+        x[:, 5] = 60  # beyond the plain form
+    t = np.zeros(len(x), np.int64)
+    for most, function in (
+        (1.15, lambda: ps.softmax(x)),
+        (1.15, lambda: ps.log_softmax(x)),
+        (1.15, lambda: ps.cross_entropy_value_and_grad(x, t)),
+        (0.15, lambda: ps.logsumexp(x, axis=1)),
+        (0.15, lambda: ps.cross_entropy(x, t)),
+    ):
+        tracemalloc.start()
+        try:
+            function()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak <= most * x.nbytes
+
+
+def test_the_vjps_of_large_rows():
+    for shape, dtype in (((1500, 1000), "float64"), ((4000, 600), "float32")):
+        dy = RNG.normal(size=shape).astype(dtype)
+        y = ps.softmax(RNG.normal(size=shape).astype(dtype))
+        log_y = np.log(y)
+        log_y[3, 4] = -np.inf
+        dy[3, 4] = np.nan
+        for function, out in ((ps.softmax_vjp, y), (ps.log_softmax_vjp, log_y)):
+            if function is ps.softmax_vjp:
+                dy[3, 4] = 0
+            name = function.__name__
+            assert ps.kernels.explain(name, out, dy=dy).startswith("numpy tiles")
+            with ps.kernels.portable():
+                plain = function(out, dy)
+            unit = 16 * np.finfo(dtype).eps
+            np.testing.assert_allclose(function(out, dy), plain, rtol=unit, atol=unit)
+    assert callable(_numpy.softmax_vjp)
