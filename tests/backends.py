@@ -163,8 +163,10 @@ class Triton(Torch):
     def missing(cls):
         if why := super().missing():
             return why
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
+        from portable_softmax.kernels import _triton
+
+        if why := _triton.missing():
+            return why
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return "" if interpreted else "TRITON_INTERPRET is not 1"
 
