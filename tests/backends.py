@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from typing import Any
@@ -169,6 +170,9 @@ class Triton(Torch):
             return why
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return "" if interpreted else "TRITON_INTERPRET is not 1"
+
+    def version(self):
+        return importlib.metadata.version("triton")
 
     def device_name(self):
         return "triton's interpreter"
