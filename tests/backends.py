@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from typing import Any
@@ -189,10 +190,15 @@ class Triton(Torch):
     def missing(cls):
         if why := super().missing():
             return why
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
+        from portable_softmax.kernels import _triton
+
+        if why := _triton.missing():
+            return why
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return "" if interpreted else "TRITON_INTERPRET is not 1"
+
+    def version(self):
+        return importlib.metadata.version("triton")
 
     def device_name(self):
         return "triton's interpreter"

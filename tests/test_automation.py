@@ -182,6 +182,23 @@ def test_without_a_gpu_cupy_is_skipped_or_fails_where_it_is_required(monkeypatch
     assert (failed["failed"], failed["skipped"], failed["why"]) == ("failed", "-", "no CUDA driver")
 
 
+def test_the_tests_of_a_backend_are_collected_where_it_cannot_run():
+    """For CuPy every test of the matrix is there, on a machine without a device as well."""
+
+    def collected(backend: str) -> set[str]:
+        files = [f"tests/test_{name}.py" for name in ("semantics", "values", "cross_entropy")]
+        command = (sys.executable, "-m", "pytest", "--collect-only", "-q", "--backend", backend)
+        done = subprocess.run(
+            [*command, *files], cwd=noxfile.ROOT, capture_output=True, text=True, check=True
+        )
+        tests = {line for line in done.stdout.splitlines() if f"[{backend}" in line}
+        return {test.replace(f"[{backend}", "[") for test in tests}
+
+    found = collected("cupy")
+    assert len(found) > 100
+    assert found == collected("strict")
+
+
 def test_the_table_is_aligned():
     rows = [
         ("numpy", "2.4.6", "cpu", "812", "0", "3", "2 x one\n1 x other"),

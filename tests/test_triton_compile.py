@@ -8,8 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-if importlib.util.find_spec("triton") is None or importlib.util.find_spec("torch") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
+from portable_softmax.kernels import _triton
+
+if why := _triton.missing():
+    pytest.skip(why, allow_module_level=True)
+if importlib.util.find_spec("torch") is None:
+    pytest.skip("torch is not installed", allow_module_level=True)
 
 import triton_compile as tc
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from portable_softmax import _arrays
@@ -20,12 +20,20 @@ from portable_softmax.kernels._triton import _cupy, _layout
 
 # As Triton reads it, when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+OLDEST = (3, 9)
 DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 
 def missing() -> str:
     """Return what has to be installed."""
-    return "" if find_spec("triton") else "triton is not installed: pip install triton"
+    try:
+        installed = version("triton")
+    except PackageNotFoundError:
+        return "triton is not installed: pip install triton"
+    if tuple(map(int, installed.split(".")[:2])) < OLDEST:
+        # An older fma takes a Python number in float32, and the tests show what else is not right.
+        return f"triton {installed} is older than {'.'.join(map(str, OLDEST))}"
+    return ""
 
 
 def refusal(call: Call) -> str:

@@ -13,6 +13,12 @@ import triton.language as tl
 
 
 @triton.jit
+def constant(value: tl.constexpr, like):
+    """A number in the dtype of a tile, so that fma need not guess one."""
+    return tl.full((1, 1), value, like.dtype)
+
+
+@triton.jit
 def divide(a, b):
     """a / b, correctly rounded: Triton's `/` is so for float64 only."""
     if a.dtype == tl.float64:
@@ -48,37 +54,37 @@ def _parts(x, error):
     """
     if x.dtype == tl.float64:
         x = tl.minimum(tl.maximum(x, -746.0), 710.0)
-        shifted = tl.fma(x, 1.4426950408889634, 6755399441055744.0)
+        shifted = tl.fma(x, constant(1.4426950408889634, x), constant(6755399441055744.0, x))
         n = shifted.to(tl.int64, bitcast=True) - 0x4338000000000000
         k = shifted - 6755399441055744.0
-        r = tl.fma(k, -6.93147180369123816490e-01, x)
-        r = tl.fma(k, -1.90821492927058770002e-10, r) + error
+        r = tl.fma(k, constant(-6.93147180369123816490e-01, x), x)
+        r = tl.fma(k, constant(-1.90821492927058770002e-10, x), r) + error
         # Taylor's series: the first term left out is below 2^-57 for |r| <= 0.35.
-        p = tl.fma(r, 1.6059043836821613e-10, 2.08767569878681e-09)
-        p = tl.fma(p, r, 2.505210838544172e-08)
-        p = tl.fma(p, r, 2.755731922398589e-07)
-        p = tl.fma(p, r, 2.7557319223985893e-06)
-        p = tl.fma(p, r, 2.48015873015873e-05)
-        p = tl.fma(p, r, 0.0001984126984126984)
-        p = tl.fma(p, r, 0.001388888888888889)
-        p = tl.fma(p, r, 0.008333333333333333)
-        p = tl.fma(p, r, 0.041666666666666664)
-        p = tl.fma(p, r, 0.16666666666666666)
-        p = tl.fma(p, r, 0.5)
+        p = tl.fma(r, constant(1.6059043836821613e-10, x), constant(2.08767569878681e-09, x))
+        p = tl.fma(p, r, constant(2.505210838544172e-08, x))
+        p = tl.fma(p, r, constant(2.755731922398589e-07, x))
+        p = tl.fma(p, r, constant(2.7557319223985893e-06, x))
+        p = tl.fma(p, r, constant(2.48015873015873e-05, x))
+        p = tl.fma(p, r, constant(0.0001984126984126984, x))
+        p = tl.fma(p, r, constant(0.001388888888888889, x))
+        p = tl.fma(p, r, constant(0.008333333333333333, x))
+        p = tl.fma(p, r, constant(0.041666666666666664, x))
+        p = tl.fma(p, r, constant(0.16666666666666666, x))
+        p = tl.fma(p, r, constant(0.5, x))
         return tl.fma(p, r * r, r), n
     else:
         x = tl.minimum(tl.maximum(x, -104.0), 89.0)
-        shifted = tl.fma(x, 1.4426950408889634, 12582912.0)
+        shifted = tl.fma(x, constant(1.4426950408889634, x), constant(12582912.0, x))
         n = shifted.to(tl.int32, bitcast=True) - 0x4B400000
         k = shifted - 12582912.0
-        r = tl.fma(k, -0.693145751953125, x)
-        r = tl.fma(k, -1.428606765330187e-06, r) + error
+        r = tl.fma(k, constant(-0.693145751953125, x), x)
+        r = tl.fma(k, constant(-1.428606765330187e-06, x), r) + error
         # Cephes, expf: minimax on |r| <= 0.35.
-        p = tl.fma(r, 1.9875691500e-4, 1.3981999507e-3)
-        p = tl.fma(p, r, 8.3334519073e-3)
-        p = tl.fma(p, r, 4.1665795894e-2)
-        p = tl.fma(p, r, 1.6666665459e-1)
-        p = tl.fma(p, r, 5.0000001201e-1)
+        p = tl.fma(r, constant(1.9875691500e-4, x), constant(1.3981999507e-3, x))
+        p = tl.fma(p, r, constant(8.3334519073e-3, x))
+        p = tl.fma(p, r, constant(4.1665795894e-2, x))
+        p = tl.fma(p, r, constant(1.6666665459e-1, x))
+        p = tl.fma(p, r, constant(5.0000001201e-1, x))
         return tl.fma(p, r * r, r), n
 
 
@@ -130,18 +136,18 @@ def log1p(x):
     half = 0.5 * f * f
     kf = k.to(x.dtype)
     if x.dtype == tl.float64:
-        r = tl.fma(z, 1.479819860511658591e-01, 1.531383769920937332e-01)
-        r = tl.fma(r, z, 1.818357216161805012e-01)
-        r = tl.fma(r, z, 2.222219843214978396e-01)
-        r = tl.fma(r, z, 2.857142874366239149e-01)
-        r = tl.fma(r, z, 3.999999999940941908e-01)
-        r = tl.fma(r, z, 6.666666666666735130e-01) * z
+        r = tl.fma(z, constant(1.479819860511658591e-01, x), constant(1.531383769920937332e-01, x))
+        r = tl.fma(r, z, constant(1.818357216161805012e-01, x))
+        r = tl.fma(r, z, constant(2.222219843214978396e-01, x))
+        r = tl.fma(r, z, constant(2.857142874366239149e-01, x))
+        r = tl.fma(r, z, constant(3.999999999940941908e-01, x))
+        r = tl.fma(r, z, constant(6.666666666666735130e-01, x)) * z
         low = tl.fma(s, half + r, kf * 1.90821492927058770002e-10)
         y = tl.fma(kf, 6.93147180369123816490e-01, f - (half - low))
     else:
-        r = tl.fma(z, 0.24279078841, 0.28498786688)
-        r = tl.fma(r, z, 0.40000972152)
-        r = tl.fma(r, z, 0.66666662693) * z
+        r = tl.fma(z, constant(0.24279078841, x), constant(0.28498786688, x))
+        r = tl.fma(r, z, constant(0.40000972152, x))
+        r = tl.fma(r, z, constant(0.66666662693, x)) * z
         low = tl.fma(s, half + r, kf * 9.0580006145e-06)
         y = tl.fma(kf, 6.9313812256e-01, f - (half - low))
     y = tl.where(u == 0.0, float("-inf"), y)
