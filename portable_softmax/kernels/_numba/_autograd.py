@@ -114,7 +114,8 @@ def log_softmax(call: RowsCall) -> Tensor:
     inner, t = _computed(call), call.temperature
 
     def formula(y: Tensor, dy: Tensor) -> Tensor:
-        return (dy - torch.exp(y) * portable.total(call.xp, dy, call.axes)) / t
+        dx: Tensor = (dy - torch.exp(y) * portable.total(call.xp, dy, call.axes)) / t
+        return dx
 
     def gradient(y: Tensor, dy: Tensor) -> Tensor:
         # To the public function of this name -inf is what a mask left; here it is a logit's.
@@ -206,7 +207,8 @@ def _loss_rule(call: LossCall) -> Rule:
     def formula(x: Tensor, dy: Tensor) -> Tensor:
         arguments = call.target(), call.axis, call.options
         _, grad = portable.cross_entropy_value_and_grad(call.xp, x, *arguments)
-        return grad * _upstream(call, dy)
+        dx: Tensor = grad * _upstream(call, dy)
+        return dx
 
     def gradient(x: Tensor, dy: Tensor) -> Tensor:
         _, grad = _loss_and_grad(call, x)
