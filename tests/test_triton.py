@@ -73,6 +73,8 @@ def test_what_is_refused_and_why(xp, launches, monkeypatch):
     x = xp.asarray(np.ones((2, 3, 4)), "float32")
     for why, operation, array, options in (
         ("the reduced axes are not neighbours", "softmax", x, {"axis": (0, 2)}),
+        ("the tensor is none of plain memory", "softmax", x.to_sparse(), {}),
+        ("too many classes for 32 bits", "softmax", torch.ones(1).expand(2**31), {}),
         ("dtype int64", "softmax", x.to(torch.int64), {}),
         ("no rows", "softmax", x[:0], {}),
         ("a temperature of 1e-60 leaves the range of float32", "softmax", x,
@@ -297,6 +299,12 @@ def test_layouts(xp, launches):
             xp.numpy(ps.logsumexp(view, axis=axis)), np.log(np.exp(plain).sum(axis=axis)),
             rtol=1e-13,
         )  # fmt: skip
+
+
+def test_a_view_that_is_negated_lazily(xp):
+    x = xp.asarray([1.0 + 2.0j, 3.0 - 4.0j]).conj().imag
+    assert x.is_neg()
+    assert_allclose(xp.numpy(ps.softmax(x)), [np.exp(-6) / (1 + np.exp(-6)), 1 / (1 + np.exp(-6))])
 
 
 # --------------------------------------------------------------------------- autograd, compile

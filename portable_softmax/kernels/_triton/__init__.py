@@ -21,6 +21,10 @@ from portable_softmax.kernels._triton import _cupy, _layout
 # As Triton reads it, when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 OLDEST = (3, 9)
+# A class is counted with 32 bits, in steps that must not overflow; a row's offset has 64.
+MANY = 2**31 - 2**20
+# Tensors that are what their memory says; a subclass may mean something else.
+TENSORS = frozenset({"Tensor", "Parameter", "FakeTensor", "FunctionalTensor"})
 DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 
@@ -50,10 +54,14 @@ def refusal(call: Call) -> str:
 def _wrong_device(call: Call) -> str:
     if _arrays.library(call.xp) == "cupy":
         return _cupy.missing()
-    device = call.x.device.type
-    if device == "cuda" or (device == "cpu" and INTERPRETED):
-        return ""
-    return f"the tensor is on {device}, not on a CUDA device"
+    device, torch = call.x.device.type, sys.modules["torch"]
+    if not (device == "cuda" or (device == "cpu" and INTERPRETED)):
+        return f"the tensor is on {device}, not on a CUDA device"
+    if torch.version.hip:
+        return "the device is not NVIDIA's"
+    if call.x.layout != torch.strided or type(call.x).__name__ not in TENSORS:
+        return "the tensor is none of plain memory"
+    return ""
 
 
 def _wrong_dtype(call: Call) -> str:
@@ -71,6 +79,11 @@ def _wrong_axes(call: Call) -> str:
         return "no axis to reduce"
     if 0 in shape:
         return "no rows"
+    classes = 1
+    for a in axes:  # torch.compile traces no math.prod of its sizes
+        classes *= shape[a]
+    if classes >= MANY:
+        return "too many classes for 32 bits"
     return _layout.refusal(shape, axes)
 
 

@@ -20,8 +20,8 @@ def strides(x: Any) -> tuple[int, ...]:
 
 
 def bare(x: Any) -> Any:
-    """Return the tensor without its history."""
-    return x.detach()
+    """Return the tensor without its history, and with the signs that its memory has."""
+    return x.detach().resolve_neg()
 
 
 def contiguous(x: Any) -> Any:
