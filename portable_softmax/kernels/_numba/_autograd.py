@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -19,7 +19,7 @@ from portable_softmax.kernels import _numba
 from portable_softmax.kernels._calls import LossCall, RowsCall, VjpCall
 from portable_softmax.kernels._numba._tensors import on_numpy, taken, unusual
 
-Tensor = torch.Tensor
+Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
 
 class Rule(NamedTuple):
@@ -66,7 +66,7 @@ class _Gradient(torch.autograd.Function):
 
 
 def _value(x: Tensor, rule: Rule) -> Tensor:
-    y: Tensor = _Value.apply(x, rule)  # type: ignore[no-untyped-call]
+    y: Tensor = _Value.apply(x, rule)
     return y
 
 
@@ -75,13 +75,13 @@ def _gradient(saved: Tensor, dy: Tensor, rule: Rule) -> Tensor:
     if unusual(dy) or not _arrays.reads_values(torch, dy):
         return rule.formula(saved, dy)
     if _differentiates(saved) or _differentiates(dy):
-        dx: Tensor = _Gradient.apply(saved, dy, rule)  # type: ignore[no-untyped-call]
+        dx: Tensor = _Gradient.apply(saved, dy, rule)
         return dx
     return rule.gradient(saved, dy)
 
 
 def _differentiates(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
+    return bool(torch.is_grad_enabled() and x.requires_grad)
 
 
 def _computed(call: Any) -> Any:
