@@ -8,7 +8,7 @@ import pytest
 from backends import BACKENDS, LIBRARIES, Backend
 from hypothesis import settings
 
-from portable_softmax.kernels import _numba, _table
+from portable_softmax.kernels import _numba, _numpy, _table
 
 # The time of one example depends on the machine and on whatever compiles first.
 settings.register_profile(
@@ -89,7 +89,7 @@ def _numba_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         return
     for module in {kernel.module for kernel in _table.TABLE if kernel.name == "numba rows"}:
         monkeypatch.setitem(_table._MISSING, module, "left out of this test")
-    monkeypatch.setattr(_table, "SHORTCUTS", {})
+    monkeypatch.setattr(_table, "SHORTCUTS", dict(_numpy.SHORTCUTS))
 
 
 # A test that asks for a library's module is a test of that library, as one that is marked so.
