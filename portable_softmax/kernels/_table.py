@@ -119,10 +119,22 @@ _OFF: ContextVar[frozenset[str]] = ContextVar("portable_softmax_off", default=fr
 
 def shortcut(array: Any, operation: str) -> Callable[..., Any] | None:
     """Return the shortcut for a small array, or None where there is none, or none is wanted."""
-    found = SHORTCUTS.get((type(array), operation))
-    if found is None or _FORCED.get() or _OFF.get():
+    key = type(array), operation
+    found = SHORTCUTS.get(key)
+    if found is None or _FORCED.get():
         return None
-    return found
+    off = _OFF.get()
+    return _shortcut_without(off, key) if off else found
+
+
+def _shortcut_without(off: frozenset[str], key: tuple[type, str]) -> Callable[..., Any] | None:
+    """Return the shortcut that a kernel offers by itself, and that is not switched off."""
+    for kernel in TABLE:
+        if kernel.name not in off and kernel.module in _MODULES:
+            own: dict[Any, Any] = getattr(_MODULES[kernel.module], "SHORTCUTS", {})
+            if key in own:
+                return own[key]  # type: ignore[no-any-return]
+    return None
 
 
 _MODULES: dict[str, Any] = {}
