@@ -184,17 +184,22 @@ def logsumexp(call: RowsCall) -> Any:
     return out
 
 
-def _from_output(call: VjpCall) -> Any:
+def _from_output(call: VjpCall, **options: Any) -> Any:
     """softmax_vjp or log_softmax_vjp over the axes."""
     drive, layout, x = _compiled(), _layout(call), call.x
     out = np.empty(x.shape, call.answer)
     arrays = (_handed(a, layout) for a in (x, call.dy, out))
-    getattr(drive, call.operation)(*arrays, drive.Layout(*layout))
+    getattr(drive, call.operation)(*arrays, drive.Layout(*layout), **options)
     _remember(call)
     return out
 
 
 softmax_vjp = log_softmax_vjp = _from_output
+
+
+def gradient_of_log_softmax(call: VjpCall) -> Any:
+    """As log_softmax_vjp, but a logit of -inf passes its gradient on: no mask has left it there."""
+    return _from_output(call, masked=False)
 
 
 def _loss(call: LossCall) -> Any:

@@ -8,7 +8,6 @@ are derivatives of every order.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -118,10 +117,7 @@ def log_softmax(call: RowsCall) -> Tensor:
         return dx
 
     def gradient(y: Tensor, dy: Tensor) -> Tensor:
-        # To the public function of this name -inf is what a mask left; here it is a logit's.
-        if y.amin() == -math.inf:
-            return formula(y, dy)
-        return _over(_vjp("log_softmax_vjp", inner, y, dy), t)
+        return _over(_vjp("log_softmax_vjp", inner, y, dy, _numba.gradient_of_log_softmax), t)
 
     rule = Rule(lambda x: _rows(inner, x), True, gradient, formula)
     return _value(inner.x, rule).to(call.answer)
@@ -171,9 +167,9 @@ def _rows(call: RowsCall, x: Tensor) -> Tensor:
     return found
 
 
-def _vjp(operation: str, like: Any, y: Tensor, dy: Tensor) -> Tensor:
+def _vjp(operation: str, like: Any, y: Tensor, dy: Tensor, kernel: Any = None) -> Tensor:
     call = VjpCall(operation, like.xp, y, dy.contiguous(), like.axes, like.compute, like.answer)
-    found: Tensor = taken(getattr(_numba, operation)(on_numpy(call)), like.answer)
+    found: Tensor = taken((kernel or getattr(_numba, operation))(on_numpy(call)), like.answer)
     return found
 
 

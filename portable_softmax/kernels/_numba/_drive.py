@@ -129,9 +129,10 @@ def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout) -> None:
     run(_entries.softmax_vjp, (y, dy, out), (), layout, tiles=2)
 
 
-def log_softmax_vjp(log_y: Any, dy: Any, out: Any, layout: Layout) -> None:
-    """Two reads and one write."""
-    run(_entries.log_softmax_vjp, (log_y, dy, out), (), layout, tiles=2)
+def log_softmax_vjp(log_y: Any, dy: Any, out: Any, layout: Layout, masked: bool = True) -> None:
+    """Two reads and one write. What a mask left at -inf passes no gradient on; a logit does."""
+    left_out = math.inf if masked else math.nan  # which nothing is equal to
+    run(_entries.log_softmax_vjp, (log_y, dy, out), (left_out,), layout, tiles=2)
 
 
 class Loss(NamedTuple):

@@ -95,11 +95,11 @@ def softmax_vjp(y, dy, out, tile, T, n, inner, lo, hi):
 
 @kept
 @function
-def log_softmax_vjp(log_y, dy, out, tile, T, n, inner, lo, hi):
+def log_softmax_vjp(log_y, dy, out, left_out, tile, T, n, inner, lo, hi):
     p, q, o, e = pointer(log_y), pointer(dy), pointer(out), pointer(tile)
     if T == 0:
         for i in range(lo, hi):
-            _rows.log_softmax_vjp(ahead(p, i * n), ahead(q, i * n), ahead(o, i * n), n)
+            _rows.log_softmax_vjp(ahead(p, i * n), ahead(q, i * n), ahead(o, i * n), n, left_out)
         return
     step = T if inner == 1 else 1
     lanes = ahead(e, n * T)
@@ -108,7 +108,7 @@ def log_softmax_vjp(log_y, dy, out, tile, T, n, inner, lo, hi):
         at, rows = _lanes.block(i, hi, T, n, inner)
         _lanes.fetch(ahead(p, at), e, T, n, inner, rows)
         _lanes.fetch(ahead(q, at), f, T, n, inner, rows)
-        _lanes.log_softmax_vjp(e, f, n, T, lanes)
+        _lanes.log_softmax_vjp(e, f, n, T, lanes, left_out)
         _lanes.deliver(e, ahead(o, at), T, n, inner, rows)
 
 

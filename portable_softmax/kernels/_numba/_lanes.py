@@ -316,8 +316,8 @@ def softmax_vjp(y, dy, n, T, lanes):
 
 
 @function
-def log_softmax_vjp(log_y, dy, n, T, lanes):
-    """Turn log_y into dy - exp(log_y) * sum(dy), `dy` counting as 0 at infinities of log_y."""
+def log_softmax_vjp(log_y, dy, n, T, lanes, left_out):
+    """Turn log_y into dy - exp(log_y) * sum(dy), `dy` counting as 0 where log_y is +-left_out."""
     s, total, lost = ahead(lanes, T), ahead(lanes, 2 * T), ahead(lanes, 3 * T)
     zero = typed(s, 0.0)
     fill(s, 3 * T, 0.0)
@@ -325,7 +325,7 @@ def log_softmax_vjp(log_y, dy, n, T, lanes):
         for j in range(start, min(start + RUN, n)):
             a, b = ahead(log_y, j * T), ahead(dy, j * T)
             for i in range(T):
-                u = chosen(abs(load(a, i)) == math.inf, zero, load(b, i))
+                u = chosen(abs(load(a, i)) == typed(s, left_out), zero, load(b, i))
                 store(b, i, u)
                 store(s, i, load(s, i) + u)
         carry(s, total, lost, T)

@@ -185,18 +185,18 @@ def softmax_vjp(p, q, o, n):
 
 
 @function
-def log_softmax_vjp(p, q, o, n):
-    """Write dy - exp(log_y) * sum(dy), `dy` counting as 0 at infinities of log_y."""
-    zero = typed(p, 0.0)
+def log_softmax_vjp(p, q, o, n, left_out):
+    """Write dy - exp(log_y) * sum(dy), `dy` counting as 0 where log_y is +-left_out."""
+    zero, limit = typed(p, 0.0), typed(p, left_out)
     total = lost = zero
     for start in range(0, n, RUN):
         y, dy = ahead(p, start), ahead(q, start)
         s = zero
         for j in range(min(RUN, n - start)):
-            s = plus(s, chosen(abs(load(y, j)) == math.inf, zero, load(dy, j)))
+            s = plus(s, chosen(abs(load(y, j)) == limit, zero, load(dy, j)))
         total, lost = added(total, lost, s)
     s = settled(total, lost)
     for j in range(n):
         y = load(p, j)
-        dy = chosen(abs(y) == math.inf, zero, load(q, j))
+        dy = chosen(abs(y) == limit, zero, load(q, j))
         store(o, j, dy - exp(y) * s)
