@@ -126,6 +126,7 @@ def measure(
     taken = copies.of(list(dict.fromkeys(provider.place for provider in everyone)))
     clocks = {one.place: gpu.clock(one.place) for one in (*everyone, *taken)}
     for dtype in dtypes:
+        _load([one for one in everyone if one.ours], operations, dtype)
         for shape in shapes:
             places.forget_compiled()
             problem = Problem(shape, dtype)
@@ -133,6 +134,17 @@ def measure(
                 with warnings.catch_warnings(action="ignore"):  # a library's, of itself
                     rows = _compare(problem, everyone, taken, clocks, operation, effort)
                 yield from rows
+
+
+def _load(ours: list[Provider], operations: list[str], dtype: str) -> None:
+    """Load the kernels that a large array loads: small ones take them in a program that has one."""
+    problem = Problem((512, 256), dtype)
+    for provider in ours:
+        for operation in operations:
+            if call := provider.offer(-1, "mean").get(operation):
+                names = "x", problem.second(operation)
+                with provider.context(), warnings.catch_warnings(action="ignore"):
+                    call(*(problem.at(provider.place, name) for name in names))
 
 
 class Problem:

@@ -277,3 +277,17 @@ def test_a_dtype_that_ours_has_not_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(places.Place, "dtypes", lambda self: ["float64"])
     assert _speed("--backend", "numpy", "--dtypes", "float32") == 2
     assert "numpy has no float32 here: float64" in capsys.readouterr().err
+
+
+def test_kernels_are_loaded_before_small_arrays_are_timed():
+    sizes = []
+
+    def seen(x, _):
+        sizes.append(x.size)
+        return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+
+    place = places.open_backend("numpy")
+    ours = providers.Provider("ours", place, lambda *options: {"softmax": seen}, ours=True)
+    list(speed.measure([ours], ["softmax"], [(4, 3)], ["float32"], TINY))
+    assert sizes[0] >= 1 << 16
+    assert set(sizes[1:]) == {12}
