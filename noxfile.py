@@ -106,7 +106,7 @@ BACKENDS = {
     "cupy": "cuda",
 }
 # The backends whose tests together must cover the package, line and branch.
-COVERED = ("numpy", "numba", "torch", "jax")
+COVERED = ("numpy", "numba", "torch", "jax", "triton")
 PYPROJECT = load_toml(ROOT / "pyproject.toml")
 # Most of the time goes to compilers that use one core.
 PARALLEL = ("--numprocesses=auto", "--maxprocesses=4")
@@ -294,9 +294,12 @@ def tests_triton(session: nox.Session) -> None:
     install(session, *package("torch", "triton"), *group("test"))
     names = ("triton", "semantics", "values", "cross_entropy")
     files = [f"tests/test_{name}.py" for name in names]
-    env = {"TRITON_INTERPRET": "1"}
+    for stale in REPORTS.glob("triton.coverage*"):
+        stale.unlink()
+    env = {"TRITON_INTERPRET": "1", "COVERAGE_FILE": str(REPORTS / "triton.coverage")}
     interpreted = ("--backend", "triton", *files, *PARALLEL)
-    session.run("python", "-m", "pytest", *interpreted, *session.posargs, env=env)
+    measured = ("-m", "coverage", "run", "-m", "pytest")
+    session.run("python", *measured, *interpreted, *session.posargs, env=env)
     # Compiling takes a process in which Triton does not interpret.
     compile_some = ("--backend", "torch", "tests/test_triton_compile.py")
     session.run("python", "-m", "pytest", *compile_some, *session.posargs)

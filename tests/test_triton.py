@@ -56,7 +56,7 @@ def arguments(xp, operation, shape=(3, 5), dtype="float32"):
 def test_the_path_that_explain_names_is_taken(xp, launches, operation):
     given = arguments(xp, operation)
     launches.clear()
-    assert kernels.explain(operation, given[0]) == NAME
+    assert kernels.explain(operation, given[0]).startswith(NAME)
     getattr(ps, operation)(*given)
     assert len(launches) == 1
     with kernels.portable():
@@ -85,10 +85,12 @@ def test_what_is_refused_and_why(xp, launches, monkeypatch):
         ("it differentiates with respect to labels or weights", "cross_entropy", x,
          {"weight": torch.ones(4, requires_grad=True), "labels": torch.zeros(2, 3)}),
     ):  # fmt: skip
-        assert kernels.explain(operation, array, **options) == f"portable: not triton rows: {why}"
+        explained = kernels.explain(operation, array, **options)
+        assert explained.startswith("portable: ")
+        assert explained.endswith(f"not triton rows: {why}")
     monkeypatch.setattr(ours, "INTERPRETED", False)
-    expected = "portable: not triton rows: the tensor is on cpu, not on a CUDA device"
-    assert kernels.explain("softmax", x) == expected
+    expected = "not triton rows: the tensor is on cpu, not on a CUDA device"
+    assert kernels.explain("softmax", x).endswith(expected)
     ps.softmax(x)
     assert not launches
 
@@ -368,7 +370,7 @@ def test_compiled_and_fake(xp, launches):
     launches.clear()
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(x)
-        assert kernels.explain("softmax", fake) == NAME
+        assert kernels.explain("softmax", fake).startswith(NAME)
         assert ps.logsumexp(fake, axis=0).shape == (4,)
         assert ps.cross_entropy(fake, mode.from_tensor(labels)).dtype == torch.float32
     assert not launches
