@@ -88,7 +88,7 @@ def _legend(figure: Any, axes: list[Any]) -> None:
             handles.setdefault(label, handle)
     figure.legend(
         handles.values(), handles.keys(), loc="lower left", bbox_to_anchor=(0.008, 0.004),
-        ncols=len(handles), fontsize=10, frameon=False, columnspacing=1.6, handlelength=1.6,
+        ncols=len(handles), fontsize=9, frameon=False, columnspacing=1.2, handlelength=1.4,
     )  # fmt: skip
 
 
