@@ -45,7 +45,8 @@ _TOUCHES = {
 }
 
 # The threads that a turn left spinning for more work take a core from the next one: they sleep by
-# then, and a short call wakes its own before it's timed.
+# then. Each wakes its own before it's timed, and finds its arrays in the caches that hold them:
+# otherwise a call that is repeated within a round would, and one that takes a whole round not.
 _SETTLE_S = 2e-3
 _WARM_CALLS = 20
 
@@ -141,9 +142,10 @@ def _load(ours: list[Provider], operations: list[str], dtype: str) -> None:
     problem = Problem((512, 256), dtype)
     for provider in ours:
         for operation in operations:
-            if call := provider.offer(-1, "mean").get(operation):
-                names = "x", problem.second(operation)
-                with provider.context(), warnings.catch_warnings(action="ignore"):
+            # Making an offer may import what warns, such as torch's compiler.
+            with provider.context(), warnings.catch_warnings(action="ignore"):
+                if call := provider.offer(-1, "mean").get(operation):
+                    names = "x", problem.second(operation)
                     call(*(problem.at(provider.place, name) for name in names))
 
 
@@ -260,7 +262,7 @@ def _interleaved(turns: Mapping[str, Timed], effort: Effort) -> dict[str, list[f
                 call, clock, context = turns[name]
                 sleep(_SETTLE_S)
                 with context():
-                    for _ in range(min(repeats[name] - 1, _WARM_CALLS)):
+                    for _ in range(min(repeats[name], _WARM_CALLS)):
                         call()
                     times[name].append(clock.seconds(call, repeats[name]))
             names.append(names.pop(0))  # nobody always runs after the same neighbour
