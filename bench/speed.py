@@ -50,6 +50,9 @@ _TOUCHES = {
 _SETTLE_S = 2e-3
 _WARM_CALLS = 20
 
+# Elements of an array that no kernel finds too small to be loaded for.
+_LARGE = 1 << 17
+
 OURS, PEER, COPY = "ours", "peer", "copy"
 
 
@@ -127,8 +130,9 @@ def measure(
     taken = copies.of(list(dict.fromkeys(provider.place for provider in everyone)))
     clocks = {one.place: gpu.clock(one.place) for one in (*everyone, *taken)}
     for dtype in dtypes:
-        _load([one for one in everyone if one.ours], operations, dtype)
         for shape in shapes:
+            if math.prod(shape) < _LARGE:
+                _load([one for one in everyone if one.ours], operations, shape[1], dtype)
             places.forget_compiled()
             problem = Problem(shape, dtype)
             for operation in operations:
@@ -137,9 +141,9 @@ def measure(
                 yield from rows
 
 
-def _load(ours: list[Provider], operations: list[str], dtype: str) -> None:
+def _load(ours: list[Provider], operations: list[str], classes: int, dtype: str) -> None:
     """Load the kernels that a large array loads: small ones take them in a program that has one."""
-    problem = Problem((512, 256), dtype)
+    problem = Problem((_LARGE // classes + 1, classes), dtype)
     for provider in ours:
         for operation in operations:
             # Making an offer may import what warns, such as torch's compiler.

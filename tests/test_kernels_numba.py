@@ -74,7 +74,7 @@ def families(n, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [4, 5, 10, 16, 79, 80, 159, 160, 1003])
+@pytest.mark.parametrize("n", [4, 5, 10, 16, 79, 127, 128, 255, 256, 1003])
 def test_every_kind_of_row_is_exact(every_size, plans, n, dtype):
     if not exact.measures(dtype):
         pytest.skip("np.longdouble is no longer than float64 on this machine")
@@ -113,8 +113,8 @@ def test_every_kind_of_row_is_exact(every_size, plans, n, dtype):
             counted &= np.abs(answer) > exact.smallest_normal(dtype)
         bound = np.broadcast_to(0.51 if half else bounds[name], answer.shape)
         assert np.all(~counted | (error <= bound)), (name, float(np.max(error[counted])))
-    side_by_side = n * (8 if dtype == "float64" else 4) < heavy("_drive").SHORT
-    assert {bool(plan.T) for plan in plans} == {side_by_side}
+    short = n * (8 if dtype == "float64" else 4) < _numba.SHORT
+    assert {plan.entries for plan in plans} == {heavy("_on_blocks" if short else "_on_rows")}
     loss, grad = ps.cross_entropy_value_and_grad(x, labels, reduction="none")
     np.testing.assert_allclose(loss, results["cross_entropy"], rtol=4 * unit)
     got = grad[np.arange(64), labels].astype(np.longdouble)
@@ -264,7 +264,7 @@ def test_read_only_arrays_are_not_compiled_anew(every_size):
     x = np.random.default_rng(0).standard_normal((50, 7))
     t = np.arange(50) % 7
     writeable = ps.softmax(x), ps.cross_entropy(x, t)
-    entries = heavy("_entries")
+    entries = heavy("_on_blocks")
     before = len(entries.softmax.overloads), len(entries.cross_entropy.overloads)
     for array in (x, t):
         array.flags.writeable = False
@@ -525,8 +525,8 @@ from portable_softmax import kernels, softmax
 x = np.zeros((300, 300), np.float32)
 assert kernels.explain("softmax", x).startswith("numba rows"), kernels.explain("softmax", x)
 softmax(x)
-from portable_softmax.kernels._numba import _entries
-stats = _entries.softmax.stats
+from portable_softmax.kernels._numba import _on_rows
+stats = _on_rows.softmax.stats
 print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
 """
 

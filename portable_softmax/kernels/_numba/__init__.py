@@ -19,6 +19,9 @@ ENOUGH = 1 << 16
 # Rows across memory are copied to a tile, which has to stay small.
 LONGEST_ACROSS = 1 << 14
 
+# Shorter rows, in bytes of the computation, are worked on as many at once as a vector has lanes.
+SHORT = 1024
+
 # What the kernels read, and as what they are handed over.
 HANDED: dict[str, Any] = {
     "float32": np.dtype(np.float32),
@@ -28,7 +31,7 @@ HANDED: dict[str, Any] = {
 }
 
 # The kernels that are compiled, as `_key` names them.
-loaded: set[tuple[str, str, bool]] = set()
+loaded: set[tuple[str, str, str, bool]] = set()
 _broken = ""
 
 
@@ -52,18 +55,27 @@ def refusal(call: Call) -> str:
     return _broken or _cannot_import()
 
 
-def _key(call: Call) -> tuple[str, str, bool]:
-    """Return operation, dtype and whether there is a temperature: each is compiled on its own."""
-    return call.operation, call.x.dtype.name, getattr(call, "temperature", 1.0) != 1.0
+def _key(call: Call) -> tuple[str, str, str, bool]:
+    """Return what a call is compiled for: operation, layout, dtype, and whether it is tempered."""
+    _, n, inner = _layout(call)
+    layout = "lanes" if inner > 1 else for_rows(n, call.x.dtype.itemsize)
+    tempered = getattr(call, "temperature", 1.0) != 1.0
+    return call.operation, layout, call.x.dtype.name, tempered
+
+
+def for_rows(n: int, itemsize: int) -> str:
+    """Return how rows of n classes are worked on that lie one after the other."""
+    return "blocks" if n * max(itemsize, 4) < SHORT else "rows"
 
 
 def _remember(call: Call) -> None:
     key = _key(call)
     if key not in loaded:
         loaded.add(key)
-        if not key[2]:
+        operation, layout, _, tempered = key
+        if not tempered and layout != "lanes":
             small = import_module("portable_softmax.kernels._numba._small")
-            small.register(call.operation, call.x.dtype)
+            small.register(operation, layout, call.x.dtype)
 
 
 def _options(call: Call) -> str:

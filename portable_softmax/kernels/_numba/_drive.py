@@ -1,8 +1,8 @@
 """Cuts arrays into pieces and runs the compiled kernels on them, on as many threads as are free.
 
-The arrays are NumPy's, C-contiguous, of shape (rows, n) or (outer * n, inner) as `_entries` has
-them, and of a dtype that it knows: float16 is handed over as uint16 and bfloat16 as int16. They
-may be views of any library's memory.
+The arrays are NumPy's, C-contiguous, of shape (rows, n) or (outer * n, inner) as `_on_rows` and
+`_on_lanes` have them, and of a dtype that they know: float16 is handed over as uint16 and bfloat16
+as int16. They may be views of any library's memory.
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ import numpy as np
 from numba import typeof
 
 from portable_softmax.kernels import _threads
-from portable_softmax.kernels._numba import _entries, _lanes, _losses, _split
+from portable_softmax.kernels._numba import (
+    _blocks,
+    _lanes,
+    _losses,
+    _on_blocks,
+    _on_lanes,
+    _on_rows,
+    _split,
+    for_rows,
+)
 
-# Shorter rows, in bytes of the computation, are worked on side by side: a row alone leaves its
-# last lanes empty and adds up across them (measured: they meet at 150 classes of float32).
-SHORT = 640
-# Rows side by side: a tile of short ones stays in the first cache, one of long ones in the second.
-LANES, FEW_LANES = 64, 16
+# Rows across memory, side by side: a tile of them stays in the second cache.
+ACROSS, FEW_ACROSS = 64, 16
 TILE = 1 << 18
 # So many bytes are one piece of work, and fewer than twice as many are left to one thread.
 PIECE = 1 << 18
@@ -41,45 +47,67 @@ class Layout(NamedTuple):
 class Plan(NamedTuple):
     """How they are worked on."""
 
-    T: int  # rows side by side, 0 for one by one
+    entries: Any  # the module of what is compiled for it
+    shape: tuple[int, ...]  # as it is told
     tile: tuple[int, Any]  # length and dtype
     pieces: list[tuple[int, int]]
 
 
 def plan(layout: Layout, dtype: Any, tiles: int = 1) -> Plan:
-    """Choose between rows one by one and side by side, and cut the work."""
+    """Choose between rows one by one, in blocks and side by side, and cut the work."""
     outer, n, inner = layout
-    compute = np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
-    if inner == 1 and n * compute.itemsize >= SHORT:
-        T, units, size = 0, outer, n
-        tile = 1 if dtype == compute else n
+    compute = compute_dtype(dtype)
+    shape: tuple[int, ...] = (n,)
+    if inner == 1:
+        short = for_rows(n, dtype.itemsize) == "blocks"
+        entries = _on_blocks if short else _on_rows
+        block, tile = tile_for_rows(short, n, compute, dtype == compute)
+        units, size = outer, n
     else:
-        T = LANES if n * LANES * compute.itemsize <= TILE else FEW_LANES
-        T = min(T, -(-layout.rows // 16) * 16 if inner == 1 else -(-inner // 16) * 16)
-        tile = T * (n + _lanes.LANE_NUMBERS) * tiles
-        units, size = (outer, n) if inner == 1 else (outer * -(-inner // T), n * min(T, inner))
-    step = max(1, PIECE // (size * dtype.itemsize))
-    if T and inner == 1:
-        step = -(-step // T) * T
+        T = ACROSS if n * ACROSS * compute.itemsize <= TILE else FEW_ACROSS
+        T = min(T, -(-inner // 16) * 16)
+        entries, block, shape = _on_lanes, 1, (n, T, inner)
+        units, size = outer * -(-inner // T), n * min(T, inner)
+        tile = T * (n + _lanes.LANE_NUMBERS) * tiles + 16
+    step = -(-max(1, PIECE // (size * dtype.itemsize)) // block) * block
     if units < 2 * step:
         step = units
-    return Plan(T, (tile, compute), [(i, min(i + step, units)) for i in range(0, units, step)])
+    pieces = [(i, min(i + step, units)) for i in range(0, units, step)]
+    return Plan(entries, shape, (tile, compute), pieces)
+
+
+def compute_dtype(dtype: Any) -> Any:
+    """Return what an array of a dtype is computed in."""
+    return np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
+
+
+def tile_for_rows(short: bool, n: int, compute: Any, exact: bool) -> tuple[int, int]:
+    """Return how many rows are worked on at once, and the size of a tile for them.
+
+    `exact` tells that the result has the dtype of the computation.
+    """
+    lanes = 64 // compute.itemsize
+    rows = _blocks.rows_of_block(lanes) if short else 1
+    room = _blocks.size_of_room(lanes) + lanes if short else 1
+    return rows, room + (0 if exact else rows * n)
 
 
 def run(
-    entry: Any, arrays: tuple[Any, ...], numbers: tuple[Any, ...], layout: Layout, tiles: int = 1
+    operation: str,
+    arrays: tuple[Any, ...],
+    numbers: tuple[Any, ...],
+    layout: Layout,
+    tiles: int = 1,
 ) -> list[Any]:
     """Run a compiled function on every piece; return what it returned for each."""
-    T, (size, compute), pieces = plan(layout, arrays[0].dtype, tiles)
+    entries, shape, (size, compute), pieces = plan(layout, arrays[0].dtype, tiles)
+    entry = getattr(entries, operation)
     answers: list[Any] = [None] * len(pieces)
 
     def work(at: int) -> None:
-        lo, hi = pieces[at]
-        tile = np.empty(size, compute)
-        answers[at] = entry(*arrays, *numbers, tile, T, layout.n, layout.inner, lo, hi)
+        answers[at] = entry(*arrays, *numbers, np.empty(size, compute), *shape, *pieces[at])
 
-    example = (*arrays, *numbers, np.empty(0, compute), T, layout.n, layout.inner, 0, 0)
-    load(entry, example)
+    load(entry, (*arrays, *numbers, np.empty(0, compute), *shape, 0, 0))
     _threads.run(work, range(len(pieces)))
     return answers
 
@@ -102,7 +130,7 @@ def softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
     if _split.wanted(*layout):
         _split.softmax(x, out, t)
     else:
-        run(_entries.softmax, (x, out), (t,), layout, tiles=2)
+        run("softmax", (x, out), (t,), layout, tiles=2)
 
 
 def log_softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
@@ -111,12 +139,12 @@ def log_softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> N
     if _split.wanted(*layout):
         _split.log_softmax(x, out, t)
     else:
-        run(_entries.log_softmax, (x, out), (t,), layout)
+        run("log_softmax", (x, out), (t,), layout)
 
 
 def logsumexp(x: Any, out: Any, layout: Layout) -> None:
     """One read."""
-    run(_entries.logsumexp, (x, out), (), layout)
+    run("logsumexp", (x, out), (), layout)
 
 
 def logsumexp_of_few(x: Any, layout: Layout) -> list[float] | None:
@@ -126,13 +154,13 @@ def logsumexp_of_few(x: Any, layout: Layout) -> list[float] | None:
 
 def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout) -> None:
     """Two reads and one write."""
-    run(_entries.softmax_vjp, (y, dy, out), (), layout, tiles=2)
+    run("softmax_vjp", (y, dy, out), (), layout, tiles=2)
 
 
 def log_softmax_vjp(log_y: Any, dy: Any, out: Any, layout: Layout, masked: bool = True) -> None:
     """Two reads and one write. What a mask left at -inf passes no gradient on; a logit does."""
     left_out = math.inf if masked else math.nan  # which nothing is equal to
-    run(_entries.log_softmax_vjp, (log_y, dy, out), (left_out,), layout, tiles=2)
+    run("log_softmax_vjp", (log_y, dy, out), (left_out,), layout, tiles=2)
 
 
 class Loss(NamedTuple):
@@ -153,7 +181,7 @@ def losses(
     the sum, or of the mean, to `grad`, unless they are None. One read of the logits, and a write
     of the gradient's size.
     """
-    compute = np.dtype(np.float64 if x.dtype.itemsize == 8 else np.float32)
+    compute = compute_dtype(x.dtype)
     weighted = loss.weight is not None
     w = np.ascontiguousarray(loss.weight) if weighted else np.ones(1, compute)
     w = w if w.flags.writeable else w.copy()
@@ -163,8 +191,8 @@ def losses(
     if mean and grad is not None:
         divisor = float(layout.rows)
         if flags:
-            load(_entries.scan, (labels, w, layout.n, flags, ignore))
-            divisor, _ = _entries.scan(labels, w, layout.n, flags, ignore)
+            load(_on_rows.scan, (labels, w, layout.n, flags, ignore))
+            divisor = _on_rows.scan(labels, w, layout.n, flags, ignore)[1]
         scale = 1.0 / divisor if divisor else 0.0
     classes = float(np.sum(w, dtype=np.float64)) if weighted else float(layout.n)
     options = np.asarray([loss.smoothing, loss.z, classes, scale])
@@ -174,9 +202,9 @@ def losses(
         flags |= _losses.EACH
     arrays, numbers = (x, labels, each, w, options), (flags, ignore)
     if grad is None:
-        parts = run(_entries.cross_entropy, arrays, numbers, layout)
+        parts = run("cross_entropy", arrays, numbers, layout)
     else:
-        parts = run(_entries.cross_entropy_value_and_grad, arrays, (*numbers, grad), layout, 2)
+        parts = run("cross_entropy_value_and_grad", arrays, (*numbers, grad), layout, 2)
     return _sum([p[0] for p in parts]), _sum([p[1] for p in parts]), sum(p[2] for p in parts)
 
 

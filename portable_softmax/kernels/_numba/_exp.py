@@ -1,4 +1,4 @@
-"""exp and log1p written out, so that loops over them vectorise; within one unit in the last place.
+"""exp and log1p written out, for numbers and for vectors; within one unit in the last place.
 
 `exp_up(d)` is 2**64 * exp(d), for d <= 0. The factor keeps every exp above 0 a normal number down
 to where exp itself rounds to 0: one multiplication scales the polynomial, and a division by a sum
@@ -13,6 +13,8 @@ from typing import NamedTuple
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+
+from portable_softmax.kernels._numba._vectors import LANES, Vector, fused
 
 UP, DOWN = 2.0**64, 2.0**-64
 
@@ -71,21 +73,29 @@ FORMATS = {
 
 
 class _Builder:
-    """Writes instructions on numbers of one format."""
+    """Writes instructions on numbers of one format, or on vectors of them."""
 
     def __init__(self, builder, kind):
         self.b = builder
-        self.f = FORMATS[kind]
+        self.lanes = LANES[kind.dtype] if isinstance(kind, Vector) else 0
+        self.f = FORMATS[kind.dtype if self.lanes else kind]
+        self.kind, self.bits = self._each(self.f.kind), self._each(self.f.bits)
+
+    def _each(self, scalar):
+        return ir.VectorType(scalar, self.lanes) if self.lanes else scalar
+
+    def _constant(self, kind, value):
+        return ir.Constant(kind, [value] * self.lanes if self.lanes else value)
 
     def number(self, value):
         # llvmlite wants what a float32 constant holds exactly.
-        return ir.Constant(self.f.kind, _rounded(value, self.f.mantissa))
+        return self._constant(self.kind, _rounded(value, self.f.mantissa))
 
     def integer(self, value):
-        return ir.Constant(self.f.bits, value)
+        return self._constant(self.bits, value)
 
     def fma(self, a, b, c):
-        return self.b.fma(a, b, c)
+        return fused(self.b, a, b, c)
 
     def polynomial(self, coefficients, x):
         *lower, value = (self.number(c) for c in coefficients)
@@ -105,7 +115,7 @@ class _Builder:
     def two_to(self, n):
         """2**n for an integer in the range of normal exponents."""
         shifted = self.b.add(n, self.integer(self.f.bias))
-        return self.b.bitcast(self.b.shl(shifted, self.integer(self.f.mantissa)), self.f.kind)
+        return self.b.bitcast(self.b.shl(shifted, self.integer(self.f.mantissa)), self.kind)
 
     def reduced(self, x, offset):
         """Return exp(r) and bits that end in n + offset, for x = n * log(2) + r.
@@ -120,12 +130,12 @@ class _Builder:
         r = self.fma(n, self.number(-f.ln2[1]), r)
         q = self.polynomial(f.exp, r)
         e = b.fadd(self.fma(q, b.fmul(r, r), r), self.number(1.0))
-        return e, b.bitcast(t, f.bits)
+        return e, b.bitcast(t, self.bits)
 
     def exp_up(self, x):
         f, b = self.f, self.b
         e, n = self.reduced(self.at_least(f.lowest, x), f.bias + 64)
-        scale = b.bitcast(b.shl(n, self.integer(f.mantissa)), f.kind)
+        scale = b.bitcast(b.shl(n, self.integer(f.mantissa)), self.kind)
         return b.fmul(e, scale)
 
     def exp(self, x):
@@ -147,20 +157,20 @@ class _Builder:
         f, b = self.f, self.b
         one = self.number(1.0)
         u = b.fadd(one, x)
-        bits = b.bitcast(u, f.bits)
+        bits = b.bitcast(u, self.bits)
         # The exponent that leaves a significand in [sqrt(1/2), sqrt(2)).
         one_bits = f.bias << f.mantissa
         root = {23: 0x3F3504F3, 52: 0x3FE6A09E667F3BCD}[f.mantissa]
         up = b.add(bits, self.integer(one_bits - root))
         k = b.sub(b.lshr(up, self.integer(f.mantissa)), self.integer(f.bias))
         m = b.and_(up, self.integer((1 << f.mantissa) - 1))
-        g = b.fsub(b.bitcast(b.add(m, self.integer(root)), f.kind), one)
+        g = b.fsub(b.bitcast(b.add(m, self.integer(root)), self.kind), one)
         # What rounding 1 + x lost, in the way that is exact.
         small = b.fsub(x, b.fsub(u, one))
         large = b.fsub(one, b.fsub(u, x))
         positive = b.icmp_signed(">", k, self.integer(0))
         c = b.fdiv(b.select(positive, large, small), u)
-        k = b.sitofp(k, f.kind)
+        k = b.sitofp(k, self.kind)
         half = b.fmul(b.fmul(self.number(0.5), g), g)
         s = b.fdiv(g, b.fadd(self.number(2.0), g))
         z = b.fmul(s, s)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 from numba.np import arrayobj
 
@@ -24,7 +24,7 @@ COMPUTE = {
     types.uint16: types.float32,
     types.int16: types.float32,
 }
-_FLOAT = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
+FLOAT = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
 _I16, _I32 = ir.IntType(16), ir.IntType(32)
 
 
@@ -61,7 +61,7 @@ def ahead(typing, p, n):
     return p(p, types.intp), generate
 
 
-def _widened(builder, element, value):
+def widened(builder, element, value):
     if element == types.uint16:
         return builder.fpext(
             builder.bitcast(value, _like(value, ir.HalfType())), _like(value, ir.FloatType())
@@ -72,7 +72,7 @@ def _widened(builder, element, value):
     return value
 
 
-def _narrowed(builder, element, value):
+def narrowed(builder, element, value):
     if element == types.uint16:
         return builder.bitcast(
             builder.fptrunc(value, _like(value, ir.HalfType())), _like(value, _I16)
@@ -105,88 +105,30 @@ def load(typing, p, j):
     """``p[j]``, in the dtype of the computation."""
 
     def generate(context, builder, signature, args):
-        return _widened(builder, p.dtype, builder.load(builder.gep(args[0], [args[1]])))
+        return widened(builder, p.dtype, builder.load(builder.gep(args[0], [args[1]])))
 
     return COMPUTE[p.dtype](p, types.intp), generate
 
 
 @intrinsic
 def store(typing, p, j, value):
-    """``p[j] = value``, rounded once."""
-
-    def generate(context, builder, signature, args):
-        builder.store(_narrowed(builder, p.dtype, args[2]), builder.gep(args[0], [args[1]]))
-        return context.get_dummy_value()
-
-    return types.void(p, types.intp, COMPUTE[p.dtype]), generate
-
-
-@intrinsic
-def store_if(typing, p, j, value):
-    """``p[j] = value``, or nothing where `p` is an integer."""
+    """``p[j] = value``, rounded once; nothing where `p` is an integer."""
     if isinstance(p, types.Integer):
         nothing = lambda context, builder, signature, args: context.get_dummy_value()  # noqa: E731
         return types.void(p, types.intp, value), nothing
 
     def generate(context, builder, signature, args):
-        builder.store(_narrowed(builder, p.dtype, args[2]), builder.gep(args[0], [args[1]]))
+        builder.store(narrowed(builder, p.dtype, args[2]), builder.gep(args[0], [args[1]]))
         return context.get_dummy_value()
 
     return types.void(p, types.intp, COMPUTE[p.dtype]), generate
 
 
-# --------------------------------------------------------------------------- tiles
-
-
-def _transpose(n: int) -> Any:
-    """Return the function that copies a square of n rows and columns, rows to columns."""
-
-    @intrinsic
-    def transpose(typing, source, step, target, target_step):
-        a, b = source.dtype, target.dtype
-
-        def generate(context, builder, signature, args):
-            source, step, target, target_step = args
-
-            def at(p, stride, i, element):
-                lanes = ir.VectorType(context.get_data_type(element), n).as_pointer()
-                index = builder.mul(stride, ir.Constant(stride.type, i))
-                return builder.bitcast(builder.gep(p, [index]), lanes)
-
-            def alignment(element):
-                return context.get_abi_alignment(context.get_data_type(element))
-
-            rows = []
-            for i in range(n):
-                row = builder.load(at(source, step, i, a), align=alignment(a))
-                rows.append(_widened(builder, a, row))
-            # log2(n) rounds: each exchanges halves of pairs of rows that are `half` apart.
-            half = n // 2
-            while half:
-                low = [k if not k & half else n + k - half for k in range(n)]
-                high = [k + half if not k & half else n + k for k in range(n)]
-                for i in range(n):
-                    if not i & half:
-                        pair = rows[i], rows[i + half]
-                        rows[i], rows[i + half] = (
-                            _shuffled(builder, *pair, m) for m in (low, high)
-                        )
-                half //= 2
-            for i in range(n):
-                value = _narrowed(builder, b, rows[i])
-                builder.store(value, at(target, target_step, i, b), align=alignment(b))
-            return context.get_dummy_value()
-
-        return types.void(source, types.intp, target, types.intp), generate
-
-    return transpose
-
-
-transpose4, transpose8 = _transpose(4), _transpose(8)
-
-
-def _shuffled(builder, x, y, mask):
-    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(mask)), mask))
+@njit(nogil=True, error_model="numpy")
+def copy(p, o, n):
+    """Copy n numbers."""
+    for j in range(n):
+        store(o, j, load(p, j))
 
 
 # --------------------------------------------------------------------------- numbers
@@ -208,7 +150,7 @@ def maximum(typing, a, b):
     """The larger one, nan if either is."""
 
     def generate(context, builder, signature, args):
-        kind = _FLOAT[a]
+        kind = FLOAT[a]
         function = builder.module.declare_intrinsic(
             "llvm.maximum", [kind], ir.FunctionType(kind, [kind, kind])
         )
@@ -225,24 +167,6 @@ def plus(typing, a, b):
         return builder.fadd(*args, flags=("reassoc", "nsz"))
 
     return a(a, a), generate
-
-
-@intrinsic
-def over(typing, a, t):
-    """``a / t``; an integer `t` stands for 1 and costs nothing."""
-    if isinstance(t, types.Integer):
-        return a(a, t), lambda context, builder, signature, args: args[0]
-
-    def generate(context, builder, signature, args):
-        return builder.fdiv(args[0], context.cast(builder, args[1], t, a))
-
-    return a(a, t), generate
-
-
-@intrinsic
-def fma(typing, a, b, c):
-    """``a * b + c``, rounded once."""
-    return a(a, a, a), lambda context, builder, signature, args: builder.fma(*args)
 
 
 @intrinsic

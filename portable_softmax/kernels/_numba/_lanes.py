@@ -1,4 +1,4 @@
-"""Many rows at once, one a lane: short rows turned around, and rows that run across memory.
+"""Many rows at once, one a lane: rows that run across memory.
 
 A tile holds `n` classes of `T` rows in the dtype of the computation, class after class, T a
 multiple of 16. What is not filled by a row holds what it holds: lanes do not meet.
@@ -16,11 +16,7 @@ from portable_softmax.kernels._numba._ir import (
     chosen,
     load,
     maximum,
-    over,
     store,
-    store_if,
-    transpose4,
-    transpose8,
     typed,
 )
 from portable_softmax.kernels._numba._rows import (
@@ -30,6 +26,8 @@ from portable_softmax.kernels._numba._rows import (
     settled,
     with_log,
 )
+
+from portable_softmax.kernels._numba._vectors import over
 
 function = njit(nogil=True, error_model="numpy")
 
@@ -41,95 +39,17 @@ RUN = 16
 
 
 @function
-def turn(source, step, target, target_step, rows, n):
-    """Copy rows of a matrix to the columns of another."""
-    if n >= 8:
-        whole = rows - rows % 8
-        for i in range(0, whole, 8):
-            for j in range(0, n - 7, 8):
-                transpose8(
-                    ahead(source, i * step + j),
-                    step,
-                    ahead(target, j * target_step + i),
-                    target_step,
-                )
-            if n % 8:  # the last square overlaps the one before
-                j = n - 8
-                transpose8(
-                    ahead(source, i * step + j),
-                    step,
-                    ahead(target, j * target_step + i),
-                    target_step,
-                )
-    elif n >= 4:
-        whole = rows - rows % 4
-        for i in range(0, whole, 4):
-            transpose4(ahead(source, i * step), step, ahead(target, i), target_step)
-            if n > 4:
-                j = n - 4
-                transpose4(
-                    ahead(source, i * step + j),
-                    step,
-                    ahead(target, j * target_step + i),
-                    target_step,
-                )
-    else:
-        whole = 0
-    for i in range(whole, rows):
-        for j in range(n):
-            store(target, j * target_step + i, load(source, i * step + j))
-
-
-@function
-def back(tile, T, target, step, rows, n):
-    """Copy columns of a tile to rows of a matrix: its classes are the rows of `turn`."""
-    if n >= 8:
-        whole = rows - rows % 8
-        for i in range(0, whole, 8):
-            for j in range(0, n - 7, 8):
-                transpose8(ahead(tile, j * T + i), T, ahead(target, i * step + j), step)
-            if n % 8:
-                j = n - 8
-                transpose8(ahead(tile, j * T + i), T, ahead(target, i * step + j), step)
-    elif n >= 4:
-        whole = rows - rows % 4
-        for i in range(0, whole, 4):
-            transpose4(ahead(tile, i), T, ahead(target, i * step), step)
-            if n > 4:
-                j = n - 4
-                transpose4(ahead(tile, j * T + i), T, ahead(target, i * step + j), step)
-    else:
-        whole = 0
-    for i in range(whole, rows):
-        for j in range(n):
-            store(target, i * step + j, load(tile, j * T + i))
-
-
-@function
-def block(i, hi, T, n, inner):
-    """Return where the i-th block begins, and how many rows it has."""
-    if inner == 1:
-        return i * n, min(T, hi - i)
+def block(i, T, n, inner):
+    """Return where the i-th block begins, how many rows it has, and the number of its first."""
     blocks = (inner + T - 1) // T
     column = i % blocks * T
-    return i // blocks * n * inner + column, min(T, inner - column)
-
-
-@function
-def first_row(i, T, inner):
-    """Return the number of a block's first row."""
-    if inner == 1:
-        return i
-    blocks = (inner + T - 1) // T
-    return i // blocks * inner + i % blocks * T
+    outer = i // blocks * inner
+    return outer * n + column, min(T, inner - column), outer + column
 
 
 @function
 def fetch(source, tile, T, n, inner, rows):
     """Copy a block to a tile."""
-    if inner == 1:
-        turn(source, n, tile, T, rows, n)
-        return
     for j in range(n):
         x, y = ahead(source, j * inner), ahead(tile, j * T)
         for i in range(rows):
@@ -139,9 +59,6 @@ def fetch(source, tile, T, n, inner, rows):
 @function
 def deliver(tile, target, T, n, inner, rows):
     """Copy a tile to a block."""
-    if inner == 1:
-        back(tile, T, target, n, rows, n)
-        return
     for j in range(n):
         x, y = ahead(tile, j * T), ahead(target, j * inner)
         for i in range(rows):
@@ -197,17 +114,17 @@ def add_exps(x, e, start, stop, T, m, s, t):
             e1 = exp_up(over(load(c, i + T) - top, t))
             e2 = exp_up(over(load(c, i + 2 * T) - top, t))
             e3 = exp_up(over(load(c, i + 3 * T) - top, t))
-            store_if(d, i, e0)
-            store_if(d, i + T, e1)
-            store_if(d, i + 2 * T, e2)
-            store_if(d, i + 3 * T, e3)
+            store(d, i, e0)
+            store(d, i + T, e1)
+            store(d, i + 2 * T, e2)
+            store(d, i + 3 * T, e3)
             store(s, i, load(s, i) + ((e0 + e1) + (e2 + e3)))
         j += 4
     while j < stop:
         c, d = ahead(x, j * T), ahead(e, j * T)
         for i in range(T):
             term = exp_up(over(load(c, i) - load(m, i), t))
-            store_if(d, i, term)
+            store(d, i, term)
             store(s, i, load(s, i) + term)
         j += 1
 

@@ -9,8 +9,9 @@ from numba import njit
 
 from portable_softmax.kernels._numba import _rows
 from portable_softmax.kernels._numba._exp import DOWN, exp_up
-from portable_softmax.kernels._numba._ir import ahead, load, over, pointer, store, typed
+from portable_softmax.kernels._numba._ir import ahead, load, pointer, store, typed
 from portable_softmax.kernels._numba._store import kept
+from portable_softmax.kernels._numba._vectors import across_sum, over, splat
 
 function = njit(nogil=True, error_model="numpy")
 
@@ -27,7 +28,7 @@ def top(x, i, lo, hi):
 def plain(x, t, m, i, lo, hi):
     """Return the sum of exp(x - m)."""
     p = ahead(pointer(x), i * x.shape[1] + lo)
-    return float(_rows.exps(p, 0, hi - lo, typed(p, m), t)) * DOWN
+    return float(across_sum(_rows.exps(p, 0, hi - lo, splat(p, m), t))) * DOWN
 
 
 @kept
@@ -56,6 +57,4 @@ def logs(x, out, t, m, log, i, lo, hi):
     """Write (x - m) - log."""
     at = i * x.shape[1] + lo
     p, o = ahead(pointer(x), at), ahead(pointer(out), at)
-    m, log = typed(p, m), typed(p, log)
-    for j in range(hi - lo):
-        store(o, j, over(load(p, j) - m, t) - log)
+    _rows.write_logs(p, o, hi - lo, splat(p, m), t, splat(p, log))

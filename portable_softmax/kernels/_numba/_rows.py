@@ -1,4 +1,4 @@
-"""One row in consecutive memory, longer than the lanes of a vector register.
+"""One row in consecutive memory.
 
 `p` points to it and `n` is its length; `t` is the temperature, or an integer for none. Sums are
 those of 2**64 * exp(d), see `_exp`: UP and DOWN are the factor and its inverse.
@@ -19,25 +19,29 @@ from portable_softmax.kernels._numba._exp import (
     log1p,
     where_positive,
 )
-from portable_softmax.kernels._numba._ir import (
-    ahead,
-    chosen,
-    either,
+from portable_softmax.kernels._numba._ir import either, load, maximum, typed
+from portable_softmax.kernels._numba._vectors import (
+    across_max,
+    across_sum,
     fma,
-    load,
-    maximum,
+    lanes,
+    larger,
     over,
-    plus,
-    store,
-    store_if,
-    typed,
+    part,
+    product,
+    put,
+    put_part,
+    splat,
+    vector,
+    where_equal,
+    where_finite,
 )
 
-function = njit(nogil=True, error_model="numpy")
+function = njit(nogil=True, error_model="numpy", forceinline=True)
 
-# So many terms are summed as they come, each lane a few of them, before their sum is carried over
-# exactly. Many equal terms beside a 1 are all rounded in the same direction.
-RUN = 128
+# So often four vectors are added up as they come, before their sum is carried over exactly. Many
+# equal terms beside a 1 are all rounded in the same direction.
+RUN = 4
 
 
 def enough(n: int) -> float:
@@ -64,31 +68,66 @@ def added(total, lost, x):
 @function
 def settled(total, lost):
     """The sum; an infinite one as it is."""
-    return chosen(total - total == 0, total + lost, total)
+    return where_finite(total, total + lost, total)
+
+
+# --------------------------------------------------------------------------- vectors of a row
+#
+# Each returns a vector, whose lanes are still to be combined.
 
 
 @function
-def top(p, n):
-    """The maximum; nan if there is one."""
-    m = typed(p, -math.inf)
-    for j in range(n):
-        m = maximum(load(p, j), m)
-    return m
+def tops(p, n):
+    """The maxima. A nan is passed over if a number follows it: it makes the sum a nan."""
+    L = lanes(p)
+    a = b = c = d = splat(p, -math.inf)
+    j = 0
+    while j + 4 * L <= n:
+        a = larger(a, vector(p, j))
+        b = larger(b, vector(p, j + L))
+        c = larger(c, vector(p, j + 2 * L))
+        d = larger(d, vector(p, j + 3 * L))
+        j += 4 * L
+    while j + L <= n:
+        a = larger(a, vector(p, j))
+        j += L
+    if j < n:
+        b = larger(b, part(p, j, n - j, -math.inf))
+    return larger(larger(a, b), larger(c, d))
 
 
 @function
 def exps(p, e, n, m, t):
-    """Return the sum of the exps of x - m, and write them to `e` unless it is 0; all times UP."""
-    total = lost = typed(p, 0.0)
-    for start in range(0, n, RUN):
-        x = ahead(p, start)
-        y = ahead(e, start)
-        s = typed(p, 0.0)
-        for j in range(min(RUN, n - start)):
-            term = exp_up(over(load(x, j) - m, t))
-            store_if(y, j, term)
-            s = plus(s, term)
+    """The sums of the exps of x - m, which go to `e` unless it is 0; all times UP."""
+    L = lanes(p)
+    total = lost = zero = splat(p, 0.0)
+    j = 0
+    while j + 4 * L <= n:
+        s = zero
+        stop = min(j + RUN * 4 * L, n) - 4 * L
+        while j <= stop:
+            e0 = exp_up(over(vector(p, j) - m, t))
+            e1 = exp_up(over(vector(p, j + L) - m, t))
+            e2 = exp_up(over(vector(p, j + 2 * L) - m, t))
+            e3 = exp_up(over(vector(p, j + 3 * L) - m, t))
+            put(e, j, e0)
+            put(e, j + L, e1)
+            put(e, j + 2 * L, e2)
+            put(e, j + 3 * L, e3)
+            s = s + ((e0 + e1) + (e2 + e3))
+            j += 4 * L
         total, lost = added(total, lost, s)
+    s = zero
+    while j + L <= n:
+        e0 = exp_up(over(vector(p, j) - m, t))
+        put(e, j, e0)
+        s = s + e0
+        j += L
+    if j < n:
+        e0 = exp_up(over(part(p, j, n - j, -math.inf) - m, t))
+        put_part(e, j, e0, n - j)
+        s = s + e0
+    total, lost = added(total, lost, s)
     return total + lost
 
 
@@ -101,29 +140,154 @@ def careful_term(x, m, t):
 
 
 @function
+def careful_sums(p, n, m, t):
+    """The sums of the terms below the maximum, times UP, and how many equal it."""
+    L = lanes(p)
+    up, one = splat(p, UP), splat(p, 1.0)
+    total = lost = count = zero = splat(p, 0.0)
+    j = 0
+    while j + L <= n:
+        s = zero
+        stop = min(j + RUN * L, n) - L
+        while j <= stop:
+            e = careful_term(vector(p, j), m, t)
+            s = s + where_equal(e, up, zero, e)
+            count = count + where_equal(e, up, one, zero)
+            j += L
+        total, lost = added(total, lost, s)
+    if j < n:
+        e = careful_term(part(p, j, n - j, -math.inf), m, t)
+        total, lost = added(total, lost, where_equal(e, up, zero, e))
+        count = count + where_equal(e, up, one, zero)
+    return total + lost, count
+
+
+@function
+def products(p, q, n):
+    """The sums of y * dy."""
+    L = lanes(p)
+    total = lost = zero = splat(p, 0.0)
+    j = 0
+    while j + L <= n:
+        s = zero
+        stop = min(j + RUN * L, n) - L
+        while j <= stop:
+            s = s + vector(p, j) * vector(q, j)
+            j += L
+        total, lost = added(total, lost, s)
+    if j < n:
+        s = part(p, j, n - j, 0.0) * part(q, j, n - j, 0.0)
+        total, lost = added(total, lost, s)
+    return settled(total, lost)
+
+
+@function
+def counted(y, dy, left_out, zero):
+    """`dy`, 0 where y is +-left_out."""
+    return where_equal(y, left_out, zero, where_equal(y, zero - left_out, zero, dy))
+
+
+@function
+def gradients(p, q, n, left_out):
+    """The sums of what counts of dy."""
+    L = lanes(p)
+    total = lost = zero = splat(p, 0.0)
+    left_out = splat(p, left_out)
+    j = 0
+    while j + L <= n:
+        s = zero
+        stop = min(j + RUN * L, n) - L
+        while j <= stop:
+            s = s + counted(vector(p, j), vector(q, j), left_out, zero)
+            j += L
+        total, lost = added(total, lost, s)
+    if j < n:
+        s = counted(part(p, j, n - j, 0.0), part(q, j, n - j, 0.0), left_out, zero)
+        total, lost = added(total, lost, s)
+    return settled(total, lost)
+
+
+# --------------------------------------------------------------------------- results of a row
+#
+# With what is known of the row in every lane.
+
+
+@function
+def write_scaled(e, o, n, a, b):
+    """Write e * a * b, or e * a where `b` is an integer."""
+    L = lanes(e)
+    j = 0
+    while j + L <= n:
+        put(o, j, product(vector(e, j) * a, b))
+        j += L
+    if j < n:
+        put_part(o, j, product(part(e, j, n - j, 0.0) * a, b), n - j)
+
+
+@function
+def write_logs(p, o, n, m, t, log):
+    """Write (x - m) / t - log."""
+    L = lanes(p)
+    j = 0
+    while j + L <= n:
+        put(o, j, over(vector(p, j) - m, t) - log)
+        j += L
+    if j < n:
+        put_part(o, j, over(part(p, j, n - j, 0.0) - m, t) - log, n - j)
+
+
+@function
+def write_softmax_vjp(p, q, o, n, s):
+    """Write y * (dy - s)."""
+    L = lanes(p)
+    j = 0
+    while j + L <= n:
+        put(o, j, vector(p, j) * (vector(q, j) - s))
+        j += L
+    if j < n:
+        put_part(o, j, part(p, j, n - j, 0.0) * (part(q, j, n - j, 0.0) - s), n - j)
+
+
+@function
+def write_log_softmax_vjp(p, q, o, n, left_out, s):
+    """Write dy - exp(log_y) * s."""
+    L = lanes(p)
+    zero, left_out = splat(p, 0.0), splat(p, left_out)
+    j = 0
+    while j + L <= n:
+        y = vector(p, j)
+        put(o, j, counted(y, vector(q, j), left_out, zero) - exp(y) * s)
+        j += L
+    if j < n:
+        y = part(p, j, n - j, 0.0)
+        dy = counted(y, part(q, j, n - j, 0.0), left_out, zero)
+        put_part(o, j, dy - exp(y) * s, n - j)
+
+
+# --------------------------------------------------------------------------- numbers of a row
+
+
+@function
+def top(p, n):
+    """The maximum; nan if there is one."""
+    m = typed(p, -math.inf)
+    for j in range(n):
+        m = maximum(load(p, j), m)
+    return m
+
+
+@function
 def careful_sum(p, n, m, t):
     """Return the sum of the terms below the maximum, times UP, and how many equal it."""
-    up, one, zero = typed(p, UP), typed(p, 1.0), typed(p, 0.0)
-    total = lost = zero
-    tops = 0
-    for start in range(0, n, RUN):
-        x = ahead(p, start)
-        s = count = zero
-        for j in range(min(RUN, n - start)):
-            e = careful_term(load(x, j), m, t)
-            is_top = e == up
-            s = plus(s, chosen(is_top, zero, e))
-            count = plus(count, chosen(is_top, one, zero))
-        total, lost = added(total, lost, s)
-        tops += int(count)
-    return total + lost, tops
+    below, count = careful_sums(p, n, splat(p, m), t)
+    return across_sum(below), int(across_sum(count))
 
 
 @function
 def careful_rest(p, n, m, t):
     """The remainder, one maximum left out, to the last digits."""
-    below, tops = careful_sum(p, n, m, t)
-    return (below + typed(p, float(tops - 1)) * typed(p, UP)) * typed(p, DOWN)
+    below, count = careful_sum(p, n, m, t)
+    return (below + typed(p, float(count - 1)) * typed(p, UP)) * typed(p, DOWN)
 
 
 @function
@@ -133,12 +297,20 @@ def is_plenty(rest, n):
 
 
 @function
+def settled_fold(p, n, m, rest, t):
+    """The maximum and the remainder, where the plain ones were not good enough."""
+    if m - m == 0:
+        return m, careful_rest(p, n, m, t)
+    return top(p, n), rest  # an infinity, or a nan passed over
+
+
+@function
 def fold(p, e, n, t):
     """Return a row's maximum and its remainder; the exps times UP go to `e` unless it is 0."""
-    m = top(p, n)
-    rest = exps(p, e, n, m, t) * typed(p, DOWN) - typed(p, 1.0)
+    m = across_max(tops(p, n))
+    rest = across_sum(exps(p, e, n, splat(p, m), t)) * typed(p, DOWN) - typed(p, 1.0)
     if not is_plenty(rest, n):
-        rest = careful_rest(p, n, m, t)
+        m, rest = settled_fold(p, n, m, rest, t)
     return m, rest
 
 
@@ -149,54 +321,32 @@ def fold(p, e, n, t):
 def softmax(p, scratch, o, n, t):
     """Write the probabilities of a row to `o`, by way of `scratch` if `o` rounds."""
     e = either(o, scratch)
-    q = typed(p, 1.0) / exps(p, e, n, top(p, n), t)
-    for j in range(n):
-        store(o, j, load(e, j) * q)
+    m = splat(p, across_max(tops(p, n)))
+    q = typed(p, 1.0) / across_sum(exps(p, e, n, m, t))
+    write_scaled(e, o, n, splat(p, q), 1)
 
 
 @function
 def log_softmax(p, o, n, t):
     """Write the logarithms of the probabilities to `o`."""
     m, rest = fold(p, 0, n, t)
-    log = log1p(rest)
-    for j in range(n):
-        store(o, j, over(load(p, j) - m, t) - log)
+    write_logs(p, o, n, splat(p, m), t, splat(p, log1p(rest)))
 
 
 @function
 def with_log(m, rest):
     """m + log(1 + rest); an infinite maximum as it is."""
-    return chosen(m - m == 0, m + log1p(rest), m)
+    return where_finite(m, m + log1p(rest), m)
 
 
 @function
 def softmax_vjp(p, q, o, n):
     """Write y * (dy - sum(y * dy))."""
-    total = lost = typed(p, 0.0)
-    for start in range(0, n, RUN):
-        y, dy = ahead(p, start), ahead(q, start)
-        s = typed(p, 0.0)
-        for j in range(min(RUN, n - start)):
-            s = plus(s, load(y, j) * load(dy, j))
-        total, lost = added(total, lost, s)
-    s = settled(total, lost)
-    for j in range(n):
-        store(o, j, load(p, j) * (load(q, j) - s))
+    write_softmax_vjp(p, q, o, n, splat(p, across_sum(products(p, q, n))))
 
 
 @function
 def log_softmax_vjp(p, q, o, n, left_out):
     """Write dy - exp(log_y) * sum(dy), `dy` counting as 0 where log_y is +-left_out."""
-    zero, limit = typed(p, 0.0), typed(p, left_out)
-    total = lost = zero
-    for start in range(0, n, RUN):
-        y, dy = ahead(p, start), ahead(q, start)
-        s = zero
-        for j in range(min(RUN, n - start)):
-            s = plus(s, chosen(abs(load(y, j)) == limit, zero, load(dy, j)))
-        total, lost = added(total, lost, s)
-    s = settled(total, lost)
-    for j in range(n):
-        y = load(p, j)
-        dy = chosen(abs(y) == limit, zero, load(q, j))
-        store(o, j, dy - exp(y) * s)
+    s = splat(p, across_sum(gradients(p, q, n, left_out)))
+    write_log_softmax_vjp(p, q, o, n, left_out, s)

@@ -1,8 +1,8 @@
 """Small arrays in C order, last axis, no options: straight to a kernel that is loaded already.
 
-Each function takes what the public one takes and answers None for every call that it leaves to the
-usual way; that way gives the same bits, and raises what there is to raise. None of NumPy's
-functions runs on the values, so nothing can warn.
+Rows of any length take what is loaded for their own, or else for others. Each function takes what
+the public one takes and answers None for every call that it leaves to the usual way, which raises
+what there is to raise. None of NumPy's functions runs on the values, so nothing can warn.
 """
 
 from __future__ import annotations
@@ -11,59 +11,60 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax.kernels._numba import _entries, _lanes
-from portable_softmax.kernels._numba._drive import LANES, SHORT
+from portable_softmax.kernels._numba import SHORT, _on_blocks, _on_rows
+from portable_softmax.kernels._numba._drive import tile_for_rows
 from portable_softmax.kernels._shortcuts import SHORTCUTS
 
 # Larger ones do not notice the checks of the usual way.
 MOST = 1 << 15
 
-# The dtypes whose kernels are loaded, by operation.
-ready: dict[str, set[Any]] = {}
+# By operation and dtype: what is compiled for longer rows and for short ones, None where nothing is
+# yet, each with the size of the tile that it takes.
+ready: dict[str, dict[Any, list[Any]]] = {}
 
 
-def register(operation: str, dtype: Any) -> None:
-    """Take small arrays of a dtype from now on: its kernel is loaded."""
-    if operation in _FUNCTIONS and dtype in (np.float32, np.float64):
-        ready.setdefault(operation, set()).add(dtype)
-        SHORTCUTS[np.ndarray, operation] = _FUNCTIONS[operation]
+def register(operation: str, layout: str, dtype: Any) -> None:
+    """Take small arrays of a dtype from now on: a kernel is loaded."""
+    if operation not in _FUNCTIONS or dtype not in (np.float32, np.float64):
+        return
+    short = layout == "blocks"
+    entry = getattr(_on_blocks if short else _on_rows, operation)
+    _, size = tile_for_rows(short, 0, dtype, True)
+    ready.setdefault(operation, {}).setdefault(dtype, [None, None])[short] = entry, size
+    SHORTCUTS[np.ndarray, operation] = _FUNCTIONS[operation]
 
 
-def _tile(rows: int, n: int, dtype: Any, tiles: int = 1) -> tuple[Any, int]:
-    """Return scratch memory and how many rows lie side by side in it, as `_drive.plan` does."""
-    if n * dtype.itemsize >= SHORT:
-        return np.empty(1, dtype), 0
-    T = LANES if rows > LANES - 16 else (rows + 15) // 16 * 16
-    return np.empty(T * (n + _lanes.LANE_NUMBERS) * tiles, dtype), T
-
-
-def _fits(x: Any, operation: str) -> bool:
-    return x.dtype in ready[operation] and x.ndim == 2 and x.flags.carray and 0 < x.size <= MOST
+def _ready(x: Any, operation: str) -> Any:
+    """Return what is compiled for an array and the size of its tile; None if it takes none."""
+    found = ready[operation].get(x.dtype)
+    if found is None or x.ndim != 2 or not x.flags.carray or not 0 < x.size <= MOST:
+        return None
+    return found[x.shape[1] * x.itemsize < SHORT] or found[0] or found[1]
 
 
 def softmax(x: Any, axis: Any, temperature: Any) -> Any:
     """As the public function, or None."""
-    return _row_by_row(_entries.softmax, "softmax", x, axis, temperature)
+    return _row_by_row("softmax", x, axis, temperature)
 
 
 def log_softmax(x: Any, axis: Any, temperature: Any) -> Any:
     """As the public function, or None."""
-    return _row_by_row(_entries.log_softmax, "log_softmax", x, axis, temperature)
+    return _row_by_row("log_softmax", x, axis, temperature)
 
 
-def _row_by_row(entry: Any, operation: str, x: Any, axis: Any, temperature: Any) -> Any:
+def _row_by_row(operation: str, x: Any, axis: Any, temperature: Any) -> Any:
     if not (
         type(axis) is int
         and (axis == -1 or axis == 1)
         and type(temperature) is float
         and temperature == 1.0
-        and _fits(x, operation)
+        and (found := _ready(x, operation))
     ):
         return None
+    entry, size = found
     rows, n = x.shape
     out = np.empty_like(x)
-    tile, T = _tile(rows, n, x.dtype, 2)
-    entry(x, out, 1, tile, T, n, 1, 0, rows)
+    entry(x, out, 1, np.empty(size, x.dtype), n, 0, rows)
     return out
 
 
@@ -73,13 +74,13 @@ def logsumexp(x: Any, axis: Any, keepdims: Any) -> Any:
         type(axis) is int
         and (axis == -1 or axis == 1)
         and keepdims is False
-        and _fits(x, "logsumexp")
+        and (found := _ready(x, "logsumexp"))
     ):
         return None
+    entry, size = found
     rows, n = x.shape
     out = np.empty(rows, x.dtype)
-    tile, T = _tile(rows, n, x.dtype)
-    _entries.logsumexp(x, out, tile, T, n, 1, 0, rows)
+    entry(x, out, np.empty(size, x.dtype), n, 0, rows)
     return out
 
 
@@ -88,7 +89,7 @@ _PLAIN = np.asarray([0.0, 0.0, 1.0, 1.0])
 _scaled: dict[int, Any] = {}
 
 
-def _loss(entry: Any, operation: str, gradient: bool) -> Any:
+def _loss(operation: str, gradient: bool) -> Any:
     def function(
         x: Any, labels: Any, axis: Any, weight: Any, ignore_index: Any, label_smoothing: Any,
         z_loss: Any, softcap: Any, where: Any, reduction: Any, check_labels: Any,
@@ -110,9 +111,10 @@ def _loss(entry: Any, operation: str, gradient: bool) -> Any:
             and labels.dtype == np.int64
             and labels.ndim == 1
             and labels.flags.carray
-            and _fits(x, operation)
+            and (found := _ready(x, operation))
         ):
             return None
+        entry, size = found
         rows, n = x.shape
         if labels.shape[0] != rows:
             return None
@@ -124,8 +126,7 @@ def _loss(entry: Any, operation: str, gradient: bool) -> Any:
             options = _mean_of(rows) if gradient else _PLAIN
         elif reduction != "sum":
             return None
-        tile, T = _tile(rows, n, dtype, 1 + gradient)
-        numbers = tile, T, n, 1, 0, rows
+        numbers = np.empty(size, dtype), n, 0, rows
         if gradient:
             grad = np.empty_like(x)
             loss, _, wrong = entry(x, labels, each, _ONE[dtype], options, flags, 0, grad, *numbers)
@@ -154,8 +155,6 @@ _FUNCTIONS = {
     "softmax": softmax,
     "log_softmax": log_softmax,
     "logsumexp": logsumexp,
-    "cross_entropy": _loss(_entries.cross_entropy, "cross_entropy", False),
-    "cross_entropy_value_and_grad": _loss(
-        _entries.cross_entropy_value_and_grad, "cross_entropy_value_and_grad", True
-    ),
+    "cross_entropy": _loss("cross_entropy", False),
+    "cross_entropy_value_and_grad": _loss("cross_entropy_value_and_grad", True),
 }
