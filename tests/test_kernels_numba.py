@@ -278,7 +278,7 @@ def test_few_and_long_rows_are_cut(every_size, monkeypatch):
     seen = []
     real = split._on_parts
     monkeypatch.setattr(split, "_on_parts", lambda *a: seen.append(len(a)) or real(*a))
-    monkeypatch.setattr(_threads, "limit", lambda: 2)
+    monkeypatch.setattr(_threads, "limit", lambda: 15)
     monkeypatch.setattr(split, "LONG", 1000)
     monkeypatch.setattr(split, "PART", 300)
     rng = np.random.default_rng(0)
@@ -465,7 +465,7 @@ def test_what_a_shortcut_leaves_to_the_usual_way(nothing_loaded):
         (x, 0, 1.0), (x, True, 1.0), (x, None, 1.0), (x, (1,), 1.0), (x, -1, 2.0), (x, -1, True),
         (x.T, -1, 1.0), (x[None], -1, 1.0), (x[0], -1, 1.0), (x[:0], -1, 1.0), (frozen, -1, 1.0),
         (x.astype(np.float32), -1, 1.0), (x.astype(">f8"), -1, 1.0), (x[:, ::2], -1, 1.0),
-        (np.ones((7_000, 10)), -1, 1.0),
+        (np.ones((70_000, 10)), -1, 1.0),
     ):  # fmt: skip
         assert quick["softmax"](*args) is None
     assert quick["logsumexp"](x, -1, False) is not None

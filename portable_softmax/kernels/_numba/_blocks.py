@@ -37,6 +37,8 @@ from portable_softmax.kernels._numba._vectors import (
     sum_of_each,
     tallied,
     tally,
+    to_be_read,
+    to_be_written,
     vector,
     where_equal,
 )
@@ -113,12 +115,17 @@ def gather_sum(room, r, v, first):
 
 
 @function
-def tops(p, n, rows, room):
-    """Write the maxima of each row's lanes to the room, as `_rows.tops`."""
+def tops(p, o, n, rows, room):
+    """Write the maxima of each row's lanes to the room, as `_rows.tops`.
+
+    It asks for the place of the result, and the next pass for the next block: one by one, or too
+    many lines of the cache would be on their way.
+    """
     L = lanes(p)
     for j in range(0, n - n % L, L):
         x, first = ahead(p, j), j == 0
         for r in range(rows):
+            to_be_written(o, r * n + j)
             gather_max(room, r, vector(x, r * n), first)
     k = n % L
     if k:
@@ -130,10 +137,11 @@ def tops(p, n, rows, room):
 @function
 def exps(p, e, n, rows, room, m, t):
     """Write the sums of each row's lanes to the room, as `_rows.exps`."""
-    L = lanes(p)
+    L, block = lanes(p), height(room) * n
     for j in range(0, n - n % L, L):
         x, y, first = ahead(p, j), ahead(e, j), j == 0
         for r in range(rows):
+            to_be_read(x, r * n + block)
             term = exp_up(over(vector(x, r * n) - splat(m, load(m, r)), t))
             put(y, r * n, term)
             gather_sum(room, r, term, first)
@@ -149,13 +157,14 @@ def exps(p, e, n, rows, room, m, t):
 @function
 def careful_exps(p, e, n, rows, room, m, t, count):
     """As `exps`, of the terms below the maxima, each to the last digits; the others are counted."""
-    L = lanes(p)
+    L, block = lanes(p), height(room) * n
     up, zero = splat(p, UP), splat(p, 0.0)
     for r in range(0, height(room), L):
         put(count, r, zero)
     for j in range(0, n - n % L, L):
         x, y, first = ahead(p, j), ahead(e, j), j == 0
         for r in range(rows):
+            to_be_read(x, r * n + block)
             term = careful_term(vector(x, r * n), splat(m, load(m, r)), t)
             put(y, r * n, term)
             tally(count, r, term, up)
@@ -204,13 +213,14 @@ def logs(p, o, n, rows, m, t, log):
 
 
 @function
-def remainders(p, e, n, rows, room, t):
-    """Write maxima and remainders to the first two vectors; the exps go to `e` unless it is 0.
+def remainders(p, e, o, n, rows, room, t):
+    """Write maxima and remainders to the first two numbers; the exps go to `e` unless it is 0.
 
+    `o` is where the result will be, 0 where there is none of that size.
     Always with care: that costs less than to find out which rows want it.
     """
     L, m, s, count = lanes(room), numbers(room, 0), numbers(room, 1), numbers(room, 2)
-    tops(p, n, rows, room)
+    tops(p, o, n, rows, room)
     combine_max(room, m)
     careful_exps(p, e, n, rows, room, m, t, count)
     combine_sum(room, s)
@@ -228,7 +238,7 @@ def remainders(p, e, n, rows, room, t):
 def softmax(p, scratch, o, n, rows, room, t):
     """Write the probabilities of rows to `o`, by way of `scratch` if `o` rounds."""
     L, e, m, s = lanes(room), either(o, scratch), numbers(room, 0), numbers(room, 1)
-    tops(p, n, rows, room)
+    tops(p, o, n, rows, room)
     combine_max(room, m)
     exps(p, e, n, rows, room, m, t)
     combine_sum(room, s)
@@ -240,7 +250,7 @@ def softmax(p, scratch, o, n, rows, room, t):
 @function
 def log_softmax(p, o, n, rows, room, t):
     """Write the logarithms of the probabilities to `o`."""
-    remainders(p, 0, n, rows, room, t)
+    remainders(p, 0, o, n, rows, room, t)
     L, m, s = lanes(room), numbers(room, 0), numbers(room, 1)
     for i in range(0, height(room), L):
         put(s, i, log1p(vector(s, i)))
@@ -250,7 +260,7 @@ def log_softmax(p, o, n, rows, room, t):
 @function
 def logsumexp(p, n, rows, room):
     """Write the logarithms of the sums to the first numbers."""
-    remainders(p, 0, n, rows, room, 1)
+    remainders(p, 0, 0, n, rows, room, 1)
     L, m, s = lanes(room), numbers(room, 0), numbers(room, 1)
     for i in range(0, height(room), L):
         put(m, i, with_log(vector(m, i), vector(s, i)))

@@ -28,8 +28,9 @@ from portable_softmax.kernels._numba import (
 # Rows across memory, side by side: a tile of them stays in the second cache.
 ACROSS, FEW_ACROSS = 64, 16
 TILE = 1 << 18
-# So many bytes are one piece of work, and fewer than twice as many are left to one thread.
-PIECE = 1 << 18
+# So many bytes are one piece of work, and fewer than twice as many are left to one thread: to wake
+# another takes as long as half a piece (`python -m bench threads`).
+PIECE = 1 << 21
 
 
 class Layout(NamedTuple):
@@ -102,6 +103,8 @@ def run(
     """Run a compiled function on every piece; return what it returned for each."""
     entries, shape, (size, compute), pieces = plan(layout, arrays[0].dtype, tiles)
     entry = getattr(entries, operation)
+    if len(pieces) == 1:
+        return [entry(*arrays, *numbers, np.empty(size, compute), *shape, *pieces[0])]
     answers: list[Any] = [None] * len(pieces)
 
     def work(at: int) -> None:

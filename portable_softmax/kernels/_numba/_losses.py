@@ -272,7 +272,7 @@ def block_losses(p, e, labels, rows, room, w, n, c, flags, ignore):
     # Long before they are read as vectors: stores of single numbers have to reach the cache first.
     for r in range(rows):
         store(at_label, r, load(p, r * n + int(load(ys, r))))
-    _blocks.remainders(p, e, n, rows, room, 1)
+    _blocks.remainders(p, e, e, n, rows, room, 1)
     for i in range(0, T, L):
         put(losses, i, vector(lane, i) - vector(at_label, i))
     if c[1] != 0:

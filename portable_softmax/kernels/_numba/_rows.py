@@ -32,6 +32,7 @@ from portable_softmax.kernels._numba._vectors import (
     put,
     put_part,
     splat,
+    to_be_read,
     vector,
     where_equal,
     where_finite,
@@ -106,6 +107,8 @@ def exps(p, e, n, m, t):
         s = zero
         stop = min(j + RUN * 4 * L, n) - 4 * L
         while j <= stop:
+            for k in range(0, 4 * L, L):
+                to_be_read(p, n + j + k)
             e0 = exp_up(over(vector(p, j) - m, t))
             e1 = exp_up(over(vector(p, j + L) - m, t))
             e2 = exp_up(over(vector(p, j + 2 * L) - m, t))

@@ -1,8 +1,9 @@
 """Small arrays in C order, last axis, no options: straight to a kernel that is loaded already.
 
-Rows of any length take what is loaded for their own, or else for others. Each function takes what
-the public one takes and answers None for every call that it leaves to the usual way, which raises
-what there is to raise. None of NumPy's functions runs on the values, so nothing can warn.
+Small is what one thread works on in one piece. Rows of any length take what is loaded for their
+own, or else for others. Each function takes what the public one takes and answers None for every
+call that it leaves to the usual way, which raises what there is to raise. None of NumPy's functions
+runs on the values, so nothing can warn.
 """
 
 from __future__ import annotations
@@ -12,11 +13,8 @@ from typing import Any
 import numpy as np
 
 from portable_softmax.kernels._numba import SHORT, _on_blocks, _on_rows
-from portable_softmax.kernels._numba._drive import tile_for_rows
+from portable_softmax.kernels._numba._drive import PIECE, tile_for_rows
 from portable_softmax.kernels._shortcuts import SHORTCUTS
-
-# Larger ones do not notice the checks of the usual way.
-MOST = 1 << 15
 
 # By operation and dtype: what is compiled for longer rows and for short ones, None where nothing is
 # yet, each with the size of the tile that it takes.
@@ -37,7 +35,7 @@ def register(operation: str, layout: str, dtype: Any) -> None:
 def _ready(x: Any, operation: str) -> Any:
     """Return what is compiled for an array and the size of its tile; None if it takes none."""
     found = ready[operation].get(x.dtype)
-    if found is None or x.ndim != 2 or not x.flags.carray or not 0 < x.size <= MOST:
+    if found is None or x.ndim != 2 or not x.flags.carray or not 0 < x.nbytes < 2 * PIECE:
         return None
     return found[x.shape[1] * x.itemsize < SHORT] or found[0] or found[1]
 

@@ -16,9 +16,8 @@ from portable_softmax.kernels import _threads
 from portable_softmax.kernels._numba import _parts
 from portable_softmax.kernels._numba._rows import enough
 
-# Rows of so many classes are worth it, if there are fewer of them than this a thread.
-LONG = 1 << 18
-FEW = 4
+# Rows of so many classes are worth it, where half the threads would have none.
+LONG = 1 << 21
 # Entries of a part.
 PART = 1 << 17
 
@@ -36,8 +35,7 @@ class State(NamedTuple):
 
 def wanted(outer: int, n: int, inner: int) -> bool:
     """Return whether rows are few and long enough to be cut, and threads to share them."""
-    threads = _threads.limit()
-    return inner == 1 and n >= LONG and threads > 1 and outer < FEW * threads
+    return inner == 1 and n >= LONG and 2 * outer <= _threads.limit()
 
 
 def _on_parts(entry: Any, arrays: tuple[Any, ...], rows: Iterable[tuple[Any, ...]]) -> list[Any]:

@@ -182,6 +182,32 @@ def put_part(typing, p, j, value, k):
     return types.void(p, types.intp, _of(p), types.intp), generate
 
 
+def _prefetching(write: int) -> Any:
+    @intrinsic
+    def prefetch(typing, p, j):
+        if isinstance(p, types.Integer):
+            nothing = lambda context, builder, sig, args: context.get_dummy_value()  # noqa: E731
+            return types.void(p, types.intp), nothing
+
+        def generate(context, builder, signature, args):
+            place = builder.bitcast(builder.gep(args[0], [args[1]]), ir.IntType(8).as_pointer())
+            name = "llvm.prefetch.p0"
+            numbers = [ir.Constant(_I32, k) for k in (write, 3, 1)]  # to the first cache, as data
+            kind = ir.FunctionType(ir.VoidType(), [place.type] + [_I32] * 3)
+            known = builder.module.globals.get(name)
+            builder.call(known or ir.Function(builder.module, kind, name), [place, *numbers])
+            return context.get_dummy_value()
+
+        return types.void(p, types.intp), generate
+
+    return prefetch
+
+
+# Ask for the line of the cache around ``p[j]``, to be read or to be written; it may lie anywhere.
+# Nothing if `p` is an integer.
+to_be_read, to_be_written = _prefetching(0), _prefetching(1)
+
+
 # --------------------------------------------------------------------------- numbers
 
 
