@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench speed``, ``memory``, ``accuracy`` and ``plot``."""
+"""The command line: ``python -m bench speed``, ``memory``, ``accuracy``, ``plot``, ``thresholds``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from bench import (
     speed,
     summary,
     tables,
+    thresholds,
 )
 from portable_softmax._cli.errors import CommandError
 from portable_softmax._cli.report import choose
@@ -162,6 +163,23 @@ def run_accuracy(args: argparse.Namespace, argv: list[str]) -> int:
     return 1 if broken else 0
 
 
+def run_thresholds(args: argparse.Namespace, argv: list[str]) -> int:
+    """Show both sides of the sizes at which the Numba rows change the way they work."""
+    load = report.load()
+    thresholds.check()
+    rows = _followed(thresholds.measure(_dtypes(args.dtypes), quick=args.quick))
+    document = {
+        "benchmark": "thresholds",
+        **report.provenance(argv, load),
+        "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
+    }
+    show = choose(plain=False, json=False)
+    show.table("sizes of the Numba rows", thresholds.HEADINGS, thresholds.cells(rows))
+    show.line(thresholds.LEGEND)
+    _close(show, document, [], args.json)
+    return 0
+
+
 def _followed(measured: Iterator[Any]) -> list[Any]:
     """Collect what is measured, telling a terminal that something happens."""
     found = []
@@ -221,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(prog="python -m bench", description="Measure this package beside its peers.")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="speed|memory|accuracy|plot"
+        dest="command", required=True, metavar="speed|memory|accuracy|plot|thresholds"
     )
     one = commands.add_parser("speed", parents=[output, where], help="time, and GB/s beside a copy")
     one.add_argument("--plot", type=Path, metavar="FOLDER", help="draw figures there")
@@ -246,6 +264,11 @@ def _parser() -> argparse.ArgumentParser:
     two.add_argument("--dtypes", default="", help="comma list")
     two.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there")
     two.set_defaults(run=run_accuracy)
+    sizes = commands.add_parser(
+        "thresholds", parents=[output], help="both sides of the kernels' sizes"
+    )
+    sizes.add_argument("--dtypes", default=thresholds.DTYPES, help="comma list")
+    sizes.set_defaults(run=run_thresholds)
     return parser
 
 

@@ -74,7 +74,7 @@ def families(n, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [4, 5, 10, 16, 79, 127, 128, 255, 256, 1003])
+@pytest.mark.parametrize("n", [4, 5, 10, 16, 79, 127, 128, 255, 256, 1003, 4097, 9000])
 def test_every_kind_of_row_is_exact(every_size, plans, n, dtype):
     if not exact.measures(dtype):
         pytest.skip("np.longdouble is no longer than float64 on this machine")
@@ -137,6 +137,44 @@ def test_a_confident_row_keeps_its_digits(every_size, n, dtype):
         loss = ps.cross_entropy(x, np.zeros(3, int))
         assert abs(loss - truth) <= 4 * np.spacing(loss)
         np.testing.assert_array_equal(-ps.log_softmax(x)[:, 0], [loss] * 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_long_rows_are_put_together(every_size, dtype):
+    """Each part has a maximum of its own: rising, falling, nothing but -inf, infinite, nan."""
+    part = heavy("_long").PART
+    n = 3 * part + 5
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((14, n))
+    steps = np.arange(n) // part
+    x[0] += 10 * steps
+    x[1] -= 10 * steps
+    x[2] += 300 * steps
+    x[3] -= 300 * steps
+    x[4, :part] = -np.inf
+    x[5, :-1] = -np.inf
+    x[6, part : 3 * part] = -np.inf
+    x[7] = -np.inf
+    x[8, part + 3] = np.inf
+    x[9, part + 3], x[9, 0] = np.inf, np.nan
+    x[10, -1] = np.nan
+    x[11, :part], x[11, 7] = -np.inf, np.nan
+    x[12] = -500.0 - 100 * steps
+    x[13], x[13, -1] = -60.0, 0.0
+    x = x.astype(np_dtype(dtype))
+    labels = np.where(np.isfinite(x).all(-1), n - 1, 0)
+    labels[5] = n - 1
+    with np.errstate(all="ignore"):
+        for name in ROWS:
+            assert kernels.explain(name, x, axis=-1) == NAME
+            agree(lambda name=name: getattr(ps, name)(x, axis=-1), dtype)
+        for options in ({}, {"label_smoothing": 0.2}, {"weight": np.ones(n, x.dtype)}):
+            agree(
+                lambda options=options: ps.cross_entropy_value_and_grad(
+                    x, labels, reduction="none", **options
+                ),
+                dtype,
+            )
 
 
 def test_a_row_does_not_depend_on_its_neighbours(every_size):

@@ -171,6 +171,7 @@ def test_omp_num_threads(monkeypatch, text, expected):
     monkeypatch.setenv("OMP_NUM_THREADS", text)
     monkeypatch.setattr(_threads, "_cores", lambda: 64)
     monkeypatch.setattr(_threads, "_threadpoolctl", lambda: sys.maxsize)
+    monkeypatch.setattr(_threads, "_torch", lambda: sys.maxsize)
     assert _threads.limit() == (expected or 64)
 
 
@@ -202,6 +203,19 @@ def test_the_affinity(monkeypatch):
         assert _threads._cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_torch_is_asked_where_it_is_loaded(monkeypatch):
+    monkeypatch.setattr(_threads, "_cores", lambda: 64)
+    monkeypatch.setattr(_threads, "_openmp", lambda: sys.maxsize)
+    monkeypatch.setattr(_threads, "_threadpoolctl", lambda: sys.maxsize)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert _threads.limit() == 64
+    for half_imported in (None, SimpleNamespace()):
+        monkeypatch.setitem(sys.modules, "torch", half_imported)
+        assert _threads.limit() == 64
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(get_num_threads=lambda: 3))
+    assert _threads.limit() == 3
 
 
 def test_threadpoolctl_is_asked_where_it_is_loaded(monkeypatch):

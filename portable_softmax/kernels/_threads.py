@@ -1,6 +1,6 @@
 """One pool of threads for large arrays: NumPy and compiled code let go of the interpreter's lock.
 
-It takes as many threads as the machine, the control group, OMP_NUM_THREADS and threadpoolctl
+It takes as many threads as the machine, the control group, OMP_NUM_THREADS, threadpoolctl and torch
 leave to this process, and one call at a time. A call that comes while another one has the pool,
 from within it or from a thread of the user's own, runs in its caller's thread alone: whoever
 already works in parallel is not multiplied.
@@ -109,7 +109,7 @@ def _run_on(
 
 def limit() -> int:
     """Return how many threads this process should use now, the caller's among them."""
-    return max(1, min(_cores(), _openmp(), _threadpoolctl()))
+    return max(1, min(_cores(), _openmp(), _threadpoolctl(), _torch()))
 
 
 _GROUP = Path("/sys/fs/cgroup")
@@ -155,6 +155,12 @@ def _threadpoolctl() -> int:
         return sys.maxsize
     found = [library.num_threads for library in _linear_algebra()]
     return min((n for n in found if n), default=sys.maxsize)
+
+
+def _torch() -> int:
+    """Return what torch is set to, where the user has imported it: 1 in a worker of its loaders."""
+    set_to = getattr(sys.modules.get("torch"), "get_num_threads", None)
+    return sys.maxsize if set_to is None else int(set_to())
 
 
 @cache

@@ -17,6 +17,7 @@ from portable_softmax.kernels import _threads
 from portable_softmax.kernels._numba import (
     _blocks,
     _lanes,
+    _long,
     _losses,
     _on_blocks,
     _on_lanes,
@@ -89,8 +90,8 @@ def tile_for_rows(short: bool, n: int, compute: Any, exact: bool) -> tuple[int, 
     """
     lanes = 64 // compute.itemsize
     rows = _blocks.rows_of_block(lanes) if short else 1
-    room = _blocks.size_of_room(lanes) + lanes if short else 1
-    return rows, room + (0 if exact else rows * n)
+    size = _blocks.size_of_room(lanes) + lanes if short else _long.room(n)
+    return rows, size + (0 if exact else rows * n)
 
 
 def run(

@@ -10,8 +10,6 @@ as int16, the same bits under dtypes that Numba passes quickly.
 
 from __future__ import annotations
 
-from typing import Any
-
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic

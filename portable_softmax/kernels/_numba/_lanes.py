@@ -26,7 +26,6 @@ from portable_softmax.kernels._numba._rows import (
     settled,
     with_log,
 )
-
 from portable_softmax.kernels._numba._vectors import over
 
 function = njit(nogil=True, error_model="numpy")

@@ -20,17 +20,17 @@ import math
 
 from numba import njit
 
-from portable_softmax.kernels._numba import _blocks, _lanes
+from portable_softmax.kernels._numba import _blocks, _lanes, _long
 from portable_softmax.kernels._numba._exp import DOWN, log1p
 from portable_softmax.kernels._numba._ir import (
     ahead,
-    chosen,
     either,
     load,
     plus,
     store,
     typed,
 )
+from portable_softmax.kernels._numba._long import PART
 from portable_softmax.kernels._numba._rows import added, careful_term, settled, write_scaled
 from portable_softmax.kernels._numba._vectors import (
     lanes,
@@ -150,42 +150,43 @@ def slope(u, m, rest, c):
 
 
 @function
-def gradient(scratch, o, w, n, y, u, c, flags, m, rest):
+def gradient(p, scratch, o, w, n, y, u, c, flags, m, rest, kept):
     """Write the gradient to `o`, where the exps times UP are; if `o` rounds, in `scratch`."""
+    e, share = either(o, scratch), c[1]
     a, inverse = slope(u, m, rest, c), c[4] / (typed(w, 1.0) + rest)
-    write_gradient(either(o, scratch), o, w, n, y, u, c, flags, rest, a, inverse)
-
-
-@function
-def write_gradient(e, o, w, n, y, u, c, flags, rest, a, inverse):
-    """Write a row's gradient from its exps times UP."""
-    share = c[1]
     q = u * c[0]
     if share != 0:
         q += share * (load(w, y) if flags & WEIGHTED else typed(w, 1.0))
-    at_label = entry(load(e, y) * typed(w, DOWN), a, q, rest, inverse)
-    if share == 0:
-        write_scaled(e, o, n, splat(e, a * inverse), splat(e, DOWN))
+    at_label = entry(careful_term(load(p, y), m, 1) * typed(w, DOWN), a, q, rest, inverse)
+    if n <= PART:
+        write_entries(e, o, w, n, typed(w, 1.0), share, flags, rest, a, inverse)
     else:
-        write_entries(e, o, w, n, share, flags, rest, a, inverse)
+        for start in range(0, n, PART):
+            k, factor = min(PART, n - start), load(_long.at(kept, start), 0)
+            x, g, v = ahead(e, start), ahead(o, start), ahead(w, start)
+            write_entries(x, g, v, k, factor, share, flags, rest, a, inverse)
     store(o, y, at_label)
 
 
 @function
-def write_entries(e, o, w, n, share, flags, rest, a, inverse):
-    """Write the gradient as it is at every class but the label's."""
+def write_entries(e, o, w, n, factor, share, flags, rest, a, inverse):
+    """Write the gradient as it is at every class but the label's, from exps times UP / factor."""
     L = lanes(e)
+    if share == 0:
+        write_scaled(e, o, n, splat(e, a * inverse * factor), splat(e, DOWN))
+        return
     q, down = splat(e, share), splat(e, DOWN)
     j = 0
     while j + L <= n:
         if flags & WEIGHTED:
             q = share * vector(w, j)
-        put(o, j, entry(vector(e, j) * down, a, q, rest, inverse))
+        put(o, j, entry(vector(e, j) * factor * down, a, q, rest, inverse))
         j += L
     if j < n:
         if flags & WEIGHTED:
             q = share * part(w, j, n - j, 0.0)
-        put_part(o, j, entry(part(e, j, n - j, 0.0) * down, a, q, rest, inverse), n - j)
+        term = part(e, j, n - j, 0.0) * factor * down
+        put_part(o, j, entry(term, a, q, rest, inverse), n - j)
 
 
 @function
@@ -305,9 +306,9 @@ def block_gradients(scratch, o, labels, rows, room, w, n, c, flags, ignore):
         _blocks.scale(e, o, n, rows, a, splat(room, DOWN))
     else:
         for r in range(rows):
-            at, rest = r * n, load(s, r)
-            out = ahead(o, at)
-            write_entries(ahead(e, at), out, w, n, share, flags, rest, load(a, r), load(inverse, r))
+            x, g, rest = ahead(e, r * n), ahead(o, r * n), load(s, r)
+            slope_, inverse_ = load(a, r), load(inverse, r)
+            write_entries(x, g, w, n, typed(w, 1.0), share, flags, rest, slope_, inverse_)
     for r in range(rows):
         store(o, r * n + int(load(ys, r)), load(at_label, r))
     if flags & IGNORING:

@@ -9,35 +9,56 @@ from __future__ import annotations
 
 from numba import njit
 
-from portable_softmax.kernels._numba import _losses, _rows
+from portable_softmax.kernels._numba import _long, _losses, _rows
 from portable_softmax.kernels._numba._ir import ahead, either, load, pointer, store
+from portable_softmax.kernels._numba._long import KEPT, PART
 from portable_softmax.kernels._numba._store import kept
 
 function = njit(nogil=True, error_model="numpy")
 
 
+@function
+def behind(tile, n):
+    """Where the tile has space for a row."""
+    return ahead(pointer(tile), 0 if n <= PART else KEPT * ((n + PART - 1) // PART))
+
+
+@function
+def fold(p, e, n, parts):
+    """Return a row's maximum and its remainder."""
+    if n <= PART:
+        return _rows.fold(p, e, n, 1)
+    return _long.fold(p, e, n, 1, parts)
+
+
 @kept
 @function
 def softmax(x, out, t, tile, n, lo, hi):
-    p, o, e = pointer(x), pointer(out), pointer(tile)
+    p, o, parts, e = pointer(x), pointer(out), pointer(tile), behind(tile, n)
     for i in range(lo, hi):
-        _rows.softmax(ahead(p, i * n), e, ahead(o, i * n), n, t)
+        if n <= PART:
+            _rows.softmax(ahead(p, i * n), e, ahead(o, i * n), n, t)
+        else:
+            _long.softmax(ahead(p, i * n), e, ahead(o, i * n), n, t, parts)
 
 
 @kept
 @function
 def log_softmax(x, out, t, tile, n, lo, hi):
-    p, o = pointer(x), pointer(out)
+    p, o, parts = pointer(x), pointer(out), pointer(tile)
     for i in range(lo, hi):
-        _rows.log_softmax(ahead(p, i * n), ahead(o, i * n), n, t)
+        if n <= PART:
+            _rows.log_softmax(ahead(p, i * n), ahead(o, i * n), n, t)
+        else:
+            _long.log_softmax(ahead(p, i * n), ahead(o, i * n), n, t, parts)
 
 
 @kept
 @function
 def logsumexp(x, out, tile, n, lo, hi):
-    p, o = pointer(x), pointer(out)
+    p, o, parts = pointer(x), pointer(out), pointer(tile)
     for i in range(lo, hi):
-        m, rest = _rows.fold(ahead(p, i * n), 0, n, 1)
+        m, rest = fold(ahead(p, i * n), 0, n, parts)
         store(o, i, _rows.with_log(m, rest))
 
 
@@ -61,7 +82,7 @@ def log_softmax_vjp(log_y, dy, out, left_out, tile, n, lo, hi):
 @function
 def cross_entropy(x, labels, losses, w, options, flags, ignore, tile, n, lo, hi):
     """Return the sum of the losses, that of the labels' weights, and how many labels are wrong."""
-    p, o, v = pointer(x), pointer(losses), pointer(w)
+    p, o, v, parts = pointer(x), pointer(losses), pointer(w), pointer(tile)
     c = _losses.constants(v, n, options)
     sums = _losses.nothing()
     for i in range(lo, hi):
@@ -69,7 +90,7 @@ def cross_entropy(x, labels, losses, w, options, flags, ignore, tile, n, lo, hi)
         loss = u
         if code != 1:
             row = ahead(p, i * n)
-            m, rest = _rows.fold(row, 0, n, 1)
+            m, rest = fold(row, 0, n, parts)
             loss = _losses.loss(row, v, n, y, u, c, flags, m, rest)
         u = load(v, 0) if code == 2 else u
         sums = _losses.more(sums, float(loss), float(u), code == 2)
@@ -84,7 +105,8 @@ def cross_entropy_value_and_grad(
     x, labels, losses, w, options, flags, ignore, grad, tile, n, lo, hi
 ):
     """Write the gradient as well."""
-    p, o, v, e, g = pointer(x), pointer(losses), pointer(w), pointer(tile), pointer(grad)
+    p, o, v, g = pointer(x), pointer(losses), pointer(w), pointer(grad)
+    parts, e = pointer(tile), behind(tile, n)
     c = _losses.constants(v, n, options)
     sums = _losses.nothing()
     for i in range(lo, hi):
@@ -95,9 +117,9 @@ def cross_entropy_value_and_grad(
                 store(out, j, u)
         else:
             row = ahead(p, i * n)
-            m, rest = _rows.fold(row, either(out, e), n, 1)
+            m, rest = fold(row, either(out, e), n, parts)
             loss = _losses.loss(row, v, n, y, u, c, flags, m, rest)
-            _losses.gradient(e, out, v, n, y, u, c, flags, m, rest)
+            _losses.gradient(row, e, out, v, n, y, u, c, flags, m, rest, parts)
         u = load(v, 0) if code == 2 else u
         sums = _losses.more(sums, float(loss), float(u), code == 2)
         if flags & _losses.EACH:

@@ -17,7 +17,7 @@ from portable_softmax.kernels._numba._drive import PIECE, tile_for_rows
 from portable_softmax.kernels._shortcuts import SHORTCUTS
 
 # By operation and dtype: what is compiled for longer rows and for short ones, None where nothing is
-# yet, each with the size of the tile that it takes.
+# yet, each with what makes a tile for it.
 ready: dict[str, dict[Any, list[Any]]] = {}
 
 
@@ -27,13 +27,16 @@ def register(operation: str, layout: str, dtype: Any) -> None:
         return
     short = layout == "blocks"
     entry = getattr(_on_blocks if short else _on_rows, operation)
-    _, size = tile_for_rows(short, 0, dtype, True)
-    ready.setdefault(operation, {}).setdefault(dtype, [None, None])[short] = entry, size
+    found = entry, lambda n: np.empty(tile_for_rows(short, n, dtype, True)[1], dtype)
+    if short:  # of the same size for all
+        _, size = tile_for_rows(True, 0, dtype, True)
+        found = entry, lambda n: np.empty(size, dtype)
+    ready.setdefault(operation, {}).setdefault(dtype, [None, None])[short] = found
     SHORTCUTS[np.ndarray, operation] = _FUNCTIONS[operation]
 
 
 def _ready(x: Any, operation: str) -> Any:
-    """Return what is compiled for an array and the size of its tile; None if it takes none."""
+    """Return what is compiled for an array and what makes a tile; None if it takes none."""
     found = ready[operation].get(x.dtype)
     if found is None or x.ndim != 2 or not x.flags.carray or not 0 < x.nbytes < 2 * PIECE:
         return None
@@ -59,10 +62,10 @@ def _row_by_row(operation: str, x: Any, axis: Any, temperature: Any) -> Any:
         and (found := _ready(x, operation))
     ):
         return None
-    entry, size = found
+    entry, tile = found
     rows, n = x.shape
     out = np.empty_like(x)
-    entry(x, out, 1, np.empty(size, x.dtype), n, 0, rows)
+    entry(x, out, 1, tile(n), n, 0, rows)
     return out
 
 
@@ -75,10 +78,10 @@ def logsumexp(x: Any, axis: Any, keepdims: Any) -> Any:
         and (found := _ready(x, "logsumexp"))
     ):
         return None
-    entry, size = found
+    entry, tile = found
     rows, n = x.shape
     out = np.empty(rows, x.dtype)
-    entry(x, out, np.empty(size, x.dtype), n, 0, rows)
+    entry(x, out, tile(n), n, 0, rows)
     return out
 
 
@@ -112,7 +115,7 @@ def _loss(operation: str, gradient: bool) -> Any:
             and (found := _ready(x, operation))
         ):
             return None
-        entry, size = found
+        entry, tile = found
         rows, n = x.shape
         if labels.shape[0] != rows:
             return None
@@ -124,7 +127,7 @@ def _loss(operation: str, gradient: bool) -> Any:
             options = _mean_of(rows) if gradient else _PLAIN
         elif reduction != "sum":
             return None
-        numbers = np.empty(size, dtype), n, 0, rows
+        numbers = tile(n), n, 0, rows
         if gradient:
             grad = np.empty_like(x)
             loss, _, wrong = entry(x, labels, each, _ONE[dtype], options, flags, 0, grad, *numbers)

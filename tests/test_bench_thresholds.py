@@ -1,0 +1,54 @@
+"""``python -m bench thresholds``: both sides of the sizes at which kernels change their way."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import thresholds
+from bench.__main__ import main
+from portable_softmax import kernels
+from portable_softmax.kernels import _numba
+
+
+@pytest.mark.numba
+def test_both_ways_are_timed_for_every_size(tmp_path, capsys):
+    file = tmp_path / "sizes.json"
+    before = _numba.SHORT
+    assert main(["thresholds", "--quick", "--dtypes", "float32", "--json", str(file)]) == 0
+    assert _numba.SHORT == before
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["size"] for row in rows} == {"SHORT", "PIECE", "LONG"}
+    for row in rows:
+        assert row["taken"] in row["ways"]
+        assert all(0 < seconds < 60 for seconds in row["seconds"])
+    assert "/ other" in capsys.readouterr().out
+
+
+@pytest.mark.numba
+def test_each_way_is_the_one_that_is_named(monkeypatch):
+    """The constant is what decides: on either side of it the other entry runs."""
+    from portable_softmax.kernels._numba import _drive
+
+    taken = []
+    real = _drive.plan
+    monkeypatch.setattr(_drive, "plan", lambda *a: taken.append(real(*a)) or taken[-1])
+    for size in thresholds._SIZES[:2]:
+        taken.clear()
+        thresholds._measured(size, (20_000, 64), "float32", "softmax", rounds=1)
+        first, second = taken[0], taken[-1]
+        assert first.entries is not second.entries or len(first.pieces) < len(second.pieces)
+
+
+def test_the_ratio_is_that_of_what_is_taken():
+    row = thresholds.Row("SHORT", (1, 2), "float32", "softmax", ("a", "b"), (2.0, 1.0), "a")
+    assert row.ratio == 2.0
+    row.taken = "b"
+    assert row.ratio == 0.5
+
+
+def test_numba_is_needed(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "available", dict)
+    assert main(["thresholds", "--quick"]) == 2
+    assert "numba is not installed: pip install" in capsys.readouterr().err
