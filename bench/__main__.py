@@ -1,4 +1,4 @@
-"""The command line: ``python -m bench speed``, ``memory``, ``accuracy``, ``plot``, ``thresholds``."""
+"""The command line: ``python -m bench`` with what to measure, such as ``speed``."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def test_both_ways_are_timed_for_every_size(tmp_path, capsys):
     file = tmp_path / "sizes.json"
     before = _numba.SHORT
     assert main(["thresholds", "--quick", "--dtypes", "float32", "--json", str(file)]) == 0
-    assert _numba.SHORT == before
+    assert before == _numba.SHORT
     rows = json.loads(file.read_text())["rows"]
     assert {row["size"] for row in rows} == {"SHORT", "PIECE", "LONG"}
     for row in rows:

@@ -6,18 +6,20 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+from calls import as_tuple
 
 import portable_softmax as ps
 from portable_softmax import kernels
-from portable_softmax.kernels import _numba
+from portable_softmax.kernels import _numba, _table
 
 LABELS = [0, 3, 2]
 
 
 @pytest.fixture(autouse=True)
 def _for_small_arrays_too(torch, monkeypatch):
-    """Skip this module for the other libraries."""
+    """Skip this module for the other libraries; without shortcuts."""
     monkeypatch.setattr(_numba, "ENOUGH", 0)
+    monkeypatch.setattr(_table, "SHORTCUTS", {})
 
 
 @pytest.fixture
@@ -228,3 +230,120 @@ def test_changing_a_saved_tensor_is_noticed(torch, xp):
     y.detach().mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(y.sum(), x)
+
+
+# --------------------------------------------------------------------------- small tensors
+
+
+ROWS = ("softmax", "log_softmax", "logsumexp")
+LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
+
+
+@pytest.fixture
+def quick(torch, monkeypatch):
+    """The shortcuts, and which calls they took."""
+    from portable_softmax.kernels._numba import _small, _small_tensors
+
+    shortcuts = {}
+    for module in (_table, _small, _small_tensors):
+        monkeypatch.setattr(module, "SHORTCUTS", shortcuts)
+    monkeypatch.setattr(_small, "ready", {})
+    monkeypatch.setattr(_numba, "loaded", set())
+    _small_tensors.register()
+    took = []
+
+    def spied(name, function):
+        def spy(*args):
+            found = function(*args)
+            took.append((name, found is not None))
+            return found
+
+        return spy
+
+    for name in (*ROWS, *LOSSES):
+        key = torch.Tensor, name
+        shortcuts[key] = spied(name, shortcuts[key])
+    return took
+
+
+def calls(x, labels):
+    return {
+        "softmax": lambda: ps.softmax(x),
+        "log_softmax": lambda: ps.log_softmax(x),
+        "logsumexp": lambda: ps.logsumexp(x, axis=-1),
+        "cross_entropy": lambda: ps.cross_entropy(x, labels),
+        "cross_entropy_value_and_grad": lambda: ps.cross_entropy_value_and_grad(
+            x, labels, reduction="none"
+        ),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", [*ROWS, *LOSSES])
+def test_small_tensors_take_the_shortcut_once_the_kernel_is_loaded(torch, quick, name, dtype):
+    x = torch.randn(32, 10, dtype=getattr(torch, dtype))
+    labels = torch.arange(32) % 10
+    with kernels.without("numba rows"):
+        usual = as_tuple(calls(x, labels)[name]())
+    assert quick == []
+    calls(torch.randn(20_000, 10, dtype=x.dtype), torch.zeros(20_000, dtype=torch.int64))[name]()
+    assert quick == [(name, False)]
+    short = as_tuple(calls(x, labels)[name]())
+    assert quick[1:] == [(name, True)]
+    for one, other in zip(short, usual, strict=True):
+        assert type(one) is torch.Tensor
+        assert one.device == other.device
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    with kernels.portable():
+        calls(x, labels)[name]()
+    assert len(quick) == 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Converting a tensor")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_what_a_shortcut_of_tensors_leaves_to_the_usual_way(torch, xp, quick):
+    large = torch.randn(20_000, 10)
+    zeros = torch.zeros(20_000, dtype=torch.int64)
+    for call in calls(large, zeros).values():
+        call()
+    x, labels = large[:30].clone(), zeros[:30].clone()
+
+    def took(call):
+        quick.clear()
+        call()
+        return quick == [(quick[0][0], True)]
+
+    assert took(lambda: ps.softmax(x))
+    leaf = x.clone().requires_grad_()
+    assert not took(lambda: ps.softmax(leaf))
+    with torch.no_grad():
+        assert took(lambda: ps.softmax(leaf))
+    assert ps.softmax(leaf).requires_grad
+    assert not took(lambda: ps.softmax(x.bfloat16()))
+    assert not took(lambda: ps.softmax(x.T))
+    assert not took(lambda: torch.func.vmap(ps.softmax)(x))
+    assert not took(lambda: torch.func.jvp(ps.softmax, (x,), (x,)))
+    assert not took(lambda: ps.cross_entropy(x, labels.int()))
+    assert took(lambda: ps.cross_entropy(x, labels))
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        assert not took(lambda: ps.softmax(x))
+    quick.clear()
+    traced = torch.jit.trace(ps.softmax, x, check_trace=False)
+    assert not any(taken for _, taken in quick)
+    torch.testing.assert_close(traced(2 * x), ps.softmax(2 * x))
+    with pytest.raises(IndexError, match="labels"):
+        ps.cross_entropy(x, labels + 10)
+
+
+@pytest.mark.parametrize("setting", [nullcontext, kernels.portable])
+def test_torch_compile_meets_no_shortcut(torch, quick, setting):
+    large = torch.randn(20_000, 10)
+    ps.softmax(large)
+    with setting():
+        quick.clear()
+        torch.compiler.reset()
+        compiled = torch.compile(ps.softmax, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(large[:30]), torch.softmax(large[:30], -1))
+        assert not any(taken for _, taken in quick)
+    torch.compiler.reset()

@@ -12,6 +12,7 @@ and a function of a `Call` for each of its operations, under the operation's nam
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -116,15 +117,35 @@ _FORCED: ContextVar[str] = ContextVar("portable_softmax_forced", default=_FORCED
 # The names of single kernels that are switched off.
 _OFF: ContextVar[frozenset[str]] = ContextVar("portable_softmax_off", default=frozenset())
 
+# How many switches are set, in whichever thread: where there are none, a small array need not look,
+# and torch.compile, which cannot read a ContextVar, meets none.
+_switches = int(bool(_FORCED_FROM_OUTSIDE))
+_lock = threading.Lock()
+
+
+@contextmanager
+def _switched(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    global _switches
+    with _lock:
+        _switches += 1
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+        with _lock:
+            _switches -= 1
+
 
 def shortcut(array: Any, operation: str) -> Callable[..., Any] | None:
     """Return the shortcut for a small array, or None where there is none, or none is wanted."""
     key = type(array), operation
     found = SHORTCUTS.get(key)
-    if found is None or _FORCED.get():
+    if found is None or not _switches:
+        return found
+    if _forced():
         return None
-    off = _OFF.get()
-    return _shortcut_without(off, key) if off else found
+    return _shortcut_without(_OFF.get(), key) if _any_off() else found
 
 
 def _shortcut_without(off: frozenset[str], key: tuple[type, str]) -> Callable[..., Any] | None:
@@ -166,12 +187,17 @@ def _is_off(name: str) -> bool:
     return name in _OFF.get()
 
 
+def _any_off() -> bool:
+    return bool(_OFF.get())
+
+
 # What torch.compile calls while it traces, and takes the answer for a constant: it can neither
 # import a module in a trace nor read a ContextVar. (This is torch.compiler.assume_constant_result,
 # which would have to import torch.)
 _missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _forced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _is_off._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_any_off._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refusal(kernel: Kernel, call: Call) -> str:
@@ -299,11 +325,8 @@ def portable() -> Iterator[None]:
     >>> bool(np.allclose(y, softmax(x)))
     True
     """
-    token = _FORCED.set("kernels.portable()")
-    try:
+    with _switched(_FORCED, "kernels.portable()"):
         yield
-    finally:
-        _FORCED.reset(token)
 
 
 @contextmanager
@@ -333,8 +356,5 @@ def without(name: str) -> Iterator[None]:
     names = tuple(dict.fromkeys(kernel.name for kernel in TABLE))
     if name not in names:
         raise ValueError(f"name is {name!r}, expected one of {', '.join(map(repr, names))}")
-    token = _OFF.set(_OFF.get() | {name})
-    try:
+    with _switched(_OFF, _OFF.get() | {name}):
         yield
-    finally:
-        _OFF.reset(token)

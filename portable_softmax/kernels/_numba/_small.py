@@ -23,7 +23,7 @@ ready: dict[str, dict[Any, list[Any]]] = {}
 
 def register(operation: str, layout: str, dtype: Any) -> None:
     """Take small arrays of a dtype from now on: a kernel is loaded."""
-    if operation not in _FUNCTIONS or dtype not in (np.float32, np.float64):
+    if operation not in FUNCTIONS or dtype not in (np.float32, np.float64):
         return
     short = layout == "blocks"
     entry = getattr(_on_blocks if short else _on_rows, operation)
@@ -32,7 +32,7 @@ def register(operation: str, layout: str, dtype: Any) -> None:
         _, size = tile_for_rows(True, 0, dtype, True)
         found = entry, lambda n: np.empty(size, dtype)
     ready.setdefault(operation, {}).setdefault(dtype, [None, None])[short] = found
-    SHORTCUTS[np.ndarray, operation] = _FUNCTIONS[operation]
+    SHORTCUTS[np.ndarray, operation] = FUNCTIONS[operation]
 
 
 def _ready(x: Any, operation: str) -> Any:
@@ -152,7 +152,7 @@ def _mean_of(rows: int) -> Any:
     return found
 
 
-_FUNCTIONS = {
+FUNCTIONS = {
     "softmax": softmax,
     "log_softmax": log_softmax,
     "logsumexp": logsumexp,

@@ -36,7 +36,7 @@ def refusal(call: Call) -> str:
         return f"dtype: {_arrays.dtype_name(call.x.dtype)}"
     if call.x.dtype is torch().bfloat16 and _bfloat16() is None:
         return "ml_dtypes, which has NumPy's bfloat16, is not installed"
-    if mode := _recording():
+    if mode := recording():
         return mode
     if any(t.requires_grad for t in _constants(call)) and torch().is_grad_enabled():
         return "weights that require gradients"
@@ -73,7 +73,7 @@ def unusual(tensor: Any) -> str:
     return "a lazily negated tensor" if tensor.is_neg() else ""
 
 
-def _recording() -> str:
+def recording() -> str:
     """Return which mode watches torch's operations, of which a kernel would show it none."""
     t = torch()
     if t.jit.is_tracing():
