@@ -12,6 +12,9 @@ from portable_softmax._cli.errors import CommandError
 
 CHOICES = (*BACKENDS, "torch-cuda")
 
+# Elements of an array that no kernel finds too small to be loaded for.
+LARGE = 1 << 17
+
 
 def open_backend(name: str) -> Place:
     """Return a backend ready to compute, JAX with its float64; CommandError says why not."""

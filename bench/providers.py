@@ -114,11 +114,6 @@ def our_providers(place: Place, *, slow_starts: bool = True) -> list[Provider]:
     ]
 
 
-def our_provider(place: Place) -> Provider:
-    """Return this package as its users call it at a place: under jit in JAX."""
-    return our_providers(place)[0]
-
-
 def path_taken(provider: Provider, operation: str, x: Any, second: Any) -> str:
     """Return the kernel that a call of ours takes, or "portable"."""
     options = {"labels": second} if operation in peers.LOSSES else {}

@@ -50,9 +50,6 @@ _TOUCHES = {
 _SETTLE_S = 2e-3
 _WARM_CALLS = 20
 
-# Elements of an array that no kernel finds too small to be loaded for.
-_LARGE = 1 << 17
-
 OURS, PEER, COPY = "ours", "peer", "copy"
 
 
@@ -131,7 +128,7 @@ def measure(
     clocks = {one.place: gpu.clock(one.place) for one in (*everyone, *taken)}
     for dtype in dtypes:
         for shape in shapes:
-            if math.prod(shape) < _LARGE:
+            if math.prod(shape) < places.LARGE:
                 _load([one for one in everyone if one.ours], operations, shape[1], dtype)
             places.forget_compiled()
             problem = Problem(shape, dtype)
@@ -143,7 +140,7 @@ def measure(
 
 def _load(ours: list[Provider], operations: list[str], classes: int, dtype: str) -> None:
     """Load the kernels that a large array loads: small ones take them in a program that has one."""
-    problem = Problem((_LARGE // classes + 1, classes), dtype)
+    problem = Problem((places.LARGE // classes + 1, classes), dtype)
     for provider in ours:
         for operation in operations:
             # Making an offer may import what warns, such as torch's compiler.
