@@ -488,6 +488,21 @@ def test_small_arrays_wait_for_nothing_and_then_take_the_shortcut(nothing_loaded
         assert not took
 
 
+def test_short_rows_take_what_is_loaded_for_longer_ones_but_not_the_reverse(nothing_loaded):
+    ps.softmax(np.ones((7_000, 10)))
+    quick = nothing_loaded[np.ndarray, "softmax"]
+    assert quick(np.ones((3, 10)), -1, 1.0) is not None
+    assert quick(np.ones((3, 1000)), -1, 1.0) is None
+    nothing_loaded.clear()
+    _numba.loaded.clear()
+    heavy("_small").ready.clear()
+    ps.softmax(np.ones((700, 1000)))
+    quick = nothing_loaded[np.ndarray, "softmax"]
+    for n in (10, 1000):
+        found = quick(np.ones((3, n)), -1, 1.0)
+        np.testing.assert_allclose(found, np.full((3, n), 1 / n), rtol=1e-15)
+
+
 def test_what_a_shortcut_leaves_to_the_usual_way(nothing_loaded):
     x, t = np.ones((7_000, 10)), np.zeros(7_000, np.int64)
     for name in ROWS:
@@ -547,11 +562,24 @@ def test_a_numba_that_cannot_be_imported_is_passed_over(monkeypatch):
 
     monkeypatch.setattr(_numba, "_compiled", fail)
     monkeypatch.setattr(_numba, "_broken", "")
+    monkeypatch.setattr(_numba, "_imported", None)
     x = np.ones((300, 300))
     for _ in range(2):
         found = kernels.explain("softmax", x)
         assert found.startswith("numpy tiles: ")
         assert found.endswith("numba cannot be imported: Numba needs NumPy 2.4 or less")
+    np.testing.assert_allclose(ps.softmax(x), 1 / 300)
+
+
+def test_a_numba_that_is_too_old_is_passed_over(monkeypatch):
+    heavy("_drive")
+    monkeypatch.setattr(sys.modules["numba"], "__version__", "0.61.2")
+    monkeypatch.setattr(_numba, "_broken", "")
+    monkeypatch.setattr(_numba, "_imported", None)
+    x = np.ones((300, 300))
+    assert kernels.explain("softmax", x).endswith(
+        "numba 0.61.2 is too old, 0.62 is needed: pip install --upgrade numba"
+    )
     np.testing.assert_allclose(ps.softmax(x), 1 / 300)
 
 

@@ -19,6 +19,9 @@ ENOUGH = 1 << 16
 # Rows across memory are copied to a tile, which has to stay small.
 LONGEST_ACROSS = 1 << 14
 
+# The first Numba whose LLVM takes the instructions of `_vectors`.
+OLDEST = (0, 62)
+
 # Shorter rows, in bytes of the computation, are worked on as many at once as a vector has lanes.
 SHORT = 1024
 
@@ -33,6 +36,7 @@ HANDED: dict[str, Any] = {
 # The kernels that are compiled, as `_key` names them.
 loaded: set[tuple[str, str, str, bool]] = set()
 _broken = ""
+_imported: Any = None
 
 
 def missing() -> str:
@@ -131,12 +135,23 @@ def _layout(call: Any) -> tuple[int, int, int]:
 
 
 def _cannot_import() -> str:
-    global _broken
-    try:
-        _compiled()
-    except ImportError as why:  # such as a NumPy that is newer than this Numba knows
-        _broken = f"numba cannot be imported: {why}"
+    """Return why Numba cannot be used although it is there, having imported what there is."""
+    global _broken, _imported
+    if not _imported:
+        try:
+            _broken = _too_old(import_module("numba").__version__) or _broken
+            if not _broken:
+                _imported = _compiled()
+        except ImportError as why:  # such as a NumPy that is newer than this Numba knows
+            _broken = f"numba cannot be imported: {why}"
     return _broken
+
+
+def _too_old(version: str) -> str:
+    if tuple(map(int, version.split(".")[:2])) >= OLDEST:
+        return ""
+    oldest = ".".join(map(str, OLDEST))
+    return f"numba {version} is too old, {oldest} is needed: pip install --upgrade numba"
 
 
 def _compiled() -> Any:

@@ -24,6 +24,7 @@ from portable_softmax.kernels._numba import _blocks, _lanes, _long
 from portable_softmax.kernels._numba._exp import DOWN, log1p
 from portable_softmax.kernels._numba._ir import (
     ahead,
+    copy,
     either,
     load,
     plus,
@@ -94,6 +95,23 @@ def more(sums, loss, weight, wrong):
     losses, lost = added(sums[0], sums[1], loss)
     weights, less = added(sums[2], sums[3], weight)
     return losses, lost, weights, less, sums[4] + wrong
+
+
+@function
+def with_row(sums, o, i, loss, w, u, code, flags):
+    """The sums with a row's; its loss goes to `o` if it is asked for."""
+    if flags & EACH:
+        store(o, i, loss)
+    u = load(w, 0) if code == 2 else u
+    return more(sums, float(loss), float(u), code == 2)
+
+
+@function
+def with_rows(sums, o, first, rows, loss, weight, wrong, T, lane, flags):
+    """The sums with those of the rows of a block, whose losses are among their numbers."""
+    if flags & EACH:
+        copy(ahead(lane, 7 * T), ahead(o, first), rows)
+    return more(sums, loss, weight, wrong)
 
 
 @function

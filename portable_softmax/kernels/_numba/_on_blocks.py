@@ -77,9 +77,7 @@ def cross_entropy(x, labels, losses, w, options, flags, ignore, tile, n, lo, hi)
         some = labels[i : i + rows]
         weight, bad = _losses.write_labels(some, rows, T, lane, v, n, flags, ignore)
         loss = _losses.block_losses(ahead(p, i * n), 0, some, rows, e, v, n, c, flags, ignore)
-        sums = _losses.more(sums, loss, weight, bad)
-        if flags & _losses.EACH:
-            copy(ahead(lane, 7 * T), ahead(o, i), rows)
+        sums = _losses.with_rows(sums, o, i, rows, loss, weight, bad, T, lane, flags)
     return _losses.total(sums)
 
 
@@ -100,7 +98,5 @@ def cross_entropy_value_and_grad(
         to = either(out, f)
         loss = _losses.block_losses(at, to, some, rows, e, v, n, c, flags, ignore)
         _losses.block_gradients(f, out, some, rows, e, v, n, c, flags, ignore)
-        sums = _losses.more(sums, loss, weight, bad)
-        if flags & _losses.EACH:
-            copy(ahead(lane, 7 * T), ahead(o, i), rows)
+        sums = _losses.with_rows(sums, o, i, rows, loss, weight, bad, T, lane, flags)
     return _losses.total(sums)

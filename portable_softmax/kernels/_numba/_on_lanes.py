@@ -96,9 +96,7 @@ def cross_entropy(x, labels, losses, w, options, flags, ignore, tile, n, T, inne
         some = labels[first : first + rows]
         weight, bad = _losses.write_labels(some, rows, T, lane, v, n, flags, ignore)
         loss = _losses.lane_losses(e, 0, some, rows, T, lane, v, n, c, flags, ignore)
-        sums = _losses.more(sums, loss, weight, bad)
-        if flags & _losses.EACH:
-            copy(ahead(lane, 7 * T), ahead(o, first), rows)
+        sums = _losses.with_rows(sums, o, first, rows, loss, weight, bad, T, lane, flags)
     return _losses.total(sums)
 
 
@@ -121,7 +119,5 @@ def cross_entropy_value_and_grad(
         loss = _losses.lane_losses(e, f, some, rows, T, lane, v, n, c, flags, ignore)
         _losses.lane_gradients(f, some, rows, T, lane, v, n, c, flags, ignore)
         _lanes.deliver(f, ahead(g, at), T, n, inner, rows)
-        sums = _losses.more(sums, loss, weight, bad)
-        if flags & _losses.EACH:
-            copy(ahead(lane, 7 * T), ahead(o, first), rows)
+        sums = _losses.with_rows(sums, o, first, rows, loss, weight, bad, T, lane, flags)
     return _losses.total(sums)

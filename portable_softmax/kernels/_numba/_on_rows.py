@@ -10,7 +10,7 @@ from __future__ import annotations
 from numba import njit
 
 from portable_softmax.kernels._numba import _long, _losses, _rows
-from portable_softmax.kernels._numba._ir import ahead, either, load, pointer, store
+from portable_softmax.kernels._numba._ir import ahead, either, pointer, store
 from portable_softmax.kernels._numba._long import KEPT, PART
 from portable_softmax.kernels._numba._store import kept
 
@@ -92,10 +92,7 @@ def cross_entropy(x, labels, losses, w, options, flags, ignore, tile, n, lo, hi)
             row = ahead(p, i * n)
             m, rest = fold(row, 0, n, parts)
             loss = _losses.loss(row, v, n, y, u, c, flags, m, rest)
-        u = load(v, 0) if code == 2 else u
-        sums = _losses.more(sums, float(loss), float(u), code == 2)
-        if flags & _losses.EACH:
-            store(o, i, loss)
+        sums = _losses.with_row(sums, o, i, loss, v, u, code, flags)
     return _losses.total(sums)
 
 
@@ -120,10 +117,7 @@ def cross_entropy_value_and_grad(
             m, rest = fold(row, either(out, e), n, parts)
             loss = _losses.loss(row, v, n, y, u, c, flags, m, rest)
             _losses.gradient(row, e, out, v, n, y, u, c, flags, m, rest, parts)
-        u = load(v, 0) if code == 2 else u
-        sums = _losses.more(sums, float(loss), float(u), code == 2)
-        if flags & _losses.EACH:
-            store(o, i, loss)
+        sums = _losses.with_row(sums, o, i, loss, v, u, code, flags)
     return _losses.total(sums)
 
 
@@ -135,6 +129,5 @@ def scan(labels, w, n, flags, ignore):
     sums = _losses.nothing()
     for i in range(labels.shape[0]):
         _, u, code = _losses.label(labels, i, v, n, flags, ignore)
-        u = load(v, 0) if code == 2 else u
-        sums = _losses.more(sums, 0.0, float(u), code == 2)
+        sums = _losses.with_row(sums, v, i, u, v, u, code, 0)
     return _losses.total(sums)

@@ -1,9 +1,10 @@
 """Small arrays in C order, last axis, no options: straight to a kernel that is loaded already.
 
-Small is what one thread works on in one piece. Rows of any length take what is loaded for their
-own, or else for others. Each function takes what the public one takes and answers None for every
-call that it leaves to the usual way, which raises what there is to raise. None of NumPy's functions
-runs on the values, so nothing can warn.
+Small is what one thread works on in one piece. Short rows, too, take what is loaded for longer ones
+where nothing is for them; not the other way around, as blocks add up short rows only without loss.
+Each function takes what the public one takes and answers None for every call that it leaves to the
+usual way, which raises what there is to raise. None of NumPy's functions runs on the values, so
+nothing can warn.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def _ready(x: Any, operation: str) -> Any:
     found = ready[operation].get(x.dtype)
     if found is None or x.ndim != 2 or not x.flags.carray or not 0 < x.nbytes < 2 * PIECE:
         return None
-    return found[x.shape[1] * x.itemsize < SHORT] or found[0] or found[1]
+    rows, blocks = found
+    return (x.shape[1] * x.itemsize < SHORT and blocks) or rows
 
 
 def softmax(x: Any, axis: Any, temperature: Any) -> Any:
