@@ -2,7 +2,7 @@
 
 Rows are read as `_rows` reads them, but what their vectors come to is combined for as many rows at
 once as a vector has lanes: the i-th lane is the i-th row's. `room` begins with a vector for each
-row of a block, still to be combined; then come the numbers of the rows, see `_losses` for their
+row of a block, still to be combined; then come the numbers of the rows, see `_many` for their
 order. It lies where vectors do not cross lines of the cache.
 """
 
@@ -12,6 +12,7 @@ import math
 
 from numba import njit
 
+from portable_softmax.kernels._numba._across import max_of_each, sum_of_each, tallied, tally
 from portable_softmax.kernels._numba._exp import DOWN, UP, exp_up, log1p
 from portable_softmax.kernels._numba._ir import ahead, either, load, store
 from portable_softmax.kernels._numba._rows import (
@@ -27,16 +28,12 @@ from portable_softmax.kernels._numba._vectors import (
     are_finite,
     lanes,
     larger,
-    max_of_each,
     over,
     part,
     product,
     put,
     put_part,
     splat,
-    sum_of_each,
-    tallied,
-    tally,
     to_be_read,
     to_be_written,
     vector,

@@ -67,7 +67,7 @@ def deliver(tile, target, T, n, inner, rows):
 # --------------------------------------------------------------------------- operations
 #
 # `lanes` has room for LANE_NUMBERS numbers a lane: the maximum, a sum of the last classes, the sum
-# and what its rounding lost, how many maxima there are, four of `_losses`, and the plain remainder.
+# and what its rounding lost, how many maxima there are, four of `_many`, and the plain remainder.
 
 LANE_NUMBERS = 10
 

@@ -12,6 +12,7 @@ import math
 
 from numba import njit
 
+from portable_softmax.kernels._numba._across import across_max, across_sum
 from portable_softmax.kernels._numba._exp import DOWN, exp, log1p
 from portable_softmax.kernels._numba._ir import ahead, either, load, store, typed
 from portable_softmax.kernels._numba._rows import (
@@ -23,7 +24,7 @@ from portable_softmax.kernels._numba._rows import (
     write_logs,
     write_scaled,
 )
-from portable_softmax.kernels._numba._vectors import across_max, across_sum, larger, over, splat
+from portable_softmax.kernels._numba._vectors import larger, over, splat
 
 function = njit(nogil=True, error_model="numpy")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from portable_softmax.kernels._numba import _blocks, _losses
+from portable_softmax.kernels._numba import _blocks, _losses, _many
 from portable_softmax.kernels._numba._ir import ahead, copy, either, pointer
 from portable_softmax.kernels._numba._store import kept
 from portable_softmax.kernels._numba._vectors import aligned
@@ -75,9 +75,9 @@ def cross_entropy(x, labels, losses, w, options, flags, ignore, tile, n, lo, hi)
     for i in range(lo, hi, T):
         rows = min(T, hi - i)
         some = labels[i : i + rows]
-        weight, bad = _losses.write_labels(some, rows, T, lane, v, n, flags, ignore)
-        loss = _losses.block_losses(ahead(p, i * n), 0, some, rows, e, v, n, c, flags, ignore)
-        sums = _losses.with_rows(sums, o, i, rows, loss, weight, bad, T, lane, flags)
+        weight, bad = _many.write_labels(some, rows, T, lane, v, n, flags, ignore)
+        loss = _many.block_losses(ahead(p, i * n), 0, some, rows, e, v, n, c, flags, ignore)
+        sums = _many.with_rows(sums, o, i, rows, loss, weight, bad, T, lane, flags)
     return _losses.total(sums)
 
 
@@ -94,9 +94,9 @@ def cross_entropy_value_and_grad(
     for i in range(lo, hi, T):
         rows = min(T, hi - i)
         some, at, out = labels[i : i + rows], ahead(p, i * n), ahead(g, i * n)
-        weight, bad = _losses.write_labels(some, rows, T, lane, v, n, flags, ignore)
+        weight, bad = _many.write_labels(some, rows, T, lane, v, n, flags, ignore)
         to = either(out, f)
-        loss = _losses.block_losses(at, to, some, rows, e, v, n, c, flags, ignore)
-        _losses.block_gradients(f, out, some, rows, e, v, n, c, flags, ignore)
-        sums = _losses.with_rows(sums, o, i, rows, loss, weight, bad, T, lane, flags)
+        loss = _many.block_losses(at, to, some, rows, e, v, n, c, flags, ignore)
+        _many.block_gradients(f, out, some, rows, e, v, n, c, flags, ignore)
+        sums = _many.with_rows(sums, o, i, rows, loss, weight, bad, T, lane, flags)
     return _losses.total(sums)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from portable_softmax.kernels._numba import _lanes, _losses
+from portable_softmax.kernels._numba import _lanes, _losses, _many
 from portable_softmax.kernels._numba._ir import ahead, copy, pointer
 from portable_softmax.kernels._numba._store import kept
 from portable_softmax.kernels._numba._vectors import aligned
@@ -94,9 +94,9 @@ def cross_entropy(x, labels, losses, w, options, flags, ignore, tile, n, T, inne
         at, rows, first = _lanes.block(i, T, n, inner)
         _lanes.fetch(ahead(p, at), e, T, n, inner, rows)
         some = labels[first : first + rows]
-        weight, bad = _losses.write_labels(some, rows, T, lane, v, n, flags, ignore)
-        loss = _losses.lane_losses(e, 0, some, rows, T, lane, v, n, c, flags, ignore)
-        sums = _losses.with_rows(sums, o, first, rows, loss, weight, bad, T, lane, flags)
+        weight, bad = _many.write_labels(some, rows, T, lane, v, n, flags, ignore)
+        loss = _many.lane_losses(e, 0, some, rows, T, lane, v, n, c, flags, ignore)
+        sums = _many.with_rows(sums, o, first, rows, loss, weight, bad, T, lane, flags)
     return _losses.total(sums)
 
 
@@ -115,9 +115,9 @@ def cross_entropy_value_and_grad(
         at, rows, first = _lanes.block(i, T, n, inner)
         _lanes.fetch(ahead(p, at), e, T, n, inner, rows)
         some = labels[first : first + rows]
-        weight, bad = _losses.write_labels(some, rows, T, lane, v, n, flags, ignore)
-        loss = _losses.lane_losses(e, f, some, rows, T, lane, v, n, c, flags, ignore)
-        _losses.lane_gradients(f, some, rows, T, lane, v, n, c, flags, ignore)
+        weight, bad = _many.write_labels(some, rows, T, lane, v, n, flags, ignore)
+        loss = _many.lane_losses(e, f, some, rows, T, lane, v, n, c, flags, ignore)
+        _many.lane_gradients(f, some, rows, T, lane, v, n, c, flags, ignore)
         _lanes.deliver(f, ahead(g, at), T, n, inner, rows)
-        sums = _losses.with_rows(sums, o, first, rows, loss, weight, bad, T, lane, flags)
+        sums = _many.with_rows(sums, o, first, rows, loss, weight, bad, T, lane, flags)
     return _losses.total(sums)

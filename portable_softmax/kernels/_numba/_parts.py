@@ -8,10 +8,11 @@ from __future__ import annotations
 from numba import njit
 
 from portable_softmax.kernels._numba import _rows
+from portable_softmax.kernels._numba._across import across_sum
 from portable_softmax.kernels._numba._exp import DOWN, exp_up
 from portable_softmax.kernels._numba._ir import ahead, load, pointer, store, typed
 from portable_softmax.kernels._numba._store import kept
-from portable_softmax.kernels._numba._vectors import across_sum, over, splat
+from portable_softmax.kernels._numba._vectors import over, splat
 
 function = njit(nogil=True, error_model="numpy")
 

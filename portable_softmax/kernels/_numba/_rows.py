@@ -10,6 +10,7 @@ import math
 
 from numba import njit
 
+from portable_softmax.kernels._numba._across import across_max, across_sum
 from portable_softmax.kernels._numba._exp import (
     DOWN,
     UP,
@@ -21,8 +22,6 @@ from portable_softmax.kernels._numba._exp import (
 )
 from portable_softmax.kernels._numba._ir import either, load, maximum, typed
 from portable_softmax.kernels._numba._vectors import (
-    across_max,
-    across_sum,
     fma,
     lanes,
     larger,

@@ -37,12 +37,12 @@ class _Model(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(manager, kind, lanes)
 
 
-def _of(p: Any) -> Vector:
+def vector_of(p: Any) -> Vector:
     """The vector that holds what `p` points to."""
     return Vector(COMPUTE[p.dtype])
 
 
-def _constant(scalar: Any, numbers: Any) -> Any:
+def constant(scalar: Any, numbers: Any) -> Any:
     numbers = list(numbers)
     return ir.Constant(ir.VectorType(scalar, len(numbers)), numbers)
 
@@ -50,7 +50,7 @@ def _constant(scalar: Any, numbers: Any) -> Any:
 def _splat(builder: Any, value: Any, n: int) -> Any:
     kind = ir.VectorType(value.type, n)
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), _constant(_I32, [0] * n))
+    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), constant(_I32, [0] * n))
 
 
 def as_vector(context: Any, builder: Any, kind: Any, given: Any, value: Any) -> Any:
@@ -83,12 +83,12 @@ def aligned(typing, p):
     return p(p), generate
 
 
-def _place(builder: Any, p: Any, j: Any, lanes: int) -> Any:
+def place_of(builder: Any, p: Any, j: Any, lanes: int) -> Any:
     address = builder.gep(p, [j])
     return builder.bitcast(address, ir.VectorType(address.type.pointee, lanes).as_pointer())
 
 
-def _alignment(context: Any, p: Any) -> int:
+def alignment(context: Any, p: Any) -> int:
     found: int = context.get_abi_alignment(context.get_data_type(p.dtype))
     return found
 
@@ -96,7 +96,7 @@ def _alignment(context: Any, p: Any) -> int:
 def _first(builder: Any, k: Any, n: int) -> Any:
     """The mask of the first k lanes."""
     k = builder.trunc(k, _I32)
-    return builder.icmp_signed("<", _constant(_I32, range(n)), _splat(builder, k, n))
+    return builder.icmp_signed("<", constant(_I32, range(n)), _splat(builder, k, n))
 
 
 def _masked(builder: Any, name: str, value: Any, place: Any, kind: Any, args: list[Any]) -> Any:
@@ -115,11 +115,11 @@ def _masked(builder: Any, name: str, value: Any, place: Any, kind: Any, args: li
 @intrinsic
 def vector(typing, p, j):
     """The numbers from ``p[j]`` on."""
-    kind = _of(p)
+    kind = vector_of(p)
 
     def generate(context, builder, signature, args):
-        place = _place(builder, *args, LANES[kind.dtype])
-        value = builder.load(place, align=_alignment(context, p))
+        place = place_of(builder, *args, LANES[kind.dtype])
+        value = builder.load(place, align=alignment(context, p))
         return widened(builder, p.dtype, value)
 
     return kind(p, types.intp), generate
@@ -128,16 +128,16 @@ def vector(typing, p, j):
 @intrinsic
 def part(typing, p, j, k, rest):
     """The k numbers from ``p[j]`` on, and `rest` in the other lanes."""
-    kind = _of(p)
+    kind = vector_of(p)
 
     def generate(context, builder, signature, args):
         at, j, k, rest = args
         n = LANES[kind.dtype]
-        place, mask = _place(builder, at, j, n), _first(builder, k, n)
+        place, mask = place_of(builder, at, j, n), _first(builder, k, n)
         rest = as_vector(context, builder, kind, types.float64, rest)
         stored = place.type.pointee
         nothing = rest if COMPUTE[p.dtype] == p.dtype else ir.Constant(stored, None)
-        align = ir.Constant(_I32, _alignment(context, p))
+        align = ir.Constant(_I32, alignment(context, p))
         value = _masked(builder, "load", stored, place, stored, [place, align, mask, nothing])
         if nothing is rest:
             return value
@@ -155,11 +155,11 @@ def put(typing, p, j, value):
 
     def generate(context, builder, signature, args):
         at, j, value = args
-        place = _place(builder, at, j, value.type.count)
-        builder.store(narrowed(builder, p.dtype, value), place, align=_alignment(context, p))
+        place = place_of(builder, at, j, value.type.count)
+        builder.store(narrowed(builder, p.dtype, value), place, align=alignment(context, p))
         return context.get_dummy_value()
 
-    return types.void(p, types.intp, _of(p)), generate
+    return types.void(p, types.intp, vector_of(p)), generate
 
 
 @intrinsic
@@ -172,14 +172,14 @@ def put_part(typing, p, j, value, k):
     def generate(context, builder, signature, args):
         at, j, value, k = args
         n = value.type.count
-        place, mask = _place(builder, at, j, n), _first(builder, k, n)
+        place, mask = place_of(builder, at, j, n), _first(builder, k, n)
         value = narrowed(builder, p.dtype, value)
-        align = ir.Constant(_I32, _alignment(context, p))
+        align = ir.Constant(_I32, alignment(context, p))
         arguments = [value, place, align, mask]
         _masked(builder, "store", value.type, place, ir.VoidType(), arguments)
         return context.get_dummy_value()
 
-    return types.void(p, types.intp, _of(p), types.intp), generate
+    return types.void(p, types.intp, vector_of(p), types.intp), generate
 
 
 def _prefetching(write: int) -> Any:
@@ -214,7 +214,7 @@ to_be_read, to_be_written = _prefetching(0), _prefetching(1)
 @intrinsic
 def splat(typing, p, number):
     """A number in every lane of a vector of what `p` points to."""
-    kind = _of(p)
+    kind = vector_of(p)
 
     def generate(context, builder, signature, args):
         return as_vector(context, builder, kind, number, args[1])
@@ -309,14 +309,14 @@ def fma(typing, a, b, c):
     return a(a, a, a), lambda context, builder, signature, args: fused(builder, *args)
 
 
-def _greater(builder: Any, a: Any, b: Any) -> Any:
+def greater(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
 @intrinsic
 def larger(typing, a, b):
     """The larger one, `b` where either is nan: one instruction."""
-    return a(a, a), lambda context, builder, signature, args: _greater(builder, *args)
+    return a(a, a), lambda context, builder, signature, args: greater(builder, *args)
 
 
 @intrinsic
@@ -348,119 +348,11 @@ def are_finite(typing, a):
 
     def generate(context, builder, signature, args):
         difference = builder.fsub(args[0], args[0])
-        found = _bits(builder, builder.fcmp_unordered("uno", difference, difference))
+        found = bits(builder, builder.fcmp_unordered("uno", difference, difference))
         return builder.icmp_unsigned("==", found, ir.Constant(found.type, 0))
 
     return types.boolean(a), generate
 
 
-def _bits(builder: Any, mask: Any) -> Any:
+def bits(builder: Any, mask: Any) -> Any:
     return builder.bitcast(mask, ir.IntType(mask.type.count))
-
-
-# --------------------------------------------------------------------------- tallies
-#
-# As many 32-bit integers as a vector has lanes, in the place of a vector.
-
-
-@intrinsic
-def tally(typing, p, i, a, b):
-    """Add to the i-th integer at `p` how many lanes are equal; count on the scalar side."""
-
-    def generate(context, builder, signature, args):
-        p, i, a, b = args
-        place = builder.gep(builder.bitcast(p, _I32.as_pointer()), [i])
-        found = _bits(builder, builder.fcmp_ordered("==", a, b))
-        count = builder.zext(builder.ctpop(found), _I32)
-        builder.store(builder.add(builder.load(place), count), place)
-        return context.get_dummy_value()
-
-    return types.void(p, types.intp, a, b), generate
-
-
-@intrinsic
-def tallied(typing, p, i):
-    """The integers at `p` from the i-th on, as a vector."""
-    kind = _of(p)
-
-    def generate(context, builder, signature, args):
-        p, i = args
-        n = LANES[kind.dtype]
-        first = builder.gep(builder.bitcast(p, _I32.as_pointer()), [i])
-        place = builder.bitcast(first, ir.VectorType(_I32, n).as_pointer())
-        integers = builder.load(place, align=4)
-        return builder.sitofp(integers, ir.VectorType(FLOAT[kind.dtype], n))
-
-    return kind(p, types.intp), generate
-
-
-# --------------------------------------------------------------------------- across lanes
-
-
-def _across(combine: Any) -> Any:
-    """Return the function that combines all lanes, neighbours in halves."""
-
-    @intrinsic
-    def across(typing, a):
-        def generate(context, builder, signature, args):
-            (value,) = args
-            while (n := value.type.count) > 1:
-                low = _constant(_I32, range(n // 2))
-                high = _constant(_I32, range(n // 2, n))
-                nothing = ir.Constant(value.type, ir.Undefined)
-                value = combine(
-                    builder,
-                    builder.shuffle_vector(value, nothing, low),
-                    builder.shuffle_vector(value, nothing, high),
-                )
-            return builder.extract_element(value, ir.Constant(_I32, 0))
-
-        return a.dtype(a), generate
-
-    return across
-
-
-def _of_each(combine: Any) -> Any:
-    """Return the function that combines the lanes of each of as many vectors as a vector has lanes.
-
-    They lie in memory, one after the other; the i-th number of the result is that of the i-th.
-    Halves of pairs are combined, so that a vector holds two, then four, ... of them.
-    """
-
-    @intrinsic
-    def of_each(typing, p):
-        kind = _of(p)
-        n = LANES[kind.dtype]
-
-        def generate(context, builder, signature, args):
-            def at(i):
-                index = ir.Constant(ir.IntType(64), i * n)
-                place = _place(builder, args[0], index, n)
-                return builder.load(place, align=_alignment(context, p))
-
-            def combined(first, step):
-                """Those that are `step` apart, from the first on."""
-                if step == n:
-                    return at(first)
-                x, y = combined(first, 2 * step), combined(first + step, 2 * step)
-                low = [k if not k & step else n + k - step for k in range(n)]
-                high = [k + step if not k & step else n + k for k in range(n)]
-                return combine(
-                    builder,
-                    builder.shuffle_vector(x, y, _constant(_I32, low)),
-                    builder.shuffle_vector(x, y, _constant(_I32, high)),
-                )
-
-            return combined(0, 1)
-
-        return kind(p), generate
-
-    return of_each
-
-
-def _sum(builder: Any, a: Any, b: Any) -> Any:
-    return builder.fadd(a, b)
-
-
-across_max, across_sum = _across(_greater), _across(_sum)
-max_of_each, sum_of_each = _of_each(_greater), _of_each(_sum)
