@@ -16,8 +16,9 @@ from portable_softmax.kernels import _threads
 from portable_softmax.kernels._numba import _parts
 from portable_softmax.kernels._numba._rows import enough
 
-# Rows of so many classes are worth it, where half the threads would have none.
-LONG = 1 << 21
+# Rows of so many classes are worth it, where half the threads would have none: level on two, by
+# `python -m bench thresholds`, and the more threads there are, the better.
+LONG = 1 << 22
 # Entries of a part.
 PART = 1 << 17
 
