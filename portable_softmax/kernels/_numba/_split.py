@@ -16,8 +16,8 @@ from portable_softmax.kernels import _threads
 from portable_softmax.kernels._numba import _parts
 from portable_softmax.kernels._numba._rows import enough
 
-# Rows of so many classes are worth it, where half the threads would have none: level on two, by
-# `python -m bench thresholds`, and the more threads there are, the better.
+# Rows of so many classes are cut where half the threads would have none. On two threads that is
+# level with one that reads each row once (`python -m bench thresholds`); more were not measured.
 LONG = 1 << 22
 # Entries of a part.
 PART = 1 << 17
