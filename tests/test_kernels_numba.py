@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from contextvars import copy_context
 from pathlib import Path
 
 import numpy as np
@@ -554,6 +555,16 @@ def test_one_kernel_can_be_left_out(every_size):
         kernels.without("triton"),
     ):
         pass
+
+
+def test_a_task_keeps_the_switch_of_the_block_that_started_it(nothing_loaded):
+    ps.softmax(np.ones((7_000, 10)))
+    x = np.ones((3, 4))
+    assert _table.shortcut(x, "softmax") is not None
+    with kernels.portable():
+        later = copy_context()
+    assert later.run(_table.shortcut, x, "softmax") is None
+    assert _table.shortcut(x, "softmax") is not None
 
 
 def test_a_numba_that_cannot_be_imported_is_passed_over(monkeypatch):

@@ -336,7 +336,9 @@ def test_what_a_shortcut_of_tensors_leaves_to_the_usual_way(torch, xp, quick):
         ps.cross_entropy(x, labels + 10)
 
 
-@pytest.mark.parametrize("setting", [nullcontext, kernels.portable])
+@pytest.mark.parametrize(
+    "setting", [nullcontext, kernels.portable, lambda: kernels.without("numba rows")]
+)
 def test_torch_compile_meets_no_shortcut(torch, quick, setting):
     large = torch.randn(20_000, 10)
     ps.softmax(large)

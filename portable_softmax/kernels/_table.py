@@ -12,7 +12,6 @@ and a function of a `Call` for each of its operations, under the operation's nam
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -117,41 +116,37 @@ _FORCED: ContextVar[str] = ContextVar("portable_softmax_forced", default=_FORCED
 # The names of single kernels that are switched off.
 _OFF: ContextVar[frozenset[str]] = ContextVar("portable_softmax_off", default=frozenset())
 
-# How many switches are set, in whichever thread: where there are none, a small array need not look,
-# and torch.compile, which cannot read a ContextVar, meets none.
-_switches = int(bool(_FORCED_FROM_OUTSIDE))
-_lock = threading.Lock()
+# Whether a switch was ever set: until then a small array need not look, nor does torch.compile. Not
+# whether one is set now, as a task may have been started in a block that has ended.
+_any_switch = bool(_FORCED_FROM_OUTSIDE)
 
 
 @contextmanager
 def _switched(variable: ContextVar[Any], value: Any) -> Iterator[None]:
-    global _switches
-    with _lock:
-        _switches += 1
+    global _any_switch
+    _any_switch = True
     token = variable.set(value)
     try:
         yield
     finally:
         variable.reset(token)
-        with _lock:
-            _switches -= 1
 
 
 def shortcut(array: Any, operation: str) -> Callable[..., Any] | None:
     """Return the shortcut for a small array, or None where there is none, or none is wanted."""
     key = type(array), operation
     found = SHORTCUTS.get(key)
-    if found is None or not _switches:
+    if found is None or not _any_switch:
         return found
     if _forced():
         return None
-    return _shortcut_without(_OFF.get(), key) if _any_off() else found
+    return _shortcut_without(key) if _any_off() else found
 
 
-def _shortcut_without(off: frozenset[str], key: tuple[type, str]) -> Callable[..., Any] | None:
+def _shortcut_without(key: tuple[type, str]) -> Callable[..., Any] | None:
     """Return the shortcut that a kernel offers by itself, and that is not switched off."""
     for kernel in TABLE:
-        if kernel.name not in off and kernel.module in _MODULES:
+        if not _is_off(kernel.name) and kernel.module in _MODULES:
             own: dict[Any, Any] = getattr(_MODULES[kernel.module], "SHORTCUTS", {})
             if key in own:
                 return own[key]  # type: ignore[no-any-return]

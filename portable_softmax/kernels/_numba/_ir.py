@@ -98,6 +98,11 @@ def _many(value, scalar, number):
     return ir.Constant(kind, [number] * kind.count if kind is not scalar else number)
 
 
+def nothing(context, builder, signature, args):
+    """Generate nothing: what is done where a pointer is the integer 0."""
+    return context.get_dummy_value()
+
+
 @intrinsic
 def load(typing, p, j):
     """``p[j]``, in the dtype of the computation."""
@@ -112,7 +117,6 @@ def load(typing, p, j):
 def store(typing, p, j, value):
     """``p[j] = value``, rounded once; nothing where `p` is an integer."""
     if isinstance(p, types.Integer):
-        nothing = lambda context, builder, signature, args: context.get_dummy_value()  # noqa: E731
         return types.void(p, types.intp, value), nothing
 
     def generate(context, builder, signature, args):

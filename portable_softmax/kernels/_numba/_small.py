@@ -15,6 +15,7 @@ import numpy as np
 
 from portable_softmax.kernels._numba import SHORT, _on_blocks, _on_rows
 from portable_softmax.kernels._numba._drive import PIECE, tile_for_rows
+from portable_softmax.kernels._numba._losses import EACH
 from portable_softmax.kernels._shortcuts import SHORTCUTS
 
 # By operation and dtype: what is compiled for longer rows and for short ones, None where nothing is
@@ -124,7 +125,7 @@ def _loss(operation: str, gradient: bool) -> Any:
         dtype = x.dtype
         each, flags, options = _ONE[dtype], 0, _PLAIN
         if reduction == "none":
-            each, flags = np.empty(rows, dtype), 4
+            each, flags = np.empty(rows, dtype), EACH
         elif reduction == "mean":
             options = _mean_of(rows) if gradient else _PLAIN
         elif reduction != "sum":

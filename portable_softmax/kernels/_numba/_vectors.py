@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, overload, register_model
 
-from portable_softmax.kernels._numba._ir import COMPUTE, FLOAT, narrowed, widened
+from portable_softmax.kernels._numba._ir import COMPUTE, FLOAT, narrowed, nothing, widened
 
 LANES = {types.float32: 16, types.float64: 8}
 _I1, _I32 = ir.IntType(1), ir.IntType(32)
@@ -136,10 +136,10 @@ def part(typing, p, j, k, rest):
         place, mask = place_of(builder, at, j, n), _first(builder, k, n)
         rest = as_vector(context, builder, kind, types.float64, rest)
         stored = place.type.pointee
-        nothing = rest if COMPUTE[p.dtype] == p.dtype else ir.Constant(stored, None)
+        unread = rest if COMPUTE[p.dtype] == p.dtype else ir.Constant(stored, None)
         align = ir.Constant(_I32, alignment(context, p))
-        value = _masked(builder, "load", stored, place, stored, [place, align, mask, nothing])
-        if nothing is rest:
+        value = _masked(builder, "load", stored, place, stored, [place, align, mask, unread])
+        if unread is rest:
             return value
         return builder.select(mask, widened(builder, p.dtype, value), rest)
 
@@ -150,7 +150,6 @@ def part(typing, p, j, k, rest):
 def put(typing, p, j, value):
     """Store a vector from ``p[j]`` on, each number rounded once; nothing if `p` is an integer."""
     if isinstance(p, types.Integer):
-        nothing = lambda context, builder, signature, args: context.get_dummy_value()  # noqa: E731
         return types.void(p, types.intp, value), nothing
 
     def generate(context, builder, signature, args):
@@ -166,7 +165,6 @@ def put(typing, p, j, value):
 def put_part(typing, p, j, value, k):
     """Store the first k numbers of a vector."""
     if isinstance(p, types.Integer):
-        nothing = lambda context, builder, signature, args: context.get_dummy_value()  # noqa: E731
         return types.void(p, types.intp, value, types.intp), nothing
 
     def generate(context, builder, signature, args):
@@ -186,7 +184,6 @@ def _prefetching(write: int) -> Any:
     @intrinsic
     def prefetch(typing, p, j):
         if isinstance(p, types.Integer):
-            nothing = lambda context, builder, sig, args: context.get_dummy_value()  # noqa: E731
             return types.void(p, types.intp), nothing
 
         def generate(context, builder, signature, args):
