@@ -298,7 +298,8 @@ def tests_triton(session: nox.Session) -> None:
     interpreted = ("--backend", "triton", *files, *PARALLEL)
     session.run("python", "-m", "pytest", *interpreted, *session.posargs, env=env)
     # Compiling takes a process in which Triton does not interpret.
-    compile_some = ("--backend", "torch", "tests/test_triton_compile.py")
+    files = ("tests/test_triton_compile.py", "tests/test_triton_cupy.py")
+    compile_some = ("--backend", "torch", *files)
     session.run("python", "-m", "pytest", *compile_some, *session.posargs)
 
 

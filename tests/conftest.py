@@ -163,9 +163,9 @@ def _kernels_run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if request.node.callspec.params.get("backend_name") != "triton":
         yield
         return
-    from portable_softmax.kernels._triton import _torch
+    from portable_softmax.kernels._triton._launch import Plan
 
-    seen, real = [], _torch.run
-    monkeypatch.setattr(_torch, "run", lambda *given: seen.append(given[0]) or real(*given))
+    seen, real = [], Plan.run
+    monkeypatch.setattr(Plan, "run", lambda *given: seen.append(given[1]) or real(*given))
     yield
     assert seen or request.node.originalname not in _ON_KERNELS, "no kernel ran"

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import reference
-from mpmath import mpf
-from numpy.testing import assert_allclose, assert_array_equal
+from mpmath import mp, mpf
+from numpy.testing import assert_allclose
 
 import portable_softmax as ps
 from portable_softmax import kernels
@@ -27,18 +27,16 @@ def _only_triton(backend_name):
 
 @pytest.fixture
 def launches(xp, monkeypatch):
-    """The launches of a test: (kernel, pass, tile)."""
-    from portable_softmax.kernels._triton import _torch
+    """The launches of a test: (kernel, pass)."""
+    from portable_softmax.kernels._triton._launch import Plan
 
-    seen, real = [], _torch.run
+    seen, real = [], Plan.run
 
-    def run(kernel, grid, arrays, numbers):
-        seen.append(
-            (kernel.__name__, numbers.get("PASS"), (numbers["ROWS"], numbers.get("CLASSES")))
-        )
-        return real(kernel, grid, arrays, numbers)
+    def run(plan, kernel, *given):
+        seen.append((kernel.__name__, plan.launch.way))
+        return real(plan, kernel, *given)
 
-    monkeypatch.setattr(_torch, "run", run)
+    monkeypatch.setattr(Plan, "run", run)
     return seen
 
 
@@ -113,42 +111,49 @@ def test_transforms_step_aside(xp, launches):
 @pytest.fixture
 def small(monkeypatch):
     """Thresholds at which the interpreter need not wait."""
-    from portable_softmax.kernels._triton import _sizes
+    from portable_softmax.kernels._triton import _launch, _sizes
 
+    monkeypatch.setattr(_launch, "_FRAMES", {})  # which keep launches
     for name, value in {
-        "SHORT": (4, 8), "REGISTERS": 32, "COLUMN": (8, 16), "SPLIT": 60, "SPLIT_COLUMN": 64,
-        "SPLIT_BELOW": 4, "PARTS": 4, "LONG_TILE": 16, "COLUMN_TILE": 32, "SHORT_TILE": 32,
-        "LANES": (4, 8), "DEPTH": 2,
+        "WARP": 32, "SHORT": (4, 8), "MANY_ROWS": 3, "REGISTERS": dict.fromkeys((2, 4, 8), 32),
+        "COLUMN": (8, 16), "LANES": dict.fromkeys((2, 4, 8), (4, 8)), "TILE": 128, "PART": 64,
+        "MOST": 4, "MOST_COLUMNS": 2, "LOOP_ABOVE": 4, "LAG": 8, "STEPS": 2,
     }.items():  # fmt: skip
         monkeypatch.setattr(_sizes, name, value)
 
 
-# Shape, axis, and the passes of its launches, on both sides of each threshold above.
+# Shape and axis on both sides of each threshold above, the pass that is taken, and that of what
+# writes no more than one value a row, if it is another one.
 SIDES = {
-    "short": ((5, 8), 1, ["registers"]),
-    "a row a program": ((5, 9), 1, ["registers"]),
-    "the longest in registers": ((2, 32), 1, ["registers"]),
-    "a loop": ((2, 33), 1, ["loop"]),
-    "the longest loop": ((2, 60), 1, ["loop"]),
-    "in parts": ((2, 61), 1, ["fold", "finish"]),
-    "enough rows for a loop": ((4, 61), 1, ["loop"]),
-    "columns in registers": ((16, 3), 0, ["registers"]),
-    "a loop of columns": ((17, 3), 0, ["loop"]),
-    "the longest loop of columns": ((64, 3), 0, ["loop"]),
-    "columns in parts": ((65, 3), 0, ["fold", "finish"]),
-    "many columns": ((65, 25), 0, ["loop"]),
-    "an axis in the middle": ((2, 20, 5), 1, ["loop"]),
-    "two axes": ((3, 2, 20), (1, 2), ["loop"]),
-    "an odd number of tiles": ((1, 77), 1, ["fold", "finish"]),
+    "short": ((5, 8), 1, "registers"),
+    "a row a program": ((5, 9), 1, "registers"),
+    "the longest in registers": ((2, 32), 1, "registers"),
+    "one part": ((3, 33), 1, "relay"),
+    "two parts": ((3, 65), 1, "relay"),
+    "longer parts": ((2, 300), 1, "relay"),
+    "enough rows for a loop": ((4, 265), 1, "relay", "loop"),
+    "more rows than the lag": ((9, 65), 1, "relay", "loop"),
+    "columns in registers": ((8, 3), 0, "registers"),
+    "columns in parts": ((17, 3), 0, "relay"),
+    "many columns": ((65, 25), 0, "relay", "loop"),
+    "an axis in the middle": ((4, 20, 5), 1, "relay", "loop"),
+    "two axes": ((3, 2, 40), (1, 2), "relay"),
+    "an odd number of tiles": ((1, 177), 1, "relay"),
 }
 
 
+def side_of(name):
+    """Its shape and axis, and the passes of what writes rows, and of what does not."""
+    shape, axis, way, *once = SIDES[name]
+    return shape, axis, way, (once or [way])[0]
+
+
 @pytest.mark.parametrize(
-    ("side", "dtype"), [*((s, "float32") for s in SIDES), ("in parts", "bfloat16")]
+    ("side", "dtype"), [*((s, "float32") for s in SIDES), ("longer parts", "bfloat16")]
 )
 def test_both_sides_of_every_threshold(xp, launches, small, side, dtype):
     """The answers are those of the portable path in float64, whatever the pass."""
-    shape, axis, passes = SIDES[side]
+    shape, axis, way, once = side_of(side)
     values = RNG.normal(size=shape) * 5
     values.flat[0] = values.flat[-1] = 40.0  # a tie of two that dominate
     x, dy = xp.asarray(values, dtype), xp.asarray(RNG.normal(size=shape), dtype)
@@ -166,7 +171,7 @@ def test_both_sides_of_every_threshold(xp, launches, small, side, dtype):
     ):
         launches.clear()
         actual = getattr(ps, operation)(*arrays, axis=axis, **options)
-        assert [way for _, way, _ in launches] == passes
+        assert [at for _, at in launches] == [once if operation == "logsumexp" else way]
         assert actual.dtype == x.dtype
         with kernels.portable():
             wide = (a.double() for a in arrays)
@@ -178,7 +183,7 @@ def test_both_sides_of_every_threshold(xp, launches, small, side, dtype):
 
 @pytest.mark.parametrize("side", [s for s in SIDES if s != "two axes"])
 def test_both_sides_of_every_threshold_of_the_loss(xp, launches, small, side):
-    shape, axis, passes = SIDES[side]
+    shape, axis, way, once = side_of(side)
     x = xp.asarray(RNG.normal(size=shape) * 5, "float32")
     positions = (*shape[:axis], *shape[axis + 1 :])
     labels = RNG.integers(shape[axis], size=positions)
@@ -200,14 +205,16 @@ def test_both_sides_of_every_threshold_of_the_loss(xp, launches, small, side):
         launches.clear()
         loss, grad = ps.cross_entropy_value_and_grad(x, target, axis=axis, **more)
         alone = ps.cross_entropy(x, target, axis=axis, **more)
-        ways = [way for name, way, _ in launches if name == "loss"]
-        assert ways == 2 * (["loop"] if general and "fold" in passes else passes)
+        if general:
+            assert launches == 2 * [("general", "registers" if way == "registers" else "loop")]
+        else:
+            assert launches == [("loss", way), ("loss", once)]
         with kernels.portable():
             wide = target.double() if target is t else target
             if "weight" in more:
                 more = {**more, "weight": weight.double()}
             expected, slope = ps.cross_entropy_value_and_grad(x.double(), wide, axis=axis, **more)
-        assert_array_equal(xp.numpy(alone), xp.numpy(loss))
+        assert_allclose(xp.numpy(alone), xp.numpy(loss), rtol=1e-6)  # another pass, another order
         assert_allclose(xp.numpy(loss), xp.numpy(expected), rtol=4e-6)
         largest = float(slope.abs().max())
         assert_allclose(xp.numpy(grad), xp.numpy(slope), rtol=1e-5, atol=1e-6 * largest)
@@ -252,6 +259,28 @@ def test_confident_rows_in_every_pass(xp, small, n, dtype):
         assert reference.ulps(xp.numpy(loss)[None], [-expected[n // 2]]) <= 8
         others = np.delete(xp.numpy(grad)[0], n // 2).astype(float).sum()
         assert_allclose(xp.numpy(grad)[0, n // 2], -others, rtol=8 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_the_label_entry_of_many_confident_rows(xp, dtype, smoothed):
+    """It is minus the sum of the others, wherever the maximum lies between two multiples."""
+    rows = RNG.normal(size=(4_000, 5)).astype(dtype)
+    rows[:, 2] += RNG.uniform(20, 80, size=4_000)
+    rows += RNG.uniform(-100, 100, size=(4_000, 1))
+    labels = np.full(4_000, 2)
+    target = np.eye(5)[labels] if smoothed else labels  # a distribution: the general kernel
+    _, grad = ps.cross_entropy_value_and_grad(
+        xp.asarray(rows, dtype), xp.asarray(target), reduction="none"
+    )
+    grad = xp.numpy(grad).astype(np.longdouble)
+    others = np.delete(grad, 2, axis=1).sum(axis=1)
+    assert_allclose(grad[:, 2], -others, rtol=8 * np.finfo(dtype).eps)
+    exact = [mpf(float(v)) for v in rows[7]]
+    top = max(exact)
+    rest = sum(mp.exp(v - top) for v in exact) - 1
+    expected = np.float64(-rest / (1 + rest))
+    assert_allclose(float(grad[7, 2]), expected, rtol=8 * np.finfo(dtype).eps)
 
 
 # --------------------------------------------------------------------------- labels

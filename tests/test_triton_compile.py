@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from portable_softmax.kernels import _triton
@@ -17,16 +17,13 @@ if importlib.util.find_spec("torch") is None:
 
 import triton_compile as tc
 
-from portable_softmax.kernels._triton import _layout, _sizes
-
-SHORT = "4 x 512"  # float64: 4 x 256
 QUICK = {
     "softmax": ("registers", "classes"),
-    "log_softmax": ("loop", "classes"),
+    "log_softmax": ("relay", "classes"),
     "logsumexp": ("registers", "classes"),
     "softmax_vjp": ("registers", "classes"),
     "log_softmax_vjp": ("registers", "lead"),
-    "cross_entropy": ("registers", "classes"),
+    "cross_entropy": ("loop", "classes"),
     "cross_entropy_value_and_grad": ("registers", "classes"),
 }
 
@@ -46,15 +43,42 @@ def test_sixteen_bytes_at_a_time(name, dtype):
     wide = "v2.b64" if dtype == "float64" else "v4.b32"
     loads, stores = tc.wide_accesses(kernel)
     assert wide in loads
-    if name in ("softmax", "log_softmax", "softmax_vjp", "log_softmax_vjp"):
+    if name in ("softmax", "softmax_vjp", "log_softmax_vjp"):
         assert loads == stores == {wide}
-    elif name == "cross_entropy_value_and_grad":
+    elif name in ("log_softmax", "cross_entropy_value_and_grad"):  # states, labels and losses too
         assert wide in stores
     assert tc.resources(kernel, 90).spilled == 0
-    # Neither contracted nor approximated, nor are subnormal numbers flushed to 0.
-    ptx = kernel.asm["ptx"]
-    assert ".ftz" not in ptx
-    assert "approx" not in ptx
+    # Neither contracted nor approximated, nor are subnormal numbers flushed to 0, but in the
+    # exponentials of half precision, which `_math.quick_exp` keeps away from these.
+    rough = set(re.findall(r"\w+\.(?:approx|ftz)[\w.]*", kernel.asm["ptx"]))
+    half = dtype.endswith("16") and not name.endswith("_vjp")
+    assert rough == ({"ex2.approx.ftz.f32"} if half else set())
+
+
+# Instructions that a thread issues for a byte of memory. An H100 SXM issues 10 in the time that
+# its memory moves one: 132 multiprocessors, 4 instructions for 32 threads at 1.98 GHz, 3.35 TB/s.
+@pytest.mark.parametrize(
+    ("name", "dtype", "way", "most"),
+    [
+        ("softmax", "float32", "registers", 4.5),
+        ("softmax", "bfloat16", "registers", 4.5),
+        ("softmax", "float32", "relay", 7.5),
+        ("softmax", "bfloat16", "relay", 5.5),
+        ("cross_entropy", "float32", "registers", 9),
+        ("cross_entropy", "bfloat16", "registers", 8),
+        ("cross_entropy", "float32", "loop", 7.5),
+        ("cross_entropy", "bfloat16", "loop", 6),
+        ("cross_entropy_value_and_grad", "float32", "registers", 6),
+        ("cross_entropy_value_and_grad", "bfloat16", "registers", 6.5),
+        ("softmax_vjp", "bfloat16", "registers", 3),
+    ],
+)
+def test_memory_is_busy_longer_than_arithmetic(name, dtype, way, most):
+    cases = [c for c in tc.cases([name], [dtype]) if (c.way, c.along) == (way, "classes")]
+    case = max(cases, key=lambda case: case.launch.classes)
+    instructions = tc.instructions(tc.compiled(case, 90), case)
+    moved = {"cross_entropy": 1, "softmax_vjp": 3}.get(name, 2) * (4 if dtype == "float32" else 2)
+    assert 1 < instructions / moved < most
 
 
 @pytest.mark.parametrize("arch", tc.ARCHS)
@@ -67,30 +91,6 @@ def test_every_option_compiles_for_every_device(arch):
 def test_an_unaligned_pointer_is_read_narrowly():
     loads, stores = tc.wide_accesses(tc.compiled(one("softmax", "float32"), 90, aligned=False))
     assert loads == stores == {"b32"}
-
-
-@pytest.mark.parametrize("itemsize", [2, 4, 8])
-def test_few_kernels_for_many_shapes(itemsize):
-    """1,000 random shapes take at most 40 kernels of one operation and dtype.
-
-    Sizes and strides are no part of what Triton specialises on: what tells two launches apart is
-    their constants.
-    """
-    rng = np.random.default_rng(0)
-    kernels = set()
-    for _ in range(1_000):
-        ndim = rng.integers(1, 5)
-        shape = tuple(int(n) for n in np.exp(rng.uniform(0, [14, 9, 6, 4][ndim - 1], ndim)))
-        axis = int(rng.integers(ndim))
-        strides = _layout.contiguous(shape)
-        found = _layout.layout(shape, (axis,), [strides, strides], 2, 16 // itemsize)
-        assert found is not None
-        launch = _sizes.launch(
-            found.lead, found.other, found.classes, found.along, max(4, itemsize)
-        )
-        ways = ("fold", "finish") if launch.way == "split" else (launch.way,)
-        kernels |= {(way, launch, found.along, found.unit) for way in ways}
-    assert 10 < len(kernels) <= 40
 
 
 def test_no_size_or_stride_makes_a_kernel_of_its_own():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,10 +20,10 @@ class Device:
     current = 0
 
     def __init__(self, number: int):
-        self.number = number
+        self.id = number
 
     def __enter__(self):
-        self.before, Device.current = Device.current, self.number
+        self.before, Device.current = Device.current, self.id
 
     def __exit__(self, *_):
         Device.current = self.before
@@ -50,7 +49,8 @@ def cupy(monkeypatch):
     module = SimpleNamespace(
         __name__="array_api_compat.cupy", float32=np.float32, int32=np.int32, iinfo=np.iinfo,
         cuda=SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=0xABC)),
-        expand_dims=np.expand_dims, squeeze=np.squeeze, sum=np.sum, where=np.where,
+        expand_dims=np.expand_dims, squeeze=np.squeeze, sum=np.sum, mean=np.mean,
+        where=np.where,
         **{name: array(getattr(np, name)) for name in (
             "ascontiguousarray", "broadcast_to", "empty_like", "empty", "zeros")},
     )  # fmt: skip
@@ -79,7 +79,10 @@ class Kernel:
 def test_a_launch_on_the_arrays_device_and_cupys_stream(cupy):
     x = np.ones((2, 3), np.float32).view(Array)
     kernel = Kernel("x_ptr", "y_ptr", "n", "ROWS")
-    _cupy.run(kernel, (7,), (x, x), {"ROWS": 4, "n": 3, "num_warps": 4, "enable_fp_fusion": False})
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    launch = _cupy.launcher(kernel, (7, 1, 1), (x, x), {"n": 3, "ROWS": 4}, options)
+    assert not kernel.launched
+    launch(x, x)
     ((arguments, stream, grid),) = kernel.launched
     assert (stream, grid, Device.current) == (0xABC, (7, 1, 1), 0)
     assert arguments["x_ptr"].data_ptr() == x.ctypes.data
@@ -110,14 +113,10 @@ def test_torch_without_cuda_in_the_process_is_a_reason(cupy, monkeypatch):
 @pytest.fixture
 def launches(cupy, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
-    from portable_softmax.kernels._triton import _loss, _rows
+    from portable_softmax.kernels._triton import _launch, _loss, _rows
 
+    monkeypatch.setattr(_launch, "_FRAMES", {})
     seen = []
-
-    @contextmanager
-    def nothing():
-        yield
-
     for module, name in ((_rows, "forward"), (_loss, "loss"), (_loss, "label_weights")):
         kernel = Kernel(*getattr(module, name).arg_names)
         monkeypatch.setattr(module, name, kernel)
@@ -162,3 +161,84 @@ def test_triton_sees_a_pointer_and_its_dtype(cupy):
             pointer = _cupy.Pointer(memory[start + offset :])
             kind, _ = native_specialize_impl(BaseBackend, pointer, False, True, True)
             assert kind == f"*{name}"
+
+
+class Driver:
+    """A driver of Triton for a device that is not there: what a launch asks of it."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.fixture
+def compiled(cupy, monkeypatch):
+    """The kernels that Triton would compile for the launches of a test: key -> signature."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    from portable_softmax.kernels._triton import _launch, _rows
+
+    if not isinstance(_rows.forward, JITFunction):
+        pytest.skip("TRITON_INTERPRET is 1: nothing is compiled")
+    found = {}
+
+    class Compiled:
+        def __init__(self, kernel, signature):
+            self.arguments = list(signature.values())
+
+        def __getitem__(self, grid):
+            def run(*arguments, stream):
+                assert len(arguments) == len(self.arguments)
+
+            return run
+
+    def compile_(self, key, signature, *rest):
+        cache = self.device_caches[0][0]
+        found[self.__name__, key] = cache[key] = Compiled(self, signature)
+        return cache[key]
+
+    before = triton.runtime.driver._active
+    monkeypatch.setattr(JITFunction, "_do_compile", compile_)
+    monkeypatch.setattr(_launch, "_FRAMES", {})
+    triton.runtime.driver.set_active(Driver())
+    caches = [(k, k.device_caches) for k in (_rows.forward, _rows.pull_back)]
+    for kernel, _ in caches:
+        kernel.device_caches = type(kernel.device_caches)(kernel.create_binder)
+    yield found
+    for kernel, cache in caches:
+        kernel.device_caches = cache
+    triton.runtime.driver._active = before
+
+
+@pytest.mark.parametrize("operation", ["softmax", "logsumexp"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_few_kernels_for_many_shapes(compiled, cupy, operation, dtype):
+    """1,000 random shapes compile at most 40 kernels of one operation and dtype.
+
+    They go through Triton as a user's calls do, but for the compiling: sizes and strides are no
+    part of what Triton tells kernels apart by, and an address only is one if it is odd.
+    """
+    rng = np.random.default_rng(0)
+    memory = np.zeros(4 << 20, dtype)
+    start = -memory.ctypes.data % 16 // memory.itemsize
+    memory = memory[start:].view(Array)
+    kind = np.dtype(dtype)
+    compute = np.promote_types(kind, np.float32)
+    for _ in range(1_000):
+        ndim = rng.integers(1, 5)
+        shape = tuple(int(n) for n in np.exp(rng.uniform(0, [14, 8, 5, 3.5][ndim - 1], ndim)))
+        shape = shape if np.prod(shape) <= memory.size else (shape[0],)
+        x = memory[: int(np.prod(shape))].reshape(shape)
+        axis = int(rng.integers(len(shape)))
+        call = RowsCall(operation, cupy, x, (axis,), None, 1.0, compute, kind)
+        getattr(_triton, operation)(call)
+    assert 10 < len(compiled) <= 40

@@ -18,7 +18,7 @@ from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from portable_softmax.kernels._triton import _loss, _rows, _sizes
+from portable_softmax.kernels._triton import _general, _loss, _rows, _sizes
 
 ARCHS = (80, 90, 100)
 # Triton's name of a dtype, its dtype, that of the computation, and the elements in 16 bytes.
@@ -29,10 +29,10 @@ DTYPES = {
     "bfloat16": ("bf16", tl.float32, 8),
 }
 
-# One set of options a kernel is compiled with: name -> (kernel, constants, whether it is quick).
+# One set of options a kernel is compiled with: name -> (kernel, constants).
 EVERY = {"IGNORING": True, "WEIGHTED": True, "Z": True, "CAPPED": True, "MASKED": True}
-NONE = dict.fromkeys(EVERY, False)
-LOSS = {"INDEX": True, "SMOOTH": False, "GRAD": True, "DIVISOR": "count", "CHECK": True, **NONE}
+LOSS = {"GRAD": True, "DIVISOR": "count", "CHECK": True, **dict.fromkeys(EVERY, False)}
+GENERAL = {**LOSS, **EVERY, "INDEX": True, "SMOOTH": True, "DIVISOR": "sum"}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     **{
         f"{op}{', where, temperature' if more else ''}": (
@@ -42,16 +42,25 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
         for op in ("softmax", "log_softmax", "logsumexp")
         for more in (False, True)
     },
-    **{op: (_rows.pull_back, {"OP": op}) for op in ("softmax_vjp", "log_softmax_vjp")},
+    "logsumexp, backward": (
+        _rows.forward,
+        {"OP": "logsumexp_vjp", "MASKED": False, "TEMPERED": False},
+    ),
+    **{
+        op: (_rows.pull_back, {"OP": op, "TEMPERED": False})
+        for op in ("softmax_vjp", "log_softmax_vjp")
+    },
     "cross_entropy": (_loss.loss, {**LOSS, "GRAD": False, "DIVISOR": "none"}),
+    "cross_entropy, backward": (_loss.loss, {**LOSS, "DIVISOR": "given", "CHECK": False}),
     "cross_entropy_value_and_grad": (_loss.loss, LOSS),
     "cross_entropy_value_and_grad, every option": (
         _loss.loss,
-        {**LOSS, **EVERY, "SMOOTH": True, "DIVISOR": "sum"},
+        {**LOSS, **EVERY, "DIVISOR": "sum"},
     ),
+    "cross_entropy_value_and_grad, smoothed": (_general.general, GENERAL),
     "cross_entropy_value_and_grad, distribution": (
-        _loss.loss,
-        {**LOSS, **EVERY, "INDEX": False, "IGNORING": False, "SMOOTH": True, "CHECK": False},
+        _general.general,
+        {**GENERAL, "INDEX": False, "IGNORING": False, "CHECK": False, "DIVISOR": "count"},
     ),
 }
 
@@ -73,16 +82,16 @@ class Case:
         return f"{self.launch.rows} x {self.launch.classes}"
 
 
-def launches(itemsize: int) -> Iterator[tuple[str, str, _sizes.Launch]]:
-    """Yield each launch that the table can answer with: the layout, the pass and the launch."""
+def launches(itemsize: int, **how: bool) -> Iterator[tuple[str, _sizes.Launch]]:
+    """Yield each layout and launch that the table can answer with for a kernel."""
     seen = set()
-    for along, lead in itertools.product(("classes", "lead"), (1, 8, 1_000_000)):
+    for along, lead in itertools.product(("classes", "lead"), (1, 8, 1_000, 1_000_000)):
         for classes in (1 << k for k in range(2, 21)):
-            found = _sizes.launch(lead, 1, classes, along, itemsize)
-            for way in ("fold", "finish") if found.way == "split" else (found.way,):
-                if (along, way, found) not in seen:
-                    seen.add((along, way, found))
-                    yield along, way, found
+            found = _sizes.launch(lead, 1, classes, along, itemsize, **how)
+            found = found._replace(parts=1)  # no constant of a kernel
+            if (along, found) not in seen:
+                seen.add((along, found))
+                yield along, found
 
 
 def cases(names: Any = KERNELS, dtypes: Any = DTYPES) -> Iterator[Case]:
@@ -90,16 +99,18 @@ def cases(names: Any = KERNELS, dtypes: Any = DTYPES) -> Iterator[Case]:
     for name, dtype in itertools.product(names, dtypes):
         kernel, constants = KERNELS[name]
         _, compute, unit = DTYPES[dtype]
-        general = constants.get("SMOOTH", False) or not constants.get("INDEX", True)
-        for along, way, launch in launches(8 if dtype == "float64" else 4):
-            if general and launch.way == "split":
-                continue
+        once = constants.get("OP") == "logsumexp" or not constants.get("GRAD", True)
+        plain = kernel is not _general.general
+        heavy = not plain or constants.get("MASKED", False) or constants.get("CAPPED", False)
+        heavy = heavy or (name == "log_softmax" and unit == 8)
+        for along, launch in launches(16 // unit, once=once, relay=plain, heavy=heavy):
             more = {
-                "PASS": way, "PARTS": launch.parts, "ALONG": along,
-                "UNIT": unit if launch.classes >= unit else 1, "DTYPE": compute,
-                "ROWS": launch.rows, "CLASSES": launch.classes, "DEPTH": _sizes.DEPTH,
+                "PASS": launch.way, "MOST": launch.most, "ALONG": along,
+                "UNIT": unit if launch.classes >= unit else 1, "QUICK": unit == 8,
+                "DTYPE": compute, "ROWS": launch.rows, "CLASSES": launch.classes,
+                "STEPS": _sizes.STEPS,
             }  # fmt: skip
-            yield Case(name, kernel, dtype, launch, along, way, {**constants, **more})
+            yield Case(name, kernel, dtype, launch, along, launch.way, {**constants, **more})
 
 
 def jit(kernel: Any) -> JITFunction:
@@ -114,7 +125,7 @@ def compiled(case: Case, arch: int, *, aligned: bool = True) -> Any:
     kernel = jit(case.kernel)
     short, compute, _ = DTYPES[case.dtype]
     wide = "fp64" if compute is tl.float64 else "fp32"
-    pointers = {"labels_ptr": "*i64", "where_ptr": "*u1", "flag_ptr": "*i32"}
+    pointers = {"labels_ptr": "*i64", "where_ptr": "*u1", "signals_ptr": "*i32"}
     pointers |= dict.fromkeys(("m_ptr", "rest_ptr", "total_ptr", "loss_ptr", "weight_ptr",
                                "divisor_ptr"), f"*{wide}")  # fmt: skip
     signature, attributes, constants = {}, {}, {}
@@ -162,6 +173,42 @@ def resources(kernel: Any, arch: int) -> Resources:
     (registers,) = re.findall(r"Used (\d+) registers", said)
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
     return Resources(int(registers), spilled, kernel.metadata.shared)
+
+
+_LINE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\S+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
+
+
+def instructions(kernel: Any, case: Case) -> float:
+    """Return how many instructions a thread executes for an entry of a long row.
+
+    Of rows in registers these are all up to the last EXIT, after which come the slow paths of
+    divisions; of a loop, those of a turn; of a relay, those of a turn of both of its loops, and
+    all others over the length of a part.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = (triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(found)
+        if one := _LINE.search(line):
+            found.append((one[1], one[2]))
+    last = max(i for i, (name, _) in enumerate(found) if name == "EXIT")
+    each = case.launch.rows * case.launch.classes / (case.launch.warps * 32)
+    if case.way == "registers":
+        return (last + 1) / each
+    loops = []
+    for i, (name, rest) in enumerate(found[:last]):
+        target = re.search(r"\.L_\w+", rest)
+        if name.startswith("BRA") and target and labels.get(target[0], last) < i - 20:
+            loops.append(i - labels[target[0]] + 1)
+    part = _sizes.PART * 4 / (16 / DTYPES[case.dtype][2]) / (case.launch.warps * 32)
+    more = (last - sum(loops)) / part if case.way == "relay" else 0.0
+    return sum(loops) / each + more
 
 
 def wide_accesses(kernel: Any) -> tuple[set[str], set[str]]:

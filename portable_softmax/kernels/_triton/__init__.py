@@ -163,7 +163,7 @@ def softmax_vjp(call: VjpCall) -> Any:
     if _as_operator(call):
         from portable_softmax.kernels._triton._operators import pull_back
 
-        return pull_back(call.x, call.dy, list(call.axes), call.operation)
+        return pull_back(call.x, call.dy, list(call.axes), 1.0, call.operation)
     from portable_softmax.kernels._triton._launch import pull_back as launched
 
     return launched(call)
@@ -178,7 +178,7 @@ def cross_entropy(call: LossCall) -> Any:
 
     wanted = call.operation == "cross_entropy_value_and_grad"
     if _as_operator(call):
-        loss, grad, weights = _operator_losses(call, wanted or call.x.requires_grad)
+        loss, grad, weights = _operator_losses(call, wanted)
         if wanted and call.options.reduction == "mean":
             divisor = loss.numel() if weights is None else weights.sum()
             if weights is not None:

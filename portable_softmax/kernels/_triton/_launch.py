@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +11,15 @@ import triton.language as tl
 
 from portable_softmax import _arrays
 from portable_softmax.kernels._calls import LossCall, RowsCall, VjpCall
-from portable_softmax.kernels._triton import _cupy, _layout, _loss, _rows, _sizes, _torch
+from portable_softmax.kernels._triton import (
+    _cupy,
+    _general,
+    _layout,
+    _loss,
+    _rows,
+    _sizes,
+    _torch,
+)
 
 
 def _library(call: Any) -> ModuleType:
@@ -20,6 +28,20 @@ def _library(call: Any) -> ModuleType:
 
 # Triton's type for the dtype of the computation.
 TYPES = {"float32": tl.float32, "float64": tl.float64}
+
+
+class Frame:
+    """What all calls with arrays of the same shapes, strides and so on have in common."""
+
+    def __init__(self, found: _layout.Layout, launch: _sizes.Launch, copies: bool) -> None:
+        self.layout, self.launch, self.copies = found, launch, copies
+        self.blocks = -(-found.lead // launch.rows)
+        self.launchers: dict[Any, Callable[..., None]] = {}
+
+
+# Made once for each signature of a call: what a launch takes of the host's time counts.
+_FRAMES: dict[Any, Frame] = {}
+_MOST_FRAMES = 4_096
 
 
 class Plan:
@@ -38,14 +60,23 @@ class Plan:
         masks: dict[str, Any],
         rows: dict[str, Any],
         out: dict[str, tuple[str, Any]],
+        *,
+        relay: bool = True,
+        heavy: bool = False,
     ) -> None:
         lib = self.library = _library(call)
+        self.call, self.compute = call, TYPES[_arrays.dtype_name(call.compute)]
+        self.quick = call.x.dtype.itemsize == 2
+        self.once = all(kind != "full" for kind, _ in out.values())
         full, masks, rows = ({k: lib.bare(a) for k, a in d.items()} for d in (full, masks, rows))
-        shape = tuple(call.x.shape)
+        shape = call.x.shape
         kept = tuple(1 if a in axes else n for a, n in enumerate(shape))
-        # Strides that do not merge, or no neighbours in memory: one copy, and once more.
-        for attempt in ("as they are", "in C order"):
-            if attempt == "in C order":
+        inputs = {**full, **masks, **rows}
+        key = (axes, relay, heavy, call.compute, *out.items(), *inputs)
+        key += tuple(lib.signature(a) for a in inputs.values())
+        frame = _FRAMES.get(key)
+        for copies in (False, True) if frame is None else (frame.copies,):
+            if copies:
                 full = {k: lib.contiguous(a) for k, a in full.items()}
                 masks = {k: lib.contiguous(lib.broadcast(a, shape)) for k, a in masks.items()}
                 rows = {k: lib.contiguous(a) for k, a in rows.items()}
@@ -55,31 +86,50 @@ class Plan:
                 for k, (kind, dtype) in out.items()
             }
             whole = {**full, **{k: a for k, a in made.items() if out[k][0] == "full"}}
-            rest = {**masks, **rows, **{k: a for k, a in made.items() if k not in whole}}
-            strides = [
-                *(lib.strides(a) for a in whole.values()),
-                *(lib.strides(lib.broadcast(a, shape)) for a in rest.values()),
-            ]
-            wide = max(16 // a.dtype.itemsize for a in whole.values())
-            found = _layout.layout(shape, axes, strides, len(whole), wide)
-            if found is not None:
-                break
-        else:
-            raise AssertionError(f"no layout for shape {shape} and axes {axes}")
-        self.layout, self.arrays = found, {**whole, **rest}
-        self.whole = frozenset(whole)
-        self.compute = TYPES[_arrays.dtype_name(call.compute)]
-        sizes = found.lead, found.other, found.classes, found.along
-        self.launch = _sizes.launch(*sizes, call.compute.itemsize)
-        self.call = call
+            self.arrays = {**whole, **masks, **rows, **made}
+            if frame is None:
+                frame = self._frame(tuple(shape), axes, len(whole), copies, relay, heavy)
+                if frame is not None:
+                    if len(_FRAMES) >= _MOST_FRAMES:
+                        _FRAMES.clear()
+                    _FRAMES[key] = frame
+                    break
+        if frame is None:
+            raise AssertionError(f"no layout for shape {tuple(shape)} and axes {axes}")
+        self.frame, self.layout, self.launch = frame, frame.layout, frame.launch
+        self.blocks, self.whole = frame.blocks, len(whole)
+
+    def _frame(
+        self, shape: tuple[int, ...], axes: tuple[int, ...], whole: int, copies: bool, relay: bool,
+        heavy: bool,
+    ) -> Frame | None:  # fmt: skip
+        """Return how the arrays lie, or None where strides do not merge or nothing is a neighbour.
+
+        Then they are copied to C order, which always does.
+        """
+        lib, arrays = self.library, tuple(self.arrays.values())
+        strides = [
+            lib.strides(a if i < whole else lib.broadcast(a, shape)) for i, a in enumerate(arrays)
+        ]
+        wide = max(16 // a.dtype.itemsize for a in arrays[:whole])
+        found = _layout.layout(shape, axes, strides, whole, wide)
+        if found is None:
+            return None
+        launch = _sizes.launch(
+            *(found.lead, found.other, found.classes, found.along, self.call.x.dtype.itemsize),
+            once=self.once,
+            relay=relay,
+            heavy=heavy,
+        )
+        return Frame(found, launch, copies)
 
     def numbers(self) -> dict[str, int]:
         """Return the strides of each array as the arguments of a kernel."""
         found: dict[str, int] = {}
         rows, unit = self.layout.along == "classes", self.layout.unit
-        for name, strides in zip(self.arrays, self.layout.strides, strict=True):
+        for i, (name, strides) in enumerate(zip(self.arrays, self.layout.strides, strict=True)):
             lead, other, c = strides
-            if name in self.whole:  # the unit stride itself is no argument
+            if i < self.whole:  # the unit stride itself is no argument
                 lead, other, c = lead // unit, other // unit, c // unit
             found |= {f"{name}_lead": lead, f"{name}_other": other, f"{name}_class": c}
         found["lead_count"] = self.layout.lead if rows else self.layout.lead // unit
@@ -87,97 +137,137 @@ class Plan:
         return found
 
     def run(
-        self, kernel: Any, arrays: Sequence[Any], numbers: dict[str, Any], *, once: bool = False
+        self, kernel: Any, arrays: Sequence[Any], numbers: dict[str, Any], more: Any = None
     ) -> None:
-        """Launch a kernel: a program for each block of rows, and where they are split each part.
+        """Launch a kernel: a program for each block of rows, and in a relay for each part twice.
 
-        `once`: what finishes split rows needs one program a row, as it writes nothing longer.
+        What finishes a block of a relay is one program where nothing longer than a row's value is
+        written. `more` tells apart arrays that the plan knows nothing of.
         """
-        at, launch = self.layout, self.launch
-        if at.lead * at.other == 0:
-            return
-        blocks = -(-at.lead // launch.rows)
-        accepted = set(kernel.arg_names)
-        given = {k: v for k, v in {**self.numbers(), **numbers}.items() if k in accepted}
-        given |= dict.fromkeys(accepted.intersection(_ABSENT) - given.keys(), 0)
-        for way in ("fold", "finish") if launch.way == "split" else (launch.way,):
-            parts = 1 if once and way == "finish" else launch.parts
-            self.library.run(
-                kernel,
-                (blocks * at.other, parts),
-                tuple(arrays),
-                {
-                    **given,
-                    "lead_blocks": blocks,
-                    "PASS": way,
-                    "PARTS": launch.parts,
-                    "ALONG": at.along,
-                    "UNIT": at.unit,
-                    "DTYPE": self.compute,
-                    "ROWS": launch.rows,
-                    "CLASSES": launch.classes,
-                    "DEPTH": _sizes.DEPTH,
-                    "num_warps": launch.warps,
-                    "maxnreg": launch.registers,
-                    # Contracted to fma, the error of a difference would come out as 0.
-                    "enable_fp_fusion": False,
-                },
-            )
+        key = (kernel, more, *numbers.values())
+        launcher = self.frame.launchers.get(key)
+        if launcher is None:
+            launcher = self._launcher(kernel, arrays, numbers)
+            self.frame.launchers[key] = launcher
+        launcher(*arrays)
 
-    def run_small(self, kernel: Any, arrays: Sequence[Any], numbers: dict[str, Any]) -> None:
+    def _launcher(
+        self, kernel: Any, arrays: Sequence[Any], numbers: dict[str, Any]
+    ) -> Callable[..., None]:
+        at, launch = self.layout, self.launch
+        programs = self.blocks * at.other
+        given = {**self.numbers(), **numbers, "lead_blocks": self.blocks}
+        if launch.way == "relay":
+            finishers = 1 if self.once else launch.parts
+            lag = min(programs, -(-_sizes.LAG // (launch.parts + finishers)))
+            given |= {"parts": launch.parts, "finishers": finishers, "lag": lag}
+            programs = (programs + lag) * (launch.parts + finishers)
+        given |= {
+            "PASS": launch.way,
+            "MOST": launch.most,
+            "ALONG": at.along,
+            "UNIT": at.unit,
+            "QUICK": self.quick,
+            "DTYPE": self.compute,
+            "ROWS": launch.rows,
+            "CLASSES": launch.classes,
+            "STEPS": _sizes.STEPS,
+        }
+        options = {
+            "num_warps": launch.warps,
+            "maxnreg": launch.registers,
+            # Contracted to fma, the error of a difference would come out as 0.
+            "enable_fp_fusion": False,
+        }
+        return self._prepared(kernel, programs, arrays, given, options)
+
+    def _prepared(
+        self, kernel: Any, programs: int, arrays: Sequence[Any], given: dict[str, Any],
+        options: dict[str, Any],
+    ) -> Callable[..., None]:  # fmt: skip
+        names = kernel.arg_names[len(arrays) :]
+        # The strides of an array that a call lacks, and the parts where there is no relay, are 0.
+        numbers = {name: given.get(name, 0) for name in names}
+        launcher: Callable[..., None] = self.library.launcher(
+            kernel, (programs, 1, 1), tuple(arrays), numbers, options
+        )
+        return launcher
+
+    def run_small(
+        self, kernel: Any, arrays: Sequence[Any], numbers: dict[str, Any], more: Any = None
+    ) -> None:
         """Launch a kernel that has one entry a row to work on."""
-        at, rows = self.layout, _sizes.SMALL_ROWS
-        blocks = -(-at.lead // rows)
-        given = {**self.numbers(), **numbers, "lead_blocks": blocks, "ROWS": rows}
-        given |= {"ALONG": at.along, "UNIT": at.unit}
-        given = {k: v for k, v in given.items() if k in kernel.arg_names}
-        self.library.run(kernel, (blocks * at.other,), tuple(arrays), given)
+        key = (kernel, more, *numbers.values())
+        launcher = self.frame.launchers.get(key)
+        if launcher is None:
+            at, rows = self.layout, _sizes.SMALL_ROWS
+            blocks = -(-at.lead // rows)
+            given = {**self.numbers(), **numbers, "lead_blocks": blocks, "ROWS": rows}
+            given |= {"ALONG": at.along, "UNIT": at.unit}
+            launcher = self._prepared(kernel, blocks * at.other, arrays, given, {})
+            self.frame.launchers[key] = launcher
+        launcher(*arrays)
 
     def states(self, count: int) -> list[Any]:
-        """Return room for what the parts of each row leave, if there are parts."""
+        """Return room for what the parts of each row leave in a relay."""
         first = next(iter(self.arrays.values()))
-        if self.launch.way != "split":
+        if self.launch.way != "relay":
             return [first] * count
         size = self.layout.lead * self.layout.other * self.launch.parts
         return [self.library.empty((size,), self.call.compute, first) for _ in range(count)]
 
+    def signals(self, more: int = 0) -> Any:
+        """Return zeros: `more`, and a counter for each block of a relay."""
+        xp, first = self.call.xp, next(iter(self.arrays.values()))
+        counters = self.blocks * self.layout.other if self.launch.way == "relay" else 0
+        return self.library.zeros((more + counters,), xp.int32, first) if more + counters else first
 
-# The strides of an array that a call may lack.
-_ABSENT = frozenset(f"{name}_{axis}" for name in "wtlg" for axis in ("lead", "other", "class"))
 
+def forward(call: RowsCall, dy: Any = None) -> Any:
+    """softmax, log_softmax or logsumexp, the reduced axes of the last kept with length 1.
 
-def forward(call: RowsCall) -> Any:
-    """softmax, log_softmax or logsumexp, the reduced axes of the last kept with length 1."""
+    With `dy`, which has the shape of a logsumexp, the gradient of that.
+    """
+    operation = call.operation if dy is None else "logsumexp_vjp"
     masks = {} if call.where is None else {"w": call.where}
-    kind = "rows" if call.operation == "logsumexp" else "full"
-    plan = Plan(call, call.axes, {"x": call.x}, masks, {}, {"y": (kind, call.answer)})
-    x, y, where = plan.arrays["x"], plan.arrays["y"], plan.arrays.get("w", plan.arrays["x"])
+    rows = {} if dy is None else {"d": dy}
+    kind = "rows" if operation == "logsumexp" else "full"
+    out = {"y": (kind, call.answer)}
+    heavy = bool(masks) or (operation == "log_softmax" and call.answer.itemsize == 2)
+    plan = Plan(call, call.axes, {"x": call.x}, masks, rows, out, heavy=heavy)
+    x, y = plan.arrays["x"], plan.arrays["y"]
     options = {
         "temperature": call.temperature,
-        "OP": call.operation,
+        "OP": operation,
         "MASKED": bool(masks),
         "TEMPERED": call.temperature != 1.0,
     }
-    plan.run(_rows.forward, (x, y, where, *plan.states(2)), options, once=kind == "rows")
+    arrays = (x, y, plan.arrays.get("w", x), plan.arrays.get("d", x), *plan.states(2))
+    plan.run(_rows.forward, (*arrays, plan.signals()), options)
     return y
 
 
-def pull_back(call: VjpCall) -> Any:
-    """softmax_vjp or log_softmax_vjp."""
+def pull_back(call: VjpCall, temperature: float = 1.0) -> Any:
+    """softmax_vjp or log_softmax_vjp, over the temperature of the forward function."""
     full = {"x": call.x, "d": call.dy}
     plan = Plan(call, call.axes, full, {}, {}, {"y": ("full", call.answer)})
     arrays = (plan.arrays["x"], plan.arrays["d"], plan.arrays["y"], *plan.states(1))
-    plan.run(_rows.pull_back, arrays, {"OP": call.operation})
+    options = {"OP": call.operation, "temperature": temperature, "TEMPERED": temperature != 1.0}
+    plan.run(_rows.pull_back, (*arrays, plan.signals()), options)
     return plan.arrays["y"]
 
 
-def losses(call: LossCall, *, gradient: bool) -> tuple[Any, Any, Any]:
+def losses(call: LossCall, *, gradient: bool, upstream: Any = None) -> tuple[Any, Any, Any]:
     """Return the loss of each position, the gradient as the reduction scales it, and the weights.
 
-    The weights are those of the labels, for the mean to divide by, where they are not all 1. With
-    `check_labels` one flag is read back, which waits for the device; nothing else does.
+    The weights are those of the labels, for the mean to divide by, where they are not all 1.
+    `upstream`, which has the shape of the labels' positions, multiplies the gradient instead of
+    what the reduction asks for. With `check_labels` one flag is read back, which waits for the
+    device; nothing else does.
     """
     xp, options, lib = call.xp, call.options, _library(call)
+    numbers = _numbers(call)
+    plain = call.indices and not numbers["SMOOTH"]
     full, rows, out = {"x": call.x}, {}, {"o": ("rows", call.compute)}
     masks = {} if options.where is None else {"w": options.where}
     if call.indices:
@@ -186,33 +276,38 @@ def losses(call: LossCall, *, gradient: bool) -> tuple[Any, Any, Any]:
         full["t"] = call.labels
     if gradient:
         out["g"] = ("full", call.answer)
-    plan = Plan(call, (call.axis,), full, masks, rows, out)
-    numbers = _numbers(call)
-    if plan.launch.way == "split" and (numbers["SMOOTH"] or not call.indices):
-        # Its loss is a sum over the classes, which the parts would have to merge as well.
-        plan.launch = plan.launch._replace(way="loop", parts=1)
+    if upstream is not None:
+        rows["d"] = xp.expand_dims(lib.bare(upstream), axis=call.axis)
+    heavy = not plain or numbers["MASKED"] or numbers["CAPPED"]
+    plan = Plan(call, (call.axis,), full, masks, rows, out, relay=plain, heavy=heavy)
     x, loss = plan.arrays["x"], plan.arrays["o"]
     weight = x if options.weight is None else lib.contiguous(lib.bare(options.weight))
+    more = lib.signature(weight)[-1]
     weights, divisor, how = None, x, "none"
-    if call.indices and (options.weight is not None or options.ignore_index is not None):
+    weighs = call.indices and (options.weight is not None or options.ignore_index is not None)
+    if upstream is not None:
+        how, divisor = "given", plan.arrays["d"]
+    elif weighs:
         weights = lib.empty_like(loss, call.compute)
-        plan.run_small(_loss.label_weights, (plan.arrays["l"], weight, weights), numbers)
+        plan.run_small(_loss.label_weights, (plan.arrays["l"], weight, weights), numbers, more)
     if gradient and options.reduction == "mean":
         how, divisor = ("count", x) if weights is None else ("sum", xp.sum(weights))
     check = call.check_labels and call.indices
-    flag = lib.zeros((1,), xp.int32, x) if check else x
-    arrays = (
-        *(x, plan.arrays.get("l", x), plan.arrays.get("t", x), plan.arrays.get("w", x)),
-        *(weight, divisor, loss, plan.arrays.get("g", x), flag, *plan.states(2)),
-    )
+    signals = plan.signals(1 if check or plan.launch.way == "relay" else 0)
     numbers |= {"GRAD": gradient, "CHECK": check, "DIVISOR": how}
     numbers["positions"] = float(math.prod(loss.shape))
-    plan.run(_loss.loss, arrays, numbers, once=not gradient)
-    if check and int(flag[0]):
+    labels, where = plan.arrays.get("l", x), plan.arrays.get("w", x)
+    grad = plan.arrays.get("g")
+    tail = (where, weight, divisor, loss, x if grad is None else grad, signals)
+    if plain:
+        plan.run(_loss.loss, (x, labels, *tail, *plan.states(2)), numbers, more)
+    else:
+        plan.run(_general.general, (x, labels, plan.arrays.get("t", x), *tail), numbers, more)
+    if check and int(signals[0]):
         call.target()  # raises, naming the label
     if weights is not None:
         weights = xp.squeeze(weights, axis=call.axis)
-    return xp.squeeze(loss, axis=call.axis), plan.arrays.get("g"), weights
+    return xp.squeeze(loss, axis=call.axis), grad, weights
 
 
 def reduced(call: LossCall, loss: Any, weights: Any) -> Any:
@@ -220,14 +315,13 @@ def reduced(call: LossCall, loss: Any, weights: Any) -> Any:
     xp, reduction = call.xp, call.options.reduction
     if reduction == "none":
         return loss
-    total = xp.sum(loss)
     if reduction == "sum":
-        return total
+        return xp.sum(loss)
     if weights is None:
-        return total / math.prod(loss.shape)
+        return xp.mean(loss)
     divisor = xp.sum(weights)
     # Smoothing may leave a loss where the labels' weights sum to 0, which is no infinite mean.
-    return xp.where(divisor == 0, math.nan, total / divisor)
+    return xp.where(divisor == 0, math.nan, xp.sum(loss) / divisor)
 
 
 def _numbers(call: LossCall) -> dict[str, Any]:

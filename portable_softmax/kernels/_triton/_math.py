@@ -29,10 +29,9 @@ def divide(a, b):
 
 @triton.jit
 def difference_error(a, b, difference):
-    """(a - b) - fl(a - b), exactly where all are finite and else 0 (Knuth's two-sum)."""
+    """(a - b) - fl(a - b), exactly where all are finite (Knuth's two-sum)."""
     t = difference - a
-    error = (a - (difference - t)) - (b + t)
-    return tl.where(error - error == 0.0, error, 0.0)
+    return (a - (difference - t)) - (b + t)
 
 
 @triton.jit
@@ -45,70 +44,200 @@ def _power_of_two(n, like):
 
 
 @triton.jit
-def _parts(x, error):
-    """Return p and n with exp(x + error) = 2^n (1 + p), |n ln 2 - x| <= ln 2 / 2.
+def _nearest(x, OFFSET: tl.constexpr):
+    """n = x / ln 2 to the nearest integer, and a number whose low bits hold n + OFFSET.
 
-    x is cut off where exp has long been 0 or inf. Adding and subtracting 1.5 * 2^52 rounds to an
-    integer and leaves it in the low bits. ln 2 is split so that n times its head is exact (Cody
-    and Waite 1980); `error` joins where it is no longer small beside what is left.
+    Adding 1.5 * 2^23 (2^52) rounds, and leaves the integer in the low bits.
     """
     if x.dtype == tl.float64:
-        x = tl.minimum(tl.maximum(x, -746.0), 710.0)
-        shifted = tl.fma(x, constant(1.4426950408889634, x), constant(6755399441055744.0, x))
-        n = shifted.to(tl.int64, bitcast=True) - 0x4338000000000000
-        k = shifted - 6755399441055744.0
-        r = tl.fma(k, constant(-6.93147180369123816490e-01, x), x)
-        r = tl.fma(k, constant(-1.90821492927058770002e-10, x), r) + error
-        # Taylor's series: the first term left out is below 2^-57 for |r| <= 0.35.
-        p = tl.fma(r, constant(1.6059043836821613e-10, x), constant(2.08767569878681e-09, x))
-        p = tl.fma(p, r, constant(2.505210838544172e-08, x))
-        p = tl.fma(p, r, constant(2.755731922398589e-07, x))
-        p = tl.fma(p, r, constant(2.7557319223985893e-06, x))
-        p = tl.fma(p, r, constant(2.48015873015873e-05, x))
-        p = tl.fma(p, r, constant(0.0001984126984126984, x))
-        p = tl.fma(p, r, constant(0.001388888888888889, x))
-        p = tl.fma(p, r, constant(0.008333333333333333, x))
-        p = tl.fma(p, r, constant(0.041666666666666664, x))
-        p = tl.fma(p, r, constant(0.16666666666666666, x))
-        p = tl.fma(p, r, constant(0.5, x))
-        return tl.fma(p, r * r, r), n
+        MAGIC: tl.constexpr = 6755399441055744.0 + OFFSET
     else:
-        x = tl.minimum(tl.maximum(x, -104.0), 89.0)
-        shifted = tl.fma(x, constant(1.4426950408889634, x), constant(12582912.0, x))
-        n = shifted.to(tl.int32, bitcast=True) - 0x4B400000
-        k = shifted - 12582912.0
-        r = tl.fma(k, constant(-0.693145751953125, x), x)
-        r = tl.fma(k, constant(-1.428606765330187e-06, x), r) + error
-        # Cephes, expf: minimax on |r| <= 0.35.
-        p = tl.fma(r, constant(1.9875691500e-4, x), constant(1.3981999507e-3, x))
-        p = tl.fma(p, r, constant(8.3334519073e-3, x))
-        p = tl.fma(p, r, constant(4.1665795894e-2, x))
-        p = tl.fma(p, r, constant(1.6666665459e-1, x))
-        p = tl.fma(p, r, constant(5.0000001201e-1, x))
-        return tl.fma(p, r * r, r), n
+        MAGIC: tl.constexpr = 12582912.0 + OFFSET
+    shifted = tl.fma(x, constant(1.4426950408889634, x), constant(MAGIC, x))
+    return shifted - MAGIC, shifted
 
 
 @triton.jit
-def exp(x, error):
-    """exp(x + error) for a small error, within one unit in the last place, nan for nan."""
-    p, n = _parts(x, error)
+def _reduced(n, x, head):
+    """x - head - n ln 2, for a head that is a multiple of 2^-14 (2^-32).
+
+    The head of ln 2 is such a multiple as well, so that the first step loses nothing for a head
+    below 256 (2048); the second one loses nothing beside what is left (Cody and Waite 1980).
+    """
+    if x.dtype == tl.float64:
+        near = tl.fma(n, constant(-6.93147180369123816490e-01, x), -head) + x
+        return tl.fma(n, constant(-1.90821492927058770002e-10, x), near)
+    else:
+        near = tl.fma(n, constant(-0.69317626953125, x), -head) + x
+        return tl.fma(n, constant(2.9088971132296138e-05, x), near)
+
+
+@triton.jit
+def _slope(r):
+    """q with exp(r) = 1 + q r for |r| <= 0.3467."""
+    if r.dtype == tl.float64:
+        # Taylor's series: the first term left out is below 2^-57.
+        q = tl.fma(r, constant(1.6059043836821613e-10, r), constant(2.08767569878681e-09, r))
+        q = tl.fma(q, r, constant(2.505210838544172e-08, r))
+        q = tl.fma(q, r, constant(2.755731922398589e-07, r))
+        q = tl.fma(q, r, constant(2.7557319223985893e-06, r))
+        q = tl.fma(q, r, constant(2.48015873015873e-05, r))
+        q = tl.fma(q, r, constant(0.0001984126984126984, r))
+        q = tl.fma(q, r, constant(0.001388888888888889, r))
+        q = tl.fma(q, r, constant(0.008333333333333333, r))
+        q = tl.fma(q, r, constant(0.041666666666666664, r))
+        q = tl.fma(q, r, constant(0.16666666666666666, r))
+        q = tl.fma(q, r, constant(0.5, r))
+    else:
+        # Minimax for the relative error of exp (Remez): 3e-9, and 0.72 units once rounded.
+        q = tl.fma(r, constant(1.3814540579915047e-3, r), constant(8.368745446205139e-3, r))
+        q = tl.fma(q, r, constant(4.166838899254799e-2, r))
+        q = tl.fma(q, r, constant(1.6666521131992340e-1, r))
+        q = tl.fma(q, r, constant(4.9999994039535522e-1, r))
+    return tl.fma(q, r, constant(1.0, r))
+
+
+@triton.jit
+def _integer(shifted):
+    """n as an integer, from the bits that hold it with no offset."""
+    if shifted.dtype == tl.float64:
+        return shifted.to(tl.int64, bitcast=True) - 0x4338000000000000
+    else:
+        return shifted.to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def exp(x):
+    """exp(x) for any x, within one unit in the last place."""
+    if x.dtype == tl.float64:
+        x = tl.minimum(tl.maximum(x, -746.0, propagate_nan=tl.PropagateNan.ALL), 710.0,
+                       propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
+    else:
+        x = tl.minimum(tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL), 89.0,
+                       propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
+    n, shifted = _nearest(x, 0)
+    r = _reduced(n, x, x * 0.0)
+    y = tl.fma(_slope(r), r, constant(1.0, x))
     # Two factors, so that neither leaves the normal range: only the last product is rounded.
+    n = _integer(shifted)
     half = n >> 1
-    y = (1.0 + p) * _power_of_two(half, x) * _power_of_two(n - half, x)
-    return tl.where(x == x, y, x)
+    return y * _power_of_two(half, x) * _power_of_two(n - half, x)
 
 
 @triton.jit
 def tanh(x):
     """(1 - E) / (1 + E) with E = exp(-2|x|), 1 - E without cancellation: within 3 units."""
-    size = -2.0 * tl.abs(x)
-    p, n = _parts(size, 0.0)
-    n = tl.maximum(n, -80)  # far below one unit of 1
-    scale = _power_of_two(n, x)
-    minus = -tl.fma(scale, p, scale - 1.0)
+    size = tl.maximum(-2.0 * tl.abs(x), -80.0)  # far below one unit of 1; a nan is put back below
+    n, shifted = _nearest(size, 0)
+    r = _reduced(n, size, size * 0.0)
+    scale = _power_of_two(_integer(shifted), x)
+    minus = -tl.fma(scale, _slope(r) * r, scale - 1.0)
     y = divide(minus, 2.0 - minus)
     y = tl.where(x < 0.0, -y, y)
     return tl.where(x == x, y, x)
+
+
+# --- exp(x - m) for x <= m ----------------------------------------------------------------------
+
+# What exponentials are kept times: no product of a subnormal one is rounded before the last.
+ONE32 = tl.constexpr(2.0**32)
+ONE64 = tl.constexpr(2.0**64)
+
+
+@triton.jit
+def one(like):
+    """The number that stands for 1 among scaled exponentials: a power of two."""
+    if like.dtype == tl.float64:
+        return constant(ONE64, like)
+    else:
+        return constant(ONE32, like)
+
+
+@triton.jit
+def _raised(n, shifted, x, head, error):
+    """one * exp(x + error - head), n + log2(one) being in the bits of `shifted`."""
+    r = _reduced(n, x, head) + error
+    y = tl.fma(_slope(r), r, constant(1.0, x))
+    # The exponent is added to the bits.
+    if x.dtype == tl.float64:
+        bits = shifted.to(tl.int64, bitcast=True) << 52
+        return (bits + y.to(tl.int64, bitcast=True)).to(tl.float64, bitcast=True)
+    else:
+        bits = shifted.to(tl.int32, bitcast=True) << 23
+        return (bits + y.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def lowest(like):
+    """An exponent at which exp has long been rounded to 0."""
+    if like.dtype == tl.float64:
+        return constant(-746.0, like)
+    else:
+        return constant(-104.0, like)
+
+
+@triton.jit
+def _scaled(near, x, head, error):
+    """one * exp(x + error - head), 0 where x - head is `lowest`; `near` is x - head, rounded.
+
+    What it would be there is subtracted: at most half a unit of a subnormal number.
+    """
+    low = lowest(x)
+    zero = low * 0.0
+    if x.dtype == tl.float64:
+        n, shifted = _nearest(near, 64)
+        n_low, shifted_low = _nearest(low, 64)
+    else:
+        n, shifted = _nearest(near, 32)
+        n_low, shifted_low = _nearest(low, 32)
+    return _raised(n, shifted, x, head, error) - _raised(n_low, shifted_low, low, zero, zero)
+
+
+@triton.jit
+def split(m):
+    """What `scaled_exp` takes of a maximum m: (base, head, tail), m = base + head + tail.
+
+    Either both x and m are so large that their difference is exact wherever exp(x - m) is not 0:
+    base is m. Or head is m rounded to a multiple that `_reduced` can take, and tail, which is at
+    most 2^-15 (2^-33), is left to a factor of the whole row.
+    """
+    if m.dtype == tl.float64:
+        large = tl.abs(m) >= 2048.0
+        head = (m + 1572864.0) - 1572864.0
+    else:
+        large = tl.abs(m) >= 256.0
+        head = (m + 768.0) - 768.0
+    head = tl.where(large, 0.0, head)
+    return tl.where(large, m, 0.0), head, tl.where(large, 0.0, m - head)
+
+
+@triton.jit
+def scaled_exp(x, base, head):
+    """one * exp(x - base - head), and 0 where that rounds to 0; some number for a nan.
+
+    Within one unit in the last place; a subnormal exp(x), which has fewer digits, within one of
+    its own.
+    """
+    x = tl.maximum(x - base, head + lowest(head))
+    return _scaled(x - head, x, head, x * 0.0)
+
+
+@triton.jit
+def scaled_exp_of(x, error):
+    """one * exp(x + error), for a small error that may be nan where x is infinite."""
+    # Of a nan and a number this maximum is the number.
+    error = tl.maximum(error, -1.52587890625e-05)
+    x = tl.maximum(x, lowest(x))
+    return _scaled(x, x, x * 0.0, error)
+
+
+@triton.jit
+def quick_exp(x):
+    """one * exp(x) for answers in half precision: the device's own exponential of base 2.
+
+    Its error and that of its argument stay below 2^-17.
+    """
+    return tl.exp2(tl.fma(x, constant(1.4426950408889634, x), constant(32.0, x)))
 
 
 @triton.jit
@@ -121,6 +250,7 @@ def log1p(x):
     """
     u = 1.0 + x
     lost = difference_error(x, -1.0 + x * 0.0, u)
+    lost = tl.where(lost == lost, lost, 0.0)
     if x.dtype == tl.float64:
         bits = u.to(tl.int64, bitcast=True)
         k = (bits - 0x3FE6A09E667F3BCD) >> 52

@@ -1,7 +1,9 @@
-"""The kernels as operators of torch: for autograd, and for torch.compile and its fake tensors.
+"""The kernels as torch knows them: for autograd, and for torch.compile and its fake tensors.
 
-Each has a fake, which gives shapes, and a derivative. The derivatives of the forward functions
-are kernels as well; those of the derivatives, for the second order, are the portable mathematics.
+What is traced takes an operator, which has a fake, which gives shapes, and a derivative. What is
+not takes the same derivative as a Function of autograd, whose call costs the host a tenth of an
+operator's. The derivatives of the forward functions are kernels as well; those of the derivatives,
+for the second order, are the portable mathematics.
 """
 
 from __future__ import annotations
@@ -20,6 +22,31 @@ def _kept(x: Any, axes: Any) -> list[int]:
     return [1 if a in axes else n for a, n in enumerate(x.shape)]
 
 
+def _differentiable(operator: Any, launched: Any, keep: Any, backward: Any) -> Any:
+    """Return what takes an operator for tensors that are traced, and a Function for others."""
+
+    class Launched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = launched(*inputs)
+            keep(ctx, inputs, output)
+            if isinstance(output, tuple):
+                ctx.mark_non_differentiable(*output[1:])
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *upstream: Any) -> Any:
+            return backward(ctx, *upstream)
+
+    operator.register_autograd(backward, setup_context=keep)
+
+    def taken(x: Any, *rest: Any) -> Any:
+        traced = not _arrays.reads_values(torch, x)
+        return operator(x, *rest) if traced else Launched.apply(x, *rest)
+
+    return taken
+
+
 def _mapped() -> bool:
     """Return whether a functional transform is at work, inside of which no kernel runs."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -28,12 +55,7 @@ def _mapped() -> bool:
 # --------------------------------------------------------------------------- softmax and so on
 
 
-@torch.library.custom_op(
-    "portable_softmax::rows",
-    mutates_args=(),
-    schema="(Tensor x, int[] axes, Tensor? mask, float temperature, str operation) -> Tensor",
-)
-def rows(x: Any, axes: Any, mask: Any, temperature: float, operation: str) -> Any:
+def _rows(x: Any, axes: Any, mask: Any, temperature: float, operation: str) -> Any:
     """softmax, log_softmax or logsumexp with its axes kept."""
     xp = _arrays.namespace(x)
     compute, answer = _arrays.compute_dtype(xp, x)
@@ -41,7 +63,15 @@ def rows(x: Any, axes: Any, mask: Any, temperature: float, operation: str) -> An
     return _launch.forward(RowsCall(operation, xp, x, axes, mask, temperature, compute, answer))
 
 
-@rows.register_fake
+_rows_operator = torch.library.custom_op(
+    "portable_softmax::rows",
+    _rows,
+    mutates_args=(),
+    schema="(Tensor x, int[] axes, Tensor? mask, float temperature, str operation) -> Tensor",
+)
+
+
+@_rows_operator.register_fake
 def _(x: Any, axes: Any, mask: Any, temperature: float, operation: str) -> Any:
     if operation == "logsumexp":
         return x.new_empty(_kept(x, axes))
@@ -56,47 +86,75 @@ def _keep_rows(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _rows_backward(ctx: Any, dy: Any) -> Any:
     x, mask, y = ctx.saved_tensors
-    if ctx.operation == "logsumexp":
-        p = rows(x, ctx.axes, mask, 1.0, "softmax")
+    if ctx.operation != "logsumexp":
+        dx = _pulled_back(f"{ctx.operation}_vjp", y, dy, ctx.axes, ctx.temperature)
+    elif torch.is_grad_enabled() or _mapped():
         # An infinite value has the derivative 0 in every entry.
-        dx = torch.where(torch.isinf(y), 0.0, dy * p)
+        dx = torch.where(torch.isinf(y), 0.0, dy * rows(x, ctx.axes, mask, 1.0, "softmax"))
     else:
-        dx = _pulled_back(f"{ctx.operation}_vjp", y, dy, ctx.axes)
-        dx = dx if ctx.temperature == 1.0 else dx / ctx.temperature
+        traced = not _arrays.reads_values(torch, x)
+        pulled = _logsumexp_backward_operator if traced else _logsumexp_backward
+        dx = pulled(x, dy, ctx.axes, mask)
     return dx, None, None, None, None
 
 
-rows.register_autograd(_rows_backward, setup_context=_keep_rows)
+rows = _differentiable(_rows_operator, _rows, _keep_rows, _rows_backward)
 
 
-def _pulled_back(operation: str, y: Any, dy: Any, axes: Any) -> Any:
+def _pulled_back(operation: str, y: Any, dy: Any, axes: Any, temperature: float) -> Any:
     """Take the kernel, or inside of a functional transform the portable form."""
     if not _mapped():
-        return pull_back(y, dy, axes, operation)
+        return pull_back(y, dy, axes, temperature, operation)
     xp = _arrays.namespace(y)
     compute, answer = _arrays.compute_dtype(xp, y)
-    return getattr(portable, operation)(xp, y.to(compute), dy.to(compute), tuple(axes)).to(answer)
+    dx = getattr(portable, operation)(xp, y.to(compute), dy.to(compute), tuple(axes))
+    return (dx if temperature == 1.0 else dx / temperature).to(answer)
 
 
-@torch.library.custom_op(
-    "portable_softmax::pull_back",
+def _logsumexp_backward(x: Any, dy: Any, axes: Any, mask: Any) -> Any:
+    """dy * softmax(x), for dy with the axes of a logsumexp that keeps them."""
+    xp = _arrays.namespace(x)
+    compute, answer = _arrays.compute_dtype(xp, x)
+    call = RowsCall("logsumexp", xp, x, tuple(axes), mask, 1.0, compute, answer)
+    return _launch.forward(call, dy)
+
+
+_logsumexp_backward_operator = torch.library.custom_op(
+    "portable_softmax::logsumexp_backward",
+    _logsumexp_backward,
     mutates_args=(),
-    schema="(Tensor y, Tensor dy, int[] axes, str operation) -> Tensor",
+    schema="(Tensor x, Tensor dy, int[] axes, Tensor? mask) -> Tensor",
 )
-def pull_back(y: Any, dy: Any, axes: Any, operation: str) -> Any:
-    """softmax_vjp or log_softmax_vjp."""
+
+
+@_logsumexp_backward_operator.register_fake
+def _(x: Any, dy: Any, axes: Any, mask: Any) -> Any:
+    return torch.empty_like(x)
+
+
+def _pull_back(y: Any, dy: Any, axes: Any, temperature: float, operation: str) -> Any:
+    """softmax_vjp or log_softmax_vjp, over a temperature."""
     xp = _arrays.namespace(y)
     compute, answer = _arrays.compute_dtype(xp, y)
-    return _launch.pull_back(VjpCall(operation, xp, y, dy, tuple(axes), compute, answer))
+    call = VjpCall(operation, xp, y, dy, tuple(axes), compute, answer)
+    return _launch.pull_back(call, temperature)
 
 
-@pull_back.register_fake
-def _(y: Any, dy: Any, axes: Any, operation: str) -> Any:
+_pull_back_operator = torch.library.custom_op(
+    "portable_softmax::pull_back",
+    _pull_back,
+    mutates_args=(),
+    schema="(Tensor y, Tensor dy, int[] axes, float temperature, str operation) -> Tensor",
+)
+
+
+@_pull_back_operator.register_fake
+def _(y: Any, dy: Any, axes: Any, temperature: float, operation: str) -> Any:
     return torch.empty_like(y)
 
 
 def _keep_pull_back(ctx: Any, inputs: Any, output: Any) -> None:
-    y, dy, ctx.axes, ctx.operation = inputs
+    y, dy, ctx.axes, ctx.temperature, ctx.operation = inputs
     ctx.save_for_backward(y, dy)
 
 
@@ -105,6 +163,7 @@ def _pull_back_backward(ctx: Any, g: Any) -> Any:
     y, dy = ctx.saved_tensors
     compute, answer = _arrays.compute_dtype(_arrays.namespace(y), y)
     y, dy, g, axes = y.to(compute), dy.to(compute), g.to(compute), tuple(ctx.axes)
+    g = g if ctx.temperature == 1.0 else g / ctx.temperature
     if ctx.operation == "softmax_vjp":
         inner = g * y
         total = inner.sum(axes, keepdim=True)
@@ -115,23 +174,16 @@ def _pull_back_backward(ctx: Any, g: Any) -> Any:
         p = torch.exp(y)
         d_y = -g * p * torch.where(masked, 0.0, dy).sum(axes, keepdim=True)
         d_dy = torch.where(masked, 0.0, g - (g * p).sum(axes, keepdim=True))
-    return d_y.to(answer), d_dy.to(answer), None, None
+    return d_y.to(answer), d_dy.to(answer), None, None, None
 
 
-pull_back.register_autograd(_pull_back_backward, setup_context=_keep_pull_back)
+pull_back = _differentiable(_pull_back_operator, _pull_back, _keep_pull_back, _pull_back_backward)
 
 
 # --------------------------------------------------------------------------- the loss
 
 
-@torch.library.custom_op(
-    "portable_softmax::losses",
-    mutates_args=(),
-    schema="(Tensor x, Tensor labels, int axis, Tensor? weight, int? ignore_index, "
-    "float label_smoothing, float z_loss, float? softcap, Tensor? mask, bool indices, "
-    "bool check_labels, bool gradient) -> (Tensor, Tensor, Tensor)",
-)
-def losses(
+def _losses(
     x: Any, labels: Any, axis: int, weight: Any, ignore_index: Any, label_smoothing: float,
     z_loss: float, softcap: Any, mask: Any, indices: bool, check_labels: bool, gradient: bool,
 ) -> Any:  # fmt: skip
@@ -155,7 +207,17 @@ def _call(
                     check, compute, answer)  # fmt: skip
 
 
-@losses.register_fake
+_losses_operator = torch.library.custom_op(
+    "portable_softmax::losses",
+    _losses,
+    mutates_args=(),
+    schema="(Tensor x, Tensor labels, int axis, Tensor? weight, int? ignore_index, "
+    "float label_smoothing, float z_loss, float? softcap, Tensor? mask, bool indices, "
+    "bool check_labels, bool gradient) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@_losses_operator.register_fake
 def _(
     x: Any, labels: Any, axis: int, weight: Any, ignore_index: Any, label_smoothing: float,
     z_loss: float, softcap: Any, mask: Any, indices: bool, check_labels: bool, gradient: bool,
@@ -172,18 +234,51 @@ def _(
 
 def _keep_losses(ctx: Any, inputs: Any, output: Any) -> None:
     x, labels, ctx.axis, weight, *ctx.options, mask, ctx.indices, _, _ = inputs
-    ctx.save_for_backward(x, labels, weight, mask, output[1])
+    ctx.save_for_backward(x, labels, weight, mask)
 
 
 def _losses_backward(ctx: Any, dloss: Any, dgrad: Any, dweights: Any) -> Any:
-    x, labels, weight, mask, grad = ctx.saved_tensors
-    if torch.is_grad_enabled():  # for a second derivative, the portable form is differentiated
+    x, labels, weight, mask = ctx.saved_tensors
+    if torch.is_grad_enabled() or _mapped():  # the portable form can be differentiated again
         call = _call(x, labels, ctx.axis, weight, ctx.options, mask, ctx.indices, False)
         _, grad = portable.cross_entropy_value_and_grad(
             call.xp, x.to(call.compute), call.target(), ctx.axis, call.options
         )
-    dx = (grad * dloss.unsqueeze(ctx.axis)).to(x.dtype)
+        dx = (grad * dloss.unsqueeze(ctx.axis)).to(x.dtype)
+    else:
+        options = (weight, *ctx.options, mask, ctx.indices)
+        traced = not _arrays.reads_values(torch, x)
+        pulled = _losses_backward_operator if traced else _losses_backward_launched
+        dx = pulled(x, labels, dloss, ctx.axis, *options)
     return (dx, *(None,) * 11)
 
 
-losses.register_autograd(_losses_backward, setup_context=_keep_losses)
+def _losses_backward_launched(
+    x: Any, labels: Any, dloss: Any, axis: int, weight: Any, ignore_index: Any,
+    label_smoothing: float, z_loss: float, softcap: Any, mask: Any, indices: bool,
+) -> Any:  # fmt: skip
+    """Pull dloss back to the logits: the gradient is made from the logits, and kept by nobody."""
+    rest = (ignore_index, label_smoothing, z_loss, softcap)
+    call = _call(x, labels, axis, weight, rest, mask, indices, False)
+    _, grad, _ = _launch.losses(call, gradient=True, upstream=dloss)
+    return grad
+
+
+_losses_backward_operator = torch.library.custom_op(
+    "portable_softmax::losses_backward",
+    _losses_backward_launched,
+    mutates_args=(),
+    schema="(Tensor x, Tensor labels, Tensor dloss, int axis, Tensor? weight, int? ignore_index, "
+    "float label_smoothing, float z_loss, float? softcap, Tensor? mask, bool indices) -> Tensor",
+)
+
+
+@_losses_backward_operator.register_fake
+def _(
+    x: Any, labels: Any, dloss: Any, axis: int, weight: Any, ignore_index: Any,
+    label_smoothing: float, z_loss: float, softcap: Any, mask: Any, indices: bool,
+) -> Any:  # fmt: skip
+    return torch.empty_like(x)
+
+
+losses = _differentiable(_losses_operator, _losses, _keep_losses, _losses_backward)

@@ -1,11 +1,11 @@
 """softmax, log_softmax and logsumexp, and the vector-Jacobian products, in one kernel each.
 
-Bytes moved: a row that fits into registers is read once and written once. A longer one is folded
-into its state lane by lane as it passes by, and read a second time when its output is written
-(logsumexp has none and reads it once). A vector-Jacobian product reads two arrays in the same way.
+Bytes moved: a row that fits into registers is read once and written once. Longer rows go through
+a relay (`_tiles`): memory is read once and written once, and the L2 cache is read once beside
+that. logsumexp writes nothing long and reads once, in a loop, or in a relay if the rows are few.
+A vector-Jacobian product reads two arrays in the same way.
 
-PASS is "registers", "loop", or for few long rows, which several programs share, first "fold", which
-leaves a state for each part of a row, and then "finish", which merges them.
+PASS is "registers", "loop" or "relay". QUICK says that answers have half precision.
 """
 
 import triton
@@ -13,20 +13,25 @@ import triton.language as tl
 
 from portable_softmax.kernels._triton._math import divide, exp, log1p, rounded
 from portable_softmax.kernels._triton._state import (
+    below,
     exponentials,
     fold,
-    merge,
+    is_finite,
     merged,
-    rest_of,
-    row_max,
     shift_of,
+    state_of,
 )
 from portable_softmax.kernels._triton._tiles import (
     class_offsets,
+    found,
+    leave,
     number,
-    part,
     place,
     row_pointers,
+    signal,
+    stretch,
+    turn,
+    wait,
 )
 
 
@@ -39,79 +44,86 @@ def load_row(rows, where, c, w_class, inside, stride, fill, U: tl.constexpr, A: 
             tl.int1
         )
     x = tl.load(rows + class_offsets(c, stride, U, A), mask=inside, other=fill)
-    return tl.where(inside, x.to(DTYPE), fill), inside
+    return x.to(DTYPE), inside
 
 
 @triton.jit
-def _folded(rows, where, lead_inside, begin, end, x_class, w_class, temperature,
-            ALONG: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, TEMPERED: tl.constexpr,
-            DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
-            DEPTH: tl.constexpr):  # fmt: skip
-    """Fold a stretch of each row, of any length.
-
-    Each lane has a state of its own. A lane's sum is started anew every DEPTH tiles, and added to
-    a sum of sums: the rounding errors of a long row would grow with its length otherwise.
-    """
-    m = tl.full((ROWS, CLASSES), float("-inf"), DTYPE)
-    rest = tl.full((ROWS, CLASSES), -1.0, DTYPE)
-    for far in range(begin, end, CLASSES * DEPTH):
-        near_m = tl.full((ROWS, CLASSES), float("-inf"), DTYPE)
-        near_rest = tl.full((ROWS, CLASSES), -1.0, DTYPE)
-        for start in range(far, tl.minimum(far + CLASSES * DEPTH, end), CLASSES):
-            c = start + tl.arange(0, CLASSES)[None, :]
-            inside = lead_inside & (c < end)
-            x, _ = load_row(rows, where, c, w_class, inside, x_class, float("-inf"), UNIT, ALONG,
-                            MASKED, DTYPE)  # fmt: skip
-            near_m, near_rest = fold(near_m, near_rest, x, temperature, TEMPERED)
-        m, rest = merge(m, rest, near_m, near_rest, temperature, TEMPERED)
-    return merged(m, rest, temperature, TEMPERED)
+def folded(rows, where, there, begin, end, x_class, w_class, temperature,
+           ALONG: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, TEMPERED: tl.constexpr,
+           QUICK: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+           STEPS: tl.constexpr):  # fmt: skip
+    """Fold a stretch of each row, of any length: each lane has a state, merged at the end."""
+    LANES: tl.constexpr = CLASSES // STEPS
+    m = tl.full((ROWS, LANES), float("-inf"), DTYPE)
+    rest = tl.full((ROWS, LANES), 0.0, DTYPE)
+    low = tl.full((ROWS, LANES), 0.0, DTYPE)
+    for start in range(begin, end, CLASSES):
+        xs = ()
+        for i in tl.static_range(STEPS):
+            c = start + i * LANES + tl.arange(0, LANES)[None, :]
+            x, _ = load_row(rows, where, c, w_class, there & (c < end), x_class, float("-inf"),
+                            UNIT, ALONG, MASKED, DTYPE)  # fmt: skip
+            xs = xs + (x,)
+        m, rest, low = fold(m, rest, low, xs, temperature, TEMPERED, QUICK, STEPS)
+    return merged(m, rest + low, temperature, TEMPERED)
 
 
 @triton.jit
-def load_states(m_ptr, rest_ptr, row, lead_inside, PARTS: tl.constexpr, temperature,
-                TEMPERED: tl.constexpr):  # fmt: skip
-    """Merge the states that the parts of a row have left."""
-    p = tl.arange(0, PARTS)[None, :]
-    m = tl.load(m_ptr + row * PARTS + p, mask=lead_inside, other=float("-inf"))
-    rest = tl.load(rest_ptr + row * PARTS + p, mask=lead_inside, other=-1.0)
-    return merged(m, rest, temperature, TEMPERED)
-
-
-@triton.jit
-def _finished(x, e, shifted, m, rest, inside, OP: tl.constexpr, MASKED: tl.constexpr):
-    """The output of a tile of softmax or log_softmax."""
-    if OP == "softmax":
-        y = e * divide(1.0 + rest * 0.0, 1.0 + rest)
+def _factor(m, rest, unit, dy, OP: tl.constexpr):
+    """What a row's entries have in common: a factor, or what is subtracted."""
+    if OP == "log_softmax":
+        return tl.where(is_finite(m), log1p(rest), float("nan"))
     else:
-        y = shifted - log1p(rest)
-    y = tl.where(tl.abs(m) == float("inf"), float("nan"), y)
-    if MASKED:
-        if OP == "softmax":
-            y = tl.where(inside, y, 0.0)
-        else:
+        factor = divide(unit, 1.0 + rest)
+        factor = tl.where(is_finite(m), factor, float("nan"))
+        if OP == "logsumexp_vjp":
+            # An infinite value has the derivative 0 in every entry.
+            factor = tl.where(tl.abs(m) == float("inf"), 0.0, dy * factor)
+        return factor
+
+
+@triton.jit
+def _finished(x, m, e, factor, inside, temperature, OP: tl.constexpr, MASKED: tl.constexpr,
+              TEMPERED: tl.constexpr):  # fmt: skip
+    """The output of a tile."""
+    if OP == "log_softmax":
+        y = below(x, m, temperature, TEMPERED) - factor
+        if MASKED:
             y = tl.where(inside, y, float("-inf"))
+    else:
+        y = e * factor
+        if OP == "logsumexp_vjp":
+            y = tl.where(factor == 0.0, 0.0, y)
+        if MASKED:
+            y = tl.where(inside, y, 0.0)
     return y
 
 
 SIZES = ["lead", "lead_blocks", "classes", "x_lead", "x_other", "x_class", "y_lead", "y_other",
          "y_class", "w_lead", "w_other", "w_class", "d_lead", "d_other", "d_class", "temperature",
-         "lead_count"]  # fmt: skip
+         "lead_count", "parts", "finishers", "lag"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SIZES)
 def forward(
-    x_ptr, y_ptr, where_ptr, m_ptr, rest_ptr,
+    x_ptr, y_ptr, where_ptr, dy_ptr, m_ptr, rest_ptr, signals_ptr,
     lead_count: tl.int64, lead_blocks: tl.int32, classes: tl.int32,
+    parts: tl.int32, finishers: tl.int32, lag: tl.int32,
     x_lead: tl.int64, x_other: tl.int64, x_class: tl.int64,
     y_lead: tl.int64, y_other: tl.int64, y_class: tl.int64,
     w_lead: tl.int64, w_other: tl.int64, w_class: tl.int64,
+    d_lead: tl.int64, d_other: tl.int64,
     temperature: tl.float64,
-    OP: tl.constexpr, PASS: tl.constexpr, PARTS: tl.constexpr,
+    OP: tl.constexpr, PASS: tl.constexpr, MOST: tl.constexpr,
     ALONG: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, TEMPERED: tl.constexpr,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, DEPTH: tl.constexpr,
+    QUICK: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
-    """softmax, log_softmax or logsumexp, by OP."""
-    other, lead = place(lead_blocks, ROWS)
+    """softmax, log_softmax, logsumexp or the last one's gradient, by OP."""
+    block, part, folds, exists = tl.program_id(0), 0, True, True
+    if PASS == "relay":
+        block, part, folds, exists = turn(parts, finishers, lag)
+    other, lead = place(block, lead_blocks, ROWS)
     if ALONG == "lead":
         lead_count = lead_count * UNIT
     else:
@@ -122,45 +134,64 @@ def forward(
     where = where_ptr
     if MASKED:
         where = where_ptr + other * w_other + lead * w_lead
-    begin, end = part(classes, PARTS, CLASSES)
     row = other * lead_count + lead
-    if PASS == "registers":
-        c = tl.arange(0, CLASSES)[None, :]
-        x, inside = load_row(rows, where, c, w_class, there & (c < classes), x_class, float("-inf"),
-                             UNIT, ALONG, MASKED, DTYPE)  # fmt: skip
-        m = row_max(x)
-        shifted, e = exponentials(x, shift_of(m), t, TEMPERED)
-        rest = rest_of(e)
-    elif PASS == "finish":
-        m, rest = load_states(m_ptr, rest_ptr, row, there, PARTS, t, TEMPERED)
-    else:
-        m, rest = _folded(rows, where, there, begin, end, x_class, w_class, t, ALONG, UNIT, MASKED,
-                          TEMPERED, DTYPE, ROWS, CLASSES, DEPTH)  # fmt: skip
-    if PASS == "fold":
-        tl.store(m_ptr + row * PARTS + tl.program_id(1), m, mask=there)
-        tl.store(rest_ptr + row * PARTS + tl.program_id(1), rest, mask=there)
-    elif OP == "logsumexp":
-        y = shift_of(m) + log1p(rest)
-        # The rest of a row with an infinite maximum says only whether there is a nan.
-        y = tl.where((tl.abs(m) == float("inf")) & (rest == rest), m, y)
+    dy = t * 0.0
+    if OP == "logsumexp_vjp":
+        dy = tl.load(dy_ptr + other * d_other + lead * d_lead, mask=there, other=0.0).to(DTYPE)
+    if OP == "logsumexp":
         out = y_ptr + other * y_other + lead * y_lead
-        tl.store(out, rounded(y, y_ptr.dtype.element_ty), mask=there)
     else:
         out = row_pointers(y_ptr, other, lead, y_other, y_lead, UNIT, ALONG)
-        if PASS == "registers":
-            y = _finished(x, e, shifted, m, rest, inside, OP, MASKED)
+
+    if PASS == "registers":
+        c = tl.arange(0, CLASSES)[None, :]
+        x, inside = load_row(rows, where, c, w_class, there & (c < classes), x_class,
+                             float("-inf"), UNIT, ALONG, MASKED, DTYPE)  # fmt: skip
+        m, rest, e, unit = state_of(x, t, TEMPERED, QUICK)
+        if OP == "logsumexp":
+            tl.store(out, rounded(_value(m, rest), y_ptr.dtype.element_ty), mask=there)
+        else:
+            factor = _factor(m, rest, unit, dy, OP)
+            y = _finished(x, m, e, factor, inside, t, OP, MASKED, TEMPERED)
             tl.store(out + class_offsets(c, y_class, UNIT, ALONG),
                      rounded(y, y_ptr.dtype.element_ty), mask=there & (c < classes))  # fmt: skip
+    elif PASS == "loop":
+        m, rest = folded(rows, where, there, classes * 0, classes, x_class, w_class, t, ALONG, UNIT,
+                         MASKED, TEMPERED, QUICK, DTYPE, ROWS, CLASSES, STEPS)  # fmt: skip
+        tl.store(out, rounded(_value(m, rest), y_ptr.dtype.element_ty), mask=there)
+    elif exists:
+        begin, end = stretch(classes, parts, part, CLASSES)
+        if folds:
+            m, rest = folded(rows, where, there, begin, end, x_class, w_class, t, ALONG, UNIT,
+                             MASKED, TEMPERED, QUICK, DTYPE, ROWS, CLASSES, STEPS)  # fmt: skip
+            leave(m_ptr, row, parts, part, m, there)
+            leave(rest_ptr, row, parts, part, rest, there)
+            signal(signals_ptr + block)
         else:
-            for start in range(begin, end, CLASSES):
-                c = start + tl.arange(0, CLASSES)[None, :]
-                at = there & (c < end)
-                x, inside = load_row(rows, where, c, w_class, at, x_class, float("-inf"), UNIT,
-                                     ALONG, MASKED, DTYPE)  # fmt: skip
-                shifted, e = exponentials(x, shift_of(m), t, TEMPERED)
-                y = _finished(x, e, shifted, m, rest, inside, OP, MASKED)
-                tl.store(out + class_offsets(c, y_class, UNIT, ALONG),
-                         rounded(y, y_ptr.dtype.element_ty), mask=at)  # fmt: skip
+            wait(signals_ptr + block, parts)
+            m, rest = merged(found(m_ptr, row, parts, there, float("-inf"), MOST),
+                             found(rest_ptr, row, parts, there, 0.0, MOST), t,
+                             TEMPERED)  # fmt: skip
+            if OP == "logsumexp":
+                tl.store(out, rounded(_value(m, rest), y_ptr.dtype.element_ty), mask=there)
+            else:
+                shift = shift_of(m, TEMPERED, QUICK)
+                factor = _factor(m, rest, shift[2], dy, OP)
+                for start in range(begin, end, CLASSES):
+                    c = start + tl.arange(0, CLASSES)[None, :]
+                    at = there & (c < end)
+                    x, inside = load_row(rows, where, c, w_class, at, x_class, float("-inf"), UNIT,
+                                         ALONG, MASKED, DTYPE)  # fmt: skip
+                    e = exponentials(x, shift, t, TEMPERED, QUICK)
+                    y = _finished(x, m, e, factor, inside, t, OP, MASKED, TEMPERED)
+                    tl.store(out + class_offsets(c, y_class, UNIT, ALONG),
+                             rounded(y, y_ptr.dtype.element_ty), mask=at)  # fmt: skip
+
+
+@triton.jit
+def _value(m, rest):
+    """logsumexp, of a state."""
+    return tl.where(is_finite(m), m + log1p(rest), m)
 
 
 @triton.jit
@@ -174,34 +205,44 @@ def _term(y, dy, OP: tl.constexpr):
 
 
 @triton.jit
-def _pulled_back(y, dy, total, OP: tl.constexpr):
+def _pulled_back(y, dy, total, inverse, OP: tl.constexpr, TEMPERED: tl.constexpr):
     if OP == "softmax_vjp":
-        return y * (dy - total)
+        dx = y * (dy - total)
     else:
-        return _term(y, dy, OP) - exp(y, 0.0) * total
+        dx = _term(y, dy, OP) - exp(y) * total
+    if TEMPERED:
+        dx = dx * inverse
+    return dx
 
 
 @triton.jit(do_not_specialize=SIZES)
 def pull_back(
-    y_ptr, dy_ptr, dx_ptr, total_ptr,
+    y_ptr, dy_ptr, dx_ptr, total_ptr, signals_ptr,
     lead_count: tl.int64, lead_blocks: tl.int32, classes: tl.int32,
+    parts: tl.int32, finishers: tl.int32, lag: tl.int32,
     x_lead: tl.int64, x_other: tl.int64, x_class: tl.int64,
     d_lead: tl.int64, d_other: tl.int64, d_class: tl.int64,
     y_lead: tl.int64, y_other: tl.int64, y_class: tl.int64,
-    OP: tl.constexpr, PASS: tl.constexpr, PARTS: tl.constexpr,
-    ALONG: tl.constexpr, UNIT: tl.constexpr,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, DEPTH: tl.constexpr,
+    temperature: tl.float64,
+    OP: tl.constexpr, PASS: tl.constexpr, MOST: tl.constexpr,
+    ALONG: tl.constexpr, UNIT: tl.constexpr, TEMPERED: tl.constexpr,
+    DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """softmax_vjp or log_softmax_vjp, by OP: x_* are the strides of y, y_* those of dx."""
-    other, lead = place(lead_blocks, ROWS)
+    """softmax_vjp or log_softmax_vjp, by OP, over T: x_* are the strides of y, y_* those of dx."""
+    block, part, folds, exists = tl.program_id(0), 0, True, True
+    if PASS == "relay":
+        block, part, folds, exists = turn(parts, finishers, lag)
+    other, lead = place(block, lead_blocks, ROWS)
     if ALONG == "lead":
         lead_count = lead_count * UNIT
     else:
         classes = classes * UNIT
     there = lead < lead_count
+    t = number(temperature, DTYPE)
+    inverse = divide(1.0 + t * 0.0, t)
     rows = row_pointers(y_ptr, other, lead, x_other, x_lead, UNIT, ALONG)
     d_rows = row_pointers(dy_ptr, other, lead, d_other, d_lead, UNIT, ALONG)
-    begin, end = part(classes, PARTS, CLASSES)
+    out = row_pointers(dx_ptr, other, lead, y_other, y_lead, UNIT, ALONG)
     row = other * lead_count + lead
     if PASS == "registers":
         c = tl.arange(0, CLASSES)[None, :]
@@ -209,36 +250,34 @@ def pull_back(
         y, _ = load_row(rows, rows, c, 0, at, x_class, 0.0, UNIT, ALONG, False, DTYPE)
         dy, _ = load_row(d_rows, rows, c, 0, at, d_class, 0.0, UNIT, ALONG, False, DTYPE)
         total = tl.sum(_term(y, dy, OP), axis=1, keep_dims=True)
-    elif PASS == "finish":
-        p = tl.arange(0, PARTS)[None, :]
-        total = tl.load(total_ptr + row * PARTS + p, mask=there, other=0.0)
-        total = tl.sum(total, axis=1, keep_dims=True)
-    else:
-        lanes = tl.full((ROWS, CLASSES), 0.0, DTYPE)
-        for far in range(begin, end, CLASSES * DEPTH):
-            near = tl.full((ROWS, CLASSES), 0.0, DTYPE)
-            for start in range(far, tl.minimum(far + CLASSES * DEPTH, end), CLASSES):
-                c = start + tl.arange(0, CLASSES)[None, :]
-                at = there & (c < end)
-                y, _ = load_row(rows, rows, c, 0, at, x_class, 0.0, UNIT, ALONG, False, DTYPE)
-                dy, _ = load_row(d_rows, rows, c, 0, at, d_class, 0.0, UNIT, ALONG, False, DTYPE)
-                near += _term(y, dy, OP)
-            lanes += near
-        total = tl.sum(lanes, axis=1, keep_dims=True)
-    if PASS == "fold":
-        tl.store(total_ptr + row * PARTS + tl.program_id(1), total, mask=there)
-    else:
-        out = row_pointers(dx_ptr, other, lead, y_other, y_lead, UNIT, ALONG)
-        if PASS == "registers":
-            dx = _pulled_back(y, dy, total, OP)
-            tl.store(out + class_offsets(c, y_class, UNIT, ALONG),
-                     rounded(dx, dx_ptr.dtype.element_ty), mask=at)  # fmt: skip
+        dx = _pulled_back(y, dy, total, inverse, OP, TEMPERED)
+        tl.store(out + class_offsets(c, y_class, UNIT, ALONG),
+                 rounded(dx, dx_ptr.dtype.element_ty), mask=at)  # fmt: skip
+    elif exists:
+        begin, end = stretch(classes, parts, part, CLASSES)
+        if folds:
+            LANES: tl.constexpr = CLASSES // STEPS
+            lanes = tl.full((ROWS, LANES), 0.0, DTYPE)
+            for start in range(begin, end, CLASSES):
+                near = tl.full((ROWS, LANES), 0.0, DTYPE)
+                for i in tl.static_range(STEPS):
+                    c = start + i * LANES + tl.arange(0, LANES)[None, :]
+                    at = there & (c < end)
+                    y, _ = load_row(rows, rows, c, 0, at, x_class, 0.0, UNIT, ALONG, False, DTYPE)
+                    dy, _ = load_row(d_rows, rows, c, 0, at, d_class, 0.0, UNIT, ALONG, False,
+                                     DTYPE)  # fmt: skip
+                    near += _term(y, dy, OP)
+                lanes += near
+            leave(total_ptr, row, parts, part, tl.sum(lanes, axis=1, keep_dims=True), there)
+            signal(signals_ptr + block)
         else:
+            wait(signals_ptr + block, parts)
+            total = tl.sum(found(total_ptr, row, parts, there, 0.0, MOST), axis=1, keep_dims=True)
             for start in range(begin, end, CLASSES):
                 c = start + tl.arange(0, CLASSES)[None, :]
                 at = there & (c < end)
                 y, _ = load_row(rows, rows, c, 0, at, x_class, 0.0, UNIT, ALONG, False, DTYPE)
                 dy, _ = load_row(d_rows, rows, c, 0, at, d_class, 0.0, UNIT, ALONG, False, DTYPE)
-                dx = _pulled_back(y, dy, total, OP)
+                dx = _pulled_back(y, dy, total, inverse, OP, TEMPERED)
                 tl.store(out + class_offsets(c, y_class, UNIT, ALONG),
                          rounded(dx, dx_ptr.dtype.element_ty), mask=at)  # fmt: skip

@@ -1,75 +1,108 @@
-"""The launch table: tile and number of warps, by what a row is.
+"""The launch table: pass, tile and number of warps, by what a row is.
 
-Chosen so that no kernel spills registers, by the table in docs/triton_resources.md, and not
-measured: no device has run it. Each launch is a kernel of its own, compiled when it is first
-needed: hence few sizes.
+Chosen by what a kernel takes of a device, which docs/triton_resources.md lists: no kernel spills
+registers, a thread loads 128 bytes at once, and several programs fit into a multiprocessor, so that
+one loads while another computes. Not measured: no device has run it. Each launch is a kernel of
+its own, compiled when it is first needed: hence few sizes.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# Sides of thresholds, in classes of up to four bytes each; float64 takes half of those marked *.
-SHORT = (8, 32, 128, 512)  # up to the last, several rows share a program
-REGISTERS = 8_192  # * up to here, a row along its classes stays in registers
-COLUMN = (16, 64)  # * up to the last, a column does
-LANES = (8, 64)  # columns a program
-# Rows longer than this are split where fewer than SPLIT_BELOW programs would run.
-SPLIT = 65_536
-SPLIT_COLUMN = 2_048
-SPLIT_BELOW = 128  # about the multiprocessors of a large device
-PARTS = 64  # of a row that is split
-LONG_TILE = 2_048  # *
-COLUMN_TILE = 1_024  # *
-SHORT_TILE = 2_048  # *
+# In elements of four bytes; those marked * are halved for eight bytes and doubled for two. A heavy
+# kernel, which keeps more than one number for each, has half of them.
+WARP = 1_024  # * that a warp holds in registers: 128 bytes a thread
+SHORT = (8, 16, 32, 64, 128, 256, 512, 1_024)  # classes, up to * WARP: some rows share a warp
+MANY_ROWS = 8  # beyond, what each row has of its own needs half of the registers
+REGISTERS = {2: 8_192, 4: 8_192, 8: 2_048}  # classes that stay in registers, by several warps
+COLUMN = (16, 64)  # * classes of a column that stay there
+LANES = {2: (8, 64), 4: (8, 64), 8: (8, 32)}  # columns a program
+TILE = 4_096  # * of a longer row, or of columns, at a time
+PART = 16_384  # * of a row that goes through a relay, or of columns
+MOST = 64  # parts of a row; beyond, parts are longer
+MOST_COLUMNS = 32  # parts, where there are many columns a program
+LOOP_ABOVE = 256  # what is read only once goes in a loop where that many programs run
+# Programs of a relay between the reading of a row and its writing: more than run at a time on a
+# large device, and few enough that its L2 cache keeps what they have read.
+LAG = 1_024
 SMALL_ROWS = 256  # rows a program, where there is one entry a row
-DEPTH = 16  # tiles a lane adds up before it starts anew
+STEPS = 8  # loads of a thread that fold together
 
 
 class Launch(NamedTuple):
     """How a kernel is launched: with which pass, over which tile."""
 
-    way: str  # "registers", "loop" or "split"
+    way: str  # "registers", "loop" or "relay"
     rows: int
     classes: int
     warps: int
+    registers: int = 255  # the limit of a thread
     parts: int = 1
-
-    @property
-    def registers(self) -> int:
-        """The limit of registers a thread: left alone, the assembler takes fewer and spills."""
-        return 128 if self.warps > 8 else 255
+    most: int = 1  # a power of two that is no less than `parts`
 
 
-def launch(lead: int, other: int, classes: int, along: str, itemsize: int) -> Launch:
-    """Choose the launch of `lead` x `other` positions of `classes` each."""
-    share = 2 if itemsize == 8 else 1
+def launch(
+    lead: int,
+    other: int,
+    classes: int,
+    along: str,
+    itemsize: int,
+    *,
+    once: bool,
+    relay: bool,
+    heavy: bool,
+) -> Launch:
+    """Choose the launch of `lead` x `other` positions of `classes` each.
+
+    `once`: nothing is written that is as long as a row. `relay`: the kernel has one. `heavy`: it
+    keeps more than one number for each that it loads.
+    """
+    share = {2: 2.0, 4: 1.0, 8: 0.5}[itemsize]
+    tile = share / 2 if heavy else share
     if along == "lead":
-        return _columns(lead, other, classes, share)
+        return _columns(lead, other, classes, itemsize, tile, once=once, relay=relay)
+    warp = int(WARP * tile)
     size = _fitting(SHORT, classes)
-    if size:
-        return Launch("registers", min(128, SHORT_TILE // share // size), size, 4)
-    if classes <= REGISTERS // share:
+    if 0 < size <= warp:
+        rows = warp // size
+        return Launch("registers", rows if rows < MANY_ROWS else rows // 2, size, 1)
+    # Three programs of four warps fit into a multiprocessor, or two of eight; of a heavy kernel one
+    # less.
+    limit = 255 if heavy else 168
+    if classes <= REGISTERS[itemsize]:
         size = _power_of_two(classes)
-        return Launch("registers", 1, size, max(4, min(16, size * share // 512)))
-    if classes > SPLIT and lead * other < SPLIT_BELOW:
-        return Launch("split", 1, LONG_TILE // share, 8, PARTS)
-    return Launch("loop", 1, LONG_TILE // share, 8)
+        warps = max(1, size // warp)
+        return Launch("registers", 1, size, warps, min(limit, (2_048 if heavy else 1_024) // warps))
+    warps = 8 if heavy else 4
+    if not relay or (once and lead * other >= LOOP_ABOVE):
+        return Launch("loop", 1, int(TILE * tile), warps, limit)
+    parts = min(MOST, -(-classes // int(PART * share)))
+    return Launch("relay", 1, int(TILE * tile), warps, limit, parts, MOST)
 
 
-def _columns(lead: int, other: int, classes: int, share: int) -> Launch:
-    lanes = _fitting(LANES, lead) or LANES[-1]
-    sizes = COLUMN if lanes == LANES[-1] else COLUMN[-1:]
-    size = _fitting(sizes, classes * share) // share
+def _columns(
+    lead: int, other: int, classes: int, itemsize: int, tile: float, *, once: bool, relay: bool
+) -> Launch:
+    few, many = LANES[itemsize]
+    lanes = few if lead <= few else many
+    sizes = COLUMN if lanes == many else COLUMN[-1:]
+    size = int(_fitting(sizes, classes / tile) * tile)
     if size:
-        return Launch("registers", lanes, size, 4 if size * lanes * share <= 2048 else 8)
-    tile = COLUMN_TILE // lanes // share
-    if classes > SPLIT_COLUMN and -(-lead // lanes) * other < SPLIT_BELOW:
-        return Launch("split", lanes, tile, 8, PARTS)
-    return Launch("loop", lanes, tile, 8)
+        return Launch("registers", lanes, size, 4 if size <= COLUMN[0] * tile else 8)
+    blocks = -(-lead // lanes) * other
+    loop = not relay or (once and blocks >= LOOP_ABOVE)
+    parts = 1 if loop else -(-classes // (PART * 4 // itemsize // many))
+    if blocks * min(parts, MOST_COLUMNS) < LOOP_ABOVE:  # too few programs: narrower ones
+        lanes = few
+    step = int(TILE * tile) // (lanes if tile >= 4 / itemsize else 2 * lanes)
+    if loop:
+        return Launch("loop", lanes, step, 8)
+    most = MOST if lanes == few else MOST_COLUMNS
+    return Launch("relay", lanes, step, 8, 255, min(most, parts), most)
 
 
-def _fitting(sizes: tuple[int, ...], n: int) -> int:
+def _fitting(sizes: tuple[int, ...], n: float) -> int:
     """Return the first size that holds `n`, 0 if none does."""
     return next((size for size in sizes if n <= size), 0)
 

@@ -43,8 +43,37 @@ def load_logits(rows, where, c, w_class, at, x_class, cap, UNIT: tl.constexpr, A
     inside = at
     if MASKED:
         inside = at & tl.load(where + c.to(tl.int64) * w_class, mask=at, other=0).to(tl.int1)
-    raw = tl.load(rows + class_offsets(c, x_class, UNIT, ALONG), mask=inside, other=0.0).to(DTYPE)
-    return raw, tl.where(inside, capped(raw, cap, CAPPED), float("-inf")), inside
+    raw = tl.load(rows + class_offsets(c, x_class, UNIT, ALONG), mask=inside, other=float("-inf"))
+    raw = raw.to(DTYPE)
+    x = raw
+    if CAPPED:
+        x = tl.where(inside, capped(raw, cap, CAPPED), float("-inf"))
+    return raw, x, inside
+
+
+@triton.jit
+def scale_of(rest, scales, positions, counts, DIVISOR: tl.constexpr):
+    """What multiplies each row of the gradient, over the row's sum.
+
+    DIVISOR is "none"; "count", the number of positions; "sum", the sum of weights at `scales`; or
+    "given", a factor at `scales` for each position, from upstream.
+    """
+    factor = divide(1.0 + rest * 0.0, 1.0 + rest)
+    if DIVISOR == "count":
+        factor = divide(factor, positions + rest * 0.0)
+    if DIVISOR == "sum":
+        divisor = tl.load(scales) + rest * 0.0
+        factor = divide(factor, tl.where(divisor == 0.0, float("inf"), divisor))
+    if DIVISOR == "given":
+        factor = factor * tl.load(scales, mask=counts, other=0.0).to(rest.dtype)
+    return factor
+
+
+@triton.jit
+def uncapped(g, raw, cap):
+    """Through the softcap: times 1 - tanh^2, as 1 / cosh^2, which keeps its digits near 0."""
+    s = exp(divide(-2.0 * tl.abs(raw), cap))
+    return g * divide(4.0 * s, (1.0 + s) * (1.0 + s))
 
 
 @triton.jit
@@ -68,19 +97,12 @@ def coefficients(t_rows, weight_ptr, label, c, t_class, inside, keep, spread,
 
 
 @triton.jit
-def slope(raw, e, q, a, u, rest, factor, label, c, valid, ignored, inside, cap,
-          INDEX: tl.constexpr, PLAIN: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
+def slope(raw, e, q, a, rest, factor, valid, ignored, inside, cap, INDEX: tl.constexpr,
+          CAPPED: tl.constexpr):  # fmt: skip
     """p_j A - q_j of a tile, without its cancellation, times what the reduction asks for."""
-    scaled = e * a
-    if PLAIN:
-        g = tl.where(c == label, (scaled - u) - u * rest, scaled)
-    else:
-        g = (scaled - q) - q * rest
-    g = g * factor
+    g = ((e * a - q) - q * rest) * factor
     if INDEX:
         g = tl.where(valid, g, float("nan"))
     if CAPPED:
-        # 1 - tanh^2 as 1 / cosh^2, which keeps its digits where tanh is close to 1.
-        s = exp(divide(-2.0 * tl.abs(raw), cap), 0.0)
-        g = g * divide(4.0 * s, (1.0 + s) * (1.0 + s))
+        g = uncapped(g, raw, cap)
     return tl.where(ignored | ~inside, 0.0, g)
