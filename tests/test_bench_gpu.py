@@ -19,16 +19,21 @@ class _Event:
         self.log.append("synchronize")
 
 
-def test_events_enclose_the_call_and_the_flush_stays_outside():
-    log = []
+@pytest.mark.parametrize(("host", "flushes"), [(0.004, 1), (0.026, 6), (9.0, 16)])
+def test_events_enclose_the_call_and_the_flush_stays_outside(host, flushes):
+    """The flush, of 10 ms here, is repeated until it takes as long as the host does twice."""
+    log, times = [], iter([1.0, 1.0 + host])
     clock = gpu.EventClock(
         event=lambda: _Event(log),
-        milliseconds=lambda start, end: 10.0 * (end.at - start.at),
+        milliseconds=lambda start, end: 5.0 * (end.at - start.at),
         flush=lambda: log.append("flush"),
+        now=lambda: next(times),
     )
     seconds = clock.seconds(lambda: log.append("call"), 2)
-    assert log == [*["flush", "record", "call", "record"] * 2, "synchronize"]
-    assert seconds == pytest.approx(0.02)  # a mean, of milliseconds
+    before = ["record", "flush", "record", "synchronize", "call"]
+    each = [*["flush"] * flushes, "record", "call", "record"]
+    assert log == [*before, *each, *each, "synchronize"]
+    assert seconds == pytest.approx(0.01)  # a mean, of milliseconds
 
 
 def test_the_host_waits_for_each_result():

@@ -117,7 +117,7 @@ def small(monkeypatch):
     for name, value in {
         "WARP": 32, "SHORT": (4, 8), "MANY_ROWS": 3, "REGISTERS": dict.fromkeys((2, 4, 8), 32),
         "COLUMN": (8, 16), "LANES": dict.fromkeys((2, 4, 8), (4, 8)), "TILE": 128, "PART": 64,
-        "MOST": 4, "MOST_COLUMNS": 2, "LOOP_ABOVE": 4, "LAG": 8, "STEPS": 2,
+        "MOST": 4, "MOST_COLUMNS": 2, "BUSY": 4, "LAG": 8, "STEPS": 2,
     }.items():  # fmt: skip
         monkeypatch.setattr(_sizes, name, value)
 
@@ -140,6 +140,24 @@ SIDES = {
     "two axes": ((3, 2, 40), (1, 2), "relay"),
     "an odd number of tiles": ((1, 177), 1, "relay"),
 }
+
+
+def test_few_long_rows_are_shared_by_many_programs():
+    """A row of 262,144 goes to 64 programs; where there are many rows, to as few as is good."""
+    from portable_softmax.kernels._triton import _sizes
+
+    def parts(lead, classes, along="classes"):
+        how = {"once": False, "relay": True, "heavy": False}
+        found = _sizes.launch(lead, 1, classes, along, 4, **how)
+        assert found.parts <= found.most
+        return found.parts
+
+    assert parts(1, 262_144) == 64
+    assert parts(8, 131_072) == 32
+    assert parts(1_024, 131_072) == 8
+    assert parts(1, 10_000) == 3  # of a tile each
+    assert parts(8, 1_000_000, "lead") == 64
+    assert parts(100_000, 1_000, "lead") == 4
 
 
 def side_of(name):

@@ -88,6 +88,20 @@ def test_every_option_compiles_for_every_device(arch):
         assert tc.compiled(case, arch).asm["cubin"]
 
 
+@pytest.mark.parametrize("name", ["softmax", "softmax_vjp", "cross_entropy_value_and_grad"])
+def test_a_relay_passes_on_what_it_has_stored(name):
+    """A state is stored, then all threads of its program meet, then one releases a signal.
+
+    Whoever has acquired that reads states past its own L1 cache.
+    """
+    (case, *_) = [c for c in tc.cases([name], ["float32"]) if c.way == "relay"]
+    ptx = tc.compiled(case, 90).asm["ptx"]
+    assert re.search(r"st\.global.*bar\.sync.*red\.global\.gpu\.release\.add", ptx, re.S)
+    acquired = ptx.index("ld.global.gpu.acquire")
+    assert "ld.global.cg" in ptx[acquired:]
+    assert "ld.global.cg" not in ptx[:acquired]
+
+
 def test_an_unaligned_pointer_is_read_narrowly():
     loads, stores = tc.wide_accesses(tc.compiled(one("softmax", "float32"), 90, aligned=False))
     assert loads == stores == {"b32"}

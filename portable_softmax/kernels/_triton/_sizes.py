@@ -22,7 +22,7 @@ TILE = 4_096  # * of a longer row, or of columns, at a time
 PART = 16_384  # * of a row that goes through a relay, or of columns
 MOST = 64  # parts of a row; beyond, parts are longer
 MOST_COLUMNS = 32  # parts, where there are many columns a program
-LOOP_ABOVE = 256  # what is read only once goes in a loop where that many programs run
+BUSY = 256  # programs that keep a device busy: then what is read only once goes in a loop
 # Programs of a relay between the reading of a row and its writing: more than run at a time on a
 # large device, and few enough that its L2 cache keeps what they have read.
 LAG = 1_024
@@ -75,9 +75,9 @@ def launch(
         warps = max(1, size // warp)
         return Launch("registers", 1, size, warps, min(limit, (2_048 if heavy else 1_024) // warps))
     warps = 8 if heavy else 4
-    if not relay or (once and lead * other >= LOOP_ABOVE):
+    if not relay or (once and lead * other >= BUSY):
         return Launch("loop", 1, int(TILE * tile), warps, limit)
-    parts = min(MOST, -(-classes // int(PART * share)))
+    parts = _parts(lead * other, classes, int(PART * share), int(TILE * tile), MOST)
     return Launch("relay", 1, int(TILE * tile), warps, limit, parts, MOST)
 
 
@@ -91,15 +91,24 @@ def _columns(
     if size:
         return Launch("registers", lanes, size, 4 if size <= COLUMN[0] * tile else 8)
     blocks = -(-lead // lanes) * other
-    loop = not relay or (once and blocks >= LOOP_ABOVE)
+    loop = not relay or (once and blocks >= BUSY)
     parts = 1 if loop else -(-classes // (PART * 4 // itemsize // many))
-    if blocks * min(parts, MOST_COLUMNS) < LOOP_ABOVE:  # too few programs: narrower ones
+    if blocks * min(parts, MOST_COLUMNS) < BUSY:  # too few programs: narrower ones
         lanes = few
     step = int(TILE * tile) // (lanes if tile >= 4 / itemsize else 2 * lanes)
     if loop:
         return Launch("loop", lanes, step, 8)
     most = MOST if lanes == few else MOST_COLUMNS
-    return Launch("relay", lanes, step, 8, 255, min(most, parts), most)
+    parts = _parts(-(-lead // lanes) * other, classes, PART * 4 // itemsize // many, step, most)
+    return Launch("relay", lanes, step, 8, 255, parts, most)
+
+
+def _parts(blocks: int, classes: int, part: int, tile: int, most: int) -> int:
+    """Return the number of parts: of their usual size, or more where few programs would run."""
+    parts = -(-classes // part)
+    if blocks * parts < BUSY:
+        parts = max(parts, min(-(-BUSY // blocks), -(-classes // tile)))
+    return min(most, parts)
 
 
 def _fitting(sizes: tuple[int, ...], n: float) -> int:
