@@ -11,7 +11,6 @@ import triton.language as tl
 from portable_softmax.kernels._triton._math import log1p, rounded
 from portable_softmax.kernels._triton._state import (
     exponentials,
-    fold,
     is_finite,
     merged,
     shift_of,
@@ -19,6 +18,7 @@ from portable_softmax.kernels._triton._state import (
 )
 from portable_softmax.kernels._triton._terms import (
     capped,
+    folded,
     label_of,
     load_logits,
     scale_of,
@@ -65,28 +65,6 @@ def label_weights(
     if WEIGHTED:
         u = tl.where(ignored, 0.0, tl.load(weight_ptr + label, mask=there, other=0.0))
     tl.store(out_ptr + other * o_other + lead * o_lead, u.to(out_ptr.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def _folded(rows, where, there, begin, end, x_class, w_class, cap, ALONG: tl.constexpr,
-            UNIT: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr, QUICK: tl.constexpr,
-            DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
-            STEPS: tl.constexpr):  # fmt: skip
-    """Fold a stretch of each row, of any length: each lane has a state, merged at the end."""
-    LANES: tl.constexpr = CLASSES // STEPS
-    unit = number(1.0, DTYPE)
-    m = tl.full((ROWS, LANES), float("-inf"), DTYPE)
-    rest = tl.full((ROWS, LANES), 0.0, DTYPE)
-    low = tl.full((ROWS, LANES), 0.0, DTYPE)
-    for start in range(begin, end, CLASSES):
-        xs = ()
-        for i in tl.static_range(STEPS):
-            c = start + i * LANES + tl.arange(0, LANES)[None, :]
-            _, x, _ = load_logits(rows, where, c, w_class, there & (c < end), x_class, cap, UNIT,
-                                  ALONG, MASKED, CAPPED, DTYPE)  # fmt: skip
-            xs = xs + (x,)
-        m, rest, low = fold(m, rest, low, xs, unit, False, QUICK, STEPS)
-    return merged(m, rest + low, unit, False)
 
 
 @triton.jit
@@ -200,9 +178,9 @@ def loss(
         row = other * lead_count + lead
         if folds:
             if exists:
-                m, rest = _folded(rows, where, counts, begin, end, x_class, w_class, cap, ALONG,
-                                  UNIT, MASKED, CAPPED, QUICK, DTYPE, ROWS, CLASSES,
-                                  STEPS)  # fmt: skip
+                m, rest = folded(rows, where, counts, begin, end, x_class, w_class, unit, cap,
+                                 ALONG, UNIT, MASKED, False, CAPPED, QUICK, DTYPE, ROWS, CLASSES,
+                                 STEPS)  # fmt: skip
                 leave(m_ptr, row, parts, part, m, there)
                 leave(rest_ptr, row, parts, part, rest, there)
                 signal(signals_ptr + 1 + block)
@@ -229,8 +207,9 @@ def loss(
                     tl.store(grads + class_offsets(c, g_class, UNIT, ALONG),
                              rounded(g, grad_ptr.dtype.element_ty), mask=at)  # fmt: skip
     elif PASS == "loop":
-        m, rest = _folded(rows, where, counts, classes * 0, classes, x_class, w_class, cap, ALONG,
-                          UNIT, MASKED, CAPPED, QUICK, DTYPE, ROWS, CLASSES, STEPS)  # fmt: skip
+        m, rest = folded(rows, where, counts, classes * 0, classes, x_class, w_class, unit, cap,
+                         ALONG, UNIT, MASKED, False, CAPPED, QUICK, DTYPE, ROWS, CLASSES,
+                         STEPS)  # fmt: skip
         _settled(m, rest, unit, rows, label, valid, ignored, counts, there, weight_ptr, scales, out,
                  signals_ptr, x_class, cap, z_loss, positions, ALONG, UNIT, WEIGHTED, Z, CAPPED,
                  False, DIVISOR, CHECK, DTYPE)  # fmt: skip

@@ -1,7 +1,7 @@
 """The kernels as torch knows them: for autograd, and for torch.compile and its fake tensors.
 
 What is traced takes an operator, which has a fake, which gives shapes, and a derivative. What is
-not takes the same derivative as a Function of autograd, whose call costs the host a tenth of an
+not takes the same derivative as a Function of autograd, whose call costs the host a fraction of an
 operator's. The derivatives of the forward functions are kernels as well; those of the derivatives,
 for the second order, are the portable mathematics.
 """

@@ -15,16 +15,17 @@ from portable_softmax.kernels._triton._math import divide, exp, log1p, rounded
 from portable_softmax.kernels._triton._state import (
     below,
     exponentials,
-    fold,
     is_finite,
     merged,
     shift_of,
     state_of,
 )
+from portable_softmax.kernels._triton._terms import folded
 from portable_softmax.kernels._triton._tiles import (
     class_offsets,
     found,
     leave,
+    load_row,
     number,
     place,
     row_pointers,
@@ -33,39 +34,6 @@ from portable_softmax.kernels._triton._tiles import (
     turn,
     wait,
 )
-
-
-@triton.jit
-def load_row(rows, where, c, w_class, inside, stride, fill, U: tl.constexpr, A: tl.constexpr,
-             MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """A tile in DTYPE, `fill` outside the array and where the mask is False."""
-    if MASKED:
-        inside = inside & tl.load(where + c.to(tl.int64) * w_class, mask=inside, other=0).to(
-            tl.int1
-        )
-    x = tl.load(rows + class_offsets(c, stride, U, A), mask=inside, other=fill)
-    return x.to(DTYPE), inside
-
-
-@triton.jit
-def folded(rows, where, there, begin, end, x_class, w_class, temperature,
-           ALONG: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, TEMPERED: tl.constexpr,
-           QUICK: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
-           STEPS: tl.constexpr):  # fmt: skip
-    """Fold a stretch of each row, of any length: each lane has a state, merged at the end."""
-    LANES: tl.constexpr = CLASSES // STEPS
-    m = tl.full((ROWS, LANES), float("-inf"), DTYPE)
-    rest = tl.full((ROWS, LANES), 0.0, DTYPE)
-    low = tl.full((ROWS, LANES), 0.0, DTYPE)
-    for start in range(begin, end, CLASSES):
-        xs = ()
-        for i in tl.static_range(STEPS):
-            c = start + i * LANES + tl.arange(0, LANES)[None, :]
-            x, _ = load_row(rows, where, c, w_class, there & (c < end), x_class, float("-inf"),
-                            UNIT, ALONG, MASKED, DTYPE)  # fmt: skip
-            xs = xs + (x,)
-        m, rest, low = fold(m, rest, low, xs, temperature, TEMPERED, QUICK, STEPS)
-    return merged(m, rest + low, temperature, TEMPERED)
 
 
 @triton.jit
@@ -156,14 +124,16 @@ def forward(
             tl.store(out + class_offsets(c, y_class, UNIT, ALONG),
                      rounded(y, y_ptr.dtype.element_ty), mask=there & (c < classes))  # fmt: skip
     elif PASS == "loop":
-        m, rest = folded(rows, where, there, classes * 0, classes, x_class, w_class, t, ALONG, UNIT,
-                         MASKED, TEMPERED, QUICK, DTYPE, ROWS, CLASSES, STEPS)  # fmt: skip
+        m, rest = folded(rows, where, there, classes * 0, classes, x_class, w_class, t, t, ALONG,
+                         UNIT, MASKED, TEMPERED, False, QUICK, DTYPE, ROWS, CLASSES,
+                         STEPS)  # fmt: skip
         tl.store(out, rounded(_value(m, rest), y_ptr.dtype.element_ty), mask=there)
     elif exists:
         begin, end = stretch(classes, parts, part, CLASSES)
         if folds:
-            m, rest = folded(rows, where, there, begin, end, x_class, w_class, t, ALONG, UNIT,
-                             MASKED, TEMPERED, QUICK, DTYPE, ROWS, CLASSES, STEPS)  # fmt: skip
+            m, rest = folded(rows, where, there, begin, end, x_class, w_class, t, t, ALONG, UNIT,
+                             MASKED, TEMPERED, False, QUICK, DTYPE, ROWS, CLASSES,
+                             STEPS)  # fmt: skip
             leave(m_ptr, row, parts, part, m, there)
             leave(rest_ptr, row, parts, part, rest, there)
             signal(signals_ptr + block)

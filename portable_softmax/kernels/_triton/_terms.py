@@ -1,10 +1,11 @@
-"""The terms of the loss and its gradient: labels, coefficients and slopes of a tile."""
+"""What rows are folded from, and the terms of the loss: labels, coefficients and slopes."""
 
 import triton
 import triton.language as tl
 
 from portable_softmax.kernels._triton._math import divide, exp, tanh
-from portable_softmax.kernels._triton._tiles import class_offsets
+from portable_softmax.kernels._triton._state import fold, merged
+from portable_softmax.kernels._triton._tiles import class_offsets, load_row
 
 
 @triton.jit
@@ -40,15 +41,33 @@ def capped(x, cap, CAPPED: tl.constexpr):
 def load_logits(rows, where, c, w_class, at, x_class, cap, UNIT: tl.constexpr, ALONG: tl.constexpr,
                 MASKED: tl.constexpr, CAPPED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """A tile of logits before and after the softcap, -inf where they do not count."""
-    inside = at
-    if MASKED:
-        inside = at & tl.load(where + c.to(tl.int64) * w_class, mask=at, other=0).to(tl.int1)
-    raw = tl.load(rows + class_offsets(c, x_class, UNIT, ALONG), mask=inside, other=float("-inf"))
-    raw = raw.to(DTYPE)
+    raw, inside = load_row(rows, where, c, w_class, at, x_class, float("-inf"), UNIT, ALONG, MASKED,
+                           DTYPE)  # fmt: skip
     x = raw
     if CAPPED:
         x = tl.where(inside, capped(raw, cap, CAPPED), float("-inf"))
     return raw, x, inside
+
+
+@triton.jit
+def folded(rows, where, there, begin, end, x_class, w_class, temperature, cap, ALONG: tl.constexpr,
+           UNIT: tl.constexpr, MASKED: tl.constexpr, TEMPERED: tl.constexpr,
+           CAPPED: tl.constexpr, QUICK: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
+           CLASSES: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+    """Fold a stretch of each row, of any length: each lane has a state, merged at the end."""
+    LANES: tl.constexpr = CLASSES // STEPS
+    m = tl.full((ROWS, LANES), float("-inf"), DTYPE)
+    rest = tl.full((ROWS, LANES), 0.0, DTYPE)
+    low = tl.full((ROWS, LANES), 0.0, DTYPE)
+    for start in range(begin, end, CLASSES):
+        xs = ()
+        for i in tl.static_range(STEPS):
+            c = start + i * LANES + tl.arange(0, LANES)[None, :]
+            _, x, _ = load_logits(rows, where, c, w_class, there & (c < end), x_class, cap, UNIT,
+                                  ALONG, MASKED, CAPPED, DTYPE)  # fmt: skip
+            xs = xs + (x,)
+        m, rest, low = fold(m, rest, low, xs, temperature, TEMPERED, QUICK, STEPS)
+    return merged(m, rest + low, temperature, TEMPERED)
 
 
 @triton.jit

@@ -50,6 +50,18 @@ def class_offsets(c, class_stride, UNIT: tl.constexpr, ALONG: tl.constexpr):
 
 
 @triton.jit
+def load_row(rows, where, c, w_class, inside, stride, fill, U: tl.constexpr, A: tl.constexpr,
+             MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """A tile in DTYPE, `fill` outside the array and where the mask is False."""
+    if MASKED:
+        inside = inside & tl.load(where + c.to(tl.int64) * w_class, mask=inside, other=0).to(
+            tl.int1
+        )
+    x = tl.load(rows + class_offsets(c, stride, U, A), mask=inside, other=fill)
+    return x.to(DTYPE), inside
+
+
+@triton.jit
 def number(value, DTYPE: tl.constexpr):
     """A Python float in DTYPE: an argument has 64 bits, or when interpreted no bits yet."""
     return (tl.full((1, 1), 0.0, DTYPE) + value).to(DTYPE)
