@@ -292,7 +292,7 @@ def tests_triton(session: nox.Session) -> None:
     The table of semantics and the exact values go through the kernels; the path is asserted.
     """
     install(session, *package("torch", "triton"), *group("test"))
-    names = ("triton", "semantics", "values", "cross_entropy")
+    names = ("triton", "semantics", "values", "cross_entropy", "properties")
     files = [f"tests/test_{name}.py" for name in names]
     env = {"TRITON_INTERPRET": "1"}
     interpreted = ("--backend", "triton", *files, *PARALLEL)

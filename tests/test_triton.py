@@ -135,7 +135,7 @@ SIDES = {
     "more rows than the lag": ((9, 65), 1, "relay", "loop"),
     "columns in registers": ((8, 3), 0, "registers"),
     "columns in parts": ((17, 3), 0, "relay"),
-    "many columns": ((65, 25), 0, "relay", "loop"),
+    "many columns": ((33, 25), 0, "relay", "loop"),
     "an axis in the middle": ((4, 20, 5), 1, "relay", "loop"),
     "two axes": ((3, 2, 40), (1, 2), "relay"),
     "an odd number of tiles": ((1, 177), 1, "relay"),
