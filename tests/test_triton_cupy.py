@@ -82,11 +82,11 @@ def test_a_launch_on_the_arrays_device_and_cupys_stream(cupy):
     options = {"num_warps": 4, "enable_fp_fusion": False}
     launch = _cupy.launcher(kernel, (7, 1, 1), (x, x), {"n": 3, "ROWS": 4}, options)
     assert not kernel.launched
-    launch(x, x)
+    launch((x, x), {"n": 5})
     ((arguments, stream, grid),) = kernel.launched
     assert (stream, grid, Device.current) == (0xABC, (7, 1, 1), 0)
     assert arguments["x_ptr"].data_ptr() == x.ctypes.data
-    assert (arguments["n"], arguments["ROWS"]) == (3, 4)
+    assert (arguments["n"], arguments["ROWS"]) == (5, 4)
 
 
 def test_strides_are_in_elements(cupy):
@@ -161,6 +161,20 @@ def test_triton_sees_a_pointer_and_its_dtype(cupy):
             pointer = _cupy.Pointer(memory[start + offset :])
             kind, _ = native_specialize_impl(BaseBackend, pointer, False, True, True)
             assert kind == f"*{name}"
+
+
+def test_a_number_that_changes_needs_no_launch_of_its_own(launches, cupy):
+    """Whoever lowers a temperature from step to step pays once for finding the kernel."""
+    from portable_softmax.kernels._triton import _launch
+
+    f32 = np.dtype(np.float32)
+    x = np.ones((2, 3), np.float32).view(Array)
+    for temperature in (2.0, 3.0, 4.0):
+        _triton.softmax(RowsCall("softmax", cupy, x, (1,), None, temperature, f32, f32))
+    (frame,) = _launch._FRAMES.values()
+    assert len(frame.launchers) == 1
+    forward, *_ = launches
+    assert [a["temperature"] for a, _, _ in forward.launched] == [2.0, 3.0, 4.0]
 
 
 class Driver:

@@ -82,16 +82,16 @@ def signature(x: Any) -> tuple[Any, ...]:
 def launcher(
     kernel: Any, grid: tuple[int, int, int], arrays: tuple[Any, ...], numbers: dict[str, Any],
     options: dict[str, Any],
-) -> Callable[..., None]:  # fmt: skip
+) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:  # fmt: skip
     """Return what launches a kernel on arrays like these, on their device and CuPy's stream."""
     device, stream_of = arrays[0].device, cupy().cuda.get_current_stream
     with device:
         pointers = map(Pointer, arrays)
         compiled = kernel.run(*pointers, grid=grid, warmup=True, **numbers, **options)
         run = compiled[grid]
-    rest = tuple(numbers.values())
 
-    def launch(*arrays: Any) -> None:
+    def launch(arrays: tuple[Any, ...], scalars: dict[str, Any]) -> None:
+        rest = {**numbers, **scalars}.values()  # in the order of `numbers`
         with device:
             run(*map(Pointer, arrays), *rest, stream=stream_of().ptr)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -30,13 +30,17 @@ def _library(call: Any) -> ModuleType:
 TYPES = {"float32": tl.float32, "float64": tl.float64}
 
 
+# Launches a compiled kernel on arrays, with scalars that may be others each time.
+Launcher = Callable[[tuple[Any, ...], dict[str, Any]], None]
+
+
 class Frame:
     """What all calls with arrays of the same shapes, strides and so on have in common."""
 
     def __init__(self, found: _layout.Layout, launch: _sizes.Launch, copies: bool) -> None:
         self.layout, self.launch, self.copies = found, launch, copies
         self.blocks = -(-found.lead // launch.rows)
-        self.launchers: dict[Any, Callable[..., None]] = {}
+        self.launchers: dict[Any, Launcher] = {}
 
 
 # Made once for each signature of a call: what a launch takes of the host's time counts.
@@ -137,23 +141,27 @@ class Plan:
         return found
 
     def run(
-        self, kernel: Any, arrays: Sequence[Any], numbers: dict[str, Any], more: Any = None
+        self,
+        kernel: Any,
+        arrays: tuple[Any, ...],
+        constants: dict[str, Any],
+        scalars: dict[str, Any],
+        more: Any = None,
     ) -> None:
         """Launch a kernel: a program for each block of rows, and in a relay for each part twice.
 
         What finishes a block of a relay is one program where nothing longer than a row's value is
-        written. `more` tells apart arrays that the plan knows nothing of.
+        written. `more` tells apart arrays that the plan knows nothing of; `scalars` are what may be
+        another with each call.
         """
-        key = (kernel, more, *numbers.values())
+        key = (kernel, more, *constants.values())
         launcher = self.frame.launchers.get(key)
         if launcher is None:
-            launcher = self._launcher(kernel, arrays, numbers)
+            launcher = self._launcher(kernel, arrays, {**constants, **scalars})
             self.frame.launchers[key] = launcher
-        launcher(*arrays)
+        launcher(arrays, scalars)
 
-    def _launcher(
-        self, kernel: Any, arrays: Sequence[Any], numbers: dict[str, Any]
-    ) -> Callable[..., None]:
+    def _launcher(self, kernel: Any, arrays: tuple[Any, ...], numbers: dict[str, Any]) -> Launcher:
         at, launch = self.layout, self.launch
         programs = self.blocks * at.other
         given = {**self.numbers(), **numbers, "lead_blocks": self.blocks}
@@ -182,31 +190,34 @@ class Plan:
         return self._prepared(kernel, programs, arrays, given, options)
 
     def _prepared(
-        self, kernel: Any, programs: int, arrays: Sequence[Any], given: dict[str, Any],
+        self, kernel: Any, programs: int, arrays: tuple[Any, ...], given: dict[str, Any],
         options: dict[str, Any],
-    ) -> Callable[..., None]:  # fmt: skip
+    ) -> Launcher:  # fmt: skip
         names = kernel.arg_names[len(arrays) :]
         # The strides of an array that a call lacks, and the parts where there is no relay, are 0.
         numbers = {name: given.get(name, 0) for name in names}
-        launcher: Callable[..., None] = self.library.launcher(
-            kernel, (programs, 1, 1), tuple(arrays), numbers, options
-        )
-        return launcher
+        found: Launcher = self.library.launcher(kernel, (programs, 1, 1), arrays, numbers, options)
+        return found
 
     def run_small(
-        self, kernel: Any, arrays: Sequence[Any], numbers: dict[str, Any], more: Any = None
+        self,
+        kernel: Any,
+        arrays: tuple[Any, ...],
+        constants: dict[str, Any],
+        scalars: dict[str, Any],
+        more: Any,
     ) -> None:
         """Launch a kernel that has one entry a row to work on."""
-        key = (kernel, more, *numbers.values())
+        key = (kernel, more, *constants.values())
         launcher = self.frame.launchers.get(key)
         if launcher is None:
             at, rows = self.layout, _sizes.SMALL_ROWS
             blocks = -(-at.lead // rows)
-            given = {**self.numbers(), **numbers, "lead_blocks": blocks, "ROWS": rows}
+            given = {**self.numbers(), **constants, **scalars, "lead_blocks": blocks, "ROWS": rows}
             given |= {"ALONG": at.along, "UNIT": at.unit}
             launcher = self._prepared(kernel, blocks * at.other, arrays, given, {})
             self.frame.launchers[key] = launcher
-        launcher(*arrays)
+        launcher(arrays, scalars)
 
     def states(self, count: int) -> list[Any]:
         """Return room for what the parts of each row leave in a relay."""
@@ -236,14 +247,11 @@ def forward(call: RowsCall, dy: Any = None) -> Any:
     heavy = bool(masks) or (operation == "log_softmax" and call.answer.itemsize == 2)
     plan = Plan(call, call.axes, {"x": call.x}, masks, rows, out, heavy=heavy)
     x, y = plan.arrays["x"], plan.arrays["y"]
-    options = {
-        "temperature": call.temperature,
-        "OP": operation,
-        "MASKED": bool(masks),
-        "TEMPERED": call.temperature != 1.0,
-    }
+    tempered = call.temperature != 1.0
+    constants = {"OP": operation, "MASKED": bool(masks), "TEMPERED": tempered}
     arrays = (x, y, plan.arrays.get("w", x), plan.arrays.get("d", x), *plan.states(2))
-    plan.run(_rows.forward, (*arrays, plan.signals()), options)
+    scalars = {"temperature": call.temperature}
+    plan.run(_rows.forward, (*arrays, plan.signals()), constants, scalars)
     return y
 
 
@@ -252,8 +260,9 @@ def pull_back(call: VjpCall, temperature: float = 1.0) -> Any:
     full = {"x": call.x, "d": call.dy}
     plan = Plan(call, call.axes, full, {}, {}, {"y": ("full", call.answer)})
     arrays = (plan.arrays["x"], plan.arrays["d"], plan.arrays["y"], *plan.states(1))
-    options = {"OP": call.operation, "temperature": temperature, "TEMPERED": temperature != 1.0}
-    plan.run(_rows.pull_back, (*arrays, plan.signals()), options)
+    constants = {"OP": call.operation, "TEMPERED": temperature != 1.0}
+    scalars = {"temperature": temperature}
+    plan.run(_rows.pull_back, (*arrays, plan.signals()), constants, scalars)
     return plan.arrays["y"]
 
 
@@ -266,8 +275,8 @@ def losses(call: LossCall, *, gradient: bool, upstream: Any = None) -> tuple[Any
     device; nothing else does.
     """
     xp, options, lib = call.xp, call.options, _library(call)
-    numbers = _numbers(call)
-    plain = call.indices and not numbers["SMOOTH"]
+    constants, scalars = _constants_and_scalars(call)
+    plain = call.indices and not constants["SMOOTH"]
     full, rows, out = {"x": call.x}, {}, {"o": ("rows", call.compute)}
     masks = {} if options.where is None else {"w": options.where}
     if call.indices:
@@ -278,7 +287,7 @@ def losses(call: LossCall, *, gradient: bool, upstream: Any = None) -> tuple[Any
         out["g"] = ("full", call.answer)
     if upstream is not None:
         rows["d"] = xp.expand_dims(lib.bare(upstream), axis=call.axis)
-    heavy = not plain or numbers["MASKED"] or numbers["CAPPED"]
+    heavy = not plain or constants["MASKED"] or constants["CAPPED"]
     plan = Plan(call, (call.axis,), full, masks, rows, out, relay=plain, heavy=heavy)
     x, loss = plan.arrays["x"], plan.arrays["o"]
     weight = x if options.weight is None else lib.contiguous(lib.bare(options.weight))
@@ -289,20 +298,23 @@ def losses(call: LossCall, *, gradient: bool, upstream: Any = None) -> tuple[Any
         how, divisor = "given", plan.arrays["d"]
     elif weighs:
         weights = lib.empty_like(loss, call.compute)
-        plan.run_small(_loss.label_weights, (plan.arrays["l"], weight, weights), numbers, more)
+        small = (plan.arrays["l"], weight, weights)
+        plan.run_small(_loss.label_weights, small, constants, {"ignore": scalars["ignore"]}, more)
     if gradient and options.reduction == "mean":
         how, divisor = ("count", x) if weights is None else ("sum", xp.sum(weights))
     check = call.check_labels and call.indices
     signals = plan.signals(1 if check or plan.launch.way == "relay" else 0)
-    numbers |= {"GRAD": gradient, "CHECK": check, "DIVISOR": how}
-    numbers["positions"] = float(math.prod(loss.shape))
+    constants |= {"GRAD": gradient, "CHECK": check, "DIVISOR": how}
+    scalars["positions"] = float(math.prod(loss.shape))
     labels, where = plan.arrays.get("l", x), plan.arrays.get("w", x)
     grad = plan.arrays.get("g")
     tail = (where, weight, divisor, loss, x if grad is None else grad, signals)
     if plain:
-        plan.run(_loss.loss, (x, labels, *tail, *plan.states(2)), numbers, more)
+        del scalars["smoothing"]
+        plan.run(_loss.loss, (x, labels, *tail, *plan.states(2)), constants, scalars, more)
     else:
-        plan.run(_general.general, (x, labels, plan.arrays.get("t", x), *tail), numbers, more)
+        arrays = (x, labels, plan.arrays.get("t", x), *tail)
+        plan.run(_general.general, arrays, constants, scalars, more)
     if check and int(signals[0]):
         call.target()  # raises, naming the label
     if weights is not None:
@@ -324,7 +336,7 @@ def reduced(call: LossCall, loss: Any, weights: Any) -> Any:
     return xp.where(divisor == 0, math.nan, xp.sum(loss) / divisor)
 
 
-def _numbers(call: LossCall) -> dict[str, Any]:
+def _constants_and_scalars(call: LossCall) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options as a kernel takes them."""
     options = call.options
     ignore = options.ignore_index
@@ -332,11 +344,7 @@ def _numbers(call: LossCall) -> dict[str, Any]:
         # An index that the labels' dtype cannot hold matches none.
         limits = call.xp.iinfo(call.labels.dtype)
         ignore = ignore if limits.min <= ignore <= limits.max else None
-    return {
-        "ignore": 0 if ignore is None else ignore,
-        "smoothing": options.label_smoothing,
-        "z_loss": options.z_loss,
-        "cap": 1.0 if options.softcap is None else options.softcap,
+    constants = {
         "INDEX": call.indices,
         "IGNORING": ignore is not None,
         "WEIGHTED": options.weight is not None,
@@ -345,3 +353,10 @@ def _numbers(call: LossCall) -> dict[str, Any]:
         "CAPPED": options.softcap is not None,
         "MASKED": options.where is not None,
     }
+    scalars = {
+        "ignore": 0 if ignore is None else ignore,
+        "smoothing": options.label_smoothing,
+        "z_loss": options.z_loss,
+        "cap": 1.0 if options.softcap is None else options.softcap,
+    }
+    return constants, scalars

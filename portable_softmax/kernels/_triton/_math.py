@@ -3,7 +3,8 @@
 Triton's own exp is ex2.approx of a rounded product, whose error grows with the argument, and its
 division is approximate. Here every step is an operation that IEEE 754 rounds correctly (add,
 multiply, fma, div_rn) or moves bits, so the error can be measured on a CPU and is that of a GPU.
-That takes kernels compiled without contraction: each launch passes enable_fp_fusion=False.
+That takes kernels compiled without contraction: each launch passes enable_fp_fusion=False. Answers
+in half precision need less: `quick_exp` is the device's own.
 
 Each function takes float32 or float64, by the dtype of its first argument.
 """

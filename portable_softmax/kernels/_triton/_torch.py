@@ -58,7 +58,7 @@ def signature(x: Any) -> tuple[Any, ...]:
 def launcher(
     kernel: Any, grid: tuple[int, int, int], arrays: tuple[Any, ...], numbers: dict[str, Any],
     options: dict[str, Any],
-) -> Callable[..., None]:  # fmt: skip
+) -> Callable[[tuple[Any, ...], dict[str, Any]], None]:  # fmt: skip
     """Return what launches a kernel on tensors like these, on their device and current stream.
 
     The kernel is compiled first, as a launch by Triton would, and taken by its handle from then
@@ -72,9 +72,9 @@ def launcher(
     with cuda.device(device):
         compiled = kernel.run(*arrays, grid=grid, warmup=True, **numbers, **options)
         run = compiled[grid]
-    rest = tuple(numbers.values())
 
-    def launch(*arrays: Any) -> None:
+    def launch(arrays: tuple[Any, ...], scalars: dict[str, Any]) -> None:
+        rest = {**numbers, **scalars}.values()  # in the order of `numbers`
         if cuda.current_device() == index:
             run(*arrays, *rest, stream=stream_of(index))
         else:
@@ -85,8 +85,9 @@ def launcher(
 
 
 def _interpreted(
-    kernel: Any, grid: tuple[int, int, int], numbers: dict[str, Any], *arrays: Any
-) -> None:
+    kernel: Any, grid: tuple[int, int, int], numbers: dict[str, Any], arrays: tuple[Any, ...],
+    scalars: dict[str, Any],
+) -> None:  # fmt: skip
     # The interpreter computes with NumPy, which warns of each infinity and nan.
     with np.errstate(all="ignore"):
-        kernel[grid](*arrays, **numbers)
+        kernel[grid](*arrays, **{**numbers, **scalars})
