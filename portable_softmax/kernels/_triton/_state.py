@@ -162,6 +162,8 @@ def fold(m, rest, low, xs, temperature, TEMPERED: tl.constexpr, QUICK: tl.conste
         added += exponentials(others[i], shift, temperature, TEMPERED, QUICK)
     added = added * shift[2]
     scale = exponentials(m, shift, temperature, TEMPERED, QUICK) * shift[2]
+    # Where the maximum stays, rounding must not shrink the sum tile by tile.
+    scale = tl.where(m == top, 1.0, scale)
     rest = rest * scale
     total = rest + added
     return top, total, low * scale + difference_error(rest, -added, total)
