@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax import _arrays
+from portable_softmax import libraries
 from portable_softmax._typing import Namespace
+from portable_softmax.libraries import Dtype, Library, dtype_name
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -34,34 +35,35 @@ _REMEDIES = {
 # --------------------------------------------------------------------------- arrays
 
 
-def array(name: str, x: Any, *, complex_too: bool = False) -> Namespace:
-    """Return the namespace of `x`, a real (or complex) array of any library."""
-    xp = _namespace(name, x)
-    kind = _arrays.kind(xp, x.dtype)
-    if kind not in (_COMPLEX if complex_too else _REAL):
-        raise TypeError(_dtype_message(name, x.dtype, kind, complex_too))
-    return xp
+def array(name: str, x: Any, *, complex_too: bool = False) -> tuple[Library, Dtype]:
+    """Return the library and the dtype of `x`, a real (or complex) array."""
+    library = _library(name, x)
+    dtype = library.dtype(x.dtype)
+    if dtype.kind not in (_COMPLEX if complex_too else _REAL):
+        raise TypeError(_dtype_message(name, x.dtype, dtype.kind, complex_too))
+    return library, dtype
 
 
-def companion(name: str, x: Any, of: str, like: Any, xp: Namespace) -> None:
+def companion(name: str, x: Any, of: str, like: Any, library: Library) -> None:
     """Check that `x` is an array of the library and device of `like`."""
-    other = _namespace(name, x)
-    if other is not xp:
+    other = _library(name, x)
+    if other is not library:
         raise TypeError(
-            f"{name} is an array of {_arrays.library(other)} and {of} one of "
-            f"{_arrays.library(xp)}; both must come from one library: convert {name} first"
+            f"{name} is an array of {other.name} and {of} one of "
+            f"{library.name}; both must come from one library: convert {name} first"
         )
-    if not _arrays.same_device(xp, x, like):
+    if not library.same_device(x, like):
         raise ValueError(
             f"{name} is on device {_device(x)} and {of} on {_device(like)}; "
             f"move {name} to the device of {of} first"
         )
 
 
-def _namespace(name: str, x: Any) -> Namespace:
+def _library(name: str, x: Any) -> Library:
     cls = type(x)
-    if cls is np.ndarray:
-        return np
+    known = libraries.BY_TYPE.get(cls)
+    if known is not None:
+        return known
     remedy = None
     if isinstance(x, np.ndarray):
         if isinstance(x, np.ma.MaskedArray):
@@ -78,7 +80,7 @@ def _namespace(name: str, x: Any) -> Namespace:
         remedy = _REMEDIES[root].replace("x.", f"{name}.")
     if remedy is None:
         try:
-            return _arrays.namespace(x)
+            return libraries.library_of(x)
         except TypeError:
             remedy = "pass an array of a library that follows the array API standard"
     raise TypeError(
@@ -89,7 +91,7 @@ def _namespace(name: str, x: Any) -> Namespace:
 
 
 def _device(x: Any) -> Any:
-    return x.devices() if hasattr(x, "devices") else _arrays.device(x)
+    return x.devices() if hasattr(x, "devices") else libraries.device(x)
 
 
 def _dtype_message(name: str, dtype: Any, kind: str, complex_too: bool) -> str:
@@ -98,21 +100,21 @@ def _dtype_message(name: str, dtype: Any, kind: str, complex_too: bool) -> str:
         "bool": f"cast {name} to a floating dtype first",
         "complex": f"softmax is defined on real numbers: take the real part or abs of {name}",
     }.get(kind, f"cast {name} to float32 or float64 first")
-    return f"{name} has dtype {_arrays.dtype_name(dtype)}, expected {expected}: {remedy}"
+    return f"{name} has dtype {dtype_name(dtype)}, expected {expected}: {remedy}"
 
 
-def floating(name: str, x: Any, xp: Namespace) -> None:
+def floating(name: str, x: Any, library: Library) -> None:
     """Check that `x` is floating: an integer array is no output of ours, nor a gradient."""
-    if _arrays.kind(xp, x.dtype) == "integer":
+    if library.dtype(x.dtype).kind == "integer":
         raise TypeError(
-            f"{name} has dtype {_arrays.dtype_name(x.dtype)}, expected a floating dtype: "
+            f"{name} has dtype {dtype_name(x.dtype)}, expected a floating dtype: "
             f"cast {name} to float32 or float64 first"
         )
 
 
-def weights(name: str, x: Any, xp: Namespace) -> None:
+def weights(name: str, x: Any, library: Library) -> None:
     """Check the dtype of the weights of a sum."""
-    kind = _arrays.kind(xp, x.dtype)
+    kind = library.dtype(x.dtype).kind
     if kind not in _COMPLEX:
         raise TypeError(_dtype_message(name, x.dtype, kind, True))
 
@@ -147,12 +149,12 @@ def broadcastable(name: str, x: Any, shape: tuple[int, ...], of: str) -> None:
         )
 
 
-def mask(where: Any, of: str, x: Any, xp: Namespace) -> None:
+def mask(where: Any, of: str, x: Any, library: Library) -> None:
     """Check the boolean mask `where`."""
-    companion("where", where, of, x, xp)
-    if _arrays.kind(xp, where.dtype) != "bool":
+    companion("where", where, of, x, library)
+    if library.dtype(where.dtype).kind != "bool":
         raise TypeError(
-            f"where has dtype {_arrays.dtype_name(where.dtype)}, expected bool: "
+            f"where has dtype {dtype_name(where.dtype)}, expected bool: "
             "pass a comparison, such as where != 0"
         )
     broadcastable("where", where, x.shape, of)
@@ -252,14 +254,14 @@ def ignore_index(value: Any, indices: bool) -> int | None:
 # --------------------------------------------------------------------------- labels
 
 
-def labels_are_indices(logits: Any, labels: Any, axis: int, xp: Namespace) -> bool:
+def labels_are_indices(logits: Any, labels: Any, axis: int, library: Library) -> bool:
     """Return whether `labels` are class indices, or else a distribution over the classes."""
-    kind = _arrays.kind(xp, labels.dtype)
-    dtype = _arrays.dtype_name(labels.dtype)
-    positions = (*logits.shape[:axis], *logits.shape[axis + 1 :])
+    kind = library.dtype(labels.dtype).kind
+    shape = logits.shape
+    positions = (*shape[:axis], *shape[axis + 1 :])
     if kind in ("bool", "complex", "other"):
         raise TypeError(
-            f"labels have dtype {dtype}, expected integers for class indices, or integers or "
+            f"labels have dtype {dtype_name(labels.dtype)}, expected integers for class indices, or integers or "
             "floats for a distribution: cast them first"
         )
     if _same_shape(labels.shape, logits.shape):
@@ -267,8 +269,8 @@ def labels_are_indices(logits: Any, labels: Any, axis: int, xp: Namespace) -> bo
     if _same_shape(labels.shape, positions):
         if kind != "integer":
             raise TypeError(
-                f"labels have dtype {dtype} and the shape {tuple(labels.shape)} of class indices, "
-                "which must be integers: cast them to an integer dtype, or pass a distribution "
+                f"labels have dtype {dtype_name(labels.dtype)} and the shape "
+                f"{tuple(labels.shape)} of class indices, which must be integers: cast them to an integer dtype, or pass a distribution "
                 f"of shape {tuple(logits.shape)}"
             )
         return True
@@ -276,9 +278,12 @@ def labels_are_indices(logits: Any, labels: Any, axis: int, xp: Namespace) -> bo
 
 
 def _same_shape(have: Any, want: Any) -> bool:
-    return len(have) == len(want) and all(
-        a == b or a != a or b != b for a, b in zip(have, want, strict=True)
-    )
+    if len(have) != len(want):
+        return False
+    for a, b in zip(have, want, strict=True):
+        if a != b and a == a and b == b:  # an unknown length is nan in Dask
+            return False
+    return True
 
 
 def _label_shape_message(logits: Any, labels: Any, axis: int, positions: tuple[int, ...]) -> str:
@@ -301,7 +306,7 @@ def label_values(xp: Namespace, labels: Any, valid: Any, axis: int, n: int, wher
     if bool(xp.all(valid)):
         return
     valid = xp.squeeze(valid, axis=axis)
-    flat = xp.reshape(_arrays.cast(xp, ~valid, xp.int8), (-1,))
+    flat = xp.reshape(libraries.cast(xp, ~valid, xp.int8), (-1,))
     position = np.unravel_index(int(xp.argmax(flat)), tuple(valid.shape))
     at = ", ".join(str(int(i)) for i in position)
     value = int(labels[tuple(int(i) for i in position)])
@@ -317,10 +322,10 @@ def label_values(xp: Namespace, labels: Any, valid: Any, axis: int, n: int, wher
     )
 
 
-def class_weight(weight: Any, logits: Any, axis: int, xp: Namespace) -> None:
+def class_weight(weight: Any, logits: Any, axis: int, library: Library) -> None:
     """Check the array of one weight a class."""
-    companion("weight", weight, "logits", logits, xp)
-    kind = _arrays.kind(xp, weight.dtype)
+    companion("weight", weight, "logits", logits, library)
+    kind = library.dtype(weight.dtype).kind
     if kind not in _REAL:
         raise TypeError(_dtype_message("weight", weight.dtype, kind, False))
     n = logits.shape[axis]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from portable_softmax import _arrays, _checks, portable
+from portable_softmax import _checks, portable
 from portable_softmax._typing import Array, ArrayT
-from portable_softmax.kernels._calls import LossCall
-from portable_softmax.kernels._table import find, shortcut
+from portable_softmax.kernels._decide import operation, run
+from portable_softmax.kernels._request import PLAIN_LOSS, LossOptions, Request, active
 
 __all__ = ["cross_entropy", "cross_entropy_value_and_grad"]
 
 
+@operation
 def cross_entropy(
     logits: ArrayT,
     labels: Array,
@@ -116,21 +117,14 @@ def cross_entropy(
     >>> print(round(float(cross_entropy(logits, np.asarray([0, -1]), ignore_index=-1)), 15))
     1.87e-13
     """
-    if quick := shortcut(logits, "cross_entropy"):
-        found: ArrayT | None = quick(
-            logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where,
-            reduction, check_labels,
-        )  # fmt: skip
-        if found is not None:
-            return found
-    call = _prepared(
+    loss: ArrayT = _answer(
         "cross_entropy", logits, labels, axis, weight, ignore_index, label_smoothing,
         z_loss, softcap, where, reduction, check_labels,
     )  # fmt: skip
-    answered: ArrayT = _answer(call)
-    return answered
+    return loss
 
 
+@operation
 def cross_entropy_value_and_grad(
     logits: ArrayT,
     labels: Array,
@@ -185,19 +179,10 @@ def cross_entropy_value_and_grad(
     >>> print(grad)
     [[-1.87152459e-13  9.35762297e-14  9.35762297e-14]]
     """  # noqa: E501 - numpydoc wants the names on one line
-    if quick := shortcut(logits, "cross_entropy_value_and_grad"):
-        found = quick(
-            logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where,
-            reduction, check_labels,
-        )  # fmt: skip
-        if found is not None:
-            loss, grad = found
-            return loss, grad
-    call = _prepared(
+    loss, grad = _answer(
         "cross_entropy_value_and_grad", logits, labels, axis, weight, ignore_index, label_smoothing,
         z_loss, softcap, where, reduction, check_labels,
     )  # fmt: skip
-    loss, grad = _answer(call)
     return loss, grad
 
 
@@ -205,22 +190,7 @@ def cross_entropy_value_and_grad(
 LOSS_OPTIONS = tuple(cross_entropy.__kwdefaults__ or ())
 
 
-def _answer(call: LossCall) -> Any:
-    """Take the kernel of a call, or its portable form."""
-    xp, answer = call.xp, call.answer
-    kernel = find(call)
-    with _arrays.quiet(xp):
-        if kernel is not None:
-            found = kernel(call)
-        else:
-            target, x = call.target(), _arrays.cast(xp, call.x, call.compute)
-            found = getattr(portable, call.operation)(xp, x, target, call.axis, call.options)
-        parts = found if isinstance(found, tuple) else (found,)
-        parts = tuple(_arrays.scalar_if_0d(xp, _arrays.cast(xp, p, answer)) for p in parts)
-    return parts if isinstance(found, tuple) else parts[0]
-
-
-def _prepared(
+def _answer(
     operation: str,
     logits: Any,
     labels: Any,
@@ -233,29 +203,82 @@ def _prepared(
     where: Any,
     reduction: Any,
     check_labels: bool,
-) -> LossCall:
-    """Check everything that can be checked without reading values, and cast the options."""
-    xp = _checks.array("logits", logits)
-    _checks.companion("labels", labels, "logits", logits, xp)
+) -> Any:
+    """Check everything that can be checked without reading values, and answer."""
+    library, dtype = _checks.array("logits", logits)
+    _checks.companion("labels", labels, "logits", logits, library)
     at = _checks.one_axis(axis, logits.ndim)
-    indices = _checks.labels_are_indices(logits, labels, at, xp)
+    indices = _checks.labels_are_indices(logits, labels, at, library)
+    compute_dtype, result_dtype = library.compute_dtype(logits)
+    options, given = PLAIN_LOSS, ()
+    if not (
+        weight is ignore_index is softcap is where is None
+        and type(label_smoothing) is type(z_loss) is float
+        and label_smoothing == z_loss == 0.0
+        and reduction == "mean"
+    ):
+        options = _options(
+            library, logits, at, indices, compute_dtype, weight, ignore_index, label_smoothing,
+            z_loss, softcap, where, reduction,
+        )  # fmt: skip
+        given = active(options, PLAIN_LOSS)
+    if not indices:
+        given = (*given, "probabilities")
+    others = [a for a in (weight, where) if a is not None]
+    request = Request(
+        operation, library, logits, dtype.name, (at,), compute_dtype, result_dtype,
+        library.tracing(logits, labels, *others), options, given, None, labels, indices,
+        check_labels,
+    )  # fmt: skip
+    found = run(request, _portable_loss)
+    if isinstance(found, tuple):
+        return tuple(library.scalar_if_0d(part) for part in found)
+    return library.scalar_if_0d(found)
+
+
+def _options(
+    library: Any,
+    logits: Any,
+    axis: int,
+    indices: bool,
+    compute_dtype: Any,
+    weight: Any,
+    ignore_index: Any,
+    label_smoothing: Any,
+    z_loss: Any,
+    softcap: Any,
+    where: Any,
+    reduction: Any,
+) -> LossOptions:
+    """Check the options; the weights are cast to the dtype that is computed in."""
     if weight is not None:
-        _checks.class_weight(weight, logits, at, xp)
+        _checks.class_weight(weight, logits, axis, library)
+        weight = library.quietly(library.cast, weight, compute_dtype)
     if where is not None:
-        _checks.mask(where, "logits", logits, xp)
-    ignore_index = _checks.ignore_index(ignore_index, indices)
-    compute, answer = _arrays.compute_dtype(xp, logits)
-    options = portable.Options(
-        weight=None if weight is None else _arrays.cast(xp, weight, compute),
-        ignore_index=ignore_index,
+        _checks.mask(where, "logits", logits, library)
+    if softcap is not None:
+        softcap = _checks.number("softcap", softcap, low=0.0, open_low=True)
+    return LossOptions(
+        weight=weight,
+        ignore_index=_checks.ignore_index(ignore_index, indices),
         label_smoothing=_checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0),
         z_loss=_checks.number("z_loss", z_loss, low=0.0),
-        softcap=None
-        if softcap is None
-        else _checks.number("softcap", softcap, low=0.0, open_low=True),
+        softcap=softcap,
         where=where,
         reduction=_checks.reduction(reduction),
     )
-    return LossCall(
-        operation, xp, logits, labels, indices, at, options, check_labels, compute, answer
+
+
+def _portable_loss(request: Request) -> Any:
+    """Answer in the library's own operations."""
+    library, result_dtype = request.library, request.result_dtype
+    found = getattr(portable, request.operation)(
+        library.xp,
+        library.cast(request.x, request.compute_dtype),
+        request.target(),
+        request.axis,
+        request.options,
     )
+    if isinstance(found, tuple):
+        return tuple(library.cast(part, result_dtype) for part in found)
+    return library.cast(found, result_dtype)

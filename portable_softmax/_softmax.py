@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from portable_softmax import _arrays, _checks, portable
+from portable_softmax import _checks, portable
 from portable_softmax._typing import Array, ArrayT, Axis, Namespace
-from portable_softmax.kernels._calls import RowsCall, VjpCall
-from portable_softmax.kernels._table import find, shortcut
+from portable_softmax.kernels._decide import operation, run
+from portable_softmax.kernels._request import PLAIN_ROWS, Request, RowOptions, active
 
 __all__ = [
     "log_softmax",
@@ -20,6 +20,7 @@ __all__ = [
 ]
 
 
+@operation
 def softmax(
     x: ArrayT, /, *, axis: Axis = -1, where: Array | None = None, temperature: float = 1.0
 ) -> ArrayT:
@@ -80,13 +81,11 @@ def softmax(
     >>> softmax(np.asarray([1.0, 2.0, 9.0]), where=np.asarray([True, True, False])).round(4)
     array([0.2689, 0.7311, 0.    ])
     """
-    if where is None and (quick := shortcut(x, "softmax")):
-        y: ArrayT | None = quick(x, axis, temperature)
-        if y is not None:
-            return y
-    return _rowwise("softmax", x, axis, where, temperature)
+    y: ArrayT = _row_by_row("softmax", x, axis, where, temperature)
+    return y
 
 
+@operation
 def log_softmax(
     x: ArrayT, /, *, axis: Axis = -1, where: Array | None = None, temperature: float = 1.0
 ) -> ArrayT:
@@ -142,13 +141,11 @@ def log_softmax(
     >>> print(f"{log_softmax(np.asarray([30.0, 0.0, 0.0]))[0]:.12e}")
     -1.871524593768e-13
     """
-    if where is None and (quick := shortcut(x, "log_softmax")):
-        y: ArrayT | None = quick(x, axis, temperature)
-        if y is not None:
-            return y
-    return _rowwise("log_softmax", x, axis, where, temperature)
+    y: ArrayT = _row_by_row("log_softmax", x, axis, where, temperature)
+    return y
 
 
+@operation
 def logsumexp(
     x: ArrayT,
     /,
@@ -221,70 +218,38 @@ def logsumexp(
     >>> print(round(float(value), 6), sign)
     1.541325 -1.0
     """
-    if b is None and where is None and not return_sign and (quick := shortcut(x, "logsumexp")):
-        found: ArrayT | None = quick(x, axis, keepdims)
-        if found is not None:
-            return found
-    xp = _checks.array("x", x, complex_too=True)
+    library, dtype = _checks.array("x", x, complex_too=True)
+    xp = library.xp
     axes = _checks.axes(axis, x.ndim)
     if b is not None:
-        _checks.companion("b", b, "x", x, xp)
-        _checks.weights("b", b, xp)
+        _checks.companion("b", b, "x", x, library)
+        _checks.weights("b", b, library)
         _checks.broadcastable("b", b, x.shape, "x")
     if where is not None:
-        _checks.mask(where, "x", x, xp)
-    compute, answer = _arrays.compute_dtype(xp, x)
-    kind = _arrays.kind(xp, compute)
-    if b is not None and _arrays.kind(xp, b.dtype) == "complex":
-        kind = "complex"
-        compute = answer = _arrays.complex_dtype(xp, compute)
-    with _arrays.quiet(xp):
-        if any(x.shape[a] == 0 for a in axes):
-            value, sign = _empty_sum(xp, x, axes, answer)
-        else:
-            value, sign = _logsumexp(xp, x, axes, b, where, return_sign, kind, compute, answer)
-    if not keepdims and axes:
-        value = xp.squeeze(value, axis=axes)
-        sign = None if sign is None else xp.squeeze(sign, axis=axes)
-    value = _arrays.scalar_if_0d(xp, value)
-    return (value, _arrays.scalar_if_0d(xp, sign)) if return_sign else value
+        _checks.mask(where, "x", x, library)
+    compute_dtype, result_dtype = library.compute_dtype(x)
+    if b is not None and library.dtype(b.dtype).kind == "complex":
+        compute_dtype = result_dtype = library.complex_dtype(compute_dtype)
+    options, given = PLAIN_ROWS, ()
+    if b is not None or where is not None or return_sign:
+        options = RowOptions(where=where, b=b, return_sign=bool(return_sign))
+        given = active(options, PLAIN_ROWS)
+    found = run(
+        Request(
+            "logsumexp", library, x, dtype.name, axes, compute_dtype, result_dtype,
+            library.tracing(x), options, given,
+        ),
+        _portable_logsumexp,
+    )  # fmt: skip
+    if keepdims or not axes:
+        parts = found if return_sign else (found,)
+    else:
+        parts = [xp.squeeze(part, axis=axes) for part in (found if return_sign else (found,))]
+    value, *sign = [library.scalar_if_0d(part) for part in parts]
+    return (value, *sign) if return_sign else value
 
 
-def _logsumexp(
-    xp: Namespace,
-    x: Any,
-    axes: tuple[int, ...],
-    b: Any,
-    where: Any,
-    return_sign: bool,
-    kind: str,
-    compute: Any,
-    answer: Any,
-) -> tuple[Any, Any]:
-    if b is None and not return_sign and kind == "real" and axes:
-        call = RowsCall("logsumexp", xp, x, axes, where, 1.0, compute, answer)
-        if kernel := find(call):
-            return kernel(call), None
-    x, b, where, axes, added = _with_an_axis(xp, x, b, where, axes)
-    x = _arrays.cast(xp, x, compute)
-    if b is not None:
-        b = _arrays.cast(xp, b, compute)
-    value, sign = portable.logsumexp(xp, x, axes, b=b, where=where, return_sign=return_sign)
-    if kind == "real":
-        value = _arrays.cast(xp, value, answer)
-        sign = None if sign is None else _arrays.cast(xp, sign, answer)
-    if added:
-        value = xp.squeeze(value, axis=-1)
-        sign = None if sign is None else xp.squeeze(sign, axis=-1)
-    return value, sign
-
-
-def _empty_sum(xp: Namespace, x: Any, axes: tuple[int, ...], answer: Any) -> tuple[Any, Any]:
-    shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
-    where = {"dtype": answer, "device": _arrays.device(x)}
-    return xp.full(shape, -math.inf, **where), xp.zeros(shape, **where)
-
-
+@operation
 def softmax_vjp(y: ArrayT, dy: ArrayT, /, *, axis: Axis = -1) -> ArrayT:
     r"""Return the gradient through a softmax, from its output.
 
@@ -338,6 +303,7 @@ def softmax_vjp(y: ArrayT, dy: ArrayT, /, *, axis: Axis = -1) -> ArrayT:
     return _vjp("softmax_vjp", "y", y, dy, axis)
 
 
+@operation
 def log_softmax_vjp(log_y: ArrayT, dy: ArrayT, /, *, axis: Axis = -1) -> ArrayT:
     r"""Return the gradient through a log_softmax, from its output.
 
@@ -427,84 +393,121 @@ def softmax_jacobian(y: ArrayT, /, *, axis: int = -1) -> ArrayT:
     array([[ 0.25, -0.25],
            [-0.25,  0.25]])
     """
-    xp = _checks.array("y", y)
-    _checks.floating("y", y, xp)
+    library, _ = _checks.array("y", y)
+    _checks.floating("y", y, library)
     at = _checks.one_axis(axis, y.ndim)
-    compute, answer = _arrays.compute_dtype(xp, y)
-    with _arrays.quiet(xp):
-        jacobian = portable.softmax_jacobian(xp, _arrays.cast(xp, y, compute), at)
-        answered: ArrayT = _arrays.cast(xp, jacobian, answer)
+    compute_dtype, result_dtype = library.compute_dtype(y)
+    jacobian = library.quietly(
+        portable.softmax_jacobian, library.xp, library.cast(y, compute_dtype), at
+    )
+    answered: ArrayT = library.cast(jacobian, result_dtype)
     return answered
 
 
-# --------------------------------------------------------------------------- shared steps
+# --------------------------------------------------------------------------- requests
 
 
-def _rowwise(operation: str, x: ArrayT, axis: Axis, where: Any, temperature: Any) -> ArrayT:
-    """Check the arguments of softmax or log_softmax, then take its kernel or portable form."""
-    xp = _checks.array("x", x)
+def _row_by_row(operation: str, x: Any, axis: Axis, where: Any, temperature: Any) -> Any:
+    """Check the arguments of softmax or log_softmax and answer."""
+    library, dtype = _checks.array("x", x)
     axes = _checks.axes(axis, x.ndim)
-    if where is not None:
-        _checks.mask(where, "x", x, xp)
-    if type(temperature) is not float or temperature != 1.0:
-        temperature = _checks.temperature(temperature)
-    compute, answer = _arrays.compute_dtype(xp, x)
-    if any(x.shape[a] == 0 for a in axes):
-        empty: ArrayT = xp.zeros_like(x, dtype=answer)
-        return empty
-    call = RowsCall(operation, xp, x, axes, where, temperature, compute, answer)
-    kernel = find(call) if axes else None
-    y: ArrayT
-    with _arrays.quiet(xp):
-        if kernel is not None:
-            y = kernel(call)
-            return y
-        at_least_1d, _, where, axes, added = _with_an_axis(xp, x, None, where, axes)
-        y = getattr(portable, operation)(
-            xp,
-            _arrays.cast(xp, at_least_1d, compute),
-            axes,
-            where=where,
-            temperature=temperature,
-        )
-        if added:
-            y = _arrays.scalar_if_0d(xp, xp.squeeze(y, axis=-1))
-        y = _arrays.cast(xp, y, answer)
-    return y
-
-
-def _with_an_axis(
-    xp: Namespace, x: Any, b: Any, where: Any, axes: tuple[int, ...]
-) -> tuple[Any, Any, Any, tuple[int, ...], bool]:
-    """Turn a reduction over no axis, such as that of a 0-d array, into one over a single entry."""
-    if axes:
-        return x, b, where, axes, False
-    b = None if b is None else xp.expand_dims(b, axis=-1)
-    where = None if where is None else xp.expand_dims(where, axis=-1)
-    return xp.expand_dims(x, axis=-1), b, where, (x.ndim,), True
+    options, given = PLAIN_ROWS, ()
+    if where is not None or type(temperature) is not float or temperature != 1.0:
+        if where is not None:
+            _checks.mask(where, "x", x, library)
+        options = RowOptions(where, _checks.temperature(temperature))
+        given = active(options, PLAIN_ROWS)
+    compute_dtype, result_dtype = library.compute_dtype(x)
+    request = Request(
+        operation, library, x, dtype.name, axes, compute_dtype, result_dtype,
+        library.tracing(x), options, given,
+    )  # fmt: skip
+    return run(request, _portable_rows)
 
 
 def _vjp(operation: str, name: str, y: ArrayT, dy: Array, axis: Axis) -> ArrayT:
-    """Check the arguments of a vector-Jacobian product, then take its kernel or portable form."""
-    xp = _checks.array(name, y)
-    _checks.floating(name, y, xp)
-    _checks.companion("dy", dy, name, y, xp)
-    _checks.floating("dy", dy, xp)
+    """Check the arguments of a vector-Jacobian product and answer."""
+    library, dtype = _checks.array(name, y)
+    _checks.floating(name, y, library)
+    _checks.companion("dy", dy, name, y, library)
+    _checks.floating("dy", dy, library)
     _checks.like_shape("dy", dy, name, y)
     axes = _checks.axes(axis, y.ndim)
-    compute, answer = _arrays.compute_dtype(xp, y)
-    call = VjpCall(operation, xp, y, dy, axes, compute, answer)
-    kernel = find(call) if axes else None
-    dx: ArrayT
-    with _arrays.quiet(xp):
-        if kernel is not None:
-            dx = kernel(call)
-            return dx
-        out, upstream, _, axes, added = _with_an_axis(xp, y, dy, None, axes)
-        dx = getattr(portable, operation)(
-            xp, _arrays.cast(xp, out, compute), _arrays.cast(xp, upstream, compute), axes
-        )
-        if added:
-            dx = _arrays.scalar_if_0d(xp, xp.squeeze(dx, axis=-1))
-        dx = _arrays.cast(xp, dx, answer)
+    compute_dtype, result_dtype = library.compute_dtype(y)
+    request = Request(
+        operation, library, y, dtype.name, axes, compute_dtype, result_dtype,
+        library.tracing(y, dy), dy=dy,
+    )  # fmt: skip
+    dx: ArrayT = run(request, _portable_vjp)
     return dx
+
+
+# --------------------------------------------------------------------------- the portable path
+
+
+def _portable_rows(request: Request) -> Any:
+    """softmax or log_softmax in the library's own operations."""
+    library, x, axes = request.library, request.x, request.axes
+    where, temperature = request.options[:2]
+    xp = library.xp
+    if any(x.shape[a] == 0 for a in axes):
+        return xp.zeros_like(x, dtype=request.result_dtype)
+    if not axes:
+        x, where = _with_an_axis(xp, x, where)
+    y = getattr(portable, request.operation)(
+        xp,
+        library.cast(x, request.compute_dtype),
+        axes or (x.ndim - 1,),
+        where=where,
+        temperature=temperature,
+    )
+    if not axes:
+        y = library.scalar_if_0d(xp.squeeze(y, axis=-1))
+    return library.cast(y, request.result_dtype)
+
+
+def _portable_logsumexp(request: Request) -> Any:
+    """logsumexp, and the sign if it is asked for, the reduced axes kept with length 1."""
+    library, x, axes = request.library, request.x, request.axes
+    where, b = request.options.where, request.options.b
+    xp, compute_dtype, result_dtype = library.xp, request.compute_dtype, request.result_dtype
+    if any(x.shape[a] == 0 for a in axes):
+        made = {"dtype": result_dtype, "device": library.device(x)}
+        shape = tuple(request.reduced_shape())
+        parts = xp.full(shape, -math.inf, **made), xp.zeros(shape, **made)
+        return parts if request.options.return_sign else parts[0]
+    if not axes:
+        x, where, b = _with_an_axis(xp, x, where, b)
+    parts = portable.logsumexp(
+        xp,
+        library.cast(x, compute_dtype),
+        axes or (x.ndim - 1,),
+        b=None if b is None else library.cast(b, compute_dtype),
+        where=where,
+        return_sign=request.options.return_sign,
+    )
+    parts = [part for part in parts if part is not None]
+    if not axes:
+        parts = [xp.squeeze(part, axis=-1) for part in parts]
+    if library.dtype(result_dtype).kind != "complex":
+        parts = [library.cast(part, result_dtype) for part in parts]
+    return tuple(parts) if request.options.return_sign else parts[0]
+
+
+def _portable_vjp(request: Request) -> Any:
+    """softmax_vjp or log_softmax_vjp."""
+    library, y, dy, axes = request.library, request.x, request.dy, request.axes
+    xp, compute_dtype = library.xp, request.compute_dtype
+    if not axes:
+        y, dy = _with_an_axis(xp, y, dy)
+    dx = getattr(portable, request.operation)(
+        xp, library.cast(y, compute_dtype), library.cast(dy, compute_dtype), axes or (y.ndim - 1,)
+    )
+    if not axes:
+        dx = library.scalar_if_0d(xp.squeeze(dx, axis=-1))
+    return library.cast(dx, request.result_dtype)
+
+
+def _with_an_axis(xp: Namespace, *arrays: Any) -> Any:
+    """Turn a reduction over no axis, such as that of a 0-d array, into one over a single entry."""
+    return [None if a is None else xp.expand_dims(a, axis=-1) for a in arrays]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Generic, final
 
-from portable_softmax import _arrays, _checks
+from portable_softmax import _checks, libraries
 from portable_softmax._cross_entropy import LOSS_OPTIONS, cross_entropy_value_and_grad
 from portable_softmax._softmax import log_softmax, log_softmax_vjp, softmax, softmax_vjp
 from portable_softmax._typing import Array, ArrayT, Axis
@@ -187,21 +187,22 @@ class SoftmaxWithLoss(Generic[ArrayT]):
         if isinstance(dout, int | float):
             scaled: ArrayT = self._dx * dout
             return scaled
-        xp = _checks.array("dout", dout)
-        _checks.companion("dout", dout, "logits", self._dx, xp)
+        library, _ = _checks.array("dout", dout)
+        _checks.companion("dout", dout, "logits", self._dx, library)
+        xp = library.xp
         _checks.upstream(dout, self._loss_shape)
         if dout.ndim:  # one for each position, with reduction="none"
             dout = xp.expand_dims(dout, axis=self.options.get("axis", -1))
-        answered: ArrayT = _arrays.cast(xp, self._dx * dout, self._dx.dtype)
+        answered: ArrayT = libraries.cast(xp, self._dx * dout, self._dx.dtype)
         return answered
 
     def _probabilities(self, x: Any) -> Any:
         axis, softcap = self.options.get("axis", -1), self.options.get("softcap")
         if softcap is not None:
-            xp = _arrays.namespace(x)
-            compute, answer = _arrays.compute_dtype(xp, x)
-            capped = softcap * xp.tanh(_arrays.cast(xp, x, compute) / softcap)
-            return _arrays.cast(
+            xp = libraries.namespace(x)
+            compute, answer = libraries.compute_dtype(xp, x)
+            capped = softcap * xp.tanh(libraries.cast(xp, x, compute) / softcap)
+            return libraries.cast(
                 xp, softmax(capped, axis=axis, where=self.options.get("where")), answer
             )
         return softmax(x, axis=axis, where=self.options.get("where"))

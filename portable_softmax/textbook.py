@@ -43,7 +43,7 @@ from __future__ import annotations
 
 from typing import Any, final
 
-from portable_softmax._arrays import namespace
+from portable_softmax.libraries import namespace
 from portable_softmax._typing import Array, ArrayT
 
 __all__ = [

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import portable_softmax
-from portable_softmax._arrays import namespace
+from portable_softmax.libraries import namespace
 from portable_softmax._cli.errors import CommandError, one_line
 
 __all__ = ["BACKENDS", "TRAINABLE", "Backend", "Place", "is_installed", "open_place", "reach"]

@@ -1,7 +1,8 @@
 """Which fused kernels exist here, and which one a call takes.
 
-A kernel is an optimisation of the portable mathematics and gives the same answers. One table maps
-(library, device, operation) to it; its module is imported when it is first needed.
+A kernel is an optimisation of the portable mathematics and gives the same answers. One table says
+what each of them takes; a call goes to the first that takes all of it, and else to the portable
+path.
 
 >>> import numpy as np
 >>> from portable_softmax import kernels
@@ -12,6 +13,7 @@ A kernel is an optimisation of the portable mathematics and gives the same answe
 'portable: forced by kernels.portable()'
 """
 
-from portable_softmax.kernels._table import available, explain, portable, without
+from portable_softmax.kernels._decide import available, explain
+from portable_softmax.kernels._switches import portable, use, without
 
-__all__ = ["available", "explain", "portable", "without"]
+__all__ = ["available", "explain", "portable", "use", "without"]

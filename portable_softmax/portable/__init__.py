@@ -1,6 +1,6 @@
 """The implementation: mathematics in the array API standard alone.
 
-Nothing here checks an argument or names a library; `_arrays` answers what differs between them.
+Nothing here checks an argument or names a library; `libraries` answers what differs between them.
 """
 
 from portable_softmax.portable._cross_entropy import (

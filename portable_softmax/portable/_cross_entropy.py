@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from portable_softmax._arrays import (
+from portable_softmax.libraries import (
     cast,
     constant,
     default_int,

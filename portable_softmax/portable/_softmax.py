@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from portable_softmax._arrays import (
+from portable_softmax.libraries import (
     cast,
     constant,
     device,
     is_chunked,
     namespace,
-    quiet,
+    quietly,
     reduce_chunks,
     scalar,
 )
@@ -134,7 +134,7 @@ def logsumexp(
 def _unweighted(xp: Namespace, x: Any, axes: Axes) -> Any:
     if is_chunked(xp):
         # logsumexp merges: a chunk is read once and dropped, not kept until the maximum is known.
-        return reduce_chunks(x, axes, _logsumexp_of_a_chunk)
+        return reduce_chunks(xp, x, axes, _logsumexp_of_a_chunk)
     m = maximum(xp, x, axes)
     infinite, zero = xp.isinf(m), scalar(xp, 0.0, m)
     state = fold(xp, x, axes, shift=xp.where(infinite, zero, m))
@@ -144,8 +144,7 @@ def _unweighted(xp: Namespace, x: Any, axes: Axes) -> Any:
 
 def _logsumexp_of_a_chunk(chunk: Any, axis: Axes, keepdims: bool) -> Any:
     xp = namespace(chunk)
-    with quiet(xp):
-        return _unweighted(xp, chunk, axis)
+    return quietly(xp, _unweighted, xp, chunk, axis)
 
 
 def _weighted(xp: Namespace, x: Any, axes: Axes, b: Any) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from portable_softmax._arrays import constant, scalar
+from portable_softmax.libraries import constant, scalar
 from portable_softmax._typing import Namespace
 from portable_softmax.portable._sums import total
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from portable_softmax._arrays import is_chunked, namespace, reduce_chunks
+from portable_softmax.libraries import is_chunked, namespace, reduce_chunks
 from portable_softmax._typing import Namespace
 
 # A plain running sum of n equal terms is off by about n/16 units in the last place (measured on
@@ -21,7 +21,7 @@ def total(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Any:
     summation").
     """
     if is_chunked(xp):
-        return reduce_chunks(x, axes, _total_of_a_chunk)
+        return reduce_chunks(xp, x, axes, _total_of_a_chunk)
     for axis in axes:
         if axis != x.ndim - 1:
             x = _halved(xp, x, axis)

@@ -1,7 +1,7 @@
 """Fused row kernels in Numba: a row is read from memory once and worked on in cache.
 
 This module loads nothing but NumPy. The kernels behind it are compiled when an array that is
-large enough to be worth it first needs them, one operation and dtype at a time.
+large enough to be worth it first needs them, one operation, dtype and layout at a time.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax.kernels._calls import Call, LossCall, RowsCall, VjpCall
+from portable_softmax.kernels._request import Layout, Request
 
-# Smaller arrays do not wait for a kernel to be compiled: one takes a second, once.
-ENOUGH = 1 << 16
 # Rows across memory are copied to a tile, which has to stay small.
 LONGEST_ACROSS = 1 << 14
 
@@ -33,118 +31,44 @@ HANDED: dict[str, Any] = {
     "bfloat16": np.dtype(np.int16),
 }
 
-# The kernels that are compiled, as `_key` names them.
-loaded: set[tuple[str, str, str, bool]] = set()
-_broken = ""
-_imported: Any = None
+_unsupported: list[str] = []
 
 
 def missing() -> str:
     """Return what has to be installed."""
     if find_spec("numba") is None:
         return "numba is not installed: pip install 'portable_softmax[numba]'"
-    return _broken
-
-
-def refusal(call: Call) -> str:
-    """Return why a call is left to the next kernel."""
-    x = call.x
-    name = x.dtype.name
-    if why := _options(call) or _layout_refusal(call):
-        return why
-    if name not in HANDED or not x.dtype.isnative:
-        return f"dtype: {x.dtype}"
-    if x.size < ENOUGH and _key(call) not in loaded:
-        return f"{x.size:,} elements, fewer than {ENOUGH:,}, and nothing is loaded yet"
-    return _broken or _cannot_import()
-
-
-def _key(call: Call) -> tuple[str, str, str, bool]:
-    """Return what a call is compiled for: operation, layout, dtype, and whether it is tempered."""
-    _, n, inner = _layout(call)
-    layout = "lanes" if inner > 1 else for_rows(n, call.x.dtype.itemsize)
-    tempered = getattr(call, "temperature", 1.0) != 1.0
-    return call.operation, layout, call.x.dtype.name, tempered
-
-
-def for_rows(n: int, itemsize: int) -> str:
-    """Return how rows of n classes are worked on that lie one after the other."""
-    return "blocks" if n * max(itemsize, 4) < SHORT else "rows"
-
-
-def _remember(call: Call) -> None:
-    key = _key(call)
-    if key not in loaded:
-        loaded.add(key)
-        operation, layout, _, tempered = key
-        if not tempered and layout != "lanes":
-            small = import_module("portable_softmax.kernels._numba._small")
-            small.register(operation, layout, call.x.dtype)
-
-
-def _options(call: Call) -> str:
-    if isinstance(call, RowsCall) and call.where is not None:
-        return "options: where"
-    if isinstance(call, LossCall):
-        given = [o for o in ("where", "softcap") if getattr(call.options, o) is not None]
-        if given:
-            return f"options: {', '.join(given)}"
-        if not call.indices:
-            return "labels are a distribution"
     return ""
 
 
-def _layout_refusal(call: Call) -> str:
-    x = call.x
-    if x.size == 0:
-        return "no elements"
-    arrays = (x, call.dy) if isinstance(call, VjpCall) else (x,)
+def declines(request: Request, asked: bool) -> str:
+    """Return why a call is left to the next kernel."""
+    x = request.x
+    arrays = (x,) if request.dy is None else (x, request.dy)
     if not all(a.flags.c_contiguous and a.flags.aligned for a in arrays):
         return "not in C order"
-    if isinstance(call, VjpCall) and call.dy.dtype != x.dtype:
-        return f"dtypes: {x.dtype} and {call.dy.dtype}"
-    labels = getattr(call, "labels", None)
-    if labels is not None and not labels.dtype.isnative:
-        return f"dtype of labels: {labels.dtype}"
-    axes = _axes(call)
-    if axes[-1] - axes[0] + 1 != len(axes):
+    if request.dy is not None and request.dy.dtype != x.dtype:
+        return f"dtypes: {x.dtype} and {request.dy.dtype}"
+    if request.labels is not None and not request.labels.dtype.isnative:
+        return f"dtype of labels: {request.labels.dtype}"
+    layout = request.layout()
+    if layout is None:
         return "axes apart from each other"
-    _, n, inner = _layout(call)
-    if inner > 1 and n > LONGEST_ACROSS:
-        return f"{n:,} classes along an axis that is not the last"
-    return ""
-
-
-def _axes(call: Any) -> list[int]:
-    return sorted(call.axes) if hasattr(call, "axes") else [call.axis]
-
-
-def _layout(call: Any) -> tuple[int, int, int]:
-    """Return the shape as (outer, n, inner); the axes are neighbours."""
-    axes, shape = _axes(call), call.x.shape
-    first, last = axes[0], axes[-1]
-    outer = n = inner = 1
-    for a, length in enumerate(shape):
-        if a < first:
-            outer *= length
-        elif a <= last:
-            n *= length
-        else:
-            inner *= length
-    return outer, n, inner
+    if layout.inner > 1 and layout.n > LONGEST_ACROSS:
+        return f"{layout.n:,} classes along an axis that is not the last"
+    return _unsupported[0] if _unsupported else _cannot_import()
 
 
 def _cannot_import() -> str:
-    """Return why Numba cannot be used although it is there, having imported what there is."""
-    global _broken, _imported
-    if not _imported:
-        try:
-            _broken = _too_old(import_module("numba").__version__) or _broken
-            if not _broken:
-                _imported = _compiled()
-        except ImportError as why:  # such as a NumPy that is newer than this Numba knows
-            _broken = f"numba cannot be imported: {why}"
-    return _broken
+    """Return why Numba cannot be used although it is there, having imported it once."""
+    try:
+        why = _too_old(import_module("numba").__version__)
+        if not why:
+            _compiled()
+    except ImportError as error:  # such as a NumPy that is newer than this Numba knows
+        why = f"numba cannot be imported: {error}"
+    _unsupported[:] = [why]
+    return why
 
 
 def _too_old(version: str) -> str:
@@ -156,6 +80,11 @@ def _too_old(version: str) -> str:
 
 def _compiled() -> Any:
     return import_module("portable_softmax.kernels._numba._drive")
+
+
+def for_rows(n: int, itemsize: int) -> str:
+    """Return how rows of n classes are worked on that lie one after the other."""
+    return "blocks" if n * max(itemsize, 4) < SHORT else "rows"
 
 
 class _Alias:
@@ -175,7 +104,7 @@ class _Alias:
         }
 
 
-def _handed(x: Any, layout: tuple[int, int, int]) -> Any:
+def _handed(x: Any, layout: Layout) -> Any:
     """Return an array as the kernels take it."""
     outer, n, inner = layout
     x = np.asarray(x).view(HANDED[x.dtype.name])
@@ -183,60 +112,56 @@ def _handed(x: Any, layout: tuple[int, int, int]) -> Any:
     return x if x.flags.writeable else np.asarray(_Alias(x))
 
 
-def _row_by_row(call: RowsCall) -> Any:
+def _layout(request: Request) -> Layout:
+    found = request.layout()
+    if found is None:
+        raise AssertionError("declines() keeps axes apart away")
+    return found
+
+
+def _row_by_row(request: Request) -> Any:
     """softmax or log_softmax over the axes."""
-    drive, layout, x = _compiled(), _layout(call), call.x
-    out = np.empty(x.shape, call.answer)
-    function = getattr(drive, call.operation)
-    function(_handed(x, layout), _handed(out, layout), drive.Layout(*layout), call.temperature)
-    if not drive.in_parts(layout):
-        _remember(call)
+    drive, layout, x = _compiled(), _layout(request), request.x
+    out = np.empty(x.shape, request.result_dtype)
+    function = getattr(drive, request.operation)
+    temperature = request.options.temperature
+    function(_handed(x, layout), _handed(out, layout), drive.Layout(*layout), temperature)
     return out
 
 
 softmax = log_softmax = _row_by_row
 
 
-def logsumexp(call: RowsCall) -> Any:
+def logsumexp(request: Request) -> Any:
     """Logsumexp over the axes, kept with length 1."""
-    drive, layout, x = _compiled(), _layout(call), call.x
-    out = np.empty([1 if a in call.axes else n for a, n in enumerate(x.shape)], call.answer)
-    few = drive.logsumexp_of_few(_handed(x, layout), drive.Layout(*layout))
-    if few is not None:
-        out[...] = np.reshape(few, out.shape)
-        return out
+    drive, layout, x = _compiled(), _layout(request), request.x
+    out = np.empty(request.reduced_shape(), request.result_dtype)
     flat: Any = out.view(HANDED[x.dtype.name]).reshape(-1)
     drive.logsumexp(_handed(x, layout), flat, drive.Layout(*layout))
-    _remember(call)
     return out
 
 
-def _from_output(call: VjpCall, **options: Any) -> Any:
+def _from_output(request: Request, **options: Any) -> Any:
     """softmax_vjp or log_softmax_vjp over the axes."""
-    drive, layout, x = _compiled(), _layout(call), call.x
-    out = np.empty(x.shape, call.answer)
-    arrays = (_handed(a, layout) for a in (x, call.dy, out))
-    getattr(drive, call.operation)(*arrays, drive.Layout(*layout), **options)
-    _remember(call)
+    drive, layout, x = _compiled(), _layout(request), request.x
+    out = np.empty(x.shape, request.result_dtype)
+    arrays = (_handed(a, layout) for a in (x, request.dy, out))
+    getattr(drive, request.operation)(*arrays, drive.Layout(*layout), **options)
     return out
 
 
 softmax_vjp = log_softmax_vjp = _from_output
 
 
-def gradient_of_log_softmax(call: VjpCall) -> Any:
-    """As log_softmax_vjp, but a logit of -inf passes its gradient on: no mask has left it there."""
-    return _from_output(call, masked=False)
-
-
-def _loss(call: LossCall) -> Any:
+def _loss(request: Request) -> Any:
     """Return the reduced loss; with it the gradient if that is asked for."""
-    drive, layout, x, options = _compiled(), _layout(call), call.x, call.options
-    labels, ignore = _labels(call)
-    positions = (*x.shape[: call.axis], *x.shape[call.axis + 1 :])
-    each = np.empty(positions, call.compute) if options.reduction == "none" else None
-    wants_gradient = call.operation == "cross_entropy_value_and_grad"
-    grad = np.empty(x.shape, call.answer) if wants_gradient else None
+    drive, layout, x, options = _compiled(), _layout(request), request.x, request.options
+    compute_dtype, result_dtype = request.compute_dtype, request.result_dtype
+    labels, ignore = _labels(request)
+    positions = (*x.shape[: request.axis], *x.shape[request.axis + 1 :])
+    each = np.empty(positions, compute_dtype) if options.reduction == "none" else None
+    wants_gradient = request.operation == "cross_entropy_value_and_grad"
+    grad = np.empty(x.shape, result_dtype) if wants_gradient else None
     loss, weights, wrong = drive.losses(
         _handed(x, layout),
         labels,
@@ -246,31 +171,31 @@ def _loss(call: LossCall) -> Any:
         None if grad is None else _handed(grad, layout),
         options.reduction == "mean",
     )
-    if wrong and call.check_labels:
-        call.target()
-    _remember(call)
+    if wrong and request.check_labels:
+        request.target()
     if each is None:
         if options.reduction == "mean":
             loss = loss / weights if weights else np.nan
-        each = np.asarray(loss, call.compute)
+        each = np.asarray(loss, compute_dtype)
+    each = each.astype(result_dtype, copy=False)
     return each if grad is None else (each, grad)
 
 
 cross_entropy = cross_entropy_value_and_grad = _loss
 
 
-def _labels(call: LossCall) -> tuple[Any, int | None]:
+def _labels(request: Request) -> tuple[Any, int | None]:
     """Return the labels as int64 in the order of the rows, and what is ignored among them.
 
     An index that their dtype cannot hold is in none of them; an unsigned label beyond int64 has
     no class, whatever it wraps around to.
     """
-    labels, ignore = call.labels, call.options.ignore_index
+    labels, ignore = request.labels, request.options.ignore_index
     limits = np.iinfo(labels.dtype)
     if ignore is not None and not limits.min <= ignore <= limits.max:
         ignore = None
     if labels.dtype == np.uint64:
-        n = call.x.shape[call.axis]
+        n = request.x.shape[request.axis]
         beyond = labels >= n
         if ignore is not None and ignore >= n:
             beyond &= labels != ignore

@@ -2,22 +2,17 @@
 
 The portable mathematics walks an array once for each operation, which is fine in cache and slow
 in memory. `_layout` cuts an array into tiles, `_rows`, `_vjps` and `_losses` work on them in place
-with `_maths`, in scratch that is made once a thread. `_small` has the shortcuts for small arrays,
-and `_general` runs the portable functions on tiles for the rest.
+with `_maths`, in scratch that is made once a thread. `_small` answers for small arrays, where the
+calls cost more than the numbers, and `_general` runs the portable functions on tiles for the rest.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from portable_softmax.kernels._calls import Call, LossCall, RowsCall, VjpCall
 from portable_softmax.kernels._numpy import _general, _losses, _rows, _small, _vjps
 from portable_softmax.kernels._numpy._layout import Layout, layout
-
-# What takes a small array before the call is even checked: (its type, operation) -> function.
-SHORTCUTS = {(np.ndarray, name): function for name, function in _small.SHORTCUTS.items()}
+from portable_softmax.kernels._request import VJPS, Request
 
 # From here on tiles of a vector-Jacobian product win, measured on rows of 1000:
 # timeit softmax_vjp with and without kernels.portable().
@@ -29,71 +24,81 @@ def missing() -> str:
     return ""
 
 
-def refusal(call: Call) -> str:
+def declines(request: Request, asked: bool) -> str:
     """Return why a call is not for tiles."""
-    if not getattr(call, "axes", True):
-        return "no axis to reduce"
-    if isinstance(call, VjpCall):
-        both = _both(call)
-        if both is None:
-            return "not two blocks in memory with the axes together"
-        # Three passes cost less than a transpose of two arrays.
-        if call.x.nbytes < _VJP_BYTES or both[0].axis == 0:
-            return "small, or not in long rows"
+    if request.operation not in VJPS:
+        return ""
+    both = _both(request)
+    if both is None:
+        return "not two blocks in memory with the axes together"
+    # Three passes cost less than a transpose of two arrays.
+    if not asked and (request.x.nbytes < _VJP_BYTES or both[0].axis == 0):
+        return "small, or not in long rows"
     return ""
 
 
-def softmax(call: RowsCall) -> Any:
+def softmax(request: Request) -> Any:
     """Softmax over the axes."""
-    return _rowwise(call, _rows.softmax)
+    rows = None if request.active else _small.rows_of(request)
+    return _row_by_row(request, _rows.softmax) if rows is None else _small.softmax(request, rows)
 
 
-def log_softmax(call: RowsCall) -> Any:
+def log_softmax(request: Request) -> Any:
     """log_softmax over the axes."""
-    return _rowwise(call, _rows.log_softmax)
+    rows = None if request.active else _small.rows_of(request)
+    if rows is None:
+        return _row_by_row(request, _rows.log_softmax)
+    return _small.log_softmax(request, rows)
 
 
-def logsumexp(call: RowsCall) -> Any:
+def logsumexp(request: Request) -> Any:
     """Logsumexp over the axes, kept with length 1."""
-    return _rowwise(call, _rows.logsumexp)
+    rows = None if request.active else _small.rows_of(request)
+    if rows is None:
+        return _row_by_row(request, _rows.logsumexp)
+    return _small.logsumexp(request, rows)
 
 
-def _rowwise(call: RowsCall, tiled: Any) -> Any:
-    found = None if call.where is not None else layout(call.x, call.axes, call.compute)
-    return _general.rows(call) if found is None else tiled(call, found)
+def _row_by_row(request: Request, tiled: Any) -> Any:
+    found = None
+    if request.options.where is None:
+        found = layout(request.x, request.axes, request.compute_dtype)
+    return _general.rows(request) if found is None else tiled(request, found)
 
 
-def softmax_vjp(call: VjpCall) -> Any:
+def softmax_vjp(request: Request) -> Any:
     """y * (dy - sum(y * dy))."""
-    return _vjps.softmax_vjp(call, *(_both(call) or ()))
+    return _vjps.softmax_vjp(request, *(_both(request) or ()))
 
 
-def log_softmax_vjp(call: VjpCall) -> Any:
+def log_softmax_vjp(request: Request) -> Any:
     """dy - exp(log_y) * sum(dy)."""
-    return _vjps.log_softmax_vjp(call, *(_both(call) or ()))
+    return _vjps.log_softmax_vjp(request, *(_both(request) or ()))
 
 
-def _both(call: VjpCall) -> tuple[Layout, Layout] | None:
+def _both(request: Request) -> tuple[Layout, Layout] | None:
     """Return how the output and the upstream gradient are cut: alike, since their shapes are."""
-    x = layout(call.x, call.axes, call.compute)
-    dy = layout(call.dy, call.axes, call.compute)
+    x = layout(request.x, request.axes, request.compute_dtype)
+    dy = layout(request.dy, request.axes, request.compute_dtype)
     return None if x is None or dy is None else (x, dy)
 
 
-def cross_entropy(call: LossCall) -> Any:
+def cross_entropy(request: Request) -> Any:
     """Return the reduced loss."""
-    return _losses_of(call)[0]
+    return _losses_of(request, with_grad=False)[0]
 
 
-def cross_entropy_value_and_grad(call: LossCall) -> tuple[Any, Any]:
+def cross_entropy_value_and_grad(request: Request) -> tuple[Any, Any]:
     """Return the reduced loss and its gradient."""
-    return _losses_of(call)
+    return _losses_of(request, with_grad=True)
 
 
-def _losses_of(call: LossCall) -> tuple[Any, Any]:
-    found = layout(call.x, (call.axis,), call.compute)
-    labels = _losses.labels_of(call, found)
+def _losses_of(request: Request, *, with_grad: bool) -> tuple[Any, Any]:
+    small = _small.losses(request, with_grad=with_grad)
+    if small is not None:
+        return small
+    found = layout(request.x, request.axes, request.compute_dtype)
+    labels = _losses.labels_of(request, found)
     if found is None or labels is None:
-        return _general.losses(call)
-    with_grad = call.operation == "cross_entropy_value_and_grad"
-    return _losses.losses(call, found, labels, with_grad=with_grad)
+        return _general.losses(request)
+    return _losses.losses(request, found, labels, with_grad=with_grad)

@@ -13,41 +13,41 @@ import numpy as np
 
 from portable_softmax import portable
 from portable_softmax.kernels import _threads
-from portable_softmax.kernels._calls import LossCall, RowsCall
+from portable_softmax.kernels._request import Request
 from portable_softmax.kernels._numpy._layout import THREADED_BYTES, TILE_BYTES
 
 Cut = tuple[slice, ...]
 
 
-def rows(call: RowsCall) -> Any:
+def rows(request: Request) -> Any:
     """softmax, log_softmax and logsumexp, the last with its axes kept."""
-    x, axes, compute = call.x, call.axes, call.compute
-    where = None if call.where is None else np.broadcast_to(call.where, x.shape)
-    kept = call.operation != "logsumexp"
+    x, axes, compute = request.x, request.axes, request.compute_dtype
+    where = None if request.options.where is None else np.broadcast_to(request.options.where, x.shape)
+    kept = request.operation != "logsumexp"
     shape = [n if kept or a not in axes else 1 for a, n in enumerate(x.shape)]
-    out = np.empty(shape, call.answer)
+    out = np.empty(shape, request.result_dtype)
 
     def work(cut: Cut) -> None:
         tile = x[cut].astype(compute, order="C", copy=False)
         mask = None if where is None else where[cut]
-        if call.operation == "logsumexp":
+        if request.operation == "logsumexp":
             out[cut] = portable.logsumexp(np, tile, axes, where=mask)[0]
         else:
-            function = getattr(portable, call.operation)
-            out[cut] = function(np, tile, axes, where=mask, temperature=call.temperature)
+            function = getattr(portable, request.operation)
+            out[cut] = function(np, tile, axes, where=mask, temperature=request.options.temperature)
 
     _run(work, x, axes, compute)
     return out
 
 
-def losses(call: LossCall) -> tuple[Any, Any]:
+def losses(request: Request) -> tuple[Any, Any]:
     """Return the reduced loss, and its gradient or None; a mean's is scaled while in cache."""
-    x, axis, options, compute = call.x, call.axis, call.options, call.compute
-    target = call.target()
-    with_grad = call.operation == "cross_entropy_value_and_grad"
+    x, axis, options, compute = request.x, request.axis, request.options, request.compute_dtype
+    target = request.target()
+    with_grad = request.operation == "cross_entropy_value_and_grad"
     where = None if options.where is None else np.broadcast_to(options.where, x.shape)
     loss = np.empty([1 if a == axis else n for a, n in enumerate(x.shape)], compute)
-    grad = np.empty(x.shape, call.answer) if with_grad else None
+    grad = np.empty(x.shape, request.result_dtype) if with_grad else None
     divisor = None
     if options.reduction == "mean":
         divisor = portable.nothing_to_inf(np, portable.mean_divisor(np, loss, target))
@@ -64,7 +64,7 @@ def losses(call: LossCall) -> tuple[Any, Any]:
         loss[cut] = np.expand_dims(value, axis)
 
     _run(work, x, (axis,), compute)
-    return portable.reduced(np, loss, target, axis, options.reduction).astype(call.answer), grad
+    return portable.reduced(np, loss, target, axis, options.reduction).astype(request.result_dtype), grad
 
 
 def _run(work: Callable[[Cut], None], x: Any, axes: tuple[int, ...], compute: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax.kernels._calls import LossCall
+from portable_softmax.kernels._request import Request
 from portable_softmax.kernels._numpy import _maths
 from portable_softmax.kernels._numpy._layout import Buffers, Layout
 
@@ -18,18 +18,18 @@ from portable_softmax.kernels._numpy._layout import Buffers, Layout
 _LABELS = 1 << 16
 
 
-def labels_of(call: LossCall, layout: Layout | None) -> Any:
+def labels_of(request: Request, layout: Layout | None) -> Any:
     """Return the labels in the layout's positions, or None for what is not worked on here.
 
     That is a distribution, an option that changes the terms of the sum, and a label without a
     class: `LossCall.target` has the error for it, or the nan.
     """
-    options = call.options
+    options = request.options
     plain = options.where is None and options.softcap is None
     plain = plain and options.label_smoothing == 0.0 and options.z_loss == 0.0
-    if layout is None or not call.indices or not plain:
+    if layout is None or not request.indices or not plain:
         return None
-    labels = call.labels.reshape(layout.shape)
+    labels = request.labels.reshape(layout.shape)
     n = layout.x.shape[1]
     if labels.min() >= 0 and labels.max() < n:
         return labels
@@ -47,30 +47,30 @@ def _parts(labels: Any) -> list[Any]:
     return [flat[i : i + _LABELS] for i in range(0, flat.size, _LABELS)]
 
 
-def divisor_of(call: LossCall, labels: Any) -> float:
+def divisor_of(request: Request, labels: Any) -> float:
     """Return what a mean divides by: the weights of the labels that count, or their number."""
-    weight, ignore = call.options.weight, call.options.ignore_index
+    weight, ignore = request.options.weight, request.options.ignore_index
     if weight is None and ignore is None:
         return float(labels.size)
     sums = []
     for part in _parts(labels):
         counted = part if ignore is None else part[part != ignore]
         sums.append(counted.size if weight is None else weight[counted].sum())
-    return float(np.sum(sums, dtype=call.compute))
+    return float(np.sum(sums, dtype=request.compute_dtype))
 
 
-def losses(call: LossCall, layout: Layout, labels: Any, *, with_grad: bool) -> tuple[Any, Any]:
+def losses(request: Request, layout: Layout, labels: Any, *, with_grad: bool) -> tuple[Any, Any]:
     """Return the reduced loss, and its gradient or None."""
-    options, axis = call.options, layout.axis
+    options, axis = request.options, layout.axis
     weight, ignore, reduction = options.weight, options.ignore_index, options.reduction
-    divisor = divisor_of(call, labels) if reduction == "mean" else 1.0
-    none, sums = None, np.zeros(len(layout.pieces), call.compute)
+    divisor = divisor_of(request, labels) if reduction == "mean" else 1.0
+    none, sums = None, np.zeros(len(layout.pieces), request.compute_dtype)
     if reduction == "none":
-        none = np.empty(call.labels.shape, call.answer)
+        none = np.empty(request.labels.shape, request.result_dtype)
         positions = none.reshape(layout.shape)
     grad = gradients = None
     if with_grad:
-        grad = np.empty(call.x.shape, call.answer)
+        grad = np.empty(request.x.shape, request.result_dtype)
         gradients = grad.reshape(layout.x.shape)
 
     def work(i: int, piece: Any, buffers: Buffers) -> None:
@@ -84,7 +84,7 @@ def losses(call: LossCall, layout: Layout, labels: Any, *, with_grad: bool) -> t
         scale: Any = None
         if with_grad:
             scale = 1.0 / divisor if divisor else 0.0
-            scale = np.asarray(scale, call.compute) if u is None else u * call.compute.type(scale)
+            scale = np.asarray(scale, request.compute_dtype) if u is None else u * request.compute_dtype.type(scale)
             target = layout.view(gradients, piece)
             y = x if layout.copies else target
         else:
@@ -126,7 +126,7 @@ def losses(call: LossCall, layout: Layout, labels: Any, *, with_grad: bool) -> t
         return none, grad
     loss = np.add.reduce(sums)
     if reduction == "mean":
-        loss = loss / call.compute.type(divisor) if divisor else call.compute.type(math.nan)
+        loss = loss / request.compute_dtype.type(divisor) if divisor else request.compute_dtype.type(math.nan)
     return loss, grad
 
 

@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax.kernels._calls import RowsCall
+from portable_softmax.kernels._request import Request
 from portable_softmax.kernels._numpy import _maths
 from portable_softmax.kernels._numpy._layout import Buffers, Layout
 
 
-def softmax(call: RowsCall, layout: Layout) -> Any:
+def softmax(request: Request, layout: Layout) -> Any:
     """exp(x - max) / sum(exp(x - max))."""
-    out = np.empty(call.x.shape, call.answer)
+    out = np.empty(request.x.shape, request.result_dtype)
     answers, axis = out.reshape(layout.x.shape), layout.axis
 
     def work(_: int, piece: Any, buffers: Buffers) -> None:
         x, target = layout.read(piece, buffers), layout.view(answers, piece)
         y = x if layout.copies else target
-        s = _maths.exps(x, y, axis, buffers, call.temperature)
+        s = _maths.exps(x, y, axis, buffers, request.options.temperature)
         np.divide(y, s, out=y)
         layout.write(y, target)
 
@@ -30,22 +30,22 @@ def softmax(call: RowsCall, layout: Layout) -> Any:
     return out
 
 
-def log_softmax(call: RowsCall, layout: Layout) -> Any:
+def log_softmax(request: Request, layout: Layout) -> Any:
     """(x - max) - log1p(rest)."""
-    out = np.empty(call.x.shape, call.answer)
+    out = np.empty(request.x.shape, request.result_dtype)
     answers, axis = out.reshape(layout.x.shape), layout.axis
 
     def precise(x: Any, y: Any, buffers: Buffers) -> None:
-        m, rest = _maths.fold(x, None, axis, buffers, call.temperature)
+        m, rest = _maths.fold(x, None, axis, buffers, request.options.temperature)
         np.subtract(x, m, out=y)
-        if call.temperature != 1.0:
-            np.divide(y, call.temperature, out=y)
+        if request.options.temperature != 1.0:
+            np.divide(y, request.options.temperature, out=y)
         np.subtract(y, np.log1p(rest), out=y)
 
     def work(_: int, piece: Any, buffers: Buffers) -> None:
         x, target = layout.read(piece, buffers), layout.view(answers, piece)
         y = x if layout.copies else target
-        if call.temperature != 1.0:
+        if request.options.temperature != 1.0:
             everything = np.arange(x.shape[1 - axis])
             layout.redo(piece, everything, y, buffers, lambda x, y: precise(x, y, buffers))
         else:
@@ -61,10 +61,10 @@ def log_softmax(call: RowsCall, layout: Layout) -> Any:
     return out
 
 
-def logsumexp(call: RowsCall, layout: Layout) -> Any:
+def logsumexp(request: Request, layout: Layout) -> Any:
     """Max + log1p(rest); the axes are kept."""
-    shape = [1 if a in call.axes else n for a, n in enumerate(call.x.shape)]
-    out = np.empty(shape, call.answer)
+    shape = [1 if a in request.axes else n for a, n in enumerate(request.x.shape)]
+    out = np.empty(shape, request.result_dtype)
     answers, axis = out.reshape(layout.shape), layout.axis
 
     def work(_: int, piece: Any, buffers: Buffers) -> None:

@@ -1,18 +1,20 @@
 """Small arrays, where the calls cost more than the numbers: each formula in as few as it takes.
 
-Each function takes what the public function was called with, and answers None for a call that it
-leaves to the usual way: other options, another layout, a label without a class. What stands in a
-row changes nothing for the others. The formulas are those of `_maths.plain` and `_maths.fold`.
+`rows_of` and `losses` return None for a call that is left to tiles: other options, another layout,
+a label without a class. A row's values change nothing for other rows. The formulas are those of
+`_maths.plain` and `_maths.fold`.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from portable_softmax.kernels._numpy import _maths
 from portable_softmax.kernels._numpy._layout import Buffers
+from portable_softmax.kernels._request import Request
 
 # From about here on the usual way costs the same, for short rows and for others:
 # `python -m bench speed --backend numpy --shapes 320x10,800x10,16x1000,64x1000`.
@@ -28,23 +30,31 @@ _UNSIGNED = {np.dtype(f"i{n}"): np.dtype(f"u{n}") for n in (1, 2, 4, 8)}
 _sum: Any = np.add.reduce
 
 
-def _rows(x: Any, axis: Any) -> Any:
+def rows_of(request: Request) -> Any:
     """Return `x` as rows along its last axis, or None if it is not small, or not in rows."""
-    if type(axis) is not int or not 0 < x.size <= _SMALL or x.dtype not in _DTYPES:
+    x = request.x
+    dims, n = x.ndim, x.shape[-1]
+    if (
+        x.size > (_SMALL_SHORT if n < _SHORT else _SMALL)
+        or request.axes != (dims - 1,)
+        or x.dtype not in _DTYPES
+        or not x.flags.c_contiguous
+    ):
         return None
-    if x.ndim == 0 or (axis != -1 and axis != x.ndim - 1) or not x.flags.c_contiguous:
-        return None
-    n = x.shape[-1]
-    if n < _SHORT and x.size > _SMALL_SHORT:
-        return None
-    return x.reshape(-1, n)
+    return x if dims == 2 else x.reshape(-1, n)
+
+
+@lru_cache(64)
+def _starts(n: int, c: int) -> Any:
+    """Return the places where n rows of c entries start in the flat array."""
+    return np.arange(0, n * c, c)
 
 
 def _maxima(x: Any) -> tuple[Any, Any]:
     """Return the places of the maxima in the flat array, and the maxima."""
     n, c = x.shape
     at = x.argmax(1)
-    at += np.arange(0, n * c, c)
+    at += _starts(n, c)
     return at, x.take(at).reshape(n, 1)
 
 
@@ -65,112 +75,67 @@ def _fold(rows: Any) -> tuple[Any, Any]:
     return _maths.fold(rows, None, 1, Buffers(rows.dtype))  # type: ignore[no-any-return]
 
 
-def softmax(x: Any, axis: Any, temperature: Any) -> Any:
+def softmax(request: Request, rows: Any) -> Any:
     """exp(x - max) / sum(exp(x - max))."""
-    rows = _rows(x, axis)
-    if rows is None or type(temperature) is not float or temperature != 1.0:
-        return None
-    with np.errstate(all="ignore"):
-        e = rows - _maxima(rows)[1]
-        np.exp(e, e)
-        np.divide(e, _sum(e, 1, None, None, True), e)
-    return e.reshape(x.shape)
+    e = rows - _maxima(rows)[1]
+    np.exp(e, e)
+    np.divide(e, _sum(e, 1, None, None, True), e)
+    return e if request.x.ndim == 2 else e.reshape(request.x.shape)
 
 
-def log_softmax(x: Any, axis: Any, temperature: Any) -> Any:
+def log_softmax(request: Request, rows: Any) -> Any:
     """(x - max) - log1p(rest)."""
-    rows = _rows(x, axis)
-    if rows is None or type(temperature) is not float or temperature != 1.0:
-        return None
-    with np.errstate(all="ignore"):
-        at, m = _maxima(rows)
-        rest, unfit = _rest(rows, at, m)
-        if unfit is not None:
-            rest[unfit] = _fold(rows[unfit])[1]
-        d = rows - m
-        np.subtract(d, np.log1p(rest, rest), d)
-    return d.reshape(x.shape)
+    at, m = _maxima(rows)
+    rest, unfit = _rest(rows, at, m)
+    if unfit is not None:
+        rest[unfit] = _fold(rows[unfit])[1]
+    d = rows - m
+    np.subtract(d, np.log1p(rest, rest), d)
+    return d if request.x.ndim == 2 else d.reshape(request.x.shape)
 
 
-def logsumexp(x: Any, axis: Any, keepdims: Any) -> Any:
+def logsumexp(request: Request, rows: Any) -> Any:
     """Max + log1p(rest)."""
-    rows = _rows(x, -1 if axis is None and x.ndim == 1 else axis)
-    if rows is None or keepdims is not False:
-        return None
-    with np.errstate(all="ignore"):
-        at, m = _maxima(rows)
-        rest, unfit = _rest(rows, at, m)
-        value = m + np.log1p(rest, rest)
-        # Near 0 the two cancel, and every error counts.
-        if unfit is not None or not np.minimum.reduce(np.abs(value, rest), None) >= 1.0:
-            again = _maths.near_zero(value.reshape(-1), unfit)
-            m, rest = _fold(rows[again])
-            value[again] = np.where(np.isinf(m), m, m + np.log1p(rest))
-    return value.reshape(x.shape[:-1]) if x.ndim > 1 else value[0, 0]
+    at, m = _maxima(rows)
+    rest, unfit = _rest(rows, at, m)
+    value = m + np.log1p(rest, rest)
+    # Near 0 the two cancel, and every error counts.
+    if unfit is not None or not np.minimum.reduce(np.abs(value, rest), None) >= 1.0:
+        again = _maths.near_zero(value.reshape(-1), unfit)
+        m, rest = _fold(rows[again])
+        value[again] = np.where(np.isinf(m), m, m + np.log1p(rest))
+    return value.reshape(*request.x.shape[:-1], 1)
 
 
-def cross_entropy(x: Any, labels: Any, axis: Any, *options: Any) -> Any:
-    """Return the reduced loss."""
-    found = _losses(x, labels, axis, *options, with_grad=False)
-    return None if found is None else found[0]
-
-
-def cross_entropy_value_and_grad(x: Any, labels: Any, axis: Any, *options: Any) -> Any:
-    """Return the reduced loss and its gradient."""
-    return _losses(x, labels, axis, *options, with_grad=True)
-
-
-def _losses(
-    x: Any,
-    labels: Any,
-    axis: Any,
-    weight: Any,
-    ignore_index: Any,
-    label_smoothing: Any,
-    z_loss: Any,
-    softcap: Any,
-    where: Any,
-    reduction: Any,
-    check_labels: Any,
-    *,
-    with_grad: bool,
-) -> Any:
-    rows = _rows(x, axis)
-    if (
-        rows is None
-        or type(labels) is not np.ndarray
-        or labels.shape != x.shape[:-1]
-        or labels.dtype not in _UNSIGNED
-        or not (weight is ignore_index is softcap is where is None)
-        or not (type(label_smoothing) is type(z_loss) is float)
-        or label_smoothing != 0.0
-        or z_loss != 0.0
-        or reduction not in ("mean", "sum", "none")
-    ):
+def losses(request: Request, *, with_grad: bool) -> Any:
+    """Return the reduced loss, and its gradient or None."""
+    labels, reduction = request.labels, request.options.reduction
+    plain = not request.active or request.active == ("reduction",)
+    rows = rows_of(request) if plain else None
+    if rows is None or labels.dtype not in _UNSIGNED:
         return None
     n, c = rows.shape
     if np.maximum.reduce(labels.view(_UNSIGNED[labels.dtype]), None) >= c:
         return None
     scale = 1.0 / n if reduction == "mean" else 1.0
-    with np.errstate(all="ignore"):
-        at, m = _maxima(rows)
-        label = labels.reshape(-1) + np.arange(0, n * c, c)
-        loss = m.reshape(-1) - rows.take(label)
-        grad = None
-        if with_grad:
-            rest, grad = _gradient(rows, at, m, label, loss, scale)
-        else:
-            rest, unfit = _rest(rows, at, m)
-            if unfit is not None:
-                rest[unfit] = _fold(rows[unfit])[1]
-        loss += np.log1p(rest, rest).reshape(-1)
+    at, m = _maxima(rows)
+    label = labels.reshape(-1) + _starts(n, c)
+    loss = m.reshape(-1) - rows.take(label)
+    grad = None
+    if with_grad:
+        rest, grad = _gradient(rows, at, m, label, loss, scale)
+    else:
+        rest, unfit = _rest(rows, at, m)
+        if unfit is not None:
+            rest[unfit] = _fold(rows[unfit])[1]
+    loss += np.log1p(rest, rest).reshape(-1)
     if reduction == "none":
         loss = loss.reshape(labels.shape) if labels.ndim else loss[0]
     else:
         loss = np.add.reduce(loss)
         if reduction == "mean":
             loss = loss / n
-    return loss, None if grad is None else grad.reshape(x.shape)
+    return loss, None if grad is None else grad.reshape(request.x.shape)
 
 
 def _gradient(x: Any, at: Any, m: Any, label: Any, gap: Any, scale: float) -> tuple[Any, Any]:
@@ -209,11 +174,3 @@ def _gradient(x: Any, at: Any, m: Any, label: Any, gap: Any, scale: float) -> tu
     e.put(label, at_label)
     return rest, e
 
-
-SHORTCUTS = {
-    "softmax": softmax,
-    "log_softmax": log_softmax,
-    "logsumexp": logsumexp,
-    "cross_entropy": cross_entropy,
-    "cross_entropy_value_and_grad": cross_entropy_value_and_grad,
-}

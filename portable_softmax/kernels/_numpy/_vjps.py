@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax.kernels._calls import VjpCall
+from portable_softmax.kernels._request import Request
 from portable_softmax.kernels._numpy import _maths
 from portable_softmax.kernels._numpy._layout import Buffers, Layout, chunks
 
 
-def softmax_vjp(call: VjpCall, layout: Layout, upstream: Layout) -> Any:
+def softmax_vjp(request: Request, layout: Layout, upstream: Layout) -> Any:
     """y * (dy - sum(y * dy))."""
-    out = np.empty(call.x.shape, call.answer)
+    out = np.empty(request.x.shape, request.result_dtype)
     answers, axis = out.reshape(layout.x.shape), layout.axis
 
     def work(_: int, piece: Any, buffers: Buffers) -> None:
@@ -39,9 +39,9 @@ def softmax_vjp(call: VjpCall, layout: Layout, upstream: Layout) -> Any:
     return out
 
 
-def log_softmax_vjp(call: VjpCall, layout: Layout, upstream: Layout) -> Any:
+def log_softmax_vjp(request: Request, layout: Layout, upstream: Layout) -> Any:
     """dy - exp(log_y) * sum(dy), where log_y is not -inf."""
-    out = np.empty(call.x.shape, call.answer)
+    out = np.empty(request.x.shape, request.result_dtype)
     answers, axis = out.reshape(layout.x.shape), layout.axis
 
     def work(_: int, piece: Any, buffers: Buffers) -> None:

@@ -14,7 +14,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from portable_softmax import _arrays
+from portable_softmax import libraries
 from portable_softmax.kernels._calls import Call, LossCall, RowsCall, VjpCall
 from portable_softmax.kernels._triton import _cupy, _layout
 
@@ -52,7 +52,7 @@ def refusal(call: Call) -> str:
 
 
 def _wrong_device(call: Call) -> str:
-    if _arrays.library(call.xp) == "cupy":
+    if libraries.library(call.xp) == "cupy":
         return _cupy.missing()
     device, torch = call.x.device.type, sys.modules["torch"]
     if not (device == "cuda" or (device == "cpu" and INTERPRETED)):
@@ -66,7 +66,7 @@ def _wrong_device(call: Call) -> str:
 
 def _wrong_dtype(call: Call) -> str:
     for array in (call.x, getattr(call, "dy", call.x)):
-        name = _arrays.dtype_name(array.dtype)
+        name = libraries.dtype_name(array.dtype)
         if name not in DTYPES:
             return f"dtype {name}"
     return ""
@@ -94,7 +94,7 @@ _LARGEST = {"float32": 3.4e38, "float64": 1.7e308}
 
 def _wrong_options(call: Call) -> str:
     if isinstance(call, RowsCall):
-        name = _arrays.dtype_name(call.compute)
+        name = libraries.dtype_name(call.compute)
         if not _SMALLEST[name] <= call.temperature <= _LARGEST[name]:
             return f"a temperature of {call.temperature} leaves the range of {name}"
     return ""
@@ -118,7 +118,7 @@ _transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _transformed(call: Call) -> str:
     """Return why torch's transforms and derivatives leave a call to the portable path."""
-    if _arrays.library(call.xp) != "torch":
+    if libraries.library(call.xp) != "torch":
         return ""
     if transform := _transform():
         return transform
@@ -133,9 +133,9 @@ def _transformed(call: Call) -> str:
 
 def _as_operator(call: Call) -> bool:
     """Return whether torch has to know of a call: to differentiate it, or to trace it."""
-    if _arrays.library(call.xp) != "torch":
+    if libraries.library(call.xp) != "torch":
         return False
-    if not _arrays.reads_values(call.xp, call.x):
+    if not libraries.reads_values(call.xp, call.x):
         return True
     arrays = (call.x, getattr(call, "dy", call.x))
     return any(a.requires_grad for a in arrays) and sys.modules["torch"].is_grad_enabled()
@@ -198,7 +198,7 @@ def _operator_losses(call: LossCall, gradient: bool) -> tuple[Any, Any, Any]:
 
     options = call.options
     # What is traced has no labels to look at: one without a class gives nan.
-    check = call.check_labels and _arrays.reads_values(call.xp, call.x)
+    check = call.check_labels and libraries.reads_values(call.xp, call.x)
     loss, grad, weights = losses(
         call.x, call.labels, call.axis, options.weight, options.ignore_index,
         options.label_smoothing, options.z_loss, options.softcap, options.where, call.indices,

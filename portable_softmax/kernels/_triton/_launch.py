@@ -9,7 +9,7 @@ from typing import Any
 
 import triton.language as tl
 
-from portable_softmax import _arrays
+from portable_softmax import libraries
 from portable_softmax.kernels._calls import LossCall, RowsCall, VjpCall
 from portable_softmax.kernels._triton import (
     _cupy,
@@ -23,7 +23,7 @@ from portable_softmax.kernels._triton import (
 
 
 def _library(call: Any) -> ModuleType:
-    return _cupy if _arrays.library(call.xp) == "cupy" else _torch
+    return _cupy if libraries.library(call.xp) == "cupy" else _torch
 
 
 # Triton's type for the dtype of the computation.
@@ -69,7 +69,7 @@ class Plan:
         heavy: bool = False,
     ) -> None:
         lib = self.library = _library(call)
-        self.call, self.compute = call, TYPES[_arrays.dtype_name(call.compute)]
+        self.call, self.compute = call, TYPES[libraries.dtype_name(call.compute)]
         self.quick = call.x.dtype.itemsize == 2
         self.once = all(kind != "full" for kind, _ in out.values())
         full, masks, rows = ({k: lib.bare(a) for k, a in d.items()} for d in (full, masks, rows))

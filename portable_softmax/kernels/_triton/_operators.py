@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from portable_softmax import _arrays, portable
+from portable_softmax import libraries, portable
 from portable_softmax.kernels._calls import LossCall, RowsCall, VjpCall
 from portable_softmax.kernels._triton import _launch
 
@@ -41,7 +41,7 @@ def _differentiable(operator: Any, launched: Any, keep: Any, backward: Any) -> A
     operator.register_autograd(backward, setup_context=keep)
 
     def taken(x: Any, *rest: Any) -> Any:
-        traced = not _arrays.reads_values(torch, x)
+        traced = not libraries.reads_values(torch, x)
         return operator(x, *rest) if traced else Launched.apply(x, *rest)
 
     return taken
@@ -57,8 +57,8 @@ def _mapped() -> bool:
 
 def _rows(x: Any, axes: Any, mask: Any, temperature: float, operation: str) -> Any:
     """softmax, log_softmax or logsumexp with its axes kept."""
-    xp = _arrays.namespace(x)
-    compute, answer = _arrays.compute_dtype(xp, x)
+    xp = libraries.namespace(x)
+    compute, answer = libraries.compute_dtype(xp, x)
     axes = tuple(axes)
     return _launch.forward(RowsCall(operation, xp, x, axes, mask, temperature, compute, answer))
 
@@ -92,7 +92,7 @@ def _rows_backward(ctx: Any, dy: Any) -> Any:
         # An infinite value has the derivative 0 in every entry.
         dx = torch.where(torch.isinf(y), 0.0, dy * rows(x, ctx.axes, mask, 1.0, "softmax"))
     else:
-        traced = not _arrays.reads_values(torch, x)
+        traced = not libraries.reads_values(torch, x)
         pulled = _logsumexp_backward_operator if traced else _logsumexp_backward
         dx = pulled(x, dy, ctx.axes, mask)
     return dx, None, None, None, None
@@ -105,16 +105,16 @@ def _pulled_back(operation: str, y: Any, dy: Any, axes: Any, temperature: float)
     """Take the kernel, or inside of a functional transform the portable form."""
     if not _mapped():
         return pull_back(y, dy, axes, temperature, operation)
-    xp = _arrays.namespace(y)
-    compute, answer = _arrays.compute_dtype(xp, y)
+    xp = libraries.namespace(y)
+    compute, answer = libraries.compute_dtype(xp, y)
     dx = getattr(portable, operation)(xp, y.to(compute), dy.to(compute), tuple(axes))
     return (dx if temperature == 1.0 else dx / temperature).to(answer)
 
 
 def _logsumexp_backward(x: Any, dy: Any, axes: Any, mask: Any) -> Any:
     """dy * softmax(x), for dy with the axes of a logsumexp that keeps them."""
-    xp = _arrays.namespace(x)
-    compute, answer = _arrays.compute_dtype(xp, x)
+    xp = libraries.namespace(x)
+    compute, answer = libraries.compute_dtype(xp, x)
     call = RowsCall("logsumexp", xp, x, tuple(axes), mask, 1.0, compute, answer)
     return _launch.forward(call, dy)
 
@@ -134,8 +134,8 @@ def _(x: Any, dy: Any, axes: Any, mask: Any) -> Any:
 
 def _pull_back(y: Any, dy: Any, axes: Any, temperature: float, operation: str) -> Any:
     """softmax_vjp or log_softmax_vjp, over a temperature."""
-    xp = _arrays.namespace(y)
-    compute, answer = _arrays.compute_dtype(xp, y)
+    xp = libraries.namespace(y)
+    compute, answer = libraries.compute_dtype(xp, y)
     call = VjpCall(operation, xp, y, dy, tuple(axes), compute, answer)
     return _launch.pull_back(call, temperature)
 
@@ -161,7 +161,7 @@ def _keep_pull_back(ctx: Any, inputs: Any, output: Any) -> None:
 def _pull_back_backward(ctx: Any, g: Any) -> Any:
     """Differentiate y (dy - sum(y dy)), or dy - exp(y) sum(dy): see the public docstrings."""
     y, dy = ctx.saved_tensors
-    compute, answer = _arrays.compute_dtype(_arrays.namespace(y), y)
+    compute, answer = libraries.compute_dtype(libraries.namespace(y), y)
     y, dy, g, axes = y.to(compute), dy.to(compute), g.to(compute), tuple(ctx.axes)
     g = g if ctx.temperature == 1.0 else g / ctx.temperature
     if ctx.operation == "softmax_vjp":
@@ -199,8 +199,8 @@ def _losses(
 def _call(
     x: Any, labels: Any, axis: int, weight: Any, rest: Any, mask: Any, indices: bool, check: bool
 ) -> LossCall:
-    xp = _arrays.namespace(x)
-    compute, answer = _arrays.compute_dtype(xp, x)
+    xp = libraries.namespace(x)
+    compute, answer = libraries.compute_dtype(xp, x)
     ignore_index, label_smoothing, z_loss, softcap = rest
     options = portable.Options(weight, ignore_index, label_smoothing, z_loss, softcap, mask, "none")
     return LossCall("cross_entropy_value_and_grad", xp, x, labels, indices, axis, options,
@@ -222,7 +222,7 @@ def _(
     x: Any, labels: Any, axis: int, weight: Any, ignore_index: Any, label_smoothing: float,
     z_loss: float, softcap: Any, mask: Any, indices: bool, check_labels: bool, gradient: bool,
 ) -> Any:  # fmt: skip
-    compute, _ = _arrays.compute_dtype(_arrays.namespace(x), x)
+    compute, _ = libraries.compute_dtype(libraries.namespace(x), x)
     shape = [n for a, n in enumerate(x.shape) if a != axis]
     weighs = indices and (weight is not None or ignore_index is not None)
     return (
@@ -247,7 +247,7 @@ def _losses_backward(ctx: Any, dloss: Any, dgrad: Any, dweights: Any) -> Any:
         dx = (grad * dloss.unsqueeze(ctx.axis)).to(x.dtype)
     else:
         options = (weight, *ctx.options, mask, ctx.indices)
-        traced = not _arrays.reads_values(torch, x)
+        traced = not libraries.reads_values(torch, x)
         pulled = _losses_backward_operator if traced else _losses_backward_launched
         dx = pulled(x, labels, dloss, ctx.axis, *options)
     return (dx, *(None,) * 11)

@@ -1,0 +1,111 @@
+"""A checked call: all that may decide which path it takes, and all that a kernel needs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from portable_softmax import _checks, portable
+from portable_softmax._typing import Namespace
+from portable_softmax.libraries import Library
+
+ROWS = ("softmax", "log_softmax", "logsumexp")
+VJPS = ("softmax_vjp", "log_softmax_vjp")
+LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
+OPERATIONS = (*ROWS, *VJPS, *LOSSES)
+
+
+class RowOptions(NamedTuple):
+    """The options of softmax, log_softmax and logsumexp, with their neutral values."""
+
+    where: Any = None  # bool, broadcasts to x
+    temperature: float = 1.0
+    b: Any = None
+    return_sign: bool = False
+
+
+LossOptions = portable.Options
+
+PLAIN_ROWS = RowOptions()
+PLAIN_LOSS = LossOptions()
+
+
+def active(options: Any, neutral: Any) -> tuple[str, ...]:
+    """Return the names of the options whose values are not neutral."""
+    return tuple(
+        [
+            name
+            for name, value, none in zip(options._fields, options, neutral, strict=True)
+            if value is not none and not (type(value) is type(none) and value == none)
+        ]
+    )
+
+
+class Layout(NamedTuple):
+    """An array's shape with the reduced axes, which are neighbours, taken together."""
+
+    outer: int
+    n: int
+    inner: int
+
+
+class Request(NamedTuple):
+    """A call of one operation, its arguments checked and its axes non-negative."""
+
+    operation: str
+    library: Library
+    x: Any  # logits, or the output that a vector-Jacobian product starts from
+    dtype: str  # the name of the dtype of `x`
+    axes: tuple[int, ...]
+    compute_dtype: Any
+    result_dtype: Any
+    tracing: str = ""  # what follows or replaces the arrays' values, such as "torch.compile"
+    options: Any = PLAIN_ROWS
+    active: tuple[str, ...] = ()  # the options that are not neutral, and the kind of labels
+    dy: Any = None
+    labels: Any = None
+    indices: bool = True  # class indices, or else probabilities
+    check_labels: bool = True
+
+    @property
+    def xp(self) -> Namespace:
+        """The namespace of the arrays."""
+        return self.library.xp
+
+    @property
+    def axis(self) -> int:
+        """The class axis of a loss."""
+        return self.axes[0]
+
+    def layout(self) -> Layout | None:
+        """Return how `x` is folded, None where the reduced axes are no neighbours."""
+        axes, shape = self.axes, self.x.shape
+        first, last = min(axes), max(axes)
+        if last - first + 1 != len(axes):
+            return None
+        return Layout(
+            math.prod(shape[:first]), math.prod(shape[first : last + 1]), math.prod(shape[last + 1 :])
+        )
+
+    def reduced_shape(self) -> list[int]:
+        """Return the shape of `x` with the reduced axes kept with length 1."""
+        return [1 if a in self.axes else n for a, n in enumerate(self.x.shape)]
+
+    def target(self) -> portable.Target:
+        """Return what the labels ask for; raise for one without a class where it can be read.
+
+        With `check_labels` off, and where labels cannot be read, such a position is nan.
+        """
+        library, options = self.library, self.options
+        if not self.indices:
+            t = library.cast(self.labels, self.compute_dtype)
+            return portable.Target(index=None, distribution=t, counted=None, valid=None)
+        target = portable.index_target(
+            self.xp, self.x, self.labels, self.axis, options, self.compute_dtype
+        )
+        # Under tracing even a constant becomes a traced array once it is computed with.
+        if self.check_labels and library.reads_values(target.valid):
+            n = self.x.shape[self.axis]
+            _checks.label_values(self.xp, self.labels, target.valid, self.axis, n, options.where)
+            target = target._replace(valid=None)
+        return target

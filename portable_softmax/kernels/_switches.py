@@ -1,0 +1,147 @@
+"""The switches: what the user, a block of code or the environment asks of the table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+from portable_softmax.kernels._table import NAMES
+from portable_softmax.libraries import traced_as_constant
+
+VARIABLE = "PORTABLE_SOFTMAX_KERNELS"
+
+
+class Switches(NamedTuple):
+    """What is set now, in this thread or task."""
+
+    portable: str = ""  # what forces the portable path; empty if nothing does
+    asked: tuple[str, ...] = ()  # kernels to take wherever they can be taken
+    off: tuple[str, ...] = ()  # kernels not to take
+    explaining: bool = False  # whether a call ends once it is decided
+
+
+def _from_environment() -> Switches:
+    """Read the variable, once, on import: ``portable``, or names of kernels with commas."""
+    value = os.environ.get(VARIABLE, "").strip()
+    if value == "portable":
+        return Switches(portable=f"{VARIABLE}=portable")
+    short = {name.partition(" ")[0]: name for name in reversed(NAMES)} | {"numpy": "numpy tiles"}
+    asked = [short.get(part.strip(), part.strip()) for part in value.split(",") if part.strip()]
+    for name in asked:
+        if name not in NAMES:
+            raise ValueError(
+                f"{VARIABLE} is {value!r}, expected 'portable', nothing, or one or more of "
+                f"{', '.join(map(repr, NAMES))}: correct or unset it"
+            )
+    return Switches(asked=tuple(asked))
+
+
+_SWITCHES: ContextVar[Switches] = ContextVar("portable_softmax", default=_from_environment())
+
+
+@traced_as_constant
+def switches() -> Switches:
+    """Return what is set now."""
+    return _SWITCHES.get()
+
+
+@contextmanager
+def switched(**changes: object) -> Iterator[None]:
+    """Change some of it in a block."""
+    token = _SWITCHES.set(_SWITCHES.get()._replace(**changes))
+    try:
+        yield
+    finally:
+        _SWITCHES.reset(token)
+
+
+def _known(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"name is {name!r}, expected one of {', '.join(map(repr, NAMES))}")
+    return name
+
+
+@contextmanager
+def portable() -> Iterator[None]:
+    """Take the portable path in this block, whatever kernels there are.
+
+    It counts for the current thread or task only.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_softmax import kernels, softmax
+    >>> x = np.asarray([1.0, 2.0, 3.0])
+    >>> with kernels.portable():
+    ...     y = softmax(x)
+    >>> bool(np.allclose(y, softmax(x)))
+    True
+    """
+    with switched(portable="kernels.portable()"):
+        yield
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Take one kernel in this block wherever it can be taken, before all others.
+
+    Arrays are not too small for it then, and it need not be on by default. Calls that it does not
+    take go on to the other kernels. It counts for the current thread or task only; the variable
+    PORTABLE_SOFTMAX_KERNELS does the same for a whole process.
+
+    Parameters
+    ----------
+    name
+        As `available` lists it.
+
+    Raises
+    ------
+    ValueError
+        If there is no kernel of this name.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_softmax import kernels, softmax
+    >>> with kernels.use("numpy tiles"):
+    ...     print(kernels.explain("softmax", np.ones((1000, 1000))).partition(":")[0])
+    numpy tiles
+    """
+    now = _SWITCHES.get()
+    asked = (_known(name), *(other for other in now.asked if other != name))
+    off = tuple(other for other in now.off if other != name)
+    with switched(portable="", asked=asked, off=off):
+        yield
+
+
+@contextmanager
+def without(name: str) -> Iterator[None]:
+    """Leave one kernel's calls to the next in this block, to compare the two.
+
+    It counts for the current thread or task only.
+
+    Parameters
+    ----------
+    name
+        As `available` lists it.
+
+    Raises
+    ------
+    ValueError
+        If there is no kernel of this name.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_softmax import kernels
+    >>> with kernels.without("numpy tiles"):
+    ...     print(kernels.explain("softmax", np.ones(3)).partition(":")[0])
+    portable
+    """
+    now = _SWITCHES.get()
+    asked = tuple(other for other in now.asked if other != _known(name))
+    with switched(asked=asked, off=(*now.off, name)):
+        yield

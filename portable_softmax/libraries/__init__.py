@@ -1,0 +1,189 @@
+"""What differs between array libraries, and nothing else: one class a library, in a file of its own.
+
+This room is the only importer of array_api_compat. A library is recognised by the type of its
+array and never imported for it: an array can only exist after somebody else has imported the
+library that made it. A library that is not in `CLASSES` is taken as one of the standard.
+
+The functions below ask the class of a namespace: mathematics that takes `xp` needs no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import array_api_compat as compat
+import numpy as np
+
+from portable_softmax._typing import Namespace
+from portable_softmax.libraries._cupy import CuPy
+from portable_softmax.libraries._dask import Dask
+from portable_softmax.libraries._jax import Jax
+from portable_softmax.libraries._library import Dtype, Library, dtype_name
+from portable_softmax.libraries._numpy import NumPy
+from portable_softmax.libraries._strict import Strict
+from portable_softmax.libraries._torch import Torch, traced_as_constant
+
+__all__ = [
+    "BY_TYPE",
+    "CLASSES",
+    "Dtype",
+    "Library",
+    "cast",
+    "compute_dtype",
+    "constant",
+    "default_int",
+    "device",
+    "differentiates",
+    "dtype_name",
+    "gather",
+    "gathers",
+    "is_chunked",
+    "kind",
+    "library_of",
+    "namespace",
+    "of",
+    "quietly",
+    "reads_values",
+    "reduce_chunks",
+    "same_device",
+    "scalar",
+    "traced_as_constant",
+]
+
+# By the name of the package that defines the namespace: a new library is a file and a row here.
+CLASSES: dict[str, type[Library]] = {
+    "numpy": NumPy,
+    "torch": Torch,
+    "jax": Jax,
+    "dask": Dask,
+    "cupy": CuPy,
+    "array_api_strict": Strict,
+}
+
+_NUMPY = NumPy(np, "numpy")
+BY_TYPE: dict[type, Library] = {np.ndarray: _NUMPY}
+# Keyed by the namespace's name: torch.compile cannot compare modules.
+_BY_NAMESPACE: dict[str, Library] = {"numpy": _NUMPY}
+
+
+def of(xp: Namespace) -> Library:
+    """Return the library behind a namespace."""
+    found = _BY_NAMESPACE.get(xp.__name__)
+    if found is None:
+        # array_api_compat.torch, array_api_compat.dask.array, jax.numpy, array_api_strict, ...
+        parts = xp.__name__.split(".")
+        package = parts[1] if parts[0] == "array_api_compat" else parts[0]
+        name = {"array_api_strict": "strict"}.get(package, package)
+        found = _BY_NAMESPACE[xp.__name__] = CLASSES.get(package, Library)(xp, name)
+    return found
+
+
+def library_of(array: Any) -> Library:
+    """Return the library of an array; TypeError for anything else."""
+    found = BY_TYPE.get(type(array))
+    if found is None:
+        if compat.is_numpy_array(array):
+            return _NUMPY
+        found = BY_TYPE[type(array)] = of(compat.array_namespace(array))
+    return found
+
+
+def namespace(*arrays: Any) -> Namespace:
+    """Return the array API namespace that all `arrays` belong to.
+
+    Raises
+    ------
+    TypeError
+        If an argument is no array, or the arrays belong to two libraries.
+    """
+    if not arrays:
+        raise TypeError("no array was given")
+    first, *others = map(library_of, arrays)
+    for other in others:
+        if other is not first:
+            raise TypeError(f"arrays of two libraries: {first.name} and {other.name}")
+    return first.xp
+
+
+# --------------------------------------------------------------------------- by namespace
+
+
+def device(x: Any) -> Any:
+    """Return the device that `x` lives on, or None where its library has no use for one."""
+    return library_of(x).device(x)
+
+
+def same_device(xp: Namespace, x: Any, other: Any) -> bool:
+    """Return whether two arrays of one library may be computed with together."""
+    return of(xp).same_device(x, other)
+
+
+def kind(xp: Namespace, dtype: Any) -> str:
+    """Sort a dtype into real, half, integer, complex, bool or other."""
+    return of(xp).dtype(dtype).kind
+
+
+def default_int(xp: Namespace, x: Any) -> Any:
+    """Return the integer dtype that the library gives to a Python int today."""
+    return of(xp).default_int(x)
+
+
+def compute_dtype(xp: Namespace, x: Any) -> tuple[Any, Any]:
+    """Return the dtype to compute in and the dtype to answer in."""
+    return of(xp).compute_dtype(x)
+
+
+def cast(xp: Namespace, x: Any, dtype: Any) -> Any:
+    """Return `x` in `dtype`, itself where it has that already."""
+    return of(xp).cast(x, dtype)
+
+
+def scalar(xp: Namespace, value: float, like: Any) -> Any:
+    """Return `value` as a 0-d array with the dtype and device of `like`.
+
+    Versions of the standard before 2024.12 take no Python scalars in functions such as `where`.
+    """
+    return xp.asarray(value, dtype=like.dtype, device=device(like))
+
+
+def constant(xp: Namespace, x: Any) -> Any:
+    """Return `x` with its derivative cut off, in the libraries that differentiate."""
+    return of(xp).constant(x)
+
+
+def differentiates(xp: Namespace) -> bool:
+    """Return whether the library may differentiate through what is computed."""
+    return of(xp).differentiates
+
+
+def gathers(xp: Namespace) -> bool:
+    """Return whether picking one entry a row costs less than a masked sum over the row."""
+    return of(xp).gathers
+
+
+def gather(xp: Namespace, values: Any, index: Any, axis: int) -> Any:
+    """Return ``values[index]`` along `axis`."""
+    return of(xp).gather(values, index, axis)
+
+
+def is_chunked(xp: Namespace) -> bool:
+    """Return whether arrays are split into chunks, so that slicing one adds to a task graph."""
+    return of(xp).chunked
+
+
+def reduce_chunks(
+    xp: Namespace, x: Any, axes: tuple[int, ...], function: Callable[..., Any]
+) -> Any:
+    """Fold the chunks of `x` over `axes` in a tree, the axes kept with length 1."""
+    return of(xp).reduce_chunks(x, axes, function)
+
+
+def reads_values(xp: Namespace, x: Any) -> bool:
+    """Return whether the values of `x` can be looked at now: not traced, lazy or abstract."""
+    return of(xp).reads_values(x)
+
+
+def quietly(xp: Namespace, function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function(*args)`` where documented infinities and nans raise no warnings."""
+    return of(xp).quietly(function, *args)

@@ -1,0 +1,181 @@
+"""What any library of the array API standard does; a subclass states what one does differently."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import array_api_compat as compat
+
+from portable_softmax._typing import Namespace
+
+
+class Dtype(NamedTuple):
+    """What a call needs to know of an array's dtype."""
+
+    name: str
+    """The bare name, such as ``float32``; a byte order other than the machine's is told apart."""
+    kind: str
+    """One of real, half, integer, complex, bool and other."""
+    compute_dtype: Any
+    """What is computed in; None for an integer, whose default may change from call to call."""
+    result_dtype: Any
+    """What is answered in; None for an integer."""
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return a dtype's bare name: ``float32`` for ``torch.float32`` and ``dtype('>f4')`` alike."""
+    return str(getattr(dtype, "name", None) or dtype).rpartition(".")[2]
+
+
+class Library:
+    """A library of the standard, of which nothing else is known.
+
+    An instance stands for one namespace. Nothing here imports a library: an array can only exist
+    after somebody else has imported the library that made it.
+    """
+
+    differentiates = False
+    """Whether the library may differentiate through what is computed."""
+    gathers = False
+    """Whether picking one entry a row costs less than a masked sum over the row."""
+    chunked = False
+    """Whether arrays are split into chunks, so that slicing one adds to a task graph."""
+
+    def __init__(self, xp: Namespace, name: str) -> None:
+        self.xp = xp
+        self.name = name
+        self._dtypes: dict[Any, Dtype] = {}  # one table each: comparing across libraries may warn
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
+    # ----------------------------------------------------------------------- devices
+
+    def device(self, x: Any) -> Any:
+        """Return the device that `x` lives on, or None where the library has no use for one."""
+        return compat.device(x)
+
+    def device_type(self, x: Any) -> str:
+        """Return the kind of device that `x` lives on, such as ``"cpu"`` or ``"cuda"``."""
+        return str(self.device(x))
+
+    def same_device(self, x: Any, other: Any) -> bool:
+        """Return whether two arrays may be computed with together."""
+        return bool(compat.device(x) == compat.device(other))
+
+    def size(self, x: Any) -> int:
+        """Return the number of elements."""
+        return math.prod(x.shape)
+
+    # ----------------------------------------------------------------------- dtypes
+
+    def dtype(self, dtype: Any) -> Dtype:
+        """Return what is known of a dtype."""
+        found = self._dtypes.get(dtype)
+        if found is None:
+            found = self._dtypes[dtype] = self._describe(dtype)
+        return found
+
+    def _describe(self, dtype: Any) -> Dtype:
+        name, kind = self._name(dtype), self._kind(dtype)
+        if kind == "integer":
+            return Dtype(name, kind, None, None)
+        native = self._native(dtype)
+        compute_dtype = self._native(self.xp.float32) if kind == "half" else native
+        return Dtype(name, kind, compute_dtype, native)
+
+    def _name(self, dtype: Any) -> str:
+        return dtype_name(dtype)
+
+    def _kind(self, dtype: Any) -> str:
+        # ml_dtypes registers bfloat16 with NumPy as a void type, so names come before kinds.
+        name = dtype_name(dtype)
+        if name in ("float16", "bfloat16"):
+            return "half"
+        if name.startswith(("float8_", "float6_", "float4_")):
+            return "other"
+        try:
+            for answer, question in (
+                ("bool", "bool"),
+                ("integer", "integral"),
+                ("real", "real floating"),
+                ("complex", "complex floating"),
+            ):
+                if self.xp.isdtype(dtype, question):
+                    return answer
+        except (TypeError, ValueError):  # a dtype that the library itself cannot place
+            pass
+        return "other"
+
+    def _native(self, dtype: Any) -> Any:
+        return dtype
+
+    def compute_dtype(self, x: Any) -> tuple[Any, Any]:
+        """Return the dtype to compute in and the dtype to answer in.
+
+        Half types are computed in float32 and rounded once; integers become the library's default
+        floating dtype before anything is subtracted; any other byte order becomes the machine's.
+        """
+        found = self.dtype(x.dtype)
+        if found.compute_dtype is not None:
+            return found.compute_dtype, found.result_dtype
+        default = self.default_float(x)
+        return default, default
+
+    def complex_dtype(self, dtype: Any) -> Any:
+        """Return the complex dtype that holds a real or complex `dtype`."""
+        names = {"float32": self.xp.complex64, "float64": self.xp.complex128}
+        return names.get(dtype_name(dtype), dtype)
+
+    def default_float(self, x: Any) -> Any:
+        """Return the floating dtype that the library gives to a Python float today."""
+        # A version of the standard before 2023.12 has no inspection.
+        return self.xp.empty(0, device=self.device(x)).dtype
+
+    def default_int(self, x: Any) -> Any:
+        """Return the integer dtype that the library gives to a Python int today."""
+        return self.xp.arange(0, device=self.device(x)).dtype
+
+    # ----------------------------------------------------------------------- building blocks
+
+    def cast(self, x: Any, dtype: Any) -> Any:
+        """Return `x` in `dtype`, itself where it has that already."""
+        return x if x.dtype == dtype else self.xp.astype(x, dtype)
+
+    def scalar_if_0d(self, y: Any) -> Any:
+        """Return `y`, as a scalar where it is 0-d and the library's own functions return one."""
+        return y
+
+    def constant(self, x: Any) -> Any:
+        """Return `x` with its derivative cut off."""
+        return x
+
+    def gather(self, values: Any, index: Any, axis: int) -> Any:
+        """Return ``values[index]`` along `axis`; both have the same number of axes."""
+        return self.xp.take_along_axis(values, index, axis=axis)
+
+    def reduce_chunks(self, x: Any, axes: tuple[int, ...], function: Callable[..., Any]) -> Any:
+        """Fold the chunks of `x` over `axes` in a tree, the axes kept with length 1.
+
+        ``function(chunk, axis=..., keepdims=...)`` folds one chunk, and then what chunks gave.
+        """
+        return function(x, axis=axes, keepdims=True)
+
+    # ----------------------------------------------------------------------- reading values
+
+    def reads_values(self, x: Any) -> bool:
+        """Return whether the values of `x` can be looked at now: not traced, lazy or abstract."""
+        return not compat.is_lazy_array(x)
+
+    def tracing(self, *arrays: Any) -> str:
+        """Return what follows or replaces the values of these arrays; empty for ordinary ones.
+
+        A kernel takes ordinary arrays, and of the others those that it declares.
+        """
+        return "" if all(self.reads_values(x) for x in arrays) else "lazy"
+
+    def quietly(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call ``function(*args)`` where documented infinities and nans raise no warnings."""
+        return function(*args)

@@ -1,0 +1,99 @@
+"""NumPy: a namespace of the standard itself, whose warnings are silenced and longdouble known."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from portable_softmax.libraries._library import Library, dtype_name
+
+# What `numpy.errstate` sets and sets back, at a third of its cost: for a small array that is a
+# twelfth of a whole call. The names are private, and without them errstate does it.
+PRIVATE = ("_extobj_contextvar", "_make_extobj")
+
+
+def _quiet_by_errstate(function: Callable[..., Any], *args: Any) -> Any:
+    with np.errstate(all="ignore"):
+        return function(*args)
+
+
+def _quiet_by(config: Any) -> Callable[..., Any]:
+    if not all(hasattr(config, name) for name in PRIVATE):
+        return _quiet_by_errstate
+    variable, ignoring = config._extobj_contextvar, config._make_extobj(all="ignore")
+
+    def quietly(function: Callable[..., Any], *args: Any) -> Any:
+        token = variable.set(ignoring)
+        try:
+            return function(*args)
+        finally:
+            variable.reset(token)
+
+    return quietly
+
+
+quietly = _quiet_by(sys.modules.get("numpy._core._ufunc_config"))
+
+_FLOAT, _INT = np.dtype(np.float64), np.dtype(np.int64)
+
+
+class NumPy(Library):
+    """NumPy 2 is a namespace of the standard: array_api_compat.numpy, slow to import, is not needed."""
+
+    gathers = True
+
+    def device(self, x: Any) -> Any:
+        """Return None: there is one device."""
+        return None
+
+    def device_type(self, x: Any) -> str:
+        """Return ``"cpu"``."""
+        return "cpu"
+
+    def same_device(self, x: Any, other: Any) -> bool:
+        """Return True."""
+        return True
+
+    def size(self, x: Any) -> int:
+        """Return the number of elements."""
+        size: int = x.size
+        return size
+
+    def _name(self, dtype: Any) -> str:
+        if dtype.kind == "f" and dtype.itemsize > 8:  # its name depends on the platform
+            return "longdouble"
+        return dtype_name(dtype) if dtype.isnative else dtype_name(dtype) + " byteswapped"
+
+    def _native(self, dtype: Any) -> Any:
+        return np.dtype(dtype).newbyteorder("=")
+
+    def default_float(self, x: Any) -> Any:
+        """Return float64."""
+        return _FLOAT
+
+    def default_int(self, x: Any) -> Any:
+        """Return int64."""
+        return _INT
+
+    def cast(self, x: Any, dtype: Any) -> Any:
+        """Return `x` in `dtype`; NumPy 2.0's astype takes no scalars, which its reductions give."""
+        return x if x.dtype == dtype else x.astype(dtype)
+
+    def scalar_if_0d(self, y: Any) -> Any:
+        """Return `y`, as a scalar if it is 0-d."""
+        return y[()] if y.ndim == 0 else y
+
+    def reads_values(self, x: Any) -> bool:
+        """Return True."""
+        return True
+
+    def tracing(self, *arrays: Any) -> str:
+        """Return the empty string: nothing follows NumPy's arrays."""
+        return ""
+
+    def quietly(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call ``function(*args)`` without NumPy's warnings; the user's ``seterr`` stays as it is."""
+        return quietly(function, *args)
