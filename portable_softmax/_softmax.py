@@ -351,6 +351,7 @@ def log_softmax_vjp(log_y: ArrayT, dy: ArrayT, /, *, axis: Axis = -1) -> ArrayT:
     return _vjp("log_softmax_vjp", "log_y", log_y, dy, axis)
 
 
+@operation
 def softmax_jacobian(y: ArrayT, /, *, axis: int = -1) -> ArrayT:
     r"""Return the Jacobian of a softmax, from its output.
 
@@ -393,15 +394,16 @@ def softmax_jacobian(y: ArrayT, /, *, axis: int = -1) -> ArrayT:
     array([[ 0.25, -0.25],
            [-0.25,  0.25]])
     """
-    library, _ = _checks.array("y", y)
+    library, dtype = _checks.array("y", y)
     _checks.floating("y", y, library)
-    at = _checks.one_axis(axis, y.ndim)
+    axes = (_checks.one_axis(axis, y.ndim),)
     compute_dtype, result_dtype = library.compute_dtype(y)
-    jacobian = library.quietly(
-        portable.softmax_jacobian, library.xp, library.cast(y, compute_dtype), at
-    )
-    answered: ArrayT = library.cast(jacobian, result_dtype)
-    return answered
+    request = Request(
+        "softmax_jacobian", library, y, dtype.name, axes, compute_dtype, result_dtype,
+        library.tracing(y),
+    )  # fmt: skip
+    jacobian: ArrayT = run(request, _portable_jacobian)
+    return jacobian
 
 
 # --------------------------------------------------------------------------- requests
@@ -506,6 +508,14 @@ def _portable_vjp(request: Request) -> Any:
     if not axes:
         dx = library.scalar_if_0d(xp.squeeze(dx, axis=-1))
     return library.cast(dx, request.result_dtype)
+
+
+def _portable_jacobian(request: Request) -> Any:
+    """softmax_jacobian."""
+    library = request.library
+    y = library.cast(request.x, request.compute_dtype)
+    jacobian = portable.softmax_jacobian(library.xp, y, request.axes[0])
+    return library.cast(jacobian, request.result_dtype)
 
 
 def _with_an_axis(xp: Namespace, *arrays: Any) -> Any:

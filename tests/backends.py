@@ -27,6 +27,8 @@ class Backend:
     differentiates = False
     lazy = False
     device: Any = None
+    path = "without numba"
+    """Which kernels the tests run on: all but Numba's, which `numba` tests, or one by name."""
 
     def __repr__(self) -> str:
         return self.name
@@ -91,6 +93,7 @@ class Numba(NumPy):
     """NumPy's arrays, of any size, through the kernels compiled by Numba."""
 
     name = "numba"
+    path = "numba rows"
 
     @classmethod
     def missing(cls):
@@ -168,10 +171,18 @@ class TorchCuda(Torch):
         return "" if torch.cuda.is_available() else "no CUDA device here"
 
 
+class TorchPortable(Torch):
+    """CPU tensors of torch, by torch's own operations."""
+
+    name = "torch-portable"
+    path = "portable"
+
+
 class TorchNumba(Torch):
     """CPU tensors of torch, of any size, through the kernels compiled by Numba."""
 
     name = "torch-numba"
+    path = "numba rows"
 
     @classmethod
     def missing(cls):
@@ -185,6 +196,7 @@ class Triton(Torch):
     """CPU tensors of torch, on which Triton's interpreter runs the kernels."""
 
     name = "triton"
+    path = "triton rows"
 
     @classmethod
     def missing(cls):
@@ -286,8 +298,13 @@ class Cupy(Backend):
 
 BACKENDS: dict[str, type[Backend]] = {
     cls.name: cls
-    for cls in (NumPy, Numba, Strict, Torch, TorchCuda, TorchNumba, Triton, Jax, Dask, Cupy)
+    for cls in (
+        *(NumPy, Numba, Strict, Torch, TorchPortable, TorchNumba, TorchCuda, Triton),
+        *(Jax, Dask, Cupy),
+    )
 }
 
-# Those that differ by library or device. The others are ways to compute on the same arrays.
-LIBRARIES = tuple(name for name in BACKENDS if name not in ("numba", "torch-numba", "triton"))
+# Those that differ by library or device. The others are paths of the same arrays.
+LIBRARIES = tuple(
+    name for name, backend in BACKENDS.items() if backend.path == "without numba"
+)

@@ -15,8 +15,9 @@ from types import ModuleType
 
 from backends import BACKENDS, LIBRARIES
 
-from portable_softmax import _arrays
+from portable_softmax import libraries
 from portable_softmax.kernels import _table
+from portable_softmax.kernels._request import OPERATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -56,10 +57,10 @@ def row(name: str, extra: str | None) -> tuple[str, ...]:
         ", ".join(f"`{found}`" for found in extras(extra)) or "none",
         yes("float16" in backend.halves),
         yes("bfloat16" in backend.halves),
-        yes(_arrays.differentiates(xp)),
+        yes(libraries.differentiates(xp)),
         compiler(name),
-        yes(_arrays.is_chunked(xp)),
-        kernels(_arrays.library(xp)),
+        yes(libraries.is_chunked(xp)),
+        kernels(libraries.of(xp).name),
         # CuPy's extra stands for one for each CUDA generation.
         "where there is a CUDA device" if extra == "cuda" else "in every run",
     )
@@ -92,7 +93,7 @@ def kernels(library: str) -> str:
 
 
 def operations(kernel: _table.Kernel) -> str:
-    return "all" if kernel.operations == _table.OPERATIONS else ", ".join(kernel.operations)
+    return "all" if kernel.operations == OPERATIONS else ", ".join(kernel.operations)
 
 
 def in_readme() -> str:

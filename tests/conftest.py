@@ -8,7 +8,7 @@ import pytest
 from backends import BACKENDS, LIBRARIES, Backend
 from hypothesis import settings
 
-from portable_softmax.kernels import _numba, _numpy, _table
+from portable_softmax import kernels
 
 # The time of one example depends on the machine and on whatever compiles first.
 settings.register_profile(
@@ -46,7 +46,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_KEY] = _chosen(config)
 
 
-_REPORTED = pytest.StashKey[bool]()
 _KEY = pytest.StashKey[tuple[str, ...]]()
 _REPORTED = pytest.StashKey[bool]()
 
@@ -72,24 +71,28 @@ def xp(backend_name: str) -> Backend:
 def arrays_of(backend_name: str) -> str:
     """The backend's name, in tests of what knows libraries and devices only."""
     if backend_name not in LIBRARIES:
-        pytest.skip("a way to compute, and no library of its own")
+        pytest.skip("a path of another backend's arrays")
     return backend_name
 
 
 @pytest.fixture(autouse=True)
-def _numba_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numba's kernels take every call on their backends, and none in the tests of others."""
+def _path(request: pytest.FixtureRequest):
+    """Switch to the path of the backend; a test marked `numba` sets its own."""
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    wanted = params.get("backend_name") in ("numba", "torch-numba")
-    if wanted or request.node.get_closest_marker("numba"):
+    path = BACKENDS[params["backend_name"]].path if "backend_name" in params else "without numba"
+    if request.node.get_closest_marker("numba"):
         if why := BACKENDS["numba"].missing():
             pytest.skip(why)
-        if wanted:
-            monkeypatch.setattr(_numba, "ENOUGH", 0)
+        yield
         return
-    for module in {kernel.module for kernel in _table.TABLE if kernel.name == "numba rows"}:
-        monkeypatch.setitem(_table._MISSING, module, "left out of this test")
-    monkeypatch.setattr(_table, "SHORTCUTS", dict(_numpy.SHORTCUTS))
+    if path == "portable":
+        switch = kernels.portable()
+    elif path == "without numba":
+        switch = kernels.without("numba rows")
+    else:
+        switch = kernels.use(path)
+    with switch:
+        yield
 
 
 # A test that asks for a library's module is a test of that library, as one that is marked so.

@@ -30,7 +30,7 @@ ROOMS = (
     "portable",
     "textbook",
     "_checks",
-    "_arrays",
+    "libraries",
     "_typing",
 )
 LIBRARIES = (
@@ -90,18 +90,18 @@ def test_direction_of_imports(path):
 
 def test_textbook_stands_on_the_namespace_lookup_alone():
     ours = {n for n, _ in imports(PACKAGE / "textbook.py") if n.startswith("portable_softmax")}
-    assert {name.split(".")[1] for name in ours} <= {"_arrays", "_typing"}
-    assert "portable_softmax._arrays.namespace" in ours
+    assert {name.split(".")[1] for name in ours} <= {"libraries", "_typing"}
+    assert "portable_softmax.libraries.namespace" in ours
 
 
-SHARED_BY_KERNELS = ("_calls", "_shortcuts", "_threads")
+SHARED_BY_KERNELS = ("_request", "_threads")
 
 
 def test_kernels_do_not_import_each_other():
     """Each technology, a file or a folder, stands on what they share alone."""
     for path in (PACKAGE / "kernels").rglob("*.py"):
         own = path.relative_to(PACKAGE / "kernels").parts[0].removesuffix(".py")
-        if own in ("__init__", "_table"):
+        if own in ("__init__", "_decide", "_switches", "_table"):
             continue
         for name, _ in imports(path):
             if name.startswith("portable_softmax.kernels"):
@@ -109,9 +109,9 @@ def test_kernels_do_not_import_each_other():
                 assert there in (own, *SHARED_BY_KERNELS), f"{path.name} imports {name}"
 
 
-def test_only_arrays_imports_array_api_compat():
-    importers = {path.name for path in MODULES for name, _ in imports(path) if "array_api" in name}
-    assert importers == {"_arrays.py"}
+def test_only_libraries_imports_array_api_compat():
+    importers = {room(path) for path in MODULES for name, _ in imports(path) if "array_api" in name}
+    assert importers == {"libraries"}
 
 
 def test_portable_names_no_library():
@@ -126,11 +126,12 @@ def test_portable_names_no_library():
 
 # What the files of a folder of kernels may import. Those that the table names load it when used.
 TECHNOLOGIES = {
-    "_numba": ("numba", "torch"),
+    "_numba": ("numba",),
+    "_torch": ("torch",),
     "_jax": ("jax",),
     "_triton": ("triton", "torch", "cupy"),
 }
-ASKED = {kernel.module for kernel in _table.TABLE}
+ASKED = {name for k in _table.TABLE for name in (k.module, k.adapter) if name}
 
 
 def module(path: Path) -> str:

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import contextvars
 import importlib
+import inspect
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 
 import portable_softmax as ps
-from portable_softmax import kernels
-from portable_softmax.kernels import _numpy, _table
+from calls import CALLS
+
+from portable_softmax import kernels, libraries
+from portable_softmax.kernels import _decide, _numpy, _table
+from portable_softmax.kernels._request import (
+    OPERATIONS,
+    PLAIN_LOSS,
+    PLAIN_ROWS,
+    LossOptions,
+    Request,
+    RowOptions,
+    active,
+)
+from portable_softmax.kernels._switches import Switches
 
 FAMILY = ("softmax", "log_softmax", "logsumexp")
 LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
@@ -32,18 +47,20 @@ def calls(monkeypatch):
 
     for name in (*FAMILY, *LOSSES):
         monkeypatch.setattr(_numpy, name, spied(name, getattr(_numpy, name)))
+    monkeypatch.setattr(_decide, "_CANDIDATES", {})
     return seen
 
 
 @pytest.mark.parametrize("operation", [*FAMILY, *LOSSES])
 def test_the_path_that_explain_names_is_taken(calls, operation):
-    x = np.ones((2, 3), np.float16)  # no shortcut
+    x = np.ones((2, 3), np.float16)
     arguments = (x, np.asarray([0, 1])) if operation in LOSSES else (x,)
-    assert kernels.explain(operation, x).startswith("numpy tiles: row tiles in cache; not numba")
+    explained = kernels.explain(operation, *arguments)
+    assert explained.startswith("numpy tiles: row tiles in cache; not numba")
     getattr(ps, operation)(*arguments)
     assert calls == [operation]
     with kernels.portable():
-        assert kernels.explain(operation, x) == "portable: forced by kernels.portable()"
+        assert kernels.explain(operation, *arguments) == "portable: forced by kernels.portable()"
         getattr(ps, operation)(*arguments)
     assert calls == [operation]
     getattr(ps, operation)(*arguments)
@@ -54,26 +71,144 @@ def test_every_kernel_of_the_table_exists():
     for kernel in _table.TABLE:
         module = importlib.import_module(kernel.module)
         for operation in kernel.operations:
-            assert operation in _table.OPERATIONS
+            assert operation in OPERATIONS
             assert callable(getattr(module, operation))
-        if not _table._missing(kernel.module):
+        if not module.missing():
             assert kernels.available()[kernel.name] == kernel.operations
+
+
+# --------------------------------------------------------------------------- fail closed
+
+
+class StandIn(libraries.Library):
+    """A library by its name, with an array on each device that a kernel declares."""
+
+    def __init__(self, name, device):
+        super().__init__(np, name)
+        self.device_type = lambda x: device
+
+
+def request(library, device="cpu", **changes):
+    x = np.ones((300, 300))
+    found = Request("softmax", StandIn(library, device), x, "float64", (1,), x.dtype, x.dtype)
+    return found._replace(**changes)
+
+
+LIBRARY_NAMES = sorted({kernel.library for kernel in _table.TABLE})
+
+
+@pytest.mark.parametrize("asked", [(), _table.NAMES], ids=["default", "asked"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("library", LIBRARY_NAMES)
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"active": ("margin",)}, "options: margin"),
+        ({"dtype": "float8_e4m3"}, "dtype float8_e4m3"),
+        ({"tracing": "a recorder"}, "traced: a recorder"),
+    ],
+    ids=["option", "dtype", "tracing"],
+)
+def test_what_no_kernel_declares_takes_the_portable_path(
+    library, operation, changes, why, asked
+):
+    """A made-up option, dtype or tracer: each kernel's declaration alone refuses it."""
+    for kernel in _table.TABLE:
+        if kernel.library == library and operation in kernel.operations:
+            device = next(iter(kernel.devices), "cpu")
+            made_up = request(library, device, operation=operation, **changes)
+            assert kernel.objection(made_up, True) == why
+            assert _decide.decide(made_up, Switches(asked=asked)).taken is None
+
+
+def test_a_library_that_no_kernel_declares_takes_the_portable_path():
+    decision = _decide.decide(request("nobody"), Switches(asked=_table.NAMES))
+    assert str(decision) == "portable: no kernel for softmax on nobody"
+
+
+def test_options_of_the_public_functions_are_all_known_to_requests():
+    """Each option is a field of the request's options, and so active and refused when it is new."""
+    shared = {"axis", "keepdims", "check_labels"}
+    for name, options in (
+        *((name, RowOptions) for name in FAMILY),
+        *((name, LossOptions) for name in LOSSES),
+    ):
+        public = set(inspect.signature(getattr(ps, name)).parameters) - shared
+        assert public - {"x", "logits", "labels"} <= {*options._fields}, name
+
+
+@pytest.mark.parametrize("options", [PLAIN_ROWS, PLAIN_LOSS], ids=["rows", "loss"])
+def test_each_option_is_active_when_it_is_not_neutral(options):
+    assert active(options, options) == ()
+    for name in options._fields:
+        assert active(options._replace(**{name: np.ones(3)}), options) == (name,)
+        assert active(options._replace(**{name: 0.25}), options) == (name,)
+
+
+# --------------------------------------------------------------------------- explain
+
+
+def test_explain_takes_what_the_function_takes():
+    x, t = np.ones((2, 3)), np.asarray([0, 1])
+    with pytest.raises(ValueError, match="operation is 'relu', expected one of 'cross_entropy'"):
+        kernels.explain("relu", x)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'axes'"):
+        kernels.explain("softmax", x, axes=1)
+    with pytest.raises(TypeError, match="labels"):
+        kernels.explain("cross_entropy", x)
+    with pytest.raises(ValueError, match="axis is 5"):
+        kernels.explain("cross_entropy", x, t, axis=5)
+    for name in ("softmax", "log_softmax", "logsumexp"):
+        assert kernels.explain(name, x[:0]) == "portable: nothing to reduce"
+        assert kernels.explain(name, np.asarray(1.0), axis=()) == "portable: nothing to reduce"
+    for options in ({"b": x}, {"return_sign": True}):
+        explained = kernels.explain("logsumexp", x, **options)
+        assert explained.startswith("portable: not numba rows")
+    assert kernels.explain("logsumexp", x + 1j).startswith("portable: not numba rows")
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Which path ran: the name of each kernel, and `portable`."""
+    seen = []
+
+    class Spied(_decide.Candidate):
+        def __init__(self, kernel, operation):
+            super().__init__(kernel, operation)
+            real = self.answer
+            self.answer = lambda request: seen.append(kernel.name) or real(request)
+
+    monkeypatch.setattr(_decide, "Candidate", Spied)
+    monkeypatch.setattr(_decide, "_CANDIDATES", {})
+    return seen
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_explain_names_what_ran(xp, taken, call):
+    """For every option of every function: the same decision is explained and carried out."""
+    function, arrays = CALLS[call].on(xp.from_numpy)
+    explain = partial(kernels.explain, CALLS[call].function.__name__)
+    explaining, _ = CALLS[call]._replace(function=explain).on(xp.from_numpy)
+    path = explaining(*arrays).partition(":")[0]
+    assert taken == []
+    function(*arrays)
+    assert taken == ([] if path == "portable" else [path])
 
 
 def test_what_each_library_has(xp):
     x = xp.asarray(np.ones((2, 3)))
     explained = kernels.explain("softmax", x)
-    with_numba = xp.name in ("numba", "torch-numba")
-    if with_numba:
+    if xp.path == "numba rows":
         assert explained == "numba rows: one pass in cache"
-    elif xp.library == "numpy":
-        assert explained.startswith("numpy tiles: row tiles in cache; not numba rows: ")
-    elif xp.name == "torch":
-        assert explained.startswith("portable: not numba rows: left out of this test; not triton")
-    elif xp.name in ("strict", "dask", "jax"):
+    elif xp.path == "portable":
+        assert explained == "portable: forced by kernels.portable()"
+    elif xp.name in ("numpy", "torch"):
+        assert explained.startswith("numpy tiles: row tiles in cache; not numba rows: switched off")
+    elif xp.name in ("strict", "dask"):
         assert explained == f"portable: no kernel for softmax on {xp.name}"
-    with pytest.raises(ValueError, match="operation is 'relu', expected one of 'softmax'"):
-        kernels.explain("relu", x)
+
+
+# --------------------------------------------------------------------------- answers
 
 
 @pytest.mark.parametrize(
@@ -168,13 +303,41 @@ def run(code, value):
     )
 
 
+EXPLAIN = (
+    "import numpy as np; from portable_softmax import kernels; "
+    "print(kernels.explain('softmax', np.ones((2, 3))))"
+)
+
+
 def test_the_environment_variable():
-    code = (
-        "import numpy as np; from portable_softmax import kernels; "
-        "print(kernels.explain('softmax', np.ones(3)))"
-    )
-    forced = run(code, "portable")
+    forced = run(EXPLAIN, "portable")
     assert forced.stdout.strip() == "portable: forced by PORTABLE_SOFTMAX_KERNELS=portable"
-    assert run(code, "").stdout.startswith("numpy tiles: row tiles in cache; not numba rows: ")
-    wrong = run(code, "fused")
+    assert run(EXPLAIN, "").stdout.startswith("numpy tiles: row tiles in cache; not numba rows: ")
+    for named in ("numpy tiles", "numpy", "numpy tiles,triton"):
+        assert run(EXPLAIN, named).stdout.strip() == "numpy tiles: row tiles in cache"
+    wrong = run(EXPLAIN, "fused")
     assert "PORTABLE_SOFTMAX_KERNELS is 'fused', expected 'portable'" in wrong.stderr
+
+
+def test_use_takes_a_kernel_first_and_whatever_the_size():
+    x = np.ones((2, 3))
+    with kernels.use("numpy tiles"):
+        assert kernels.explain("softmax", x) == "numpy tiles: row tiles in cache"
+        with kernels.without("numpy tiles"):
+            assert kernels.explain("softmax", x).startswith("portable: ")
+            with kernels.use("numpy tiles"):
+                assert kernels.explain("softmax", x) == "numpy tiles: row tiles in cache"
+        with kernels.portable():
+            assert kernels.explain("softmax", x).startswith("portable: forced")
+    with pytest.raises(ValueError, match="name is 'tiles', expected one of 'numba rows'"):
+        kernels.use("tiles").__enter__()
+    with pytest.raises(ValueError, match="name is 'tiles', expected one of 'numba rows'"):
+        kernels.without("tiles").__enter__()
+
+
+def test_a_switch_belongs_to_its_thread_and_task():
+    with kernels.portable():
+        inside = contextvars.copy_context()
+    x = np.ones((2, 3))
+    assert kernels.explain("softmax", x).startswith("numpy tiles")
+    assert inside.run(kernels.explain, "softmax", x).startswith("portable: forced")

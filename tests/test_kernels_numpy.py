@@ -248,9 +248,8 @@ def test_the_vjps_of_large_rows():
             if function is ps.softmax_vjp:
                 dy[3, 4] = 0
             name = function.__name__
-            assert ps.kernels.explain(name, out, dy=dy).startswith("numpy tiles")
+            assert ps.kernels.explain(name, out, dy).startswith("numpy tiles")
             with ps.kernels.portable():
                 plain = function(out, dy)
             unit = 16 * np.finfo(dtype).eps
             np.testing.assert_allclose(function(out, dy), plain, rtol=unit, atol=unit)
-    assert callable(_numpy.softmax_vjp)

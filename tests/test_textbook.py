@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from portable_softmax import textbook
-from portable_softmax._arrays import namespace
+from portable_softmax.libraries import namespace
 from portable_softmax.textbook import (
     Softmax,
     SoftmaxWithLoss,

@@ -28,7 +28,7 @@ def _from_environment() -> Switches:
     value = os.environ.get(VARIABLE, "").strip()
     if value == "portable":
         return Switches(portable=f"{VARIABLE}=portable")
-    short = {name.partition(" ")[0]: name for name in reversed(NAMES)} | {"numpy": "numpy tiles"}
+    short = {name.partition(" ")[0]: name for name in NAMES}
     asked = [short.get(part.strip(), part.strip()) for part in value.split(",") if part.strip()]
     for name in asked:
         if name not in NAMES:
@@ -142,6 +142,6 @@ def without(name: str) -> Iterator[None]:
     portable
     """
     now = _SWITCHES.get()
-    asked = tuple(other for other in now.asked if other != _known(name))
-    with switched(asked=asked, off=(*now.off, name)):
+    off = (*now.off, _known(name))
+    with switched(asked=tuple(other for other in now.asked if other != name), off=off):
         yield

@@ -63,6 +63,7 @@ class NumPy(Library):
         return size
 
     def _name(self, dtype: Any) -> str:
+        dtype = np.dtype(dtype)
         if dtype.kind == "f" and dtype.itemsize > 8:  # its name depends on the platform
             return "longdouble"
         return dtype_name(dtype) if dtype.isnative else dtype_name(dtype) + " byteswapped"

@@ -85,12 +85,17 @@ def _both(request: Request) -> tuple[Layout, Layout] | None:
 
 def cross_entropy(request: Request) -> Any:
     """Return the reduced loss."""
-    return _losses_of(request, with_grad=False)[0]
+    return _cast(_losses_of(request, with_grad=False)[0], request)
 
 
 def cross_entropy_value_and_grad(request: Request) -> tuple[Any, Any]:
     """Return the reduced loss and its gradient."""
-    return _losses_of(request, with_grad=True)
+    loss, grad = _losses_of(request, with_grad=True)
+    return _cast(loss, request), grad
+
+
+def _cast(loss: Any, request: Request) -> Any:
+    return loss if loss.dtype == request.result_dtype else loss.astype(request.result_dtype)
 
 
 def _losses_of(request: Request, *, with_grad: bool) -> tuple[Any, Any]:
