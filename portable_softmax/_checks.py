@@ -278,6 +278,8 @@ def labels_are_indices(logits: Any, labels: Any, axis: int, library: Library) ->
 
 
 def _same_shape(have: Any, want: Any) -> bool:
+    if have == want:
+        return True
     if len(have) != len(want):
         return False
     for a, b in zip(have, want, strict=True):

@@ -209,8 +209,9 @@ def _answer(
     _checks.companion("labels", labels, "logits", logits, library)
     at = _checks.one_axis(axis, logits.ndim)
     indices = _checks.labels_are_indices(logits, labels, at, library)
-    compute_dtype, result_dtype = library.compute_dtype(logits)
+    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(logits)
     options, given = PLAIN_LOSS, ()
+    tracing = library.tracing(logits, labels)
     if not (
         weight is ignore_index is softcap is where is None
         and type(label_smoothing) is type(z_loss) is float
@@ -222,17 +223,17 @@ def _answer(
             z_loss, softcap, where, reduction,
         )  # fmt: skip
         given = active(options, PLAIN_LOSS)
+        tracing = tracing or library.tracing(*[a for a in (weight, where) if a is not None])
     if not indices:
         given = (*given, "probabilities")
-    others = [a for a in (weight, where) if a is not None]
     request = Request(
-        operation, library, logits, dtype.name, (at,), compute_dtype, result_dtype,
-        library.tracing(logits, labels, *others), options, given, None, labels, indices,
-        check_labels,
+        operation, library, logits, dtype.name, (at,), compute_dtype, result_dtype, tracing,
+        options, given, None, labels, indices, check_labels,
     )  # fmt: skip
     found = run(request, _portable_loss)
-    if isinstance(found, tuple):
-        return tuple(library.scalar_if_0d(part) for part in found)
+    if type(found) is tuple:
+        loss, grad = found
+        return library.scalar_if_0d(loss), grad
     return library.scalar_if_0d(found)
 
 

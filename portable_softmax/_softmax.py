@@ -9,6 +9,7 @@ from portable_softmax import _checks, portable
 from portable_softmax._typing import Array, ArrayT, Axis, Namespace
 from portable_softmax.kernels._decide import operation, run
 from portable_softmax.kernels._request import PLAIN_ROWS, Request, RowOptions, active
+from portable_softmax.libraries import Library
 
 __all__ = [
     "log_softmax",
@@ -219,7 +220,6 @@ def logsumexp(
     1.541325 -1.0
     """
     library, dtype = _checks.array("x", x, complex_too=True)
-    xp = library.xp
     axes = _checks.axes(axis, x.ndim)
     if b is not None:
         _checks.companion("b", b, "x", x, library)
@@ -227,7 +227,7 @@ def logsumexp(
         _checks.broadcastable("b", b, x.shape, "x")
     if where is not None:
         _checks.mask(where, "x", x, library)
-    compute_dtype, result_dtype = library.compute_dtype(x)
+    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)
     if b is not None and library.dtype(b.dtype).kind == "complex":
         compute_dtype = result_dtype = library.complex_dtype(compute_dtype)
     options, given = PLAIN_ROWS, ()
@@ -241,12 +241,17 @@ def logsumexp(
         ),
         _portable_logsumexp,
     )  # fmt: skip
-    if keepdims or not axes:
-        parts = found if return_sign else (found,)
-    else:
-        parts = [xp.squeeze(part, axis=axes) for part in (found if return_sign else (found,))]
-    value, *sign = [library.scalar_if_0d(part) for part in parts]
-    return (value, *sign) if return_sign else value
+    if not return_sign:
+        return _dropped(library, found, axes, keepdims)
+    value, sign = (_dropped(library, part, axes, keepdims) for part in found)
+    return value, sign
+
+
+def _dropped(library: Library, y: Any, axes: tuple[int, ...], keepdims: bool) -> Any:
+    """Return a reduction without its reduced axes of length 1, unless they stay."""
+    if axes and not keepdims:
+        y = library.xp.reshape(y, tuple([n for a, n in enumerate(y.shape) if a not in axes]))
+    return library.scalar_if_0d(y)
 
 
 @operation
@@ -397,7 +402,7 @@ def softmax_jacobian(y: ArrayT, /, *, axis: int = -1) -> ArrayT:
     library, dtype = _checks.array("y", y)
     _checks.floating("y", y, library)
     axes = (_checks.one_axis(axis, y.ndim),)
-    compute_dtype, result_dtype = library.compute_dtype(y)
+    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(y)
     request = Request(
         "softmax_jacobian", library, y, dtype.name, axes, compute_dtype, result_dtype,
         library.tracing(y),
@@ -419,7 +424,7 @@ def _row_by_row(operation: str, x: Any, axis: Axis, where: Any, temperature: Any
             _checks.mask(where, "x", x, library)
         options = RowOptions(where, _checks.temperature(temperature))
         given = active(options, PLAIN_ROWS)
-    compute_dtype, result_dtype = library.compute_dtype(x)
+    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)
     request = Request(
         operation, library, x, dtype.name, axes, compute_dtype, result_dtype,
         library.tracing(x), options, given,
@@ -435,7 +440,7 @@ def _vjp(operation: str, name: str, y: ArrayT, dy: Array, axis: Axis) -> ArrayT:
     _checks.floating("dy", dy, library)
     _checks.like_shape("dy", dy, name, y)
     axes = _checks.axes(axis, y.ndim)
-    compute_dtype, result_dtype = library.compute_dtype(y)
+    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(y)
     request = Request(
         operation, library, y, dtype.name, axes, compute_dtype, result_dtype,
         library.tracing(y, dy), dy=dy,

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
 
 from portable_softmax.kernels._request import Request
-from portable_softmax.kernels._switches import Switches, switched, switches
+from portable_softmax.kernels._switches import NOTHING_SET, Switches, switched, switches
 from portable_softmax.kernels._table import TABLE, Kernel
 from portable_softmax.libraries import traced_as_constant
 
@@ -36,6 +36,20 @@ class Candidate:
         else:
             self.declines = module.declines
             self.answer = getattr(module, operation)
+
+    def objection(self, request: Request, switch: Switches) -> str:
+        """Return why the kernel does not take a call; empty if it does."""
+        kernel = self.kernel
+        asked = False
+        if switch is not NOTHING_SET:
+            if kernel.name in switch.off:
+                return "switched off by kernels.without()"
+            asked = kernel.name in switch.asked
+        if not asked and self.off:
+            return self.off
+        return (
+            kernel.objection(request, asked) or self.missing or self.declines(request, asked)
+        )
 
 
 class Decision(NamedTuple):
@@ -77,25 +91,14 @@ def decide(request: Request, switch: Switches) -> Decision:
         return Decision(None, f"forced by {switch.portable}")
     if not request.axes or 0 in request.x.shape:
         return Decision(None, "nothing to reduce")
-    asked = switch.asked
-    if asked:
+    if asked := switch.asked:
         found = tuple(sorted(found, key=lambda c: c.kernel.name not in asked))
     passed_over: tuple[tuple[str, str], ...] = ()
     for candidate in found:
-        kernel = candidate.kernel
-        named = kernel.name in asked
-        if kernel.name in switch.off:
-            why = "switched off by kernels.without()"
-        else:
-            why = (
-                (not named and candidate.off)
-                or kernel.objection(request, named)
-                or candidate.missing
-                or candidate.declines(request, named)
-            )
+        why = candidate.objection(request, switch)
         if not why:
-            return Decision(candidate, kernel.why, passed_over)
-        passed_over = (*passed_over, (kernel.name, why))
+            return Decision(candidate, candidate.kernel.why, passed_over)
+        passed_over = (*passed_over, (candidate.kernel.name, why))
     return Decision(None, "", passed_over)
 
 

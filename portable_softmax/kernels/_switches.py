@@ -23,9 +23,14 @@ class Switches(NamedTuple):
     explaining: bool = False  # whether a call ends once it is decided
 
 
+NOTHING_SET = Switches()
+
+
 def _from_environment() -> Switches:
     """Read the variable, once, on import: ``portable``, or names of kernels with commas."""
     value = os.environ.get(VARIABLE, "").strip()
+    if not value:
+        return NOTHING_SET
     if value == "portable":
         return Switches(portable=f"{VARIABLE}=portable")
     short = {name.partition(" ")[0]: name for name in NAMES}

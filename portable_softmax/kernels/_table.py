@@ -60,7 +60,7 @@ class Kernel(NamedTuple):
             if device not in self.devices:
                 return f"device {device}"
         if self.enough and not asked and request.library.size(request.x) < self.enough:
-            return f"fewer than {self.enough} elements"
+            return "too few elements"
         if request.dtype not in self.dtypes:
             return f"dtype {request.dtype}"
         if request.active:

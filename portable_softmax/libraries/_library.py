@@ -18,10 +18,8 @@ class Dtype(NamedTuple):
     """The bare name, such as ``float32``; a byte order other than the machine's is told apart."""
     kind: str
     """One of real, half, integer, complex, bool and other."""
-    compute_dtype: Any
-    """What is computed in; None for an integer, whose default may change from call to call."""
-    result_dtype: Any
-    """What is answered in; None for an integer."""
+    computed: tuple[Any, Any] | None
+    """What is computed in and what is answered in; None for an integer, see `compute_dtype`."""
 
 
 def dtype_name(dtype: Any) -> str:
@@ -81,10 +79,9 @@ class Library:
     def _describe(self, dtype: Any) -> Dtype:
         name, kind = self._name(dtype), self._kind(dtype)
         if kind == "integer":
-            return Dtype(name, kind, None, None)
+            return Dtype(name, kind, None)  # the default may change from call to call
         native = self._native(dtype)
-        compute_dtype = self._native(self.xp.float32) if kind == "half" else native
-        return Dtype(name, kind, compute_dtype, native)
+        return Dtype(name, kind, (self._native(self.xp.float32) if kind == "half" else native, native))
 
     def _name(self, dtype: Any) -> str:
         return dtype_name(dtype)
@@ -118,11 +115,11 @@ class Library:
         Half types are computed in float32 and rounded once; integers become the library's default
         floating dtype before anything is subtracted; any other byte order becomes the machine's.
         """
-        found = self.dtype(x.dtype)
-        if found.compute_dtype is not None:
-            return found.compute_dtype, found.result_dtype
-        default = self.default_float(x)
-        return default, default
+        computed = self.dtype(x.dtype).computed
+        if computed is None:
+            default = self.default_float(x)
+            return default, default
+        return computed
 
     def complex_dtype(self, dtype: Any) -> Any:
         """Return the complex dtype that holds a real or complex `dtype`."""

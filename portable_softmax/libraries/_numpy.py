@@ -95,6 +95,5 @@ class NumPy(Library):
         """Return the empty string: nothing follows NumPy's arrays."""
         return ""
 
-    def quietly(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call ``function(*args)`` without NumPy's warnings; the user's ``seterr`` stays as it is."""
-        return quietly(function, *args)
+    quietly = staticmethod(quietly)
+    """Call a function without NumPy's warnings; the user's ``seterr`` stays as it is."""

@@ -104,7 +104,8 @@ def logsumexp(request: Request, rows: Any) -> Any:
         again = _maths.near_zero(value.reshape(-1), unfit)
         m, rest = _fold(rows[again])
         value[again] = np.where(np.isinf(m), m, m + np.log1p(rest))
-    return value.reshape(*request.x.shape[:-1], 1)
+    shape = request.x.shape
+    return value if len(shape) == 2 else value.reshape(*shape[:-1], 1)
 
 
 def losses(request: Request, *, with_grad: bool) -> Any:

@@ -1,0 +1,165 @@
+"""Each bit of an answer depends on the call, the installed versions, the environment, the switches.
+
+Never on earlier calls, on the number of threads, or on the rows beside a row.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import portable_softmax as ps
+
+ROWS = ("softmax", "log_softmax", "logsumexp")
+
+
+# --------------------------------------------------------------------------- the rows beside a row
+
+
+def different_rows(n: int, m: int, dtype: str) -> np.ndarray:
+    """Rows that are ordinary, confident, tied, far from 0, and that hold each infinity or nan."""
+    rng = np.random.default_rng(n * m)
+    x = 3 * rng.normal(size=(n, m))
+    kinds = np.arange(n) % 8
+    x[kinds == 1, m // 2] = 40.0
+    x[kinds == 2] = 1.25
+    x[kinds == 3] += 500.0
+    x[kinds == 4] *= 20.0
+    x[kinds == 5, -1] = -np.inf
+    x[5 % n, 0], x[6 % n, 0] = np.inf, np.nan
+    x[7 % n] = -np.inf
+    return x.astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("shape", [(1, 5), (9, 3), (40, 10), (19, 257), (70, 130), (5, 5000)], ids=str)
+@pytest.mark.parametrize("last", [True, False], ids=["rows", "columns"])
+def test_a_row_does_not_depend_on_the_rows_beside_it(xp, shape, dtype, last):
+    """Permuted rows give permuted bits, and a part of the rows gives that part of the answer."""
+    if dtype == "float16" and "float16" not in xp.halves:
+        pytest.skip("this backend has no float16")
+    x = different_rows(*shape, dtype)
+    n, m = shape
+    rng = np.random.default_rng(0)
+    t = rng.integers(m, size=n)
+    axis = 1 if last else 0
+
+    def answers(rows):
+        array = xp.from_numpy(np.ascontiguousarray(x[rows] if last else x[rows].T))
+        labels = xp.from_numpy(t[rows])
+        found = [getattr(ps, name)(array, axis=axis) for name in ROWS]
+        found += [ps.log_softmax(array, axis=axis, temperature=1.7)]
+        found += [ps.softmax_vjp(found[0], array, axis=axis)]
+        for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.01}):
+            given = {"axis": axis, "reduction": "none", **options}
+            found += [ps.cross_entropy(array, labels, **given)]
+            found += ps.cross_entropy_value_and_grad(array, labels, **given)
+        # The rows come first again, for NumPy to index.
+        found = [xp.numpy(y) for y in found]
+        return [y if last or y.ndim == 1 else y.T for y in found]
+
+    all_rows = answers(np.arange(n))
+    permutation = rng.permutation(n)
+    for whole, permuted in zip(all_rows, answers(permutation), strict=True):
+        same_bits_of_arrays(whole[permutation], permuted)
+
+
+def same_bits_of_arrays(one: np.ndarray, other: np.ndarray) -> None:
+    """Compare bit by bit; the sign and the payload of a nan say nothing."""
+    assert one.dtype == other.dtype
+    np.testing.assert_array_equal(np.isnan(one), np.isnan(other))
+    some = ~np.isnan(one)
+    np.testing.assert_array_equal(
+        np.ascontiguousarray(one[some]).view(f"u{one.itemsize}"),
+        np.ascontiguousarray(other[some]).view(f"u{one.itemsize}"),
+    )
+
+
+# --------------------------------------------------------------------------- history and threads
+
+# The digest of many calls: small and large, of each operation, dtype and layout.
+DIGEST = """
+import hashlib
+import numpy as np
+import portable_softmax as ps
+
+def arrays(shape, dtype):
+    rng = np.random.default_rng(sum(shape))
+    x = (3 * rng.normal(size=shape)).astype(dtype)
+    x[0, 0] = 60
+    return x, rng.integers(shape[1], size=shape[0]), rng.random(shape[1]).astype(dtype)
+
+def outputs(as_array, shape, dtype):
+    x, t, w = arrays(shape, dtype)
+    x, t, w = as_array(x), as_array(t), as_array(w)
+    for axis in (0, 1):
+        y = ps.softmax(x, axis=axis)
+        yield from (y, ps.log_softmax(x, axis=axis), ps.logsumexp(x, axis=axis))
+        yield ps.log_softmax(x, axis=axis, temperature=1.5)
+        yield from (ps.softmax_vjp(y, x, axis=axis), ps.log_softmax_vjp(y, x, axis=axis))
+    yield ps.cross_entropy(x, t)
+    yield from ps.cross_entropy_value_and_grad(x, t)
+    yield from ps.cross_entropy_value_and_grad(x, t, weight=w, label_smoothing=0.1)
+    yield from ps.cross_entropy_value_and_grad(x, t, ignore_index=1, reduction="sum")
+
+LARGE = [(300, 300), (30000, 4), (3, 70000), (20000, 64)]
+SMALL = [(32, 10), (3, 4), (200, 30), (4, 4097), (64, 64)]
+DTYPES = ("float32", "float64", "float16")
+
+def digest(as_array, shapes, dtypes):
+    found = {}
+    for shape in shapes:
+        for dtype in dtypes:
+            state = hashlib.sha256()
+            for y in outputs(as_array, shape, dtype):
+                state.update(np.ascontiguousarray(np.asarray(y)).tobytes())
+            found[f"{dtype} {shape}"] = state.hexdigest()[:16]
+    return found
+"""
+NUMPY = "as_array = np.asarray"
+TORCH = "import torch; as_array = torch.from_numpy"
+SHOW = "for case, found in digest(as_array, {shapes}, DTYPES).items(): print(case, found)"
+
+
+def show(library: str, shapes: str, before: str = "", **environment: str) -> dict[str, str]:
+    code = "\n".join([DIGEST, library, before, SHOW.format(shapes=shapes)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+
+
+LIBRARY = [
+    pytest.param(NUMPY, id="numpy", marks=pytest.mark.libraries("numpy")),
+    pytest.param(TORCH, id="torch", marks=pytest.mark.libraries("torch")),
+]
+
+
+@pytest.mark.numba
+@pytest.mark.parametrize("library", LIBRARY)
+def test_what_was_called_before_changes_no_bit(library, arrays_of):
+    """Small arrays after large calls of every operation and dtype, in the order that is worst."""
+    fresh = show(library, "SMALL")
+    after = show(library, "SMALL", before="digest(as_array, LARGE, DTYPES[::-1])")
+    assert after == fresh
+    assert len(fresh) == 15
+
+
+@pytest.mark.numba
+@pytest.mark.parametrize("library", LIBRARY)
+@pytest.mark.parametrize("kernels", ["", "portable", "numba rows"])
+def test_the_number_of_threads_changes_no_bit(library, kernels, arrays_of):
+    given = {"PORTABLE_SOFTMAX_KERNELS": kernels}
+    one = show(library, "LARGE", OMP_NUM_THREADS="1", **given)
+    two = show(library, "LARGE", OMP_NUM_THREADS="2", **given)
+    assert one == two
+    assert len(one) == 12
