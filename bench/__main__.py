@@ -24,8 +24,7 @@ from bench import (
     tables,
     thresholds,
 )
-from portable_softmax._cli.errors import CommandError
-from portable_softmax._cli.report import choose
+from bench.errors import CommandError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,17 +66,16 @@ def run_speed(args: argparse.Namespace, argv: list[str]) -> int:
         "gpu": {"before": before, "after": gpu.state(place)},
         "rows": [asdict(row) for row in rows],
     }
-    show = choose(plain=False, json=False)
-    show.table(f"speed on {place}", tables.HEADINGS, tables.cells(rows))
-    show.line(tables.LEGEND)
-    show.table("ours in short", *summary.table(rows))
-    show.line(summary.LEGEND)
-    slower = _compared(show, old, document, rows) if old else False
+    report.table(f"speed on {place}", tables.HEADINGS, tables.cells(rows))
+    report.line(tables.LEGEND)
+    report.table("ours in short", *summary.table(rows))
+    report.line(summary.LEGEND)
+    slower = _compared(old, document, rows) if old else False
     if warning := report.busy(document):
-        show.line(warning)
+        report.line(warning)
     if args.plot:
-        _plotted(show, document, rows, args.plot)
-    _close(show, document, missing, args.json)
+        _plotted(document, rows, args.plot)
+    _close(document, missing, args.json)
     wrong = any(row.role == speed.OURS and row.problem for row in rows)
     return 1 if wrong or slower else 0
 
@@ -86,24 +84,23 @@ def run_plot(args: argparse.Namespace, argv: list[str]) -> int:
     """Draw an earlier run."""
     document = comparison.read(args.file)
     report.check_folder(args.folder)
-    show = choose(plain=False, json=False)
-    _plotted(show, document, document["rows"], args.folder)
+    _plotted(document, document["rows"], args.folder)
     return 0
 
 
-def _plotted(show: Any, document: dict[str, Any], rows: list[speed.Row], folder: Path) -> None:
+def _plotted(document: dict[str, Any], rows: list[speed.Row], folder: Path) -> None:
     for path in plots.save(rows, document, folder):
-        show.line(f"drew {path}")
+        report.line(f"drew {path}")
 
 
-def _compared(show: Any, old: dict[str, Any], new: dict[str, Any], rows: list[speed.Row]) -> bool:
+def _compared(old: dict[str, Any], new: dict[str, Any], rows: list[speed.Row]) -> bool:
     """Show ours beside an earlier run; return whether it got too slow."""
     found = comparison.changes(old["rows"], rows)
-    show.table(f"since {old.get('date')}", comparison.HEADINGS, comparison.cells(found))
-    show.line(comparison.LEGEND)
+    report.table(f"since {old.get('date')}", comparison.HEADINGS, comparison.cells(found))
+    report.line(comparison.LEGEND)
     for difference in comparison.differences(old, new):
-        show.line(f"differs: {difference}")
-    show.line(comparison.verdict(found))
+        report.line(f"differs: {difference}")
+    report.line(comparison.verdict(found))
     return any(change.normalised > comparison.FAILING for change in found)
 
 
@@ -129,12 +126,11 @@ def run_memory(args: argparse.Namespace, argv: list[str]) -> int:
         "device": place.device_name,
         "cells": [asdict(cell) | {"held": cell.held} for cell in cells],
     }
-    show = choose(plain=False, json=False)
-    show.table(f"memory on {place}", memory.HEADINGS, memory.cells(cells))
-    show.line(memory.LEGEND)
-    _close(show, document, missing, args.json)
+    report.table(f"memory on {place}", memory.HEADINGS, memory.cells(cells))
+    report.line(memory.LEGEND)
+    _close(document, missing, args.json)
     broken = sum(cell.ours and not cell.held for cell in cells)
-    show.line(f"{broken} ceilings broken" if broken else "every ceiling held")
+    report.line(f"{broken} ceilings broken" if broken else "every ceiling held")
     return 1 if broken else 0
 
 
@@ -151,15 +147,14 @@ def run_accuracy(args: argparse.Namespace, argv: list[str]) -> int:
         **report.provenance(argv, load),
         "cells": [asdict(cell) for cell in cells],
     }
-    show = choose(plain=False, json=False)
     for title, headings, rows in accuracy.tables(cells):
-        show.table(title, headings, rows)
-    show.line(accuracy.LEGEND)
-    _close(show, document, missing + left_out, args.json)
+        report.table(title, headings, rows)
+    report.line(accuracy.LEGEND)
+    _close(document, missing + left_out, args.json)
     if args.markdown:
         report.write_markdown(args.markdown, document, accuracy.LEGEND, accuracy.tables(cells))
     broken = sum(cell.ours and not cell.held for cell in cells)
-    show.line(f"{broken} bounds broken" if broken else "every bound held")
+    report.line(f"{broken} bounds broken" if broken else "every bound held")
     return 1 if broken else 0
 
 
@@ -173,10 +168,9 @@ def run_thresholds(args: argparse.Namespace, argv: list[str]) -> int:
         **report.provenance(argv, load),
         "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
     }
-    show = choose(plain=False, json=False)
-    show.table("sizes of the Numba rows", thresholds.HEADINGS, thresholds.cells(rows))
-    show.line(thresholds.LEGEND)
-    _close(show, document, [], args.json)
+    report.table("sizes of the Numba rows", thresholds.HEADINGS, thresholds.cells(rows))
+    report.line(thresholds.LEGEND)
+    _close(document, [], args.json)
     return 0
 
 
@@ -192,10 +186,10 @@ def _followed(measured: Iterator[Any]) -> list[Any]:
     return found
 
 
-def _close(show: Any, document: dict[str, Any], missing: list[str], path: Path | None) -> None:
+def _close(document: dict[str, Any], missing: list[str], path: Path | None) -> None:
     if missing:
-        show.line(f"not here: {', '.join(missing)}")
-    show.line(report.described(document))
+        report.line(f"not here: {', '.join(missing)}")
+    report.line(report.described(document))
     if path is not None:
         report.write_json(path, document)
 

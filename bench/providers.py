@@ -6,13 +6,14 @@ import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import portable_softmax as ps
 from bench import peers, places
 from bench.peers import Offer
+from bench.places import LIBRARIES, Place
 from portable_softmax import kernels
-from portable_softmax._cli.backends import BACKENDS, Place
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Path(NamedTuple):
     """One way through this package, as its users would take it."""
 
     name: str
-    libraries: tuple[str, ...] = tuple(BACKENDS)
+    libraries: tuple[str, ...] = tuple(LIBRARIES)
     """Where there is this way."""
     offer: Callable[[int, str], Offer] = ours
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -71,19 +72,20 @@ class Path(NamedTuple):
     slow_start: bool = False
 
 
-def _without(kernel: str) -> Callable[[], AbstractContextManager[Any]]:
-    """Return what puts one kernel out of the way, or nothing where that can't be asked for."""
-    without = getattr(kernels, "without", None)
-    return (lambda: without(kernel)) if without and kernel in kernels.available() else nullcontext
+def _switch(name: str, kernel: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Return `kernels.without` or `kernels.use` of one kernel; nothing where there is none."""
+    switch = getattr(kernels, name, None)  # absent from earlier versions, see `bench versus`
+    return partial(switch, kernel) if switch and kernel in kernels.available() else nullcontext
 
 
-_UNCOMPILED = tuple(name for name in BACKENDS if name != "jax")
+_UNCOMPILED = tuple(name for name in LIBRARIES if name != "jax")
 
-# A path whose calls take the same kernels as an earlier one with the same offer is not measured
-# twice: a line here is enough for each set of kernels that can be put out of the way.
+# A path that takes the same kernel as an earlier one with the same offer is not measured twice.
 PATHS = (
     Path("ours", _UNCOMPILED),
-    Path("ours, no Numba", ("numpy",), context=_without("numba rows")),
+    Path("ours, Numba", ("numpy", "torch"), context=_switch("use", "numba rows")),
+    Path("ours, no Numba", ("numpy",), context=_switch("without", "numba rows")),
+    Path("ours, Triton", ("torch", "cupy"), context=_switch("use", "triton rows")),
     Path("ours, portable", _UNCOMPILED, context=kernels.portable),
     Path("ours, autograd", ("torch",), lambda *o: peers.torch_autograd(ours(*o))),
     Path(

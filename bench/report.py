@@ -17,13 +17,39 @@ from typing import Any
 
 import portable_softmax
 from bench import copies
-from portable_softmax._cli.errors import CommandError
+from bench.errors import CommandError
 
 ROOT = Path(__file__).resolve().parent.parent
 _LIBRARIES = (
     "numpy", "scipy", "numba", "torch", "triton", "jax", "optax", "dask", "cupy", "sklearn",
     "array_api_strict", "ml_dtypes", "threadpoolctl",
 )  # fmt: skip
+
+
+def line(text: str) -> None:
+    """Print a sentence."""
+    _console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table, in a file one that Markdown knows."""
+    from rich.box import MARKDOWN, ROUNDED
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    box = ROUNDED if console.is_terminal else MARKDOWN
+    printed = Table(*headings, title=title, title_justify="left", box=box)
+    for row in rows:
+        printed.add_row(*map(Text, row))
+    console.print()
+    console.print(printed)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 1000)
 
 
 def load() -> float | None:

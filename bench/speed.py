@@ -21,10 +21,10 @@ import numpy as np
 
 from bench import copies, gpu, places, providers
 from bench.answers import Answers
+from bench.errors import CommandError, one_line
 from bench.peers import BACKWARD, OPERATIONS
+from bench.places import Place
 from bench.providers import Provider
-from portable_softmax._cli.backends import Place
-from portable_softmax._cli.errors import CommandError, one_line
 
 SHAPES = "32x10,262144x16,100000x100,10000x1000,4096x4096,1024x32000,64x128256"
 QUICK_SHAPES = "32x10,1000x1000"
@@ -128,26 +128,12 @@ def measure(
     clocks = {one.place: gpu.clock(one.place) for one in (*everyone, *taken)}
     for dtype in dtypes:
         for shape in shapes:
-            if math.prod(shape) < places.LARGE:
-                _load([one for one in everyone if one.ours], operations, shape[1], dtype)
             places.forget_compiled()
             problem = Problem(shape, dtype)
             for operation in operations:
                 with warnings.catch_warnings(action="ignore"):  # a library's, of itself
                     rows = _compare(problem, everyone, taken, clocks, operation, effort)
                 yield from rows
-
-
-def _load(ours: list[Provider], operations: list[str], classes: int, dtype: str) -> None:
-    """Load the kernels that a large array loads: small ones take them in a program that has one."""
-    problem = Problem((places.LARGE // classes + 1, classes), dtype)
-    for provider in ours:
-        for operation in operations:
-            # Making an offer may import what warns, such as torch's compiler.
-            with provider.context(), warnings.catch_warnings(action="ignore"):
-                if call := provider.offer(-1, "mean").get(operation):
-                    names = "x", problem.second(operation)
-                    call(*(problem.at(provider.place, name) for name in names))
 
 
 class Problem:

@@ -1,13 +1,18 @@
-"""The benchmarks run, keep what they measured, and believe no wrong answer."""
+"""The benchmarks run, keep what they measured, and reject wrong answers."""
 
+import ast
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
 
-from bench import accuracy, exact, families, peers, providers
+import portable_softmax
+from bench import accuracy, exact, families, peers, providers, report
 from bench.__main__ import main
+from portable_softmax import kernels
 
 PROVENANCE = {"benchmark", "command", "date", "commit", "machine", "threads", "versions"}
 
@@ -108,6 +113,27 @@ def test_a_unit_is_the_spacing_of_numbers(dtype):
     )
     units = exact.unit(values.astype(np.longdouble), dtype)
     np.testing.assert_array_equal(units, np.spacing(values).astype(np.longdouble))
+
+
+# --------------------------------------------------------------------------- what it stands on
+
+
+# `thresholds` measures both sides of constants of the Numba rows, which are private.
+@pytest.mark.parametrize(
+    "path",
+    [p for p in Path(report.__file__).parent.glob("*.py") if p.stem != "thresholds"],
+    ids=lambda path: path.name,
+)
+def test_only_public_names_of_the_package_are_used(path):
+    """An earlier version of the package, and any other, can be measured with the same bench."""
+    text = path.read_text()
+    assert not re.findall(r"portable_softmax(?:\.\w+)*\._[a-z]\w*", text)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module == "portable_softmax":
+            assert {alias.name for alias in node.names} <= {*portable_softmax.__all__}
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("portable_softmax."):
+            assert node.module == "portable_softmax.kernels"
+            assert {alias.name for alias in node.names} <= {*kernels.__all__}
 
 
 # --------------------------------------------------------------------------- failures

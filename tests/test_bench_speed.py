@@ -10,7 +10,7 @@ import pytest
 
 from bench import copies, peers, places, providers, report, speed, tables
 from bench.__main__ import main
-from portable_softmax.kernels import _table
+from portable_softmax import kernels
 
 TINY = speed.Effort(seconds=0.0, rounds=2, most=2, slice_s=1e-6)
 
@@ -103,26 +103,40 @@ def test_threads_are_those_of_the_libraries_and_of_the_variables(monkeypatch):
 # --------------------------------------------------------------------------- our paths
 
 
-def test_the_portable_path_is_timed_where_there_is_a_kernel(monkeypatch):
-    only = {key: found for key, found in _table._BY_CALL.items() if key[1] == "softmax"}
-    monkeypatch.setattr(_table, "_BY_CALL", only)
+def test_a_path_that_takes_the_same_kernel_is_timed_once(monkeypatch):
+    def path_taken(provider, operation, *arrays):
+        return "portable" if "portable" in provider.name or operation != "softmax" else "a kernel"
+
+    monkeypatch.setattr(providers, "path_taken", path_taken)
     ours = providers.our_providers(places.open_backend("numpy"))
     rows = _measured(ours, "softmax", "cross_entropy_value_and_grad")
-    paths = {(row.operation, row.provider): row.path for row in rows if row.role == speed.OURS}
-    assert paths.pop(("softmax", "ours")) != "portable"
-    paths.pop(("softmax", "ours, no Numba"), None)
-    assert paths == {
-        ("softmax", "ours, portable"): "portable",
-        ("cross_entropy_value_and_grad", "ours"): "portable",
-    }
+    assert [(row.operation, row.provider, row.path) for row in rows if row.role == speed.OURS] == [
+        ("softmax", "ours", "a kernel"),
+        ("softmax", "ours, portable", "portable"),
+        ("cross_entropy_value_and_grad", "ours", "portable"),
+    ]
 
 
-def test_a_kernel_is_put_out_of_the_way_by_its_name(monkeypatch):
+def test_a_kernel_is_switched_by_its_name(monkeypatch):
     asked = []
-    monkeypatch.setattr(providers.kernels, "without", asked.append, raising=False)
-    providers._without("numpy tiles")()
+    monkeypatch.setattr(providers.kernels, "without", asked.append)
+    providers._switch("without", "numpy tiles")()
     assert asked == ["numpy tiles"]
-    assert providers._without("a kernel that is not here") is providers.nullcontext
+    assert providers._switch("without", "a kernel that is not here") is providers.nullcontext
+
+
+def test_a_path_says_which_kernel_runs():
+    place = places.open_backend("numpy")
+    x, labels = np.zeros((4, 3)), np.zeros(4, int)
+    taken = {
+        path.name: {
+            operation: providers.path_taken(path, operation, x, labels)
+            for operation in ("softmax", "cross_entropy", "softmax+backward")
+        }
+        for path in providers.our_providers(place)
+    }
+    assert set(taken["ours, portable"].values()) == {"portable"}
+    assert set(taken["ours"].values()) <= set(kernels.available())
 
 
 def test_a_line_in_the_table_adds_a_path(monkeypatch):
@@ -277,17 +291,3 @@ def test_a_dtype_that_ours_has_not_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(places.Place, "dtypes", lambda self: ["float64"])
     assert _speed("--backend", "numpy", "--dtypes", "float32") == 2
     assert "numpy has no float32 here: float64" in capsys.readouterr().err
-
-
-def test_kernels_are_loaded_before_small_arrays_are_timed():
-    sizes = []
-
-    def seen(x, _):
-        sizes.append(x.size)
-        return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
-
-    place = places.open_backend("numpy")
-    ours = providers.Provider("ours", place, lambda *options: {"softmax": seen}, ours=True)
-    list(speed.measure([ours], ["softmax"], [(4, 3)], ["float32"], TINY))
-    assert sizes[0] >= 1 << 16
-    assert set(sizes[1:]) == {12}
