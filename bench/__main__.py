@@ -7,10 +7,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from bench import (
     accuracy,
+    arguments,
     comparison,
     exact,
     gpu,
@@ -23,6 +24,7 @@ from bench import (
     summary,
     tables,
     thresholds,
+    versus,
 )
 from bench.errors import CommandError
 
@@ -31,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 1 for a broken claim of ours, 2 for what the user can right."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        args = _parser().parse_args(argv)
+        args = arguments.parser().parse_args(argv)
         report.check_writable(args.json)
-        return args.run(args, argv)
+        return COMMANDS[args.command](args, argv)
     except CommandError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -158,6 +160,45 @@ def run_accuracy(args: argparse.Namespace, argv: list[str]) -> int:
     return 1 if broken else 0
 
 
+def run_versus(args: argparse.Namespace, argv: list[str]) -> int:
+    """Time this tree and another in turns; return 1 if this one is over the limit or wrong."""
+    load = report.load()
+    other = args.other.resolve()
+    if not (other / "portable_softmax" / "__init__.py").exists():
+        raise CommandError(f"{args.other} is no checkout of portable_softmax")
+    asked = {
+        "shapes": speed.parse_shapes(args.shapes or versus.SHAPES[args.fresh]),
+        "dtypes": _dtypes(args.dtypes),
+        "operations": speed.parse_operations(args.ops) if args.ops else [],
+        "paths": args.path or versus.PATHS[args.fresh],
+    }
+    if unknown := {*asked["paths"]} - {path.name for path in providers.PATHS}:
+        raise CommandError(f"unknown path {min(unknown)!r}")
+    versions, keys = [], []
+    for backend in args.backend.split(","):
+        version, offered = versus.paths(other, backend)
+        versions.append(version)
+        keys += versus.chosen(backend, offered, **asked)
+    effort = speed.QUICK if args.quick else versus.EFFORT
+    cells = _followed(
+        versus.measure(other, keys, limit=args.limit, fresh=args.fresh, effort=effort)
+    )
+    if not cells:
+        raise CommandError("nothing to compare: no such path and operation in both trees")
+    document = {
+        "benchmark": "versus",
+        **report.provenance(argv, load),
+        "other": {"folder": str(other), "commit": report.commit(other)},
+        "backends": versions,
+        "cells": [asdict(cell) | {"ratio": cell.ratio} for cell in cells],
+    }
+    report.table(f"beside {other}", versus.HEADINGS, versus.text(cells, args.limit))
+    for line in (versus.LEGEND, *versus.verdict(cells, args.limit), report.busy(document)):
+        report.line(line)
+    _close(document, [], args.json)
+    return 1 if any(cell.fails(args.limit) for cell in cells) else 0
+
+
 def run_thresholds(args: argparse.Namespace, argv: list[str]) -> int:
     """Show both sides of the sizes at which the Numba rows change the way they work."""
     load = report.load()
@@ -212,59 +253,14 @@ def _dtypes(text: str) -> list[str]:
     return names
 
 
-_PEERS_HELP = "those of every library on that kind of device, or of the backend's own library only"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise CommandError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    output = argparse.ArgumentParser(add_help=False)
-    output.add_argument("--quick", action="store_true", help="a short run, to see that it runs")
-    output.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
-
-    where = argparse.ArgumentParser(add_help=False)
-    where.add_argument(
-        "--backend", default="numpy", choices=places.CHOICES, help="the array library"
-    )
-    where.add_argument("--shapes", metavar="ROWSxCLASSES,...", help="comma list")
-
-    parser = _Parser(prog="python -m bench", description="Measure this package beside its peers.")
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="speed|memory|accuracy|plot|thresholds"
-    )
-    one = commands.add_parser("speed", parents=[output, where], help="time, and GB/s beside a copy")
-    one.add_argument("--plot", type=Path, metavar="FOLDER", help="draw figures there")
-    one.add_argument("--compare", type=Path, metavar="OLD", help="the --json of an earlier run")
-    one.add_argument("--peers", default="all", choices=("all", "own"), help=_PEERS_HELP)
-    one.add_argument("--ops", default="", help="comma list")
-    one.add_argument("--dtypes", default="", help="comma list")
-    one.set_defaults(run=run_speed)
-    draw = commands.add_parser("plot", help="the figures of an earlier run of speed")
-    draw.add_argument("file", type=Path, help="its --json")
-    draw.add_argument("folder", type=Path, help="where to draw")
-    draw.set_defaults(run=run_plot, json=None)
-    most = commands.add_parser("memory", parents=[output, where], help="peaks of memory")
-    most.add_argument("--peers", default="own", choices=("own", "none"), help="beside ours")
-    most.add_argument("--ops", default=",".join(memory.OPERATIONS), help="comma list")
-    most.add_argument("--dtypes", default=memory.DTYPES, help="comma list")
-    most.set_defaults(run=run_memory)
-    two = commands.add_parser(
-        "accuracy", parents=[output], help="errors in units in the last place"
-    )
-    two.add_argument("--backend", default="", help="comma list of where to measure ours")
-    two.add_argument("--dtypes", default="", help="comma list")
-    two.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there")
-    two.set_defaults(run=run_accuracy)
-    sizes = commands.add_parser(
-        "thresholds", parents=[output], help="both sides of the kernels' sizes"
-    )
-    sizes.add_argument("--dtypes", default=thresholds.DTYPES, help="comma list")
-    sizes.set_defaults(run=run_thresholds)
-    return parser
-
+COMMANDS = {
+    "speed": run_speed,
+    "versus": run_versus,
+    "memory": run_memory,
+    "accuracy": run_accuracy,
+    "plot": run_plot,
+    "thresholds": run_thresholds,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

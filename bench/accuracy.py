@@ -98,12 +98,7 @@ def columns(backends: list[str]) -> tuple[list[Column], list[str]]:
     dtypes = {name: frozenset(place.dtypes()) for name, place in opened.items()}
     ours, theirs, missing = [], [], [name for name in BACKENDS if name not in opened]
     for name in backends:
-        # Where a kernel is not installed, to leave it out is no path of its own.
-        paths = {
-            (p.offer, p.context): p
-            for p in reversed(our_providers(opened[name], slow_starts=False))
-        }
-        for path in reversed(paths.values()):
+        for path in our_providers(opened[name], slow_starts=False):
             offer = cache(path.offer)  # JAX compiles once
             if offer(-1, "none").keys() >= set(OPERATIONS):
                 place = opened[name]

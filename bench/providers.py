@@ -67,15 +67,19 @@ class Path(NamedTuple):
     libraries: tuple[str, ...] = tuple(LIBRARIES)
     """Where there is this way."""
     offer: Callable[[int, str], Offer] = ours
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    switch: tuple[str, ...] = ()
+    """A context manager of `portable_softmax.kernels`, and the kernel that it is given."""
     why_not: Callable[[Place], str] = lambda place: ""
     slow_start: bool = False
 
-
-def _switch(name: str, kernel: str) -> Callable[[], AbstractContextManager[Any]]:
-    """Return `kernels.without` or `kernels.use` of one kernel; nothing where there is none."""
-    switch = getattr(kernels, name, None)  # absent from earlier versions, see `bench versus`
-    return partial(switch, kernel) if switch and kernel in kernels.available() else nullcontext
+    def context(self) -> Callable[[], AbstractContextManager[Any]] | None:
+        """Return what makes the context of a call; None where there is no such kernel or switch."""
+        if not self.switch:
+            return nullcontext
+        name, *kernel = self.switch
+        switch = getattr(kernels, name, None)  # `use` is absent from earlier versions
+        there = switch and kernels.available().keys() >= {*kernel}
+        return partial(switch, *kernel) if there else None
 
 
 _UNCOMPILED = tuple(name for name in LIBRARIES if name != "jax")
@@ -83,10 +87,10 @@ _UNCOMPILED = tuple(name for name in LIBRARIES if name != "jax")
 # A path that takes the same kernel as an earlier one with the same offer is not measured twice.
 PATHS = (
     Path("ours", _UNCOMPILED),
-    Path("ours, Numba", ("numpy", "torch"), context=_switch("use", "numba rows")),
-    Path("ours, no Numba", ("numpy",), context=_switch("without", "numba rows")),
-    Path("ours, Triton", ("torch", "cupy"), context=_switch("use", "triton rows")),
-    Path("ours, portable", _UNCOMPILED, context=kernels.portable),
+    Path("ours, Numba", ("numpy", "torch"), switch=("use", "numba rows")),
+    Path("ours, no Numba", ("numpy",), switch=("without", "numba rows")),
+    Path("ours, Triton", ("torch", "cupy"), switch=("use", "triton rows")),
+    Path("ours, portable", _UNCOMPILED, switch=("portable",)),
     Path("ours, autograd", ("torch",), lambda *o: peers.torch_autograd(ours(*o))),
     Path(
         "ours, compiled",
@@ -96,7 +100,7 @@ PATHS = (
         slow_start=True,
     ),
     Path("ours, jit", ("jax",), ours_jitted),
-    Path("ours, jit, portable", ("jax",), ours_jitted, kernels.portable),
+    Path("ours, jit, portable", ("jax",), ours_jitted, switch=("portable",)),
     Path("ours, jit, vjp", ("jax",), lambda *o: peers.jitted(peers.jax_autograd(ours(*o)))),
 )
 
@@ -108,11 +112,12 @@ def _forward(offer: Offer) -> Offer:
 def our_providers(place: Place, *, slow_starts: bool = True) -> list[Provider]:
     """Return this package in each of its paths at a place."""
     return [
-        Provider(path.name, place, path.offer, True, path.context)
+        Provider(path.name, place, path.offer, True, context)
         for path in PATHS
         if place.name in path.libraries
         and not path.why_not(place)
         and (slow_starts or not path.slow_start)
+        and (context := path.context())
     ]
 
 

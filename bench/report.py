@@ -63,7 +63,7 @@ def provenance(argv: Sequence[str], load_before: float | None) -> dict[str, Any]
     return {
         "command": shlex.join(["python", "-m", "bench", *argv]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(ROOT),
         "machine": {
             "cpu": _cpu(),
             "cores": copies.cores(),
@@ -118,12 +118,12 @@ def _cpu() -> str:
     return next(models, platform.machine())
 
 
-def _commit() -> str | None:
-    """Return the clone's commit, marked where files differ from it; None without git."""
+def commit(folder: Path) -> str | None:
+    """Return a clone's commit, marked where files differ from it; None without git."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=ROOT, capture_output=True, text=True, check=True,
+            cwd=folder, capture_output=True, text=True, check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -120,9 +120,10 @@ def test_a_path_that_takes_the_same_kernel_is_timed_once(monkeypatch):
 def test_a_kernel_is_switched_by_its_name(monkeypatch):
     asked = []
     monkeypatch.setattr(providers.kernels, "without", asked.append)
-    providers._switch("without", "numpy tiles")()
+    providers.Path("ours", switch=("without", "numpy tiles")).context()()
     assert asked == ["numpy tiles"]
-    assert providers._switch("without", "a kernel that is not here") is providers.nullcontext
+    assert providers.Path("ours", switch=("without", "no such kernel")).context() is None
+    assert providers.Path("ours", switch=("no such switch", "numpy tiles")).context() is None
 
 
 def test_a_path_says_which_kernel_runs():
@@ -143,17 +144,18 @@ def test_a_line_in_the_table_adds_a_path(monkeypatch):
     entered = []
 
     @contextmanager
-    def without():
-        entered.append(True)
+    def without(name):
+        entered.append(name)
         with providers.kernels.portable():
             yield
 
-    line = providers.Path("ours, without", ("numpy",), context=without)
+    monkeypatch.setattr(providers.kernels, "without", without)
+    line = providers.Path("ours, without", ("numpy",), switch=("without", "numpy tiles"))
     monkeypatch.setattr(providers, "PATHS", (*providers.PATHS[:1], line))
     rows = _measured(providers.our_providers(places.open_backend("numpy")), "softmax")
     ours = [row.provider for row in rows if row.role == speed.OURS]
     assert ours == ["ours", "ours, without"]
-    assert entered
+    assert {*entered} == {"numpy tiles"}
 
 
 @pytest.mark.libraries("torch", "jax")
@@ -260,7 +262,7 @@ def test_everyone_takes_turns_and_who_is_slow_sits_out_first():
 def test_a_short_call_is_repeated():
     clock = _Clock()
     timed = speed.Timed(lambda: ("short", 1e-5), clock, providers.nullcontext)
-    assert speed._repeats(timed, speed.Effort(1, 1, 1, slice_s=1e-3)) == 100
+    assert speed.repeats(timed, slice_s=1e-3) == 100
 
 
 @pytest.mark.parametrize(("device", "numpy_too"), [("cpu", True), ("cuda:0", False)])
