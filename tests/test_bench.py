@@ -48,6 +48,7 @@ def test_accuracy_holds_every_bound_on_short_rows(accuracy_backend, tmp_path, ca
     assert "every bound held" in capsys.readouterr().out
 
 
+@pytest.mark.once
 def test_accuracy_fails_where_ours_loses_digits(monkeypatch, capsys):
     monkeypatch.setattr(
         accuracy,
@@ -61,6 +62,7 @@ def test_accuracy_fails_where_ours_loses_digits(monkeypatch, capsys):
     assert "NO" in out
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("dtype", "within"), [("float32", 0.001), ("float64", 0.3)])
 def test_the_exact_answers_are_exact(dtype, within):
     """Against 50 digits: in units in the last place of the dtype that they judge."""
@@ -118,6 +120,7 @@ def test_a_unit_is_the_spacing_of_numbers(dtype):
 # --------------------------------------------------------------------------- what it stands on
 
 
+@pytest.mark.once
 # `thresholds` measures both sides of constants of the Numba rows, which are private.
 @pytest.mark.parametrize(
     "path",
@@ -139,6 +142,7 @@ def test_only_public_names_of_the_package_are_used(path):
 # --------------------------------------------------------------------------- failures
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

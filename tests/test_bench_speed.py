@@ -73,6 +73,7 @@ def test_all_peers_are_those_of_every_library_on_arrays_of_their_own():
     assert {provider.place for provider in own} == {place}
 
 
+@pytest.mark.once
 def test_each_operation_moves_what_it_must():
     everyone = [_numpy("by hand", **peers.numpy_by_hand(-1, "mean"))]
     rows = _measured(everyone, *peers.OPERATIONS)
@@ -103,6 +104,7 @@ def test_threads_are_those_of_the_libraries_and_of_the_variables(monkeypatch):
 # --------------------------------------------------------------------------- our paths
 
 
+@pytest.mark.once
 def test_a_path_that_takes_the_same_kernel_is_timed_once(monkeypatch):
     def path_taken(provider, operation, *arrays):
         return "portable" if "portable" in provider.name or operation != "softmax" else "a kernel"
@@ -140,6 +142,7 @@ def test_a_path_says_which_kernel_runs():
     assert set(taken["ours"].values()) <= set(kernels.available())
 
 
+@pytest.mark.once
 def test_a_line_in_the_table_adds_a_path(monkeypatch):
     entered = []
 
@@ -173,6 +176,7 @@ def test_backward_is_timed_where_there_is_autograd(arrays_of):
 _WITH_AUTOGRAD = {"torch": ("ours, autograd", "torch"), "jax": ("ours, jit, vjp", "jax.nn, jit")}
 
 
+@pytest.mark.slow("torch.compile calls a C++ compiler")
 @pytest.mark.libraries("torch")
 def test_torch_compiles_before_it_is_timed(arrays_of):
     place = places.open_backend(arrays_of)
@@ -191,6 +195,7 @@ def test_torch_compiles_before_it_is_timed(arrays_of):
 # --------------------------------------------------------------------------- taking turns
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("operation", "answer", "problem"),
     [
@@ -274,6 +279,7 @@ def test_numpy_copies_wherever_the_host_works(device, numpy_too):
     assert ("copy, numpy" in names) == numpy_too
 
 
+@pytest.mark.once
 def test_the_best_copy_is_the_whole():
     rows = _measured([_numpy("right", **peers.numpy_by_hand(-1, "mean"))], "softmax")
     shares = [row.share_of_copy for row in rows if row.role == speed.COPY]

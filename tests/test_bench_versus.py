@@ -12,6 +12,8 @@ from bench import speed, versus
 from bench.__main__ import main
 from bench.errors import CommandError
 
+pytestmark = pytest.mark.once
+
 SLOWER = """
 def _slower(function):
     import functools, time
