@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from bench import exact, families, places
+from bench.errors import one_line
 from bench.peers import Offer
-from bench.places import LARGE, Place
+from bench.places import Place
 from bench.providers import Provider, our_providers, peers_at
-from portable_softmax._cli.backends import is_installed
-from portable_softmax._cli.errors import one_line
 
 OPERATIONS = ("softmax", "log_softmax", "logsumexp", "cross_entropy")
 LABEL_GRADIENT = "label gradient"
@@ -78,7 +77,7 @@ class Case:
 
 
 def installed() -> list[str]:
-    return [name for name in BACKENDS if is_installed(name)]
+    return [name for name in BACKENDS if places.is_installed(name)]
 
 
 def why_not(dtype: str) -> str:
@@ -99,12 +98,7 @@ def columns(backends: list[str]) -> tuple[list[Column], list[str]]:
     dtypes = {name: frozenset(place.dtypes()) for name, place in opened.items()}
     ours, theirs, missing = [], [], [name for name in BACKENDS if name not in opened]
     for name in backends:
-        # Where a kernel is not installed, to leave it out is no path of its own.
-        paths = {
-            (p.offer, p.context): p
-            for p in reversed(our_providers(opened[name], slow_starts=False))
-        }
-        for path in reversed(paths.values()):
+        for path in our_providers(opened[name], slow_starts=False):
             offer = cache(path.offer)  # JAX compiles once
             if offer(-1, "none").keys() >= set(OPERATIONS):
                 place = opened[name]
@@ -202,8 +196,6 @@ def _compute(case: Case, operation: str, column: Column, cell: Cell) -> np.ndarr
             np.errstate(all="ignore"),
             column.context(),
         ):
-            if column.ours:
-                _load(call, column, case)
             result = call(places.put(place, case.x), places.put(place, case.labels))
             if operation == "cross_entropy_value_and_grad":
                 _, result = result
@@ -212,16 +204,6 @@ def _compute(case: Case, operation: str, column: Column, cell: Cell) -> np.ndarr
         cell.problem = one_line(problem)
         return None
     return np.moveaxis(result, case.axis, -1) if result.ndim == case.x.ndim else result
-
-
-def _load(call: Callable[..., Any], column: Column, case: Case) -> None:
-    """Load the kernels that large arrays of such rows take, and then the small ones here too."""
-    if case.x.size < LARGE and column.place.name in ("numpy", "torch"):
-        classes = case.x.shape[case.axis]
-        rows = np.zeros((LARGE // classes + 1, classes), case.x.dtype)
-        large = np.ascontiguousarray(np.moveaxis(rows, -1, case.axis))
-        labels = np.zeros(len(rows), case.labels.dtype)
-        call(places.put(column.place, large), places.put(column.place, labels))
 
 
 def _distance(result: np.ndarray, answer: np.ndarray) -> np.ndarray:

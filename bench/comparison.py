@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import tables
+from bench.errors import CommandError
+from bench.places import Place
 from bench.speed import COPY, OURS, Row
 from bench.summary import geometric_mean
-from portable_softmax._cli.backends import Place
-from portable_softmax._cli.errors import CommandError
 
 # What is marked, and what fails the command. A tenth is what two runs of the same code on an idle
 # machine may differ by in a cell; a quarter is beyond it, and no change worth its place costs that.

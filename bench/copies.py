@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bench import places
-from portable_softmax._cli.backends import Place
+from bench.places import Place
 
 COPY = "copy"
 
@@ -38,10 +38,10 @@ def cores() -> int:
 
 def of(around: list[Place]) -> list[Copy]:
     """Return each library's own copy at its place, and NumPy's wherever the host works."""
-    found = {place.name: Copy(f"{COPY}, {place.name}", place, _own(place)) for place in around}
+    found = {place.name: _own(place) for place in around}
     if not all(map(places.is_gpu, around)):
         numpy = found["numpy"].place if "numpy" in found else places.open_backend("numpy")
-        found.setdefault("numpy", Copy(f"{COPY}, numpy", numpy, _own(numpy)))
+        found.setdefault("numpy", _own(numpy))
         if cores() > 1:
             found["threads"] = Copy(f"{COPY}, {cores()} threads", numpy, by_threads)
     return list(found.values())
@@ -62,7 +62,5 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def _own(place: Place) -> Callable[[Any], Any]:
-    if place.name == "dask":  # its own copy shares the memory
-        return lambda x: x.map_blocks(np.copy)
-    return lambda x: place.xp.asarray(x, copy=True)
+def _own(place: Place) -> Copy:
+    return Copy(f"{COPY}, {place.name}", place, partial(places.copy, place))

@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from bench import places
-from portable_softmax._cli.backends import Place
+from bench.places import Place
 
 # Twice the largest L2 there is, for a device that does not tell its own.
 _FLUSHED = 256 * 2**20

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import places, tables
+from bench.errors import CommandError
 from bench.peers import FORWARD, LOSSES
 from bench.providers import Provider, ours, ours_jitted
 from bench.report import ROOT
-from portable_softmax._cli.errors import CommandError
 
 OPERATIONS = (*FORWARD, *LOSSES)
 SHAPES = "262144x128,16384x2048,256x131072"

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import places, providers, speed
-from portable_softmax._cli.backends import Place
-from portable_softmax._cli.errors import one_line
+from bench.errors import one_line
+from bench.places import Place
 
 _REPEATS = 3
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from portable_softmax._cli.backends import Place
+from bench.places import Place
 
 Call = Callable[[Any, Any], Any]
 Offer = Mapping[str, Call]

@@ -24,7 +24,9 @@ _COLOURS = {
     "ours, compiled": "#0891b2",
     "ours, autograd": "#7c3aed",
     "ours, jit, vjp": "#7c3aed",
+    "ours, Numba": "#312e81",
     "ours, no Numba": "#5b84ee",
+    "ours, Triton": "#0f766e",
     "ours, portable": "#a9c2f8",
     "numpy by hand": "#b8a67a",
     "scipy.special": "#f59e0b",
@@ -36,7 +38,7 @@ _COLOURS = {
     "cupyx.scipy": "#f59e0b",
     COPY: "#9aa7b4",
 }
-_SPARE = ("#db2777", "#65a30d", "#0f766e", "#a16207")
+_SPARE = ("#db2777", "#65a30d", "#be185d", "#a16207")
 _COLUMNS = 3
 
 

@@ -17,13 +17,39 @@ from typing import Any
 
 import portable_softmax
 from bench import copies
-from portable_softmax._cli.errors import CommandError
+from bench.errors import CommandError
 
 ROOT = Path(__file__).resolve().parent.parent
 _LIBRARIES = (
     "numpy", "scipy", "numba", "torch", "triton", "jax", "optax", "dask", "cupy", "sklearn",
     "array_api_strict", "ml_dtypes", "threadpoolctl",
 )  # fmt: skip
+
+
+def line(text: str) -> None:
+    """Print a sentence."""
+    _console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table, in a file one that Markdown knows."""
+    from rich.box import MARKDOWN, ROUNDED
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    box = ROUNDED if console.is_terminal else MARKDOWN
+    printed = Table(*headings, title=title, title_justify="left", box=box)
+    for row in rows:
+        printed.add_row(*map(Text, row))
+    console.print()
+    console.print(printed)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 1000)
 
 
 def load() -> float | None:
@@ -37,7 +63,7 @@ def provenance(argv: Sequence[str], load_before: float | None) -> dict[str, Any]
     return {
         "command": shlex.join(["python", "-m", "bench", *argv]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(ROOT),
         "machine": {
             "cpu": _cpu(),
             "cores": copies.cores(),
@@ -92,12 +118,12 @@ def _cpu() -> str:
     return next(models, platform.machine())
 
 
-def _commit() -> str | None:
-    """Return the clone's commit, marked where files differ from it; None without git."""
+def commit(folder: Path) -> str | None:
+    """Return a clone's commit, marked where files differ from it; None without git."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=ROOT, capture_output=True, text=True, check=True,
+            cwd=folder, capture_output=True, text=True, check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -21,10 +21,10 @@ import numpy as np
 
 from bench import copies, gpu, places, providers
 from bench.answers import Answers
+from bench.errors import CommandError, one_line
 from bench.peers import BACKWARD, OPERATIONS
+from bench.places import Place
 from bench.providers import Provider
-from portable_softmax._cli.backends import Place
-from portable_softmax._cli.errors import CommandError, one_line
 
 SHAPES = "32x10,262144x16,100000x100,10000x1000,4096x4096,1024x32000,64x128256"
 QUICK_SHAPES = "32x10,1000x1000"
@@ -128,26 +128,12 @@ def measure(
     clocks = {one.place: gpu.clock(one.place) for one in (*everyone, *taken)}
     for dtype in dtypes:
         for shape in shapes:
-            if math.prod(shape) < places.LARGE:
-                _load([one for one in everyone if one.ours], operations, shape[1], dtype)
             places.forget_compiled()
             problem = Problem(shape, dtype)
             for operation in operations:
                 with warnings.catch_warnings(action="ignore"):  # a library's, of itself
                     rows = _compare(problem, everyone, taken, clocks, operation, effort)
                 yield from rows
-
-
-def _load(ours: list[Provider], operations: list[str], classes: int, dtype: str) -> None:
-    """Load the kernels that a large array loads: small ones take them in a program that has one."""
-    problem = Problem((places.LARGE // classes + 1, classes), dtype)
-    for provider in ours:
-        for operation in operations:
-            # Making an offer may import what warns, such as torch's compiler.
-            with provider.context(), warnings.catch_warnings(action="ignore"):
-                if call := provider.offer(-1, "mean").get(operation):
-                    names = "x", problem.second(operation)
-                    call(*(problem.at(provider.place, name) for name in names))
 
 
 class Problem:
@@ -212,13 +198,13 @@ def _compare(
                 continue
             seen.add((provider.offer, row.path))
         rows[provider.name] = row
-        timed = Timed(_bound(call, *arrays), clocks[place], provider.context)
-        row.problem = _wrong(problem, place, operation, problem.arrays[second], timed)
+        timed = Timed(bound(call, *arrays), clocks[place], provider.context)
+        row.problem = wrong(problem, place, operation, problem.arrays[second], timed)
         if not row.problem:
             turns[provider.name] = timed
     for copy in taken:
         rows[copy.name] = Row(*what, copy.name, COPY, 2 * x.nbytes)
-        call = _bound(copy.call, problem.at(copy.place, "x"))
+        call = bound(copy.call, problem.at(copy.place, "x"))
         turns[copy.name] = Timed(call, clocks[copy.place], providers.nullcontext)
     for name, times in _interleaved(turns, effort).items():
         _fill(rows[name], times, turns[name].clock)
@@ -228,11 +214,11 @@ def _compare(
     return list(rows.values())
 
 
-def _bound(call: Callable[..., Any], *arrays: Any) -> Callable[[], Any]:
+def bound(call: Callable[..., Any], *arrays: Any) -> Callable[[], Any]:
     return lambda: call(*arrays)
 
 
-def _wrong(problem: Problem, place: Place, operation: str, second: np.ndarray, timed: Timed) -> str:
+def wrong(problem: Problem, place: Place, operation: str, second: np.ndarray, timed: Timed) -> str:
     """Return what is wrong with a provider's answer; empty where nothing is."""
     try:
         with timed.context():
@@ -246,12 +232,12 @@ def _wrong(problem: Problem, place: Place, operation: str, second: np.ndarray, t
 
 def _interleaved(turns: Mapping[str, Timed], effort: Effort) -> dict[str, list[float]]:
     """Return seconds a call for each name, one value a round; in each round all take a turn."""
-    repeats = {name: _repeats(timed, effort) for name, timed in turns.items()}
+    calls = {name: repeats(timed, effort.slice_s) for name, timed in turns.items()}
     times: dict[str, list[float]] = {name: [] for name in turns}
 
     def goes_on(name: str) -> bool:
         taken = times[name]
-        spent = sum(taken) * repeats[name]
+        spent = sum(taken) * calls[name]
         return len(taken) < effort.rounds or (spent < effort.seconds and len(taken) < effort.most)
 
     names = list(turns)
@@ -260,26 +246,31 @@ def _interleaved(turns: Mapping[str, Timed], effort: Effort) -> dict[str, list[f
     try:
         while names := [name for name in names if goes_on(name)]:
             for name in names:
-                call, clock, context = turns[name]
-                sleep(_SETTLE_S)
-                with context():
-                    for _ in range(min(repeats[name], _WARM_CALLS)):
-                        call()
-                    times[name].append(clock.seconds(call, repeats[name]))
-            names.append(names.pop(0))  # nobody always runs after the same neighbour
+                times[name].append(turn(turns[name], calls[name]))
+            names.append(names.pop(0))  # no provider always follows the same one
     finally:
         gc.enable()
     return times
 
 
-def _repeats(timed: Timed, effort: Effort) -> int:
-    """Return how many calls make a round, the first call having compiled what there is."""
+def turn(timed: Timed, calls: int) -> float:
+    """Return the seconds of a call, the mean of one round."""
+    call, clock, context = timed
+    sleep(_SETTLE_S)
+    with context():
+        for _ in range(min(calls, _WARM_CALLS)):
+            call()
+        return clock.seconds(call, calls)
+
+
+def repeats(timed: Timed, slice_s: float) -> int:
+    """Return how many calls make a round; the first call has compiled what it needs."""
     call, clock, context = timed
     with context():
         once = clock.seconds(call, 1)
-        if once < 10 * effort.slice_s:  # threads that had to wake may have made it longer
+        if once < 10 * slice_s:  # threads that had to wake may have made it longer
             once = min(once, *(clock.seconds(call, 1) for _ in range(_WARM_CALLS)))
-    return max(1, math.ceil(effort.slice_s / once))
+    return max(1, math.ceil(slice_s / once))
 
 
 def _fill(row: Row, times: list[float], clock: gpu.Clock) -> None:

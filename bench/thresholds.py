@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench import tables
+from bench.errors import CommandError
 from portable_softmax import kernels
-from portable_softmax._cli.errors import CommandError
 
 HEADINGS = ("size", "array", "dtype", "operation", "ways", "first", "second", "taken", "/ other")
 LEGEND = (

@@ -211,6 +211,7 @@ def test_what_each_library_has(xp):
 # --------------------------------------------------------------------------- answers
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "shape",
     [(3, 5), (100_000, 3), (3, 100_000), (70, 40, 33), (2, 0), (5, 1), (1, 70_000), (70_000, 1)],
@@ -236,6 +237,7 @@ def test_tiles_answer_as_the_portable_path(shape, dtype):
                 np.testing.assert_allclose(tiled, plain, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("shape", [(3, 5), (100_000, 3), (3, 100_000), (70, 40, 33), (0, 4)])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_tiles_of_a_loss_answer_as_the_portable_path(shape, dtype):
