@@ -123,9 +123,9 @@ def our_providers(place: Place, *, slow_starts: bool = True) -> list[Provider]:
 
 def path_taken(provider: Provider, operation: str, x: Any, second: Any) -> str:
     """Return the kernel that a call of ours takes, or "portable"."""
-    options = {"labels": second} if operation in peers.LOSSES else {}
+    arguments = (x, second) if operation in peers.LOSSES else (x,)
     with provider.context():
-        said = kernels.explain(operation.partition("+")[0], x, axis=-1, **options)
+        said = kernels.explain(operation.partition("+")[0], *arguments, axis=-1)
     return said.partition(":")[0]
 
 
