@@ -30,7 +30,7 @@ from bench.errors import CommandError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 1 for a broken claim of ours, 2 for what the user can right."""
+    """Run one command; return 0, 1 if a bound or limit is broken, 2 for a wrong command."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = arguments.parser().parse_args(argv)
@@ -55,10 +55,10 @@ def run_speed(args: argparse.Namespace, argv: list[str]) -> int:
     old = comparison.read(args.compare) if args.compare else None
     if old:
         comparison.check(args.compare, old, place, operations, shapes, dtypes)
-    everyone, missing = providers.everyone(place, args.peers, slow_starts=not args.quick)
+    all_providers, missing = providers.all_providers(place, args.peers, slow_starts=not args.quick)
     before = gpu.state(place)
     effort = speed.QUICK if args.quick else speed.THOROUGH
-    rows = _followed(speed.measure(everyone, operations, shapes, dtypes, effort))
+    rows = _followed(speed.measure(all_providers, operations, shapes, dtypes, effort))
     document = {
         "benchmark": "speed",
         **report.provenance(argv, load),
@@ -96,7 +96,7 @@ def _plotted(document: dict[str, Any], rows: list[speed.Row], folder: Path) -> N
 
 
 def _compared(old: dict[str, Any], new: dict[str, Any], rows: list[speed.Row]) -> bool:
-    """Show ours beside an earlier run; return whether it got too slow."""
+    """Show our times beside an earlier run; return whether a cell is too slow."""
     found = comparison.changes(old["rows"], rows)
     report.table(f"since {old.get('date')}", comparison.HEADINGS, comparison.cells(found))
     report.line(comparison.LEGEND)
@@ -107,7 +107,7 @@ def _compared(old: dict[str, Any], new: dict[str, Any], rows: list[speed.Row]) -
 
 
 def run_memory(args: argparse.Namespace, argv: list[str]) -> int:
-    """Compare peaks of memory with the ceilings; return 1 if a kernel of ours breaks one."""
+    """Compare peak memory with the ceilings; return 1 if a kernel of ours exceeds one."""
     load = report.load()
     if why := memory.why_not():
         raise CommandError(why)
@@ -118,8 +118,8 @@ def run_memory(args: argparse.Namespace, argv: list[str]) -> int:
     dtypes = _dtypes(args.dtypes)
     memory.check(shapes, dtypes)
     place = places.open_backend(args.backend)
-    everyone, missing = providers.everyone(place, "own", slow_starts=not args.quick)
-    some = [provider for provider in everyone if provider.ours or args.peers == "own"]
+    all_providers, missing = providers.all_providers(place, "own", slow_starts=not args.quick)
+    some = [provider for provider in all_providers if provider.ours or args.peers == "own"]
     cells = _followed(memory.measure(args.backend, some, operations, shapes, dtypes))
     document = {
         "benchmark": "memory",
@@ -200,7 +200,7 @@ def run_versus(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def run_thresholds(args: argparse.Namespace, argv: list[str]) -> int:
-    """Show both sides of the sizes at which the Numba rows change the way they work."""
+    """Time both sides of each size at which the Numba rows change their method."""
     load = report.load()
     thresholds.check()
     rows = _followed(thresholds.measure(_dtypes(args.dtypes), quick=args.quick))
@@ -216,7 +216,7 @@ def run_thresholds(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _followed(measured: Iterator[Any]) -> list[Any]:
-    """Collect what is measured, telling a terminal that something happens."""
+    """Collect the measurements, and show the progress on a terminal."""
     found = []
     for item in measured:
         found.append(item)
@@ -236,7 +236,7 @@ def _close(document: dict[str, Any], missing: list[str], path: Path | None) -> N
 
 
 def _judged_dtypes(text: str) -> tuple[list[str], list[str]]:
-    """Return the dtypes that were asked for, or all that can be judged, and what was left out."""
+    """Return the dtypes asked for, or all that can be judged, and those left out."""
     asked = _dtypes(text) if text else list(exact.FORMATS)
     why = {dtype: accuracy.why_not(dtype) for dtype in asked}
     left_out = [f"{dtype} ({reason})" for dtype, reason in why.items() if reason]

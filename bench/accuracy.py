@@ -21,7 +21,7 @@ from bench.providers import Provider, our_providers, peers_at
 OPERATIONS = ("softmax", "log_softmax", "logsumexp", "cross_entropy")
 LABEL_GRADIENT = "label gradient"
 
-# Where ours is measured, and where the peers are, so far as installed.
+# The backends on which ours is measured, and the peers, if installed.
 BACKENDS = ("numpy", "torch", "jax")
 PEERS = ("scipy.special", "torch", "jax.nn, jit")
 
@@ -43,7 +43,7 @@ class Cell:
     """The largest over the family's rows: that of softmax depends on what a row spans."""
     held: bool
     counted: int = 0
-    """How many entries the bound speaks of."""
+    """How many entries the bound applies to."""
     problem: str = ""
 
 
@@ -116,7 +116,7 @@ def columns(backends: list[str]) -> tuple[list[Column], list[str]]:
 
 
 def _named(path: Provider, backend: str) -> str:
-    """Return "ours", the backend, and how its path differs from what a call takes by itself."""
+    """Return "ours", the backend, and how the path differs from the default."""
     ours, *how = path.name.split(", ")
     return ", ".join((ours, backend, *(word for word in how if word != "jit")))
 
@@ -185,7 +185,7 @@ def _empty(case: Case, operation: str, column: Column, bound: float) -> Cell:
 
 
 def _compute(case: Case, operation: str, column: Column, cell: Cell) -> np.ndarray | None:
-    """Return the result with the classes last, in extended precision, or say the problem."""
+    """Return the result with the classes last, in extended precision; None if it failed."""
     place, call = column.place, column.offer(case.axis, "none").get(operation)
     if call is None or case.dtype not in column.dtypes:
         cell.problem, cell.held = "-", True
@@ -200,7 +200,7 @@ def _compute(case: Case, operation: str, column: Column, cell: Cell) -> np.ndarr
             if operation == "cross_entropy_value_and_grad":
                 _, result = result
             result = places.get(place, result).astype(np.longdouble)
-    except Exception as problem:  # each library refuses a dtype in its own way
+    except Exception as problem:  # the exception for a missing dtype differs between libraries
         cell.problem = one_line(problem)
         return None
     return np.moveaxis(result, case.axis, -1) if result.ndim == case.x.ndim else result
@@ -226,7 +226,7 @@ def _unit_and_bound(case: Case, operation: str, answer: np.ndarray) -> tuple[Any
 
 
 def _counted(case: Case, operation: str, answer: np.ndarray, place: Place) -> np.ndarray:
-    """Return which entries the bound speaks of.
+    """Return the entries that the bound applies to.
 
     A logarithm counts where it is a normal number: it is the remainder where that is small. A
     library that flushes subnormal numbers to 0 has no such probabilities, and drops such terms
@@ -247,18 +247,18 @@ def _counted(case: Case, operation: str, answer: np.ndarray, place: Place) -> np
 
 
 def _flushes(place: Place, dtype: str) -> bool:
-    """Whether a library takes what is below the smallest normal number for 0, as XLA does."""
+    """Whether a library flushes subnormal numbers to 0, as XLA does."""
     smallest = np.asarray(exact.smallest_normal(dtype), places.np_dtype(dtype))
     return bool((places.put(place, smallest) / 2) == 0)
 
 
 def _judged(cells: list[Cell]) -> list[Cell]:
-    """Hold ours against the best peer as well, of those that were judged on the same entries."""
+    """Compare ours with the best peer as well, of those judged on the same entries."""
     for cell in cells:
         if cell.ours:
             same = [c.error for c in cells if not c.ours and c.counted == cell.counted]
             best = min(same, default=np.inf)
-            # Written so that a cell without an error, which says its problem, stays as it is.
+            # The error of a cell with a problem is nan: the comparison leaves it as it is.
             cell.held = cell.held and not cell.error > 1.5 * best + 1
     return cells
 

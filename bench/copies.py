@@ -1,4 +1,4 @@
-"""The copy that everything is compared with: an array read once and written once, to fresh memory.
+"""The copy that all times are compared with: an array is read once and written to new memory.
 
 There are several, by one thread and by as many as there are cores. The best of them in a run, of
 the same array, is what the machine can do.
@@ -22,7 +22,7 @@ COPY = "copy"
 
 
 class Copy(NamedTuple):
-    """One way to copy an array of a place."""
+    """A way to copy an array."""
 
     name: str
     place: Place
@@ -37,7 +37,7 @@ def cores() -> int:
 
 
 def of(around: list[Place]) -> list[Copy]:
-    """Return each library's own copy at its place, and NumPy's wherever the host works."""
+    """Return each library's own copy, and NumPy's copies unless everything runs on a GPU."""
     found = {place.name: _own(place) for place in around}
     if not all(map(places.is_gpu, around)):
         numpy = found["numpy"].place if "numpy" in found else places.open_backend("numpy")
@@ -48,7 +48,7 @@ def of(around: list[Place]) -> list[Copy]:
 
 
 def by_threads(x: np.ndarray) -> np.ndarray:
-    """Copy a block of rows a core; NumPy lets the other threads run meanwhile."""
+    """Copy a block of rows on each core; NumPy releases the GIL meanwhile."""
     y = np.empty_like(x)
     n = cores()
     cuts = [len(x) * i // n for i in range(n + 1)]

@@ -1,4 +1,4 @@
-"""Who is measured: this package in each of its paths, and the peers, each on arrays of its own."""
+"""What is measured: this package in each of its paths, and the peers, each on its own arrays."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from portable_softmax import kernels
 
 @dataclass(frozen=True)
 class Provider:
-    """Someone who computes our operations at one place."""
+    """An implementation of our operations at one place."""
 
     name: str
     place: Place
@@ -31,7 +31,7 @@ class Provider:
 
 
 def ours(axis: int, reduction: str) -> Offer:
-    """Return this package's functions; a gradient is that of the functions for it."""
+    """Return this package's functions; gradients are those of the functions named vjp."""
     options = {"axis": axis, "reduction": reduction}
 
     def softmax_backward(x, dy):
@@ -61,11 +61,11 @@ def ours_jitted(axis: int, reduction: str) -> Offer:
 
 
 class Path(NamedTuple):
-    """One way through this package, as its users would take it."""
+    """A way to call this package."""
 
     name: str
     libraries: tuple[str, ...] = tuple(LIBRARIES)
-    """Where there is this way."""
+    """The libraries that have it."""
     offer: Callable[[int, str], Offer] = ours
     switch: tuple[str, ...] = ()
     """A context manager of `portable_softmax.kernels`, and the kernel that it is given."""
@@ -123,9 +123,9 @@ def our_providers(place: Place, *, slow_starts: bool = True) -> list[Provider]:
 
 def path_taken(provider: Provider, operation: str, x: Any, second: Any) -> str:
     """Return the kernel that a call of ours takes, or "portable"."""
-    options = {"labels": second} if operation in peers.LOSSES else {}
+    arguments = (x, second) if operation in peers.LOSSES else (x,)
     with provider.context():
-        said = kernels.explain(operation.partition("+")[0], x, axis=-1, **options)
+        said = kernels.explain(operation.partition("+")[0], *arguments, axis=-1)
     return said.partition(":")[0]
 
 
@@ -149,7 +149,7 @@ def peers_at(place: Place, *, slow_starts: bool = True) -> tuple[list[Provider],
     return present, missing
 
 
-def everyone(
+def all_providers(
     place: Place, which: str, *, slow_starts: bool = True
 ) -> tuple[list[Provider], list[str]]:
     """Return ours at a place, and the peers: `which` is all, or only those on its own arrays."""

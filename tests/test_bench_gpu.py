@@ -1,4 +1,4 @@
-"""The clocks of `bench`: a GPU's events are played by events of ours, as no device is needed."""
+"""The clocks of `bench`, with stand-ins for the events of a GPU."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""``bench memory`` sees what any allocator takes, at its peak, and holds ours to its ceilings."""
+"""``bench memory`` measures the peak of any allocator, and compares ours with its ceilings."""
 
 import json
 import mmap

@@ -1,4 +1,4 @@
-"""``bench speed`` times what is right, everyone in turn, and keeps what it measured."""
+"""``bench speed`` excludes wrong results, takes turns, and keeps what it measured."""
 
 import importlib.util
 import json
@@ -61,22 +61,22 @@ _ROLES = ("ours", "peer", "copy")
 
 def test_all_peers_are_those_of_every_library_on_arrays_of_their_own():
     place = places.open_backend("numpy")
-    everyone, missing = providers.everyone(place, "all", slow_starts=False)
+    all_providers, missing = providers.all_providers(place, "all", slow_starts=False)
     others = {"torch": "torch", "jax": "jax.nn, jit"}
     for library, peer in others.items():
         if importlib.util.find_spec(library):
-            (found,) = [provider for provider in everyone if provider.name == peer]
+            (found,) = [provider for provider in all_providers if provider.name == peer]
             assert found.place.name == library
         else:
             assert library in missing
-    own = providers.everyone(place, "own", slow_starts=False)[0]
+    own = providers.all_providers(place, "own", slow_starts=False)[0]
     assert {provider.place for provider in own} == {place}
 
 
 @pytest.mark.once
 def test_each_operation_moves_what_it_must():
-    everyone = [_numpy("by hand", **peers.numpy_by_hand(-1, "mean"))]
-    rows = _measured(everyone, *peers.OPERATIONS)
+    all_providers = [_numpy("by hand", **peers.numpy_by_hand(-1, "mean"))]
+    rows = _measured(all_providers, *peers.OPERATIONS)
     moved = {row.operation: row.bytes_moved for row in rows if row.role == speed.PEER}
     assert not any(row.problem for row in rows)
     once = 4 * 3 * 4
@@ -164,8 +164,8 @@ def test_a_line_in_the_table_adds_a_path(monkeypatch):
 @pytest.mark.libraries("torch", "jax")
 def test_backward_is_timed_where_there_is_autograd(arrays_of):
     place = places.open_backend(arrays_of)
-    everyone, _ = providers.everyone(place, "own", slow_starts=False)
-    rows = _measured(everyone, "logsumexp+backward", "cross_entropy_value_and_grad")
+    all_providers, _ = providers.all_providers(place, "own", slow_starts=False)
+    rows = _measured(all_providers, "logsumexp+backward", "cross_entropy_value_and_grad")
     found = {(row.operation, row.provider): row.problem for row in rows if row.role != speed.COPY}
     ours, theirs = _WITH_AUTOGRAD[place.name]
     for operation in ("logsumexp+backward", "cross_entropy_value_and_grad"):
@@ -182,8 +182,8 @@ def test_torch_compiles_before_it_is_timed(arrays_of):
     place = places.open_backend(arrays_of)
     if why := peers.why_not_compiled(place):
         pytest.skip(why)
-    everyone, _ = providers.everyone(place, "own")
-    compiled = [provider for provider in everyone if "compiled" in provider.name]
+    all_providers, _ = providers.all_providers(place, "own")
+    compiled = [provider for provider in all_providers if "compiled" in provider.name]
     rows = _measured(compiled, "logsumexp")
     timed = {row.provider: row for row in rows if row.role != speed.COPY}
     assert timed.keys() == {"ours, compiled", "torch, compiled"}
@@ -247,7 +247,7 @@ class _Clock:
         return seconds
 
 
-def test_everyone_takes_turns_and_who_is_slow_sits_out_first():
+def test_providers_take_turns_and_slow_ones_have_fewer_rounds():
     clock = _Clock()
     turns = {
         name: speed.Timed(lambda name=name, s=s: (name, s), clock, providers.nullcontext)
@@ -280,7 +280,7 @@ def test_numpy_copies_wherever_the_host_works(device, numpy_too):
 
 
 @pytest.mark.once
-def test_the_best_copy_is_the_whole():
+def test_the_best_copy_is_100_percent():
     rows = _measured([_numpy("right", **peers.numpy_by_hand(-1, "mean"))], "softmax")
     shares = [row.share_of_copy for row in rows if row.role == speed.COPY]
     assert max(shares) == 1
@@ -295,7 +295,7 @@ def test_threads_copy_every_row(rows):
     np.testing.assert_array_equal(x, y)
 
 
-def test_a_dtype_that_ours_has_not_is_an_error(monkeypatch, capsys):
+def test_a_dtype_that_ours_does_not_have_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(places.Place, "dtypes", lambda self: ["float64"])
     assert _speed("--backend", "numpy", "--dtypes", "float32") == 2
     assert "numpy has no float32 here: float64" in capsys.readouterr().err

@@ -97,6 +97,7 @@ def test_the_gradient_through_the_value_has_the_digits_of_the_public_one(jax, xp
         assert_allclose(gradient(x), grad, rtol=4 * 2.0**-23, atol=0.0)
 
 
+@pytest.mark.slow("XLA compiles many derivatives")
 def test_what_a_mask_hides_reaches_no_derivative(jax, xp):
     jnp = jax.numpy
     mask = xp.asarray([[True, False, True], [False] * 3, [True] * 3])

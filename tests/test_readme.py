@@ -46,7 +46,7 @@ def test_a_command_has_a_line_of_its_own(command):
 
 def test_every_option_of_the_benchmark_is_described():
     """And no other: what has a parser of its own is asked for its options."""
-    source = (ROOT / "bench" / "__main__.py").read_text(encoding="utf-8")
+    source = (ROOT / "bench" / "arguments.py").read_text(encoding="utf-8")
     assert set(re.findall(r"`(--[\w]+)", SPEED)) <= set(re.findall(r'"(--[\w]+)"', source))
     in_speed = re.findall(r'    one\.add_argument\("(--\w+)"', source)
     assert {*in_speed, "--quick", "--json", "--shapes"} <= set(re.findall(r"`(--\w+)", SPEED))
