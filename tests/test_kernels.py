@@ -12,10 +12,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-
-import portable_softmax as ps
 from calls import CALLS
 
+import portable_softmax as ps
 from portable_softmax import kernels, libraries
 from portable_softmax.kernels import _decide, _numpy, _table
 from portable_softmax.kernels._request import (
@@ -109,9 +108,7 @@ LIBRARY_NAMES = sorted({kernel.library for kernel in _table.TABLE})
     ],
     ids=["option", "dtype", "tracing"],
 )
-def test_what_no_kernel_declares_takes_the_portable_path(
-    library, operation, changes, why, asked
-):
+def test_what_no_kernel_declares_takes_the_portable_path(library, operation, changes, why, asked):
     """A made-up option, dtype or tracer: each kernel's declaration alone refuses it."""
     for kernel in _table.TABLE:
         if kernel.library == library and operation in kernel.operations:

@@ -28,7 +28,9 @@ class Candidate:
         module = import_module(kernel.module)
         self.kernel = kernel
         self.missing: str = module.missing()
-        self.off = "" if kernel.on_by_default else f"off by default, see kernels.use({kernel.name!r})"
+        self.off = (
+            "" if kernel.on_by_default else f"off by default, see kernels.use({kernel.name!r})"
+        )
         if kernel.adapter:
             adapter = import_module(kernel.adapter)
             self.declines = partial(adapter.declines, module)
@@ -47,9 +49,7 @@ class Candidate:
             asked = kernel.name in switch.asked
         if not asked and self.off:
             return self.off
-        return (
-            kernel.objection(request, asked) or self.missing or self.declines(request, asked)
-        )
+        return kernel.objection(request, asked) or self.missing or self.declines(request, asked)
 
 
 class Decision(NamedTuple):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from portable_softmax.kernels._table import NAMES
 from portable_softmax.libraries import traced_as_constant
@@ -54,7 +54,7 @@ def switches() -> Switches:
 
 
 @contextmanager
-def switched(**changes: object) -> Iterator[None]:
+def switched(**changes: Any) -> Iterator[None]:
     """Change some of it in a block."""
     token = _SWITCHES.set(_SWITCHES.get()._replace(**changes))
     try:

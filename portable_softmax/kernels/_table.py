@@ -119,7 +119,9 @@ TABLE = (
             adapter=adapter,
             options=LOSS_OPTIONS | PROBABILITIES | {"temperature"},
             # Triton's interpreter runs on the CPU: that is how the kernels are tested.
-            devices=frozenset({"cuda"} | ({"cpu"} if os.environ.get("TRITON_INTERPRET") else set())),
+            devices=frozenset(
+                {"cuda"} | ({"cpu"} if os.environ.get("TRITON_INTERPRET") else set())
+            ),
             tracing=frozenset({"torch.compile"} if adapter else ()),
             on_by_default=False,  # they have not run on a device yet
         )

@@ -87,6 +87,15 @@ class NumPy(Library):
         """Return `y`, as a scalar if it is 0-d."""
         return y[()] if y.ndim == 0 else y
 
+    def sums_in_blocks(self, x: Any, axis: int) -> bool:
+        """Return whether the axis is the innermost in memory: NumPy sums pairwise there alone."""
+        stride = abs(x.strides[axis])
+        return stride > 0 and all(
+            stride < abs(other)
+            for a, (other, n) in enumerate(zip(x.strides, x.shape, strict=True))
+            if a != axis and n > 1
+        )
+
     def reads_values(self, x: Any) -> bool:
         """Return True."""
         return True
