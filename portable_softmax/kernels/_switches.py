@@ -44,7 +44,8 @@ def _from_environment() -> Switches:
     return Switches(asked=tuple(asked))
 
 
-_SWITCHES: ContextVar[Switches] = ContextVar("portable_softmax", default=_from_environment())
+_ENVIRONMENT = _from_environment()
+_SWITCHES: ContextVar[Switches] = ContextVar("portable_softmax", default=_ENVIRONMENT)
 
 
 @traced_as_constant

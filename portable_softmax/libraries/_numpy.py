@@ -41,7 +41,7 @@ _FLOAT, _INT = np.dtype(np.float64), np.dtype(np.int64)
 
 
 class NumPy(Library):
-    """NumPy 2 is a namespace of the standard: array_api_compat.numpy, slow to import, is not needed."""
+    """NumPy 2 is a namespace of the standard itself: array_api_compat.numpy is slow to import."""
 
     gathers = True
 
