@@ -261,8 +261,8 @@ def labels_are_indices(logits: Any, labels: Any, axis: int, library: Library) ->
     positions = (*shape[:axis], *shape[axis + 1 :])
     if kind in ("bool", "complex", "other"):
         raise TypeError(
-            f"labels have dtype {dtype_name(labels.dtype)}, expected integers for class indices, or "
-            "integers or floats for a distribution: cast them first"
+            f"labels have dtype {dtype_name(labels.dtype)}, expected integers for class indices, "
+            "or integers or floats for a distribution: cast them first"
         )
     if _same_shape(labels.shape, logits.shape):
         return False

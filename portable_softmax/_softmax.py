@@ -250,7 +250,7 @@ def logsumexp(
 def _dropped(library: Library, y: Any, axes: tuple[int, ...], keepdims: bool) -> Any:
     """Return a reduction without its reduced axes of length 1, unless they stay."""
     if axes and not keepdims:
-        y = library.xp.reshape(y, tuple([n for a, n in enumerate(y.shape) if a not in axes]))
+        y = library.squeeze(y, axes)
     return library.scalar_if_0d(y)
 
 

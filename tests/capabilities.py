@@ -87,8 +87,8 @@ def compiler(name: str) -> str:
 
 
 def kernels(library: str) -> str:
-    found = [k for k in _table.TABLE if k.library == library]
-    return "; ".join(f"{k.name} ({operations(k)})" for k in found) or "none"
+    found = [f"{k.name} ({operations(k)})" for k in _table.TABLE if k.library == library]
+    return "; ".join(dict.fromkeys(found)) or "none"
 
 
 def operations(kernel: _table.Kernel) -> str:
@@ -118,9 +118,16 @@ def claim(kernel: _table.Kernel) -> tuple[str, ...]:
         ", ".join(sorted(kernel.options)) or "none",
         ", ".join(sorted(kernel.devices - {"cpu" if "cuda" in kernel.devices else ""})) or "any",
         ", ".join(sorted(kernel.tracing)) or "no",
-        f"from {kernel.enough:,}" if kernel.enough else "any",
+        elements(kernel),
         "on" if kernel.on_by_default else "off",
     )
+
+
+def elements(kernel: _table.Kernel) -> str:
+    """Return the sizes that a kernel takes."""
+    if kernel.at_most is not None:
+        return f"to {kernel.at_most:,}"
+    return f"from {kernel.at_least:,}" if kernel.at_least else "any"
 
 
 TABLES = {"capabilities": table, "kernels": claims}

@@ -98,7 +98,8 @@ def decide(request: Request, switch: Switches) -> Decision:
         why = candidate.objection(request, switch)
         if not why:
             return Decision(candidate, candidate.kernel.why, passed_over)
-        passed_over = (*passed_over, (candidate.kernel.name, why))
+        if (candidate.kernel.name, why) not in passed_over:
+            passed_over = (*passed_over, (candidate.kernel.name, why))
     return Decision(None, "", passed_over)
 
 
