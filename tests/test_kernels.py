@@ -331,9 +331,9 @@ def test_use_takes_a_kernel_first_and_whatever_the_size():
                 assert kernels.explain("softmax", x) == "numpy tiles: row tiles in cache"
         with kernels.portable():
             assert kernels.explain("softmax", x).startswith("portable: forced")
-    with pytest.raises(ValueError, match="name is 'tiles', expected one of 'numba rows'"):
+    with pytest.raises(ValueError, match="name is 'tiles', expected one of 'numpy tiles'"):
         kernels.use("tiles").__enter__()
-    with pytest.raises(ValueError, match="name is 'tiles', expected one of 'numba rows'"):
+    with pytest.raises(ValueError, match="name is 'tiles', expected one of 'numpy tiles'"):
         kernels.without("tiles").__enter__()
 
 

@@ -61,7 +61,8 @@ class Decision(NamedTuple):
 
     def __str__(self) -> str:
         name = "portable" if self.taken is None else self.taken.kernel.name
-        others = [f"not {other}: {why}" for other, why in self.passed_over]
+        # The table may hold a kernel twice, for different sizes.
+        others = [f"not {other}: {why}" for other, why in self.passed_over if other != name]
         return f"{name}: " + "; ".join([self.why, *others] if self.why else others)
 
 
