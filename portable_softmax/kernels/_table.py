@@ -29,6 +29,8 @@ FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
 INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 LABELS_AND_WEIGHTS = frozenset({"ignore_index", "reduction", "weight"})
 LOSS_OPTIONS = LABELS_AND_WEIGHTS | {"label_smoothing", "z_loss", "softcap", "where"}
+# As Triton reads it, when it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 PROBABILITIES = frozenset({"probabilities"})  # labels that are no indices
 
 
@@ -52,10 +54,9 @@ class Kernel(NamedTuple):
 
     def objection(self, request: Request, asked: bool) -> str:
         """Return what of a call is not declared; empty if everything is."""
-        if request.tracing:
-            if request.tracing not in self.tracing:
-                return f"traced: {request.tracing}"
-        elif self.devices:
+        if request.tracing and request.tracing not in self.tracing:
+            return f"traced: {request.tracing}"
+        if self.devices:
             device = request.library.device_type(request.x)
             if device not in self.devices:
                 return f"device {device}"
@@ -119,7 +120,7 @@ TABLE = (
             adapter=adapter,
             options=LOSS_OPTIONS | PROBABILITIES | {"temperature"},
             # Triton's interpreter runs on the CPU: that is how the kernels are tested.
-            devices=frozenset({"cuda"} | ({"cpu"} if os.environ.get("TRITON_INTERPRET") else set())),
+            devices=frozenset({"cuda"} | ({"cpu"} if INTERPRETED else set())),
             tracing=frozenset({"torch.compile"} if adapter else ()),
             on_by_default=False,  # they have not run on a device yet
         )
