@@ -23,15 +23,15 @@ from typing import NamedTuple
 
 from portable_softmax.kernels._request import LOSSES, OPERATIONS, Request
 
-Names = frozenset[str]
+Names = tuple[str, ...]  # torch.compile cannot look into sets that it takes for constants
 
-FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
-INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
-LABELS_AND_WEIGHTS = frozenset({"ignore_index", "reduction", "weight"})
-LOSS_OPTIONS = LABELS_AND_WEIGHTS | {"label_smoothing", "z_loss", "softcap", "where"}
+FLOATS = ("float32", "float64", "float16", "bfloat16")
+INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+LABELS_AND_WEIGHTS = ("ignore_index", "reduction", "weight")
+LOSS_OPTIONS = (*LABELS_AND_WEIGHTS, "label_smoothing", "z_loss", "softcap", "where")
 # As Triton reads it, when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-PROBABILITIES = frozenset({"probabilities"})  # labels that are no indices
+PROBABILITIES = "probabilities"  # labels that are no indices
 
 
 class Kernel(NamedTuple):
@@ -43,9 +43,9 @@ class Kernel(NamedTuple):
     module: str
     operations: tuple[str, ...] = OPERATIONS
     dtypes: Names = FLOATS
-    options: Names = frozenset()
-    devices: Names = frozenset()  # any
-    tracing: Names = frozenset()
+    options: Names = ()
+    devices: Names = ()  # any
+    tracing: Names = ()
     enough: int = 0
     """Arrays with fewer elements are left to others, unless `kernels.use` names the kernel."""
     adapter: str = ""
@@ -83,8 +83,8 @@ TABLE = (
             module=f"{_HERE}._numba",
             adapter=adapter,
             enough=1 << 16,  # less is not worth a compilation, nor a second thread
-            devices=frozenset({"cpu"} if adapter else ()),
-            options=LABELS_AND_WEIGHTS | {"temperature", "label_smoothing", "z_loss"},
+            devices=("cpu",) if adapter else (),
+            options=(*LABELS_AND_WEIGHTS, "temperature", "label_smoothing", "z_loss"),
         )
         for library, adapter in (("numpy", ""), ("torch", f"{_HERE}._torch"))
     ),
@@ -95,9 +95,9 @@ TABLE = (
             library=library,
             module=f"{_HERE}._numpy",
             adapter=adapter,
-            devices=frozenset({"cpu"} if adapter else ()),
-            dtypes=FLOATS | (INTEGERS if library == "numpy" else frozenset()),
-            options=LOSS_OPTIONS | PROBABILITIES | {"temperature"},
+            devices=("cpu",) if adapter else (),
+            dtypes=(*FLOATS, *INTEGERS) if library == "numpy" else FLOATS,
+            options=(*LOSS_OPTIONS, PROBABILITIES, "temperature"),
         )
         for library, adapter in (("numpy", ""), ("torch", f"{_HERE}._torch"))
     ),
@@ -107,9 +107,9 @@ TABLE = (
         library="jax",
         module=f"{_HERE}._jax",
         operations=("log_softmax", "logsumexp", *LOSSES),
-        dtypes=FLOATS | INTEGERS,
-        options=frozenset({"ignore_index", "reduction"}),
-        tracing=frozenset({"traced"}),
+        dtypes=(*FLOATS, *INTEGERS),
+        options=("ignore_index", "reduction"),
+        tracing=("traced",),
     ),
     *(
         Kernel(
@@ -118,10 +118,10 @@ TABLE = (
             library=library,
             module=f"{_HERE}._triton",
             adapter=adapter,
-            options=LOSS_OPTIONS | PROBABILITIES | {"temperature"},
+            options=(*LOSS_OPTIONS, PROBABILITIES, "temperature"),
             # Triton's interpreter runs on the CPU: that is how the kernels are tested.
-            devices=frozenset({"cuda"} | ({"cpu"} if INTERPRETED else set())),
-            tracing=frozenset({"torch.compile"} if adapter else ()),
+            devices=("cuda", "cpu") if INTERPRETED else ("cuda",),
+            tracing=("torch.compile",) if adapter else (),
             on_by_default=False,  # they have not run on a device yet
         )
         for library, adapter in (("torch", f"{_HERE}._torch"), ("cupy", ""))
