@@ -4,11 +4,12 @@
 # [tool.nox]
 # script-venv-backend = "virtualenv"
 # ///
-"""All that is run on this repository, in a file that starts itself.
+"""Everything that is run on this repository; the file starts itself.
 
     python3 noxfile.py                    the demo on NumPy
     python3 noxfile.py -s tests           the tests on every backend, and one table
-    python3 noxfile.py -s tests-torch -- -k softmax -x    what follows `--` goes on to the runner
+    python3 noxfile.py -s tests-slow      the tests that `tests` leaves out
+    python3 noxfile.py -s tests-torch -- -k softmax -x    all tests on torch; pytest's arguments
     python3 noxfile.py --list             the other sessions
 
 It needs Python 3.11 or newer with venv, and nothing else.
@@ -16,7 +17,7 @@ It needs Python 3.11 or newer with venv, and nothing else.
 
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036 - an older Python does come here, and must be told
+if sys.version_info < (3, 11):  # noqa: UP036 - an older Python gets this message
     sys.exit(f"noxfile.py: needs Python 3.11 or newer, this is {sys.version.split()[0]}")
 
 import ctypes
@@ -108,8 +109,9 @@ BACKENDS = {
 # The backends whose tests together must cover the package, line and branch.
 COVERED = ("numpy", "numba", "torch", "jax")
 PYPROJECT = load_toml(ROOT / "pyproject.toml")
-# Most of the time goes to compilers that use one core.
-PARALLEL = ("--numprocesses=auto", "--maxprocesses=4")
+# A process a core, since compilers use one each. Their tests differ in length: an idle process
+# takes what another has not begun.
+PARALLEL = ("--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal")
 
 
 @dataclass(frozen=True)
@@ -169,12 +171,13 @@ def install(session: nox.Session, *requirements: str) -> None:
     stamp = Path(session.virtualenv.location, "installed.txt")
     if not (stamp.exists() and stamp.read_text() == wanted):
         stamp.unlink(missing_ok=True)
-        session.install(*requirements)
+        # Python compiles what is imported; to compile all of torch takes longer than to unpack it.
+        session.install("--no-compile", *requirements)
         stamp.write_text(wanted)
 
 
 def install_backend(session: nox.Session, backend: str, *extras: str, also=()) -> None:
-    """Install this package with one backend's library; skip where that needs a GPU in vain."""
+    """Install this package with one backend's library; skip if that needs a GPU that is missing."""
     extra = BACKENDS[backend]
     if backend == "cupy":
         if cuda().missing:
@@ -222,7 +225,7 @@ def bench(session: nox.Session, backend: str) -> None:
 
 @dataclass
 class Run:
-    """What this process knows of one backend's tests beside their report."""
+    """What this process knows of a run beside its report."""
 
     finished: bool = False
     note: str = ""
@@ -238,30 +241,67 @@ class Report:
     failed: int
     skipped: int
     reasons: Counter
+    left: str
+    """How many tests belong to the other part; "-" where none ran."""
 
 
 # Only what ran in this process is shown: never the report of an earlier run.
 runs: dict[str, Run] = {}
+# The parts that were asked for, `fast` by `tests` and `slow` by `tests-slow`.
+asked: set[str] = set()
+
+
+def part() -> str:
+    """Return the one part of the tests that was asked for; empty for all of them."""
+    return next(iter(asked)) if len(asked) == 1 else ""
 
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Run the tests on every backend, then show one table; arguments go on to pytest."""
+    """Run the tests on every backend but the slow ones; arguments go on to pytest."""
+    start(session, "fast")
+
+
+@nox.session(name="tests-slow", venv_backend="none")
+def tests_slow(session: nox.Session) -> None:
+    """Run what `tests` leaves out: what compilers need long for, and more examples."""
+    start(session, "slow")
+
+
+def start(session: nox.Session, which: str) -> None:
+    """Queue a part of the tests on every backend, and the table."""
     required(session)
-    for backend in BACKENDS:
-        session.notify(f"tests-{backend}")
-    session.notify("tests-triton")
-    session.notify("tests-table")
+    asked.add(which)
+    for name in (*BACKENDS, "triton", "table"):
+        session.notify(f"tests-{name}")
+
+
+def run_pytest(session: nox.Session, name: str, *arguments: str, covered=False, **options) -> None:
+    """Run pytest and keep its report for the table."""
+    for stale in (REPORTS / f"{name}.xml", *REPORTS.glob(f"{name}.coverage*")):
+        stale.unlink(missing_ok=True)
+    run = runs.setdefault(name, Run())
+    some = part() == "slow" or (part() and session.posargs)
+    session.run(
+        *("python", *(("-m", "coverage", "run") if covered else ()), "-m", "pytest"),
+        *(f"--junitxml={REPORTS / name}.xml", *arguments),
+        *(("--part", part()) if part() else ()),
+        *session.posargs,
+        success_codes=[0, NO_TESTS] if some else [0],
+        env={"COVERAGE_FILE": str(REPORTS / f"{name}.coverage"), **options},
+    )
+    run.finished = True
+
+
+# pytest's status if it selects no test: a backend may have none that are slow, or of a name.
+NO_TESTS = 5
 
 
 @for_each_backend("tests")
 def test(session: nox.Session, backend: str) -> None:
-    """Run the tests on BACKEND; arguments go on to pytest."""
+    """Run the tests on BACKEND, all of them if asked for by name; arguments go on to pytest."""
     run = runs[backend] = Run()
     must_run = required(session)
-    report = REPORTS / f"{backend}.xml"
-    for stale in (report, *REPORTS.glob(f"{backend}.coverage*")):
-        stale.unlink(missing_ok=True)
     more = f"test-{backend}" if f"test-{backend}" in PYPROJECT["dependency-groups"] else "test"
     extras = ("demo", "numba") if backend == "torch" else ("demo",)
     install_backend(session, backend, *extras, also=group(more))
@@ -274,15 +314,9 @@ def test(session: nox.Session, backend: str) -> None:
             names.append("torch-cuda")
         else:
             run.note = f"torch-cuda: {cuda().missing or 'this build of torch reaches no GPU'}"
-    measured = ("-m", "coverage", "run") if backend in COVERED else ()
-    session.run(
-        *("python", *measured, "-m", "pytest"),
-        *("--backend", ",".join(names), f"--junitxml={report}"),
-        *(() if {"cupy", "torch-cuda"} & {*names} else PARALLEL),  # one process to a GPU
-        *session.posargs,
-        env={"COVERAGE_FILE": str(REPORTS / f"{backend}.coverage")},
-    )
-    run.finished = True
+    parallel = () if {"cupy", "torch-cuda"} & {*names} else PARALLEL  # one process to a GPU
+    covered = backend in COVERED and part() != "slow"
+    run_pytest(session, backend, "--backend", ",".join(names), *parallel, covered=covered)
 
 
 @nox.session(name="tests-triton")
@@ -294,13 +328,10 @@ def tests_triton(session: nox.Session) -> None:
     install(session, *package("torch", "triton"), *group("test"))
     names = ("triton", "semantics", "values", "cross_entropy", "properties")
     files = [f"tests/test_{name}.py" for name in names]
-    env = {"TRITON_INTERPRET": "1"}
-    interpreted = ("--backend", "triton", *files, *PARALLEL)
-    session.run("python", "-m", "pytest", *interpreted, *session.posargs, env=env)
-    # Compiling takes a process in which Triton does not interpret.
-    files = ("tests/test_triton_compile.py", "tests/test_triton_cupy.py")
-    compile_some = ("--backend", "torch", *files)
-    session.run("python", "-m", "pytest", *compile_some, *session.posargs)
+    run_pytest(session, "triton", "--backend", "triton", *files, *PARALLEL, TRITON_INTERPRET="1")
+    # Triton either interprets or compiles in a process.
+    files = [f"tests/test_triton_{name}.py" for name in ("compile", "cupy")]
+    run_pytest(session, "triton-compiled", "--backend", "torch", *files, *PARALLEL)
 
 
 @nox.session(name="triton-compile")
@@ -313,13 +344,14 @@ def triton_compile(session: nox.Session) -> None:
 
 @nox.session(name="tests-table")
 def tests_table(session: nox.Session) -> None:
-    """End a run of `tests`: one table, then what those of COVERED cover."""
-    rows = {backend: row(backend, required(session)) for backend in BACKENDS}
+    """End a run of the tests: one table, then what those of COVERED cover."""
+    names = (*BACKENDS, "triton", "triton-compiled")
+    rows = {name: row(name, required(session)) for name in names}
     print(table(rows.values()), flush=True)
     failed = [backend for backend, cells in rows.items() if cells[FAILED] not in ("0", "-")]
     if failed:
         session.error(f"failed: {', '.join(failed)}")
-    if session.posargs:  # a part of the tests covers a part of the code
+    if session.posargs or part() == "slow":  # some of the tests cover some of the code
         return
     install(session, *group("coverage"))
     parts = [str(p) for b in COVERED for p in REPORTS.glob(f"{b}.coverage*")]
@@ -349,6 +381,9 @@ def row(backend: str, must_run: set[str]) -> tuple[str, ...]:
         failed, why = "failed", ["its runner ended with an error, see above", *why]
     if run.note:
         why.append(run.note)
+    if part() and report.left != "-":
+        other = {"fast": "tests-slow", "slow": "tests"}[part()]
+        why.append(f"{report.left} more are run by {other}")
     counts = (str(report.passed), failed, str(report.skipped))
     return (backend, report.version, report.device, *counts, "\n".join(why))
 
@@ -373,6 +408,7 @@ def read_report(path: Path) -> Report | None:
         failed=failed,
         skipped=count["skipped"],
         reasons=Counter(skip.get("message") for skip in suite.iter("skipped")),
+        left=values("left"),
     )
 
 

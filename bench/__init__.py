@@ -1,5 +1,5 @@
-"""What the package claims about speed, memory and accuracy, measured beside its peers.
+"""Speed, memory and accuracy of the package, measured beside its peers.
 
-Run from a clone, the extras `bench` and `peers` installed: ``python -m bench speed``, ``python -m
-bench memory``, ``python -m bench accuracy``; ``python -m bench plot`` draws an earlier run.
+Run from a clone, with the extras `bench` and `peers` installed: ``python -m bench speed``,
+``memory`` or ``accuracy``; ``plot`` draws an earlier run, ``versus`` compares two checkouts.
 """

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from bench import (
     accuracy,
+    arguments,
     comparison,
     exact,
     gpu,
@@ -23,18 +24,18 @@ from bench import (
     summary,
     tables,
     thresholds,
+    versus,
 )
-from portable_softmax._cli.errors import CommandError
-from portable_softmax._cli.report import choose
+from bench.errors import CommandError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 1 for a broken claim of ours, 2 for what the user can right."""
+    """Run one command; return 0, 1 if a bound or limit is broken, 2 for a wrong command."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        args = _parser().parse_args(argv)
+        args = arguments.parser().parse_args(argv)
         report.check_writable(args.json)
-        return args.run(args, argv)
+        return COMMANDS[args.command](args, argv)
     except CommandError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -54,10 +55,10 @@ def run_speed(args: argparse.Namespace, argv: list[str]) -> int:
     old = comparison.read(args.compare) if args.compare else None
     if old:
         comparison.check(args.compare, old, place, operations, shapes, dtypes)
-    everyone, missing = providers.everyone(place, args.peers, slow_starts=not args.quick)
+    all_providers, missing = providers.all_providers(place, args.peers, slow_starts=not args.quick)
     before = gpu.state(place)
     effort = speed.QUICK if args.quick else speed.THOROUGH
-    rows = _followed(speed.measure(everyone, operations, shapes, dtypes, effort))
+    rows = _followed(speed.measure(all_providers, operations, shapes, dtypes, effort))
     document = {
         "benchmark": "speed",
         **report.provenance(argv, load),
@@ -67,17 +68,16 @@ def run_speed(args: argparse.Namespace, argv: list[str]) -> int:
         "gpu": {"before": before, "after": gpu.state(place)},
         "rows": [asdict(row) for row in rows],
     }
-    show = choose(plain=False, json=False)
-    show.table(f"speed on {place}", tables.HEADINGS, tables.cells(rows))
-    show.line(tables.LEGEND)
-    show.table("ours in short", *summary.table(rows))
-    show.line(summary.LEGEND)
-    slower = _compared(show, old, document, rows) if old else False
+    report.table(f"speed on {place}", tables.HEADINGS, tables.cells(rows))
+    report.line(tables.LEGEND)
+    report.table("ours in short", *summary.table(rows))
+    report.line(summary.LEGEND)
+    slower = _compared(old, document, rows) if old else False
     if warning := report.busy(document):
-        show.line(warning)
+        report.line(warning)
     if args.plot:
-        _plotted(show, document, rows, args.plot)
-    _close(show, document, missing, args.json)
+        _plotted(document, rows, args.plot)
+    _close(document, missing, args.json)
     wrong = any(row.role == speed.OURS and row.problem for row in rows)
     return 1 if wrong or slower else 0
 
@@ -86,29 +86,28 @@ def run_plot(args: argparse.Namespace, argv: list[str]) -> int:
     """Draw an earlier run."""
     document = comparison.read(args.file)
     report.check_folder(args.folder)
-    show = choose(plain=False, json=False)
-    _plotted(show, document, document["rows"], args.folder)
+    _plotted(document, document["rows"], args.folder)
     return 0
 
 
-def _plotted(show: Any, document: dict[str, Any], rows: list[speed.Row], folder: Path) -> None:
+def _plotted(document: dict[str, Any], rows: list[speed.Row], folder: Path) -> None:
     for path in plots.save(rows, document, folder):
-        show.line(f"drew {path}")
+        report.line(f"drew {path}")
 
 
-def _compared(show: Any, old: dict[str, Any], new: dict[str, Any], rows: list[speed.Row]) -> bool:
-    """Show ours beside an earlier run; return whether it got too slow."""
+def _compared(old: dict[str, Any], new: dict[str, Any], rows: list[speed.Row]) -> bool:
+    """Show our times beside an earlier run; return whether a cell is too slow."""
     found = comparison.changes(old["rows"], rows)
-    show.table(f"since {old.get('date')}", comparison.HEADINGS, comparison.cells(found))
-    show.line(comparison.LEGEND)
+    report.table(f"since {old.get('date')}", comparison.HEADINGS, comparison.cells(found))
+    report.line(comparison.LEGEND)
     for difference in comparison.differences(old, new):
-        show.line(f"differs: {difference}")
-    show.line(comparison.verdict(found))
+        report.line(f"differs: {difference}")
+    report.line(comparison.verdict(found))
     return any(change.normalised > comparison.FAILING for change in found)
 
 
 def run_memory(args: argparse.Namespace, argv: list[str]) -> int:
-    """Compare peaks of memory with the ceilings; return 1 if a kernel of ours breaks one."""
+    """Compare peak memory with the ceilings; return 1 if a kernel of ours exceeds one."""
     load = report.load()
     if why := memory.why_not():
         raise CommandError(why)
@@ -119,8 +118,8 @@ def run_memory(args: argparse.Namespace, argv: list[str]) -> int:
     dtypes = _dtypes(args.dtypes)
     memory.check(shapes, dtypes)
     place = places.open_backend(args.backend)
-    everyone, missing = providers.everyone(place, "own", slow_starts=not args.quick)
-    some = [provider for provider in everyone if provider.ours or args.peers == "own"]
+    all_providers, missing = providers.all_providers(place, "own", slow_starts=not args.quick)
+    some = [provider for provider in all_providers if provider.ours or args.peers == "own"]
     cells = _followed(memory.measure(args.backend, some, operations, shapes, dtypes))
     document = {
         "benchmark": "memory",
@@ -129,12 +128,11 @@ def run_memory(args: argparse.Namespace, argv: list[str]) -> int:
         "device": place.device_name,
         "cells": [asdict(cell) | {"held": cell.held} for cell in cells],
     }
-    show = choose(plain=False, json=False)
-    show.table(f"memory on {place}", memory.HEADINGS, memory.cells(cells))
-    show.line(memory.LEGEND)
-    _close(show, document, missing, args.json)
+    report.table(f"memory on {place}", memory.HEADINGS, memory.cells(cells))
+    report.line(memory.LEGEND)
+    _close(document, missing, args.json)
     broken = sum(cell.ours and not cell.held for cell in cells)
-    show.line(f"{broken} ceilings broken" if broken else "every ceiling held")
+    report.line(f"{broken} ceilings broken" if broken else "every ceiling held")
     return 1 if broken else 0
 
 
@@ -151,20 +149,58 @@ def run_accuracy(args: argparse.Namespace, argv: list[str]) -> int:
         **report.provenance(argv, load),
         "cells": [asdict(cell) for cell in cells],
     }
-    show = choose(plain=False, json=False)
     for title, headings, rows in accuracy.tables(cells):
-        show.table(title, headings, rows)
-    show.line(accuracy.LEGEND)
-    _close(show, document, missing + left_out, args.json)
+        report.table(title, headings, rows)
+    report.line(accuracy.LEGEND)
+    _close(document, missing + left_out, args.json)
     if args.markdown:
         report.write_markdown(args.markdown, document, accuracy.LEGEND, accuracy.tables(cells))
     broken = sum(cell.ours and not cell.held for cell in cells)
-    show.line(f"{broken} bounds broken" if broken else "every bound held")
+    report.line(f"{broken} bounds broken" if broken else "every bound held")
     return 1 if broken else 0
 
 
+def run_versus(args: argparse.Namespace, argv: list[str]) -> int:
+    """Time this tree and another in turns; return 1 if this one is over the limit or wrong."""
+    load = report.load()
+    other = args.other.resolve()
+    if not (other / "portable_softmax" / "__init__.py").exists():
+        raise CommandError(f"{args.other} is no checkout of portable_softmax")
+    asked = {
+        "shapes": speed.parse_shapes(args.shapes or versus.SHAPES[args.fresh]),
+        "dtypes": _dtypes(args.dtypes),
+        "operations": speed.parse_operations(args.ops) if args.ops else [],
+        "paths": args.path or versus.PATHS[args.fresh],
+    }
+    if unknown := {*asked["paths"]} - {path.name for path in providers.PATHS}:
+        raise CommandError(f"unknown path {min(unknown)!r}")
+    versions, keys = [], []
+    for backend in args.backend.split(","):
+        version, offered = versus.paths(other, backend)
+        versions.append(version)
+        keys += versus.chosen(backend, offered, **asked)
+    effort = speed.QUICK if args.quick else versus.EFFORT
+    cells = _followed(
+        versus.measure(other, keys, limit=args.limit, fresh=args.fresh, effort=effort)
+    )
+    if not cells:
+        raise CommandError("nothing to compare: no such path and operation in both trees")
+    document = {
+        "benchmark": "versus",
+        **report.provenance(argv, load),
+        "other": {"folder": str(other), "commit": report.commit(other)},
+        "backends": versions,
+        "cells": [asdict(cell) | {"ratio": cell.ratio} for cell in cells],
+    }
+    report.table(f"beside {other}", versus.HEADINGS, versus.text(cells, args.limit))
+    for line in (versus.LEGEND, *versus.verdict(cells, args.limit), report.busy(document)):
+        report.line(line)
+    _close(document, [], args.json)
+    return 1 if any(cell.fails(args.limit) for cell in cells) else 0
+
+
 def run_thresholds(args: argparse.Namespace, argv: list[str]) -> int:
-    """Show both sides of the sizes at which the Numba rows change the way they work."""
+    """Time both sides of each size at which the Numba rows change their method."""
     load = report.load()
     thresholds.check()
     rows = _followed(thresholds.measure(_dtypes(args.dtypes), quick=args.quick))
@@ -173,15 +209,14 @@ def run_thresholds(args: argparse.Namespace, argv: list[str]) -> int:
         **report.provenance(argv, load),
         "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
     }
-    show = choose(plain=False, json=False)
-    show.table("sizes of the Numba rows", thresholds.HEADINGS, thresholds.cells(rows))
-    show.line(thresholds.LEGEND)
-    _close(show, document, [], args.json)
+    report.table("sizes of the Numba rows", thresholds.HEADINGS, thresholds.cells(rows))
+    report.line(thresholds.LEGEND)
+    _close(document, [], args.json)
     return 0
 
 
 def _followed(measured: Iterator[Any]) -> list[Any]:
-    """Collect what is measured, telling a terminal that something happens."""
+    """Collect the measurements, and show the progress on a terminal."""
     found = []
     for item in measured:
         found.append(item)
@@ -192,16 +227,16 @@ def _followed(measured: Iterator[Any]) -> list[Any]:
     return found
 
 
-def _close(show: Any, document: dict[str, Any], missing: list[str], path: Path | None) -> None:
+def _close(document: dict[str, Any], missing: list[str], path: Path | None) -> None:
     if missing:
-        show.line(f"not here: {', '.join(missing)}")
-    show.line(report.described(document))
+        report.line(f"not here: {', '.join(missing)}")
+    report.line(report.described(document))
     if path is not None:
         report.write_json(path, document)
 
 
 def _judged_dtypes(text: str) -> tuple[list[str], list[str]]:
-    """Return the dtypes that were asked for, or all that can be judged, and what was left out."""
+    """Return the dtypes asked for, or all that can be judged, and those left out."""
     asked = _dtypes(text) if text else list(exact.FORMATS)
     why = {dtype: accuracy.why_not(dtype) for dtype in asked}
     left_out = [f"{dtype} ({reason})" for dtype, reason in why.items() if reason]
@@ -218,59 +253,14 @@ def _dtypes(text: str) -> list[str]:
     return names
 
 
-_PEERS_HELP = "those of every library on that kind of device, or of the backend's own library only"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise CommandError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    output = argparse.ArgumentParser(add_help=False)
-    output.add_argument("--quick", action="store_true", help="a short run, to see that it runs")
-    output.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
-
-    where = argparse.ArgumentParser(add_help=False)
-    where.add_argument(
-        "--backend", default="numpy", choices=places.CHOICES, help="the array library"
-    )
-    where.add_argument("--shapes", metavar="ROWSxCLASSES,...", help="comma list")
-
-    parser = _Parser(prog="python -m bench", description="Measure this package beside its peers.")
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="speed|memory|accuracy|plot|thresholds"
-    )
-    one = commands.add_parser("speed", parents=[output, where], help="time, and GB/s beside a copy")
-    one.add_argument("--plot", type=Path, metavar="FOLDER", help="draw figures there")
-    one.add_argument("--compare", type=Path, metavar="OLD", help="the --json of an earlier run")
-    one.add_argument("--peers", default="all", choices=("all", "own"), help=_PEERS_HELP)
-    one.add_argument("--ops", default="", help="comma list")
-    one.add_argument("--dtypes", default="", help="comma list")
-    one.set_defaults(run=run_speed)
-    draw = commands.add_parser("plot", help="the figures of an earlier run of speed")
-    draw.add_argument("file", type=Path, help="its --json")
-    draw.add_argument("folder", type=Path, help="where to draw")
-    draw.set_defaults(run=run_plot, json=None)
-    most = commands.add_parser("memory", parents=[output, where], help="peaks of memory")
-    most.add_argument("--peers", default="own", choices=("own", "none"), help="beside ours")
-    most.add_argument("--ops", default=",".join(memory.OPERATIONS), help="comma list")
-    most.add_argument("--dtypes", default=memory.DTYPES, help="comma list")
-    most.set_defaults(run=run_memory)
-    two = commands.add_parser(
-        "accuracy", parents=[output], help="errors in units in the last place"
-    )
-    two.add_argument("--backend", default="", help="comma list of where to measure ours")
-    two.add_argument("--dtypes", default="", help="comma list")
-    two.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there")
-    two.set_defaults(run=run_accuracy)
-    sizes = commands.add_parser(
-        "thresholds", parents=[output], help="both sides of the kernels' sizes"
-    )
-    sizes.add_argument("--dtypes", default=thresholds.DTYPES, help="comma list")
-    sizes.set_defaults(run=run_thresholds)
-    return parser
-
+COMMANDS = {
+    "speed": run_speed,
+    "versus": run_versus,
+    "memory": run_memory,
+    "accuracy": run_accuracy,
+    "plot": run_plot,
+    "thresholds": run_thresholds,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

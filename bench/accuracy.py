@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 
 from bench import exact, families, places
+from bench.errors import one_line
 from bench.peers import Offer
-from bench.places import LARGE, Place
+from bench.places import Place
 from bench.providers import Provider, our_providers, peers_at
-from portable_softmax._cli.backends import is_installed
-from portable_softmax._cli.errors import one_line
 
 OPERATIONS = ("softmax", "log_softmax", "logsumexp", "cross_entropy")
 LABEL_GRADIENT = "label gradient"
 
-# Where ours is measured, and where the peers are, so far as installed.
+# The backends on which ours is measured, and the peers, if installed.
 BACKENDS = ("numpy", "torch", "jax")
 PEERS = ("scipy.special", "torch", "jax.nn, jit")
 
@@ -44,7 +43,7 @@ class Cell:
     """The largest over the family's rows: that of softmax depends on what a row spans."""
     held: bool
     counted: int = 0
-    """How many entries the bound speaks of."""
+    """How many entries the bound applies to."""
     problem: str = ""
 
 
@@ -78,7 +77,7 @@ class Case:
 
 
 def installed() -> list[str]:
-    return [name for name in BACKENDS if is_installed(name)]
+    return [name for name in BACKENDS if places.is_installed(name)]
 
 
 def why_not(dtype: str) -> str:
@@ -99,12 +98,7 @@ def columns(backends: list[str]) -> tuple[list[Column], list[str]]:
     dtypes = {name: frozenset(place.dtypes()) for name, place in opened.items()}
     ours, theirs, missing = [], [], [name for name in BACKENDS if name not in opened]
     for name in backends:
-        # Where a kernel is not installed, to leave it out is no path of its own.
-        paths = {
-            (p.offer, p.context): p
-            for p in reversed(our_providers(opened[name], slow_starts=False))
-        }
-        for path in reversed(paths.values()):
+        for path in our_providers(opened[name], slow_starts=False):
             offer = cache(path.offer)  # JAX compiles once
             if offer(-1, "none").keys() >= set(OPERATIONS):
                 place = opened[name]
@@ -122,7 +116,7 @@ def columns(backends: list[str]) -> tuple[list[Column], list[str]]:
 
 
 def _named(path: Provider, backend: str) -> str:
-    """Return "ours", the backend, and how its path differs from what a call takes by itself."""
+    """Return "ours", the backend, and how the path differs from the default."""
     ours, *how = path.name.split(", ")
     return ", ".join((ours, backend, *(word for word in how if word != "jit")))
 
@@ -191,7 +185,7 @@ def _empty(case: Case, operation: str, column: Column, bound: float) -> Cell:
 
 
 def _compute(case: Case, operation: str, column: Column, cell: Cell) -> np.ndarray | None:
-    """Return the result with the classes last, in extended precision, or say the problem."""
+    """Return the result with the classes last, in extended precision; None if it failed."""
     place, call = column.place, column.offer(case.axis, "none").get(operation)
     if call is None or case.dtype not in column.dtypes:
         cell.problem, cell.held = "-", True
@@ -202,26 +196,14 @@ def _compute(case: Case, operation: str, column: Column, cell: Cell) -> np.ndarr
             np.errstate(all="ignore"),
             column.context(),
         ):
-            if column.ours:
-                _load(call, column, case)
             result = call(places.put(place, case.x), places.put(place, case.labels))
             if operation == "cross_entropy_value_and_grad":
                 _, result = result
             result = places.get(place, result).astype(np.longdouble)
-    except Exception as problem:  # each library refuses a dtype in its own way
+    except Exception as problem:  # the exception for a missing dtype differs between libraries
         cell.problem = one_line(problem)
         return None
     return np.moveaxis(result, case.axis, -1) if result.ndim == case.x.ndim else result
-
-
-def _load(call: Callable[..., Any], column: Column, case: Case) -> None:
-    """Load the kernels that large arrays of such rows take, and then the small ones here too."""
-    if case.x.size < LARGE and column.place.name in ("numpy", "torch"):
-        classes = case.x.shape[case.axis]
-        rows = np.zeros((LARGE // classes + 1, classes), case.x.dtype)
-        large = np.ascontiguousarray(np.moveaxis(rows, -1, case.axis))
-        labels = np.zeros(len(rows), case.labels.dtype)
-        call(places.put(column.place, large), places.put(column.place, labels))
 
 
 def _distance(result: np.ndarray, answer: np.ndarray) -> np.ndarray:
@@ -244,7 +226,7 @@ def _unit_and_bound(case: Case, operation: str, answer: np.ndarray) -> tuple[Any
 
 
 def _counted(case: Case, operation: str, answer: np.ndarray, place: Place) -> np.ndarray:
-    """Return which entries the bound speaks of.
+    """Return the entries that the bound applies to.
 
     A logarithm counts where it is a normal number: it is the remainder where that is small. A
     library that flushes subnormal numbers to 0 has no such probabilities, and drops such terms
@@ -265,18 +247,18 @@ def _counted(case: Case, operation: str, answer: np.ndarray, place: Place) -> np
 
 
 def _flushes(place: Place, dtype: str) -> bool:
-    """Whether a library takes what is below the smallest normal number for 0, as XLA does."""
+    """Whether a library flushes subnormal numbers to 0, as XLA does."""
     smallest = np.asarray(exact.smallest_normal(dtype), places.np_dtype(dtype))
     return bool((places.put(place, smallest) / 2) == 0)
 
 
 def _judged(cells: list[Cell]) -> list[Cell]:
-    """Hold ours against the best peer as well, of those that were judged on the same entries."""
+    """Compare ours with the best peer as well, of those judged on the same entries."""
     for cell in cells:
         if cell.ours:
             same = [c.error for c in cells if not c.ours and c.counted == cell.counted]
             best = min(same, default=np.inf)
-            # Written so that a cell without an error, which says its problem, stays as it is.
+            # The error of a cell with a problem is nan: the comparison leaves it as it is.
             cell.held = cell.held and not cell.error > 1.5 * best + 1
     return cells
 

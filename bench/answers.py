@@ -1,4 +1,4 @@
-"""The right answers, so that no wrong one is timed."""
+"""Reference results: a provider whose result is wrong is not timed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 from bench.peers import BACKWARD
 
-# Largest error, relative and absolute, of a result that deserves to be timed. A probability may
-# be subnormal in float16, and is then a whole unit off.
+# The largest relative and absolute error of a correct result. A probability that is subnormal in
+# float16 may be off by a unit in the last place.
 _TOLERANCE = {
     "float64": (1e-12, 0.0),
     "float32": (2e-5, 0.0),
@@ -18,13 +18,13 @@ _TOLERANCE = {
     "bfloat16": (1e-1, 0.0),
 }
 
-# How many entries of a result are compared: rows from all over it, the first and last included.
+# How many entries of a result are compared: rows at equal distances, the first and last included.
 _COMPARED = 2**19
 _BLOCK = 2**18
 
 
 class Answers:
-    """What every operation over the last axis should return for one array, in float64."""
+    """The results of every operation over the last axis of one array, in float64."""
 
     def __init__(self, x: np.ndarray, labels: np.ndarray) -> None:
         rows, classes = x.shape
@@ -55,7 +55,7 @@ class Answers:
             if i and operation in BACKWARD:  # a difference, which cancels somewhere
                 size = np.maximum(size, size.max())
             error = np.max((np.abs(actual.astype(np.float64) - answer) - absolute) / size)
-            if not error <= relative:  # nor may it be nan
+            if not error <= relative:  # so that nan is wrong
                 return f"wrong: relative error {error:.1e}"
         return ""
 

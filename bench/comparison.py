@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import tables
+from bench.errors import CommandError
+from bench.places import Place
 from bench.speed import COPY, OURS, Row
 from bench.summary import geometric_mean
-from portable_softmax._cli.backends import Place
-from portable_softmax._cli.errors import CommandError
 
-# What is marked, and what fails the command. A tenth is what two runs of the same code on an idle
-# machine may differ by in a cell; a quarter is beyond it, and no change worth its place costs that.
+# The ratios that are marked, and that fail the command. In a cell, two runs of the same code on an
+# idle machine may differ by a tenth, but not by a quarter.
 MARKED = 1.10
 FAILING = 1.25
 
@@ -50,7 +50,7 @@ class Change(NamedTuple):
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return what an earlier run of `speed` wrote, its rows as such; CommandError says why not."""
+    """Return the document of an earlier run of `speed`, with its rows as `Row`."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -87,7 +87,7 @@ def check(
     shapes: list[tuple[int, int]],
     dtypes: list[str],
 ) -> None:
-    """Raise where an earlier run is of another library or device, or of other arrays."""
+    """Raise if an earlier run measured another library, device, or other arrays."""
     if (old["backend"], old["device"]) != (place.name, place.device_name):
         raise CommandError(
             f"{path} was measured on {old['backend']}, {old['device']}, "
@@ -110,7 +110,7 @@ def changes(old: Iterable[Row], new: Iterable[Row]) -> list[Change]:
 
 
 def _times(rows: Iterable[Row]) -> tuple[dict[Key, float], dict[tuple[Any, ...], float]]:
-    """Return ours, and the fastest copy of each array beside whichever operation."""
+    """Return our times, and the fastest copy of each array."""
     ours: dict[Key, float] = {}
     copies: dict[tuple[Any, ...], float] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""The copy that everything is compared with: an array read once and written once, to fresh memory.
+"""The copy that all times are compared with: an array is read once and written to new memory.
 
 There are several, by one thread and by as many as there are cores. The best of them in a run, of
 the same array, is what the machine can do.
@@ -9,20 +9,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bench import places
-from portable_softmax._cli.backends import Place
+from bench.places import Place
 
 COPY = "copy"
 
 
 class Copy(NamedTuple):
-    """One way to copy an array of a place."""
+    """A way to copy an array."""
 
     name: str
     place: Place
@@ -37,18 +37,18 @@ def cores() -> int:
 
 
 def of(around: list[Place]) -> list[Copy]:
-    """Return each library's own copy at its place, and NumPy's wherever the host works."""
-    found = {place.name: Copy(f"{COPY}, {place.name}", place, _own(place)) for place in around}
+    """Return each library's own copy, and NumPy's copies unless everything runs on a GPU."""
+    found = {place.name: _own(place) for place in around}
     if not all(map(places.is_gpu, around)):
         numpy = found["numpy"].place if "numpy" in found else places.open_backend("numpy")
-        found.setdefault("numpy", Copy(f"{COPY}, numpy", numpy, _own(numpy)))
+        found.setdefault("numpy", _own(numpy))
         if cores() > 1:
             found["threads"] = Copy(f"{COPY}, {cores()} threads", numpy, by_threads)
     return list(found.values())
 
 
 def by_threads(x: np.ndarray) -> np.ndarray:
-    """Copy a block of rows a core; NumPy lets the other threads run meanwhile."""
+    """Copy a block of rows on each core; NumPy releases the GIL meanwhile."""
     y = np.empty_like(x)
     n = cores()
     cuts = [len(x) * i // n for i in range(n + 1)]
@@ -62,7 +62,5 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def _own(place: Place) -> Callable[[Any], Any]:
-    if place.name == "dask":  # its own copy shares the memory
-        return lambda x: x.map_blocks(np.copy)
-    return lambda x: place.xp.asarray(x, copy=True)
+def _own(place: Place) -> Copy:
+    return Copy(f"{COPY}, {place.name}", place, partial(places.copy, place))

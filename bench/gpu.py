@@ -1,4 +1,4 @@
-"""Time on a GPU and off it: one clock a place.
+"""The clocks: events on a GPU, the host's clock elsewhere.
 
 A call to a GPU returns before its work is done. There the device's own events mark begin and end,
 and before each call a buffer larger than the L2 cache is written, so that no call finds its input
@@ -17,16 +17,16 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from bench import places
-from portable_softmax._cli.backends import Place
+from bench.places import Place
 
-# Twice the largest L2 there is, for a device that does not tell its own.
+# More than any L2 cache, for a device that does not report its own.
 _FLUSHED = 256 * 2**20
 # A call that waits for the device takes the host as long as it takes the device.
 _MOST_FLUSHES = 16
 
 
 class Clock(Protocol):
-    """Times a call that takes nothing."""
+    """Times a call without arguments."""
 
     name: str
 
@@ -36,7 +36,7 @@ class Clock(Protocol):
 
 @dataclass(frozen=True)
 class HostClock:
-    """The host's time until a result is there."""
+    """The host's time until a result is complete."""
 
     finish: Callable[[Any], None]
     now: Callable[[], float] = perf_counter
@@ -66,7 +66,7 @@ class EventClock:
             for _ in range(flushes):
                 self.flush()
             pairs.append(self._marked(call))
-        pairs[-1][1].synchronize()  # the stream works in order: with the last, all are done
+        pairs[-1][1].synchronize()  # a stream works in order: after the last event all are complete
         return sum(self.milliseconds(*pair) for pair in pairs) / repeats / 1e3
 
     def _marked(self, call: Callable[[], Any]) -> tuple[Any, Any]:

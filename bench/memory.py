@@ -19,19 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from bench import places, tables
+from bench.errors import CommandError
 from bench.peers import FORWARD, LOSSES
 from bench.providers import Provider, ours, ours_jitted
 from bench.report import ROOT
-from portable_softmax._cli.errors import CommandError
 
 OPERATIONS = (*FORWARD, *LOSSES)
 SHAPES = "262144x128,16384x2048,256x131072"
 QUICK_SHAPES = "16384x1024"
 DTYPES = "float32"
 
-# What a fused kernel may take, in units of the logits: those that return an array of that size
-# that array and little more, the others little. The portable code has no ceiling, nor has autograd,
-# which keeps what it needs on the way back.
+# What a fused kernel may allocate, in units of the logits: little beyond its result. The portable
+# code has no ceiling, nor has autograd, which keeps what the backward pass needs.
 _WITH_OUTPUT = 1.15
 _WITHOUT = 0.15
 CEILINGS = {
@@ -42,7 +41,7 @@ CEILINGS = {
     "cross_entropy_value_and_grad": _WITH_OUTPUT,
 }
 
-# A process's memory is known to some hundred kilobytes: a hundredth of a smaller array.
+# The memory of a process is known to a few hundred kilobytes, a hundredth of this.
 _SMALLEST = 64 * 10**6
 
 
@@ -59,7 +58,7 @@ class Cell:
     path: str = ""
     """The kernel that ours takes."""
     peak_bytes: float = math.nan
-    """Beyond what was there before the call, the result included."""
+    """Beyond the memory in use before the call, the result included."""
     ratio: float = math.nan
     """In units of the input: of the output as well, where that is an array of the same size."""
     ceiling: float = math.inf
@@ -97,7 +96,7 @@ def measure(
     shapes: list[tuple[int, int]],
     dtypes: list[str],
 ) -> Iterator[Cell]:
-    """Yield a cell for each operation, array and provider that takes a way of its own."""
+    """Yield a cell for each operation, array and provider; each kernel of ours once."""
     for dtype in dtypes:
         for shape in shapes:
             size = math.prod(shape) * places.np_dtype(dtype).itemsize
@@ -119,7 +118,7 @@ def measure(
 def _in_a_process(backend: str, cell: Cell) -> dict[str, Any]:
     asked = {"backend": backend, **asdict(cell)}
     command = [sys.executable, "-m", "bench.memory_cell", json.dumps(asked, default=str)]
-    # glibc would raise its threshold to what it once freed, and keep the next such block.
+    # Otherwise glibc keeps freed blocks, and later peaks miss them.
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True
@@ -141,7 +140,7 @@ def _fill(cell: Cell, found: dict[str, Any]) -> None:
 HEADINGS = ("operation", "shape", "dtype", "provider", "path", "peak", "/ input", "ceiling", "held")
 
 LEGEND = (
-    "The peak of memory beyond what was there before the call, the result included, and the same "
+    "The peak of memory beyond what was in use before the call, the result included, and the same "
     "in units of the logits. An array of their size is what softmax, log_softmax and the gradient "
     "return. A ceiling is promised for the fused kernels."
 )

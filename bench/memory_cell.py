@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import places, providers, speed
-from portable_softmax._cli.backends import Place
-from portable_softmax._cli.errors import one_line
+from bench.errors import one_line
+from bench.places import Place
 
 _REPEATS = 3
 
@@ -48,7 +48,7 @@ def peak_of(call: Callable[[], Any], finish: Callable[[Any], None], gauge: Gauge
 
 
 def gauge(place: Place) -> Gauge:
-    """Return what measures a place: the library's allocator on a GPU, the process elsewhere."""
+    """Return the gauge of a place: the library's allocator on a GPU, the process elsewhere."""
     if places.is_gpu(place) and place.name in _ON_GPU:
         return _ON_GPU[place.name](sys.modules[place.name], place.device)
     return Gauge(_start_resident, lambda: _status("VmHWM"))
@@ -77,7 +77,7 @@ def _torch(torch: Any, device: Any) -> Gauge:
 
 
 def _cupy(cupy: Any, device: Any) -> Gauge:
-    """Count what the pool holds: without a call to free it, that only grows."""
+    """Read the size of the pool, which only grows until it is freed."""
     pool = cupy.get_default_memory_pool()
 
     def start() -> int:
@@ -93,8 +93,8 @@ _ON_GPU: dict[str, Callable[[Any, Any], Gauge]] = {"torch": _torch, "cupy": _cup
 def measured(asked: dict[str, Any]) -> dict[str, Any]:
     """Return the peak and the path of one cell."""
     place = places.open_backend(asked["backend"])
-    everyone, _ = providers.everyone(place, "own")
-    (provider,) = [provider for provider in everyone if provider.name == asked["provider"]]
+    all_providers, _ = providers.all_providers(place, "own")
+    (provider,) = [provider for provider in all_providers if provider.name == asked["provider"]]
     operation = asked["operation"]
     problem = speed.Problem(tuple(asked["shape"]), asked["dtype"])
     x = problem.at(place, "x")
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> int:
     warnings.simplefilter("ignore")
     try:
         found = measured(json.loads(argv[0]))
-    except Exception as error:  # a library refuses a dtype in its own way
+    except Exception as error:  # the exception for a missing dtype differs between libraries
         found = {"problem": one_line(error)}
     print(json.dumps(found))
     return 0

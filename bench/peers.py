@@ -1,4 +1,4 @@
-"""The operations as other libraries offer them, all behind the same call.
+"""The same operations in other libraries, behind the same call.
 
 A function below turns an axis and a reduction into a table: operation -> function of (x, second),
 where the second is the labels, or the upstream gradient. What a library does not offer is not in
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from portable_softmax._cli.backends import Place
+from bench.places import Place
 
 Call = Callable[[Any, Any], Any]
 Offer = Mapping[str, Call]
@@ -33,7 +33,7 @@ TORCH = "torch"
 
 
 def numpy_by_hand(axis: int, reduction: str) -> Offer:
-    """Return what people write themselves."""
+    """Return the usual NumPy code."""
 
     def softmax(x, _):
         e = np.exp(x - x.max(axis, keepdims=True))
@@ -105,7 +105,7 @@ def scipy_special(axis: int, reduction: str) -> Offer:
 
 
 def sklearn_extmath(axis: int, reduction: str) -> Offer:
-    """Return scikit-learn's softmax, which knows rows only."""
+    """Return scikit-learn's softmax, which takes rows only."""
     from sklearn.utils.extmath import softmax
 
     return {"softmax": lambda x, _: softmax(x)} if axis in (-1, 1) else {}
@@ -242,7 +242,7 @@ def cupyx_special(axis: int, reduction: str) -> Offer:
 
 
 class Peer(NamedTuple):
-    """Someone else who computes our operations."""
+    """Another implementation of our operations."""
 
     name: str
     library: str
@@ -252,7 +252,7 @@ class Peer(NamedTuple):
     offer: Callable[[int, str], Offer]
     why_not: Callable[[Place], str] = lambda place: ""
     slow_start: bool = False
-    """Whether it compiles for seconds: left out of a short run."""
+    """Whether it compiles for seconds; then it is left out of a short run."""
 
 
 PEERS = (

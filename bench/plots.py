@@ -1,4 +1,4 @@
-"""Figures of the measured speeds: GB/s against the length of a row, and everyone beside ours.
+"""Figures of the measured speeds: GB/s against the length of a row, and all providers beside ours.
 
 Everything is drawn on a `Figure` of its own: pyplot, with its state shared by the whole process, is
 never imported.
@@ -16,7 +16,7 @@ from bench.summary import is_large
 
 INK, MUTED, FAINT = "#1f2933", "#5f6b78", "#e4e8ec"
 
-# A provider has its colour in every figure. Ours are blue; one technology of a peer a hue.
+# A provider has the same colour in every figure; ours are shades of blue.
 _COLOURS = {
     "ours": "#1d4ed8",
     "ours, jit": "#1d4ed8",
@@ -24,7 +24,9 @@ _COLOURS = {
     "ours, compiled": "#0891b2",
     "ours, autograd": "#7c3aed",
     "ours, jit, vjp": "#7c3aed",
+    "ours, Numba": "#312e81",
     "ours, no Numba": "#5b84ee",
+    "ours, Triton": "#0f766e",
     "ours, portable": "#a9c2f8",
     "numpy by hand": "#b8a67a",
     "scipy.special": "#f59e0b",
@@ -36,7 +38,7 @@ _COLOURS = {
     "cupyx.scipy": "#f59e0b",
     COPY: "#9aa7b4",
 }
-_SPARE = ("#db2777", "#65a30d", "#0f766e", "#a16207")
+_SPARE = ("#db2777", "#65a30d", "#be185d", "#a16207")
 _COLUMNS = 3
 
 
@@ -147,7 +149,7 @@ def _lines(axes: Any, rows: list[Row], colours: dict[str, str]) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(axis="y", color=FAINT)
     low, high = axes.get_ylim()
-    axes.fill_between(classes, best, high, color=FAINT, alpha=0.6, linewidth=0)  # out of reach
+    axes.fill_between(classes, best, high, color=FAINT, alpha=0.6, linewidth=0)  # beyond a copy
     axes.set_ylim(low, high)
 
 
@@ -209,7 +211,7 @@ def _bars(axes: Any, rows: list[Row], colours: dict[str, str]) -> None:
 
 
 def _short(ratio: float) -> str:
-    """Write a number that fits over a narrow bar."""
+    """Format a number to fit over a narrow bar."""
     if ratio < 1:
         return f"{ratio:.2f}".removeprefix("0")
     return f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"

@@ -1,4 +1,4 @@
-"""Who is measured: this package in each of its paths, and the peers, each on arrays of its own."""
+"""What is measured: this package in each of its paths, and the peers, each on its own arrays."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import portable_softmax as ps
 from bench import peers, places
 from bench.peers import Offer
+from bench.places import LIBRARIES, Place
 from portable_softmax import kernels
-from portable_softmax._cli.backends import BACKENDS, Place
 
 
 @dataclass(frozen=True)
 class Provider:
-    """Someone who computes our operations at one place."""
+    """An implementation of our operations at one place."""
 
     name: str
     place: Place
@@ -30,7 +31,7 @@ class Provider:
 
 
 def ours(axis: int, reduction: str) -> Offer:
-    """Return this package's functions; a gradient is that of the functions for it."""
+    """Return this package's functions; gradients are those of the functions named vjp."""
     options = {"axis": axis, "reduction": reduction}
 
     def softmax_backward(x, dy):
@@ -60,31 +61,36 @@ def ours_jitted(axis: int, reduction: str) -> Offer:
 
 
 class Path(NamedTuple):
-    """One way through this package, as its users would take it."""
+    """A way to call this package."""
 
     name: str
-    libraries: tuple[str, ...] = tuple(BACKENDS)
-    """Where there is this way."""
+    libraries: tuple[str, ...] = tuple(LIBRARIES)
+    """The libraries that have it."""
     offer: Callable[[int, str], Offer] = ours
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    switch: tuple[str, ...] = ()
+    """A context manager of `portable_softmax.kernels`, and the kernel that it is given."""
     why_not: Callable[[Place], str] = lambda place: ""
     slow_start: bool = False
 
+    def context(self) -> Callable[[], AbstractContextManager[Any]] | None:
+        """Return what makes the context of a call; None where there is no such kernel or switch."""
+        if not self.switch:
+            return nullcontext
+        name, *kernel = self.switch
+        switch = getattr(kernels, name, None)  # `use` is absent from earlier versions
+        there = switch and kernels.available().keys() >= {*kernel}
+        return partial(switch, *kernel) if there else None
 
-def _without(kernel: str) -> Callable[[], AbstractContextManager[Any]]:
-    """Return what puts one kernel out of the way, or nothing where that can't be asked for."""
-    without = getattr(kernels, "without", None)
-    return (lambda: without(kernel)) if without and kernel in kernels.available() else nullcontext
 
+_UNCOMPILED = tuple(name for name in LIBRARIES if name != "jax")
 
-_UNCOMPILED = tuple(name for name in BACKENDS if name != "jax")
-
-# A path whose calls take the same kernels as an earlier one with the same offer is not measured
-# twice: a line here is enough for each set of kernels that can be put out of the way.
+# A path that takes the same kernel as an earlier one with the same offer is not measured twice.
 PATHS = (
     Path("ours", _UNCOMPILED),
-    Path("ours, no Numba", ("numpy",), context=_without("numba rows")),
-    Path("ours, portable", _UNCOMPILED, context=kernels.portable),
+    Path("ours, Numba", ("numpy", "torch"), switch=("use", "numba rows")),
+    Path("ours, no Numba", ("numpy",), switch=("without", "numba rows")),
+    Path("ours, Triton", ("torch", "cupy"), switch=("use", "triton rows")),
+    Path("ours, portable", _UNCOMPILED, switch=("portable",)),
     Path("ours, autograd", ("torch",), lambda *o: peers.torch_autograd(ours(*o))),
     Path(
         "ours, compiled",
@@ -94,7 +100,7 @@ PATHS = (
         slow_start=True,
     ),
     Path("ours, jit", ("jax",), ours_jitted),
-    Path("ours, jit, portable", ("jax",), ours_jitted, kernels.portable),
+    Path("ours, jit, portable", ("jax",), ours_jitted, switch=("portable",)),
     Path("ours, jit, vjp", ("jax",), lambda *o: peers.jitted(peers.jax_autograd(ours(*o)))),
 )
 
@@ -106,19 +112,20 @@ def _forward(offer: Offer) -> Offer:
 def our_providers(place: Place, *, slow_starts: bool = True) -> list[Provider]:
     """Return this package in each of its paths at a place."""
     return [
-        Provider(path.name, place, path.offer, True, path.context)
+        Provider(path.name, place, path.offer, True, context)
         for path in PATHS
         if place.name in path.libraries
         and not path.why_not(place)
         and (slow_starts or not path.slow_start)
+        and (context := path.context())
     ]
 
 
 def path_taken(provider: Provider, operation: str, x: Any, second: Any) -> str:
     """Return the kernel that a call of ours takes, or "portable"."""
-    options = {"labels": second} if operation in peers.LOSSES else {}
+    arguments = (x, second) if operation in peers.LOSSES else (x,)
     with provider.context():
-        said = kernels.explain(operation.partition("+")[0], x, axis=-1, **options)
+        said = kernels.explain(operation.partition("+")[0], *arguments, axis=-1)
     return said.partition(":")[0]
 
 
@@ -142,7 +149,7 @@ def peers_at(place: Place, *, slow_starts: bool = True) -> tuple[list[Provider],
     return present, missing
 
 
-def everyone(
+def all_providers(
     place: Place, which: str, *, slow_starts: bool = True
 ) -> tuple[list[Provider], list[str]]:
     """Return ours at a place, and the peers: `which` is all, or only those on its own arrays."""

@@ -1,4 +1,4 @@
-"""What every measurement is kept with, and the forms it is shown in."""
+"""Where, when and with what something was measured, and how it is shown."""
 
 from __future__ import annotations
 
@@ -17,13 +17,39 @@ from typing import Any
 
 import portable_softmax
 from bench import copies
-from portable_softmax._cli.errors import CommandError
+from bench.errors import CommandError
 
 ROOT = Path(__file__).resolve().parent.parent
 _LIBRARIES = (
     "numpy", "scipy", "numba", "torch", "triton", "jax", "optax", "dask", "cupy", "sklearn",
     "array_api_strict", "ml_dtypes", "threadpoolctl",
 )  # fmt: skip
+
+
+def line(text: str) -> None:
+    """Print a sentence."""
+    _console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table, as Markdown unless on a terminal."""
+    from rich.box import MARKDOWN, ROUNDED
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    box = ROUNDED if console.is_terminal else MARKDOWN
+    printed = Table(*headings, title=title, title_justify="left", box=box)
+    for row in rows:
+        printed.add_row(*map(Text, row))
+    console.print()
+    console.print(printed)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 1000)
 
 
 def load() -> float | None:
@@ -37,7 +63,7 @@ def provenance(argv: Sequence[str], load_before: float | None) -> dict[str, Any]
     return {
         "command": shlex.join(["python", "-m", "bench", *argv]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(ROOT),
         "machine": {
             "cpu": _cpu(),
             "cores": copies.cores(),
@@ -92,12 +118,12 @@ def _cpu() -> str:
     return next(models, platform.machine())
 
 
-def _commit() -> str | None:
-    """Return the clone's commit, marked where files differ from it; None without git."""
+def commit(folder: Path) -> str | None:
+    """Return a clone's commit, marked if files differ from it; None without git."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=ROOT, capture_output=True, text=True, check=True,
+            cwd=folder, capture_output=True, text=True, check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -116,19 +142,19 @@ def described(document: dict[str, Any]) -> str:
 
 
 def busy(document: dict[str, Any]) -> str:
-    """Return a warning where other processes took the cores; empty where none did."""
+    """Return a warning if other processes used the cores; empty if not."""
     machine = document["machine"]
     load_before, cores = machine["load_before"], machine["cores"]
     if load_before is None or cores is None or load_before < cores / 2:
         return ""
     return (
         f"the machine was busy (load {load_before:.1f} on {cores} cores): run it again when it is "
-        "idle, for what works on several threads waits whole time slices for each of them"
+        "idle; calls that use several threads wait for whole time slices"
     )
 
 
 def check_writable(path: Path | None) -> None:
-    """Raise before anything is measured, not after."""
+    """Raise before anything is measured if a file cannot be written."""
     if path is not None:
         target = path if path.exists() else path.parent
         if path.is_dir() or not os.access(target, os.W_OK):
@@ -136,7 +162,7 @@ def check_writable(path: Path | None) -> None:
 
 
 def check_folder(path: Path | None) -> None:
-    """Raise where a folder for figures can't be had, or nothing draws them."""
+    """Raise before anything is measured if figures cannot be drawn there."""
     if path is None:
         return
     if importlib.util.find_spec("matplotlib") is None:
@@ -151,7 +177,7 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Replace what JSON has no token for, nan and infinities, by strings."""
+    """Replace nan and infinities, which JSON does not have, by strings."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -21,18 +21,18 @@ import numpy as np
 
 from bench import copies, gpu, places, providers
 from bench.answers import Answers
+from bench.errors import CommandError, one_line
 from bench.peers import BACKWARD, OPERATIONS
+from bench.places import Place
 from bench.providers import Provider
-from portable_softmax._cli.backends import Place
-from portable_softmax._cli.errors import CommandError, one_line
 
 SHAPES = "32x10,262144x16,100000x100,10000x1000,4096x4096,1024x32000,64x128256"
 QUICK_SHAPES = "32x10,1000x1000"
 DTYPES = "float32,float64"
 QUICK_DTYPES = "float32"
 
-# How often an operation must touch an array of the input's size: once to read it, once to write
-# one, and with an upstream gradient to read that and to write its own. Anything else is small.
+# How often an operation has to read or write an array of the input's size: its input, its result,
+# the upstream gradient and the gradient, if they are that large.
 _TOUCHES = {
     "softmax": 2,
     "log_softmax": 2,
@@ -44,9 +44,9 @@ _TOUCHES = {
     "logsumexp+backward": 2,
 }
 
-# The threads that a turn left spinning for more work take a core from the next one: they sleep by
-# then. Each wakes its own before it's timed, and finds its arrays in the caches that hold them:
-# otherwise a call that is repeated within a round would, and one that takes a whole round not.
+# The threads of a library spin for a while after a call and would take a core from the next turn:
+# the pause lets them sleep. The warm calls wake the provider's own threads and bring its arrays
+# into the caches, as the earlier calls of a round do for the later ones.
 _SETTLE_S = 2e-3
 _WARM_CALLS = 20
 
@@ -68,7 +68,7 @@ class Row:
     """The kernel that ours takes."""
     clock: str = ""
     problem: str = ""
-    """Why it was not timed: the wrong answer, or the exception."""
+    """Why it was not timed: a wrong result, or an exception."""
     rounds: int = 0
     min_s: float = math.nan
     median_s: float = math.nan
@@ -83,7 +83,7 @@ class Effort:
     """How long to measure one operation on one array."""
 
     seconds: float
-    """For each provider. One that has used them up sits out, unless it had too few rounds."""
+    """For each provider, unless it has had too few rounds."""
     rounds: int
     """At least."""
     most: int
@@ -98,7 +98,7 @@ QUICK = Effort(seconds=0.01, rounds=3, most=10, slice_s=1e-4)
 
 
 class Timed(NamedTuple):
-    """What takes its turn, in the state that it wants."""
+    """A call, its clock and its context."""
 
     call: Callable[[], Any]
     clock: gpu.Clock
@@ -106,52 +106,38 @@ class Timed(NamedTuple):
 
 
 def default_operations(place: Place) -> list[str]:
-    """Return all, or where the library has no autograd those without backward."""
+    """Return all operations, without backward if the library has no autograd."""
     autograd = place.name in ("torch", "jax")
     return [operation for operation in OPERATIONS if autograd or operation not in BACKWARD]
 
 
 def measure(
-    everyone: list[Provider],
+    all_providers: list[Provider],
     operations: list[str],
     shapes: list[tuple[int, int]],
     dtypes: list[str],
     effort: Effort,
 ) -> Iterator[Row]:
     """Yield a row for each operation, array and provider, and for the copies."""
-    for provider in everyone:
+    for provider in all_providers:
         has = provider.place.dtypes() if provider.ours else dtypes
         for dtype in dtypes:
             if dtype not in has:
                 raise CommandError(f"{provider.place.name} has no {dtype} here: {', '.join(has)}")
-    taken = copies.of(list(dict.fromkeys(provider.place for provider in everyone)))
-    clocks = {one.place: gpu.clock(one.place) for one in (*everyone, *taken)}
+    taken = copies.of(list(dict.fromkeys(provider.place for provider in all_providers)))
+    clocks = {one.place: gpu.clock(one.place) for one in (*all_providers, *taken)}
     for dtype in dtypes:
         for shape in shapes:
-            if math.prod(shape) < places.LARGE:
-                _load([one for one in everyone if one.ours], operations, shape[1], dtype)
             places.forget_compiled()
             problem = Problem(shape, dtype)
             for operation in operations:
-                with warnings.catch_warnings(action="ignore"):  # a library's, of itself
-                    rows = _compare(problem, everyone, taken, clocks, operation, effort)
+                with warnings.catch_warnings(action="ignore"):  # a library warns of its own code
+                    rows = _compare(problem, all_providers, taken, clocks, operation, effort)
                 yield from rows
 
 
-def _load(ours: list[Provider], operations: list[str], classes: int, dtype: str) -> None:
-    """Load the kernels that a large array loads: small ones take them in a program that has one."""
-    problem = Problem((places.LARGE // classes + 1, classes), dtype)
-    for provider in ours:
-        for operation in operations:
-            # Making an offer may import what warns, such as torch's compiler.
-            with provider.context(), warnings.catch_warnings(action="ignore"):
-                if call := provider.offer(-1, "mean").get(operation):
-                    names = "x", problem.second(operation)
-                    call(*(problem.at(provider.place, name) for name in names))
-
-
 class Problem:
-    """The arrays of one shape and dtype, made once and brought once to each place."""
+    """The arrays of one shape and dtype, made once and moved once to each place."""
 
     def __init__(self, shape: tuple[int, int], dtype: str) -> None:
         rng = np.random.default_rng(0)
@@ -185,7 +171,7 @@ class Problem:
 
 def _compare(
     problem: Problem,
-    everyone: list[Provider],
+    all_providers: list[Provider],
     taken: list[copies.Copy],
     clocks: Mapping[Place, gpu.Clock],
     operation: str,
@@ -197,7 +183,7 @@ def _compare(
     rows: dict[str, Row] = {}
     turns: dict[str, Timed] = {}
     seen = set()
-    for provider in everyone:
+    for provider in all_providers:
         call = provider.offer(-1, "mean").get(operation)
         if call is None:
             continue
@@ -212,13 +198,13 @@ def _compare(
                 continue
             seen.add((provider.offer, row.path))
         rows[provider.name] = row
-        timed = Timed(_bound(call, *arrays), clocks[place], provider.context)
-        row.problem = _wrong(problem, place, operation, problem.arrays[second], timed)
+        timed = Timed(bound(call, *arrays), clocks[place], provider.context)
+        row.problem = wrong(problem, place, operation, problem.arrays[second], timed)
         if not row.problem:
             turns[provider.name] = timed
     for copy in taken:
         rows[copy.name] = Row(*what, copy.name, COPY, 2 * x.nbytes)
-        call = _bound(copy.call, problem.at(copy.place, "x"))
+        call = bound(copy.call, problem.at(copy.place, "x"))
         turns[copy.name] = Timed(call, clocks[copy.place], providers.nullcontext)
     for name, times in _interleaved(turns, effort).items():
         _fill(rows[name], times, turns[name].clock)
@@ -228,30 +214,30 @@ def _compare(
     return list(rows.values())
 
 
-def _bound(call: Callable[..., Any], *arrays: Any) -> Callable[[], Any]:
+def bound(call: Callable[..., Any], *arrays: Any) -> Callable[[], Any]:
     return lambda: call(*arrays)
 
 
-def _wrong(problem: Problem, place: Place, operation: str, second: np.ndarray, timed: Timed) -> str:
-    """Return what is wrong with a provider's answer; empty where nothing is."""
+def wrong(problem: Problem, place: Place, operation: str, second: np.ndarray, timed: Timed) -> str:
+    """Return what is wrong with a provider's result; empty if nothing is."""
     try:
         with timed.context():
             result = timed.call()
         results = result if isinstance(result, tuple) else (result,)
         arrays = tuple(places.get(place, r) for r in results)
-    except Exception as error:  # a library refuses a dtype in its own way
+    except Exception as error:  # the exception for a missing dtype differs between libraries
         return one_line(error)
     return problem.answers.problem(operation, second, arrays)
 
 
 def _interleaved(turns: Mapping[str, Timed], effort: Effort) -> dict[str, list[float]]:
-    """Return seconds a call for each name, one value a round; in each round all take a turn."""
-    repeats = {name: _repeats(timed, effort) for name, timed in turns.items()}
+    """Return the seconds of a call for each name and round; in a round each takes a turn."""
+    calls = {name: repeats(timed, effort.slice_s) for name, timed in turns.items()}
     times: dict[str, list[float]] = {name: [] for name in turns}
 
     def goes_on(name: str) -> bool:
         taken = times[name]
-        spent = sum(taken) * repeats[name]
+        spent = sum(taken) * calls[name]
         return len(taken) < effort.rounds or (spent < effort.seconds and len(taken) < effort.most)
 
     names = list(turns)
@@ -260,26 +246,31 @@ def _interleaved(turns: Mapping[str, Timed], effort: Effort) -> dict[str, list[f
     try:
         while names := [name for name in names if goes_on(name)]:
             for name in names:
-                call, clock, context = turns[name]
-                sleep(_SETTLE_S)
-                with context():
-                    for _ in range(min(repeats[name], _WARM_CALLS)):
-                        call()
-                    times[name].append(clock.seconds(call, repeats[name]))
-            names.append(names.pop(0))  # nobody always runs after the same neighbour
+                times[name].append(turn(turns[name], calls[name]))
+            names.append(names.pop(0))  # no provider always follows the same one
     finally:
         gc.enable()
     return times
 
 
-def _repeats(timed: Timed, effort: Effort) -> int:
-    """Return how many calls make a round, the first call having compiled what there is."""
+def turn(timed: Timed, calls: int) -> float:
+    """Return the seconds of a call, the mean of one round."""
+    call, clock, context = timed
+    sleep(_SETTLE_S)
+    with context():
+        for _ in range(min(calls, _WARM_CALLS)):
+            call()
+        return clock.seconds(call, calls)
+
+
+def repeats(timed: Timed, slice_s: float) -> int:
+    """Return how many calls make a round; the first call has compiled what it needs."""
     call, clock, context = timed
     with context():
         once = clock.seconds(call, 1)
-        if once < 10 * effort.slice_s:  # threads that had to wake may have made it longer
+        if once < 10 * slice_s:  # threads that had to wake may have made it longer
             once = min(once, *(clock.seconds(call, 1) for _ in range(_WARM_CALLS)))
-    return max(1, math.ceil(effort.slice_s / once))
+    return max(1, math.ceil(slice_s / once))
 
 
 def _fill(row: Row, times: list[float], clock: gpu.Clock) -> None:

@@ -1,4 +1,4 @@
-"""Many cells in a few lines: ours against the best peer, the well known ones, and the copy."""
+"""All cells in a few lines: ours in units of the best peer, of SciPy, of torch, and of the copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.peers import SCIPY, TORCH
 from bench.places import np_dtype
 from bench.speed import OURS, PEER, Row
 
-# Below this an array is in cache, and a call's overhead is what is measured.
+# Bytes; below this the overhead of a call dominates.
 LARGE = 10**6
 
 
@@ -76,7 +76,7 @@ LEGEND = (
 
 
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return headings and text; a peer that met ours nowhere has no columns."""
+    """Return headings and text; a peer that shares no cell with ours has no columns."""
     all_lines = lines(rows)
     named = [n for n in (SCIPY, TORCH) if any(line.named[n] for line in all_lines)]
     headings = ["arrays", "dtype", "path", "cells", "/ best peer", "worst"]

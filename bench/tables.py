@@ -17,7 +17,7 @@ LEGEND = (
     "read and write the array once, logsumexp and the loss read it once; with `+backward` the "
     "upstream gradient is read and its own written as well. `of copy` is the share of what the "
     "fastest copy of the same array, by one thread or by all, reached in the same run. `/ ours` is "
-    "the time in units of our first path's. Kernels are loaded before anything is timed."
+    "the time in units of our first path's. Each call has run before it is timed."
 )
 
 

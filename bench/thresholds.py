@@ -1,4 +1,4 @@
-"""``thresholds``: both sides of every size at which the Numba rows change the way they work.
+"""``thresholds``: both sides of every size at which the Numba rows change their method.
 
 The sizes are constants of `portable_softmax.kernels._numba`. For arrays around each of them, both
 ways work on the same array in turns, whatever the constant says.
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench import tables
+from bench.errors import CommandError
 from portable_softmax import kernels
-from portable_softmax._cli.errors import CommandError
 
 HEADINGS = ("size", "array", "dtype", "operation", "ways", "first", "second", "taken", "/ other")
 LEGEND = (

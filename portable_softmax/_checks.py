@@ -261,8 +261,8 @@ def labels_are_indices(logits: Any, labels: Any, axis: int, library: Library) ->
     positions = (*shape[:axis], *shape[axis + 1 :])
     if kind in ("bool", "complex", "other"):
         raise TypeError(
-            f"labels have dtype {dtype_name(labels.dtype)}, expected integers for class indices, or integers or "
-            "floats for a distribution: cast them first"
+            f"labels have dtype {dtype_name(labels.dtype)}, expected integers for class indices, or "
+            "integers or floats for a distribution: cast them first"
         )
     if _same_shape(labels.shape, logits.shape):
         return False
@@ -270,8 +270,8 @@ def labels_are_indices(logits: Any, labels: Any, axis: int, library: Library) ->
         if kind != "integer":
             raise TypeError(
                 f"labels have dtype {dtype_name(labels.dtype)} and the shape "
-                f"{tuple(labels.shape)} of class indices, which must be integers: cast them to an integer dtype, or pass a distribution "
-                f"of shape {tuple(logits.shape)}"
+                f"{tuple(labels.shape)} of class indices, which must be integers: cast them to an "
+                f"integer dtype, or pass a distribution of shape {tuple(logits.shape)}"
             )
         return True
     raise ValueError(_label_shape_message(logits, labels, axis, positions))
@@ -280,12 +280,9 @@ def labels_are_indices(logits: Any, labels: Any, axis: int, library: Library) ->
 def _same_shape(have: Any, want: Any) -> bool:
     if have == want:
         return True
-    if len(have) != len(want):
-        return False
-    for a, b in zip(have, want, strict=True):
-        if a != b and a == a and b == b:  # an unknown length is nan in Dask
-            return False
-    return True
+    return len(have) == len(want) and all(  # an unknown length is nan in Dask
+        a == b or a != a or b != b for a, b in zip(have, want, strict=True)
+    )
 
 
 def _label_shape_message(logits: Any, labels: Any, axis: int, positions: tuple[int, ...]) -> str:

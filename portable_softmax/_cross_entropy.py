@@ -7,7 +7,7 @@ from typing import Any
 from portable_softmax import _checks, portable
 from portable_softmax._typing import Array, ArrayT
 from portable_softmax.kernels._decide import operation, run
-from portable_softmax.kernels._request import PLAIN_LOSS, LossOptions, Request, active
+from portable_softmax.kernels._request import NONE_GIVEN, PLAIN_LOSS, LossOptions, Request, active
 
 __all__ = ["cross_entropy", "cross_entropy_value_and_grad"]
 
@@ -210,7 +210,7 @@ def _answer(
     at = _checks.one_axis(axis, logits.ndim)
     indices = _checks.labels_are_indices(logits, labels, at, library)
     compute_dtype, result_dtype = dtype.computed or library.compute_dtype(logits)
-    options, given = PLAIN_LOSS, ()
+    options, given = PLAIN_LOSS, NONE_GIVEN
     tracing = library.tracing(logits, labels)
     if not (
         weight is ignore_index is softcap is where is None

@@ -8,7 +8,7 @@ from typing import Any
 from portable_softmax import _checks, portable
 from portable_softmax._typing import Array, ArrayT, Axis, Namespace
 from portable_softmax.kernels._decide import operation, run
-from portable_softmax.kernels._request import PLAIN_ROWS, Request, RowOptions, active
+from portable_softmax.kernels._request import NONE_GIVEN, PLAIN_ROWS, Request, RowOptions, active
 from portable_softmax.libraries import Library
 
 __all__ = [
@@ -230,7 +230,7 @@ def logsumexp(
     compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)
     if b is not None and library.dtype(b.dtype).kind == "complex":
         compute_dtype = result_dtype = library.complex_dtype(compute_dtype)
-    options, given = PLAIN_ROWS, ()
+    options, given = PLAIN_ROWS, NONE_GIVEN
     if b is not None or where is not None or return_sign:
         options = RowOptions(where=where, b=b, return_sign=bool(return_sign))
         given = active(options, PLAIN_ROWS)
@@ -418,7 +418,7 @@ def _row_by_row(operation: str, x: Any, axis: Axis, where: Any, temperature: Any
     """Check the arguments of softmax or log_softmax and answer."""
     library, dtype = _checks.array("x", x)
     axes = _checks.axes(axis, x.ndim)
-    options, given = PLAIN_ROWS, ()
+    options, given = PLAIN_ROWS, NONE_GIVEN
     if where is not None or type(temperature) is not float or temperature != 1.0:
         if where is not None:
             _checks.mask(where, "x", x, library)
@@ -493,12 +493,12 @@ def _portable_logsumexp(request: Request) -> Any:
         where=where,
         return_sign=request.options.return_sign,
     )
-    parts = [part for part in parts if part is not None]
+    found = [part for part in parts if part is not None]
     if not axes:
-        parts = [xp.squeeze(part, axis=-1) for part in parts]
+        found = [xp.squeeze(part, axis=-1) for part in found]
     if library.dtype(result_dtype).kind != "complex":
-        parts = [library.cast(part, result_dtype) for part in parts]
-    return tuple(parts) if request.options.return_sign else parts[0]
+        found = [library.cast(part, result_dtype) for part in found]
+    return tuple(found) if request.options.return_sign else found[0]
 
 
 def _portable_vjp(request: Request) -> Any:

@@ -43,8 +43,8 @@ from __future__ import annotations
 
 from typing import Any, final
 
-from portable_softmax.libraries import namespace
 from portable_softmax._typing import Array, ArrayT
+from portable_softmax.libraries import namespace
 
 __all__ = [
     "Softmax",

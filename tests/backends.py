@@ -305,6 +305,4 @@ BACKENDS: dict[str, type[Backend]] = {
 }
 
 # Those that differ by library or device. The others are paths of the same arrays.
-LIBRARIES = tuple(
-    name for name, backend in BACKENDS.items() if backend.path == "without numba"
-)
+LIBRARIES = tuple(name for name, backend in BACKENDS.items() if backend.path == "without numba")

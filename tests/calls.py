@@ -104,3 +104,17 @@ def _calls() -> dict[str, Call]:
 
 CALLS = _calls()
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+def every_call_compiled(why: str) -> pytest.MarkDecorator:
+    """Return `every_call`, most of it slow: not so is the call of each kind with most options."""
+    kinds: dict[str, list[str]] = {}
+    for name, call in CALLS.items():
+        kind = name.partition(":")[0] if ":" in name else call.function.__name__
+        kinds.setdefault(kind, []).append(name)
+    fast = {max(names, key=len) for names in kinds.values()}
+    slow = pytest.mark.slow(why)
+    return pytest.mark.parametrize(
+        "call",
+        [pytest.param(c, id=name, marks=() if name in fast else slow) for name, c in CALLS.items()],
+    )

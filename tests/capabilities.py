@@ -1,8 +1,8 @@
-"""The table of backends and capabilities in README.md, from what the code knows of them.
+"""The tables of backends and of kernels in README.md, from what the code declares.
 
     python tests/capabilities.py
 
-writes it anew between the two markers of README.md.
+writes them anew, each between its two markers in README.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from portable_softmax.kernels._request import OPERATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-BEGIN, END = "<!-- capabilities:begin -->", "<!-- capabilities:end -->"
 
 # What compiles or traces a function of a library, and is tested in tests/test_LIBRARY.py.
 COMPILERS = {"torch": "torch.compile", "jax": "jax.jit"}
@@ -96,17 +95,57 @@ def operations(kernel: _table.Kernel) -> str:
     return "all" if kernel.operations == OPERATIONS else ", ".join(kernel.operations)
 
 
-def in_readme() -> str:
-    """Return the table that README.md holds."""
-    return README.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0].strip()
+CLAIMS = (
+    "kernel", "arrays", "operations", "dtypes", "options", "devices", "traced", "elements",
+    "default",
+)  # fmt: skip
+
+
+def claims() -> str:
+    """Return the table of what each kernel takes."""
+    rows = [CLAIMS, ("---",) * len(CLAIMS), *map(claim, _table.TABLE)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def claim(kernel: _table.Kernel) -> tuple[str, ...]:
+    """Return the cells of one kernel."""
+    dtypes = kernel.dtypes - _table.INTEGERS
+    return (
+        kernel.name,
+        kernel.library,
+        operations(kernel),
+        ", ".join([*sorted(dtypes), *(["integers"] if dtypes != kernel.dtypes else [])]),
+        ", ".join(sorted(kernel.options)) or "none",
+        ", ".join(sorted(kernel.devices - {"cpu" if "cuda" in kernel.devices else ""})) or "any",
+        ", ".join(sorted(kernel.tracing)) or "no",
+        f"from {kernel.enough:,}" if kernel.enough else "any",
+        "on" if kernel.on_by_default else "off",
+    )
+
+
+TABLES = {"capabilities": table, "kernels": claims}
+
+
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def in_readme(name: str) -> str:
+    """Return the table of this name that README.md holds."""
+    begin, end = markers(name)
+    return README.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0].strip()
 
 
 def main() -> None:
-    before, begin, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"README.md lacks the markers {BEGIN} and {END}")
-    README.write_text(f"{before}{begin}\n{table()}\n{end}{after}", encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    for name, make in TABLES.items():
+        begin, end = markers(name)
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise SystemExit(f"README.md lacks the markers {begin} and {end}")
+        text = f"{before}{begin}\n{make()}\n{end}{after}"
+    README.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 from backends import BACKENDS, LIBRARIES, Backend
-from hypothesis import settings
+from hypothesis import is_hypothesis_test, settings
 
 from portable_softmax import kernels
 
@@ -14,6 +14,8 @@ from portable_softmax import kernels
 settings.register_profile(
     "portable", deadline=None, derandomize=True, print_blob=True, max_examples=30
 )
+# What `--part fast` leaves out of this, `--part slow` makes up for: it runs them all again.
+settings.register_profile("fast", settings.get_profile("portable"), max_examples=5)
 settings.register_profile("thorough", deadline=None, print_blob=True, max_examples=1_000)
 settings.load_profile("portable")
 
@@ -26,6 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="",
         help=f"comma list of {', '.join(BACKENDS)}; a named one that is missing fails. "
         "Without it: every one that is there",
+    )
+    parser.addoption(
+        "--part",
+        choices=("fast", "slow"),
+        help="`fast` leaves out the tests marked slow and tries fewer examples of the properties; "
+        "`slow` runs those tests, and all examples. Without it: everything",
     )
 
 
@@ -44,8 +52,11 @@ def _chosen(config: pytest.Config) -> tuple[str, ...]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_KEY] = _chosen(config)
+    if config.getoption("--part") == "fast" and not config.getoption("--hypothesis-profile"):
+        settings.load_profile("fast")
 
 
+_LEFT = pytest.StashKey[int]()
 _KEY = pytest.StashKey[tuple[str, ...]]()
 _REPORTED = pytest.StashKey[bool]()
 
@@ -100,17 +111,38 @@ _LIBRARY_FIXTURES = {"torch": "torch", "jax": "jax", "da": "dask"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what no chosen backend can run: it is deselected, as it is no test of theirs."""
-    kept, left_out = [], []
+    """Deselect what no chosen backend runs, and the tests of the other part."""
+    part = config.getoption("--part")
+    kept, foreign, left = [], [], []
     for item in items:
+        name = item.callspec.params.get("backend_name") if hasattr(item, "callspec") else None
         wanted = {v for k, v in _LIBRARY_FIXTURES.items() if k in getattr(item, "fixturenames", ())}
         wanted.update(*(mark.args for mark in item.iter_markers("libraries")))
-        name = item.callspec.params.get("backend_name") if hasattr(item, "callspec") else None
-        foreign = name is not None and wanted and BACKENDS[name].library not in wanted
-        (left_out if foreign else kept).append(item)
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = kept
+        slow = _is_slow(item, name)
+        elsewhere = name is not None and wanted and BACKENDS[name].library not in wanted
+        if elsewhere or (item.get_closest_marker("once") and "numpy" not in config.stash[_KEY]):
+            foreign.append(item)
+        elif slow if part == "fast" else part == "slow" and not (slow or _has_examples(item)):
+            left.append(item)
+        else:
+            kept.append(item)
+    config.stash[_LEFT] = len(left)
+    config.hook.pytest_deselected(items=foreign + left)
+    items[:] = kept
+
+
+def _is_slow(item: pytest.Item, backend: str | None) -> bool:
+    for mark in item.iter_markers("slow"):
+        why, *only_on = mark.args
+        assert " " in why, f"{item.nodeid}: a slow test says why first, then the backends if any"
+        assert BACKENDS.keys() >= {*only_on}, f"{item.nodeid} is slow on no backend of ours"
+        if not only_on or backend in only_on:
+            return True
+    return False
+
+
+def _has_examples(item: pytest.Item) -> bool:
+    return is_hypothesis_test(getattr(item, "obj", None))
 
 
 @pytest.fixture
@@ -136,6 +168,7 @@ def _report(request: pytest.FixtureRequest, record_property) -> None:
     """Leave what the table of results wants to know, beside the first test of a process."""
     stash = request.config.stash
     if not stash.get(_REPORTED, False):
+        record_property("left", stash[_LEFT])
         for name in stash[_KEY]:
             backend = _backend(name)
             record_property("backend", name)

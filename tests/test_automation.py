@@ -10,11 +10,14 @@ import pytest
 
 import noxfile
 
+pytestmark = pytest.mark.once
+
 OUTCOMES = """\
 import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def describe(record_testsuite_property):
+    record_testsuite_property("left", 12)
     for name in ("cpu", "cuda"):
         record_testsuite_property("version", "2.13.0")
         record_testsuite_property("device", name)
@@ -58,6 +61,7 @@ def reports(tmp_path, monkeypatch):
     """An empty folder of reports, in a process that has run no tests."""
     monkeypatch.setattr(noxfile, "REPORTS", tmp_path)
     monkeypatch.setattr(noxfile, "runs", {})
+    monkeypatch.setattr(noxfile, "asked", set())
     return tmp_path
 
 
@@ -112,7 +116,7 @@ def test_an_unchanged_environment_is_not_installed_again(tmp_path):
     session = Session(tmp_path)
     for requirement in ("numpy", "numpy", "scipy"):
         noxfile.install(session, requirement)
-    assert session.installed == [("numpy",), ("scipy",)]
+    assert [requirement for *_, requirement in session.installed] == ["numpy", "scipy"]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +142,7 @@ def test_a_report_is_read(reports, report):
         failed=2,
         skipped=3,
         reasons=Counter({"no second device": 2, "not yet": 1}),
+        left="12",
     )
 
 
@@ -147,6 +152,23 @@ def test_a_row_shows_the_reasons_and_the_note(reports, report):
     row = cells(noxfile.row("torch", set()))
     assert [row[name] for name in noxfile.COUNTS] == ["1", "2", "3"]
     assert row["why"] == "2 x no second device\n1 x not yet\ntorch-cuda: no driver"
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"fast"}, "12 more are run by tests-slow"),
+        ({"slow"}, "12 more are run by tests"),
+        ({"fast", "slow"}, None),
+        (set(), None),
+    ],
+)
+def test_a_row_shows_what_the_other_part_runs(reports, report, asked, why):
+    (reports / "numpy.xml").write_text(report)
+    noxfile.runs["numpy"] = noxfile.Run(finished=True)
+    noxfile.asked |= asked
+    shown = cells(noxfile.row("numpy", set()))["why"].splitlines()
+    assert shown[2:] == ([why] if why else [])
 
 
 def test_a_passed_row_needs_a_runner_that_finished(reports):
@@ -185,18 +207,60 @@ def test_without_a_gpu_cupy_is_skipped_or_fails_where_it_is_required(monkeypatch
 def test_the_tests_of_a_backend_are_collected_where_it_cannot_run():
     """For CuPy every test of the matrix is there, on a machine without a device as well."""
 
-    def collected(backend: str) -> set[str]:
+    def matrix(backend: str) -> set[str]:
         files = [f"tests/test_{name}.py" for name in ("semantics", "values", "cross_entropy")]
-        command = (sys.executable, "-m", "pytest", "--collect-only", "-q", "--backend", backend)
-        done = subprocess.run(
-            [*command, *files], cwd=noxfile.ROOT, capture_output=True, text=True, check=True
-        )
-        tests = {line for line in done.stdout.splitlines() if f"[{backend}" in line}
+        tests = {test for test in collected("--backend", backend, *files) if f"[{backend}" in test}
         return {test.replace(f"[{backend}", "[") for test in tests}
 
-    found = collected("cupy")
+    found = matrix("cupy")
     assert len(found) > 100
-    assert found == collected("strict")
+    assert found == matrix("strict")
+
+
+def collected(*arguments: str) -> set[str]:
+    """The tests that pytest would run."""
+    command = (sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments)
+    done = subprocess.run(command, cwd=noxfile.ROOT, capture_output=True, text=True, check=True)
+    return {line for line in done.stdout.splitlines() if "::" in line}
+
+
+def test_the_two_parts_are_all_the_tests():
+    """What is left out of the fast part runs in the slow one, and only properties run in both."""
+    fast, slow = (collected("--backend", "jax", "--part", part) for part in ("fast", "slow"))
+    assert fast | slow == collected("--backend", "jax")
+    assert {test.partition("::")[0] for test in fast & slow} == {"tests/test_properties.py"}
+    assert fast - slow
+
+
+def test_ci_runs_both_parts():
+    commands = (noxfile.ROOT / ".ci" / "run").read_text().splitlines()
+    runs = [line.removeprefix("python3 noxfile.py -s ") for line in commands if "noxfile" in line]
+    sessions = [name for run in runs for name in run.split()]
+    assert sessions[0] == "tests"
+    assert sessions[-1] == "tests-slow"
+    assert {"lint", "docs", "build", "lowest"} <= {*sessions}
+
+
+class Queue(Session):
+    """A session that queues others."""
+
+    def __init__(self):
+        super().__init__()
+        self.queued: list[str] = []
+
+    def notify(self, name: str):
+        self.queued.append(name)
+
+
+def test_each_part_runs_on_every_backend(reports):
+    fast, slow = Queue(), Queue()
+    noxfile.start(fast, "fast")
+    assert noxfile.part() == "fast"
+    noxfile.start(slow, "slow")
+    assert noxfile.part() == ""  # both were asked for: everything runs once
+    assert fast.queued == slow.queued
+    assert fast.queued[-1] == "tests-table"
+    assert {f"tests-{name}" for name in (*noxfile.BACKENDS, "triton")} <= {*fast.queued}
 
 
 def test_the_table_is_aligned():

@@ -1,13 +1,18 @@
-"""The benchmarks run, keep what they measured, and believe no wrong answer."""
+"""The benchmarks run, keep what they measured, and reject wrong answers."""
 
+import ast
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
 
-from bench import accuracy, exact, families, peers, providers
+import portable_softmax
+from bench import accuracy, exact, families, peers, providers, report
 from bench.__main__ import main
+from portable_softmax import kernels
 
 PROVENANCE = {"benchmark", "command", "date", "commit", "machine", "threads", "versions"}
 
@@ -43,6 +48,7 @@ def test_accuracy_holds_every_bound_on_short_rows(accuracy_backend, tmp_path, ca
     assert "every bound held" in capsys.readouterr().out
 
 
+@pytest.mark.once
 def test_accuracy_fails_where_ours_loses_digits(monkeypatch, capsys):
     monkeypatch.setattr(
         accuracy,
@@ -56,6 +62,7 @@ def test_accuracy_fails_where_ours_loses_digits(monkeypatch, capsys):
     assert "NO" in out
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("dtype", "within"), [("float32", 0.001), ("float64", 0.3)])
 def test_the_exact_answers_are_exact(dtype, within):
     """Against 50 digits: in units in the last place of the dtype that they judge."""
@@ -110,9 +117,32 @@ def test_a_unit_is_the_spacing_of_numbers(dtype):
     np.testing.assert_array_equal(units, np.spacing(values).astype(np.longdouble))
 
 
+# --------------------------------------------------------------------------- what it stands on
+
+
+@pytest.mark.once
+# `thresholds` measures both sides of constants of the Numba rows, which are private.
+@pytest.mark.parametrize(
+    "path",
+    [p for p in Path(report.__file__).parent.glob("*.py") if p.stem != "thresholds"],
+    ids=lambda path: path.name,
+)
+def test_only_public_names_of_the_package_are_used(path):
+    """An earlier version of the package, and any other, can be measured with the same bench."""
+    text = path.read_text()
+    assert not re.findall(r"portable_softmax(?:\.\w+)*\._[a-z]\w*", text)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module == "portable_softmax":
+            assert {alias.name for alias in node.names} <= {*portable_softmax.__all__}
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("portable_softmax."):
+            assert node.module == "portable_softmax.kernels"
+            assert {alias.name for alias in node.names} <= {*kernels.__all__}
+
+
 # --------------------------------------------------------------------------- failures
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -124,7 +154,7 @@ def test_a_unit_is_the_spacing_of_numbers(dtype):
         (["accuracy", "--backend", "nympy"], "unknown backend 'nympy'; choose from numpy"),
         (["speed", "--json", "no/such/folder.json"], "can't write no/such/folder.json"),
         (["accuracy", "--markdown", "no/such/file.md"], "can't write no/such/file.md"),
-        ([], "the following arguments are required: speed|memory|accuracy|plot"),
+        ([], "the following arguments are required: speed|versus|memory|accuracy|plot"),
     ],
 )
 def test_a_failure_is_one_line(arguments, message, capsys):

@@ -1,8 +1,10 @@
-"""The clocks of `bench`: a GPU's events are played by events of ours, as no device is needed."""
+"""The clocks of `bench`, with stand-ins for the events of a GPU."""
 
 import pytest
 
 from bench import gpu, places
+
+pytestmark = pytest.mark.once
 
 
 class _Event:

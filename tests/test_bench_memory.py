@@ -1,4 +1,4 @@
-"""``bench memory`` sees what any allocator takes, at its peak, and holds ours to its ceilings."""
+"""``bench memory`` measures the peak of any allocator, and compares ours with its ceilings."""
 
 import json
 import mmap
@@ -40,6 +40,7 @@ def _nothing():
     return None
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("call", "expected"), [(_mapped, 80), (_by_a_thread, 80), (_nothing, 0)])
 def test_the_peak_holds_what_any_allocator_and_thread_took(call, expected):
     gauge = memory_cell.gauge(places.open_backend("numpy"))
@@ -47,6 +48,7 @@ def test_the_peak_holds_what_any_allocator_and_thread_took(call, expected):
     assert peak / MB == pytest.approx(expected, abs=4)
 
 
+@pytest.mark.once
 def test_the_first_call_is_not_measured_and_the_largest_counts():
     finished, peaks = [], iter([5, 9, 7])
     gauge = memory_cell.Gauge(lambda: 1, lambda: next(peaks))
@@ -171,6 +173,7 @@ def test_a_path_that_is_the_same_is_measured_once(monkeypatch):
     assert cells[0].held
 
 
+@pytest.mark.once
 def test_a_process_that_fails_says_why():
     cell = memory.Cell("softmax", (4, 3), "float32", "nobody", True, 48)
     assert "ValueError" in memory._in_a_process("numpy", cell)["problem"]

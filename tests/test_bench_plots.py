@@ -1,4 +1,4 @@
-"""The figures of ``bench speed`` show every provider, and show it alike."""
+"""The figures of ``bench speed`` show every provider, in the same colour everywhere."""
 
 import importlib.util
 import json
@@ -12,6 +12,8 @@ from bench.__main__ import main
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="figures need matplotlib"
 )
+
+pytestmark = pytest.mark.once
 
 ARGUMENTS = ("speed", "--quick", "--shapes", "4x3", "--ops", "softmax,logsumexp", "--peers", "own")
 
@@ -53,7 +55,7 @@ def test_a_run_is_drawn_and_can_be_drawn_again(tmp_path, capsys):
     assert f"drew {drawn / 'bandwidth-float32.png'}" in capsys.readouterr().out
 
 
-def test_everyone_has_one_colour():
+def test_each_provider_has_one_colour():
     names = {path.name for path in providers.PATHS} | {peer.name for peer in peers.PEERS}
     assert names <= plots._COLOURS.keys()
     # These are elsewhere than those whose colours they share.

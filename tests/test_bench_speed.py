@@ -1,4 +1,4 @@
-"""``bench speed`` times what is right, everyone in turn, and keeps what it measured."""
+"""``bench speed`` excludes wrong results, takes turns, and keeps what it measured."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ import pytest
 
 from bench import copies, peers, places, providers, report, speed, tables
 from bench.__main__ import main
-from portable_softmax.kernels import _table
+from portable_softmax import kernels
 
 TINY = speed.Effort(seconds=0.0, rounds=2, most=2, slice_s=1e-6)
 
@@ -61,21 +61,22 @@ _ROLES = ("ours", "peer", "copy")
 
 def test_all_peers_are_those_of_every_library_on_arrays_of_their_own():
     place = places.open_backend("numpy")
-    everyone, missing = providers.everyone(place, "all", slow_starts=False)
+    all_providers, missing = providers.all_providers(place, "all", slow_starts=False)
     others = {"torch": "torch", "jax": "jax.nn, jit"}
     for library, peer in others.items():
         if importlib.util.find_spec(library):
-            (found,) = [provider for provider in everyone if provider.name == peer]
+            (found,) = [provider for provider in all_providers if provider.name == peer]
             assert found.place.name == library
         else:
             assert library in missing
-    own = providers.everyone(place, "own", slow_starts=False)[0]
+    own = providers.all_providers(place, "own", slow_starts=False)[0]
     assert {provider.place for provider in own} == {place}
 
 
+@pytest.mark.once
 def test_each_operation_moves_what_it_must():
-    everyone = [_numpy("by hand", **peers.numpy_by_hand(-1, "mean"))]
-    rows = _measured(everyone, *peers.OPERATIONS)
+    all_providers = [_numpy("by hand", **peers.numpy_by_hand(-1, "mean"))]
+    rows = _measured(all_providers, *peers.OPERATIONS)
     moved = {row.operation: row.bytes_moved for row in rows if row.role == speed.PEER}
     assert not any(row.problem for row in rows)
     once = 4 * 3 * 4
@@ -103,50 +104,68 @@ def test_threads_are_those_of_the_libraries_and_of_the_variables(monkeypatch):
 # --------------------------------------------------------------------------- our paths
 
 
-def test_the_portable_path_is_timed_where_there_is_a_kernel(monkeypatch):
-    only = {key: found for key, found in _table._BY_CALL.items() if key[1] == "softmax"}
-    monkeypatch.setattr(_table, "_BY_CALL", only)
+@pytest.mark.once
+def test_a_path_that_takes_the_same_kernel_is_timed_once(monkeypatch):
+    def path_taken(provider, operation, *arrays):
+        return "portable" if "portable" in provider.name or operation != "softmax" else "a kernel"
+
+    monkeypatch.setattr(providers, "path_taken", path_taken)
     ours = providers.our_providers(places.open_backend("numpy"))
     rows = _measured(ours, "softmax", "cross_entropy_value_and_grad")
-    paths = {(row.operation, row.provider): row.path for row in rows if row.role == speed.OURS}
-    assert paths.pop(("softmax", "ours")) != "portable"
-    paths.pop(("softmax", "ours, no Numba"), None)
-    assert paths == {
-        ("softmax", "ours, portable"): "portable",
-        ("cross_entropy_value_and_grad", "ours"): "portable",
-    }
+    assert [(row.operation, row.provider, row.path) for row in rows if row.role == speed.OURS] == [
+        ("softmax", "ours", "a kernel"),
+        ("softmax", "ours, portable", "portable"),
+        ("cross_entropy_value_and_grad", "ours", "portable"),
+    ]
 
 
-def test_a_kernel_is_put_out_of_the_way_by_its_name(monkeypatch):
+def test_a_kernel_is_switched_by_its_name(monkeypatch):
     asked = []
-    monkeypatch.setattr(providers.kernels, "without", asked.append, raising=False)
-    providers._without("numpy tiles")()
+    monkeypatch.setattr(providers.kernels, "without", asked.append)
+    providers.Path("ours", switch=("without", "numpy tiles")).context()()
     assert asked == ["numpy tiles"]
-    assert providers._without("a kernel that is not here") is providers.nullcontext
+    assert providers.Path("ours", switch=("without", "no such kernel")).context() is None
+    assert providers.Path("ours", switch=("no such switch", "numpy tiles")).context() is None
 
 
+def test_a_path_says_which_kernel_runs():
+    place = places.open_backend("numpy")
+    x, labels = np.zeros((4, 3)), np.zeros(4, int)
+    taken = {
+        path.name: {
+            operation: providers.path_taken(path, operation, x, labels)
+            for operation in ("softmax", "cross_entropy", "softmax+backward")
+        }
+        for path in providers.our_providers(place)
+    }
+    assert set(taken["ours, portable"].values()) == {"portable"}
+    assert set(taken["ours"].values()) <= set(kernels.available())
+
+
+@pytest.mark.once
 def test_a_line_in_the_table_adds_a_path(monkeypatch):
     entered = []
 
     @contextmanager
-    def without():
-        entered.append(True)
+    def without(name):
+        entered.append(name)
         with providers.kernels.portable():
             yield
 
-    line = providers.Path("ours, without", ("numpy",), context=without)
+    monkeypatch.setattr(providers.kernels, "without", without)
+    line = providers.Path("ours, without", ("numpy",), switch=("without", "numpy tiles"))
     monkeypatch.setattr(providers, "PATHS", (*providers.PATHS[:1], line))
     rows = _measured(providers.our_providers(places.open_backend("numpy")), "softmax")
     ours = [row.provider for row in rows if row.role == speed.OURS]
     assert ours == ["ours", "ours, without"]
-    assert entered
+    assert {*entered} == {"numpy tiles"}
 
 
 @pytest.mark.libraries("torch", "jax")
 def test_backward_is_timed_where_there_is_autograd(arrays_of):
     place = places.open_backend(arrays_of)
-    everyone, _ = providers.everyone(place, "own", slow_starts=False)
-    rows = _measured(everyone, "logsumexp+backward", "cross_entropy_value_and_grad")
+    all_providers, _ = providers.all_providers(place, "own", slow_starts=False)
+    rows = _measured(all_providers, "logsumexp+backward", "cross_entropy_value_and_grad")
     found = {(row.operation, row.provider): row.problem for row in rows if row.role != speed.COPY}
     ours, theirs = _WITH_AUTOGRAD[place.name]
     for operation in ("logsumexp+backward", "cross_entropy_value_and_grad"):
@@ -157,13 +176,14 @@ def test_backward_is_timed_where_there_is_autograd(arrays_of):
 _WITH_AUTOGRAD = {"torch": ("ours, autograd", "torch"), "jax": ("ours, jit, vjp", "jax.nn, jit")}
 
 
+@pytest.mark.slow("torch.compile calls a C++ compiler")
 @pytest.mark.libraries("torch")
 def test_torch_compiles_before_it_is_timed(arrays_of):
     place = places.open_backend(arrays_of)
     if why := peers.why_not_compiled(place):
         pytest.skip(why)
-    everyone, _ = providers.everyone(place, "own")
-    compiled = [provider for provider in everyone if "compiled" in provider.name]
+    all_providers, _ = providers.all_providers(place, "own")
+    compiled = [provider for provider in all_providers if "compiled" in provider.name]
     rows = _measured(compiled, "logsumexp")
     timed = {row.provider: row for row in rows if row.role != speed.COPY}
     assert timed.keys() == {"ours, compiled", "torch, compiled"}
@@ -175,6 +195,7 @@ def test_torch_compiles_before_it_is_timed(arrays_of):
 # --------------------------------------------------------------------------- taking turns
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("operation", "answer", "problem"),
     [
@@ -226,7 +247,7 @@ class _Clock:
         return seconds
 
 
-def test_everyone_takes_turns_and_who_is_slow_sits_out_first():
+def test_providers_take_turns_and_slow_ones_have_fewer_rounds():
     clock = _Clock()
     turns = {
         name: speed.Timed(lambda name=name, s=s: (name, s), clock, providers.nullcontext)
@@ -246,7 +267,7 @@ def test_everyone_takes_turns_and_who_is_slow_sits_out_first():
 def test_a_short_call_is_repeated():
     clock = _Clock()
     timed = speed.Timed(lambda: ("short", 1e-5), clock, providers.nullcontext)
-    assert speed._repeats(timed, speed.Effort(1, 1, 1, slice_s=1e-3)) == 100
+    assert speed.repeats(timed, slice_s=1e-3) == 100
 
 
 @pytest.mark.parametrize(("device", "numpy_too"), [("cpu", True), ("cuda:0", False)])
@@ -258,7 +279,8 @@ def test_numpy_copies_wherever_the_host_works(device, numpy_too):
     assert ("copy, numpy" in names) == numpy_too
 
 
-def test_the_best_copy_is_the_whole():
+@pytest.mark.once
+def test_the_best_copy_is_100_percent():
     rows = _measured([_numpy("right", **peers.numpy_by_hand(-1, "mean"))], "softmax")
     shares = [row.share_of_copy for row in rows if row.role == speed.COPY]
     assert max(shares) == 1
@@ -273,21 +295,7 @@ def test_threads_copy_every_row(rows):
     np.testing.assert_array_equal(x, y)
 
 
-def test_a_dtype_that_ours_has_not_is_an_error(monkeypatch, capsys):
+def test_a_dtype_that_ours_does_not_have_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(places.Place, "dtypes", lambda self: ["float64"])
     assert _speed("--backend", "numpy", "--dtypes", "float32") == 2
     assert "numpy has no float32 here: float64" in capsys.readouterr().err
-
-
-def test_kernels_are_loaded_before_small_arrays_are_timed():
-    sizes = []
-
-    def seen(x, _):
-        sizes.append(x.size)
-        return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
-
-    place = places.open_backend("numpy")
-    ours = providers.Provider("ours", place, lambda *options: {"softmax": seen}, ours=True)
-    list(speed.measure([ours], ["softmax"], [(4, 3)], ["float32"], TINY))
-    assert sizes[0] >= 1 << 16
-    assert set(sizes[1:]) == {12}

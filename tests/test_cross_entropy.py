@@ -19,6 +19,8 @@ GOLDEN = json.loads(Path(__file__).with_name("cross_entropy_golden.json").read_t
 SOURCES = sorted({case["source"] for case in GOLDEN})
 
 
+@pytest.mark.slow("a large graph for each case", "dask")
+@pytest.mark.slow("XLA compiles each operation for each case", "jax")
 @pytest.mark.parametrize("source", SOURCES)
 def test_golden(xp, source):
     """The losses and gradients of tests/cross_entropy_golden.json, computed with 40 digits."""
@@ -90,6 +92,9 @@ def expected(kind, weighted, ignoring, smoothing, z, cap, masked, reduction):
     return float(mp.fsum(losses) / divisor), grad
 
 
+@pytest.mark.slow("Triton interprets element by element", "triton")
+@pytest.mark.slow("a large graph for each option", "dask")
+@pytest.mark.slow("XLA compiles each option", "jax")
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("kind", TARGETS)

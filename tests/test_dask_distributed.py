@@ -12,7 +12,10 @@ SHAPE = (131_072, 1024)  # float64: 1 GiB
 CHUNKS = {"batch": (1024, 1024), "batch and classes": (4096, 256)}  # of 8 MiB
 
 
-pytestmark = pytest.mark.libraries("dask")
+pytestmark = [
+    pytest.mark.libraries("dask"),
+    pytest.mark.slow("gigabytes go through one worker process"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from calls import as_tuple, every_call
+from calls import as_tuple, every_call, every_call_compiled
 from numpy.testing import assert_allclose, assert_array_equal
 from test_torch import ROWS
 
@@ -34,7 +34,7 @@ def finite(jax, function):
 # --------------------------------------------------------------------------- derivatives
 
 
-@every_call
+@every_call_compiled("XLA compiles four derivatives of each call")
 def test_check_grads(jax, xp, call):
     from jax.test_util import check_grads
 
@@ -72,7 +72,7 @@ def test_transformations_agree_with_the_public_gradients(jax, xp):
         assert_allclose(vjp(y, dy), back(dy)[0], rtol=1e-13, atol=1e-15)
 
 
-@every_call
+@every_call_compiled("XLA compiles each call")
 def test_jit_and_vmap_change_nothing(jax, xp, call):
     function, arrays = call.on(xp.from_numpy)
     expected = [as_tuple(function(*arrays)), as_tuple(function(*(0.5 * a for a in arrays)))]
@@ -97,6 +97,7 @@ def test_the_gradient_through_the_value_has_the_digits_of_the_public_one(jax, xp
         assert_allclose(gradient(x), grad, rtol=4 * 2.0**-23, atol=0.0)
 
 
+@pytest.mark.slow("XLA compiles many derivatives")
 def test_what_a_mask_hides_reaches_no_derivative(jax, xp):
     jnp = jax.numpy
     mask = xp.asarray([[True, False, True], [False] * 3, [True] * 3])

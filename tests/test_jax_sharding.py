@@ -79,6 +79,7 @@ np.testing.assert_array_equal(np.isnan(loss), np.arange(8) == 5)
 """
 
 
+@pytest.mark.slow("a process of its own compiles for four devices")
 @pytest.mark.parametrize(
     "script", [VALUES, STAYS_SPLIT, LABELS], ids=["values", "stays split", "labels"]
 )

@@ -12,10 +12,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-
-import portable_softmax as ps
 from calls import CALLS
 
+import portable_softmax as ps
 from portable_softmax import kernels, libraries
 from portable_softmax.kernels import _decide, _numpy, _table
 from portable_softmax.kernels._request import (
@@ -109,9 +108,7 @@ LIBRARY_NAMES = sorted({kernel.library for kernel in _table.TABLE})
     ],
     ids=["option", "dtype", "tracing"],
 )
-def test_what_no_kernel_declares_takes_the_portable_path(
-    library, operation, changes, why, asked
-):
+def test_what_no_kernel_declares_takes_the_portable_path(library, operation, changes, why, asked):
     """A made-up option, dtype or tracer: each kernel's declaration alone refuses it."""
     for kernel in _table.TABLE:
         if kernel.library == library and operation in kernel.operations:
@@ -211,6 +208,7 @@ def test_what_each_library_has(xp):
 # --------------------------------------------------------------------------- answers
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "shape",
     [(3, 5), (100_000, 3), (3, 100_000), (70, 40, 33), (2, 0), (5, 1), (1, 70_000), (70_000, 1)],
@@ -236,6 +234,7 @@ def test_tiles_answer_as_the_portable_path(shape, dtype):
                 np.testing.assert_allclose(tiled, plain, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("shape", [(3, 5), (100_000, 3), (3, 100_000), (70, 40, 33), (0, 4)])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_tiles_of_a_loss_answer_as_the_portable_path(shape, dtype):

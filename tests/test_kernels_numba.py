@@ -25,6 +25,8 @@ pytestmark = pytest.mark.numba
 ROWS = ("softmax", "log_softmax", "logsumexp")
 LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
 DTYPES = ("float32", "float64", "float16", *(("bfloat16",) if ml_dtypes else ()))
+_SLOW = pytest.mark.slow("Numba compiles every kernel for this dtype")
+EVERY_DTYPE = [pytest.param(d, marks=_SLOW if "16" in d else ()) for d in DTYPES]
 NAME = "numba rows: one pass in cache"
 
 
@@ -74,7 +76,7 @@ def families(n, dtype):
     return x.astype(np_dtype(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
 @pytest.mark.parametrize("n", [4, 5, 10, 16, 79, 127, 128, 255, 256, 1003, 4097, 9000])
 def test_every_kind_of_row_is_exact(every_size, plans, n, dtype):
     if not exact.measures(dtype):
@@ -261,7 +263,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS, ids=str)
 def test_every_axis(every_size, shape, axis, dtype):
     rng = np.random.default_rng(1)
@@ -312,6 +314,7 @@ def test_read_only_arrays_are_not_compiled_anew(every_size):
     assert (len(entries.softmax.overloads), len(entries.cross_entropy.overloads)) == before
 
 
+@pytest.mark.slow("Numba compiles what works on parts of rows, for each dtype")
 def test_few_and_long_rows_are_cut(every_size, monkeypatch):
     split = heavy("_split")
     seen = []
@@ -362,7 +365,7 @@ def test_pieces_and_threads_give_the_same_bits(every_size, plans, monkeypatch, o
 # --------------------------------------------------------------------------- losses
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
 @pytest.mark.parametrize(("shape", "axis"), [((90, 10), -1), ((30, 200), 1), ((2, 20, 9), 1)])
 def test_every_option_of_a_loss(every_size, shape, axis, dtype):
     rng = np.random.default_rng(2)
@@ -632,6 +635,7 @@ def copied(tmp_path):
     return target.parent
 
 
+@pytest.mark.slow("Numba compiles in processes of their own")
 def test_kernels_are_kept_until_any_source_changes(copied, tmp_path):
     here = {"NUMBA_CACHE_DIR": str(tmp_path / "kept")}
     hit, miss = "1 0", "0 1"
@@ -645,6 +649,7 @@ def test_kernels_are_kept_until_any_source_changes(copied, tmp_path):
     assert in_a_fresh_process(LARGE, copied, **here) == miss
 
 
+@pytest.mark.slow("Numba compiles in processes of their own")
 def test_folders_that_cannot_be_written(copied, tmp_path):
     """Beside the source, else the user's, else none: never an error."""
     beside = copied / "portable_softmax" / "kernels" / "_numba" / "__pycache__"

@@ -12,6 +12,8 @@ import portable_softmax as ps
 from portable_softmax.kernels import _numpy, _threads
 from portable_softmax.kernels._numpy import _general, _layout, _losses, _maths, _rows, _small
 
+pytestmark = pytest.mark.once
+
 RNG = np.random.default_rng(21)
 DTYPES = ("float32", "float64")
 

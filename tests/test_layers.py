@@ -105,6 +105,7 @@ def test_single_sample(xp):
     assert_close(xp, layer.backward(), [0.5, -0.5])
 
 
+@pytest.mark.slow("Numba compiles every kernel for two half types", "numba", "torch-numba")
 def test_half_types_keep_their_dtype(xp):
     if not xp.halves:
         pytest.skip(f"{xp.name} has no half types")

@@ -226,6 +226,7 @@ def expected_loss(case):
         return (total / divisor, grad / divisor) if divisor else (model.WIDE(np.nan), grad * 0)
 
 
+@pytest.mark.slow("XLA compiles each example", "jax")
 @settings(max_examples=10 * settings.default.max_examples)
 @given(case=losses())
 def test_cross_entropy_with_any_options(xp, case):

@@ -36,7 +36,9 @@ def different_rows(n: int, m: int, dtype: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
-@pytest.mark.parametrize("shape", [(1, 5), (9, 3), (40, 10), (19, 257), (70, 130), (5, 5000)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 5), (9, 3), (40, 10), (19, 257), (70, 130), (5, 5000)], ids=str
+)
 @pytest.mark.parametrize("last", [True, False], ids=["rows", "columns"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(xp, shape, dtype, last):
     """Permuted rows give permuted bits, and a part of the rows gives that part of the answer."""

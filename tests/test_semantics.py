@@ -146,6 +146,7 @@ def test_integers(xp, dtype):
     assert_close(xp, loss, gap, default)
 
 
+@pytest.mark.slow("Numba compiles every kernel for two half types", "numba", "torch-numba")
 def test_half_types(xp):
     """float16, bfloat16 | computed in float32, rounded once to the input's dtype"""
     if not xp.halves:

@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from calls import CALLS, as_tuple, every_call
+from calls import CALLS, as_tuple, every_call, every_call_compiled
 from numpy.testing import assert_array_equal
 
 import portable_softmax as ps
@@ -35,7 +35,7 @@ def finite(torch, function):
 # --------------------------------------------------------------------------- derivatives
 
 
-@every_call
+@every_call_compiled("difference quotients for every argument")
 def test_gradcheck_and_gradgradcheck(torch, xp, call):
     function, arrays = call.on(xp.from_numpy)
     function = finite(torch, function)
@@ -280,7 +280,7 @@ def compiled(torch):
     torch.compiler.reset()
 
 
-@every_call
+@every_call_compiled("torch.compile traces each call")
 def test_compiles_as_one_graph(torch, xp, compiled, call):
     function, arrays = call.on(xp.from_numpy)
     actual = as_tuple(compiled(function, backend="eager")(*arrays))
@@ -291,6 +291,7 @@ def test_compiles_as_one_graph(torch, xp, compiled, call):
 DIFFERENTIATED = [n for n in CALLS if "weight, label_smoothing" in n or n.endswith("softmax()")]
 
 
+@pytest.mark.slow("torch.compile traces each call, forward and backward")
 @pytest.mark.parametrize("name", DIFFERENTIATED)
 def test_a_compiled_gradient_is_the_eager_one(torch, xp, compiled, name):
     function, arrays = CALLS[name].on(xp.from_numpy)

@@ -166,6 +166,7 @@ def side_of(name):
     return shape, axis, way, (once or [way])[0]
 
 
+@pytest.mark.slow("Triton interprets element by element")
 @pytest.mark.parametrize(
     ("side", "dtype"), [*((s, "float32") for s in SIDES), ("longer parts", "bfloat16")]
 )
@@ -199,6 +200,7 @@ def test_both_sides_of_every_threshold(xp, launches, small, side, dtype):
         assert_allclose(xp.numpy(actual), xp.numpy(expected), rtol=rounding, atol=rounding * scale)
 
 
+@pytest.mark.slow("Triton interprets element by element")
 @pytest.mark.parametrize("side", [s for s in SIDES if s != "two axes"])
 def test_both_sides_of_every_threshold_of_the_loss(xp, launches, small, side):
     shape, axis, way, once = side_of(side)
@@ -282,6 +284,7 @@ def test_confident_rows_in_every_pass(xp, small, n, dtype):
         assert_allclose(xp.numpy(grad)[0, n // 2], -others, rtol=8 * np.finfo(dtype).eps)
 
 
+@pytest.mark.slow("Triton interprets element by element")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("smoothed", [False, True])
 def test_the_label_entry_of_many_confident_rows(xp, dtype, smoothed):

@@ -279,6 +279,7 @@ def test_vjps_check_their_arguments(xp):
 # --------------------------------------------------------------------------- sums
 
 
+@pytest.mark.slow("Triton interprets element by element", "triton")
 def test_long_columns_keep_their_digits(xp):
     """A running sum of 100 000 rows in float32 is off by thousands of units; ours by a few."""
     n = 100_000

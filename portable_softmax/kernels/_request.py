@@ -28,6 +28,7 @@ LossOptions = portable.Options
 
 PLAIN_ROWS = RowOptions()
 PLAIN_LOSS = LossOptions()
+NONE_GIVEN: tuple[str, ...] = ()
 
 
 def active(options: Any, neutral: Any) -> tuple[str, ...]:
@@ -61,7 +62,7 @@ class Request(NamedTuple):
     result_dtype: Any
     tracing: str = ""  # what follows or replaces the arrays' values, such as "torch.compile"
     options: Any = PLAIN_ROWS
-    active: tuple[str, ...] = ()  # the options that are not neutral, and the kind of labels
+    active: tuple[str, ...] = NONE_GIVEN  # the options that are not neutral, and the kind of labels
     dy: Any = None
     labels: Any = None
     indices: bool = True  # class indices, or else probabilities
@@ -84,7 +85,9 @@ class Request(NamedTuple):
         if last - first + 1 != len(axes):
             return None
         return Layout(
-            math.prod(shape[:first]), math.prod(shape[first : last + 1]), math.prod(shape[last + 1 :])
+            math.prod(shape[:first]),
+            math.prod(shape[first : last + 1]),
+            math.prod(shape[last + 1 :]),
         )
 
     def reduced_shape(self) -> list[int]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from portable_softmax.kernels._table import NAMES
 from portable_softmax.libraries import traced_as_constant
@@ -44,17 +44,22 @@ def _from_environment() -> Switches:
     return Switches(asked=tuple(asked))
 
 
-_SWITCHES: ContextVar[Switches] = ContextVar("portable_softmax", default=_from_environment())
+_ENVIRONMENT = _from_environment()
+_SWITCHES: ContextVar[Switches] = ContextVar("portable_softmax", default=_ENVIRONMENT)
 
 
 @traced_as_constant
-def switches() -> Switches:
-    """Return what is set now."""
-    return _SWITCHES.get()
+def switches() -> Switches | None:
+    """Return what is set now, None where nothing is.
+
+    While torch.compile traces a call, the switches of that moment count for the compiled code.
+    """
+    found = _SWITCHES.get()
+    return None if found is NOTHING_SET else found
 
 
 @contextmanager
-def switched(**changes: object) -> Iterator[None]:
+def switched(**changes: Any) -> Iterator[None]:
     """Change some of it in a block."""
     token = _SWITCHES.set(_SWITCHES.get()._replace(**changes))
     try:

@@ -1,4 +1,4 @@
-"""What differs between array libraries, and nothing else: one class a library, in a file of its own.
+"""What differs between array libraries, and nothing else: one class a library, one file each.
 
 This room is the only importer of array_api_compat. A library is recognised by the type of its
 array and never imported for it: an array can only exist after somebody else has imported the
@@ -38,9 +38,9 @@ __all__ = [
     "device",
     "differentiates",
     "dtype_name",
-    "gather",
     "gathers",
     "is_chunked",
+    "is_known",
     "kind",
     "library_of",
     "namespace",
@@ -50,6 +50,8 @@ __all__ = [
     "reduce_chunks",
     "same_device",
     "scalar",
+    "sums_in_blocks",
+    "take_along_axis",
     "traced_as_constant",
 ]
 
@@ -158,11 +160,8 @@ def cast(xp: Namespace, x: Any, dtype: Any) -> Any:
 
 
 def scalar(xp: Namespace, value: float, like: Any) -> Any:
-    """Return `value` as a 0-d array with the dtype and device of `like`.
-
-    Versions of the standard before 2024.12 take no Python scalars in functions such as `where`.
-    """
-    return xp.asarray(value, dtype=like.dtype, device=device(like))
+    """Return `value` as a 0-d array with the dtype and device of `like`."""
+    return of(xp).scalar(value, like)
 
 
 def constant(xp: Namespace, x: Any) -> Any:
@@ -180,9 +179,19 @@ def gathers(xp: Namespace) -> bool:
     return of(xp).gathers
 
 
-def gather(xp: Namespace, values: Any, index: Any, axis: int) -> Any:
-    """Return ``values[index]`` along `axis`."""
-    return of(xp).gather(values, index, axis)
+def take_along_axis(xp: Namespace, x: Any, index: Any, axis: int) -> Any:
+    """Return the entries of `x` at `index` along `axis`; other axes have the same lengths."""
+    return of(xp).take_along_axis(x, index, axis)
+
+
+def sums_in_blocks(xp: Namespace, x: Any, axis: int) -> bool:
+    """Return whether the library's own sum along `axis` keeps its digits on a long axis."""
+    return of(xp).sums_in_blocks(x, axis)
+
+
+def is_known(xp: Namespace, number: Any) -> bool:
+    """Return whether a length or number is known, and no symbol that a compiler has for any."""
+    return of(xp).is_known(number)
 
 
 def is_chunked(xp: Namespace) -> bool:

@@ -81,7 +81,9 @@ class Library:
         if kind == "integer":
             return Dtype(name, kind, None)  # the default may change from call to call
         native = self._native(dtype)
-        return Dtype(name, kind, (self._native(self.xp.float32) if kind == "half" else native, native))
+        return Dtype(
+            name, kind, (self._native(self.xp.float32) if kind == "half" else native, native)
+        )
 
     def _name(self, dtype: Any) -> str:
         return dtype_name(dtype)
@@ -123,8 +125,7 @@ class Library:
 
     def complex_dtype(self, dtype: Any) -> Any:
         """Return the complex dtype that holds a real or complex `dtype`."""
-        names = {"float32": self.xp.complex64, "float64": self.xp.complex128}
-        return names.get(dtype_name(dtype), dtype)
+        return self.xp.result_type(dtype, self.xp.complex64)
 
     def default_float(self, x: Any) -> Any:
         """Return the floating dtype that the library gives to a Python float today."""
@@ -149,9 +150,24 @@ class Library:
         """Return `x` with its derivative cut off."""
         return x
 
-    def gather(self, values: Any, index: Any, axis: int) -> Any:
-        """Return ``values[index]`` along `axis`; both have the same number of axes."""
-        return self.xp.take_along_axis(values, index, axis=axis)
+    def scalar(self, value: float, like: Any) -> Any:
+        """Return `value` as a 0-d array with the dtype and device of `like`.
+
+        Versions of the standard before 2024.12 take no Python scalars in functions such as `where`.
+        """
+        return self.xp.asarray(value, dtype=like.dtype, device=self.device(like))
+
+    def take_along_axis(self, x: Any, index: Any, axis: int) -> Any:
+        """Return the entries of `x` at `index` along `axis`; other axes have the same lengths."""
+        return self.xp.take_along_axis(x, index, axis=axis)
+
+    def sums_in_blocks(self, x: Any, axis: int) -> bool:
+        """Return whether the library's own sum along `axis` keeps its digits on a long axis."""
+        return bool(axis == x.ndim - 1)
+
+    def is_known(self, number: Any) -> bool:
+        """Return whether a length or number is known, and no symbol that a compiler has for any."""
+        return isinstance(number, int | float)
 
     def reduce_chunks(self, x: Any, axes: tuple[int, ...], function: Callable[..., Any]) -> Any:
         """Fold the chunks of `x` over `axes` in a tree, the axes kept with length 1.

@@ -41,7 +41,7 @@ _FLOAT, _INT = np.dtype(np.float64), np.dtype(np.int64)
 
 
 class NumPy(Library):
-    """NumPy 2 is a namespace of the standard: array_api_compat.numpy, slow to import, is not needed."""
+    """NumPy 2 is a namespace of the standard itself: array_api_compat.numpy is slow to import."""
 
     gathers = True
 
@@ -86,6 +86,15 @@ class NumPy(Library):
     def scalar_if_0d(self, y: Any) -> Any:
         """Return `y`, as a scalar if it is 0-d."""
         return y[()] if y.ndim == 0 else y
+
+    def sums_in_blocks(self, x: Any, axis: int) -> bool:
+        """Return whether the axis is the innermost in memory: NumPy sums pairwise there alone."""
+        stride = abs(x.strides[axis])
+        return stride > 0 and all(
+            stride < abs(other)
+            for a, (other, n) in enumerate(zip(x.strides, x.shape, strict=True))
+            if a != axis and n > 1
+        )
 
     def reads_values(self, x: Any) -> bool:
         """Return True."""

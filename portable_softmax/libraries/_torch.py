@@ -82,6 +82,26 @@ class Torch(Library):
         """Return `x` with its derivative cut off."""
         return x.detach()
 
+    def scalar(self, value: float, like: Any) -> Any:
+        """Return a 0-d tensor; of a symbol of torch.compile, `asarray` would make a constant."""
+        return self.xp.full((), value, dtype=like.dtype, device=like.device)
+
+    def take_along_axis(self, x: Any, index: Any, axis: int) -> Any:
+        """Gather: take_along_dim broadcasts, and torch.compile compiles it for one batch size."""
+        return x.gather(axis, index)
+
+    def sums_in_blocks(self, x: Any, axis: int) -> bool:
+        """Return True, except where code that is generated for CPUs adds row after row."""
+        return bool(axis == x.ndim - 1) or not self._torch.compiler.is_compiling()
+
+    def is_known(self, number: Any) -> bool:
+        """Return whether a number is known; in a trace a symbol looks like its first value."""
+        torch = self._torch
+        if torch.compiler.is_compiling():
+            shapes = torch.fx.experimental.symbolic_shapes
+            return hasattr(shapes, "has_static_value") and shapes.has_static_value(number)
+        return isinstance(number, int | float)
+
     def reads_values(self, x: Any) -> bool:
         """Return whether the values of `x` can be looked at now."""
         if self._torch.compiler.is_compiling() or x.is_meta or type(x).__name__ in _ABSTRACT:

@@ -102,7 +102,7 @@ def _cast(loss: Any, request: Request) -> Any:
 
 
 def _losses_of(request: Request, *, with_grad: bool) -> tuple[Any, Any]:
-    small = _small.losses(request, with_grad=with_grad)
+    small: tuple[Any, Any] | None = _small.losses(request, with_grad=with_grad)
     if small is not None:
         return small
     found = layout(request.x, request.axes, request.compute_dtype)

@@ -22,7 +22,9 @@ Cut = tuple[slice, ...]
 def rows(request: Request) -> Any:
     """softmax, log_softmax and logsumexp, the last with its axes kept."""
     x, axes, compute = request.x, request.axes, request.compute_dtype
-    where = None if request.options.where is None else np.broadcast_to(request.options.where, x.shape)
+    where = (
+        None if request.options.where is None else np.broadcast_to(request.options.where, x.shape)
+    )
     kept = request.operation != "logsumexp"
     shape = [n if kept or a not in axes else 1 for a, n in enumerate(x.shape)]
     out = np.empty(shape, request.result_dtype)
@@ -64,7 +66,9 @@ def losses(request: Request) -> tuple[Any, Any]:
         loss[cut] = np.expand_dims(value, axis)
 
     _run(work, x, (axis,), compute)
-    return portable.reduced(np, loss, target, axis, options.reduction).astype(request.result_dtype), grad
+    return portable.reduced(np, loss, target, axis, options.reduction).astype(
+        request.result_dtype
+    ), grad
 
 
 def _run(work: Callable[[Cut], None], x: Any, axes: tuple[int, ...], compute: Any) -> None:

@@ -84,7 +84,11 @@ def losses(request: Request, layout: Layout, labels: Any, *, with_grad: bool) ->
         scale: Any = None
         if with_grad:
             scale = 1.0 / divisor if divisor else 0.0
-            scale = np.asarray(scale, request.compute_dtype) if u is None else u * request.compute_dtype.type(scale)
+            scale = (
+                np.asarray(scale, request.compute_dtype)
+                if u is None
+                else u * request.compute_dtype.type(scale)
+            )
             target = layout.view(gradients, piece)
             y = x if layout.copies else target
         else:
@@ -126,7 +130,11 @@ def losses(request: Request, layout: Layout, labels: Any, *, with_grad: bool) ->
         return none, grad
     loss = np.add.reduce(sums)
     if reduction == "mean":
-        loss = loss / request.compute_dtype.type(divisor) if divisor else request.compute_dtype.type(math.nan)
+        loss = (
+            loss / request.compute_dtype.type(divisor)
+            if divisor
+            else request.compute_dtype.type(math.nan)
+        )
     return loss, grad
 
 

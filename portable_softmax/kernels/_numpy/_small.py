@@ -174,4 +174,3 @@ def _gradient(x: Any, at: Any, m: Any, label: Any, gap: Any, scale: float) -> tu
     np.multiply(e, factor, e)
     e.put(label, at_label)
     return rest, e
-

@@ -1,0 +1,71 @@
+"""What the command line takes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from bench import memory, places, speed, thresholds, versus
+from bench.errors import CommandError
+
+_PEERS_HELP = "those of every library on that kind of device, or of the backend's own library only"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of every command."""
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--quick", action="store_true", help="a short run, to see that it runs")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write the measurements there")
+
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument(
+        "--backend", default="numpy", choices=places.CHOICES, help="the array library"
+    )
+    where.add_argument("--shapes", metavar="ROWSxCLASSES,...", help="comma list")
+
+    top = _Parser(prog="python -m bench", description="Measure this package beside its peers.")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="speed|versus|memory|accuracy|plot|thresholds"
+    )
+    one = commands.add_parser("speed", parents=[output, where], help="time, and GB/s beside a copy")
+    one.add_argument("--plot", type=Path, metavar="FOLDER", help="draw figures there")
+    one.add_argument("--compare", type=Path, metavar="OLD", help="the --json of an earlier run")
+    one.add_argument("--peers", default="all", choices=("all", "own"), help=_PEERS_HELP)
+    one.add_argument("--ops", default="", help="comma list")
+    one.add_argument("--dtypes", default="", help="comma list")
+    draw = commands.add_parser("plot", help="the figures of an earlier run of speed")
+    draw.add_argument("file", type=Path, help="its --json")
+    draw.add_argument("folder", type=Path, help="where to draw")
+    draw.set_defaults(json=None)
+    most = commands.add_parser("memory", parents=[output, where], help="peaks of memory")
+    most.add_argument("--peers", default="own", choices=("own", "none"), help="beside ours")
+    most.add_argument("--ops", default=",".join(memory.OPERATIONS), help="comma list")
+    most.add_argument("--dtypes", default=memory.DTYPES, help="comma list")
+    two = commands.add_parser(
+        "accuracy", parents=[output], help="errors in units in the last place"
+    )
+    two.add_argument("--backend", default="", help="comma list of where to measure ours")
+    two.add_argument("--dtypes", default="", help="comma list")
+    two.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there")
+    pair = commands.add_parser(
+        "versus", parents=[output], help="this tree beside another checkout, in turns"
+    )
+    pair.add_argument("other", type=Path, help="a folder that holds portable_softmax/")
+    pair.add_argument("--backend", default="numpy", help="comma list")
+    pair.add_argument("--shapes", default="", metavar="ROWSxCLASSES,...", help="comma list")
+    pair.add_argument("--ops", default="", help="comma list")
+    pair.add_argument("--dtypes", default=speed.DTYPES, help="comma list")
+    pair.add_argument("--path", action="append", help="such as 'ours, autograd'; may be repeated")
+    pair.add_argument("--fresh", action="store_true", help="small arrays, a process a cell")
+    pair.add_argument("--limit", type=float, default=versus.LIMIT, help="largest ratio that passes")
+    sizes = commands.add_parser(
+        "thresholds", parents=[output], help="both sides of the kernels' sizes"
+    )
+    sizes.add_argument("--dtypes", default=thresholds.DTYPES, help="comma list")
+    return top

@@ -1,0 +1,173 @@
+"""``bench versus`` compares two checkouts in turns, each in a process of its own."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+import portable_softmax
+from bench import speed, versus
+from bench.__main__ import main
+from bench.errors import CommandError
+
+pytestmark = pytest.mark.once
+
+SLOWER = """
+def _slower(function):
+    import functools, time
+    @functools.wraps(function)
+    def call(*args, **options):
+        time.sleep(0.003)
+        return function(*args, **options)
+    return call
+
+softmax = _slower(softmax)
+"""
+WRONG = "\nsoftmax = log_softmax\n"
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another checkout of the package."""
+    source = Path(portable_softmax.__file__).parent
+    shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def change(folder: Path, text: str) -> None:
+    with (folder / "portable_softmax" / "__init__.py").open("a") as file:
+        file.write(text)
+
+
+def run(folder: Path, *arguments: str) -> int:
+    few = ("--quick", "--dtypes", "float32", "--ops", "softmax", "--path", "ours")
+    return main(["versus", str(folder), *few, *arguments])
+
+
+@pytest.mark.parametrize("mode", [("--shapes", "4x3"), ("--shapes", "4x3", "--fresh")])
+def test_each_tree_runs_its_own_package(other, mode, tmp_path, capsys):
+    change(other, SLOWER)
+    path = tmp_path / "versus.json"
+    assert run(other, *mode, "--json", str(path)) == 0
+    document = json.loads(path.read_text())
+    (cell,) = document["cells"]
+    assert cell["key"] == ["numpy", [4, 3], "float32", "softmax", "ours"]
+    assert cell["ratio"] == pytest.approx(cell["now_s"] / cell["before_s"])
+    assert cell["before_s"] > 0.003 > 2 * cell["now_s"]
+    assert {"commit", "machine", "versions", "backends", "other"} <= document.keys()
+    assert "1 cells, geometric mean" in capsys.readouterr().out
+
+
+def test_a_cell_over_the_limit_fails(other, capsys):
+    assert run(other, "--shapes", "4x3", "--limit", "0.01") == 1
+    out = capsys.readouterr().out
+    assert "SLOWER" in out
+    assert "1 over 0.01 or wrong" in out
+
+
+def test_a_wrong_result_is_not_timed(other, capsys):
+    change(other, WRONG)
+    assert run(other, "--shapes", "4x3") == 0
+    assert "before: wrong: relative error" in capsys.readouterr().out
+    key = versus.Key("numpy", (4, 3), "float32", "softmax", "ours")
+    assert not versus.Cell(key, before_problem="wrong").fails(1.1)
+    assert versus.Cell(key, problem="wrong").fails(1.1)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        (None, (), "is no checkout of portable_softmax"),
+        ("raise SystemExit", (), "ended early, see above"),
+        ("__file__ = '/elsewhere/portable_softmax/__init__.py'", (), "that was imported is"),
+        ("", ("--path", "ours, quick"), "unknown path 'ours, quick'"),
+        ("", ("--ops", "logsumexp+backward"), "nothing to compare"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(other, text, arguments, message, capsys):
+    if text is None:
+        shutil.rmtree(other / "portable_softmax")
+    else:
+        change(other, f"\n{text}\n")
+    assert run(other, *arguments) == 2
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+# --------------------------------------------------------------------------- taking turns
+
+
+class FakeTree:
+    """A process that answers from a list of seconds, and logs its turns."""
+
+    def __init__(self, name, seconds, log):
+        self.name, self.seconds, self.log = name, iter(seconds), log
+
+    def send(self, request):
+        self.log.append((self.name, request))
+
+    def receive(self):
+        return next(self.seconds)
+
+
+def test_the_trees_take_turns_and_the_fastest_round_counts():
+    log = []
+    before, now = FakeTree("before", (4.0, 2.0, 3.0), log), FakeTree("now", (3.0, 9.0, 5.0), log)
+    cell = versus.Cell(versus.Key("numpy", (4, 3), "float32", "softmax", "ours"))
+    versus._take_turns(cell, before, now, speed.Effort(seconds=0.0, rounds=3, most=9))
+    assert [name for name, _ in log] == ["before", "now", "now", "before", "before", "now"]
+    assert (cell.before_s, cell.now_s) == (2.0, 3.0)
+    assert cell.ratio == 1.5
+
+
+def test_rounds_go_on_until_the_time_is_used_up():
+    log = []
+    trees = [FakeTree(name, (0.1,) * 9, log) for name in ("before", "now")]
+    cell = versus.Cell(versus.Key("numpy", (4, 3), "float32", "softmax", "ours"))
+    versus._take_turns(cell, *trees, speed.Effort(seconds=0.45, rounds=2, most=9))
+    assert len(log) == 2 * 5
+
+
+def test_a_tree_without_a_time_has_no_ratio():
+    assert math.isnan(versus.Cell(versus.Key("numpy", (4, 3), "float32", "softmax", "ours")).ratio)
+
+
+@pytest.mark.parametrize(
+    ("fresh", "groups"),
+    [
+        (False, [["a", "b"], ["b"], ["b"]]),
+        (True, [["a"]] * versus.FRESH_PAIRS + [["b"]] * (versus.FRESH_PAIRS + versus.MORE)),
+    ],
+)
+def test_a_fresh_cell_has_processes_of_its_own_and_a_slow_one_gets_more(monkeypatch, fresh, groups):
+    seen = []
+
+    def measure(other, cells, effort):
+        seen.append([cell.key.path for cell in cells])
+        for cell in cells:
+            cell.before_s, cell.now_s = 1.0, 2.0 if cell.key.path == "b" else 1.0
+
+    monkeypatch.setattr(versus, "_measure", measure)
+    keys = [versus.Key("numpy", (4, 3), "float32", "softmax", path) for path in "ab"]
+    found = versus.measure(Path(), keys, limit=1.1, fresh=fresh, effort=speed.QUICK)
+    assert [cell.ratio for cell in found] == [1.0, 2.0]
+    assert seen == groups
+
+
+def test_the_bench_of_this_tree_measures_both(other):
+    (other / "bench").mkdir()
+    (other / "bench" / "__init__.py").write_text("raise SystemExit")
+    version, offered = versus.paths(other, "numpy")
+    assert version.startswith("numpy ")
+    assert ("ours", "softmax") in offered
+
+
+def test_a_process_that_fails_is_reported(other):
+    with versus.Tree(other) as tree:
+        tree.send("no such request")
+        with pytest.raises(CommandError, match="ended early"):
+            tree.receive()
