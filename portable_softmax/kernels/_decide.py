@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
 
 from portable_softmax.kernels._request import Request
-from portable_softmax.kernels._switches import NOTHING_SET, Switches, switched, switches
+from portable_softmax.kernels._switches import Switches, switched, switches
 from portable_softmax.kernels._table import TABLE, Kernel
 from portable_softmax.libraries import traced_as_constant
 
@@ -39,11 +39,11 @@ class Candidate:
             self.declines = module.declines
             self.answer = getattr(module, operation)
 
-    def objection(self, request: Request, switch: Switches) -> str:
+    def objection(self, request: Request, switch: Switches | None) -> str:
         """Return why the kernel does not take a call; empty if it does."""
         kernel = self.kernel
         asked = False
-        if switch is not NOTHING_SET:
+        if switch is not None:
             if kernel.name in switch.off:
                 return "switched off by kernels.without()"
             asked = kernel.name in switch.asked
@@ -83,16 +83,16 @@ def candidates(library: str, operation: str) -> tuple[Candidate, ...]:
     return found
 
 
-def decide(request: Request, switch: Switches) -> Decision:
+def decide(request: Request, switch: Switches | None) -> Decision:
     """Return the one path that a call takes."""
     found = candidates(request.library.name, request.operation)
     if not found:
         return Decision(None, f"no kernel for {request.operation} on {request.library.name}")
-    if switch.portable:
+    if switch is not None and switch.portable:
         return Decision(None, f"forced by {switch.portable}")
     if not request.axes or 0 in request.x.shape:
         return Decision(None, "nothing to reduce")
-    if asked := switch.asked:
+    if switch is not None and (asked := switch.asked):
         found = tuple(sorted(found, key=lambda c: c.kernel.name not in asked))
     passed_over: tuple[tuple[str, str], ...] = ()
     for candidate in found:
@@ -108,7 +108,7 @@ def run(request: Request, portable: Callable[[Request], Any]) -> Any:
     """Decide, then answer by the kernel, or by `portable`."""
     switch = switches()
     decision = decide(request, switch)
-    if switch.explaining:
+    if switch is not None and switch.explaining:
         raise _Decided(decision)
     answer = portable if decision.taken is None else decision.taken.answer
     return request.library.quietly(answer, request)

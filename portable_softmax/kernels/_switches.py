@@ -49,9 +49,13 @@ _SWITCHES: ContextVar[Switches] = ContextVar("portable_softmax", default=_ENVIRO
 
 
 @traced_as_constant
-def switches() -> Switches:
-    """Return what is set now."""
-    return _SWITCHES.get()
+def switches() -> Switches | None:
+    """Return what is set now, None where nothing is.
+
+    While torch.compile traces a call, the switches of that moment count for the compiled code.
+    """
+    found = _SWITCHES.get()
+    return None if found is NOTHING_SET else found
 
 
 @contextmanager

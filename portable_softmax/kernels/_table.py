@@ -23,13 +23,15 @@ from typing import Any, NamedTuple
 
 from portable_softmax.kernels._request import LOSSES, OPERATIONS, Request
 
-Names = frozenset[str]
+Names = tuple[str, ...]  # torch.compile cannot look into sets that it takes for constants
 
-FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
-INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
-LABELS_AND_WEIGHTS = frozenset({"ignore_index", "reduction", "weight"})
-LOSS_OPTIONS = LABELS_AND_WEIGHTS | {"label_smoothing", "z_loss", "softcap", "where"}
-PROBABILITIES = frozenset({"probabilities"})  # labels that are no indices
+FLOATS = ("float32", "float64", "float16", "bfloat16")
+INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+LABELS_AND_WEIGHTS = ("ignore_index", "reduction", "weight")
+LOSS_OPTIONS = (*LABELS_AND_WEIGHTS, "label_smoothing", "z_loss", "softcap", "where")
+# As Triton reads it, when it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+PROBABILITIES = "probabilities"  # labels that are no indices
 
 
 class Kernel(NamedTuple):
@@ -41,9 +43,9 @@ class Kernel(NamedTuple):
     module: str
     operations: tuple[str, ...] = OPERATIONS
     dtypes: Names = FLOATS
-    options: Names = frozenset()
-    devices: Names = frozenset()  # any
-    tracing: Names = frozenset()
+    options: Names = ()
+    devices: Names = ()  # any
+    tracing: Names = ()
     at_least: int = 0
     """Arrays with fewer elements are left to others, unless `kernels.use` names the kernel."""
     at_most: int | None = None
@@ -54,14 +56,13 @@ class Kernel(NamedTuple):
 
     def objection(self, request: Request, asked: bool) -> str:
         """Return what of a call is not declared; empty if everything is."""
-        if request.tracing:
-            if request.tracing not in self.tracing:
-                return f"traced: {request.tracing}"
-        elif self.devices:
+        if request.tracing and request.tracing not in self.tracing:
+            return f"traced: {request.tracing}"
+        if self.devices:
             device = request.library.device_type(request.x)
             if device not in self.devices:
                 return f"device {device}"
-        if not asked:
+        if not asked and (self.at_least or self.at_most is not None):
             size = request.library.size(request.x)
             if size < self.at_least:
                 return "too few elements"
@@ -79,30 +80,37 @@ class Kernel(NamedTuple):
 _HERE = "portable_softmax.kernels"
 
 _TORCH = f"{_HERE}._torch"
+_SMALL = (1 << 16) - 1  # not worth a compilation, nor a second thread
+
 _NUMBA = Kernel(
     name="numba rows",
     why="one pass in cache",
     library="numpy",
     module=f"{_HERE}._numba",
-    options=LABELS_AND_WEIGHTS | {"temperature", "label_smoothing", "z_loss"},
-    at_least=1 << 16,  # less is not worth a compilation, nor a second thread
+    options=(*LABELS_AND_WEIGHTS, "temperature", "label_smoothing", "z_loss"),
+    at_least=_SMALL + 1,
 )
 _TILES = Kernel(
     name="numpy tiles",
     why="row tiles in cache",
     library="numpy",
     module=f"{_HERE}._numpy",
-    dtypes=FLOATS | INTEGERS,
-    options=LOSS_OPTIONS | PROBABILITIES | {"temperature"},
+    dtypes=(*FLOATS, *INTEGERS),
+    options=(*LOSS_OPTIONS, PROBABILITIES, "temperature"),
 )
-_LENT: dict[str, Any] = {"library": "torch", "adapter": _TORCH, "devices": frozenset({"cpu"}), "dtypes": FLOATS}
+_LENT: dict[str, Any] = {
+    "library": "torch",
+    "adapter": _TORCH,
+    "devices": ("cpu",),
+    "dtypes": FLOATS,
+}
 
 # For each library the first one that takes a call has it. Small arrays come to the tiles at once.
 TABLE = (
-    _TILES._replace(at_most=(1 << 16) - 1),
+    _TILES._replace(at_most=_SMALL),
     _NUMBA,
     _TILES,
-    _TILES._replace(**_LENT, at_most=(1 << 16) - 1),
+    _TILES._replace(**_LENT, at_most=_SMALL),
     _NUMBA._replace(**_LENT),
     _TILES._replace(**_LENT),
     Kernel(
@@ -111,9 +119,9 @@ TABLE = (
         library="jax",
         module=f"{_HERE}._jax",
         operations=("log_softmax", "logsumexp", *LOSSES),
-        dtypes=FLOATS | INTEGERS,
-        options=frozenset({"ignore_index", "reduction"}),
-        tracing=frozenset({"traced"}),
+        dtypes=(*FLOATS, *INTEGERS),
+        options=("ignore_index", "reduction"),
+        tracing=("traced",),
     ),
     *(
         Kernel(
@@ -122,12 +130,10 @@ TABLE = (
             library=library,
             module=f"{_HERE}._triton",
             adapter=adapter,
-            options=LOSS_OPTIONS | PROBABILITIES | {"temperature"},
+            options=(*LOSS_OPTIONS, PROBABILITIES, "temperature"),
             # Triton's interpreter runs on the CPU: that is how the kernels are tested.
-            devices=frozenset(
-                {"cuda"} | ({"cpu"} if os.environ.get("TRITON_INTERPRET") else set())
-            ),
-            tracing=frozenset({"torch.compile"} if adapter else ()),
+            devices=("cuda", "cpu") if INTERPRETED else ("cuda",),
+            tracing=("torch.compile",) if adapter else (),
             on_by_default=False,  # they have not run on a device yet
         )
         for library, adapter in (("torch", _TORCH), ("cupy", ""))

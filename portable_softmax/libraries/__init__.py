@@ -9,7 +9,9 @@ The functions below ask the class of a namespace: mathematics that takes `xp` ne
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import array_api_compat as compat
@@ -85,10 +87,26 @@ def library_of(array: Any) -> Library:
     """Return the library of an array; TypeError for anything else."""
     found = BY_TYPE.get(type(array))
     if found is None:
-        if compat.is_numpy_array(array):
-            return _NUMPY
-        found = BY_TYPE[type(array)] = of(compat.array_namespace(array))
+        found = _of_tensor(type(array))
+        if found is None:
+            if compat.is_numpy_array(array):
+                return _NUMPY
+            found = of(compat.array_namespace(array))
+        BY_TYPE[type(array)] = found
     return found
+
+
+@traced_as_constant
+def _of_tensor(cls: type) -> Library | None:
+    """Return torch for a class of its tensors, and None for any other.
+
+    torch.compile may trace the first call of all: the lookup of a namespace has caches, of which
+    it warns.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not issubclass(cls, torch.Tensor):
+        return None
+    return of(import_module("array_api_compat.torch"))
 
 
 def namespace(*arrays: Any) -> Namespace:

@@ -1,4 +1,4 @@
-"""torch: what follows its operations, and the memory of its CPU tensors.
+"""torch: what follows its operations, and which of its tensors are no more than their memory.
 
 The names of torch that are private stand here, and nowhere else. Without one of them in some
 version nobody can tell whether an operation is followed: kernels then leave its tensors to torch's
@@ -12,38 +12,19 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any, TypeVar
 
+from portable_softmax._typing import Namespace
 from portable_softmax.libraries._library import Library
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 PRIVATE = {
-    "functional transforms": "torch._C._functorch.peek_interpreter_stack",
-    "the vmap of is_grads_batched": "torch._C._functorch.is_legacy_batchedtensor",
-    "dispatch modes": "torch._C._len_torch_dispatch_stack",
-    "forward-mode differentiation": "torch.autograd.forward_ad._current_level",
+    "functional transforms": "_C._functorch.peek_interpreter_stack",
+    "the vmap of is_grads_batched": "_C._functorch.is_legacy_batchedtensor",
+    "dispatch modes": "_C._len_torch_dispatch_stack",
+    "forward-mode differentiation": "autograd.forward_ad._current_level",
+    "zero tensors": "Tensor._is_zerotensor",
 }
-
-
-def _torch() -> Any:
-    """Return the module, which somebody has imported to make the tensor."""
-    return sys.modules["torch"]
-
-
-def missing_private_name() -> str:
-    """Return the first private name that this version of torch lacks; empty if it has all."""
-    if not _checked:
-        for path in PRIVATE.values():
-            try:
-                reduce(getattr, path.split(".")[1:], _torch())
-            except AttributeError:
-                _checked.append(path)
-                break
-        else:
-            _checked.append("")
-    return _checked[0]
-
-
-_checked: list[str] = []
+_ABSTRACT = ("FakeTensor", "FunctionalTensor")  # subclasses without values, by name
 
 
 def traced_as_constant(function: Function) -> Function:
@@ -56,15 +37,46 @@ def traced_as_constant(function: Function) -> Function:
     return function
 
 
+@traced_as_constant
+def _transform() -> str:
+    """Return which functional transform torch.compile has entered: it enters them for real."""
+    torch: Any = sys.modules["torch"]
+    return "a functional transform" if torch._C._functorch.peek_interpreter_stack() is not None else ""
+
+
 class Torch(Library):
     """Tensors of any device; autograd, functional transforms and compilers follow them."""
 
     differentiates = True
     gathers = True
 
+    def __init__(self, xp: Namespace, name: str) -> None:
+        super().__init__(xp, name)
+        torch: Any = sys.modules["torch"]  # somebody has imported it to make a tensor
+        self._torch = torch
+        self._lacks = _first_missing(torch)
+        if not self._lacks:
+            self._forward_ad = torch.autograd.forward_ad
+            self._interpreter = torch._C._functorch.peek_interpreter_stack
+            self._is_batched = torch._C._functorch.is_legacy_batchedtensor
+            self._modes = torch._C._len_torch_dispatch_stack
+
+    def device(self, x: Any) -> Any:
+        """Return the device."""
+        return x.device
+
+    def same_device(self, x: Any, other: Any) -> bool:
+        """Return whether both live on one device."""
+        return bool(x.device == other.device)
+
+    def size(self, x: Any) -> int:
+        """Return the number of elements."""
+        size: int = x.numel()
+        return size
+
     def device_type(self, x: Any) -> str:
         """Return ``"cpu"``, ``"cuda"`` and so on."""
-        return str(x.device.type)
+        return "cpu" if x.is_cpu else str(x.device.type)
 
     def constant(self, x: Any) -> Any:
         """Return `x` with its derivative cut off."""
@@ -80,11 +92,11 @@ class Torch(Library):
 
     def sums_in_blocks(self, x: Any, axis: int) -> bool:
         """Return True, except where code that is generated for CPUs adds row after row."""
-        return bool(axis == x.ndim - 1) or not _torch().compiler.is_compiling()
+        return bool(axis == x.ndim - 1) or not self._torch.compiler.is_compiling()
 
     def is_known(self, number: Any) -> bool:
         """Return whether a number is known; in a trace a symbol looks like its first value."""
-        torch = _torch()
+        torch = self._torch
         if torch.compiler.is_compiling():
             shapes = torch.fx.experimental.symbolic_shapes
             return hasattr(shapes, "has_static_value") and shapes.has_static_value(number)
@@ -92,48 +104,63 @@ class Torch(Library):
 
     def reads_values(self, x: Any) -> bool:
         """Return whether the values of `x` can be looked at now."""
-        return not self._abstract(x)
+        if self._torch.compiler.is_compiling() or x.is_meta or type(x).__name__ in _ABSTRACT:
+            return False
+        # Inside a functional transform a tensor may be batched by vmap and has no single value.
+        return not self._lacks and self._interpreter() is None
 
     def tracing(self, *arrays: Any) -> str:
         """Return what follows or replaces these tensors' values."""
-        torch = _torch()
+        torch = self._torch
         if torch.compiler.is_compiling():
-            return "torch.compile"
-        if name := missing_private_name():
-            return f"torch {torch.__version__} has no {name}"
+            return self._lacks or _transform() or "torch.compile"
+        if self._lacks:
+            return self._lacks
         for x in arrays:
-            if why := self._abstract(x) or _unusual(x):
-                return why
+            kind = type(x)
+            if kind is not torch.Tensor and kind is not torch.nn.Parameter:
+                return f"a {kind.__name__}"
+            if x.layout is not torch.strided:
+                return f"layout {x.layout}"
+            if self._is_batched(x):
+                return "a vmap-batched tensor"
+            if x.is_neg() or x.is_conj():
+                return "a lazily negated or conjugated tensor"
+            if x._is_zerotensor():
+                return "a zero tensor without memory"
+        if self._modes():
+            return "a dispatch mode"
         if torch.jit.is_tracing():
             return "torch.jit.trace"
-        if torch._C._len_torch_dispatch_stack():
-            return "a dispatch mode"
-        if torch.autograd.forward_ad._current_level >= 0:
+        return self.transform()
+
+    def transform(self, *arrays: Any) -> str:
+        """Return which transform of torch follows these tensors, traced or not."""
+        if self._lacks:
+            return self._lacks
+        if self._interpreter() is not None:
+            return "a functional transform"
+        if self._forward_ad._current_level >= 0:
             return "forward-mode differentiation"
+        for x in arrays:
+            if self._is_batched(x):
+                return "a vmap-batched tensor"
         return ""
 
-    def _abstract(self, x: Any) -> str:
-        torch = _torch()
-        if torch.compiler.is_compiling():
-            return "torch.compile"
-        # Inside a functional transform a tensor may be batched by vmap and has no single value.
-        if not missing_private_name() and torch._C._functorch.peek_interpreter_stack() is not None:
-            return "a functional transform"
-        if x.device.type == "meta":
-            return "a meta tensor"
-        name = type(x).__name__
-        return f"a {name}" if name in ("FakeTensor", "FunctionalTensor") else ""
+
+def raw_stream() -> Callable[[int], int]:
+    """Return what gives the handle of a device's current CUDA stream."""
+    torch: Any = sys.modules["torch"]
+    found: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    # The public way costs a launch several times as much.
+    return found or (lambda device: int(torch.cuda.current_stream(device).cuda_stream))
 
 
-def _unusual(x: Any) -> str:
-    """Return why a tensor is more, or other, than its memory; empty for an ordinary one."""
-    torch = _torch()
-    if type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter:
-        return f"a {type(x).__name__}"
-    if x.layout is not torch.strided:
-        return f"layout {x.layout}"
-    if torch._C._functorch.is_legacy_batchedtensor(x):
-        return "a vmap-batched tensor"
-    if x.is_neg() or x.is_conj():
-        return "a lazily negated or conjugated tensor"
-    return "a zero tensor without memory" if x._is_zerotensor() else ""
+def _first_missing(torch: Any) -> str:
+    """Return what this version of torch cannot be asked; empty if it can be asked everything."""
+    for what, path in PRIVATE.items():
+        try:
+            reduce(getattr, path.split("."), torch)
+        except AttributeError:
+            return f"torch {torch.__version__} has no torch.{path}, which tells of {what}"
+    return ""

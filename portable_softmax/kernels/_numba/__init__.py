@@ -31,6 +31,9 @@ HANDED: dict[str, Any] = {
     "bfloat16": np.dtype(np.int16),
 }
 
+TENSORS = False  # kernels on NumPy's arrays
+ANY_LAYOUT = ()  # the operations that are never declined
+
 _unsupported: list[str] = []
 
 
@@ -141,12 +144,15 @@ def logsumexp(request: Request) -> Any:
     return out
 
 
-def _from_output(request: Request, **options: Any) -> Any:
-    """softmax_vjp or log_softmax_vjp over the axes."""
+def _from_output(request: Request, *masked: bool) -> Any:
+    """softmax_vjp or log_softmax_vjp over the axes.
+
+    `masked` tells the latter whether an entry of -inf is a masked one.
+    """
     drive, layout, x = _compiled(), _layout(request), request.x
     out = np.empty(x.shape, request.result_dtype)
     arrays = (_handed(a, layout) for a in (x, request.dy, out))
-    getattr(drive, request.operation)(*arrays, drive.Layout(*layout), **options)
+    getattr(drive, request.operation)(*arrays, drive.Layout(*layout), *masked)
     return out
 
 

@@ -12,11 +12,14 @@ from typing import Any
 
 from portable_softmax.kernels._numpy import _general, _losses, _rows, _small, _vjps
 from portable_softmax.kernels._numpy._layout import Layout, layout
-from portable_softmax.kernels._request import VJPS, Request
+from portable_softmax.kernels._request import LOSSES, ROWS, VJPS, Request
 
 # From here on tiles of a vector-Jacobian product win, measured on rows of 1000:
 # timeit softmax_vjp with and without kernels.portable().
 _VJP_BYTES = 1 << 23
+
+TENSORS = False  # kernels on NumPy's arrays
+ANY_LAYOUT = (*ROWS, *LOSSES)  # the operations that are never declined
 
 
 def missing() -> str:
@@ -28,13 +31,13 @@ def declines(request: Request, asked: bool) -> str:
     """Return why a call is not for tiles."""
     if request.operation not in VJPS:
         return ""
+    # Three passes cost less than a transpose of two arrays.
+    if not asked and request.x.nbytes < _VJP_BYTES:
+        return "small"
     both = _both(request)
     if both is None:
         return "not two blocks in memory with the axes together"
-    # Three passes cost less than a transpose of two arrays.
-    if not asked and (request.x.nbytes < _VJP_BYTES or both[0].axis == 0):
-        return "small, or not in long rows"
-    return ""
+    return "not in long rows" if not asked and both[0].axis == 0 else ""
 
 
 def softmax(request: Request) -> Any:
@@ -71,9 +74,9 @@ def softmax_vjp(request: Request) -> Any:
     return _vjps.softmax_vjp(request, *(_both(request) or ()))
 
 
-def log_softmax_vjp(request: Request) -> Any:
-    """dy - exp(log_y) * sum(dy)."""
-    return _vjps.log_softmax_vjp(request, *(_both(request) or ()))
+def log_softmax_vjp(request: Request, masked: bool = True) -> Any:
+    """dy - exp(log_y) * sum(dy), where an entry of -inf is a masked one if any can be."""
+    return _vjps.log_softmax_vjp(request, *(_both(request) or ()), masked=masked)
 
 
 def _both(request: Request) -> tuple[Layout, Layout] | None:

@@ -39,15 +39,17 @@ def softmax_vjp(request: Request, layout: Layout, upstream: Layout) -> Any:
     return out
 
 
-def log_softmax_vjp(request: Request, layout: Layout, upstream: Layout) -> Any:
-    """dy - exp(log_y) * sum(dy), where log_y is not -inf."""
+def log_softmax_vjp(
+    request: Request, layout: Layout, upstream: Layout, *, masked: bool = True
+) -> Any:
+    """dy - exp(log_y) * sum(dy), and if entries are masked where log_y is not -inf."""
     out = np.empty(request.x.shape, request.result_dtype)
     answers, axis = out.reshape(layout.x.shape), layout.axis
 
     def work(_: int, piece: Any, buffers: Buffers) -> None:
         log_y, target = layout.read(piece, buffers), layout.view(answers, piece)
         dy = upstream.read(piece, buffers, "upstream")
-        if not np.minimum.reduce(log_y, axis=None) > -math.inf or log_y.max() == math.inf:
+        if masked and not (log_y.min() > -math.inf and log_y.max() < math.inf):
             # A masked entry stays at -inf for every logit: nothing flows to it, or from it.
             kept = buffers.take("kept", dy.shape)
             np.copyto(kept, dy)

@@ -8,24 +8,19 @@ and have not run on one.
 
 from __future__ import annotations
 
-import math
-import os
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from portable_softmax import libraries
-from portable_softmax.kernels._calls import Call, LossCall, RowsCall, VjpCall
+from portable_softmax.kernels._request import Request
 from portable_softmax.kernels._triton import _cupy, _layout
 
-# As Triton reads it, when it is imported.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+TENSORS = True  # kernels on tensors themselves
 OLDEST = (3, 9)
 # A class is counted with 32 bits, in steps that must not overflow; a row's offset has 64.
 MANY = 2**31 - 2**20
-# Tensors that are what their memory says; a subclass may mean something else.
-TENSORS = frozenset({"Tensor", "Parameter", "FakeTensor", "FunctionalTensor"})
-DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 
 def missing() -> str:
@@ -40,169 +35,92 @@ def missing() -> str:
     return ""
 
 
-def refusal(call: Call) -> str:
+def declines(request: Request, asked: bool) -> str:
     """Return why a call is not for these kernels."""
-    return (
-        _wrong_device(call)
-        or _wrong_dtype(call)
-        or _wrong_axes(call)
-        or _wrong_options(call)
-        or _transformed(call)
-    )
+    return _wrong_device(request) or _wrong_axes(request) or _out_of_range(request)
 
 
-def _wrong_device(call: Call) -> str:
-    if libraries.library(call.xp) == "cupy":
+def _wrong_device(request: Request) -> str:
+    if request.library.name == "cupy":
         return _cupy.missing()
-    device, torch = call.x.device.type, sys.modules["torch"]
-    if not (device == "cuda" or (device == "cpu" and INTERPRETED)):
-        return f"the tensor is on {device}, not on a CUDA device"
-    if torch.version.hip:
-        return "the device is not NVIDIA's"
-    if call.x.layout != torch.strided or type(call.x).__name__ not in TENSORS:
-        return "the tensor is none of plain memory"
-    return ""
+    return "the device is not NVIDIA's" if sys.modules["torch"].version.hip else ""
 
 
-def _wrong_dtype(call: Call) -> str:
-    for array in (call.x, getattr(call, "dy", call.x)):
-        name = libraries.dtype_name(array.dtype)
-        if name not in DTYPES:
-            return f"dtype {name}"
-    return ""
-
-
-def _wrong_axes(call: Call) -> str:
-    axes = (call.axis,) if isinstance(call, LossCall) else call.axes
-    shape = call.x.shape
-    if not axes or any(shape[a] == 0 for a in axes):
-        return "no axis to reduce"
-    if 0 in shape:
-        return "no rows"
+def _wrong_axes(request: Request) -> str:
+    shape = request.x.shape
     classes = 1
-    for a in axes:  # torch.compile traces no math.prod of its sizes
+    for a in request.axes:  # torch.compile traces no math.prod of its sizes
         classes *= shape[a]
     if classes >= MANY:
         return "too many classes for 32 bits"
-    return _layout.refusal(shape, axes)
+    return _layout.refusal(shape, request.axes)
 
 
-# The smallest normal number: below it, dividing by a temperature would overflow or lose digits.
-_SMALLEST = {"float32": 2.0**-126, "float64": 2.0**-1022}
-_LARGEST = {"float32": 3.4e38, "float64": 1.7e308}
+# The smallest normal number: below it, a division would overflow or lose digits.
+_RANGES = {"float32": (2.0**-126, 3.4e38), "float64": (2.0**-1022, 1.7e308)}
 
 
-def _wrong_options(call: Call) -> str:
-    if isinstance(call, RowsCall):
-        name = libraries.dtype_name(call.compute)
-        if not _SMALLEST[name] <= call.temperature <= _LARGEST[name]:
-            return f"a temperature of {call.temperature} leaves the range of {name}"
+def _out_of_range(request: Request) -> str:
+    for option in ("temperature", "softcap"):
+        value = getattr(request.options, option, None)
+        if value is not None and option in request.active:
+            name = libraries.dtype_name(request.compute_dtype)
+            low, high = _RANGES[name]
+            if not low <= value <= high:
+                return f"a {option} of {value} leaves the range of {name}"
     return ""
-
-
-# --------------------------------------------------------------------------- derivatives, tracing
-
-
-def _transform() -> str:
-    torch = sys.modules["torch"]
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "inside a functional transform"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "inside forward-mode differentiation"
-    return ""
-
-
-# torch.compile enters a transform for real where it traces one: it takes the answer of the moment.
-_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _transformed(call: Call) -> str:
-    """Return why torch's transforms and derivatives leave a call to the portable path."""
-    if libraries.library(call.xp) != "torch":
-        return ""
-    if transform := _transform():
-        return transform
-    if isinstance(call, LossCall) and sys.modules["torch"].is_grad_enabled():
-        options = call.options
-        if any(a is not None and a.requires_grad for a in (call.labels, options.weight)):
-            return "it differentiates with respect to labels or weights"
-        if call.x.requires_grad and call.operation == "cross_entropy_value_and_grad":
-            return "it differentiates through a gradient"
-    return ""
-
-
-def _as_operator(call: Call) -> bool:
-    """Return whether torch has to know of a call: to differentiate it, or to trace it."""
-    if libraries.library(call.xp) != "torch":
-        return False
-    if not libraries.reads_values(call.xp, call.x):
-        return True
-    arrays = (call.x, getattr(call, "dy", call.x))
-    return any(a.requires_grad for a in arrays) and sys.modules["torch"].is_grad_enabled()
 
 
 # --------------------------------------------------------------------------- the operations
 
 
-def softmax(call: RowsCall) -> Any:
+def _compiled() -> Any:
+    return import_module("portable_softmax.kernels._triton._launch")
+
+
+def softmax(request: Request) -> Any:
     """Softmax, log_softmax or logsumexp over the axes; those of the last are kept."""
-    if _as_operator(call):
-        from portable_softmax.kernels._triton._operators import rows
-
-        return rows(call.x, list(call.axes), call.where, call.temperature, call.operation)
-    from portable_softmax.kernels._triton._launch import forward
-
-    return forward(call)
+    return _compiled().forward(request)
 
 
 log_softmax = logsumexp = softmax
 
 
-def softmax_vjp(call: VjpCall) -> Any:
+def softmax_vjp(request: Request) -> Any:
     """Pull dy back through a softmax or log_softmax."""
-    if _as_operator(call):
-        from portable_softmax.kernels._triton._operators import pull_back
-
-        return pull_back(call.x, call.dy, list(call.axes), 1.0, call.operation)
-    from portable_softmax.kernels._triton._launch import pull_back as launched
-
-    return launched(call)
+    return _compiled().pull_back(request)
 
 
 log_softmax_vjp = softmax_vjp
 
 
-def cross_entropy(call: LossCall) -> Any:
+def cross_entropy(request: Request) -> Any:
     """Return the reduced loss, and for cross_entropy_value_and_grad the gradient."""
-    from portable_softmax.kernels._triton._launch import losses, reduced
-
-    wanted = call.operation == "cross_entropy_value_and_grad"
-    if _as_operator(call):
-        loss, grad, weights = _operator_losses(call, wanted)
-        if wanted and call.options.reduction == "mean":
-            divisor = loss.numel() if weights is None else weights.sum()
-            if weights is not None:
-                divisor = call.xp.where(divisor == 0, math.inf, divisor)
-            grad = grad / divisor
-    else:
-        loss, grad, weights = losses(call, gradient=wanted)
-    value = reduced(call, loss, weights)
+    wanted = request.operation == "cross_entropy_value_and_grad"
+    launch = _compiled()
+    loss, grad, weights = launch.losses(request, gradient=wanted)
+    value = request.library.cast(launch.reduced(request, loss, weights), request.result_dtype)
     return (value, grad) if wanted else value
 
 
 cross_entropy_value_and_grad = cross_entropy
 
 
-def _operator_losses(call: LossCall, gradient: bool) -> tuple[Any, Any, Any]:
-    from portable_softmax.kernels._triton._operators import losses
+def gradient(request: Request, dy: Any) -> Any:
+    """Return the gradient with respect to the logits of a tensor, for dy of the answer's shape.
 
-    options = call.options
-    # What is traced has no labels to look at: one without a class gives nan.
-    check = call.check_labels and libraries.reads_values(call.xp, call.x)
-    loss, grad, weights = losses(
-        call.x, call.labels, call.axis, options.weight, options.ignore_index,
-        options.label_smoothing, options.z_loss, options.softcap, options.where, call.indices,
-        check, gradient,
-    )  # fmt: skip
-    weighs = call.indices and (options.weight is not None or options.ignore_index is not None)
-    return loss, grad, weights if weighs else None
+    `request.x` is the output of softmax and of log_softmax, if that is of no half type, and the
+    logits of all others.
+    """
+    launch, operation, options = _compiled(), request.operation, request.options
+    if operation == "cross_entropy":
+        return launch.losses(request, gradient=True, upstream=dy)[1]
+    if operation == "logsumexp":
+        return launch.forward(request, dy)
+    if options.where is not None:
+        dy = request.xp.where(options.where, dy, 0.0)
+    y = request.x
+    if operation == "log_softmax" and request.dtype in ("float16", "bfloat16"):
+        y = launch.forward(request._replace(result_dtype=request.compute_dtype))
+    vjp = request._replace(operation=f"{operation}_vjp", x=y, dy=dy)
+    return launch.pull_back(vjp, masked=False)

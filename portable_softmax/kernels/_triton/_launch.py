@@ -10,7 +10,7 @@ from typing import Any
 import triton.language as tl
 
 from portable_softmax import libraries
-from portable_softmax.kernels._calls import LossCall, RowsCall, VjpCall
+from portable_softmax.kernels._request import Request
 from portable_softmax.kernels._triton import (
     _cupy,
     _general,
@@ -23,7 +23,7 @@ from portable_softmax.kernels._triton import (
 
 
 def _library(call: Any) -> ModuleType:
-    return _cupy if libraries.library(call.xp) == "cupy" else _torch
+    return _cupy if call.library.name == "cupy" else _torch
 
 
 # Triton's type for the dtype of the computation.
@@ -69,14 +69,14 @@ class Plan:
         heavy: bool = False,
     ) -> None:
         lib = self.library = _library(call)
-        self.call, self.compute = call, TYPES[libraries.dtype_name(call.compute)]
+        self.call, self.compute = call, TYPES[libraries.dtype_name(call.compute_dtype)]
         self.quick = call.x.dtype.itemsize == 2
         self.once = all(kind != "full" for kind, _ in out.values())
         full, masks, rows = ({k: lib.bare(a) for k, a in d.items()} for d in (full, masks, rows))
         shape = call.x.shape
         kept = tuple(1 if a in axes else n for a, n in enumerate(shape))
         inputs = {**full, **masks, **rows}
-        key = (axes, relay, heavy, call.compute, *out.items(), *inputs)
+        key = (axes, relay, heavy, call.compute_dtype, *out.items(), *inputs)
         key += tuple(lib.signature(a) for a in inputs.values())
         frame = _FRAMES.get(key)
         for copies in (False, True) if frame is None else (frame.copies,):
@@ -225,7 +225,7 @@ class Plan:
         if self.launch.way != "relay":
             return [first] * count
         size = self.layout.lead * self.layout.other * self.launch.parts
-        return [self.library.empty((size,), self.call.compute, first) for _ in range(count)]
+        return [self.library.empty((size,), self.call.compute_dtype, first) for _ in range(count)]
 
     def signals(self, more: int = 0) -> Any:
         """Return zeros: `more`, and a counter for each block of a relay."""
@@ -234,59 +234,67 @@ class Plan:
         return self.library.zeros((more + counters,), xp.int32, first) if more + counters else first
 
 
-def forward(call: RowsCall, dy: Any = None) -> Any:
+def forward(call: Request, dy: Any = None) -> Any:
     """softmax, log_softmax or logsumexp, the reduced axes of the last kept with length 1.
 
     With `dy`, which has the shape of a logsumexp, the gradient of that.
     """
     operation = call.operation if dy is None else "logsumexp_vjp"
-    masks = {} if call.where is None else {"w": call.where}
+    masks = {} if call.options.where is None else {"w": call.options.where}
     rows = {} if dy is None else {"d": dy}
     kind = "rows" if operation == "logsumexp" else "full"
-    out = {"y": (kind, call.answer)}
-    heavy = bool(masks) or (operation == "log_softmax" and call.answer.itemsize == 2)
+    out = {"y": (kind, call.result_dtype)}
+    heavy = bool(masks) or (operation == "log_softmax" and call.result_dtype.itemsize == 2)
     plan = Plan(call, call.axes, {"x": call.x}, masks, rows, out, heavy=heavy)
     x, y = plan.arrays["x"], plan.arrays["y"]
-    tempered = call.temperature != 1.0
+    tempered = call.options.temperature != 1.0
     constants = {"OP": operation, "MASKED": bool(masks), "TEMPERED": tempered}
     arrays = (x, y, plan.arrays.get("w", x), plan.arrays.get("d", x), *plan.states(2))
-    scalars = {"temperature": call.temperature}
+    scalars = {"temperature": call.options.temperature}
     plan.run(_rows.forward, (*arrays, plan.signals()), constants, scalars)
     return y
 
 
-def pull_back(call: VjpCall, temperature: float = 1.0) -> Any:
-    """softmax_vjp or log_softmax_vjp, over the temperature of the forward function."""
+def pull_back(call: Request, *, masked: bool = True) -> Any:
+    """softmax_vjp or log_softmax_vjp, over the temperature of the forward function.
+
+    `masked` tells whether an entry of log_softmax at -inf is a masked one, with the gradient 0.
+    """
+    temperature = call.options.temperature
     full = {"x": call.x, "d": call.dy}
-    plan = Plan(call, call.axes, full, {}, {}, {"y": ("full", call.answer)})
+    plan = Plan(call, call.axes, full, {}, {}, {"y": ("full", call.result_dtype)})
     arrays = (plan.arrays["x"], plan.arrays["d"], plan.arrays["y"], *plan.states(1))
-    constants = {"OP": call.operation, "TEMPERED": temperature != 1.0}
+    operation = call.operation
+    if operation == "log_softmax_vjp" and not masked:
+        operation = "log_softmax_gradient"
+    constants = {"OP": operation, "TEMPERED": temperature != 1.0}
     scalars = {"temperature": temperature}
     plan.run(_rows.pull_back, (*arrays, plan.signals()), constants, scalars)
     return plan.arrays["y"]
 
 
-def losses(call: LossCall, *, gradient: bool, upstream: Any = None) -> tuple[Any, Any, Any]:
+def losses(call: Request, *, gradient: bool, upstream: Any = None) -> tuple[Any, Any, Any]:
     """Return the loss of each position, the gradient as the reduction scales it, and the weights.
 
     The weights are those of the labels, for the mean to divide by, where they are not all 1.
-    `upstream`, which has the shape of the labels' positions, multiplies the gradient instead of
-    what the reduction asks for. With `check_labels` one flag is read back, which waits for the
-    device; nothing else does.
+    `upstream`, which has the shape of the reduced loss, multiplies the gradient. With
+    `check_labels` one flag is read back, which waits for the device; nothing else does.
     """
     xp, options, lib = call.xp, call.options, _library(call)
     constants, scalars = _constants_and_scalars(call)
     plain = call.indices and not constants["SMOOTH"]
-    full, rows, out = {"x": call.x}, {}, {"o": ("rows", call.compute)}
+    full, rows, out = {"x": call.x}, {}, {"o": ("rows", call.compute_dtype)}
     masks = {} if options.where is None else {"w": options.where}
     if call.indices:
         rows["l"] = xp.expand_dims(lib.bare(call.labels), axis=call.axis)
     else:
         full["t"] = call.labels
     if gradient:
-        out["g"] = ("full", call.answer)
+        out["g"] = ("full", call.result_dtype)
     if upstream is not None:
-        rows["d"] = xp.expand_dims(lib.bare(upstream), axis=call.axis)
+        rows["d"] = lib.empty(tuple(call.reduced_shape()), call.compute_dtype, call.x)
+        each = options.reduction == "none"
+        rows["d"][...] = xp.expand_dims(upstream, axis=call.axis) if each else upstream
     heavy = not plain or constants["MASKED"] or constants["CAPPED"]
     plan = Plan(call, (call.axis,), full, masks, rows, out, relay=plain, heavy=heavy)
     x, loss = plan.arrays["x"], plan.arrays["o"]
@@ -294,14 +302,18 @@ def losses(call: LossCall, *, gradient: bool, upstream: Any = None) -> tuple[Any
     more = lib.signature(weight)[-1]
     weights, divisor, how = None, x, "none"
     weighs = call.indices and (options.weight is not None or options.ignore_index is not None)
-    if upstream is not None:
-        how, divisor = "given", plan.arrays["d"]
-    elif weighs:
-        weights = lib.empty_like(loss, call.compute)
+    if weighs and (upstream is None or options.reduction == "mean"):
+        weights = lib.empty_like(loss, call.compute_dtype)
         small = (plan.arrays["l"], weight, weights)
         plan.run_small(_loss.label_weights, small, constants, {"ignore": scalars["ignore"]}, more)
     if gradient and options.reduction == "mean":
         how, divisor = ("count", x) if weights is None else ("sum", xp.sum(weights))
+    if upstream is not None:
+        scales = plan.arrays["d"]
+        if options.reduction == "mean":
+            empty = weights is not None and divisor == 0
+            scales /= math.prod(loss.shape) if weights is None else xp.where(empty, math.inf, divisor)
+        how, divisor = "given", scales
     check = call.check_labels and call.indices
     signals = plan.signals(1 if check or plan.launch.way == "relay" else 0)
     constants |= {"GRAD": gradient, "CHECK": check, "DIVISOR": how}
@@ -322,7 +334,7 @@ def losses(call: LossCall, *, gradient: bool, upstream: Any = None) -> tuple[Any
     return xp.squeeze(loss, axis=call.axis), grad, weights
 
 
-def reduced(call: LossCall, loss: Any, weights: Any) -> Any:
+def reduced(call: Request, loss: Any, weights: Any) -> Any:
     """Reduce the losses of the positions, without reading anything back."""
     xp, reduction = call.xp, call.options.reduction
     if reduction == "none":
@@ -336,7 +348,7 @@ def reduced(call: LossCall, loss: Any, weights: Any) -> Any:
     return xp.where(divisor == 0, math.nan, xp.sum(loss) / divisor)
 
 
-def _constants_and_scalars(call: LossCall) -> tuple[dict[str, Any], dict[str, Any]]:
+def _constants_and_scalars(call: Request) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options as a kernel takes them."""
     options = call.options
     ignore = options.ignore_index

@@ -169,6 +169,8 @@ def _term(y, dy, OP: tl.constexpr):
     """What is summed over a row."""
     if OP == "softmax_vjp":
         return y * dy
+    elif OP == "log_softmax_gradient":  # of logits without a mask
+        return dy
     else:
         # A masked entry stays at -inf for every logit: nothing flows to it, or from it.
         return tl.where(tl.abs(y) == float("inf"), 0.0, dy)

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from portable_softmax.libraries._torch import raw_stream
+
 
 def torch() -> Any:
     """Return the module, which somebody has imported to make the tensor."""
@@ -68,7 +70,7 @@ def launcher(
     if device.type != "cuda":  # the interpreter: a kernel is run, and nothing compiled
         return functools.partial(_interpreted, kernel, grid, numbers)
     cuda, index = torch().cuda, device.index
-    stream_of = torch()._C._cuda_getCurrentRawStream
+    stream_of = raw_stream()
     with cuda.device(device):
         compiled = kernel.run(*arrays, grid=grid, warmup=True, **numbers, **options)
         run = compiled[grid]

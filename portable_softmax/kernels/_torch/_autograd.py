@@ -1,0 +1,109 @@
+"""The kernels under torch's autograd: one function over saved tensors.
+
+The first derivative is computed by a kernel. The formula in torch's own operations takes over where
+torch follows the derivative itself: to differentiate it again, to map over it, or to push a tangent
+through it. So there are derivatives of every order and mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+
+from portable_softmax.kernels._request import VJPS, Request
+from portable_softmax.kernels._torch import _gradients
+
+Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
+
+
+def answer(engine: Any, request: Request) -> Any:
+    """Return the answer of a call that is differentiated."""
+    return _Kernel.apply(engine, request, *tensors(request))
+
+
+class _Kernel(torch.autograd.Function):
+    """A call, differentiable with respect to `x` and `dy`."""
+
+    @staticmethod
+    def forward(ctx: Any, engine: Any, request: Request, *tensors: Tensor) -> Any:
+        found = _gradients.value(engine, request)
+        keep(ctx, request, found[0] if type(found) is tuple else found)
+        ctx.engine = engine
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        request = restored(ctx)
+        dx, ddy = pulled_back(
+            request, upstream, request.library.tracing, partial(_gradients.gradient, ctx.engine)
+        )
+        return None, None, dx, ddy, None, None, None
+
+
+# --------------------------------------------------------------------------- shared with operators
+
+_ARRAY_OPTIONS = ("weight", "where")
+
+
+def tensors(request: Request) -> tuple[Tensor | None, ...]:
+    """Return x, dy, labels, weight and where."""
+    options = [getattr(request.options, name, None) for name in _ARRAY_OPTIONS]
+    return request.x, request.dy, request.labels, *options
+
+
+def keep(ctx: Any, request: Request, y: Tensor) -> None:
+    """Save what the backward pass needs: tensors as such, so that torch sees them."""
+    _, *others = tensors(request)
+    ctx.save_for_backward(_gradients.kept(request, y), *others)
+    ctx.set_materialize_grads(False)
+    options = request.options
+    if request.active:
+        options = options._replace(
+            **{name: None for name in _ARRAY_OPTIONS if name in options._fields}
+        )
+    ctx.request = request._replace(
+        x=None, dy=None, labels=None, options=options, check_labels=False
+    )
+
+
+def restored(ctx: Any) -> Request:
+    """Return the request with the tensors that were saved."""
+    x, dy, labels, *arrays = ctx.saved_tensors
+    request: Request = ctx.request
+    options = request.options
+    if request.active:
+        given = zip(_ARRAY_OPTIONS, arrays, strict=True)
+        options = options._replace(**{name: t for name, t in given if t is not None})
+    return request._replace(x=x, dy=dy, labels=labels, options=options)
+
+
+def pulled_back(
+    request: Request,
+    upstream: tuple[Tensor | None, ...],
+    followed: Callable[..., str],
+    by_kernel: Callable[[Request, Tensor], Tensor],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients with respect to `x` and `dy`; undefined ones are None.
+
+    `followed` tells why the kernel cannot take the upstream gradient: torch follows it.
+    """
+    dvalue, *others = upstream
+    if request.operation in VJPS:
+        if dvalue is None:
+            return None, None
+        return _gradients.vjp_derivatives(request, dvalue)
+    dx = None
+    if dvalue is not None:
+        if others:
+            request = request._replace(operation="cross_entropy")
+        if torch.is_grad_enabled() or followed(request.x, dvalue):
+            dx = _gradients.formula(request, dvalue)
+        else:
+            dx = by_kernel(request, dvalue)
+    if others and others[0] is not None:
+        further = _gradients.gradient_derivative(request, others[0])
+        dx = further if dx is None else dx + further
+    return dx, None

@@ -1,0 +1,205 @@
+"""Values by a kernel; gradients by a kernel, or by the portable formula in torch's operations.
+
+A gradient starts from what the forward pass kept (`kept`), which is at most what torch's own
+functions keep: softmax its output; log_softmax its output, or its input where that is of a half
+type, from which the output is computed again with all its digits; logsumexp and the loss the input.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import torch
+
+from portable_softmax import portable
+from portable_softmax.kernels._request import Request
+from portable_softmax.kernels._torch._lending import NUMPY, on_numpy, taken
+
+Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
+
+_HALVES = ("float16", "bfloat16")
+
+
+def value(engine: Any, request: Request) -> Any:
+    """Return what a kernel answers."""
+    function = getattr(engine, request.operation)
+    if engine.TENSORS:
+        return function(request)
+    found = NUMPY.quietly(function, on_numpy(request))
+    dtype = request.result_dtype
+    if type(found) is tuple:
+        return taken(found[0], dtype), taken(found[1], dtype)
+    return taken(found, dtype)
+
+
+def kept(request: Request, y: Tensor) -> Tensor:
+    """Return what the gradient of a call with the answer `y` starts from."""
+    from_output = request.operation == "softmax" or (
+        request.operation == "log_softmax" and request.dtype not in _HALVES
+    )
+    return y if from_output else request.x
+
+
+# --------------------------------------------------------------------------- by a kernel
+
+
+def gradient(engine: Any, request: Request, dy: Tensor) -> Tensor:
+    """Return the gradient with respect to the logits; `request.x` is what was kept."""
+    if engine.TENSORS:
+        return engine.gradient(request, dy)
+    dx: Tensor = _GRADIENTS[request.operation](engine, request, dy)
+    return dx.to(request.result_dtype)
+
+
+def _softmax(engine: Any, request: Request, dy: Tensor) -> Tensor:
+    return _from_output(engine, request, request.x, dy)
+
+
+def _log_softmax(engine: Any, request: Request, dy: Tensor) -> Tensor:
+    if request.dtype not in _HALVES:
+        return _from_output(engine, request, request.x, dy, False)
+    wide = _in_float32(request)
+    return _from_output(engine, wide, value(engine, wide), dy.float(), False)
+
+
+def _from_output(engine: Any, request: Request, y: Tensor, dy: Tensor, *masked: bool) -> Tensor:
+    """Return a vector-Jacobian product, over the temperature."""
+    if request.active and request.options.where is not None:
+        dy = torch.where(request.options.where, dy, 0.0)
+    vjp = on_numpy(
+        request._replace(
+            operation=f"{request.operation}_vjp", x=y, dy=dy.contiguous(), options=None, active=()
+        )
+    )
+    if engine.declines(vjp, False):
+        return formula(request._replace(x=y), dy)
+    dx = taken(
+        NUMPY.quietly(getattr(engine, vjp.operation), vjp, *masked), request.result_dtype
+    )
+    temperature = request.options.temperature
+    return dx if temperature == 1.0 else dx.div_(temperature)
+
+
+def _logsumexp(engine: Any, request: Request, dy: Tensor) -> Tensor:
+    request = _in_float32(request)
+    p = value(engine, request._replace(operation="softmax"))
+    p.mul_(dy)
+    # A row whose maximum is infinite has the softmax nan, and the derivative 0 in every entry.
+    first = p[tuple([slice(0, 1) if a in request.axes else slice(None) for a in range(p.ndim)])]
+    return p.masked_fill_(_infinite(request), 0.0) if bool(torch.isnan(first).any()) else p
+
+
+def _loss(engine: Any, request: Request, dy: Tensor) -> Tensor:
+    request = _in_float32(request)
+    _, grad = value(engine, request._replace(operation="cross_entropy_value_and_grad"))
+    if dy.ndim == 0 and request.options.reduction != "none":
+        factor = dy.item()
+        if factor == 1.0:
+            return grad
+        if math.isfinite(factor):
+            return grad.mul_(factor)
+    return _masked(request, grad.mul_(_upstream(request, dy)))
+
+
+_GRADIENTS = {
+    "softmax": _softmax,
+    "log_softmax": _log_softmax,
+    "logsumexp": _logsumexp,
+    "cross_entropy": _loss,
+}
+
+
+def _in_float32(request: Request) -> Request:
+    """Return a request of a half type in float32, so that its gradient is rounded once."""
+    if request.dtype not in _HALVES:
+        return request
+    dtype = torch.float32
+    return request._replace(x=request.x.to(dtype), dtype="float32", result_dtype=dtype)
+
+
+def _upstream(request: Request, dy: Tensor) -> Tensor:
+    """Return the upstream gradient of a loss, which broadcasts to the logits: 0 in ignored rows."""
+    if request.options.reduction == "none":
+        dy = dy.unsqueeze(request.axis)
+    counted = None
+    if request.options.ignore_index is not None:
+        counted = request.target().counted
+    return dy if counted is None else torch.where(counted, dy, 0.0)
+
+
+def _masked(request: Request, dx: Tensor) -> Tensor:
+    """Return a gradient with 0 for what is masked out, whatever came from upstream."""
+    where = request.options.where
+    return dx if where is None else torch.where(where, dx, 0.0)
+
+
+def _infinite(request: Request) -> Tensor:
+    """Return which rows have an infinite maximum, of what counts."""
+    x, where = request.x.detach(), request.options.where
+    if where is not None:
+        x = torch.where(where, x, -torch.inf)
+    return torch.isinf(x.amax(request.axes, keepdim=True))
+
+
+# --------------------------------------------------------------------------- by the formula
+
+
+def formula(request: Request, dy: Tensor) -> Tensor:
+    """Return the same gradient in torch's own operations, which torch differentiates again."""
+    x, dy = request.x.to(request.compute_dtype), dy.to(request.compute_dtype)
+    xp, axes, options = request.xp, request.axes, request.options
+    if request.operation == "cross_entropy":
+        _, dx = portable.cross_entropy_value_and_grad(
+            xp, x, request.target(), request.axis, options
+        )
+        return _masked(request, dx * _upstream(request, dy)).to(request.result_dtype)
+    where, temperature = options.where, options.temperature
+    if request.operation == "logsumexp":
+        infinite = _infinite(request)
+        p = portable.softmax(xp, torch.where(infinite, 0.0, x), axes, where=where)
+        return torch.where(infinite, 0.0, p * dy).to(request.result_dtype)
+    if where is not None:
+        dy = torch.where(where, dy, 0.0)
+    if request.operation == "softmax":
+        dx = portable.softmax_vjp(xp, x, dy, axes)
+    else:
+        if request.dtype in _HALVES:
+            x = portable.log_softmax(xp, x, axes, where=where, temperature=temperature)
+        # Unlike log_softmax_vjp: a logit of -inf that no mask has put there passes its gradient on.
+        dx = dy - torch.exp(x) * portable.total(xp, dy, axes)
+    return (dx if temperature == 1.0 else dx / temperature).to(request.result_dtype)
+
+
+def vjp_derivatives(request: Request, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the derivatives of a vector-Jacobian product with respect to `x` and `dy`."""
+    c, xp, axes = request.compute_dtype, request.xp, request.axes
+    y, dy, u = request.x.to(c), request.dy.to(c), u.to(c)
+    total = portable.total
+    if request.operation == "softmax_vjp":
+        du = total(xp, u * y, axes)
+        d_y, d_dy = u * (dy - total(xp, y * dy, axes)) - dy * du, y * (u - du)
+    else:
+        masked = torch.isinf(y)
+        p = torch.exp(y)
+        d_y = -u * p * total(xp, torch.where(masked, 0.0, dy), axes)
+        d_dy = torch.where(masked, 0.0, u - total(xp, u * p, axes))
+    return d_y.to(request.x.dtype), d_dy.to(request.dy.dtype)
+
+
+def gradient_derivative(request: Request, dgrad: Tensor) -> Tensor:
+    """Return the derivative of the gradient of cross_entropy_value_and_grad, pulled back."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # An alias: dgrad may depend on the logits in another way.
+        x = request.x.view_as(request.x) if create_graph else request.x.detach().requires_grad_()
+        _, grad = portable.cross_entropy_value_and_grad(
+            request.xp, x.to(request.compute_dtype), request.target(), request.axis,
+            request.options,
+        )  # fmt: skip
+        (dx,) = torch.autograd.grad(
+            grad.to(request.result_dtype), x, dgrad, create_graph=create_graph
+        )
+    return dx
+
+

@@ -1,0 +1,71 @@
+"""The memory of CPU tensors as NumPy's arrays, and back, without a copy."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from portable_softmax import libraries
+from portable_softmax.kernels._request import Request
+
+Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
+
+NUMPY = libraries.BY_TYPE[np.ndarray]
+
+try:
+    import ml_dtypes
+
+    _BFLOAT16: Any = np.dtype(ml_dtypes.bfloat16)
+except ImportError:
+    _BFLOAT16 = None
+
+_COMPUTE_DTYPE = {
+    "float16": np.dtype(np.float32),
+    "bfloat16": np.dtype(np.float32),
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+}
+
+
+def declines(engine: Any, request: Request, asked: bool) -> str:
+    """Return why a kernel on NumPy's arrays leaves a call to the next one."""
+    if request.dtype == "bfloat16" and _BFLOAT16 is None:
+        return "ml_dtypes, which has NumPy's bfloat16, is not installed"
+    if request.operation in engine.ANY_LAYOUT:
+        return ""
+    return str(engine.declines(on_numpy(request), asked))
+
+
+def lent(tensor: Tensor) -> Any:
+    """Return a tensor's memory as an array; bfloat16 is that of ml_dtypes."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(_BFLOAT16)
+    return tensor.numpy()
+
+
+def taken(array: Any, dtype: Any) -> Tensor:
+    """Return an array, or a scalar of NumPy's, as a tensor of `dtype` on the same memory."""
+    if type(array) is not np.ndarray:
+        array = np.asarray(array)
+    if dtype is torch.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(dtype)
+    return torch.from_numpy(array)
+
+
+def on_numpy(request: Request) -> Request:
+    """Return the same call on the tensors' memory."""
+    x, dy, labels = lent(request.x), request.dy, request.labels
+    options = request.options
+    if request.active:
+        options = type(options)(
+            *[lent(o) if isinstance(o, torch.Tensor) else o for o in options]
+        )
+    return Request(
+        request.operation, NUMPY, x, request.dtype, request.axes, _COMPUTE_DTYPE[request.dtype],
+        x.dtype, "", options, request.active, None if dy is None else lent(dy),
+        None if labels is None else lent(labels), request.indices, request.check_labels,
+    )  # fmt: skip
