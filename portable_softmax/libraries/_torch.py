@@ -54,6 +54,9 @@ class Torch(Library):
         super().__init__(xp, name)
         torch: Any = sys.modules["torch"]  # somebody has imported it to make a tensor
         self._torch = torch
+        for dtype in vars(torch).values():
+            if isinstance(dtype, torch.dtype):
+                self.dtype(dtype)  # torch.compile would trace a call again once it is known
         self._lacks = _first_missing(torch)
         if not self._lacks:
             self._forward_ad = torch.autograd.forward_ad
