@@ -22,7 +22,7 @@ PRIVATE = {
     "the vmap of is_grads_batched": "_C._functorch.is_legacy_batchedtensor",
     "dispatch modes": "_C._len_torch_dispatch_stack",
     "forward-mode differentiation": "autograd.forward_ad._current_level",
-    "zero tensors": "Tensor._is_zerotensor",
+    "zero tensors": "_C.TensorBase._is_zerotensor",
 }
 _ABSTRACT = ("FakeTensor", "FunctionalTensor")  # subclasses without values, by name
 
