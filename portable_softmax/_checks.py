@@ -15,7 +15,7 @@ import numpy as np
 
 from portable_softmax import libraries
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries import Dtype, Library, dtype_name
+from portable_softmax.libraries import Dtype, Library, dtype_name, traced_as_constant
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -61,10 +61,10 @@ def companion(name: str, x: Any, of: str, like: Any, library: Library) -> None:
 
 def _library(name: str, x: Any) -> Library:
     cls = type(x)
-    known = libraries.BY_TYPE.get(cls)
+    known = libraries.TENSORS.get(cls) or libraries.BY_TYPE.get(cls)
     if known is not None:
         return known
-    remedy = None
+    remedy = ""
     if isinstance(x, np.ndarray):
         if isinstance(x, np.ma.MaskedArray):
             remedy = _REMEDIES["numpy.ma"].replace("x.", f"{name}.")
@@ -76,9 +76,9 @@ def _library(name: str, x: Any) -> Library:
         remedy = f"pass an array, such as numpy.asarray({name})"
     elif x is None:
         remedy = "pass an array"
-    elif (root := cls.__module__.partition(".")[0]) in _REMEDIES:
-        remedy = _REMEDIES[root].replace("x.", f"{name}.")
-    if remedy is None:
+    else:
+        remedy = _foreign(cls).replace("x.", f"{name}.")
+    if not remedy:
         try:
             return libraries.library_of(x)
         except TypeError:
@@ -88,6 +88,11 @@ def _library(name: str, x: Any) -> Library:
             "builtins.", ""
         )
     )
+
+
+@traced_as_constant
+def _foreign(cls: type) -> str:
+    return _REMEDIES.get(cls.__module__.partition(".")[0], "")
 
 
 def _device(x: Any) -> Any:

@@ -6,6 +6,7 @@ and the switches.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -49,7 +50,17 @@ class Candidate:
             asked = kernel.name in switch.asked
         if not asked and self.off:
             return self.off
-        return kernel.objection(request, asked) or self.missing or self.declines(request, asked)
+        why = kernel.objection(request, asked) or self.missing
+        if why:
+            return why
+        if request.tracing and kernel.adapter:
+            adapter, module = self.traced()
+            return str(adapter.declines(module, request, asked))
+        return self.declines(request, asked)
+
+    def traced(self) -> tuple[Any, Any]:
+        """Return the adapter and the module: torch.compile traces no function of a constant."""
+        return sys.modules[self.kernel.adapter], sys.modules[self.kernel.module]
 
 
 class Decision(NamedTuple):
@@ -110,7 +121,14 @@ def run(request: Request, portable: Callable[[Request], Any]) -> Any:
     decision = decide(request, switch)
     if switch is not None and switch.explaining:
         raise _Decided(decision)
-    answer = portable if decision.taken is None else decision.taken.answer
+    taken = decision.taken
+    if taken is None:
+        answer = portable
+    elif request.tracing and taken.kernel.adapter:
+        adapter, module = taken.traced()
+        return adapter.answer(module, request)
+    else:
+        answer = taken.answer
     return request.library.quietly(answer, request)
 
 

@@ -29,6 +29,7 @@ from portable_softmax.libraries._torch import Torch, traced_as_constant
 __all__ = [
     "BY_TYPE",
     "CLASSES",
+    "TENSORS",
     "Dtype",
     "Library",
     "cast",
@@ -67,6 +68,8 @@ CLASSES: dict[str, type[Library]] = {
 
 _NUMPY = NumPy(np, "numpy")
 BY_TYPE: dict[type, Library] = {np.ndarray: _NUMPY}
+# Apart from others: code of torch.compile is compiled again whenever a class joins them.
+TENSORS: dict[type, Library] = {}
 # Keyed by the namespace's name: torch.compile cannot compare modules.
 _BY_NAMESPACE: dict[str, Library] = {"numpy": _NUMPY}
 
@@ -85,28 +88,43 @@ def of(xp: Namespace) -> Library:
 
 def library_of(array: Any) -> Library:
     """Return the library of an array; TypeError for anything else."""
-    found = BY_TYPE.get(type(array))
+    cls = type(array)
+    found = TENSORS.get(cls) or BY_TYPE.get(cls)
     if found is None:
-        found = _of_tensor(type(array))
-        if found is None:
-            if compat.is_numpy_array(array):
-                return _NUMPY
-            found = of(compat.array_namespace(array))
-        BY_TYPE[type(array)] = found
+        if name := _tensor_namespace(cls):
+            found = _BY_NAMESPACE[name]
+            if found.tracing(array) != "torch.compile":
+                _know_tensors(found)
+            return found
+        if compat.is_numpy_array(array):
+            return _NUMPY
+        found = BY_TYPE[cls] = of(compat.array_namespace(array))
     return found
 
 
 @traced_as_constant
-def _of_tensor(cls: type) -> Library | None:
-    """Return torch for a class of its tensors, and None for any other.
+def _tensor_namespace(cls: type) -> str:
+    """Return the name of torch's namespace for a class of its tensors, and "" for any other.
 
     torch.compile may trace the first call of all: the lookup of a namespace has caches, of which
-    it warns.
+    it warns, and it takes strings for constants but no objects with methods.
     """
     torch = sys.modules.get("torch")
     if torch is None or not issubclass(cls, torch.Tensor):
-        return None
-    return of(import_module("array_api_compat.torch"))
+        return ""
+    xp = import_module("array_api_compat.torch")
+    of(xp)
+    return xp.__name__
+
+
+def _know_tensors(library: Library) -> None:
+    """Recognise tensors from now on, as far as their class is one of torch's own."""
+    torch: Any = sys.modules["torch"]
+    TENSORS[torch.Tensor] = TENSORS[torch.nn.Parameter] = library
+
+
+if "torch" in sys.modules:  # else a call that is traced before any other may be traced twice
+    _know_tensors(_BY_NAMESPACE[_tensor_namespace(sys.modules["torch"].Tensor)])
 
 
 def namespace(*arrays: Any) -> Namespace:

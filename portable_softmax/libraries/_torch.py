@@ -22,7 +22,7 @@ PRIVATE = {
     "the vmap of is_grads_batched": "_C._functorch.is_legacy_batchedtensor",
     "dispatch modes": "_C._len_torch_dispatch_stack",
     "forward-mode differentiation": "autograd.forward_ad._current_level",
-    "zero tensors": "Tensor._is_zerotensor",
+    "zero tensors": "_C.TensorBase._is_zerotensor",
 }
 _ABSTRACT = ("FakeTensor", "FunctionalTensor")  # subclasses without values, by name
 
@@ -54,6 +54,9 @@ class Torch(Library):
         super().__init__(xp, name)
         torch: Any = sys.modules["torch"]  # somebody has imported it to make a tensor
         self._torch = torch
+        for dtype in vars(torch).values():
+            if isinstance(dtype, torch.dtype):
+                self.dtype(dtype)  # torch.compile would trace a call again once it is known
         self._lacks = _first_missing(torch)
         if not self._lacks:
             self._forward_ad = torch.autograd.forward_ad

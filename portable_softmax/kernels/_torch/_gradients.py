@@ -78,7 +78,7 @@ def _from_output(engine: Any, request: Request, y: Tensor, dy: Tensor, *masked: 
         NUMPY.quietly(getattr(engine, vjp.operation), vjp, *masked), request.result_dtype
     )
     temperature = request.options.temperature
-    return dx if temperature == 1.0 else dx.div_(temperature)
+    return _masked(request, dx if temperature == 1.0 else dx.div_(temperature))
 
 
 def _logsumexp(engine: Any, request: Request, dy: Tensor) -> Tensor:
@@ -168,7 +168,8 @@ def formula(request: Request, dy: Tensor) -> Tensor:
             x = portable.log_softmax(xp, x, axes, where=where, temperature=temperature)
         # Unlike log_softmax_vjp: a logit of -inf that no mask has put there passes its gradient on.
         dx = dy - torch.exp(x) * portable.total(xp, dy, axes)
-    return (dx if temperature == 1.0 else dx / temperature).to(request.result_dtype)
+    dx = dx if temperature == 1.0 else dx / temperature
+    return _masked(request, dx).to(request.result_dtype)
 
 
 def vjp_derivatives(request: Request, u: Tensor) -> tuple[Tensor, Tensor]:

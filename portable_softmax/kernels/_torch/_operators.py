@@ -1,1 +1,147 @@
-"""placeholder"""
+"""The kernels as operators of torch.library, for what torch.compile traces.
+
+One operator gives the value of any operation of any kernel and one the gradient. A fake gives the
+shapes; the derivative is that of `_autograd`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib import import_module
+from typing import Any, TypeAlias
+
+import torch
+
+from portable_softmax import libraries
+from portable_softmax.kernels._request import LossOptions, Request, RowOptions, active
+from portable_softmax.kernels._request import LOSSES, PLAIN_LOSS, PLAIN_ROWS
+from portable_softmax.kernels._torch import _autograd, _gradients
+
+Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
+
+_SCHEMA = (
+    "(Tensor x, Tensor? dy, Tensor? labels, Tensor? weight, Tensor? where, str engine, "
+    "str operation, int[] axes, float temperature, int? ignore_index, float label_smoothing, "
+    "float z_loss, float? softcap, str reduction, bool check_labels)"
+)
+
+
+def answer(engine: str, request: Request) -> Any:
+    """Return the answer of a traced call, by the kernels of the module `engine`."""
+    value, grad = _value(*_arguments(engine, request))
+    return (value, grad) if request.operation == "cross_entropy_value_and_grad" else value
+
+
+def _gradient_of(engine: str, request: Request, dy: Tensor) -> Tensor:
+    found: Tensor = _gradient(*_arguments(engine, request._replace(dy=dy)))
+    return found
+
+
+def _arguments(engine: str, request: Request) -> tuple[Any, ...]:
+    """Return a request as the operators take it."""
+    options = request.options
+    is_loss = request.operation in LOSSES
+    rows, loss = (PLAIN_ROWS, options) if is_loss else (options, PLAIN_LOSS)
+    return (
+        *_autograd.tensors(request), engine, request.operation, list(request.axes),
+        rows.temperature, loss.ignore_index, loss.label_smoothing, loss.z_loss, loss.softcap,
+        loss.reduction, request.check_labels,
+    )  # fmt: skip
+
+
+def _request(
+    x: Tensor, dy: Tensor | None, labels: Tensor | None, weight: Tensor | None,
+    where: Tensor | None, engine: str, operation: str, axes: list[int], temperature: float,
+    ignore_index: int | None, label_smoothing: float, z_loss: float, softcap: float | None,
+    reduction: str, check_labels: bool,
+) -> tuple[Any, Request]:  # fmt: skip
+    """Return the kernel's module and the request that the operators' arguments stand for."""
+    library = libraries.library_of(x)
+    options: Any
+    neutral: Any
+    if operation in LOSSES:
+        neutral = PLAIN_LOSS
+        options = LossOptions(
+            weight, ignore_index, label_smoothing, z_loss, softcap, where, reduction
+        )
+    else:
+        options, neutral = RowOptions(where, temperature), PLAIN_ROWS
+    request = Request(
+        operation, library, x, library.dtype(x.dtype).name, tuple(axes),
+        *library.compute_dtype(x), "", options, active(options, neutral), dy, labels,
+        labels is None or labels.ndim < x.ndim, check_labels,
+    )  # fmt: skip
+    return import_module(engine), request
+
+
+def _as_promised(found: Tensor, like: Tensor) -> Tensor:
+    """Return `found` with the strides of `like`, by which compiled code goes."""
+    return found if found.stride() == like.stride() else torch.empty_like(like).copy_(found)
+
+
+def _shaped(request: Request) -> tuple[Tensor, Tensor]:
+    """Return tensors like those of an answer."""
+    x, none = request.x, request.x.new_empty(0)
+    if request.operation in LOSSES:
+        positions = [n for a, n in enumerate(x.shape) if a != request.axis]
+        loss = x.new_empty(positions if request.options.reduction == "none" else [])
+        wants_gradient = request.operation == "cross_entropy_value_and_grad"
+        return loss, torch.empty_like(x) if wants_gradient else none
+    if request.operation == "logsumexp":
+        return x.new_empty(request.reduced_shape()), none
+    return torch.empty_like(x), none
+
+
+@partial(
+    torch.library.custom_op,
+    "portable_softmax::value",
+    mutates_args=(),
+    schema=f"{_SCHEMA} -> (Tensor, Tensor)",
+)
+def _value(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return the answer of a kernel; the second is empty where there is only one."""
+    engine, request = _request(*arguments)
+    found = _gradients.value(engine, request)
+    value, grad = found if isinstance(found, tuple) else (found, request.x.new_empty(0))
+    like = _shaped(request)
+    return _as_promised(value, like[0]), _as_promised(grad, like[1])
+
+
+@_value.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _shaped(_request(*arguments)[1])
+
+
+@partial(
+    torch.library.custom_op,
+    "portable_softmax::gradient",
+    mutates_args=(),
+    schema=f"{_SCHEMA} -> Tensor",
+)
+def _gradient(*arguments: Any) -> Tensor:
+    """Return the gradient with respect to the logits, from what was kept and upstream."""
+    engine, request = _request(*arguments)
+    found = _gradients.gradient(engine, request._replace(dy=None), request.dy)
+    return _as_promised(found, request.x)
+
+
+@_gradient.register_fake
+def _(*arguments: Any) -> Tensor:
+    return torch.empty_like(arguments[0])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, request = _request(*inputs)
+    ctx.engine = inputs[5]
+    _autograd.keep(ctx, request, output[0])
+
+
+def _backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    request = _autograd.restored(ctx)
+    dx, ddy = _autograd.pulled_back(
+        request, upstream[:1], request.library.transform, partial(_gradient_of, ctx.engine)
+    )
+    return dx, ddy, *(None,) * 13
+
+
+_value.register_autograd(_backward, setup_context=_keep)

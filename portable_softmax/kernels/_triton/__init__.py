@@ -117,10 +117,11 @@ def gradient(request: Request, dy: Any) -> Any:
         return launch.losses(request, gradient=True, upstream=dy)[1]
     if operation == "logsumexp":
         return launch.forward(request, dy)
-    if options.where is not None:
-        dy = request.xp.where(options.where, dy, 0.0)
-    y = request.x
+    where, y = options.where, request.x
+    if where is not None:
+        dy = request.xp.where(where, dy, 0.0)
     if operation == "log_softmax" and request.dtype in ("float16", "bfloat16"):
         y = launch.forward(request._replace(result_dtype=request.compute_dtype))
     vjp = request._replace(operation=f"{operation}_vjp", x=y, dy=dy)
-    return launch.pull_back(vjp, masked=False)
+    dx = launch.pull_back(vjp, masked=False)
+    return dx if where is None else request.xp.where(where, dx, 0.0)
