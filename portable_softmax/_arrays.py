@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from typing import Any
 
 import array_api_compat as compat
@@ -28,6 +29,7 @@ __all__ = [
     "dtype_name",
     "gathers",
     "is_chunked",
+    "is_known",
     "kind",
     "library",
     "namespace",
@@ -37,6 +39,8 @@ __all__ = [
     "same_device",
     "scalar",
     "scalar_if_0d",
+    "sums_in_blocks",
+    "take_along_axis",
 ]
 
 # NumPy 2 is itself a namespace of the standard. Taking it as it is saves importing
@@ -56,15 +60,25 @@ def namespace(*arrays: Any) -> Namespace:
     """
     found = None
     for array in arrays:
-        xp = _NAMESPACES.get(type(array))
-        if xp is None:
-            xp = _look_up(array)
+        cls = type(array)
+        xp = _NAMESPACES[cls] if _is_registered(cls) else _look_up(array)
         if found is not None and xp is not found:
             raise TypeError(f"arrays of two libraries: {library(found)} and {library(xp)}")
         found = xp
     if found is None:
         raise TypeError("no array was given")
     return found
+
+
+def _is_registered(cls: type) -> bool:
+    """Return whether the namespace of a type of array is known; that of torch's always is."""
+    if cls in _NAMESPACES:
+        return True
+    torch = sys.modules.get("torch")
+    if torch is None or not issubclass(cls, torch.Tensor):
+        return False
+    _NAMESPACES[cls] = import_module("array_api_compat.torch")
+    return True
 
 
 def _look_up(array: Any) -> Namespace:
@@ -141,6 +155,13 @@ def kind(xp: Namespace, dtype: Any) -> str:
     return found
 
 
+# torch.compile takes their answers for constants: a trace that reads or fills a table would be
+# guarded by what is in it, and be compiled again after the next entry. (This is
+# torch.compiler.assume_constant_result, which would have to import torch.)
+for _function in (_is_registered, library, kind):
+    _function.__dict__["_dynamo_marked_constant"] = True
+
+
 def _sort(xp: Namespace, dtype: Any) -> str:
     # ml_dtypes registers bfloat16 with NumPy as a void type, so names come before kinds.
     name = dtype_name(dtype)
@@ -169,21 +190,18 @@ def compute_dtype(xp: Namespace, x: Any) -> tuple[Any, Any]:
     floating dtype before anything is subtracted; any other byte order becomes the machine's.
     """
     sort = kind(xp, x.dtype)
-    if sort == "half":
-        return (np.dtype(np.float32) if xp is np else xp.float32), x.dtype
     if sort == "integer":
         answer = default_float(xp, x)
         return answer, answer
-    if xp is np:
-        native = x.dtype.newbyteorder("=")
-        return native, native
-    return x.dtype, x.dtype
+    answer = x.dtype if xp is not np or x.dtype.isnative else x.dtype.newbyteorder("=")
+    if sort == "half":
+        return (np.dtype(np.float32) if xp is np else xp.float32), answer
+    return answer, answer
 
 
 def complex_dtype(xp: Namespace, dtype: Any) -> Any:
     """Return the complex dtype that holds a real or complex `dtype`."""
-    names = {"float32": xp.complex64, "float64": xp.complex128}
-    return names.get(dtype_name(dtype), dtype)
+    return xp.result_type(dtype, xp.complex64)
 
 
 # --------------------------------------------------------------------------- building blocks
@@ -207,6 +225,9 @@ def scalar(xp: Namespace, value: float, like: Any) -> Any:
 
     Versions of the standard before 2024.12 take no Python scalars in functions such as `where`.
     """
+    if library(xp) == "torch":
+        # torch.compile has symbols for lengths that change, of which `asarray` makes constants.
+        return xp.full((), value, dtype=like.dtype, device=device(like))
     return xp.asarray(value, dtype=like.dtype, device=device(like))
 
 
@@ -234,6 +255,46 @@ def gathers(xp: Namespace) -> bool:
     it is), Dask has no gather, and array-api-strict has one in its newest versions only.
     """
     return library(xp) in ("numpy", "cupy", "torch")
+
+
+def take_along_axis(xp: Namespace, x: Any, index: Any, axis: int) -> Any:
+    """Return the entries of `x` at `index` along `axis`; other axes have the same lengths."""
+    if library(xp) == "torch":
+        # The standard's take_along_dim broadcasts: torch.compile compiles it for one batch size.
+        return x.gather(axis, index)
+    return xp.take_along_axis(x, index, axis=axis)
+
+
+def sums_in_blocks(xp: Namespace, x: Any, axis: int) -> bool:
+    """Return whether the library's own sum along `axis` keeps its digits, however long the axis.
+
+    NumPy sums pairwise only where the axis is the innermost in memory, and adds row after row
+    elsewhere; an array of array-api-strict is NumPy's, but does not show its strides. torch sums in
+    blocks along every axis. Others do along the last axis.
+    """
+    name = library(xp)
+    if name == "numpy":
+        stride = abs(x.strides[axis])
+        return stride > 0 and all(
+            stride < abs(other)
+            for a, (other, n) in enumerate(zip(x.strides, x.shape, strict=True))
+            if a != axis and n > 1
+        )
+    if name == "torch":
+        # Code generated for CPUs adds row after row.
+        return axis == x.ndim - 1 or not sys.modules["torch"].compiler.is_compiling()
+    return name != "strict" and axis == x.ndim - 1
+
+
+def is_known(xp: Namespace, number: Any) -> bool:
+    """Return whether a length or number is known, and no symbol that a compiler has for any."""
+    if library(xp) == "torch":
+        torch = sys.modules["torch"]
+        if torch.compiler.is_compiling():
+            # Under torch.compile a symbol looks like the number that it was traced with.
+            shapes = torch.fx.experimental.symbolic_shapes
+            return hasattr(shapes, "has_static_value") and shapes.has_static_value(number)
+    return isinstance(number, int | float)
 
 
 def is_chunked(xp: Namespace) -> bool:
@@ -269,7 +330,7 @@ def _torch_reads_values(x: Any) -> bool:
     torch = sys.modules["torch"]
     if torch.compiler.is_compiling():
         return False
-    # Inside a functional transform a tensor may stand for many (vmap) and has no single value.
+    # Inside a functional transform a tensor may be batched (vmap) and has no single value.
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if x.device.type == "meta":

@@ -245,8 +245,11 @@ def _prepared(
         _checks.mask(where, "logits", logits, xp)
     ignore_index = _checks.ignore_index(ignore_index, indices)
     compute, answer = _arrays.compute_dtype(xp, logits)
+    if weight is not None:
+        with _arrays.quiet(xp):  # a weight that the dtype cannot hold becomes infinite
+            weight = _arrays.cast(xp, weight, compute)
     options = portable.Options(
-        weight=None if weight is None else _arrays.cast(xp, weight, compute),
+        weight=weight,
         ignore_index=ignore_index,
         label_smoothing=_checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0),
         z_loss=_checks.number("z_loss", z_loss, low=0.0),

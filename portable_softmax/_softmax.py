@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from portable_softmax import _arrays, _checks, portable
@@ -239,10 +238,7 @@ def logsumexp(
         kind = "complex"
         compute = answer = _arrays.complex_dtype(xp, compute)
     with _arrays.quiet(xp):
-        if any(x.shape[a] == 0 for a in axes):
-            value, sign = _empty_sum(xp, x, axes, answer)
-        else:
-            value, sign = _logsumexp(xp, x, axes, b, where, return_sign, kind, compute, answer)
+        value, sign = _logsumexp(xp, x, axes, b, where, return_sign, kind, compute, answer)
     if not keepdims and axes:
         value = xp.squeeze(value, axis=axes)
         sign = None if sign is None else xp.squeeze(sign, axis=axes)
@@ -261,7 +257,7 @@ def _logsumexp(
     compute: Any,
     answer: Any,
 ) -> tuple[Any, Any]:
-    if b is None and not return_sign and kind == "real" and axes:
+    if b is None and not return_sign and kind == "real" and _reduces(x, axes):
         call = RowsCall("logsumexp", xp, x, axes, where, 1.0, compute, answer)
         if kernel := find(call):
             return kernel(call), None
@@ -277,12 +273,6 @@ def _logsumexp(
         value = xp.squeeze(value, axis=-1)
         sign = None if sign is None else xp.squeeze(sign, axis=-1)
     return value, sign
-
-
-def _empty_sum(xp: Namespace, x: Any, axes: tuple[int, ...], answer: Any) -> tuple[Any, Any]:
-    shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
-    where = {"dtype": answer, "device": _arrays.device(x)}
-    return xp.full(shape, -math.inf, **where), xp.zeros(shape, **where)
 
 
 def softmax_vjp(y: ArrayT, dy: ArrayT, /, *, axis: Axis = -1) -> ArrayT:
@@ -449,11 +439,8 @@ def _rowwise(operation: str, x: ArrayT, axis: Axis, where: Any, temperature: Any
     if type(temperature) is not float or temperature != 1.0:
         temperature = _checks.temperature(temperature)
     compute, answer = _arrays.compute_dtype(xp, x)
-    if any(x.shape[a] == 0 for a in axes):
-        empty: ArrayT = xp.zeros_like(x, dtype=answer)
-        return empty
     call = RowsCall(operation, xp, x, axes, where, temperature, compute, answer)
-    kernel = find(call) if axes else None
+    kernel = find(call) if _reduces(x, axes) else None
     y: ArrayT
     with _arrays.quiet(xp):
         if kernel is not None:
@@ -471,6 +458,11 @@ def _rowwise(operation: str, x: ArrayT, axis: Axis, where: Any, temperature: Any
             y = _arrays.scalar_if_0d(xp, xp.squeeze(y, axis=-1))
         y = _arrays.cast(xp, y, answer)
     return y
+
+
+def _reduces(x: Any, axes: tuple[int, ...]) -> bool:
+    """Return whether there is anything to reduce, so that a kernel may be asked."""
+    return bool(axes) and all(x.shape[a] != 0 for a in axes)
 
 
 def _with_an_axis(

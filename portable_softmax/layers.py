@@ -6,12 +6,13 @@ network collects both from all of its layers alike.
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, Generic, final
 
-from portable_softmax import _arrays, _checks
+from portable_softmax import _arrays, _checks, portable
 from portable_softmax._cross_entropy import LOSS_OPTIONS, cross_entropy_value_and_grad
 from portable_softmax._softmax import log_softmax, log_softmax_vjp, softmax, softmax_vjp
-from portable_softmax._typing import Array, ArrayT, Axis
+from portable_softmax._typing import Array, ArrayT, Axis, Namespace
 
 __all__ = ["LogSoftmax", "Softmax", "SoftmaxWithLoss"]
 
@@ -184,24 +185,39 @@ class SoftmaxWithLoss(Generic[ArrayT]):
         """
         if self._dx is None:
             raise _no_forward(self)
-        if isinstance(dout, int | float):
-            scaled: ArrayT = self._dx * dout
-            return scaled
-        xp = _checks.array("dout", dout)
-        _checks.companion("dout", dout, "logits", self._dx, xp)
-        _checks.upstream(dout, self._loss_shape)
-        if dout.ndim:  # one for each position, with reduction="none"
-            dout = xp.expand_dims(dout, axis=self.options.get("axis", -1))
-        answered: ArrayT = _arrays.cast(xp, self._dx * dout, self._dx.dtype)
+        dx: Any = self._dx
+        xp = _arrays.namespace(dx)
+        axis = _checks.one_axis(self.options.get("axis", -1), dx.ndim)
+        compute, answer = _arrays.compute_dtype(xp, dx)
+        if isinstance(dout, Real):
+            dout = xp.asarray(_checks.real("dout", dout), dtype=compute, device=_arrays.device(dx))
+        else:
+            _checks.companion("dout", dout, "logits", dx, _checks.array("dout", dout))
+            _checks.upstream(dout, self._loss_shape)
+            if dout.ndim:  # one for each position, with reduction="none"
+                dout = portable.with_class_axis(dout, axis)
+        with _arrays.quiet(xp):
+            dx = _arrays.cast(xp, dx, compute) * _arrays.cast(xp, dout, compute)
+            for takes_part in (self.options.get("where"), self._counted(xp, axis)):
+                if takes_part is not None:  # or else dout may be infinite, and 0 * inf is nan
+                    dx = xp.where(takes_part, dx, _arrays.scalar(xp, 0.0, dx))
+            answered: ArrayT = _arrays.cast(xp, dx, answer)
         return answered
 
+    def _counted(self, xp: Namespace, axis: int) -> Any:
+        """Return where the labels are not ignored, or None if none is."""
+        ignore_index = self.options.get("ignore_index")
+        if ignore_index is None:
+            return None
+        return portable.not_ignored(xp, portable.with_class_axis(self.t, axis), ignore_index)
+
     def _probabilities(self, x: Any) -> Any:
-        axis, softcap = self.options.get("axis", -1), self.options.get("softcap")
-        if softcap is not None:
-            xp = _arrays.namespace(x)
-            compute, answer = _arrays.compute_dtype(xp, x)
-            capped = softcap * xp.tanh(_arrays.cast(xp, x, compute) / softcap)
-            return _arrays.cast(
-                xp, softmax(capped, axis=axis, where=self.options.get("where")), answer
-            )
-        return softmax(x, axis=axis, where=self.options.get("where"))
+        axis, where = self.options.get("axis", -1), self.options.get("where")
+        softcap = self.options.get("softcap")
+        if softcap is None:
+            return softmax(x, axis=axis, where=where)
+        xp = _arrays.namespace(x)
+        compute, answer = _arrays.compute_dtype(xp, x)
+        with _arrays.quiet(xp):
+            capped = portable.softcapped(xp, _arrays.cast(xp, x, compute), float(softcap))
+        return _arrays.cast(xp, softmax(capped, axis=axis, where=where), answer)
