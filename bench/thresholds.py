@@ -74,11 +74,6 @@ _SIZES = (
         tuple((1 << k, 256) for k in range(9, 16)),
         lambda size, shape, width: math.prod(shape) * width < 2 * size,
     ),
-    _Size(
-        "._split", "LONG", {"whole": _NEVER, "cut": _ALWAYS},
-        tuple((1, 1 << k) for k in range(18, 24)),
-        lambda size, shape, width: shape[1] < size,
-    ),
 )  # fmt: skip
 
 
@@ -94,8 +89,7 @@ def measure(dtypes: list[str], *, quick: bool) -> Iterator[Row]:
         for shape in size.shapes[:1] if quick else size.shapes:
             for dtype in dtypes:
                 for operation in OPERATIONS:
-                    if size.name != "LONG" or operation in ("softmax", "logsumexp"):
-                        yield _measured(size, shape, dtype, operation, rounds=2 if quick else 15)
+                    yield _measured(size, shape, dtype, operation, rounds=2 if quick else 15)
 
 
 def _measured(size: _Size, shape: tuple[int, int], dtype: str, operation: str, rounds: int) -> Row:
@@ -128,7 +122,7 @@ def _call(shape: tuple[int, int], dtype: str, operation: str) -> Callable[[], An
         return lambda: drive.softmax(x, out, layout)
     if operation == "logsumexp":
         few = out[:, 0].copy()
-        return lambda: drive.logsumexp_of_few(x, layout) or drive.logsumexp(x, few, layout)
+        return lambda: drive.logsumexp(x, few, layout)
     plain = drive.Loss(None, None, 0.0, 0.0)
     return lambda: drive.losses(x, labels, layout, plain, None, out, True)
 

@@ -312,33 +312,6 @@ def test_read_only_arrays_are_not_compiled_anew(every_size):
     assert (len(entries.softmax.overloads), len(entries.cross_entropy.overloads)) == before
 
 
-def test_few_and_long_rows_are_cut(every_size, monkeypatch):
-    split = heavy("_split")
-    seen = []
-    real = split._on_parts
-    monkeypatch.setattr(split, "_on_parts", lambda *a: seen.append(len(a)) or real(*a))
-    monkeypatch.setattr(_threads, "limit", lambda: 15)
-    monkeypatch.setattr(split, "LONG", 1000)
-    monkeypatch.setattr(split, "PART", 300)
-    rng = np.random.default_rng(0)
-    for dtype in DTYPES:
-        for shape, parts in (((1, 1001), True), ((7, 1000), True), ((8, 1000), False),
-                             ((1, 999), False)):  # fmt: skip
-            x = rng.standard_normal(shape).astype(np_dtype(dtype))
-            confident = x.copy()
-            confident[:, 700] = 40
-            hostile = x.copy()
-            hostile[0, 5] = np.nan
-            if len(x) > 1:
-                hostile[1, 900], hostile[2] = np.inf, -np.inf
-            for rows in (x, confident, hostile):
-                for name in ROWS:
-                    seen.clear()
-                    agree(lambda rows=rows, name=name: getattr(ps, name)(rows, axis=-1), dtype)
-                    assert bool(seen) == parts
-            agree(lambda x=x: ps.log_softmax(x, temperature=2.0), dtype)
-
-
 @pytest.mark.parametrize("operation", [*ROWS, *LOSSES])
 def test_pieces_and_threads_give_the_same_bits(every_size, plans, monkeypatch, operation):
     drive = heavy("_drive")
@@ -404,6 +377,22 @@ def test_every_option_of_a_loss(every_size, shape, axis, dtype):
             )
         if logits is hostile:
             assert np.all(np.moveaxis(taken[1], axis, -1)[ignored == -1] == 0)
+
+
+@pytest.mark.parametrize("unused", [np.inf, np.nan])
+@pytest.mark.parametrize(("shape", "axis"), [((40, 10), -1), ((6, 300), -1), ((2, 10, 9), 1)])
+def test_a_weight_that_no_label_names_has_no_effect(every_size, shape, axis, unused):
+    x = np.random.default_rng(0).standard_normal(shape)
+    n = shape[axis]
+    labels = np.arange(x.size // n).reshape(np.delete(shape, axis)) % (n - 1)
+    weight = np.linspace(0.5, 2.0, n)
+    expected = ps.cross_entropy_value_and_grad(x, labels, axis=axis, weight=weight)
+    weight[-1] = unused
+    found = ps.cross_entropy_value_and_grad(x, labels, axis=axis, weight=weight)
+    for one, other in zip(found, expected, strict=True):
+        assert np.all(np.isfinite(one))
+        np.testing.assert_array_equal(one, other)
+    assert ps.cross_entropy(x, labels, axis=axis, weight=weight) == expected[0]
 
 
 @pytest.mark.parametrize("dtype", [f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64)])

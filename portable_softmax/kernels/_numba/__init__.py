@@ -189,8 +189,7 @@ def _row_by_row(call: RowsCall) -> Any:
     out = np.empty(x.shape, call.answer)
     function = getattr(drive, call.operation)
     function(_handed(x, layout), _handed(out, layout), drive.Layout(*layout), call.temperature)
-    if not drive.in_parts(layout):
-        _remember(call)
+    _remember(call)
     return out
 
 
@@ -201,10 +200,6 @@ def logsumexp(call: RowsCall) -> Any:
     """Logsumexp over the axes, kept with length 1."""
     drive, layout, x = _compiled(), _layout(call), call.x
     out = np.empty([1 if a in call.axes else n for a, n in enumerate(x.shape)], call.answer)
-    few = drive.logsumexp_of_few(_handed(x, layout), drive.Layout(*layout))
-    if few is not None:
-        out[...] = np.reshape(few, out.shape)
-        return out
     flat: Any = out.view(HANDED[x.dtype.name]).reshape(-1)
     drive.logsumexp(_handed(x, layout), flat, drive.Layout(*layout))
     _remember(call)

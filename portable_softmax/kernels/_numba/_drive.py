@@ -22,7 +22,6 @@ from portable_softmax.kernels._numba import (
     _on_blocks,
     _on_lanes,
     _on_rows,
-    _split,
     for_rows,
 )
 
@@ -123,37 +122,21 @@ def load(entry: Any, example: tuple[Any, ...]) -> None:
         entry.compile(signature)
 
 
-def in_parts(layout: tuple[int, int, int]) -> bool:
-    """Return whether rows are cut, which needs other kernels than those of short rows."""
-    return _split.wanted(*layout)
-
-
 def softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
     """One read of the array and one write of its size."""
     t = 1 if temperature == 1.0 else temperature
-    if _split.wanted(*layout):
-        _split.softmax(x, out, t)
-    else:
-        run("softmax", (x, out), (t,), layout, tiles=2)
+    run("softmax", (x, out), (t,), layout, tiles=2)
 
 
 def log_softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
     """One read and one write."""
     t = 1 if temperature == 1.0 else temperature
-    if _split.wanted(*layout):
-        _split.log_softmax(x, out, t)
-    else:
-        run("log_softmax", (x, out), (t,), layout)
+    run("log_softmax", (x, out), (t,), layout)
 
 
 def logsumexp(x: Any, out: Any, layout: Layout) -> None:
     """One read."""
     run("logsumexp", (x, out), (), layout)
-
-
-def logsumexp_of_few(x: Any, layout: Layout) -> list[float] | None:
-    """Return the answers for few and long rows, or None where it takes no parts."""
-    return _split.logsumexp(x) if _split.wanted(*layout) else None
 
 
 def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout) -> None:
@@ -198,7 +181,10 @@ def losses(
             load(_on_rows.scan, (labels, w, layout.n, flags, ignore))
             divisor = _on_rows.scan(labels, w, layout.n, flags, ignore)[1]
         scale = 1.0 / divisor if divisor else 0.0
-    classes = float(np.sum(w, dtype=np.float64)) if weighted else float(layout.n)
+    # Without smoothing no class but the label's counts, whatever its weight.
+    classes = 0.0
+    if loss.smoothing:
+        classes = float(np.sum(w, dtype=np.float64)) if weighted else float(layout.n)
     options = np.asarray([loss.smoothing, loss.z, classes, scale])
     if each is None:
         each = np.empty(1, compute)
