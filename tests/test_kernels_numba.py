@@ -6,8 +6,6 @@ import importlib
 import os
 import subprocess
 import sys
-from contextlib import suppress
-from contextvars import copy_context
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ from calls import as_tuple
 import portable_softmax as ps
 from bench import exact
 from portable_softmax import kernels
-from portable_softmax.kernels import _numba, _table, _threads
+from portable_softmax.kernels import _numba, _table
 
 pytestmark = pytest.mark.numba
 
@@ -30,7 +28,7 @@ NAME = "numba rows: one pass in cache"
 
 @pytest.fixture
 def every_size(monkeypatch):
-    """Arrays of every size take the kernels, without their shortcuts."""
+    """Arrays of every size take the kernels."""
     monkeypatch.setattr(_numba, "ENOUGH", 0)
     monkeypatch.setattr(_table, "SHORTCUTS", {})
 
@@ -41,15 +39,15 @@ def heavy(name):
 
 @pytest.fixture
 def plans(monkeypatch):
-    """How the calls were worked on: rows side by side, and how many pieces."""
-    drive, seen = heavy("_drive"), []
-    real = drive.plan
+    """How the calls were worked on: in which layout, and in how many pieces."""
+    driver, seen = heavy("_driver"), []
+    real = driver.plan
 
     def spy(*args):
         seen.append(real(*args))
         return seen[-1]
 
-    monkeypatch.setattr(drive, "plan", spy)
+    monkeypatch.setattr(driver, "plan", spy)
     return seen
 
 
@@ -114,8 +112,9 @@ def test_every_kind_of_row_is_exact(every_size, plans, n, dtype):
             counted &= np.abs(answer) > exact.smallest_normal(dtype)
         bound = np.broadcast_to(0.51 if half else bounds[name], answer.shape)
         assert np.all(~counted | (error <= bound)), (name, float(np.max(error[counted])))
-    short = n * (8 if dtype == "float64" else 4) < _numba.SHORT
-    assert {plan.entries for plan in plans} == {heavy("_on_blocks" if short else "_on_rows")}
+    driver = heavy("_driver")
+    short = n * (8 if dtype == "float64" else 4) < driver.SHORT
+    assert all(plan.entries is (driver.BLOCKS if short else driver.ROWS) for plan in plans)
     loss, grad = ps.cross_entropy_value_and_grad(x, labels, reduction="none")
     np.testing.assert_allclose(loss, results["cross_entropy"], rtol=4 * unit)
     got = grad[np.arange(64), labels].astype(np.longdouble)
@@ -190,8 +189,9 @@ def test_a_row_does_not_depend_on_its_neighbours(every_size):
 def test_exp_and_log1p_are_exact(dtype):
     from numba import njit
 
-    _exp, _ir = heavy("_exp"), heavy("_ir")
-    exp, log1p, load, store, pointer = _exp.exp, _exp.log1p, _ir.load, _ir.store, _ir.pointer
+    _exp, memory = heavy("_exp"), heavy("_memory")
+    exp, log1p, pointer = _exp.exp, _exp.log1p, memory.pointer
+    load, store = memory.load, memory.store
 
     @njit
     def exps(x, y):
@@ -303,33 +303,17 @@ def test_read_only_arrays_are_not_compiled_anew(every_size):
     x = np.random.default_rng(0).standard_normal((50, 7))
     t = np.arange(50) % 7
     writeable = ps.softmax(x), ps.cross_entropy(x, t)
-    entries = heavy("_on_blocks")
-    before = len(entries.softmax.overloads), len(entries.cross_entropy.overloads)
+    blocks = heavy("_driver").BLOCKS
+
+    def compiled():
+        return [len(blocks[name].overloads) for name in ("softmax", "cross_entropy")]
+
+    before = compiled()
     for array in (x, t):
         array.flags.writeable = False
     np.testing.assert_array_equal(ps.softmax(x), writeable[0])
     assert ps.cross_entropy(x, t) == writeable[1]
-    assert (len(entries.softmax.overloads), len(entries.cross_entropy.overloads)) == before
-
-
-@pytest.mark.parametrize("operation", [*ROWS, *LOSSES])
-def test_pieces_and_threads_give_the_same_bits(every_size, plans, monkeypatch, operation):
-    drive = heavy("_drive")
-    rng = np.random.default_rng(0)
-    for shape in ((1000, 10), (300, 200)):
-        x = rng.standard_normal(shape).astype(np.float32)
-        args = (x, rng.integers(0, shape[1], shape[0])) if operation in LOSSES else (x,)
-        options = {"reduction": "none"} if operation in LOSSES else {"axis": -1}
-        results = []
-        for piece, threads in ((1 << 30, 1), (1 << 12, 1), (1 << 12, 3)):
-            monkeypatch.setattr(drive, "PIECE", piece)
-            monkeypatch.setattr(_threads, "limit", lambda threads=threads: threads)
-            plans.clear()
-            results.append(as_tuple(getattr(ps, operation)(*args, **options)))
-            assert (len(plans[0].pieces) > 1) == (piece < 1 << 30)
-        for other in results[1:]:
-            for one, two in zip(results[0], other, strict=True):
-                np.testing.assert_array_equal(one, two)
+    assert compiled() == before
 
 
 # --------------------------------------------------------------------------- losses
@@ -421,109 +405,6 @@ def test_the_mean_of_many_losses(every_size):
     assert abs(ps.cross_entropy(x, t) - truth) <= np.spacing(np.float32(truth))
 
 
-# --------------------------------------------------------------------------- small arrays
-
-
-@pytest.fixture
-def nothing_loaded(monkeypatch):
-    monkeypatch.setattr(_numba, "loaded", set())
-    shortcuts = {}
-    monkeypatch.setattr(_table, "SHORTCUTS", shortcuts)
-    small = heavy("_small")
-    monkeypatch.setattr(small, "SHORTCUTS", shortcuts)
-    monkeypatch.setattr(small, "ready", {})
-    return shortcuts
-
-
-@pytest.mark.parametrize("operation", [*ROWS, *LOSSES])
-def test_small_arrays_wait_for_nothing_and_then_take_the_shortcut(nothing_loaded, operation):
-    rng = np.random.default_rng(0)
-    labels = (np.arange(7_000) % 10,) if operation in LOSSES else ()
-    options = {} if operation in LOSSES else {"axis": -1}
-
-    def call(x):
-        return as_tuple(getattr(ps, operation)(x, *(t[: len(x)] for t in labels), **options))
-
-    large = rng.standard_normal((7_000, 10)).astype(np.float32)
-    x = large[:300]
-    why = kernels.explain(operation, x, axis=-1)
-    assert why.startswith("numpy tiles: ")
-    assert "3,000 elements, fewer than 65,536, and nothing is loaded yet" in why
-    call(x)
-    before = dict(nothing_loaded)
-    call(large)
-    changed = [key for key, taken in nothing_loaded.items() if taken is not before.get(key)]
-    assert changed == [(np.ndarray, operation)]
-    assert kernels.explain(operation, x, axis=-1) == NAME
-    assert not kernels.explain(operation, x.astype(float), axis=-1).startswith("numba")
-
-    quick, took = nothing_loaded[np.ndarray, operation], []
-    nothing_loaded[np.ndarray, operation] = lambda *a: took.append(quick(*a)) or took[-1]
-    for rows in (1, 15, 16, 17, 63, 64, 65, 300):
-        for n in (1, 2, 3, 4, 7, 8, 10):
-            some = np.ascontiguousarray(x[:rows, :n])
-            with suppress(IndexError):  # labels beyond n: both ways raise
-                took.clear()
-                short = call(some)
-                assert took[-1] is not None
-                shortcut = nothing_loaded.pop((np.ndarray, operation))
-                usual = call(some)
-                nothing_loaded[np.ndarray, operation] = shortcut
-                for one, other in zip(short, usual, strict=True):
-                    assert type(one) is type(other)
-                    np.testing.assert_array_equal(one, other, strict=True)
-    with kernels.portable():
-        took.clear()
-        call(x)
-        assert not took
-
-
-def test_short_rows_take_what_is_loaded_for_longer_ones_but_not_the_reverse(nothing_loaded):
-    ps.softmax(np.ones((7_000, 10)))
-    quick = nothing_loaded[np.ndarray, "softmax"]
-    assert quick(np.ones((3, 10)), -1, 1.0) is not None
-    assert quick(np.ones((3, 1000)), -1, 1.0) is None
-    nothing_loaded.clear()
-    _numba.loaded.clear()
-    heavy("_small").ready.clear()
-    ps.softmax(np.ones((700, 1000)))
-    quick = nothing_loaded[np.ndarray, "softmax"]
-    for n in (10, 1000):
-        found = quick(np.ones((3, n)), -1, 1.0)
-        np.testing.assert_allclose(found, np.full((3, n), 1 / n), rtol=1e-15)
-
-
-def test_what_a_shortcut_leaves_to_the_usual_way(nothing_loaded):
-    x, t = np.ones((7_000, 10)), np.zeros(7_000, np.int64)
-    for name in ROWS:
-        getattr(ps, name)(x, axis=-1)
-    for name in LOSSES:
-        getattr(ps, name)(x, t)
-    quick = {name: f for (_, name), f in nothing_loaded.items()}
-    x, t = x[:30].copy(), t[:30].copy()
-    frozen = x.copy()
-    frozen.flags.writeable = False
-    assert quick["softmax"](x, -1, 1.0) is not None
-    for args in (
-        (x, 0, 1.0), (x, True, 1.0), (x, None, 1.0), (x, (1,), 1.0), (x, -1, 2.0), (x, -1, True),
-        (x.T, -1, 1.0), (x[None], -1, 1.0), (x[0], -1, 1.0), (x[:0], -1, 1.0), (frozen, -1, 1.0),
-        (x.astype(np.float32), -1, 1.0), (x.astype(">f8"), -1, 1.0), (x[:, ::2], -1, 1.0),
-        (np.ones((70_000, 10)), -1, 1.0),
-    ):  # fmt: skip
-        assert quick["softmax"](*args) is None
-    assert quick["logsumexp"](x, -1, False) is not None
-    assert quick["logsumexp"](x, None, False) is None
-    assert quick["logsumexp"](x, -1, True) is None
-    usual = (x, t, -1, None, None, 0.0, 0.0, None, None, "mean", True)
-    other = {
-        0: x.T, 1: t[:-1], 2: 0, 3: np.ones(10), 4: -1, 5: 0.1, 6: 0.1, 7: 2.0, 8: x > 0, 9: "max",
-    }  # fmt: skip
-    for name in LOSSES:
-        assert quick[name](*usual) is not None
-        for at, value in [*other.items(), (1, t.astype(np.int32)), (1, t + 10), (5, False), (6, 0)]:
-            assert quick[name](*usual[:at], value, *usual[at + 1 :]) is None
-
-
 # --------------------------------------------------------------------------- switches
 
 
@@ -537,50 +418,12 @@ def test_one_kernel_can_be_left_out(every_size):
         )
         with kernels.without("numpy tiles"):
             assert kernels.explain("softmax", x).startswith("portable: not numba rows: ")
-        assert _table.shortcut(x, "softmax") is None
     assert kernels.explain("softmax", x) == NAME
     with (
         pytest.raises(ValueError, match="name is 'triton', expected one of 'numba rows', 'numpy"),
         kernels.without("triton"),
     ):
         pass
-
-
-def test_a_task_keeps_the_switch_of_the_block_that_started_it(nothing_loaded):
-    ps.softmax(np.ones((7_000, 10)))
-    x = np.ones((3, 4))
-    assert _table.shortcut(x, "softmax") is not None
-    with kernels.portable():
-        later = copy_context()
-    assert later.run(_table.shortcut, x, "softmax") is None
-    assert _table.shortcut(x, "softmax") is not None
-
-
-def test_a_numba_that_cannot_be_imported_is_passed_over(monkeypatch):
-    def fail():
-        raise ImportError("Numba needs NumPy 2.4 or less")
-
-    monkeypatch.setattr(_numba, "_compiled", fail)
-    monkeypatch.setattr(_numba, "_broken", "")
-    monkeypatch.setattr(_numba, "_imported", None)
-    x = np.ones((300, 300))
-    for _ in range(2):
-        found = kernels.explain("softmax", x)
-        assert found.startswith("numpy tiles: ")
-        assert found.endswith("numba cannot be imported: Numba needs NumPy 2.4 or less")
-    np.testing.assert_allclose(ps.softmax(x), 1 / 300)
-
-
-def test_a_numba_that_is_too_old_is_passed_over(monkeypatch):
-    heavy("_drive")
-    monkeypatch.setattr(sys.modules["numba"], "__version__", "0.61.2")
-    monkeypatch.setattr(_numba, "_broken", "")
-    monkeypatch.setattr(_numba, "_imported", None)
-    x = np.ones((300, 300))
-    assert kernels.explain("softmax", x).endswith(
-        "numba 0.61.2 is too old, 0.62 is needed: pip install --upgrade numba"
-    )
-    np.testing.assert_allclose(ps.softmax(x), 1 / 300)
 
 
 # --------------------------------------------------------------------------- on disk
@@ -591,8 +434,8 @@ from portable_softmax import kernels, softmax
 x = np.zeros((300, 300), np.float32)
 assert kernels.explain("softmax", x).startswith("numba rows"), kernels.explain("softmax", x)
 softmax(x)
-from portable_softmax.kernels._numba import _on_rows
-stats = _on_rows.softmax.stats
+from portable_softmax.kernels._numba import _driver
+stats = _driver.ROWS["softmax"].stats
 print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
 """
 

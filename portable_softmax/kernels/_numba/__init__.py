@@ -7,23 +7,17 @@ large enough to be worth it first needs them, one operation and dtype at a time.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from portable_softmax.kernels._calls import Call, LossCall, RowsCall, VjpCall
+from portable_softmax.kernels._numba import _support
 
 # Smaller arrays do not wait for a kernel to be compiled: one takes a second, once.
 ENOUGH = 1 << 16
 # Rows across memory are copied to a tile, which has to stay small.
 LONGEST_ACROSS = 1 << 14
-
-# The first Numba whose LLVM takes the instructions of `_vectors`.
-OLDEST = (0, 62)
-
-# Shorter rows, in bytes of the computation, are worked on as many at once as a vector has lanes.
-SHORT = 1024
 
 # What the kernels read, and as what they are handed over.
 HANDED: dict[str, Any] = {
@@ -33,17 +27,7 @@ HANDED: dict[str, Any] = {
     "bfloat16": np.dtype(np.int16),
 }
 
-# The kernels that are compiled, as `_key` names them.
-loaded: set[tuple[str, str, str, bool]] = set()
-_broken = ""
-_imported: Any = None
-
-
-def missing() -> str:
-    """Return what has to be installed."""
-    if find_spec("numba") is None:
-        return "numba is not installed: pip install 'portable_softmax[numba]'"
-    return _broken
+missing = _support.missing
 
 
 def refusal(call: Call) -> str:
@@ -54,32 +38,9 @@ def refusal(call: Call) -> str:
         return why
     if name not in HANDED or not x.dtype.isnative:
         return f"dtype: {x.dtype}"
-    if x.size < ENOUGH and _key(call) not in loaded:
-        return f"{x.size:,} elements, fewer than {ENOUGH:,}, and nothing is loaded yet"
-    return _broken or _cannot_import()
-
-
-def _key(call: Call) -> tuple[str, str, str, bool]:
-    """Return what a call is compiled for: operation, layout, dtype, and whether it is tempered."""
-    _, n, inner = _layout(call)
-    layout = "lanes" if inner > 1 else for_rows(n, call.x.dtype.itemsize)
-    tempered = getattr(call, "temperature", 1.0) != 1.0
-    return call.operation, layout, call.x.dtype.name, tempered
-
-
-def for_rows(n: int, itemsize: int) -> str:
-    """Return how rows of n classes are worked on that lie one after the other."""
-    return "blocks" if n * max(itemsize, 4) < SHORT else "rows"
-
-
-def _remember(call: Call) -> None:
-    key = _key(call)
-    if key not in loaded:
-        loaded.add(key)
-        operation, layout, _, tempered = key
-        if not tempered and layout != "lanes":
-            small = import_module("portable_softmax.kernels._numba._small")
-            small.register(operation, layout, call.x.dtype)
+    if x.size < ENOUGH:
+        return f"{x.size:,} elements, fewer than {ENOUGH:,}"
+    return _support.refusal()
 
 
 def _options(call: Call) -> str:
@@ -134,28 +95,8 @@ def _layout(call: Any) -> tuple[int, int, int]:
     return outer, n, inner
 
 
-def _cannot_import() -> str:
-    """Return why Numba cannot be used although it is there, having imported what there is."""
-    global _broken, _imported
-    if not _imported:
-        try:
-            _broken = _too_old(import_module("numba").__version__) or _broken
-            if not _broken:
-                _imported = _compiled()
-        except ImportError as why:  # such as a NumPy that is newer than this Numba knows
-            _broken = f"numba cannot be imported: {why}"
-    return _broken
-
-
-def _too_old(version: str) -> str:
-    if tuple(map(int, version.split(".")[:2])) >= OLDEST:
-        return ""
-    oldest = ".".join(map(str, OLDEST))
-    return f"numba {version} is too old, {oldest} is needed: pip install --upgrade numba"
-
-
 def _compiled() -> Any:
-    return import_module("portable_softmax.kernels._numba._drive")
+    return import_module("portable_softmax.kernels._numba._driver")
 
 
 class _Alias:
@@ -189,7 +130,6 @@ def _row_by_row(call: RowsCall) -> Any:
     out = np.empty(x.shape, call.answer)
     function = getattr(drive, call.operation)
     function(_handed(x, layout), _handed(out, layout), drive.Layout(*layout), call.temperature)
-    _remember(call)
     return out
 
 
@@ -202,7 +142,6 @@ def logsumexp(call: RowsCall) -> Any:
     out = np.empty([1 if a in call.axes else n for a, n in enumerate(x.shape)], call.answer)
     flat: Any = out.view(HANDED[x.dtype.name]).reshape(-1)
     drive.logsumexp(_handed(x, layout), flat, drive.Layout(*layout))
-    _remember(call)
     return out
 
 
@@ -212,7 +151,6 @@ def _from_output(call: VjpCall, **options: Any) -> Any:
     out = np.empty(x.shape, call.answer)
     arrays = (_handed(a, layout) for a in (x, call.dy, out))
     getattr(drive, call.operation)(*arrays, drive.Layout(*layout), **options)
-    _remember(call)
     return out
 
 
@@ -243,7 +181,6 @@ def _loss(call: LossCall) -> Any:
     )
     if wrong and call.check_labels:
         call.target()
-    _remember(call)
     if each is None:
         if options.reduction == "mean":
             loss = loss / weights if weights else np.nan

@@ -16,10 +16,7 @@ import torch
 from portable_softmax import _arrays, portable
 from portable_softmax.kernels import _numba
 from portable_softmax.kernels._calls import LossCall, RowsCall, VjpCall
-from portable_softmax.kernels._numba import _small_tensors
 from portable_softmax.kernels._numba._tensors import on_numpy, taken, unusual
-
-_small_tensors.register()
 
 Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
