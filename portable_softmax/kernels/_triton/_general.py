@@ -158,7 +158,7 @@ def general(
     tl.store(loss_ptr + other * o_other + lead * o_lead, value, mask=there)
     if CHECK:
         # Every program that finds one writes the same 1.
-        tl.store(signals_ptr + lead * 0, (lead * 0 + 1).to(tl.int32), mask=there & ~valid)
+        tl.store(signals_ptr + lead * 0, lead.to(tl.int64) * 0 + 1, mask=there & ~valid)
 
     if GRAD:
         if Z:

@@ -172,7 +172,8 @@ class Plan:
             programs = (programs + lag) * (launch.parts + finishers)
         given |= {
             "PASS": launch.way,
-            "MOST": launch.most,
+            "MAX_PARTS": launch.max_parts,
+            "LOOKS": _sizes.LOOKS,
             "ALONG": at.along,
             "UNIT": at.unit,
             "QUICK": self.quick,
@@ -228,10 +229,10 @@ class Plan:
         return [self.library.empty((size,), self.call.compute, first) for _ in range(count)]
 
     def signals(self, more: int = 0) -> Any:
-        """Return zeros: `more`, and a counter for each block of a relay."""
+        """Return zeros: `more`, and the words of a relay, which have a bit for each part."""
         xp, first = self.call.xp, next(iter(self.arrays.values()))
-        counters = self.blocks * self.layout.other if self.launch.way == "relay" else 0
-        return self.library.zeros((more + counters,), xp.int32, first) if more + counters else first
+        words = self.blocks * self.layout.other if self.launch.way == "relay" else 0
+        return self.library.zeros((more + words,), xp.int64, first) if more + words else first
 
 
 def forward(call: RowsCall, dy: Any = None) -> Any:

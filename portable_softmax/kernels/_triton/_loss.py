@@ -27,15 +27,15 @@ from portable_softmax.kernels._triton._terms import (
 )
 from portable_softmax.kernels._triton._tiles import (
     class_offsets,
-    found,
-    leave,
+    load_partials,
     number,
+    part_bounds,
+    parts_to_fold,
     place,
+    publish,
+    relay_role,
     row_pointers,
-    signal,
-    stretch,
-    turn,
-    wait,
+    store_partial,
 )
 
 SIZES = [
@@ -103,7 +103,7 @@ def _settled(m, rest, plain, rows, label, valid, ignored, counts, first, weight_
     tl.store(out, tl.where(ignored, 0.0, value), mask=first)
     if CHECK:
         # Every program that finds one writes the same 1.
-        tl.store(signals_ptr + label * 0, (label * 0 + 1).to(tl.int32),
+        tl.store(signals_ptr + label * 0, label * 0 + 1,
                  mask=first & ~valid & ~ignored)  # fmt: skip
     if GRAD:
         a = u
@@ -134,9 +134,9 @@ def loss(
     l_lead: tl.int64, l_other: tl.int64, o_lead: tl.int64, o_other: tl.int64,
     d_lead: tl.int64, d_other: tl.int64,
     ignore: tl.int64, z_loss: tl.float64, cap: tl.float64, positions: tl.float64,
-    PASS: tl.constexpr, MOST: tl.constexpr, ALONG: tl.constexpr, UNIT: tl.constexpr,
-    IGNORING: tl.constexpr, WEIGHTED: tl.constexpr, Z: tl.constexpr, CAPPED: tl.constexpr,
-    MASKED: tl.constexpr, GRAD: tl.constexpr, DIVISOR: tl.constexpr, CHECK: tl.constexpr,
+    PASS: tl.constexpr, MAX_PARTS: tl.constexpr, LOOKS: tl.constexpr, ALONG: tl.constexpr,
+    UNIT: tl.constexpr, IGNORING: tl.constexpr, WEIGHTED: tl.constexpr, Z: tl.constexpr,
+    CAPPED: tl.constexpr, MASKED: tl.constexpr, GRAD: tl.constexpr, DIVISOR: tl.constexpr, CHECK: tl.constexpr,
     QUICK: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +147,7 @@ def loss(
     """
     block, part, folds, exists = tl.program_id(0), 0, True, True
     if PASS == "relay":
-        block, part, folds, exists = turn(parts, finishers, lag)
+        block, part, folds, exists = relay_role(parts, finishers, lag)
     other, lead = place(block, lead_blocks, ROWS)
     if ALONG == "lead":
         lead_count = lead_count * UNIT
@@ -174,20 +174,24 @@ def loss(
     grads = row_pointers(grad_ptr, other, lead, g_other, g_lead, UNIT, ALONG)
     scales = divisor_ptr + other * d_other + lead * d_lead
     if PASS == "relay":
-        begin, end = stretch(classes, parts, part, CLASSES)
         row = other * lead_count + lead
-        if folds:
-            if exists:
+        published = signals_ptr + 1 + block
+        first_part, last_part, bits = part * 0, part * 0, tl.full((), 0, tl.int64)
+        if exists:
+            first_part, last_part, bits = parts_to_fold(published, parts, part, folds, LOOKS)
+        for p in range(first_part, last_part):
+            if bits >> p & 1 == 0:
+                begin, end = part_bounds(classes, parts, p, CLASSES)
                 m, rest = folded(rows, where, counts, begin, end, x_class, w_class, unit, cap,
                                  ALONG, UNIT, MASKED, False, CAPPED, QUICK, DTYPE, ROWS, CLASSES,
                                  STEPS)  # fmt: skip
-                leave(m_ptr, row, parts, part, m, there)
-                leave(rest_ptr, row, parts, part, rest, there)
-                signal(signals_ptr + 1 + block)
-        elif exists:
-            wait(signals_ptr + 1 + block, parts)
-            m, rest = merged(found(m_ptr, row, parts, there, float("-inf"), MOST),
-                             found(rest_ptr, row, parts, there, 0.0, MOST), unit,
+                store_partial(m_ptr, row, parts, p, m, there)
+                store_partial(rest_ptr, row, parts, p, rest, there)
+                publish(published, p)
+        if exists & ~folds:
+            begin, end = part_bounds(classes, parts, part, CLASSES)
+            m, rest = merged(load_partials(m_ptr, row, parts, there, float("-inf"), MAX_PARTS),
+                             load_partials(rest_ptr, row, parts, there, 0.0, MAX_PARTS), unit,
                              False)  # fmt: skip
             first = there & ((lead * 0 + part) == 0)
             shift = shift_of(m, False, QUICK)

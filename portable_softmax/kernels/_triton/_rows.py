@@ -23,16 +23,16 @@ from portable_softmax.kernels._triton._state import (
 from portable_softmax.kernels._triton._terms import folded
 from portable_softmax.kernels._triton._tiles import (
     class_offsets,
-    found,
-    leave,
+    load_partials,
     load_row,
     number,
+    part_bounds,
+    parts_to_fold,
     place,
+    publish,
+    relay_role,
     row_pointers,
-    signal,
-    stretch,
-    turn,
-    wait,
+    store_partial,
 )
 
 
@@ -82,7 +82,7 @@ def forward(
     w_lead: tl.int64, w_other: tl.int64, w_class: tl.int64,
     d_lead: tl.int64, d_other: tl.int64,
     temperature: tl.float64,
-    OP: tl.constexpr, PASS: tl.constexpr, MOST: tl.constexpr,
+    OP: tl.constexpr, PASS: tl.constexpr, MAX_PARTS: tl.constexpr, LOOKS: tl.constexpr,
     ALONG: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, TEMPERED: tl.constexpr,
     QUICK: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
     STEPS: tl.constexpr,
@@ -90,7 +90,7 @@ def forward(
     """softmax, log_softmax, logsumexp or the last one's gradient, by OP."""
     block, part, folds, exists = tl.program_id(0), 0, True, True
     if PASS == "relay":
-        block, part, folds, exists = turn(parts, finishers, lag)
+        block, part, folds, exists = relay_role(parts, finishers, lag)
     other, lead = place(block, lead_blocks, ROWS)
     if ALONG == "lead":
         lead_count = lead_count * UNIT
@@ -129,22 +129,25 @@ def forward(
                          STEPS)  # fmt: skip
         tl.store(out, rounded(_value(m, rest), y_ptr.dtype.element_ty), mask=there)
     elif exists:
-        begin, end = stretch(classes, parts, part, CLASSES)
-        if folds:
-            m, rest = folded(rows, where, there, begin, end, x_class, w_class, t, t, ALONG, UNIT,
-                             MASKED, TEMPERED, False, QUICK, DTYPE, ROWS, CLASSES,
-                             STEPS)  # fmt: skip
-            leave(m_ptr, row, parts, part, m, there)
-            leave(rest_ptr, row, parts, part, rest, there)
-            signal(signals_ptr + block)
-        else:
-            wait(signals_ptr + block, parts)
-            m, rest = merged(found(m_ptr, row, parts, there, float("-inf"), MOST),
-                             found(rest_ptr, row, parts, there, 0.0, MOST), t,
+        published = signals_ptr + block
+        first, last, bits = parts_to_fold(published, parts, part, folds, LOOKS)
+        for p in range(first, last):
+            if bits >> p & 1 == 0:
+                begin, end = part_bounds(classes, parts, p, CLASSES)
+                m, rest = folded(rows, where, there, begin, end, x_class, w_class, t, t, ALONG,
+                                 UNIT, MASKED, TEMPERED, False, QUICK, DTYPE, ROWS, CLASSES,
+                                 STEPS)  # fmt: skip
+                store_partial(m_ptr, row, parts, p, m, there)
+                store_partial(rest_ptr, row, parts, p, rest, there)
+                publish(published, p)
+        if not folds:
+            m, rest = merged(load_partials(m_ptr, row, parts, there, float("-inf"), MAX_PARTS),
+                             load_partials(rest_ptr, row, parts, there, 0.0, MAX_PARTS), t,
                              TEMPERED)  # fmt: skip
             if OP == "logsumexp":
                 tl.store(out, rounded(_value(m, rest), y_ptr.dtype.element_ty), mask=there)
             else:
+                begin, end = part_bounds(classes, parts, part, CLASSES)
                 shift = shift_of(m, TEMPERED, QUICK)
                 factor = _factor(m, rest, shift[2], dy, OP)
                 for start in range(begin, end, CLASSES):
@@ -175,6 +178,25 @@ def _term(y, dy, OP: tl.constexpr):
 
 
 @triton.jit
+def _summed(rows, d_rows, there, begin, end, x_class, d_class, OP: tl.constexpr,
+            ALONG: tl.constexpr, UNIT: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
+            CLASSES: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+    """The sum of the terms of a part of each row."""
+    LANES: tl.constexpr = CLASSES // STEPS
+    lanes = tl.full((ROWS, LANES), 0.0, DTYPE)
+    for start in range(begin, end, CLASSES):
+        near = tl.full((ROWS, LANES), 0.0, DTYPE)
+        for i in tl.static_range(STEPS):
+            c = start + i * LANES + tl.arange(0, LANES)[None, :]
+            at = there & (c < end)
+            y, _ = load_row(rows, rows, c, 0, at, x_class, 0.0, UNIT, ALONG, False, DTYPE)
+            dy, _ = load_row(d_rows, rows, c, 0, at, d_class, 0.0, UNIT, ALONG, False, DTYPE)
+            near += _term(y, dy, OP)
+        lanes += near
+    return tl.sum(lanes, axis=1, keep_dims=True)
+
+
+@triton.jit
 def _pulled_back(y, dy, total, inverse, OP: tl.constexpr, TEMPERED: tl.constexpr):
     if OP == "softmax_vjp":
         dx = y * (dy - total)
@@ -194,14 +216,14 @@ def pull_back(
     d_lead: tl.int64, d_other: tl.int64, d_class: tl.int64,
     y_lead: tl.int64, y_other: tl.int64, y_class: tl.int64,
     temperature: tl.float64,
-    OP: tl.constexpr, PASS: tl.constexpr, MOST: tl.constexpr,
+    OP: tl.constexpr, PASS: tl.constexpr, MAX_PARTS: tl.constexpr, LOOKS: tl.constexpr,
     ALONG: tl.constexpr, UNIT: tl.constexpr, TEMPERED: tl.constexpr,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """softmax_vjp or log_softmax_vjp, by OP, over T: x_* are the strides of y, y_* those of dx."""
     block, part, folds, exists = tl.program_id(0), 0, True, True
     if PASS == "relay":
-        block, part, folds, exists = turn(parts, finishers, lag)
+        block, part, folds, exists = relay_role(parts, finishers, lag)
     other, lead = place(block, lead_blocks, ROWS)
     if ALONG == "lead":
         lead_count = lead_count * UNIT
@@ -224,25 +246,19 @@ def pull_back(
         tl.store(out + class_offsets(c, y_class, UNIT, ALONG),
                  rounded(dx, dx_ptr.dtype.element_ty), mask=at)  # fmt: skip
     elif exists:
-        begin, end = stretch(classes, parts, part, CLASSES)
-        if folds:
-            LANES: tl.constexpr = CLASSES // STEPS
-            lanes = tl.full((ROWS, LANES), 0.0, DTYPE)
-            for start in range(begin, end, CLASSES):
-                near = tl.full((ROWS, LANES), 0.0, DTYPE)
-                for i in tl.static_range(STEPS):
-                    c = start + i * LANES + tl.arange(0, LANES)[None, :]
-                    at = there & (c < end)
-                    y, _ = load_row(rows, rows, c, 0, at, x_class, 0.0, UNIT, ALONG, False, DTYPE)
-                    dy, _ = load_row(d_rows, rows, c, 0, at, d_class, 0.0, UNIT, ALONG, False,
-                                     DTYPE)  # fmt: skip
-                    near += _term(y, dy, OP)
-                lanes += near
-            leave(total_ptr, row, parts, part, tl.sum(lanes, axis=1, keep_dims=True), there)
-            signal(signals_ptr + block)
-        else:
-            wait(signals_ptr + block, parts)
-            total = tl.sum(found(total_ptr, row, parts, there, 0.0, MOST), axis=1, keep_dims=True)
+        published = signals_ptr + block
+        first, last, bits = parts_to_fold(published, parts, part, folds, LOOKS)
+        for p in range(first, last):
+            if bits >> p & 1 == 0:
+                begin, end = part_bounds(classes, parts, p, CLASSES)
+                total = _summed(rows, d_rows, there, begin, end, x_class, d_class, OP, ALONG, UNIT,
+                                DTYPE, ROWS, CLASSES, STEPS)  # fmt: skip
+                store_partial(total_ptr, row, parts, p, total, there)
+                publish(published, p)
+        if not folds:
+            begin, end = part_bounds(classes, parts, part, CLASSES)
+            partials = load_partials(total_ptr, row, parts, there, 0.0, MAX_PARTS)
+            total = tl.sum(partials, axis=1, keep_dims=True)
             for start in range(begin, end, CLASSES):
                 c = start + tl.arange(0, CLASSES)[None, :]
                 at = there & (c < end)

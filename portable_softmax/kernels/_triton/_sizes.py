@@ -20,12 +20,14 @@ COLUMN = (16, 64)  # * classes of a column that stay there
 LANES = {2: (8, 64), 4: (8, 64), 8: (8, 32)}  # columns a program
 TILE = 4_096  # * of a longer row, or of columns, at a time
 PART = 16_384  # * of a row that goes through a relay, or of columns
-MOST = 64  # parts of a row; beyond, parts are longer
-MOST_COLUMNS = 32  # parts, where there are many columns a program
+MAX_PARTS = 64  # of a row, as many as the bits of a word; beyond, parts are longer
+MAX_PARTS_COLUMNS = 32  # parts, where there are many columns a program
 BUSY = 256  # programs that keep a device busy: then what is read only once goes in a loop
 # Programs of a relay between the reading of a row and its writing: more than run at a time on a
 # large device, and few enough that its L2 cache keeps what they have read.
 LAG = 1_024
+# Looks for the parts of a row before a program folds those missing: about as long as folding one.
+LOOKS = 64
 SMALL_ROWS = 256  # rows a program, where there is one entry a row
 STEPS = 8  # loads of a thread that fold together
 
@@ -39,7 +41,7 @@ class Launch(NamedTuple):
     warps: int
     registers: int = 255  # the limit of a thread
     parts: int = 1
-    most: int = 1  # a power of two that is no less than `parts`
+    max_parts: int = 1  # a power of two that is no less than `parts`
 
 
 def launch(
@@ -77,8 +79,8 @@ def launch(
     warps = 8 if heavy else 4
     if not relay or (once and lead * other >= BUSY):
         return Launch("loop", 1, int(TILE * tile), warps, limit)
-    parts = _parts(lead * other, classes, int(PART * share), int(TILE * tile), MOST)
-    return Launch("relay", 1, int(TILE * tile), warps, limit, parts, MOST)
+    parts = _parts(lead * other, classes, int(PART * share), int(TILE * tile), MAX_PARTS)
+    return Launch("relay", 1, int(TILE * tile), warps, limit, parts, MAX_PARTS)
 
 
 def _columns(
@@ -93,22 +95,24 @@ def _columns(
     blocks = -(-lead // lanes) * other
     loop = not relay or (once and blocks >= BUSY)
     parts = 1 if loop else -(-classes // (PART * 4 // itemsize // many))
-    if blocks * min(parts, MOST_COLUMNS) < BUSY:  # too few programs: narrower ones
+    if blocks * min(parts, MAX_PARTS_COLUMNS) < BUSY:  # too few programs: narrower ones
         lanes = few
     step = int(TILE * tile) // (lanes if tile >= 4 / itemsize else 2 * lanes)
     if loop:
         return Launch("loop", lanes, step, 8)
-    most = MOST if lanes == few else MOST_COLUMNS
-    parts = _parts(-(-lead // lanes) * other, classes, PART * 4 // itemsize // many, step, most)
-    return Launch("relay", lanes, step, 8, 255, parts, most)
+    max_parts = MAX_PARTS if lanes == few else MAX_PARTS_COLUMNS
+    parts = _parts(
+        -(-lead // lanes) * other, classes, PART * 4 // itemsize // many, step, max_parts
+    )
+    return Launch("relay", lanes, step, 8, 255, parts, max_parts)
 
 
-def _parts(blocks: int, classes: int, part: int, tile: int, most: int) -> int:
+def _parts(blocks: int, classes: int, part: int, tile: int, max_parts: int) -> int:
     """Return the number of parts: of their usual size, or more where few programs would run."""
     parts = -(-classes // part)
     if blocks * parts < BUSY:
         parts = max(parts, min(-(-BUSY // blocks), -(-classes // tile)))
-    return min(most, parts)
+    return min(max_parts, parts)
 
 
 def _fitting(sizes: tuple[int, ...], n: float) -> int:

@@ -7,11 +7,18 @@ lie, without a transposed copy. Sizes and strides come divided by UNIT where all
 multiples of the elements in 16 bytes: that lets the compiler load 16 bytes at a time. Offsets are
 64 bits wide.
 
-Long rows are worked on in parts, in a relay. First each part is folded by a program, which leaves
-a state and signals. A later program of the same launch waits for the signals of its row, merges
-the states, reads its part once more, from the L2 cache, and writes it. A program waits only for
-programs with lower numbers, as CUB's decoupled look-back does (Merrill and Garland 2016), so that
-some program can always go on; run one after another, as by the interpreter, none ever waits.
+Long rows are worked on in parts, in a relay. First a program folds each part and publishes its
+partial: it stores it, then sets the part's bit in a word that the block of rows has. A later
+program of the same launch looks at that word, merges the partials, reads its part once more, from
+the L2 cache, and writes it. This is the decoupled look-back of CUB (Merrill and Garland 2016) with
+the fallback of Smith, Levien and Owens (2024): after LOOKS looks a program folds the missing parts
+itself, so that it ends in whatever order the device runs programs.
+
+Memory order: all threads have stored a partial (barrier) before one releases its bit, and one
+acquires the word before any thread (barrier) loads partials. A part that falls back is folded by
+the same instructions between the same bounds: whoever stores a partial twice stores the same bits,
+and setting a bit twice changes nothing. So a program that comes late, and several programs that
+look at one word or fall back for one part, do no harm, and answers do not depend on who folded.
 """
 
 import triton
@@ -68,7 +75,7 @@ def number(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def turn(parts, finishers, lag):
+def relay_role(parts, finishers, lag):
     """The block that a program of a relay works on, its part of it, and whether it folds it.
 
     After the programs that fold a block come those that finish the block `lag` blocks before, so
@@ -86,7 +93,7 @@ def turn(parts, finishers, lag):
 
 
 @triton.jit
-def stretch(classes, parts, part, STEP: tl.constexpr):
+def part_bounds(classes, parts, part, STEP: tl.constexpr):
     """The classes of a part, in whole steps."""
     size = tl.cdiv(tl.cdiv(classes, parts), STEP) * STEP
     begin = tl.minimum(part * size, classes)
@@ -94,30 +101,54 @@ def stretch(classes, parts, part, STEP: tl.constexpr):
 
 
 @triton.jit
-def signal(pointer):
-    """Tell all programs that what this one has stored can be read."""
-    tl.debug_barrier()  # the threads of this program first
-    tl.atomic_add(pointer, 1, sem="release", scope="gpu")
+def _missing(bits, parts):
+    """The bits of the parts that are not published yet, moved to the top; 0 if there are none."""
+    return ~bits << (64 - parts)
 
 
 @triton.jit
-def wait(pointer, count):
-    """Wait for a number of signals."""
-    while tl.atomic_add(pointer, 0, sem="acquire", scope="gpu") < count:
-        pass
+def lookback(published, parts, LOOKS: tl.constexpr):
+    """Look at a word until it has the bits of all parts, at most LOOKS times; return its bits."""
+    bits = tl.full((), 0, tl.int64)
+    looks = 0
+    while (looks < LOOKS) & (_missing(bits, parts) != 0):
+        bits = tl.atomic_add(published, 0, sem="acquire", scope="gpu")
+        looks += 1
     tl.debug_barrier()
+    return bits
 
 
 @triton.jit
-def leave(pointer, row, parts, part, value, there):
-    """Store what a program has found of its part of each row."""
+def parts_to_fold(published, parts, part, folds, LOOKS: tl.constexpr):
+    """The range of parts that a program looks through, and the bits of those it need not fold.
+
+    One that folds has its own part; one that finishes has those not published in time.
+    """
+    bits = tl.full((), 0, tl.int64)
+    first, last = part, part + 1
+    if not folds:
+        bits = lookback(published, parts, LOOKS)
+        first, last = part * 0, tl.where(_missing(bits, parts) == 0, 0, parts)
+    return first, last, bits
+
+
+@triton.jit
+def publish(published, part):
+    """Tell all programs that the partial of a part can be loaded."""
+    tl.debug_barrier()  # the threads of this program first
+    tl.atomic_or(published, tl.full((), 1, tl.int64) << part, sem="release", scope="gpu")
+
+
+@triton.jit
+def store_partial(pointer, row, parts, part, value, there):
+    """Store one value of the partial of each row."""
     tl.store(pointer + row * parts + part, value, mask=there)
 
 
 @triton.jit
-def found(pointer, row, parts, there, fill, MOST: tl.constexpr):
-    """Load what the parts of each row have left, along the classes' axis."""
-    p = tl.arange(0, MOST)[None, :]
+def load_partials(pointer, row, parts, there, fill, MAX_PARTS: tl.constexpr):
+    """Load one value of the partials of each row, along the classes' axis."""
+    p = tl.arange(0, MAX_PARTS)[None, :]
     # Not from the L1 cache, which knows of no other multiprocessor's stores.
     return tl.load(
         pointer + row * parts + p, mask=there & (p < parts), other=fill, cache_modifier=".cg"
