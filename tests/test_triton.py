@@ -116,8 +116,8 @@ def small(monkeypatch):
     monkeypatch.setattr(_launch, "_FRAMES", {})  # which keep launches
     for name, value in {
         "WARP": 32, "SHORT": (4, 8), "MANY_ROWS": 3, "REGISTERS": dict.fromkeys((2, 4, 8), 32),
-        "COLUMN": (8, 16), "LANES": dict.fromkeys((2, 4, 8), (4, 8)), "TILE": 128, "PART": 64,
-        "MAX_PARTS": 4, "MAX_PARTS_COLUMNS": 2, "BUSY": 4, "LAG": 8, "STEPS": 2,
+        "COLUMN_CLASSES": (8, 16), "COLUMNS": dict.fromkeys((2, 4, 8), (4, 8)), "TILE": 128,
+        "PART_CLASSES": 64, "MAX_PARTS": 4, "MAX_PARTS_COLUMNS": 2, "BUSY": 4, "LAG": 8, "STEPS": 2,
     }.items():  # fmt: skip
         monkeypatch.setattr(_sizes, name, value)
 
@@ -273,15 +273,15 @@ def run_programs(small, monkeypatch):
 
     from portable_softmax.kernels._triton import _launch, _sizes, _torch
 
-    real, empty, orders = builder.set_grid_idx, _torch.empty, {"order": "forward"}
+    real, empty, current = builder.set_grid_idx, _torch.empty, {"order": "forward"}
 
     def program(x, y, z):
         n = builder.grid_dim[0]
-        others = [i for i in range(1, n, 2)] + [i for i in range(0, n, 2)]
-        real({"forward": x, "backward": n - 1 - x, "odd first": others[x]}[orders["order"]], y, z)
+        mixed = (*range(1, n, 2), *range(0, n, 2))[x]
+        real({"forward": x, "backward": n - 1 - x, "odd first": mixed}[current["order"]], y, z)
 
     def configure(order, looks):
-        orders["order"] = order
+        current["order"] = order
         _launch._FRAMES.clear()  # which keep launches
         monkeypatch.setattr(_sizes, "LOOKS", looks)
 

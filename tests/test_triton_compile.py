@@ -117,7 +117,7 @@ def test_a_relay_publishes_what_it_has_stored(name):
     ],
 )
 def test_a_relay_with_its_fallback_spills_nothing(name, dtype, arch):
-    """A program may wait, fold the missing parts and write its own: in every layout of the table."""
+    """Programs that wait, fold missing parts and write, in every layout of the table."""
     found = relays([name], [dtype])
     assert {case.along for case in found} == {"classes", "lead"}
     for case in found:

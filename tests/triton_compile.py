@@ -126,7 +126,7 @@ def compiled(case: Case, arch: int, *, aligned: bool = True) -> Any:
     kernel = jit(case.kernel)
     short, compute, _ = DTYPES[case.dtype]
     wide = "fp64" if compute is tl.float64 else "fp32"
-    pointers = {"labels_ptr": "*i64", "where_ptr": "*u1", "signals_ptr": "*i64"}
+    pointers = {"labels_ptr": "*i64", "where_ptr": "*u1", "flags_ptr": "*i64"}
     pointers |= dict.fromkeys(("m_ptr", "rest_ptr", "total_ptr", "loss_ptr", "weight_ptr",
                                "divisor_ptr"), f"*{wide}")  # fmt: skip
     signature, attributes, constants = {}, {}, {}
@@ -209,7 +209,7 @@ def instructions(kernel: Any, case: Case) -> float:
             spans.append((labels[target[0]], i))
     # The loop over parts, which holds the one over a part, turns once.
     loops = [b - a + 1 for a, b in spans if not any(a <= c < d < b for c, d in spans)]
-    part = _sizes.PART * 4 / (16 / DTYPES[case.dtype][2]) / (case.launch.warps * 32)
+    part = _sizes.PART_CLASSES * 4 / (16 / DTYPES[case.dtype][2]) / (case.launch.warps * 32)
     more = (last - sum(loops)) / part if case.way == "relay" else 0.0
     return sum(loops) / each + more
 

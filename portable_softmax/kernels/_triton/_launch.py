@@ -74,7 +74,7 @@ class Plan:
         self.once = all(kind != "full" for kind, _ in out.values())
         full, masks, rows = ({k: lib.bare(a) for k, a in d.items()} for d in (full, masks, rows))
         shape = call.x.shape
-        kept = tuple(1 if a in axes else n for a, n in enumerate(shape))
+        row_shape = tuple(1 if a in axes else n for a, n in enumerate(shape))
         inputs = {**full, **masks, **rows}
         key = (axes, relay, heavy, call.compute, *out.items(), *inputs)
         key += tuple(lib.signature(a) for a in inputs.values())
@@ -86,7 +86,9 @@ class Plan:
                 rows = {k: lib.contiguous(a) for k, a in rows.items()}
             first = next(iter(full.values()))
             made = {
-                k: lib.empty_like(first, dtype) if kind == "full" else lib.empty(kept, dtype, first)
+                k: lib.empty_like(first, dtype)
+                if kind == "full"
+                else lib.empty(row_shape, dtype, first)
                 for k, (kind, dtype) in out.items()
             }
             whole = {**full, **{k: a for k, a in made.items() if out[k][0] == "full"}}
@@ -228,7 +230,7 @@ class Plan:
         size = self.layout.lead * self.layout.other * self.launch.parts
         return [self.library.empty((size,), self.call.compute, first) for _ in range(count)]
 
-    def signals(self, more: int = 0) -> Any:
+    def flags(self, more: int = 0) -> Any:
         """Return zeros: `more`, and the words of a relay, which have a bit for each part."""
         xp, first = self.call.xp, next(iter(self.arrays.values()))
         words = self.blocks * self.layout.other if self.launch.way == "relay" else 0
@@ -252,7 +254,7 @@ def forward(call: RowsCall, dy: Any = None) -> Any:
     constants = {"OP": operation, "MASKED": bool(masks), "TEMPERED": tempered}
     arrays = (x, y, plan.arrays.get("w", x), plan.arrays.get("d", x), *plan.states(2))
     scalars = {"temperature": call.temperature}
-    plan.run(_rows.forward, (*arrays, plan.signals()), constants, scalars)
+    plan.run(_rows.forward, (*arrays, plan.flags()), constants, scalars)
     return y
 
 
@@ -263,7 +265,7 @@ def pull_back(call: VjpCall, temperature: float = 1.0) -> Any:
     arrays = (plan.arrays["x"], plan.arrays["d"], plan.arrays["y"], *plan.states(1))
     constants = {"OP": call.operation, "TEMPERED": temperature != 1.0}
     scalars = {"temperature": temperature}
-    plan.run(_rows.pull_back, (*arrays, plan.signals()), constants, scalars)
+    plan.run(_rows.pull_back, (*arrays, plan.flags()), constants, scalars)
     return plan.arrays["y"]
 
 
@@ -304,19 +306,19 @@ def losses(call: LossCall, *, gradient: bool, upstream: Any = None) -> tuple[Any
     if gradient and options.reduction == "mean":
         how, divisor = ("count", x) if weights is None else ("sum", xp.sum(weights))
     check = call.check_labels and call.indices
-    signals = plan.signals(1 if check or plan.launch.way == "relay" else 0)
+    flags = plan.flags(1 if check or plan.launch.way == "relay" else 0)
     constants |= {"GRAD": gradient, "CHECK": check, "DIVISOR": how}
     scalars["positions"] = float(math.prod(loss.shape))
     labels, where = plan.arrays.get("l", x), plan.arrays.get("w", x)
     grad = plan.arrays.get("g")
-    tail = (where, weight, divisor, loss, x if grad is None else grad, signals)
+    tail = (where, weight, divisor, loss, x if grad is None else grad, flags)
     if plain:
         del scalars["smoothing"]
         plan.run(_loss.loss, (x, labels, *tail, *plan.states(2)), constants, scalars, more)
     else:
         arrays = (x, labels, plan.arrays.get("t", x), *tail)
         plan.run(_general.general, arrays, constants, scalars, more)
-    if check and int(signals[0]):
+    if check and int(flags[0]):
         call.target()  # raises, naming the label
     if weights is not None:
         weights = xp.squeeze(weights, axis=call.axis)
