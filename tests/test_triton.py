@@ -149,7 +149,7 @@ def test_few_long_rows_are_shared_by_many_programs():
     def parts(lead, classes, along="classes"):
         how = {"once": False, "relay": True, "heavy": False}
         found = _sizes.launch(lead, 1, classes, along, 4, **how)
-        assert found.parts <= found.max_parts
+        assert found.parts <= found.max_parts <= 64  # the bits of a word
         return found.parts
 
     assert parts(1, 262_144) == 64
@@ -328,7 +328,13 @@ def relay_calls(xp, shape, dtype):
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((2, 70), "float32"), ((1, 70), "float64"), ((1, 70), "bfloat16"), ((3, 40), "columns")],
+    [
+        ((1, 70), "bfloat16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow("Triton interprets element by element"))
+            for case in (((2, 70), "float32"), ((1, 70), "float64"), ((3, 40), "columns"))
+        ),
+    ],
 )
 def test_relay_in_any_order_of_programs(xp, launches, run_programs, shape, dtype):
     """Right answers, and the same bits, whichever programs find parts missing and fold them.
