@@ -102,7 +102,11 @@ def library(xp: Namespace) -> str:
 
 def device(x: Any) -> Any:
     """Return the device that `x` lives on, or None where its library has no use for one."""
-    return None if library(namespace(x)) in ("numpy", "dask", "jax") else compat.device(x)
+    name = library(namespace(x))
+    if name in ("numpy", "dask", "jax"):
+        return None
+    # compat.device would make torch.compile warn of the caches that it traces through.
+    return x.device if name == "torch" else compat.device(x)
 
 
 def same_device(xp: Namespace, x: Any, other: Any) -> bool:
@@ -115,7 +119,7 @@ def same_device(xp: Namespace, x: Any, other: Any) -> bool:
         if not all(reads_values(xp, a) and a.committed for a in (x, other)):
             return True
         return bool(x.devices() == other.devices())
-    return bool(compat.device(x) == compat.device(other))
+    return bool(device(x) == device(other))
 
 
 # --------------------------------------------------------------------------- dtypes

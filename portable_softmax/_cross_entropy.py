@@ -239,6 +239,8 @@ def _prepared(
     _checks.companion("labels", labels, "logits", logits, xp)
     at = _checks.one_axis(axis, logits.ndim)
     indices = _checks.labels_are_indices(logits, labels, at, xp)
+    if indices or weight is not None or label_smoothing != 0.0:
+        _checks.known_length("logits", logits, at)
     if weight is not None:
         _checks.class_weight(weight, logits, at, xp)
     if where is not None:

@@ -420,6 +420,7 @@ def softmax_jacobian(y: ArrayT, /, *, axis: int = -1) -> ArrayT:
     xp = _checks.array("y", y)
     _checks.floating("y", y, xp)
     at = _checks.one_axis(axis, y.ndim)
+    _checks.known_length("y", y, at)
     compute, answer = _arrays.compute_dtype(xp, y)
     with _arrays.quiet(xp):
         jacobian = portable.softmax_jacobian(xp, _arrays.cast(xp, y, compute), at)
