@@ -1,6 +1,8 @@
-"""JAX: which of the three forms a row takes, that each is exact there, and that rows stay apart."""
+"""JAX: one branch-free form that is exact for every row, and what JAX's own functions pass."""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -15,72 +17,63 @@ def _only_jax(jax):
     """Skip this module for the other libraries."""
 
 
-# Rows of 8 classes, for which t = 8 exp(-7) = 0.0073: rest is 3.0, 0.81, 0.0074, 0.0072 and 6e-9.
+# Rows of 8 classes whose rest is 3.0, 0.81, 0.0074 and 6e-9, and rows with ties of the maximum.
 ROWS = {
     "plain": [0.0, -0.5, -0.5, -1.0, -1.0, -2.0, -1.0, -0.5],
-    "maximum left out": [0.0, -2.0, -2.0, -2.5, -2.5, -3.0, -2.0, -2.0],
-    "barely": [0.0] + [float(np.log(0.0074 / 7))] * 7,
-    "barely not": [0.0] + [float(np.log(0.0072 / 7))] * 7,
+    "small rest": [0.0, -2.0, -2.0, -2.5, -2.5, -3.0, -2.0, -2.0],
+    "smaller rest": [0.0] + [float(np.log(0.0074 / 7))] * 7,
     "confident": [0.0] + [-20.9] * 7,
+    "very confident": [40.25] + [-30.3, -31.7, -29.9, -60.0, -35.0, -33.0, -30.1],
+    "ties": [5.0, 5.0, -3.0, 5.0, 1.0, 5.0, 5.0, 5.0],
+    "offset": [1000.5, 990.25, 1000.0, 998.0, 999.0, 1000.25, 985.0, 970.0],
 }
 
 
-@pytest.fixture
-def forms(monkeypatch):
-    """Which forms of an operation were computed."""
-    from portable_softmax.kernels._jax import _rules
-
-    jax = _rules.jax
-    seen = []
-
-    def switch(case, branches, *operands):
-        seen.append(int(case))
-        return branches[int(case)](*operands)
-
-    monkeypatch.setattr(jax.lax, "switch", switch)
-    for name in ("log_softmax", "logsumexp", "cross_entropy", "cross_entropy_value_and_grad"):
-        inner = "_value_and_grad" if name.endswith("grad") else f"_{name}"
-        monkeypatch.setattr(_rules, name, getattr(_rules, inner))
-    return seen
-
-
-@pytest.mark.parametrize(
-    ("names", "form"),
-    [
-        (["plain"], 0),
-        (["plain", "maximum left out"], 1),
-        (["barely"], 1),
-        (["barely not"], 2),
-        (["plain", "confident"], 2),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_values_choose_the_form_and_each_is_exact(xp, forms, names, form, dtype):
-    rows = np.asarray([ROWS[name] for name in names]).astype(dtype)
-    x = xp.asarray(rows, dtype)
-    labels = [i % 8 for i in range(len(rows))]
-    y = ps.log_softmax(x)
-    lse = ps.logsumexp(x, axis=1)
-    loss, grad = ps.cross_entropy_value_and_grad(x, xp.asarray(labels), reduction="none")
-    alone = ps.cross_entropy(x, xp.asarray(labels), reduction="none")
-    assert forms == [form] * 4
+def test_every_row_is_exact(xp, name, dtype):
+    row = np.asarray(ROWS[name]).astype(dtype)
+    x = xp.asarray(np.asarray([row, row]), dtype)
+    label = 3
+    labels = xp.asarray([label, 0])
+    y = xp.numpy(ps.log_softmax(x))[0]
+    lse = float(ps.logsumexp(x, axis=1)[0])
+    loss, grad = ps.cross_entropy_value_and_grad(x, labels, reduction="none")
+    alone = ps.cross_entropy(x, labels, reduction="none")
+    exact = reference.log_softmax(reference.exact(row))
+    assert reference.ulps(y, exact) <= 8
     unit = np.finfo(dtype).eps
-    for i, row in enumerate(rows):
-        exact = reference.log_softmax(row)
-        np.testing.assert_allclose(xp.numpy(y)[i], np.asarray(exact, float), rtol=4 * unit)
-        want = reference.logsumexp(row)
-        np.testing.assert_allclose(float(lse[i]), float(want), rtol=4 * unit, atol=4 * unit)
-        for found in (loss, alone):
-            np.testing.assert_allclose(float(found[i]), -float(exact[labels[i]]), rtol=4 * unit)
-        p = reference.softmax(row)
-        p[labels[i]] = -sum(other for j, other in enumerate(p) if j != labels[i])
-        np.testing.assert_allclose(xp.numpy(grad)[i], np.asarray(p, float), rtol=16 * unit)
+    want = float(reference.logsumexp(reference.exact(row)))
+    assert abs(lse - want) <= max(6 * np.spacing(abs(want)), 2 * unit * max(1, abs(row.max())))
+    for found in (loss, alone):
+        found = xp.numpy(found)
+        assert reference.ulps(found, [-exact[label], -exact[0]]) <= 8
+    for i, at in enumerate((label, 0)):
+        p = reference.softmax(reference.exact(row))
+        p[at] = -sum(other for j, other in enumerate(p) if j != at)
+        assert reference.ulps(xp.numpy(grad)[i], p) <= max(8, 4 + 2 * np.ptp(row))
 
 
-@pytest.mark.parametrize("other", ["plain", "maximum left out", "confident", "nan", "inf"])
+def test_no_branch_looks_at_the_values(jax, xp):
+    """One program for every row: under vmap a branch would be computed on both sides."""
+    x, t = xp.asarray(np.zeros((4, 8))), xp.asarray([0, 1, 2, 3])
+    for f in (
+        ps.softmax,
+        ps.log_softmax,
+        ps.logsumexp,
+        lambda x: ps.cross_entropy(x, t, label_smoothing=0.1, z_loss=0.1),
+        lambda x: ps.cross_entropy_value_and_grad(x, t),
+        jax.grad(lambda x: ps.cross_entropy(x, t)),
+    ):
+        text = jax.jit(f).lower(x).as_text()
+        assert "exponential" in text
+        for branch in ("stablehlo.case", "stablehlo.if", "stablehlo.while"):
+            assert branch not in text
+
+
+@pytest.mark.parametrize("other", ["plain", "small rest", "confident", "nan", "inf"])
 def test_a_row_has_the_same_bits_beside_any_other(xp, other):
-    """A form that another row needs is computed, and leaves this one alone."""
+    """What stands in another row leaves this one alone."""
     beside = {"nan": [np.nan] * 8, "inf": [np.inf] + [0.0] * 7, **ROWS}[other]
     for row in ROWS.values():
         alone = xp.asarray([row, row], "float32")
@@ -95,17 +88,97 @@ def test_a_row_has_the_same_bits_beside_any_other(xp, other):
             np.testing.assert_array_equal(xp.numpy(f(alone))[0], xp.numpy(f(together))[0])
 
 
-def test_explain_names_the_options_that_it_leaves_to_the_portable_form(jax, xp):
-    x = xp.asarray(np.zeros((2, 3)))
-    assert kernels.explain("logsumexp", x) == "jax rules: one pass where the values allow it"
-    assert kernels.explain("softmax", x) == "portable: no kernel for softmax on jax"
-    assert (
-        kernels.explain("cross_entropy", x, z_loss=0.1, softcap=2.0)
-        == "portable: not jax rules: z_loss, softcap"
-    )
-    assert "a distribution as labels" in kernels.explain("cross_entropy", x, labels=x)
-    assert "temperature" in kernels.explain("log_softmax", x, temperature=2.0)
-    assert "an empty array" in kernels.explain("log_softmax", x[:0])
+def test_explain_says_what_is_left_to_the_portable_form(jax, xp):
+    x, t = xp.asarray(np.zeros((2, 3))), xp.asarray([0, 1])
+    name = "jax rules: one compiled call, without a branch"
+    for operation in ("softmax", "log_softmax", "logsumexp"):
+        assert kernels.explain(operation, x) == name
+    assert kernels.explain("softmax_vjp", x, x) == name
+    for options in ({}, {"z_loss": 0.1, "softcap": 2.0}, {"label_smoothing": 0.1, "where": x == 0}):
+        assert kernels.explain("cross_entropy", x, t, **options) == name
+    assert kernels.explain("cross_entropy", x, x) == name
+    assert kernels.explain("logsumexp", x, b=x) == "portable: not jax rules: options: b"
+    assert kernels.explain("log_softmax", x[:0]) == "portable: nothing to reduce"
     seen = []
     jax.jit(lambda x: seen.append(kernels.explain("logsumexp", x)))(x)
-    assert seen == ["jax rules: one pass where the values allow it"]
+    assert seen == [name]
+
+
+# --------------------------------------------------------------------------- what peers pass
+
+
+def calls(jax, xp):
+    """Functions of logits that are finite, with the value and the gradient of each finite."""
+    x = xp.asarray(np.asarray([[0.5, -40.0, 1.0], [30.0, 0.0, -2.0], [3.0, 3.0, 3.0]]))
+    t = xp.asarray([0, 0, 2])
+    return x, (
+        lambda x: ps.softmax(x),
+        lambda x: ps.log_softmax(x, temperature=2.0),
+        lambda x: ps.logsumexp(x, axis=-1),
+        lambda x: ps.cross_entropy(x, t),
+        lambda x: ps.cross_entropy(x, t, ignore_index=2, label_smoothing=0.1, z_loss=0.01),
+        lambda x: ps.cross_entropy(x, t, softcap=20.0, reduction="none"),
+        lambda x: ps.cross_entropy_value_and_grad(x, t)[1],
+    )
+
+
+@pytest.mark.parametrize("path", ["kernels", "portable"])
+def test_debug_nans_raises_for_no_finite_input(jax, xp, path):
+    x, functions = calls(jax, xp)
+    switch = kernels.portable() if path == "portable" else nullcontext()
+    with switch, jax.debug_nans(True):
+        for f in functions:
+            jax.block_until_ready(f(x))
+            jax.block_until_ready(jax.jit(f)(x))
+            jax.block_until_ready(jax.grad(lambda x, f=f: f(x).sum())(x))
+
+
+@pytest.mark.parametrize("path", ["kernels", "portable"])
+def test_no_rank_is_promoted(jax, xp, path):
+    x, functions = calls(jax, xp)
+    switch = kernels.portable() if path == "portable" else nullcontext()
+    with switch, jax.numpy_rank_promotion("raise"):
+        for f in functions:
+            f(x)
+            jax.grad(lambda x, f=f: f(x).sum())(x)
+
+
+def test_nothing_is_transferred_implicitly(jax, xp):
+    x, functions = calls(jax, xp)
+    with jax.transfer_guard("disallow"):
+        for f in functions:
+            f(x)
+
+
+@pytest.mark.parametrize("path", ["kernels", "portable"])
+@pytest.mark.parametrize("shape", ["b, 7", "4, c", "b, c"])
+def test_symbolic_shapes_are_exported(jax, xp, path, shape):
+    from jax import export
+
+    b, c = (int(part) if part.strip().isdigit() else 5 for part in shape.split(","))
+    dims = export.symbolic_shape(shape)
+    logits = jax.ShapeDtypeStruct(dims, np.float32)
+    labels = jax.ShapeDtypeStruct(dims[:1], np.int32)
+    rng = np.random.default_rng(0)
+    x, t = rng.standard_normal((b, c)).astype(np.float32), rng.integers(c, size=b).astype(np.int32)
+    switch = kernels.portable() if path == "portable" else nullcontext()
+    with switch:
+        for f in (ps.softmax, ps.log_softmax, lambda x: ps.logsumexp(x, axis=-1)):
+            made = export.export(jax.jit(f))(logits)
+            np.testing.assert_allclose(made.call(x), f(xp.asarray(x)), rtol=1e-5, atol=1e-7)
+        made = export.export(jax.jit(ps.cross_entropy_value_and_grad))(logits, labels)
+        for found, want in zip(made.call(x, t), ps.cross_entropy_value_and_grad(x, t), strict=True):
+            np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("upstream", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("path", ["kernels", "portable"])
+def test_an_ignored_row_takes_no_upstream_gradient(jax, xp, upstream, path):
+    x, t = xp.asarray(np.asarray([[1.0, 2.0], [3.0, 4.0]])), xp.asarray([1, -1])
+    switch = kernels.portable() if path == "portable" else nullcontext()
+    with switch:
+        for reduction in ("none", "sum", "mean"):
+            loss = lambda x, r=reduction: ps.cross_entropy(x, t, ignore_index=-1, reduction=r)  # noqa: E731
+            value, pull_back = jax.vjp(loss, x)
+            (grad,) = pull_back(xp.asarray(np.full(value.shape, upstream)))
+            np.testing.assert_array_equal(xp.numpy(grad)[1], 0.0)

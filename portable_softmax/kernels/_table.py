@@ -115,12 +115,11 @@ TABLE = (
     _TILES._replace(**_LENT),
     Kernel(
         name="jax rules",
-        why="one pass where the values allow it",
+        why="one compiled call, without a branch",
         library="jax",
         module=f"{_HERE}._jax",
-        operations=("log_softmax", "logsumexp", *LOSSES),
         dtypes=(*FLOATS, *INTEGERS),
-        options=("ignore_index", "reduction"),
+        options=(*LOSS_OPTIONS, PROBABILITIES, "temperature"),
         tracing=("traced",),
     ),
     *(

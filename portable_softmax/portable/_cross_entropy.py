@@ -380,6 +380,7 @@ def reduced(xp: Namespace, loss: Any, target: Target, axis: int, reduction: str)
     if reduction == "sum":
         return summed
     divisor = mean_divisor(xp, loss, target)
-    # Smoothing may leave a loss where the labels' weights sum to 0, which is no infinite mean.
-    mean = summed / nothing_to_inf(xp, divisor)
-    return xp.where(divisor == 0, scalar(xp, math.nan, mean), mean)
+    # Smoothing may leave a loss where the labels' weights sum to 0, which is no infinite mean but
+    # nan: 0 / 0, as a constant nan would be reported by what looks for one (jax.debug_nans).
+    zero = scalar(xp, 0.0, summed)
+    return xp.where(divisor == 0, zero, summed) / divisor

@@ -1,12 +1,16 @@
-"""JAX: a form that XLA fuses into one pass, for arrays whose digits allow it.
+"""JAX: one compiled call, without a branch, in the form that XLA compiles best.
 
-This module loads nothing; `_rules`, which needs JAX, is imported when there is an array of it.
+This module loads nothing; `_rules` and `_losses`, which need JAX, are imported when there is an
+array of it.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Any
+
+import numpy as np
 
 from portable_softmax.kernels._request import Request
 
@@ -21,28 +25,88 @@ def declines(request: Request, asked: bool) -> str:
     return ""
 
 
-def _rules() -> Any:
-    return import_module("portable_softmax.kernels._jax._rules")
+def _module(name: str) -> Any:
+    return import_module(f"{__name__}.{name}")
 
 
-def _rows(request: Request) -> Any:
-    """log_softmax or logsumexp over the axes, those of the latter kept with length 1."""
-    function = getattr(_rules(), request.operation)
-    x = request.x.astype(request.compute_dtype)
-    return function(x, request.axes).astype(request.result_dtype)
+def _put(request: Request, value: Any) -> Any:
+    """Return numbers of the host as an array of the compute dtype, so that no value is compiled in.
+
+    They are moved explicitly: JAX's transfer guard forbids the implicit transfer of an argument.
+    """
+    value = np.asarray(value, request.compute_dtype)
+    return value if request.tracing else sys.modules["jax"].device_put(value)
 
 
-log_softmax = logsumexp = _rows
+def _scale(request: Request) -> Any:
+    scale = _module("_fold").scale_of(request.options.temperature, request.compute_dtype)
+    return None if scale is None else _put(request, scale)
+
+
+def _dtypes(request: Request) -> tuple[Any, Any]:
+    return request.compute_dtype, request.result_dtype
+
+
+def _with_temperature(request: Request) -> Any:
+    """softmax reads the array twice and writes it; log_softmax likewise."""
+    function = getattr(_module("_rules"), request.operation)
+    x, where = request.x, request.options.where
+    return function(x, where, _scale(request), request.axes, *_dtypes(request))
+
+
+softmax = log_softmax = _with_temperature
+
+
+def logsumexp(request: Request) -> Any:
+    """Max + log1p(rest), the axes kept with length 1: reads the array."""
+    x, where = request.x, request.options.where
+    return _module("_rules").logsumexp(x, where, request.axes, *_dtypes(request))
+
+
+def _vjp(request: Request) -> Any:
+    """softmax_vjp or log_softmax_vjp: reads both arrays and writes one."""
+    function = getattr(_module("_rules"), request.operation)
+    return function(request.x, request.dy, request.axes, *_dtypes(request))
+
+
+softmax_vjp = log_softmax_vjp = _vjp
 
 
 def _loss(request: Request) -> Any:
     """Return the reduced loss, and its gradient if that is asked for."""
-    function = getattr(_rules(), request.operation)
-    x = request.x.astype(request.compute_dtype)
-    found = function(x, request.target(), request.axis, request.options.reduction)
-    if isinstance(found, tuple):
-        return tuple(part.astype(request.result_dtype) for part in found)
-    return found.astype(request.result_dtype)
+    losses, options = _module("_losses"), request.options
+    cap = options.softcap
+    if cap is not None:
+        info = request.xp.finfo(request.compute_dtype)
+        cap = min(max(cap, float(info.tiny)), float(info.max))
+    numbers = losses.Numbers(
+        None if options.label_smoothing == 0.0 else _put(request, options.label_smoothing),
+        None if options.z_loss == 0.0 else _put(request, options.z_loss),
+        None if cap is None else _put(request, cap),
+    )
+    form = losses.Form(
+        request.axis, options.reduction, request.indices, not _labels_are_checked(request),
+        options.ignore_index, *_dtypes(request),
+    )  # fmt: skip
+    function = getattr(losses, request.operation)
+    return function(request.x, request.labels, options.weight, options.where, numbers, form)
 
 
 cross_entropy = cross_entropy_value_and_grad = _loss
+
+
+def _labels_are_checked(request: Request) -> bool:
+    """Raise for a label without a class; return whether the labels could be read."""
+    reads_values = request.library.reads_values
+    if not (request.indices and request.check_labels and reads_values(request.labels)):
+        return False
+    options = request.options
+    found = _module("_losses").every_label_has_a_class(
+        request.labels, options.where, request.x.shape, request.axis, options.ignore_index
+    )
+    # In a traced function what is computed of constants is traced, too.
+    if not reads_values(found):
+        return False
+    if not sys.modules["jax"].device_get(found):
+        request.target()  # finds the label and names it
+    return True

@@ -1,178 +1,106 @@
-"""What JAX traces: three forms of each operation, between which the values of a row decide.
+"""What JAX traces for the softmax family: the fold, and a derivative where JAX's own is not best.
 
-With m = max x, s = sum exp(x - m) and rest = s - 1, the portable form leaves the maximum out of
-the sum and puts the rounding errors of x - m back, which costs several passes. Not every
-row needs that. Let t = C exp(-7).
-
-1. A row with rest >= max(1, t) is as exact by ``m + log(s)``: the maximum's 1 costs no digits of
-   a rest above it; and the terms further than 8 below the maximum, whose differences round by more
-   than 4u, make up at most rest/e. XLA computes this at about the speed of memory.
-2. With rest >= t the rounding errors stay small, and only the maximum has to be left out.
-3. Any other row, a confident one or one with an infinity or a nan, takes the portable form.
-
-Each row gets its own form, whatever stands beside it. A form that no row needs is not computed.
-
-Derivatives are given (`custom_jvp`), so that no branch has to be differentiated for the first
-order; they are made of JAX's operations, so that they have derivatives in turn.
+Each function is one compiled call, also where the user compiles nothing, and its own vmap. What an
+option does to the logits is done before the fold, in JAX's operations, which bring the
+derivative along.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 from jax import numpy as jnp
 
-from portable_softmax import portable
+from portable_softmax.kernels._jax._fold import (
+    Axes,
+    fold,
+    in_blocks,
+    inverse_temperature,
+    shifted,
+    sum_of,
+    wide,
+)
 
-Axes = tuple[int, ...]
+jit = partial(jax.jit, static_argnames=("axes", "compute", "answer"))
 
 
-def _chosen(
-    x: Any, axes: Axes, formula: Callable[..., Any], exact: Callable[..., Any], *more: Any
-) -> Any:
-    """Return ``formula(x, m, rest, log, *more)``, or ``exact(x, *more)`` in rows of the third kind.
+def masked(x: Any, where: Any, axes: Axes) -> tuple[Any, Any]:
+    """Give masked entries the logit -inf, and rows without any other entry the logits 0.
 
-    Both return a tuple of arrays that have their rows where `x` has them; log is log1p(rest).
+    Returns the new rows and which of them have an entry at all.
     """
-    m = jax.lax.stop_gradient(jnp.max(x, axis=axes, keepdims=True))
-    s = portable.total(jnp, jnp.exp(x - m), axes)
-    wide = math.prod(x.shape[a] for a in axes) * math.exp(-7.0)
-    plain, near = s - 1.0 >= max(1.0, wide), s - 1.0 >= wide
-    case = 2 - jnp.all(near).astype(int) - jnp.all(plain).astype(int)
-
-    def first(x: Any, *more: Any) -> Any:
-        return formula(x, m, s - 1.0, jnp.log(s), *more)
-
-    def second(x: Any, *more: Any) -> Any:
-        rest, log = folded(x)
-        return formula(x, m, rest, log, *more)
-
-    def third(x: Any, *more: Any) -> Any:
-        # The formula sees zeros in the rows that it is not for, so that no nan of it flows back.
-        rest, log = (jnp.where(near, part, 1.0) for part in folded(jnp.where(near, x, m)))
-        found = formula(jnp.where(near, x, 0.0), jnp.where(near, m, 0.0), rest, log, *more)
-        others = exact(x, *more)
-        return tuple(jnp.where(near, f, o) for f, o in zip(found, others, strict=True))
-
-    def folded(x: Any) -> tuple[Any, Any]:
-        exps = jnp.exp(x - m)
-        is_max = jax.lax.stop_gradient(jnp.floor(exps))  # faster than to compare, under XLA
-        maxima = jnp.sum(is_max, axis=axes, keepdims=True)
-        rest = portable.total(jnp, exps - is_max, axes) + (maxima - 1.0)
-        return jnp.where(plain, s - 1.0, rest), jnp.where(plain, jnp.log(s), jnp.log1p(rest))
-
-    return jax.lax.switch(case, (first, second, third), x, *more)
+    some = jnp.any(jnp.broadcast_to(where, x.shape), axis=axes, keepdims=True)
+    return jnp.where(some, jnp.where(where, x, -jnp.inf), 0.0), some
 
 
-# --------------------------------------------------------------------------- logarithms
+def mask_like(where: Any, ndim: int) -> Any:
+    """Give a mask as many dimensions as the logits have."""
+    return jnp.expand_dims(where, tuple(range(ndim - where.ndim)))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _logsumexp(x: Any, axes: Axes) -> Any:
-    (y,) = _chosen(
-        x,
-        axes,
-        lambda x, m, rest, log: (m + log,),
-        lambda x: (portable.logsumexp(jnp, x, axes)[0],),
-    )
-    return y
+@jit
+def softmax(x: Any, where: Any, scale: Any, axes: Axes, compute: Any, answer: Any) -> Any:
+    """exp((x - max) / T) / sum(exp((x - max) / T))."""
+    x = x.astype(compute)
+    if where is not None:
+        where = mask_like(where, x.ndim)
+        x, _ = masked(x, where, axes)
+    y = _softmax(x, scale, axes)
+    return (y if where is None else jnp.where(where, y, 0.0)).astype(answer)
 
 
-@_logsumexp.defjvp
-def _logsumexp_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    (x,), (t,) = primals, tangents
-    y = _logsumexp(x, axes)
-    infinite = jnp.isinf(y)  # such a row has the derivative 0
-    p = jnp.where(infinite, 0.0, jnp.exp(x - jnp.where(infinite, 0.0, y)))
-    return y, portable.total(jnp, p * t, axes)
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _softmax(x: Any, scale: Any, axes: Axes) -> Any:
+    m = jnp.max(x, axis=axes)
+    blocks, block_axes = in_blocks(x, axes)
+    total = sum_of(jnp.exp(shifted(blocks, m, scale, block_axes)), block_axes)
+    return jnp.exp(shifted(x, m, scale, axes)) / wide(total, axes)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _log_softmax(x: Any, axes: Axes) -> Any:
-    (y,) = _chosen(
-        x,
-        axes,
-        lambda x, m, rest, log: ((x - m) - log,),
-        lambda x: (portable.log_softmax(jnp, x, axes),),
-    )
-    return y
+@_softmax.defjvp
+def _softmax_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (x, scale), (t, _) = primals, tangents
+    y = _softmax(x, scale, axes)
+    change = y * (t - jnp.sum(y * t, axis=axes, keepdims=True))
+    return y, change if scale is None else change * inverse_temperature(scale)
 
 
-@_log_softmax.defjvp
-def _log_softmax_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    (x,), (t,) = primals, tangents
-    y = _log_softmax(x, axes)
-    return y, t - portable.total(jnp, jnp.exp(y) * t, axes)
+@jit
+def log_softmax(x: Any, where: Any, scale: Any, axes: Axes, compute: Any, answer: Any) -> Any:
+    """(x - max) / T - log1p(rest)."""
+    x = x.astype(compute)
+    if where is not None:
+        where = mask_like(where, x.ndim)
+        x, _ = masked(x, where, axes)
+    m, rest = fold(x, scale, axes)
+    y = shifted(x, m, scale, axes) - wide(jnp.log1p(rest), axes)
+    return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(answer)
 
 
-# Compiled also where the user compiles nothing: one call instead of twenty.
-logsumexp = jax.jit(_logsumexp, static_argnums=1)
-log_softmax = jax.jit(_log_softmax, static_argnums=1)
+@jit
+def logsumexp(x: Any, where: Any, axes: Axes, compute: Any, answer: Any) -> Any:
+    """Max + log1p(rest), with the reduced axes kept."""
+    x, some = x.astype(compute), None
+    if where is not None:
+        x, some = masked(x, mask_like(where, x.ndim), axes)
+    m, rest = fold(x, None, axes)
+    infinite = jnp.isinf(m)  # such a row keeps its value and has the derivative 0
+    y = wide(jnp.where(infinite, m, m + jnp.log1p(jnp.where(infinite, 0.0, rest))), axes)
+    return (y if some is None else jnp.where(some, y, -jnp.inf)).astype(answer)
 
 
-# --------------------------------------------------------------------------- losses
+@jit
+def softmax_vjp(y: Any, dy: Any, axes: Axes, compute: Any, answer: Any) -> Any:
+    """y * (dy - sum(y*dy))."""
+    y, dy = y.astype(compute), dy.astype(compute)
+    return (y * (dy - jnp.sum(y * dy, axis=axes, keepdims=True))).astype(answer)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _cross_entropy(x: Any, target: portable.Target, axis: int, reduction: str) -> Any:
-    def exact(x: Any, target: portable.Target) -> tuple[Any]:
-        losses = portable.cross_entropy(jnp, x, target, axis, portable.Options(reduction="none"))
-        return (jnp.expand_dims(losses, axis),)
-
-    formula = partial(_losses, axis=axis)
-    (losses,) = _chosen(x, (axis,), lambda *args: (formula(*args),), exact, target)
-    return portable.reduced(jnp, losses, target, axis, reduction)
-
-
-@_cross_entropy.defjvp
-def _cross_entropy_jvp(axis: int, reduction: str, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    (x, target), (t, _) = primals, tangents
-    loss, grad = _value_and_grad(x, target, axis, reduction)
-    change = portable.total(jnp, grad * t, (axis,))
-    return loss, jnp.squeeze(change, axis=axis) if reduction == "none" else jnp.sum(change)
-
-
-def _value_and_grad(x: Any, target: portable.Target, axis: int, reduction: str) -> tuple[Any, Any]:
-    def formula(x: Any, m: Any, rest: Any, log: Any, target: portable.Target) -> tuple[Any, Any]:
-        scale = 1.0 / ((1.0 + rest) * divisor(rest, target))
-        if target.valid is not None:
-            scale = jnp.where(target.valid, scale, jnp.nan)
-        if target.counted is not None:
-            scale = jnp.where(target.counted, scale, 0.0)
-        exps = jnp.exp(x - m)
-        at_label = jax.lax.broadcasted_iota(target.index.dtype, x.shape, axis) == target.index
-        # p - 1 at the label, as minus the sum of the others.
-        grad = jnp.where(at_label, (exps - 1.0) - rest, exps) * scale
-        return _losses(x, m, rest, log, target, axis=axis), grad
-
-    def exact(x: Any, target: portable.Target) -> tuple[Any, Any]:
-        options = portable.Options(reduction="none")
-        losses, grad = portable.cross_entropy_value_and_grad(jnp, x, target, axis, options)
-        losses = jnp.expand_dims(losses, axis)
-        return losses, grad / divisor(losses, target)
-
-    def divisor(losses: Any, target: portable.Target) -> Any:
-        if reduction != "mean":
-            return 1.0
-        return portable.nothing_to_inf(jnp, portable.mean_divisor(jnp, losses, target))
-
-    losses, grad = _chosen(x, (axis,), formula, exact, target)
-    return portable.reduced(jnp, losses, target, axis, reduction), grad
-
-
-def _losses(x: Any, m: Any, rest: Any, log: Any, target: portable.Target, *, axis: int) -> Any:
-    """Return the losses of the positions, kept with length 1."""
-    loss = (m - jnp.take_along_axis(x, target.index, axis=axis, mode="clip")) + log
-    if target.valid is not None:
-        loss = jnp.where(target.valid, loss, jnp.nan)
-    if target.counted is not None:
-        loss = jnp.where(target.counted, loss, 0.0)
-    return loss
-
-
-cross_entropy = jax.jit(_cross_entropy, static_argnums=(2, 3))
-cross_entropy_value_and_grad = jax.jit(_value_and_grad, static_argnums=(2, 3))
+@jit
+def log_softmax_vjp(log_y: Any, dy: Any, axes: Axes, compute: Any, answer: Any) -> Any:
+    """dy - exp(log_y) * sum(dy), and 0 at a masked entry."""
+    log_y, dy = log_y.astype(compute), dy.astype(compute)
+    dy = jnp.where(jnp.isinf(log_y), 0.0, dy)
+    return (dy - jnp.exp(log_y) * jnp.sum(dy, axis=axes, keepdims=True)).astype(answer)

@@ -1,0 +1,183 @@
+"""Fold rows into (max, rest) in the form that XLA compiles best: arithmetic, and no branch.
+
+XLA sums a row at the speed of memory where the terms are plain arithmetic on the logits. A
+comparison or a select among them makes its CPU compiler write an array of the logits' size first,
+and so does a subexpression that two sums share. So each sum here has its own terms, and what has
+to depend on an entry is made by minimum and maximum.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax import numpy as jnp
+
+Axes = tuple[int, ...]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
+    """Return the maximum, and the rest of the rows over the temperature; no reduced axes.
+
+    The maximum, that of x, is a constant for every derivative: nothing depends on what is
+    subtracted. `scale` is that of `scale_of`.
+    """
+    x, axes = in_blocks(x, axes)
+    m = jnp.max(x, axis=axes)
+    if scale is None:
+        terms, factor = _terms(x, m, axes)
+    else:
+        terms, factor = _tempered_terms(x, m, scale, axes), 1.0
+    # Every maximum is left out of the sum; of those that are not one, 1 is kept.
+    big = float(jnp.finfo(x.dtype).max)
+    rest = sum_of(terms * jnp.minimum((wide(m, axes) - x) * big, 1.0), axes)
+    # Twice their number, so that nothing is shared with the sum above: not even the constants.
+    m = lax.optimization_barrier(m)
+    twice = jnp.sum(jnp.maximum((x - wide(m, axes)) * (big / 2) + 2.0, 0.0), axis=axes)
+    rest = jnp.where(twice > 2.0, rest + (0.5 * twice - 1.0) / factor, rest)
+    return m, rest * factor
+
+
+@fold.defjvp
+def _fold_jvp(axes: Axes, primals: Any, tangents: Any) -> Any:
+    (x, scale), (t, _) = primals, tangents
+    m, rest = fold(x, scale, axes)
+    exps = jnp.exp(shifted(x, m, scale, axes))
+    exps = jnp.where(wide(jnp.isinf(m), axes), 0.0, exps)  # such a row has the derivative 0
+    change = jnp.sum(exps * t, axis=axes)
+    change = change if scale is None else change * inverse_temperature(scale)
+    return (m, rest), (jnp.zeros_like(m), change)
+
+
+def shifted(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
+    """Return (x - max) / temperature."""
+    if scale is None:
+        return x - wide(m, axes)
+    return (x * scale[2] - wide(m, axes) * scale[2]) * (scale[0] + scale[1]) * scale[3]
+
+
+def scale_of(temperature: float, dtype: Any) -> Any:
+    """Return 1 / temperature as ``(high + low) * step * more``; None for 1.
+
+    `high` has half the digits, so that its product with half of a difference's digits is exact, and
+    `low` the others. A logit times `step`, a power of 2, keeps differences from overflowing; a high
+    temperature takes a smaller one, as XLA would flush a subnormal `high` or `low` to 0. `more` is
+    1 but for a temperature so low that `high` would overflow.
+    """
+    if temperature == 1.0:
+        return None
+    info = np.finfo(dtype)
+    step = Fraction(1, 4 if temperature < 2.0**60 else 2**64)
+    exact = max(1 / (Fraction(temperature) * step), Fraction(float(info.tiny)))
+    largest = Fraction(2) ** (info.maxexp - 2)
+    more = min(max(exact / largest, Fraction(1)), largest)
+    exact = min(exact, largest)
+    unit = Fraction(2) ** (math.frexp(float(exact))[1] - info.nmant // 2)
+    high = round(exact / unit) * unit
+    return np.asarray([float(high), float(exact - high), float(step), float(more)], dtype)
+
+
+def inverse_temperature(scale: Any) -> Any:
+    """Return 1 / temperature."""
+    return (scale[0] + scale[1]) * scale[2] * scale[3]
+
+
+def _terms(x: Any, m: Any, axes: Axes) -> tuple[Any, Any]:
+    """Return exp(x - max) without the rounding error of x - max, as terms and a factor a row.
+
+    A confident row's rest is one exponential of a large difference: half a unit lost in a
+    difference of 64 is 32 units lost in the loss. Let L be the largest difference that counts,
+    beyond which an exponential underflows. If |max| >= 2L or max <= -L, each x that counts is
+    within a factor of 2 of the maximum, and x - max is exact (Sterbenz). Otherwise some c between 0
+    and max, 0 for most, makes x - c exact. Its exponential may leave the range of the dtype, but
+    that of (x - c) / 2 doesn't. So with a power of 2 near exp((c - max) / 2), which costs no
+    digit, ::
+
+        exp(x - max) = (exp((x - c) / 2) * power)^2 * (exp(c - max) / power^2)
+
+    A larger power, so that no square is flushed to 0 where a sum of many is not.
+    """
+    info = jnp.finfo(x.dtype)
+    limit = -math.log(float(info.tiny))
+    between = jnp.minimum(jnp.maximum(m, 0.0), jnp.ceil(jnp.maximum(32.0 * (m - limit), 0.0)) / 16.0)
+    c = jnp.where(m > -limit, between, m)
+    power = lax.reduce_precision(jnp.exp(0.5 * (c - m)), info.nexp, 0) * 2.0**20
+    root = jnp.exp((x - wide(c, axes)) * 0.5) * wide(power, axes)
+    return root * root, jnp.exp(c - m) / power / power
+
+
+def _tempered_terms(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
+    """Return exp((x - max) / temperature), the errors of difference and product put back.
+
+    With half the digits of each, the product is exact. What is left over is a sum of small parts,
+    right whether or not the compiler contracts it, and its exponential is a short series. The
+    difference's error is that of Knuth's two-sum.
+    """
+    high, low, step, more = scale
+    x, m = x * step, wide(m, axes) * step
+    d = x - m
+    back = d - x
+    error = (x - (d - back)) - (m + back)
+    d_high = half_of_its_digits(d)
+    left = d_high * low + ((d - d_high) + error) * (high + low)
+    left = jnp.where(jnp.abs(left) < 1.0, left, 0.0)  # it is larger beside an infinity only
+    # A factor, as XLA would flush a subnormal correction to 0.
+    return jnp.exp(d_high * high * more) * (1.0 + left * (1.0 + left / 2.0 * (1.0 + left / 3.0)))
+
+
+def half_of_its_digits(x: Any) -> Any:
+    """Round to half the digits of the dtype: the product of two such numbers is exact."""
+    info = jnp.finfo(x.dtype)
+    return lax.reduce_precision(x, info.nexp, info.nmant // 2)
+
+
+# A sum of n terms, added one after the other, is off by up to n/16 units in the last place.
+_BLOCK = 512
+
+
+def in_blocks(x: Any, axes: Axes) -> tuple[Any, Axes]:
+    """Split long axes into blocks, each an axis: a view where the length has good divisors."""
+    shape: list[Any] = []
+    found: list[int] = []
+    for axis, n in enumerate(x.shape):
+        parts = [n]
+        if axis in axes and isinstance(n, int):  # not symbolic
+            while parts[0] > _BLOCK:
+                part = next(d for d in range(_BLOCK, 0, -1) if parts[0] % d == 0)
+                if part < _BLOCK // 32:
+                    short = -n % _BLOCK
+                    x = jnp.pad(
+                        x,
+                        [(0, short if a == axis else 0) for a in range(x.ndim)],
+                        constant_values=-math.inf,
+                    )
+                    parts = [n + short]
+                    part = _BLOCK
+                parts[:1] = [parts[0] // part, part]
+        if axis in axes:
+            found += range(len(shape), len(shape) + len(parts))
+        shape += parts
+    return (x, axes) if len(shape) == x.ndim else (jnp.reshape(x, shape), tuple(found))
+
+
+def sum_of(x: Any, axes: Axes) -> Any:
+    """Sum what is not negative over one axis after the other.
+
+    XLA would merge the sums into one long one if it were not for the select, which changes nothing.
+    """
+    *outer, inner = sorted(axes)
+    x = jnp.sum(x, axis=inner)
+    for axis in reversed(outer):
+        x = jnp.sum(jnp.where(x < 0.0, 0.0, x), axis=axis)
+    return x
+
+
+def wide(rows: Any, axes: Axes) -> Any:
+    """Give the reduced axes back to what there is one of a row."""
+    return jnp.expand_dims(rows, axes)

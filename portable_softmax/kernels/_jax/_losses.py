@@ -1,0 +1,288 @@
+"""Cross-entropy as JAX traces it.
+
+With the coefficients ``q_j = a * [j is the label] + c_j``, where a is one number a position and c
+is an array that broadcasts to the logits, either may be missing, and with Q = a + sum_j c_j ::
+
+    loss   = a * ((max - x_label) + log1p(rest)) + sum_j c_j ((max - x_j) + log1p(rest))
+             + u * logsumexp^2
+    grad_j = p_j * (Q + 2 * u * logsumexp) - q_j                   p = softmax(x)
+
+Labels, weights and label smoothing make a and c, z_loss makes u, and `where`, `softcap` and a cast
+change the logits x. Here a, u and what else there is one of a position have length 1 along `axis`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from portable_softmax.kernels._jax._fold import fold, wide
+from portable_softmax.kernels._jax._rules import mask_like, masked
+
+
+class Form(NamedTuple):
+    """What a program is compiled for."""
+
+    axis: int
+    reduction: str
+    indices: bool  # class indices, or a distribution
+    check: bool  # a label without a class is nan, as nobody has looked for one
+    ignore_index: int | None
+    compute: Any
+    answer: Any
+
+
+class Numbers(NamedTuple):
+    """Options that are numbers, as arrays of the compute dtype; None where they do nothing."""
+
+    label_smoothing: Any
+    z_loss: Any
+    softcap: Any
+
+
+class Terms(NamedTuple):
+    """The coefficients of the positions."""
+
+    index: Any  # the labels, or None
+    a: Any
+    c: Any
+    u: Any
+    counted: Any  # bool; None where every position counts
+
+
+@partial(jax.jit, static_argnames="form")
+def cross_entropy(x: Any, labels: Any, weight: Any, where: Any, numbers: Numbers, form: Form) -> Any:
+    """Return the reduced loss."""
+    loss = _reduced(x.astype(form.compute), labels, weight, where, numbers, form)
+    return loss.astype(form.answer)
+
+
+@partial(jax.jit, static_argnames="form")
+def cross_entropy_value_and_grad(
+    x: Any, labels: Any, weight: Any, where: Any, numbers: Numbers, form: Form
+) -> tuple[Any, Any]:
+    """Return the reduced loss and its gradient."""
+    loss, pull_back = jax.vjp(
+        lambda x: _reduced(x, labels, weight, where, numbers, form), x.astype(form.compute)
+    )
+    (grad,) = pull_back(jnp.ones_like(loss))
+    return loss.astype(form.answer), grad.astype(form.answer)
+
+
+@partial(jax.jit, static_argnames=("shape", "axis", "ignore_index"))
+def every_label_has_a_class(
+    labels: Any, where: Any, shape: Any, axis: int, ignore_index: int | None
+) -> Any:
+    """Return whether each label is ignored, or a class of logits of this shape that takes part."""
+    index, counted = _indices(labels, axis, ignore_index)
+    return jnp.all(_valid(index, counted, where, shape, axis))
+
+
+def _reduced(x: Any, labels: Any, weight: Any, where: Any, numbers: Numbers, form: Form) -> Any:
+    axis = form.axis
+    where = None if where is None else mask_like(where, x.ndim)
+    index = counted = valid = None
+    if form.indices:
+        index, counted = _indices(labels, axis, form.ignore_index)
+        valid = _valid(index, counted, where, x.shape, axis) if form.check else None
+    x = _conditioned(x, counted, where, numbers.softcap, axis)
+    terms, total = _terms(x, labels, index, counted, weight, where, numbers, axis)
+    loss = _losses(x, terms, axis)
+    if valid is not None:
+        loss = loss * jnp.where(valid, 1.0, jnp.nan)
+    if counted is not None:
+        loss = jnp.where(counted, loss, 0.0)
+    if form.reduction == "none":
+        return jnp.squeeze(loss, axis=axis)
+    if form.reduction == "sum":
+        return jnp.sum(loss)
+    if total is None:
+        return jnp.mean(loss)
+    # Smoothing may leave a loss where the weights sum to 0, which is no infinite mean.
+    return jnp.where(total == 0, jnp.nan, jnp.sum(loss) / jnp.where(total == 0, jnp.inf, total))
+
+
+# --------------------------------------------------------------------------- labels
+
+
+def _indices(labels: Any, axis: int, ignore_index: int | None) -> tuple[Any, Any]:
+    """Return the labels in the default integer dtype, and which of them count."""
+    labels = jnp.expand_dims(labels, axis)
+    limits = jnp.iinfo(labels.dtype)
+    counted = None
+    # An index that the labels' dtype cannot hold matches none: comparing would wrap it around.
+    if ignore_index is not None and limits.min <= ignore_index <= limits.max:
+        counted = labels != jnp.asarray(ignore_index, labels.dtype)
+    return labels.astype(jnp.result_type(int)), counted
+
+
+def _valid(index: Any, counted: Any, where: Any, shape: Any, axis: int) -> Any:
+    valid = (index >= 0) & (index < shape[axis])
+    if where is not None:
+        where = jnp.broadcast_to(mask_like(where, len(shape)), shape)
+        valid = valid & jnp.take_along_axis(where, index, axis=axis, mode="clip")
+    return valid if counted is None else valid | ~counted
+
+
+def _terms(
+    x: Any,
+    labels: Any,
+    index: Any,
+    counted: Any,
+    weight: Any,
+    where: Any,
+    numbers: Numbers,
+    axis: int,
+) -> tuple[Terms, Any]:
+    """Return the coefficients, and what the mean divides by if that is not their number."""
+    shape = [1] * x.ndim
+    shape[axis] = x.shape[axis]
+    if weight is not None:
+        weight = weight.astype(x.dtype)
+    a = c = total = None
+    if index is not None:
+        a = jnp.ones((), x.dtype) if weight is None else jnp.take(weight, index, mode="clip")
+        if counted is not None:
+            a = jnp.where(counted, a, 0.0)
+        u = a
+        if weight is not None or counted is not None:
+            total = jnp.sum(a)
+    else:
+        c = labels.astype(x.dtype)
+        c = c if where is None else jnp.where(where, c, 0.0)
+        u = jnp.sum(_weighted(c, weight, shape), axis=axis, keepdims=True)
+    if (smoothing := numbers.label_smoothing) is not None:
+        a, c = (None if part is None else (1.0 - smoothing) * part for part in (a, c))
+        if where is None:
+            spread = jnp.ones(shape, x.dtype) * (smoothing / x.shape[axis])
+        else:
+            part = jnp.broadcast_to(where, x.shape).astype(x.dtype)
+            spread = part * (smoothing / jnp.maximum(jnp.sum(part, axis=axis, keepdims=True), 1.0))
+        c = spread if c is None else c + spread
+    c = None if c is None else _weighted(c, weight, shape)
+    u = None if numbers.z_loss is None else numbers.z_loss * u
+    return Terms(index, a, c, u, counted), total
+
+
+def _weighted(c: Any, weight: Any, shape: Any) -> Any:
+    """Multiply by the weights of the classes; 0 stays 0, whatever the weight."""
+    return c if weight is None else jnp.where(c == 0, 0.0, c * jnp.reshape(weight, shape))
+
+
+# --------------------------------------------------------------------------- logits
+
+
+def _conditioned(x: Any, counted: Any, where: Any, softcap: Any, axis: int) -> Any:
+    """Return the logits that are folded."""
+    if where is not None:
+        x = jnp.where(where, x, 0.0)
+    if softcap is not None:
+        if counted is not None:  # the derivative of the cap would be nan beside a nan
+            x = jnp.where(counted, x, 0.0)
+        x = _capped(x, softcap)
+    if where is not None:
+        x, _ = masked(x, where, (axis,))
+    return x
+
+
+@jax.custom_jvp
+def _capped(x: Any, cap: Any) -> Any:
+    """cap * tanh(x / cap), which is x where the cap is far away."""
+    part = x / cap
+    near = jnp.abs(part) > jnp.finfo(x.dtype).eps
+    return jnp.where(near, cap * jnp.tanh(part), x)
+
+
+@_capped.defjvp
+def _capped_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """1 - tanh^2, written as 1 / cosh^2 to keep its digits where tanh is close to 1."""
+    (x, cap), (t, _) = primals, tangents
+    size = jnp.where(x < 0, -x, x)  # abs, but with a second derivative at 0
+    e = jnp.exp(-2.0 * (size / cap))
+    return _capped(x, cap), 4.0 * e / ((1.0 + e) * (1.0 + e)) * t
+
+
+# --------------------------------------------------------------------------- positions
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _losses(x: Any, terms: Terms, axis: int) -> Any:
+    """Return the loss of each position."""
+    m, rest = fold(x, None, (axis,))
+    return _summed(terms, _multiplied(x, m, jnp.log1p(rest), terms, axis), axis)
+
+
+@partial(_losses.defjvp, symbolic_zeros=True)
+def _losses_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (x, terms), (t, changes) = primals, tangents
+    m, rest = fold(x, None, (axis,))
+    log = jnp.log1p(rest)
+    values = _multiplied(x, m, log, terms, axis)
+    loss = _summed(terms, values, axis)
+    change = jnp.zeros_like(loss)
+    if not isinstance(t, SymbolicZero):
+        grad = _gradient(x, m, rest, log, terms, axis)
+        change = jnp.sum(grad * t, axis=axis, keepdims=True)
+    # The loss is linear in the coefficients.
+    a, c, u = (None if isinstance(part, SymbolicZero) else part for part in changes[1:4])
+    if any(part is not None for part in (a, c, u)):
+        if terms.counted is not None:  # what an ignored row holds would multiply a 0
+            values = [v if v is None else jnp.where(terms.counted, v, 0.0) for v in values]
+        change = change + _summed(terms._replace(a=a, c=c, u=u), values, axis)
+    return loss, change
+
+
+def _multiplied(x: Any, m: Any, log: Any, terms: Terms, axis: int) -> list[Any]:
+    """Return what a, c and u multiply, finite where the coefficient is 0; None where it is None."""
+    label = every = square = None
+    if terms.a is not None:
+        label = jnp.take_along_axis(x, terms.index, axis=axis, mode="clip")
+        label = wide((m - jnp.squeeze(label, axis=axis)) + log, (axis,))
+    m, log = wide(m, (axis,)), wide(log, (axis,))
+    if terms.c is not None:
+        every = (m - x) + log
+    if terms.u is not None:
+        square = (m + log) * (m + log)
+    return [
+        v if v is None else jnp.where((coefficient == 0) & jnp.isinf(v), 0.0, v)
+        for coefficient, v in zip(terms[1:4], (label, every, square), strict=True)
+    ]
+
+
+def _summed(terms: Terms, values: list[Any], axis: int) -> Any:
+    label, every, square = values
+    parts = []
+    if terms.a is not None:
+        parts.append(terms.a * label)
+    if terms.c is not None:
+        parts.append(jnp.sum(terms.c * every, axis=axis, keepdims=True))
+    if terms.u is not None:
+        parts.append(terms.u * square)
+    return sum(parts[1:], parts[0])
+
+
+def _gradient(x: Any, m: Any, rest: Any, log: Any, terms: Terms, axis: int) -> Any:
+    """p_j * A - q_j with A = Q + 2 * u * logsumexp, without its cancellation.
+
+    With p_j = e_j / (1 + rest) this is ((e_j A - q_j) - q_j rest) / (1 + rest). At the label of
+    a confident row e_j A - q_j is an exact 0, and -q_j rest is minus the sum of the others.
+    """
+    m, rest, log = (wide(part, (axis,)) for part in (m, rest, log))
+    sums = [] if terms.a is None else [terms.a]
+    if terms.c is not None:
+        sums.append(jnp.sum(terms.c, axis=axis, keepdims=True))
+    if terms.u is not None:
+        lse = jnp.where((terms.u == 0) & jnp.isinf(m), 0.0, m + log)
+        sums.append(2.0 * terms.u * lse)
+    scaled = jnp.exp(x - m) * sum(sums[1:], sums[0])
+    q = 0.0 if terms.c is None else terms.c
+    if terms.a is not None:
+        label = lax.broadcasted_iota(terms.index.dtype, x.shape, axis) == terms.index
+        q = jnp.where(label, q + terms.a, q)
+    grad = ((scaled - q) - q * rest) * (1.0 / (1.0 + rest))
+    return grad if terms.counted is None else jnp.where(terms.counted, grad, 0.0)
