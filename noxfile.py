@@ -30,7 +30,7 @@ import sysconfig
 import tempfile
 import zipfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -247,13 +247,24 @@ class Report:
 
 # Only what ran in this process is shown: never the report of an earlier run.
 runs: dict[str, Run] = {}
-# The parts that were asked for, `fast` by `tests` and `slow` by `tests-slow`.
-asked: set[str] = set()
+
+
+@dataclass
+class Asked:
+    """What the sessions that start others have asked of them."""
+
+    parts: set[str] = field(default_factory=set)
+    names: dict[str, None] = field(default_factory=dict)
+    """The rows of the table, in order."""
+    traced: bool = False
+
+
+asked = Asked()
 
 
 def part() -> str:
     """Return the one part of the tests that was asked for; empty for all of them."""
-    return next(iter(asked)) if len(asked) == 1 else ""
+    return next(iter(asked.parts)) if len(asked.parts) == 1 else ""
 
 
 @nox.session(venv_backend="none")
@@ -268,22 +279,35 @@ def tests_slow(session: nox.Session) -> None:
     start(session, "slow")
 
 
-def start(session: nox.Session, which: str) -> None:
-    """Queue a part of the tests on every backend, and the table."""
+@nox.session(venv_backend="none")
+def coverage(session: nox.Session) -> None:
+    """Run the tests but the slow ones under coverage; the package must be covered to 95%."""
+    asked.traced = True
+    start(session, "fast", COVERED)
+
+
+EVERYTHING = (*BACKENDS, "triton", "triton-compiled")
+
+
+def start(session: nox.Session, which: str, names: tuple[str, ...] = EVERYTHING) -> None:
+    """Queue a part of the tests and the table."""
     required(session)
-    asked.add(which)
-    for name in (*BACKENDS, "triton", "table"):
-        session.notify(f"tests-{name}")
+    asked.parts.add(which)
+    asked.names |= dict.fromkeys(names)
+    for name in (*names, "table"):
+        if name != "triton-compiled":  # which the session `tests-triton` runs
+            session.notify(f"tests-{name}")
 
 
-def run_pytest(session: nox.Session, name: str, *arguments: str, covered=False, **options) -> None:
+def run_pytest(session: nox.Session, name: str, *arguments: str, **options: str) -> None:
     """Run pytest and keep its report for the table."""
     for stale in (REPORTS / f"{name}.xml", *REPORTS.glob(f"{name}.coverage*")):
         stale.unlink(missing_ok=True)
     run = runs.setdefault(name, Run())
     some = part() == "slow" or (part() and session.posargs)
+    traced = asked.traced and name in COVERED
     session.run(
-        *("python", *(("-m", "coverage", "run") if covered else ()), "-m", "pytest"),
+        *("python", *(("-m", "coverage", "run") if traced else ()), "-m", "pytest"),
         *(f"--junitxml={REPORTS / name}.xml", *arguments),
         *(("--part", part()) if part() else ()),
         *session.posargs,
@@ -315,8 +339,7 @@ def test(session: nox.Session, backend: str) -> None:
         else:
             run.note = f"torch-cuda: {cuda().missing or 'this build of torch reaches no GPU'}"
     parallel = () if {"cupy", "torch-cuda"} & {*names} else PARALLEL  # one process to a GPU
-    covered = backend in COVERED and part() != "slow"
-    run_pytest(session, backend, "--backend", ",".join(names), *parallel, covered=covered)
+    run_pytest(session, backend, "--backend", ",".join(names), *parallel)
 
 
 @nox.session(name="tests-triton")
@@ -344,14 +367,13 @@ def triton_compile(session: nox.Session) -> None:
 
 @nox.session(name="tests-table")
 def tests_table(session: nox.Session) -> None:
-    """End a run of the tests: one table, then what those of COVERED cover."""
-    names = (*BACKENDS, "triton", "triton-compiled")
-    rows = {name: row(name, required(session)) for name in names}
+    """End a run of the tests: one table, then the coverage if it was measured."""
+    rows = {name: row(name, required(session)) for name in asked.names or EVERYTHING}
     print(table(rows.values()), flush=True)
     failed = [backend for backend, cells in rows.items() if cells[FAILED] not in ("0", "-")]
     if failed:
         session.error(f"failed: {', '.join(failed)}")
-    if session.posargs or part() == "slow":  # some of the tests cover some of the code
+    if session.posargs or not asked.traced:  # some of the tests cover some of the code
         return
     install(session, *group("coverage"))
     parts = [str(p) for b in COVERED for p in REPORTS.glob(f"{b}.coverage*")]

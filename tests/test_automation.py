@@ -61,7 +61,7 @@ def reports(tmp_path, monkeypatch):
     """An empty folder of reports, in a process that has run no tests."""
     monkeypatch.setattr(noxfile, "REPORTS", tmp_path)
     monkeypatch.setattr(noxfile, "runs", {})
-    monkeypatch.setattr(noxfile, "asked", set())
+    monkeypatch.setattr(noxfile, "asked", noxfile.Asked())
     return tmp_path
 
 
@@ -166,7 +166,7 @@ def test_a_row_shows_the_reasons_and_the_note(reports, report):
 def test_a_row_shows_what_the_other_part_runs(reports, report, asked, why):
     (reports / "numpy.xml").write_text(report)
     noxfile.runs["numpy"] = noxfile.Run(finished=True)
-    noxfile.asked |= asked
+    noxfile.asked.parts |= asked
     shown = cells(noxfile.row("numpy", set()))["why"].splitlines()
     assert shown[2:] == ([why] if why else [])
 
@@ -238,7 +238,7 @@ def test_ci_runs_both_parts():
     sessions = [name for run in runs for name in run.split()]
     assert sessions[0] == "tests"
     assert sessions[-1] == "tests-slow"
-    assert {"lint", "docs", "build", "lowest"} <= {*sessions}
+    assert {"lint", "docs", "build", "lowest", "coverage"} <= {*sessions}
 
 
 class Queue(Session):
@@ -261,6 +261,17 @@ def test_each_part_runs_on_every_backend(reports):
     assert fast.queued == slow.queued
     assert fast.queued[-1] == "tests-table"
     assert {f"tests-{name}" for name in (*noxfile.BACKENDS, "triton")} <= {*fast.queued}
+    assert noxfile.asked.names.keys() == {*noxfile.BACKENDS, "triton", "triton-compiled"}
+    assert not noxfile.asked.traced
+
+
+def test_coverage_is_measured_where_the_tests_are_not_slow(reports):
+    session = Queue()
+    noxfile.coverage(session)
+    assert session.queued == [*(f"tests-{name}" for name in noxfile.COVERED), "tests-table"]
+    assert noxfile.part() == "fast"
+    assert [*noxfile.asked.names] == [*noxfile.COVERED]
+    assert noxfile.asked.traced
 
 
 def test_the_table_is_aligned():
