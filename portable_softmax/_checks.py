@@ -216,11 +216,23 @@ def number(
             f"{name} is {value!r}, expected a Python number in {inside}: an array cannot be taken, "
             "scale the array instead"
         )
-    answer = float(value)
+    answer = float(real(name, value, inside))
     above = answer > low if open_low else answer >= low
     if not (above and answer <= high and answer < math.inf):
-        raise ValueError(f"{name} is {value}, expected a number in {inside}")
+        raise ValueError(f"{name} is {answer}, expected a number in {inside}")
     return answer
+
+
+def real(name: str, value: Any, inside: str = "(-inf, inf)") -> Any:
+    """Return a number as a float; a NumPy scalar keeps its digits."""
+    if isinstance(value, np.floating):
+        return value
+    try:
+        return float(value)
+    except OverflowError:  # a large int or Fraction, whose digits would fill the screen
+        raise ValueError(
+            f"{name} is beyond the range of a float, expected a number in {inside}"
+        ) from None
 
 
 def temperature(value: Any) -> float:
@@ -266,8 +278,8 @@ def labels_are_indices(logits: Any, labels: Any, axis: int, library: Library) ->
     positions = (*shape[:axis], *shape[axis + 1 :])
     if kind in ("bool", "complex", "other"):
         raise TypeError(
-            f"labels have dtype {dtype_name(labels.dtype)}, expected integers for class indices, or "
-            "integers or floats for a distribution: cast them first"
+            f"labels have dtype {dtype_name(labels.dtype)}, expected integers for class indices, "
+            "or integers or floats for a distribution: cast them first"
         )
     if _same_shape(labels.shape, logits.shape):
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from portable_softmax import _checks, portable
@@ -250,7 +249,7 @@ def logsumexp(
 def _dropped(library: Library, y: Any, axes: tuple[int, ...], keepdims: bool) -> Any:
     """Return a reduction without its reduced axes of length 1, unless they stay."""
     if axes and not keepdims:
-        y = library.xp.reshape(y, tuple([n for a, n in enumerate(y.shape) if a not in axes]))
+        y = library.squeeze(y, axes)
     return library.scalar_if_0d(y)
 
 
@@ -457,8 +456,6 @@ def _portable_rows(request: Request) -> Any:
     library, x, axes = request.library, request.x, request.axes
     where, temperature = request.options[:2]
     xp = library.xp
-    if any(x.shape[a] == 0 for a in axes):
-        return xp.zeros_like(x, dtype=request.result_dtype)
     if not axes:
         x, where = _with_an_axis(xp, x, where)
     y = getattr(portable, request.operation)(
@@ -478,11 +475,6 @@ def _portable_logsumexp(request: Request) -> Any:
     library, x, axes = request.library, request.x, request.axes
     where, b = request.options.where, request.options.b
     xp, compute_dtype, result_dtype = library.xp, request.compute_dtype, request.result_dtype
-    if any(x.shape[a] == 0 for a in axes):
-        made = {"dtype": result_dtype, "device": library.device(x)}
-        shape = tuple(request.reduced_shape())
-        parts = xp.full(shape, -math.inf, **made), xp.zeros(shape, **made)
-        return parts if request.options.return_sign else parts[0]
     if not axes:
         x, where, b = _with_an_axis(xp, x, where, b)
     parts = portable.logsumexp(

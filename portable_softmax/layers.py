@@ -6,12 +6,14 @@ network collects both from all of its layers alike.
 
 from __future__ import annotations
 
+from numbers import Real
+from operator import mul
 from typing import Any, Generic, final
 
-from portable_softmax import _checks, libraries
+from portable_softmax import _checks, libraries, portable
 from portable_softmax._cross_entropy import LOSS_OPTIONS, cross_entropy_value_and_grad
 from portable_softmax._softmax import log_softmax, log_softmax_vjp, softmax, softmax_vjp
-from portable_softmax._typing import Array, ArrayT, Axis
+from portable_softmax._typing import Array, ArrayT, Axis, Namespace
 
 __all__ = ["LogSoftmax", "Softmax", "SoftmaxWithLoss"]
 
@@ -184,25 +186,40 @@ class SoftmaxWithLoss(Generic[ArrayT]):
         """
         if self._dx is None:
             raise _no_forward(self)
-        if isinstance(dout, int | float):
-            scaled: ArrayT = self._dx * dout
-            return scaled
-        library, _ = _checks.array("dout", dout)
-        _checks.companion("dout", dout, "logits", self._dx, library)
-        xp = library.xp
-        _checks.upstream(dout, self._loss_shape)
-        if dout.ndim:  # one for each position, with reduction="none"
-            dout = xp.expand_dims(dout, axis=self.options.get("axis", -1))
-        answered: ArrayT = libraries.cast(xp, self._dx * dout, self._dx.dtype)
+        dx: Any = self._dx
+        library = libraries.library_of(dx)
+        axis = _checks.one_axis(self.options.get("axis", -1), dx.ndim)
+        compute_dtype, result_dtype = library.compute_dtype(dx)
+        if isinstance(dout, Real):
+            number = _checks.real("dout", dout)
+            dout = library.xp.asarray(number, dtype=compute_dtype, device=library.device(dx))
+        else:
+            _checks.array("dout", dout)
+            _checks.companion("dout", dout, "logits", dx, library)
+            _checks.upstream(dout, self._loss_shape)
+            if dout.ndim:  # one for each position, with reduction="none"
+                dout = portable.with_class_axis(dout, axis)
+        dx = library.quietly(mul, library.cast(dx, compute_dtype), library.cast(dout, compute_dtype))
+        for takes_part in (self.options.get("where"), self._counted(library.xp, axis)):
+            if takes_part is not None:  # or else dout may be infinite, and 0 * inf is nan
+                dx = library.xp.where(takes_part, dx, library.scalar(0.0, dx))
+        answered: ArrayT = library.cast(dx, result_dtype)
         return answered
 
+    def _counted(self, xp: Namespace, axis: int) -> Any:
+        """Return where the labels are not ignored, or None if none is."""
+        ignore_index = self.options.get("ignore_index")
+        if ignore_index is None:
+            return None
+        return portable.not_ignored(xp, portable.with_class_axis(self.t, axis), ignore_index)
+
     def _probabilities(self, x: Any) -> Any:
-        axis, softcap = self.options.get("axis", -1), self.options.get("softcap")
-        if softcap is not None:
-            xp = libraries.namespace(x)
-            compute, answer = libraries.compute_dtype(xp, x)
-            capped = softcap * xp.tanh(libraries.cast(xp, x, compute) / softcap)
-            return libraries.cast(
-                xp, softmax(capped, axis=axis, where=self.options.get("where")), answer
-            )
-        return softmax(x, axis=axis, where=self.options.get("where"))
+        axis, where = self.options.get("axis", -1), self.options.get("where")
+        softcap = self.options.get("softcap")
+        if softcap is None:
+            return softmax(x, axis=axis, where=where)
+        library = libraries.library_of(x)
+        compute_dtype, result_dtype = library.compute_dtype(x)
+        x = library.cast(x, compute_dtype)
+        capped = library.quietly(portable.softcapped, library.xp, x, float(softcap))
+        return library.cast(softmax(capped, axis=axis, where=where), result_dtype)

@@ -162,11 +162,12 @@ def softmax_shifted(x: ArrayT) -> ArrayT:
 
 
 def softmax_batched(x: ArrayT) -> ArrayT:
-    """Compute the softmax of each row of a batch.
+    """Compute the softmax of each row of a batch, or of a single sample.
 
-    Each row is a sample with a maximum and a sum of its own, so both run along ``axis=1``. What
-    shape do they come back in? An (N, C) batch has N maxima, of shape (N,), and broadcasting lines
-    shapes up from the *right*. So the N would meet the C::
+    Each row is a sample with a maximum and a sum of its own, so both run along the last axis, which
+    is ``axis=-1``, and ``axis=1`` in a batch. What shape do they come back in? An (N, C) batch has
+    N maxima, of shape (N,), and broadcasting lines shapes up from the *right*. So the N would meet
+    the C::
 
         without keepdims            with keepdims=True
 
@@ -177,16 +178,17 @@ def softmax_batched(x: ArrayT) -> ArrayT:
     Without ``keepdims`` the subtraction is an error where N differs from C. Where N happens to
     equal C it is worse: there is no error, column j loses the maximum of *row* j, and the result
     is wrong. With ``keepdims`` the reduced axis stays, with length 1, and each row meets its own
-    maximum and its own sum.
+    maximum and its own sum. A single sample has the shape (C,); its last axis is its only one, and
+    the same program does for it what `softmax_shifted` does.
 
     Parameters
     ----------
-    x : array, shape (N, C), floating
+    x : array, shape (N, C) or (C,), floating
         The scores, one sample per row.
 
     Returns
     -------
-    array, shape (N, C)
+    array, the shape of `x`
         The probabilities; each row sums to 1.
 
     Examples
@@ -207,10 +209,15 @@ def softmax_batched(x: ArrayT) -> ArrayT:
     array([0.9485, 1.3808])
     >>> softmax_batched(x).sum(axis=1)
     array([1., 1.])
+
+    A single sample:
+
+    >>> softmax_batched(np.array([1.0, 2.0, 3.0, 4.0])).round(4)
+    array([0.0321, 0.0871, 0.2369, 0.6439])
     """
     xp = namespace(x)
-    e = xp.exp(x - xp.max(x, axis=1, keepdims=True))
-    y: ArrayT = e / xp.sum(e, axis=1, keepdims=True)
+    e = xp.exp(x - xp.max(x, axis=-1, keepdims=True))
+    y: ArrayT = e / xp.sum(e, axis=-1, keepdims=True)
     return y
 
 
@@ -218,7 +225,7 @@ def softmax_batched(x: ArrayT) -> ArrayT:
 
 
 def softmax_transposed(x: ArrayT) -> ArrayT:
-    """Compute the softmax of each row of a batch, by way of its transpose.
+    """Compute the softmax of each row of a batch, by way of its transpose, or of a single sample.
 
     Many lessons write the batch this way. Turned around, a sample is a *column*, and the N maxima
     along ``axis=0`` have the shape (N,) that broadcasting expects on the right. Nothing has to be
@@ -229,16 +236,17 @@ def softmax_transposed(x: ArrayT) -> ArrayT:
 
     It is the same arithmetic on the same numbers as in `softmax_batched`, and costs no more: a
     transpose moves nothing, it is another way to look at the same memory. What it lacks is reach.
-    ``keepdims`` works for any axis of any array, the transpose for the two axes of a matrix.
+    ``keepdims`` works for any axis of any array, the transpose for the two axes of a matrix. A
+    single sample has nothing to turn around: it takes step 2.
 
     Parameters
     ----------
-    x : array, shape (N, C), floating
+    x : array, shape (N, C) or (C,), floating
         The scores, one sample per row.
 
     Returns
     -------
-    array, shape (N, C)
+    array, the shape of `x`
         The probabilities; each row sums to 1.
 
     Examples
@@ -260,6 +268,8 @@ def softmax_transposed(x: ArrayT) -> ArrayT:
     array([[ 4.],
            [13.]])
     """
+    if x.ndim == 1:
+        return softmax_shifted(x)
     xp = namespace(x)
     columns = xp.matrix_transpose(x)  # the standard's spelling of x.T
     e = xp.exp(columns - xp.max(columns, axis=0))
@@ -400,7 +410,7 @@ class Softmax:
         array, the shape of `a`
             The probabilities, kept in `out`.
         """
-        y = _softmax(a)
+        y = softmax_batched(a)
         self.out = y
         return y
 
@@ -428,11 +438,6 @@ class Softmax:
         y, dy = self.out, dout
         da: ArrayT = y * dy - y * xp.sum(y * dy, axis=-1, keepdims=True)
         return da
-
-
-def _softmax(x: ArrayT) -> ArrayT:
-    """Take step 2 for a single sample and step 3 for a batch."""
-    return softmax_shifted(x) if x.ndim == 1 else softmax_batched(x)
 
 
 # ------------------------------------------------------------------ step 7: the loss
@@ -659,7 +664,7 @@ class SoftmaxWithLoss:
         array, shape ()
             The loss, also kept in `loss`.
         """
-        y = _softmax(x)
+        y = softmax_batched(x)
         self.y, self.t = y, _one_hot(t, y)
         self.loss = cross_entropy_error(self.y, self.t)
         return self.loss

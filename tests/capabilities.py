@@ -11,7 +11,6 @@ import ast
 import re
 import tomllib
 from pathlib import Path
-from types import ModuleType
 
 from backends import BACKENDS, LIBRARIES
 
@@ -50,16 +49,16 @@ def sessions() -> dict[str, str | None]:
 def row(name: str, extra: str | None) -> tuple[str, ...]:
     """Return the cells of one backend, without importing its library."""
     backend = BACKENDS[name]
-    xp = ModuleType(backend.library)  # a namespace is known by its name
+    library = libraries.CLASSES[backend.library]
     return (
         backend.library.replace("_", "-"),
         ", ".join(f"`{found}`" for found in extras(extra)) or "none",
         yes("float16" in backend.halves),
         yes("bfloat16" in backend.halves),
-        yes(libraries.differentiates(xp)),
+        yes(library.differentiates),
         compiler(name),
-        yes(libraries.is_chunked(xp)),
-        kernels(libraries.of(xp).name),
+        yes(library.chunked),
+        kernels(name),
         # CuPy's extra stands for one for each CUDA generation.
         "where there is a CUDA device" if extra == "cuda" else "in every run",
     )
@@ -87,8 +86,8 @@ def compiler(name: str) -> str:
 
 
 def kernels(library: str) -> str:
-    found = [k for k in _table.TABLE if k.library == library]
-    return "; ".join(f"{k.name} ({operations(k)})" for k in found) or "none"
+    found = [f"{k.name} ({operations(k)})" for k in _table.TABLE if k.library == library]
+    return "; ".join(dict.fromkeys(found)) or "none"
 
 
 def operations(kernel: _table.Kernel) -> str:
@@ -109,18 +108,25 @@ def claims() -> str:
 
 def claim(kernel: _table.Kernel) -> tuple[str, ...]:
     """Return the cells of one kernel."""
-    dtypes = kernel.dtypes - _table.INTEGERS
+    dtypes = [name for name in kernel.dtypes if name not in _table.INTEGERS]
     return (
         kernel.name,
         kernel.library,
         operations(kernel),
-        ", ".join([*sorted(dtypes), *(["integers"] if dtypes != kernel.dtypes else [])]),
-        ", ".join(sorted(kernel.options)) or "none",
-        ", ".join(sorted(kernel.devices - {"cpu" if "cuda" in kernel.devices else ""})) or "any",
-        ", ".join(sorted(kernel.tracing)) or "no",
-        f"from {kernel.enough:,}" if kernel.enough else "any",
+        ", ".join([*dtypes, *(["integers"] if len(dtypes) < len(kernel.dtypes) else [])]),
+        ", ".join(kernel.options) or "none",
+        ", ".join(kernel.devices) or "any",
+        ", ".join(kernel.tracing) or "no",
+        elements(kernel),
         "on" if kernel.on_by_default else "off",
     )
+
+
+def elements(kernel: _table.Kernel) -> str:
+    """Return the sizes that a kernel takes."""
+    if kernel.at_most is not None:
+        return f"to {kernel.at_most:,}"
+    return f"from {kernel.at_least:,}" if kernel.at_least else "any"
 
 
 TABLES = {"capabilities": table, "kernels": claims}

@@ -163,6 +163,15 @@ def test_batch_gives_each_row_its_own_maximum(xp, softmax):
     np.testing.assert_array_equal(y, np.full((2, 2), 0.5))
 
 
+@one_batch
+def test_batch_functions_take_a_single_sample(xp, softmax):
+    y = softmax(xp.asarray(SCORES[1], dtype="float64"))
+    assert tuple(y.shape) == (4,)
+    np.testing.assert_allclose(xp.numpy(y), PROBABILITIES[1], **REFERENCE)
+    large = softmax(xp.asarray([1000.0, 1000.0], dtype="float64"))
+    np.testing.assert_array_equal(xp.numpy(large), [0.5, 0.5])
+
+
 def test_transposed_equals_batched(xp):
     x = xp.asarray(batch_of_scores(3, shape=(6, 5), scale=20.0), dtype="float64")
     np.testing.assert_allclose(

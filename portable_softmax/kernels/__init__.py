@@ -7,7 +7,7 @@ path.
 >>> import numpy as np
 >>> from portable_softmax import kernels
 >>> kernels.explain("softmax", np.zeros((32, 10), np.float32))
-'numpy tiles: row tiles in cache...'
+'numpy tiles: row tiles in cache'
 >>> with kernels.portable():
 ...     kernels.explain("softmax", np.zeros((32, 10), np.float32))
 'portable: forced by kernels.portable()'

@@ -72,7 +72,8 @@ class Decision(NamedTuple):
 
     def __str__(self) -> str:
         name = "portable" if self.taken is None else self.taken.kernel.name
-        others = [f"not {other}: {why}" for other, why in self.passed_over]
+        # The table may hold a kernel twice, for different sizes.
+        others = [f"not {other}: {why}" for other, why in self.passed_over if other != name]
         return f"{name}: " + "; ".join([self.why, *others] if self.why else others)
 
 
@@ -109,7 +110,8 @@ def decide(request: Request, switch: Switches | None) -> Decision:
         why = candidate.objection(request, switch)
         if not why:
             return Decision(candidate, candidate.kernel.why, passed_over)
-        passed_over = (*passed_over, (candidate.kernel.name, why))
+        if (candidate.kernel.name, why) not in passed_over:
+            passed_over = (*passed_over, (candidate.kernel.name, why))
     return Decision(None, "", passed_over)
 
 

@@ -19,7 +19,7 @@ functions of the call alone: nothing that ran before changes an answer.
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from portable_softmax.kernels._request import LOSSES, OPERATIONS, Request
 
@@ -46,8 +46,10 @@ class Kernel(NamedTuple):
     options: Names = ()
     devices: Names = ()  # any
     tracing: Names = ()
-    enough: int = 0
+    at_least: int = 0
     """Arrays with fewer elements are left to others, unless `kernels.use` names the kernel."""
+    at_most: int | None = None
+    """Likewise arrays with more."""
     adapter: str = ""
     """The module that stands between the library and the kernel; it has `declines` and `run`."""
     on_by_default: bool = True
@@ -60,8 +62,12 @@ class Kernel(NamedTuple):
             device = request.library.device_type(request.x)
             if device not in self.devices:
                 return f"device {device}"
-        if self.enough and not asked and request.library.size(request.x) < self.enough:
-            return "too few elements"
+        if not asked and (self.at_least or self.at_most is not None):
+            size = request.library.size(request.x)
+            if size < self.at_least:
+                return "too few elements"
+            if self.at_most is not None and size > self.at_most:
+                return "too many elements"
         if request.dtype not in self.dtypes:
             return f"dtype {request.dtype}"
         if request.active:
@@ -73,34 +79,40 @@ class Kernel(NamedTuple):
 
 _HERE = "portable_softmax.kernels"
 
-# For each library the first one that takes a call has it.
+_TORCH = f"{_HERE}._torch"
+_SMALL = (1 << 16) - 1  # not worth a compilation, nor a second thread
+
+_NUMBA = Kernel(
+    name="numba rows",
+    why="one pass in cache",
+    library="numpy",
+    module=f"{_HERE}._numba",
+    options=(*LABELS_AND_WEIGHTS, "temperature", "label_smoothing", "z_loss"),
+    at_least=_SMALL + 1,
+)
+_TILES = Kernel(
+    name="numpy tiles",
+    why="row tiles in cache",
+    library="numpy",
+    module=f"{_HERE}._numpy",
+    dtypes=(*FLOATS, *INTEGERS),
+    options=(*LOSS_OPTIONS, PROBABILITIES, "temperature"),
+)
+_LENT: dict[str, Any] = {
+    "library": "torch",
+    "adapter": _TORCH,
+    "devices": ("cpu",),
+    "dtypes": FLOATS,
+}
+
+# For each library the first one that takes a call has it. Small arrays come to the tiles at once.
 TABLE = (
-    *(
-        Kernel(
-            name="numba rows",
-            why="one pass in cache",
-            library=library,
-            module=f"{_HERE}._numba",
-            adapter=adapter,
-            enough=1 << 16,  # less is not worth a compilation, nor a second thread
-            devices=("cpu",) if adapter else (),
-            options=(*LABELS_AND_WEIGHTS, "temperature", "label_smoothing", "z_loss"),
-        )
-        for library, adapter in (("numpy", ""), ("torch", f"{_HERE}._torch"))
-    ),
-    *(
-        Kernel(
-            name="numpy tiles",
-            why="row tiles in cache",
-            library=library,
-            module=f"{_HERE}._numpy",
-            adapter=adapter,
-            devices=("cpu",) if adapter else (),
-            dtypes=(*FLOATS, *INTEGERS) if library == "numpy" else FLOATS,
-            options=(*LOSS_OPTIONS, PROBABILITIES, "temperature"),
-        )
-        for library, adapter in (("numpy", ""), ("torch", f"{_HERE}._torch"))
-    ),
+    _TILES._replace(at_most=_SMALL),
+    _NUMBA,
+    _TILES,
+    _TILES._replace(**_LENT, at_most=_SMALL),
+    _NUMBA._replace(**_LENT),
+    _TILES._replace(**_LENT),
     Kernel(
         name="jax rules",
         why="one pass where the values allow it",
@@ -124,7 +136,7 @@ TABLE = (
             tracing=("torch.compile",) if adapter else (),
             on_by_default=False,  # they have not run on a device yet
         )
-        for library, adapter in (("torch", f"{_HERE}._torch"), ("cupy", ""))
+        for library, adapter in (("torch", _TORCH), ("cupy", ""))
     ),
 )
 

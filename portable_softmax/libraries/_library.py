@@ -157,6 +157,10 @@ class Library:
         """
         return self.xp.asarray(value, dtype=like.dtype, device=self.device(like))
 
+    def squeeze(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """Return `x` without these axes of length 1."""
+        return self.xp.squeeze(x, axis=axes)
+
     def take_along_axis(self, x: Any, index: Any, axis: int) -> Any:
         """Return the entries of `x` at `index` along `axis`; other axes have the same lengths."""
         return self.xp.take_along_axis(x, index, axis=axis)

@@ -87,6 +87,10 @@ class NumPy(Library):
         """Return `y`, as a scalar if it is 0-d."""
         return y[()] if y.ndim == 0 else y
 
+    def squeeze(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """Return `x` without these axes, by the method, which costs a third of the function."""
+        return x.squeeze(axes)
+
     def sums_in_blocks(self, x: Any, axis: int) -> bool:
         """Return whether the axis is the innermost in memory: NumPy sums pairwise there alone."""
         stride = abs(x.strides[axis])

@@ -27,8 +27,10 @@ from portable_softmax.libraries import (
     differentiates,
     gathers,
     scalar,
+    take_along_axis,
 )
 from portable_softmax._typing import Namespace
+from portable_softmax.portable._divisor import divided
 from portable_softmax.portable._softmax import masked
 from portable_softmax.portable._state import State, fold
 from portable_softmax.portable._sums import total
@@ -68,20 +70,19 @@ def classes(xp: Namespace, x: Any, axis: int) -> Any:
     )
 
 
+def with_class_axis(x: Any, axis: int) -> Any:
+    """Return what there is one of per position with a class axis of length 1."""
+    # Dask expands no axis beside one of unknown length, but indexes there.
+    return x[(*(slice(None),) * axis, None, ...)]
+
+
 def index_target(
     xp: Namespace, x: Any, labels: Any, axis: int, options: Options, dtype: Any
 ) -> Target:
     """Sort class indices into counted and ignored, valid and not, and weigh them in `dtype`."""
-    # Dask expands no axis beside one of unknown length, but indexes there.
-    labels = labels[(*(slice(None),) * axis, None, ...)]
-    counted = None
-    ignore = options.ignore_index
-    # An index that the labels' dtype cannot hold matches none: comparing would wrap it around.
-    limits = xp.iinfo(labels.dtype)
-    fits = ignore is not None and limits.min <= ignore <= limits.max
+    labels = with_class_axis(labels, axis)
+    counted = not_ignored(xp, labels, options.ignore_index)
     index = cast(xp, labels, default_int(xp, x))
-    if fits:
-        counted = index != ignore
     n = x.shape[axis]
     valid = (index >= 0) & (index < n)
     index = xp.where(valid, index, xp.zeros_like(index))
@@ -99,10 +100,21 @@ def index_target(
     return Target(index, None, counted, valid, weight)
 
 
+def not_ignored(xp: Namespace, labels: Any, ignore_index: int | None) -> Any:
+    """Return where the labels are not `ignore_index`, or None where no label can be."""
+    if ignore_index is None:
+        return None
+    # In the labels' own dtype: another one would wrap indices around.
+    limits = xp.iinfo(labels.dtype)
+    if not limits.min <= ignore_index <= limits.max:
+        return None
+    return labels != scalar(xp, ignore_index, labels)
+
+
 def pick(xp: Namespace, values: Any, index: Any, axis: int, x: Any) -> Any:
     """Return ``values[index]`` along `axis`, kept with length 1; `values` broadcast to `x`."""
-    if gathers(xp):
-        return xp.take_along_axis(xp.broadcast_to(values, x.shape), index, axis=axis)
+    if gathers(xp) and x.shape[axis] > 0:
+        return take_along_axis(xp, xp.broadcast_to(values, x.shape), index, axis)
     hit = classes(xp, x, axis) == index
     if xp.isdtype(values.dtype, "bool"):
         return xp.any(hit & values, axis=axis, keepdims=True)
@@ -130,7 +142,7 @@ def cross_entropy_value_and_grad(
     if target.valid is not None:
         grad = xp.where(target.valid, grad, scalar(xp, math.nan, grad))
     if options.softcap is not None:
-        grad = grad * _softcap_derivative(xp, rows.inputs, options.softcap)
+        grad = grad * softcap_derivative(xp, rows.inputs, options.softcap)
     if options.where is not None:
         grad = xp.where(options.where, grad, scalar(xp, 0.0, grad))
     if target.counted is not None:
@@ -180,16 +192,27 @@ def _conditioned(
         x = xp.where(target.counted, x, zero)
     inputs = x
     if options.softcap is not None:
-        x = options.softcap * xp.tanh(x / options.softcap)
+        x = softcapped(xp, x, options.softcap)
     if options.where is not None:
         x, _ = masked(xp, x, options.where, (axis,))
     return inputs, x
 
 
-def _softcap_derivative(xp: Namespace, x: Any, cap: float) -> Any:
+def softcapped(xp: Namespace, x: Any, cap: float) -> Any:
+    """cap * tanh(x / cap)."""
+    if 2.0**-60 < cap < 2.0**60:
+        return cap * xp.tanh(x / cap)
+    if cap > xp.finfo(x.dtype).max:
+        return x
+    # Beside such a cap x / cap may underflow. There, and at 0 for every cap, this is x.
+    ratio = divided(xp, x, cap)
+    return xp.where(xp.abs(ratio) < 2.0**-30, x, cap * xp.tanh(ratio))
+
+
+def softcap_derivative(xp: Namespace, x: Any, cap: float) -> Any:
     """1 - tanh(x/cap)^2, written as 1/cosh^2 to keep its digits where tanh is close to 1."""
     size = xp.where(x < 0, -x, x)  # abs, but with a second derivative at 0
-    e = xp.exp(-2.0 * size / cap)
+    e = xp.exp(-2.0 * divided(xp, size, cap))
     return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
@@ -270,16 +293,22 @@ def _distribution_rows(
             q = xp.where(options.where, q, zero)
     if options.weight is not None:
         weight = _along(xp, options.weight, x, axis)
-        t, q = t * weight, q * weight
+        t, q = _weighted(xp, t, weight), _weighted(xp, q, weight)
     u = total(xp, t, (axis,))
     if target.counted is not None:
         q, u = xp.where(target.counted, q, zero), xp.where(target.counted, u, zero)
     return Rows(inputs, x, q, u)
 
 
+def _weighted(xp: Namespace, coefficient: Any, weight: Any) -> Any:
+    """Return coefficient * weight, 0 where the coefficient is 0, whatever the weight."""
+    never = (coefficient == 0) & ~xp.isfinite(weight)
+    return coefficient * xp.where(never, scalar(xp, 0.0, weight), weight)
+
+
 def _class_count(xp: Namespace, x: Any, axis: int, options: Options) -> Any:
     if options.where is None:
-        return x.shape[axis]
+        return max(x.shape[axis], 1)
     part = xp.where(options.where, xp.ones_like(x), scalar(xp, 0.0, x))
     count = xp.sum(part, axis=axis, keepdims=True)
     return xp.where(count == 0, scalar(xp, 1.0, count), count)
@@ -333,7 +362,7 @@ def mean_divisor(xp: Namespace, loss: Any, target: Target) -> Any:
     if target.weight is not None:
         return xp.sum(total(xp, target.weight, tuple(range(loss.ndim))))
     positions = math.prod(loss.shape)
-    if math.isnan(positions):  # chunks of unknown length
+    if positions != positions:  # nan: chunks of unknown length
         return xp.sum(xp.ones_like(loss))
     return scalar(xp, positions, loss)
 

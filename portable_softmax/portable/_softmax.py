@@ -19,6 +19,7 @@ from portable_softmax.libraries import (
     scalar,
 )
 from portable_softmax._typing import Namespace
+from portable_softmax.portable._divisor import divisor, times_power_of_2
 from portable_softmax.portable._state import fold, maximum
 from portable_softmax.portable._sums import total
 
@@ -50,9 +51,11 @@ def softmax(
     """exp(x - max) / sum(exp(x - max)): the common factor exp(-max) cancels."""
     if where is not None:
         x, _ = masked(xp, x, where, axes)
-    shifted = x - maximum(xp, x, axes)
-    if temperature != 1.0:
-        shifted = shifted / temperature
+    by = divisor(xp, temperature, x)
+    x = times_power_of_2(xp, x, -max(by.exponent, 0))  # first, as the difference may overflow
+    shifted = times_power_of_2(xp, x - maximum(xp, x, axes), -min(by.exponent, 0))
+    if by.high != 1.0:
+        shifted = shifted / by.high
     exps = xp.exp(shifted)
     y = exps / total(xp, exps, axes)
     return y if where is None else xp.where(where, y, scalar(xp, 0.0, y))
@@ -70,7 +73,7 @@ def softmax_jacobian(xp: Namespace, y: Any, axis: int) -> Any:
     eye = xp.eye(n, dtype=y.dtype, device=device(y))
     rows, columns = y[..., :, None], y[..., None, :]
     # y_i (1 - y_i) as y_i times the sum of the others keeps the digits of a confident row.
-    others = xp.sum(xp.where(eye == 1, scalar(xp, 0.0, y), columns), axis=-1, keepdims=True)
+    others = total(xp, xp.where(eye == 1, scalar(xp, 0.0, y), columns), (y.ndim,))
     return xp.where(eye == 1, rows * others, -rows * columns)
 
 
@@ -148,6 +151,8 @@ def _logsumexp_of_a_chunk(chunk: Any, axis: Axes, keepdims: bool) -> Any:
 
 
 def _weighted(xp: Namespace, x: Any, axes: Axes, b: Any) -> tuple[Any, Any]:
+    infinite = xp.isinf(b)
+    weights, b = b, xp.where(infinite, scalar(xp, 0.0, b), b)
     live, m, shifted = _shifted_where_it_counts(xp, x, x, axes, b)
     exps = xp.exp(shifted)
     # s = (weight at the maximum) + others; the constant 1 leaves the maximum's value, and not
@@ -163,8 +168,21 @@ def _weighted(xp: Namespace, x: Any, axes: Axes, b: Any) -> tuple[Any, Any]:
     far = xp.log(xp.abs(xp.where(small | (s == 0), one, s)))
     shift = xp.where(xp.isinf(m), scalar(xp, 0.0, m), m)
     value = xp.where(small, near, far) + shift
-    sign = xp.where(s > 0, one, xp.where(s < 0, -one, constant(xp, s)))
-    return xp.where(s == 0, scalar(xp, -math.inf, value), value), sign
+    value = xp.where(s == 0, scalar(xp, -math.inf, value), value)
+    sign = _sign(xp, s)
+    # Infinite weights make the sum infinite, or nan at a logit of -inf, and beside each other's or
+    # the logits' infinities of the other sign.
+    terms = weights * xp.where(x > -math.inf, one, scalar(xp, 0.0, x))
+    terms = xp.where(infinite, terms, scalar(xp, 0.0, x))
+    beyond = constant(xp, xp.sum(terms, axis=axes, keepdims=True))
+    plain = beyond == 0
+    beyond = beyond + constant(xp, xp.where(value < math.inf, scalar(xp, 0.0, s), sign * value))
+    return xp.where(plain, value, xp.abs(beyond)), xp.where(plain, sign, _sign(xp, beyond))
+
+
+def _sign(xp: Namespace, s: Any) -> Any:
+    one = scalar(xp, 1.0, s)
+    return xp.where(s > 0, one, xp.where(s < 0, -one, constant(xp, s)))
 
 
 def _complex(xp: Namespace, x: Any, axes: Axes, b: Any, return_sign: bool) -> tuple[Any, Any]:
@@ -198,7 +216,7 @@ def _shifted_where_it_counts(
     shifted = xp.where(infinite, only_infinities, shifted)
     if b is not None:
         # Half the largest exponent leaves room for the derivative with respect to b.
-        bound = math.log(float(xp.finfo(real.dtype).max)) / 2
+        bound = xp.log(scalar(xp, xp.finfo(real.dtype).max, real)) / 2
         too_large = ~((xp.real(shifted) if x is not real else shifted) < bound)
         shifted = xp.where((b == 0) & too_large, scalar(xp, 0.0, shifted), shifted)
     return live, m, shifted

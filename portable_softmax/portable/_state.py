@@ -9,11 +9,20 @@ a fold: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax").
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from portable_softmax.libraries import constant, scalar
+from portable_softmax.libraries import (
+    constant,
+    device,
+    is_chunked,
+    namespace,
+    reduce_chunks,
+    scalar,
+)
 from portable_softmax._typing import Namespace
+from portable_softmax.portable._divisor import divisor, quotient_error, times_power_of_2
 from portable_softmax.portable._sums import total
 
 
@@ -23,8 +32,8 @@ class State(NamedTuple):
     max: Any  # what was subtracted: the row's maximum, a constant for every derivative
     rest: Any  # sum of exps without one maximum
     log: Any  # log1p(rest)
-    shifted: Any  # x - max, rounded
-    exps: Any  # exp(x - max), with the rounding error of the difference put back
+    shifted: Any  # (x - max) / temperature, rounded
+    exps: Any  # exp of that, with the rounding error put back
 
 
 def maximum(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Any:
@@ -32,9 +41,16 @@ def maximum(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Any:
 
     Shifting a row changes nothing in exact arithmetic, so no derivative runs through the shift.
     """
-    if 0 in x.shape:  # an empty batch; Dask has no maximum of an empty chunk
-        return xp.sum(x, axis=axes, keepdims=True)
+    if is_chunked(xp):
+        return reduce_chunks(xp, x, axes, _maximum_of_a_chunk)
+    if 0 in x.shape:
+        shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+        return xp.full(shape, -math.inf, dtype=x.dtype, device=device(x))
     return constant(xp, xp.max(x, axis=axes, keepdims=True))
+
+
+def _maximum_of_a_chunk(chunk: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
+    return maximum(namespace(chunk), chunk, axis)
 
 
 def fold(
@@ -55,13 +71,19 @@ def fold(
     attach
         Gives the shifted row another way to be differentiated, without changing its value.
     """
+    by = divisor(xp, temperature, x)
+    x = times_power_of_2(xp, x, -max(by.exponent, 0))  # first, as the difference may overflow
     m = maximum(xp, x, axes) if shift is None else shift
-    shifted = x - m
-    error = _difference_error(xp, x, m, shifted)
+    difference = x - m
+    error = _difference_error(xp, x, m, difference)
+    shifted = times_power_of_2(xp, difference, -min(by.exponent, 0))
+    error = times_power_of_2(xp, error, -min(by.exponent, 0))
     if attach is not None:
         shifted = attach(shifted)
-    if temperature != 1.0:
-        shifted, error = shifted / temperature, error / temperature
+    if by.high != 1.0:
+        quotient = shifted / by.high
+        error = error / by.high + quotient_error(xp, shifted, quotient, by)
+        shifted = quotient
     exps = xp.exp(shifted)
     # exps + exps * error would be the same, but XLA flushes a subnormal product to 0. Beside an
     # infinity the error is nan and its term 0.

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from portable_softmax.libraries import is_chunked, namespace, reduce_chunks
+from portable_softmax.libraries import (
+    is_chunked,
+    is_known,
+    namespace,
+    reduce_chunks,
+    sums_in_blocks,
+)
 from portable_softmax._typing import Namespace
 
 # A plain running sum of n equal terms is off by about n/16 units in the last place (measured on
@@ -15,15 +21,14 @@ _SHORT = 16
 def total(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Any:
     """Sum over `axes`, keeping them with length 1.
 
-    Along the last axis every library already sums in blocks. Along any other axis NumPy adds row
-    after row, which loses digits in long columns, so these are halved first: pairwise summation,
-    with an error of log2(n) units instead of n (Higham 1993, "The accuracy of floating point
-    summation").
+    An axis along which the library adds one entry after another is halved first. That is pairwise
+    summation, with an error of log2(n) units instead of n (Higham 1993, "The accuracy of floating
+    point summation"). An axis whose length is not known yet is left to the library.
     """
     if is_chunked(xp):
         return reduce_chunks(xp, x, axes, _total_of_a_chunk)
     for axis in axes:
-        if axis != x.ndim - 1:
+        if is_known(xp, x.shape[axis]) and not sums_in_blocks(xp, x, axis):
             x = _halved(xp, x, axis)
     return xp.sum(x, axis=axes, keepdims=True)
 

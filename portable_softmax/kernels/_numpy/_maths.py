@@ -6,10 +6,12 @@ What there is one of per position keeps it, with length 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from portable_softmax import portable
 from portable_softmax.kernels._numpy._layout import Buffers, chunks
 
 # Longer sums over the first axis are halved: NumPy adds row after row there, which loses digits.
@@ -74,17 +76,33 @@ class Sums:
 # --------------------------------------------------------------------------- the plain form
 
 
-def exps(x: Any, out: Any, axis: int, buffers: Buffers, temperature: float = 1.0) -> Any:
+def exps(x: Any, out: Any, axis: int, buffers: Buffers, temperature: float) -> Any:
     """Write exp((x - max) / temperature) and return its sum."""
-    m = maximum(x, axis)
     sums = Sums()
-    for cut in chunks(x, axis):
-        e = np.subtract(x[cut], m, out=out[cut])
-        if temperature != 1.0:
-            np.divide(e, temperature, out=e)
+    for e in shifted(x, out, axis, temperature):
         np.exp(e, out=e)
         sums.add(total(e, axis, buffers))
     return sums.get()
+
+
+def shifted(x: Any, out: Any, axis: int, temperature: float) -> Iterator[Any]:
+    """Write (x - max) / temperature, and yield each chunk of it."""
+    by = portable.divisor(np, temperature, x)
+    first = portable.powers_of_2(np, -max(by.exponent, 0), x)  # as the difference may overflow
+    then = portable.powers_of_2(np, -min(by.exponent, 0), x)
+    m = maximum(x, axis)
+    for factor in first:
+        m = m * factor
+    for cut in chunks(x, axis):
+        part, d = x[cut], out[cut]
+        for factor in first:
+            part = np.multiply(part, factor, out=d)
+        np.subtract(part, m, out=d)
+        for factor in then:
+            np.multiply(d, factor, out=d)
+        if by.high != 1.0:
+            np.divide(d, by.high, out=d)
+        yield d
 
 
 class Plain(NamedTuple):
@@ -196,21 +214,19 @@ def near_zero(value: Any, unfit: Any) -> Any:
 # --------------------------------------------------------------------------- the precise form
 
 
-def fold(x: Any, out: Any, axis: int, buffers: Buffers, temperature: float = 1.0) -> Any:
+def fold(x: Any, out: Any, axis: int, buffers: Buffers) -> Any:
     """Return the maximum and the rest, as `portable` folds a row into its state.
 
     `out` takes exp(x - max), with the rounding error of the difference put back; None drops it.
     """
     m = maximum(x, axis)
-    rest = _rest(x, m, out, axis, buffers, temperature, infinities=False)
+    rest = _rest(x, m, out, axis, buffers, infinities=False)
     if np.isnan(rest).any():
-        rest = _rest(x, m, out, axis, buffers, temperature, infinities=True)
+        rest = _rest(x, m, out, axis, buffers, infinities=True)
     return m, rest
 
 
-def _rest(
-    x: Any, m: Any, out: Any, axis: int, buffers: Buffers, temperature: float, *, infinities: bool
-) -> Any:
+def _rest(x: Any, m: Any, out: Any, axis: int, buffers: Buffers, *, infinities: bool) -> Any:
     rests, maxima = Sums(), Sums()
     for cut in chunks(x, axis):
         part = x[cut]
@@ -223,9 +239,6 @@ def _rest(
         np.subtract(part, e, out=e)
         np.add(m, t, out=t)
         np.subtract(e, t, out=e)
-        if temperature != 1.0:
-            np.divide(d, temperature, out=d)
-            np.divide(e, temperature, out=e)
         np.add(e, 1.0, out=e)
         np.exp(d, out=d)
         if infinities:

@@ -5,13 +5,15 @@ Bytes moved: one read of the input and one write of the output.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
-from portable_softmax.kernels._request import Request
+from portable_softmax import portable
 from portable_softmax.kernels._numpy import _maths
 from portable_softmax.kernels._numpy._layout import Buffers, Layout
+from portable_softmax.kernels._request import Request
 
 
 def softmax(request: Request, layout: Layout) -> Any:
@@ -32,29 +34,54 @@ def softmax(request: Request, layout: Layout) -> Any:
 
 def log_softmax(request: Request, layout: Layout) -> Any:
     """(x - max) - log1p(rest)."""
+    if request.options.temperature != 1.0:
+        return _log_softmax_with_temperature(request, layout)
     out = np.empty(request.x.shape, request.result_dtype)
     answers, axis = out.reshape(layout.x.shape), layout.axis
 
     def precise(x: Any, y: Any, buffers: Buffers) -> None:
-        m, rest = _maths.fold(x, None, axis, buffers, request.options.temperature)
+        m, rest = _maths.fold(x, None, axis, buffers)
         np.subtract(x, m, out=y)
-        if request.options.temperature != 1.0:
-            np.divide(y, request.options.temperature, out=y)
         np.subtract(y, np.log1p(rest), out=y)
 
     def work(_: int, piece: Any, buffers: Buffers) -> None:
         x, target = layout.read(piece, buffers), layout.view(answers, piece)
         y = x if layout.copies else target
-        if request.options.temperature != 1.0:
-            everything = np.arange(x.shape[1 - axis])
-            layout.redo(piece, everything, y, buffers, lambda x, y: precise(x, y, buffers))
-        else:
-            m, rest, _, unfit = _maths.plain(x, None, axis, buffers)
-            if unfit is None or unfit.size < rest.size:
-                np.subtract(x, m, out=y)
-                np.subtract(y, np.log1p(rest), out=y)
-            if unfit is not None:
-                layout.redo(piece, unfit, y, buffers, lambda x, y: precise(x, y, buffers))
+        m, rest, _, unfit = _maths.plain(x, None, axis, buffers)
+        if unfit is None or unfit.size < rest.size:
+            np.subtract(x, m, out=y)
+            np.subtract(y, np.log1p(rest), out=y)
+        if unfit is not None:
+            layout.redo(piece, unfit, y, buffers, lambda x, y: precise(x, y, buffers))
+        layout.write(y, target)
+
+    layout.run(work)
+    return out
+
+
+def _log_softmax_with_temperature(request: Request, layout: Layout) -> Any:
+    """d - log(sum exp d) with d = (x - max) / temperature, and the portable form in some rows."""
+    out = np.empty(request.x.shape, request.result_dtype)
+    answers, axis, temperature = out.reshape(layout.x.shape), layout.axis, request.options.temperature
+    # From a sum of 2 on the maximum's 1 costs no digits. Of 1 + C exp(-7) at most 1/e comes from
+    # below -8, where the rounding errors of d count.
+    enough = 1.0 + max(1.0, layout.x.shape[1] * math.exp(-7.0))
+
+    def precise(x: Any, y: Any) -> None:
+        y[...] = portable.log_softmax(np, x, (axis,), temperature=temperature)
+
+    def work(_: int, piece: Any, buffers: Buffers) -> None:
+        x, target = layout.read(piece, buffers), layout.view(answers, piece)
+        y = x if layout.copies else target
+        sums = _maths.Sums()
+        for d in _maths.shifted(x, y, axis, temperature):
+            e = np.exp(d, out=buffers.take("exps", d.shape))
+            sums.add(_maths.total(e, axis, buffers))
+        s = sums.get()
+        np.subtract(y, np.log(s), out=y)
+        unfit = np.flatnonzero(~(s >= enough))
+        if unfit.size:
+            layout.redo(piece, unfit, y, buffers, precise)
         layout.write(y, target)
 
     layout.run(work)

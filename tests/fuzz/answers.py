@@ -1,0 +1,146 @@
+"""What a case should answer: arrays with tolerances, or an error."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tests.fuzz import losses, reference
+from tests.fuzz.cases import LOSSES, Case, Refused
+from tests.fuzz.draw import Traits, from_rows, to_rows
+from tests.fuzz.reference import Answer, Rounding
+from tests.fuzz.values import FORMATS, name_of
+
+
+class Expected(NamedTuple):
+    """The answers of a call in their shapes, and the dtype of each by name."""
+
+    answers: tuple[Answer, ...]
+    dtypes: tuple[str, ...]
+
+
+def expected(case: Case, traits: Traits, *, reads_labels: bool, flushes: bool) -> Expected | Refused:
+    """Return what a case should answer."""
+    if case.refused:
+        return case.refused
+    x = case.first
+    dtype = name_of(x.dtype) if x.dtype.kind != "c" else x.dtype.name
+    if dtype in ("complex64", "complex128"):
+        rounding = Rounding.of({"complex64": "float32"}.get(dtype, "float64"), flushes=flushes)
+    else:
+        if dtype not in FORMATS:  # integers are promoted before anything is subtracted
+            dtype = traits.default_float
+            x = x.astype(dtype)
+        rounding = Rounding.of(dtype, flushes=flushes)
+    with np.errstate(all="ignore"):
+        if case.function in LOSSES:
+            return _loss(case, x, dtype, rounding, reads_labels)
+        found = _rows(case, x, rounding)
+    dtypes = (dtype,) if len(found) == 1 else (dtype, rounding.result.name)
+    return Expected(found, dtypes)
+
+
+def _rows(case: Case, x: np.ndarray, rounding: Rounding) -> tuple[Answer, ...]:
+    """Return the answers of the softmax family."""
+    axes, shape, options = case.axes, x.shape, case.options
+    # A reduction over no axis folds each entry alone.
+    rows = to_rows(x, axes)
+    if case.function == "softmax_jacobian":
+        answer = reference.softmax_jacobian(rows, rounding)
+        kept = [n for a, n in enumerate(shape) if a not in axes]
+        return (Answer(*(part.reshape(*kept, rows.shape[1], rows.shape[1]) for part in answer)),)
+    if case.function.endswith("_vjp"):
+        dy = case.values("dy")
+        assert dy is not None
+        dy = to_rows(dy.astype(FORMATS[rounding.compute.name].dtype), axes)
+        answer = getattr(reference, case.function)(rows, dy, rounding)
+        return (_whole(answer, shape, axes),)
+    where = case.values("where")
+    live = np.broadcast_to(True if where is None else where, shape)
+    live = to_rows(live, axes)
+    if case.function in ("softmax", "log_softmax"):
+        temperature = float(options.get("temperature", 1.0))
+        answer = getattr(reference, case.function)(rows, live, rounding, temperature)
+        return (_whole(answer, shape, axes),)
+    return tuple(_sums(case, rows, live, rounding, shape))
+
+
+def _sums(case: Case, rows: Any, live: Any, rounding: Rounding, shape: tuple[int, ...]) -> Any:
+    """Return logsumexp, and its sign if that is asked for."""
+    b, signed = case.values("b"), case.options.get("return_sign", False)
+    given = np.ones(shape) if b is None else np.broadcast_to(b, shape)
+    if b is not None:  # as it is cast
+        given = given.astype(rounding.compute.dtype)
+    given = to_rows(given, case.axes)
+    if rows.dtype.kind == "c":
+        answer = reference.complex_logsumexp(rows, live, given, rounding)
+        if signed:  # log|s| and a unit complex number: only the first is judged
+            size = Answer(answer.values.real, answer.tolerance)
+            sign = Answer(answer.values, np.full_like(answer.tolerance, np.nan))
+            found = (size, sign)
+        else:
+            found = (answer,)
+    elif b is None:
+        value = reference.logsumexp(rows, live, rounding)
+        sign = np.where(np.isneginf(value.values), 0, np.where(np.isnan(value.values), np.nan, 1))
+        found = (value, Answer(sign, np.zeros(sign.shape)))
+    else:
+        value, sign = reference.weighted_logsumexp(rows, live, given, rounding)
+        if not signed:
+            negative = sign.values < 0
+            value = Answer(np.where(negative, np.nan, value.values), value.tolerance)
+        found = (value, sign)
+    axes, keep = case.axes, case.options.get("keepdims", False)
+    kept = [1 if a in axes else n for a, n in enumerate(shape) if keep or a not in axes]
+    for answer in found[: 1 + bool(signed)]:
+        yield Answer(*(part.reshape(kept) for part in answer))
+
+
+def _whole(answer: Answer, shape: tuple[int, ...], axes: tuple[int, ...]) -> Answer:
+    full = [np.broadcast_to(part, (_rows_of(shape, axes), _classes(shape, axes))) for part in answer]
+    return Answer(*(from_rows(part, shape, axes) for part in full))
+
+
+def _rows_of(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+    return math.prod(n for a, n in enumerate(shape) if a not in axes)
+
+
+def _classes(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
+    return math.prod(shape[a] for a in axes)
+
+
+def _loss(
+    case: Case, x: np.ndarray, dtype: str, rounding: Rounding, reads_labels: bool
+) -> Expected | Refused:
+    axes, shape, options = case.axes, x.shape, case.options
+    rows = to_rows(x, axes)
+    where, weight, labels = case.values("where"), case.values("weight"), case.values("labels")
+    live = to_rows(np.broadcast_to(True if where is None else where, shape), axes)
+    compute = rounding.compute.dtype
+    assert labels is not None
+    if labels.shape == shape:
+        t = to_rows(labels.astype(compute), axes).astype(np.longdouble)
+        none = np.zeros((len(rows), 1), bool)
+        to = losses.Target(t, None, none, none)
+    else:
+        to = losses.target(labels, shape[axes[0]], live, options.get("ignore_index"))
+        if to.wrong.any() and options.get("check_labels", True) and reads_labels:
+            return Refused(IndexError, "label")
+    given = losses.Options(
+        weight=None if weight is None else weight.astype(compute)[None, :],
+        smoothing=float(options.get("label_smoothing", 0.0)),
+        z_loss=float(options.get("z_loss", 0.0)),
+        softcap=None if options.get("softcap") is None else float(options["softcap"]),
+        live=live,
+        reduction=options.get("reduction", "mean"),
+    )
+    loss, grad = losses.value_and_grad(rows.astype(compute), to, given, rounding)
+    if given.reduction == "none":
+        positions = [n for a, n in enumerate(shape) if a not in axes]
+        loss = Answer(*(part.reshape(positions) for part in loss))
+    grad = _whole(grad, shape, axes)
+    if case.function == "cross_entropy":
+        return Expected((loss,), (dtype,))
+    return Expected((loss, grad), (dtype, dtype))
