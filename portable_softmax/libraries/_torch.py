@@ -41,7 +41,9 @@ def traced_as_constant(function: Function) -> Function:
 def _transform() -> str:
     """Return which functional transform torch.compile has entered: it enters them for real."""
     torch: Any = sys.modules["torch"]
-    return "a functional transform" if torch._C._functorch.peek_interpreter_stack() is not None else ""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return ""
+    return "a functional transform"
 
 
 class Torch(Library):

@@ -18,18 +18,18 @@ from portable_softmax.kernels._torch import _autograd, _gradients, _lending, _op
 
 def declines(engine: Any, request: Request, asked: bool) -> str:
     """Return why a call is not for a kernel; empty if it is."""
-    if request.labels is not None and torch.is_grad_enabled():
-        if why := _not_differentiated(request):
-            return why
+    why = "" if request.labels is None else _not_differentiated(request)
+    if why:
+        return why
     if engine.TENSORS:
-        why = engine.declines(request, asked)
-    else:
-        why = _lending.declines(engine, request, asked)
-    return str(why)
+        return str(engine.declines(request, asked))
+    return _lending.declines(engine, request, asked)
 
 
 def _not_differentiated(request: Request) -> str:
     """Return what requires a derivative that no kernel gives."""
+    if not torch.is_grad_enabled():
+        return ""
     if any(t is not None and t.requires_grad for t in (request.labels, request.options.weight)):
         return "labels or weights that require gradients"
     if (

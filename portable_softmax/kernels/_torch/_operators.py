@@ -14,8 +14,15 @@ from typing import Any, TypeAlias
 import torch
 
 from portable_softmax import libraries
-from portable_softmax.kernels._request import LossOptions, Request, RowOptions, active
-from portable_softmax.kernels._request import LOSSES, PLAIN_LOSS, PLAIN_ROWS
+from portable_softmax.kernels._request import (
+    LOSSES,
+    PLAIN_LOSS,
+    PLAIN_ROWS,
+    LossOptions,
+    Request,
+    RowOptions,
+    active,
+)
 from portable_softmax.kernels._torch import _autograd, _gradients
 
 Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
