@@ -1,7 +1,7 @@
 """``thresholds``: both sides of every size at which the Numba rows change their method.
 
-The sizes are constants of `portable_softmax.kernels._numba`. For arrays around each of them, both
-ways work on the same array in turns, whatever the constant says.
+The sizes are constants of `portable_softmax.kernels._numba._driver`. For arrays around each of
+them, both ways work on the same array in turns, whatever the constant says.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LEGEND = (
 )
 OPERATIONS = ("softmax", "logsumexp", "cross_entropy_value_and_grad")
 DTYPES = "float32,float64"
-_HOME = "portable_softmax.kernels._numba"
+_HOME = "portable_softmax.kernels._numba._driver"
 
 
 @dataclass
@@ -54,7 +54,6 @@ class Row:
 class _Size(NamedTuple):
     """A constant, what it has to be for either way to be taken, and arrays around it."""
 
-    module: str
     name: str
     ways: dict[str, int]
     shapes: tuple[tuple[int, int], ...]
@@ -65,19 +64,14 @@ class _Size(NamedTuple):
 _NEVER, _ALWAYS = 1 << 62, 1
 _SIZES = (
     _Size(
-        "", "SHORT", {"blocks": _NEVER, "one by one": _ALWAYS},
+        "SHORT", {"blocks": _NEVER, "one by one": _ALWAYS},
         tuple((1 << 14, n) for n in (16, 32, 64, 100, 128, 192, 256, 384, 512)),
         lambda size, shape, width: shape[1] * width < size,
     ),
     _Size(
-        "._drive", "PIECE", {"one thread": _NEVER, "all": 1 << 18},
+        "THREADED", {"one thread": _NEVER, "all": _ALWAYS},
         tuple((1 << k, 256) for k in range(9, 16)),
-        lambda size, shape, width: math.prod(shape) * width < 2 * size,
-    ),
-    _Size(
-        "._split", "LONG", {"whole": _NEVER, "cut": _ALWAYS},
-        tuple((1, 1 << k) for k in range(18, 24)),
-        lambda size, shape, width: shape[1] < size,
+        lambda size, shape, width: math.prod(shape) * width < size,
     ),
 )  # fmt: skip
 
@@ -94,12 +88,11 @@ def measure(dtypes: list[str], *, quick: bool) -> Iterator[Row]:
         for shape in size.shapes[:1] if quick else size.shapes:
             for dtype in dtypes:
                 for operation in OPERATIONS:
-                    if size.name != "LONG" or operation in ("softmax", "logsumexp"):
-                        yield _measured(size, shape, dtype, operation, rounds=2 if quick else 15)
+                    yield _measured(size, shape, dtype, operation, rounds=2 if quick else 15)
 
 
 def _measured(size: _Size, shape: tuple[int, int], dtype: str, operation: str, rounds: int) -> Row:
-    module = import_module(_HOME + size.module)
+    module = import_module(_HOME)
     call = _call(shape, dtype, operation)
     seconds = dict.fromkeys(size.ways, math.inf)
     for _ in range(rounds):
@@ -118,19 +111,19 @@ def _measured(size: _Size, shape: tuple[int, int], dtype: str, operation: str, r
 
 
 def _call(shape: tuple[int, int], dtype: str, operation: str) -> Callable[[], Any]:
-    """Return what runs an operation on an array, past the shortcuts of small ones."""
-    drive = import_module(f"{_HOME}._drive")
+    """Return what runs an operation on an array."""
+    driver = import_module(_HOME)
     rng = np.random.default_rng(0)
     rows, n = shape
     x, labels = rng.standard_normal(shape).astype(dtype), rng.integers(0, n, rows)
-    layout, out = drive.Layout(rows, n, 1), np.empty_like(x)
+    layout, out = driver.Layout(rows, n, 1), np.empty_like(x)
     if operation == "softmax":
-        return lambda: drive.softmax(x, out, layout)
+        return lambda: driver.softmax(x, out, layout)
     if operation == "logsumexp":
         few = out[:, 0].copy()
-        return lambda: drive.logsumexp_of_few(x, layout) or drive.logsumexp(x, few, layout)
-    plain = drive.Loss(None, None, 0.0, 0.0)
-    return lambda: drive.losses(x, labels, layout, plain, None, out, True)
+        return lambda: driver.logsumexp(x, few, layout)
+    plain = driver.Loss(None, None, 0.0, 0.0)
+    return lambda: driver.losses(x, labels, layout, plain, None, out, True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -9,17 +10,17 @@ import pytest
 from bench import thresholds
 from bench.__main__ import main
 from portable_softmax import kernels
-from portable_softmax.kernels import _numba
 
 
 @pytest.mark.numba
 def test_both_ways_are_timed_for_every_size(tmp_path, capsys):
     file = tmp_path / "sizes.json"
-    before = _numba.SHORT
+    driver = importlib.import_module(thresholds._HOME)
+    before = driver.SHORT
     assert main(["thresholds", "--quick", "--dtypes", "float32", "--json", str(file)]) == 0
-    assert before == _numba.SHORT
+    assert before == driver.SHORT
     rows = json.loads(file.read_text())["rows"]
-    assert {row["size"] for row in rows} == {"SHORT", "PIECE", "LONG"}
+    assert {row["size"] for row in rows} == {"SHORT", "THREADED"}
     for row in rows:
         assert row["taken"] in row["ways"]
         assert all(0 < seconds < 60 for seconds in row["seconds"])
@@ -29,16 +30,15 @@ def test_both_ways_are_timed_for_every_size(tmp_path, capsys):
 @pytest.mark.numba
 def test_each_way_is_the_one_that_is_named(monkeypatch):
     """The constant is what decides: on either side of it the other entry runs."""
-    from portable_softmax.kernels._numba import _drive
-
+    driver = importlib.import_module(thresholds._HOME)
     taken = []
-    real = _drive.plan
-    monkeypatch.setattr(_drive, "plan", lambda *a: taken.append(real(*a)) or taken[-1])
-    for size in thresholds._SIZES[:2]:
+    real = driver.plan
+    monkeypatch.setattr(driver, "plan", lambda *a: taken.append(real(*a)) or taken[-1])
+    for size in thresholds._SIZES:
         taken.clear()
         thresholds._measured(size, (20_000, 64), "float32", "softmax", rounds=1)
         first, second = taken[0], taken[-1]
-        assert first.entries is not second.entries or len(first.pieces) < len(second.pieces)
+        assert first.entries is not second.entries or first.pieces < second.pieces
 
 
 def test_the_ratio_is_that_of_what_is_taken():

@@ -116,8 +116,8 @@ def small(monkeypatch):
     monkeypatch.setattr(_launch, "_FRAMES", {})  # which keep launches
     for name, value in {
         "WARP": 32, "SHORT": (4, 8), "MANY_ROWS": 3, "REGISTERS": dict.fromkeys((2, 4, 8), 32),
-        "COLUMN": (8, 16), "LANES": dict.fromkeys((2, 4, 8), (4, 8)), "TILE": 128, "PART": 64,
-        "MOST": 4, "MOST_COLUMNS": 2, "BUSY": 4, "LAG": 8, "STEPS": 2,
+        "COLUMN_CLASSES": (8, 16), "COLUMNS": dict.fromkeys((2, 4, 8), (4, 8)), "TILE": 128,
+        "PART_CLASSES": 64, "MAX_PARTS": 4, "MAX_PARTS_COLUMNS": 2, "BUSY": 4, "LAG": 8, "STEPS": 2,
     }.items():  # fmt: skip
         monkeypatch.setattr(_sizes, name, value)
 
@@ -149,7 +149,7 @@ def test_few_long_rows_are_shared_by_many_programs():
     def parts(lead, classes, along="classes"):
         how = {"once": False, "relay": True, "heavy": False}
         found = _sizes.launch(lead, 1, classes, along, 4, **how)
-        assert found.parts <= found.most
+        assert found.parts <= found.max_parts <= 64  # the bits of a word
         return found.parts
 
     assert parts(1, 262_144) == 64
@@ -261,6 +261,110 @@ def test_infinities_nan_and_masked_rows_in_every_pass(xp, small, n):
                             for p in parts]  # fmt: skip
             for a, e in zip(actual, expected, strict=True):
                 assert_allclose(xp.numpy(a), xp.numpy(e), rtol=1e-6)
+
+
+# --------------------------------------------------------------------------- relay
+
+
+@pytest.fixture
+def run_programs(small, monkeypatch):
+    """Set the order of programs, and their looks; the memory that they are given holds nan."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    from portable_softmax.kernels._triton import _launch, _sizes, _torch
+
+    real, empty, current = builder.set_grid_idx, _torch.empty, {"order": "forward"}
+
+    def program(x, y, z):
+        n = builder.grid_dim[0]
+        mixed = (*range(1, n, 2), *range(0, n, 2))[x]
+        real({"forward": x, "backward": n - 1 - x, "odd first": mixed}[current["order"]], y, z)
+
+    def configure(order, looks):
+        current["order"] = order
+        _launch._FRAMES.clear()  # which keep launches
+        monkeypatch.setattr(_sizes, "LOOKS", looks)
+
+    monkeypatch.setattr(_sizes, "LAG", 1)
+    monkeypatch.setattr(builder, "set_grid_idx", program)
+    monkeypatch.setattr(_torch, "empty", lambda *given: empty(*given).fill_(np.nan))
+    return configure
+
+
+def relay_calls(xp, shape, dtype):
+    """Yield calls along the last axis of every operation that has a relay, and exact answers."""
+    x, dy = (xp.asarray(RNG.normal(size=shape) * scale, dtype) for scale in (5, 1))
+    label, mask = RNG.integers(shape[1], size=shape[0]), RNG.random(shape) < 0.7
+    mask[np.arange(shape[0]), label] = True
+    labels, where = xp.asarray(label), xp.asarray(mask)
+    rows, everywhere = [reference.exact(row) for row in xp.numpy(x)], np.ones(shape, bool)
+
+    def losses(z, cap, mask):
+        found = []
+        for i, row in enumerate(rows):
+            t = np.eye(shape[1])[label[i]]
+            found.append(reference.cross_entropy_row(row, t, np.ones(len(t)), 0, z, cap, mask[i]))
+        return [loss for loss, _ in found], [grad for _, grad in found]
+
+    yield "softmax", (x,), {"temperature": 2.0}, [[reference.softmax([v / 2 for v in row])
+                                                   for row in rows]]  # fmt: skip
+    yield "log_softmax", (x,), {}, [[reference.log_softmax(row) for row in rows]]
+    yield "logsumexp", (x,), {"where": where}, [
+        [reference.logsumexp([v for v, kept in zip(row, m, strict=True) if kept])
+         for row, m in zip(rows, mask, strict=True)]
+    ]  # fmt: skip
+    y, d = (np.asarray(xp.numpy(a), float) for a in (ps.softmax(x), dy))
+    yield "softmax_vjp", (ps.softmax(x), dy), {}, [y * (d - (y * d).sum(1, keepdims=True))]
+    y = np.asarray(xp.numpy(ps.log_softmax(x)), float)
+    yield "log_softmax_vjp", (ps.log_softmax(x), dy), {}, [d - np.exp(y) * d.sum(1, keepdims=True)]
+    none = {"reduction": "none"}
+    loss, grad = losses(0, None, everywhere)
+    yield "cross_entropy", (x, labels), none, [loss]
+    yield "cross_entropy_value_and_grad", (x, labels), none, [loss, grad]
+    yield "cross_entropy_value_and_grad", (x, labels), {
+        "where": where, "z_loss": 0.1, "softcap": 20.0, **none
+    }, losses(mpf(0.1), 20, mask)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 70), "bfloat16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow("Triton interprets element by element"))
+            for case in (((2, 70), "float32"), ((1, 70), "float64"), ((3, 40), "columns"))
+        ),
+    ],
+)
+def test_relay_in_any_order_of_programs(xp, launches, run_programs, shape, dtype):
+    """Right answers, and the same bits, whichever programs find parts missing and fold them.
+
+    Backwards, a row is finished before anyone else has folded a part of it; without a look, each
+    program that finishes a row folds all of it.
+    """
+    rounding = 2.0**-8 if dtype == "bfloat16" else 1e-12 if dtype == "float64" else 2e-6
+    columns = dtype == "columns"
+    for operation, arrays, options, exact in relay_calls(
+        xp, shape, "float32" if columns else dtype
+    ):
+        if columns:
+            arrays = [a.T.contiguous() if a.ndim == 2 else a for a in arrays]
+            options = {k: v.T.contiguous() if k == "where" else v for k, v in options.items()}
+        answers = []
+        for order, looks in (
+            ("forward", 64), ("forward", 0), ("backward", 2), ("odd first", 1)
+        ):  # fmt: skip
+            run_programs(order, looks)
+            launches.clear()
+            found = getattr(ps, operation)(*arrays, axis=0 if columns else 1, **options)
+            assert [way for _, way in launches] == ["relay"]
+            found = [xp.numpy(a) for a in (found if isinstance(found, tuple) else (found,))]
+            answers.append([a.T if columns else a for a in found])
+        for answer in answers[1:]:
+            for a, first in zip(answer, answers[0], strict=True):
+                assert_array_equal(a, first)
+        for a, e in zip(answers[0], exact, strict=True):
+            assert_allclose(a, np.asarray(e, float), rtol=rounding, atol=rounding)
 
 
 # --------------------------------------------------------------------------- accuracy

@@ -91,17 +91,43 @@ def test_every_option_compiles_for_every_device(arch):
 
 
 @pytest.mark.parametrize("name", ["softmax", "softmax_vjp", "cross_entropy_value_and_grad"])
-def test_a_relay_passes_on_what_it_has_stored(name):
-    """A state is stored, then all threads of its program meet, then one releases a signal.
+def test_a_relay_publishes_what_it_has_stored(name):
+    """A partial is stored, then all threads of its program meet, then one releases its bit.
 
-    Whoever has acquired that reads states past its own L1 cache.
+    Whoever has acquired that loads partials past its own L1 cache, after all threads have met.
     """
-    (case, *_) = [c for c in tc.cases([name], ["float32"]) if c.way == "relay"]
+    (case, *_) = relays([name], ["float32"])
     ptx = tc.compiled(case, 90).asm["ptx"]
-    assert re.search(r"st\.global.*bar\.sync.*red\.global\.gpu\.release\.add", ptx, re.S)
-    acquired = ptx.index("ld.global.gpu.acquire")
-    assert "ld.global.cg" in ptx[acquired:]
+    assert re.search(r"st\.global.*bar\.sync.*red\.global\.gpu\.release\.or\.b64", ptx, re.S)
+    acquired = ptx.index("ld.global.gpu.acquire.b64")
+    assert re.search(r"bar\.sync.*ld\.global\.cg", ptx[acquired:], re.S)
     assert "ld.global.cg" not in ptx[:acquired]
+
+
+@pytest.mark.parametrize("arch", tc.ARCHS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("softmax", "float32"),
+        ("log_softmax", "bfloat16"),
+        ("logsumexp, backward", "float64"),
+        ("softmax_vjp", "float32"),
+        ("cross_entropy_value_and_grad", "bfloat16"),
+        ("cross_entropy_value_and_grad, every option", "float64"),
+    ],
+)
+def test_a_relay_with_its_fallback_spills_nothing(name, dtype, arch):
+    """Programs that wait, fold missing parts and write, in every layout of the table."""
+    found = relays([name], [dtype])
+    assert {case.along for case in found} == {"classes", "lead"}
+    for case in found:
+        assert case.constants["LOOKS"] > 0
+        assert tc.resources(tc.compiled(case, arch), arch).spilled == 0
+
+
+def relays(names: list[str], dtypes: list[str]) -> list[tc.Case]:
+    """Every launch of kernels that is a relay."""
+    return [case for case in tc.cases(names, dtypes) if case.way == "relay"]
 
 
 def test_an_unaligned_pointer_is_read_narrowly():

@@ -105,7 +105,8 @@ def cases(names: Any = KERNELS, dtypes: Any = DTYPES) -> Iterator[Case]:
         heavy = heavy or (name == "log_softmax" and unit == 8)
         for along, launch in launches(16 // unit, once=once, relay=plain, heavy=heavy):
             more = {
-                "PASS": launch.way, "MOST": launch.most, "ALONG": along,
+                "PASS": launch.way, "MAX_PARTS": launch.max_parts, "LOOKS": _sizes.LOOKS,
+                "ALONG": along,
                 "UNIT": unit if launch.classes >= unit else 1, "QUICK": unit == 8,
                 "DTYPE": compute, "ROWS": launch.rows, "CLASSES": launch.classes,
                 "STEPS": _sizes.STEPS,
@@ -125,7 +126,7 @@ def compiled(case: Case, arch: int, *, aligned: bool = True) -> Any:
     kernel = jit(case.kernel)
     short, compute, _ = DTYPES[case.dtype]
     wide = "fp64" if compute is tl.float64 else "fp32"
-    pointers = {"labels_ptr": "*i64", "where_ptr": "*u1", "signals_ptr": "*i32"}
+    pointers = {"labels_ptr": "*i64", "where_ptr": "*u1", "flags_ptr": "*i64"}
     pointers |= dict.fromkeys(("m_ptr", "rest_ptr", "total_ptr", "loss_ptr", "weight_ptr",
                                "divisor_ptr"), f"*{wide}")  # fmt: skip
     signature, attributes, constants = {}, {}, {}
@@ -182,8 +183,8 @@ def instructions(kernel: Any, case: Case) -> float:
     """Return how many instructions a thread executes for an entry of a long row.
 
     Of rows in registers these are all up to the last EXIT, after which come the slow paths of
-    divisions; of a loop, those of a turn; of a relay, those of a turn of both of its loops, and
-    all others over the length of a part.
+    divisions; of a loop, those of a turn; of a relay, those of a turn of its two innermost long
+    loops, which fold and which write, and all others over the length of a part.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -201,12 +202,14 @@ def instructions(kernel: Any, case: Case) -> float:
     each = case.launch.rows * case.launch.classes / (case.launch.warps * 32)
     if case.way == "registers":
         return (last + 1) / each
-    loops = []
-    for i, (name, rest) in enumerate(found[:last]):
-        target = re.search(r"\.L_\w+", rest)
-        if name.startswith("BRA") and target and labels.get(target[0], last) < i - 20:
-            loops.append(i - labels[target[0]] + 1)
-    part = _sizes.PART * 4 / (16 / DTYPES[case.dtype][2]) / (case.launch.warps * 32)
+    spans = []
+    for i, (name, operands) in enumerate(found[:last]):
+        target = re.search(r"\.L_\w+", operands)
+        if name.startswith("BRA") and target and labels.get(target[0], last) < i - 40:
+            spans.append((labels[target[0]], i))
+    # The loop over parts, which holds the one over a part, turns once.
+    loops = [b - a + 1 for a, b in spans if not any(a <= c < d < b for c, d in spans)]
+    part = _sizes.PART_CLASSES * 4 / (16 / DTYPES[case.dtype][2]) / (case.launch.warps * 32)
     more = (last - sum(loops)) / part if case.way == "relay" else 0.0
     return sum(loops) / each + more
 

@@ -7,21 +7,15 @@ large enough to be worth it first needs them, one operation, dtype and layout at
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
+from portable_softmax.kernels._numba import _support
 from portable_softmax.kernels._request import Layout, Request
 
 # Rows across memory are copied to a tile, which has to stay small.
 LONGEST_ACROSS = 1 << 14
-
-# The first Numba whose LLVM takes the instructions of `_vectors`.
-OLDEST = (0, 62)
-
-# Shorter rows, in bytes of the computation, are worked on as many at once as a vector has lanes.
-SHORT = 1024
 
 # What the kernels read, and as what they are handed over.
 HANDED: dict[str, Any] = {
@@ -34,14 +28,7 @@ HANDED: dict[str, Any] = {
 TENSORS = False  # kernels on NumPy's arrays
 ANY_LAYOUT = ()  # the operations that are never declined
 
-_unsupported: list[str] = []
-
-
-def missing() -> str:
-    """Return what has to be installed."""
-    if find_spec("numba") is None:
-        return "numba is not installed: pip install 'portable_softmax[numba]'"
-    return ""
+missing = _support.missing
 
 
 def declines(request: Request, asked: bool) -> str:
@@ -59,35 +46,11 @@ def declines(request: Request, asked: bool) -> str:
         return "axes apart from each other"
     if layout.inner > 1 and layout.n > LONGEST_ACROSS:
         return f"{layout.n:,} classes along an axis that is not the last"
-    return _unsupported[0] if _unsupported else _cannot_import()
-
-
-def _cannot_import() -> str:
-    """Return why Numba cannot be used although it is there, having imported it once."""
-    try:
-        why = _too_old(import_module("numba").__version__)
-        if not why:
-            _compiled()
-    except ImportError as error:  # such as a NumPy that is newer than this Numba knows
-        why = f"numba cannot be imported: {error}"
-    _unsupported[:] = [why]
-    return why
-
-
-def _too_old(version: str) -> str:
-    if tuple(map(int, version.split(".")[:2])) >= OLDEST:
-        return ""
-    oldest = ".".join(map(str, OLDEST))
-    return f"numba {version} is too old, {oldest} is needed: pip install --upgrade numba"
+    return _support.refusal()
 
 
 def _compiled() -> Any:
-    return import_module("portable_softmax.kernels._numba._drive")
-
-
-def for_rows(n: int, itemsize: int) -> str:
-    """Return how rows of n classes are worked on that lie one after the other."""
-    return "blocks" if n * max(itemsize, 4) < SHORT else "rows"
+    return import_module("portable_softmax.kernels._numba._driver")
 
 
 class _Alias:

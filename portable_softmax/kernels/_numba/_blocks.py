@@ -1,287 +1,195 @@
-"""Blocks of short rows, one after the other in memory.
+"""Blocks of short rows, one after the other in memory: a layout, see `_rows`.
 
-Rows are read as `_rows` reads them, but what their vectors come to is combined for as many rows at
-once as a vector has lanes: the i-th lane is the i-th row's. `room` begins with a vector for each
-row of a block, still to be combined; then come the numbers of the rows, see `_many` for their
-order. It lies where vectors do not cross lines of the cache.
+The passes here read rows as those of `_passes`, but all rows of a block in turn for each vector.
+What their vectors come to is reduced for as many rows at once as a vector has lanes: the i-th lane
+is the i-th row's. The room lies where vectors do not cross lines of the cache; after its values it
+has a vector for each row, still to be reduced.
 """
 
 from __future__ import annotations
 
 import math
 
-from numba import njit
-
-from portable_softmax.kernels._numba._across import max_of_each, sum_of_each, tallied, tally
-from portable_softmax.kernels._numba._exp import DOWN, UP, exp_up, log1p
-from portable_softmax.kernels._numba._ir import ahead, either, load, store
-from portable_softmax.kernels._numba._rows import (
-    careful_term,
-    gradients,
-    products,
-    top,
-    with_log,
-    write_log_softmax_vjp,
-    write_softmax_vjp,
-)
-from portable_softmax.kernels._numba._vectors import (
+from portable_softmax.kernels._numba import _rows
+from portable_softmax.kernels._numba._exp import DOWN, UP, careful_exp_up, exp_up, exponent
+from portable_softmax.kernels._numba._horizontal import (
     are_finite,
+    count_equal,
+    counts,
+    max_of_each,
+    sum_of_each,
+)
+from portable_softmax.kernels._numba._jit import function
+from portable_softmax.kernels._numba._memory import ahead, either, load, store
+from portable_softmax.kernels._numba._values import COUNT, MAX, REST, SUM, after_values, values
+from portable_softmax.kernels._numba._vectors import (
     lanes,
     larger,
-    over,
-    part,
-    product,
-    put,
-    put_part,
+    prefetch_to_read,
+    prefetch_to_write,
+    read,
     splat,
-    to_be_read,
-    to_be_written,
-    vector,
     where_equal,
+    write,
 )
 
-function = njit(nogil=True, error_model="numpy", forceinline=True)
+CUTS = False
 
 # A block is as many rows as this many vectors have lanes: one pass after the other, of a single
 # vector's rows each would wait for the one before.
-TIMES = 4
-NUMBERS = 9
+VECTORS = 4
 
+# --------------------------------------------------------------------------- where rows are
 
-def rows_of_block(lanes: int) -> int:
-    """Return how many rows a block has."""
-    return TIMES * lanes
-
-
-def size_of_room(lanes: int) -> int:
-    """Return how many numbers the room takes."""
-    return rows_of_block(lanes) * (lanes + NUMBERS)
+element, fetch, target, deliver = _rows.element, _rows.fetch, _rows.target, _rows.deliver
 
 
 @function
-def height(room):
+def height(room, wanted):
     """How many rows a block has, known when compiling."""
-    return TIMES * lanes(room)
+    return VECTORS * lanes(room)
 
 
 @function
-def behind(room):
-    """Where the room ends."""
-    return ahead(room, height(room) * (lanes(room) + NUMBERS))
+def place(i, T, n, inner):
+    return i * T * n, min(T, inner - i * T), i * T
 
 
 @function
-def numbers(room, i):
-    """Where the i-th number of each row is."""
-    return ahead(room, height(room) * (lanes(room) + i))
+def scratch(o, room, T, n):
+    return either(o, ahead(after_values(room, T), T * lanes(room)))
+
+
+# --------------------------------------------------------------------------- passes and values
+
+stride, length, value, source = _rows.stride, _rows.length, _rows.value, _rows.source
 
 
 @function
-def combine_max(room, o):
-    """Write the maximum of each row's vector."""
+def keep(room, T, kind, r, v):
+    write(after_values(room, T), r * lanes(room), v, None)
+
+
+@function
+def reduce(room, T, kind):
+    """Add up the lanes of each row's vector."""
     L = lanes(room)
-    for r in range(0, height(room), L):
-        put(o, r, max_of_each(ahead(room, r * L)))
+    for r in range(0, T, L):
+        put(values(room, kind, T), r, sum_of_each(ahead(after_values(room, T), r * L)))
 
 
 @function
-def combine_sum(room, o):
-    """Write the sum of each row's vector."""
-    L = lanes(room)
-    for r in range(0, height(room), L):
-        put(o, r, sum_of_each(ahead(room, r * L)))
+def step(room):
+    return lanes(room)
 
 
-# --------------------------------------------------------------------------- passes
+@function
+def get(those, r):
+    return read(those, r, None, 0.0)
+
+
+@function
+def put(those, r, v):
+    write(those, r, v, None)
+
+
+# --------------------------------------------------------------------------- folding rows
 #
 # Vector by vector, all rows in turn: nothing in the inner loops depends on the length of a row.
 
 
-@function
-def gather_max(room, r, v, first):
-    """Bring a row's next vector to the largest before it; `first` is the same for all rows."""
-    L = lanes(room)
-    put(room, r * L, v if first else larger(vector(room, r * L), v))
+def _pass(body):
+    """Return the pass that calls ``body(x, y, r, n, vectors, first, k, numbers)`` for each vector.
 
-
-@function
-def gather_sum(room, r, v, first):
-    """Add a row's next vector to those before it."""
-    L = lanes(room)
-    put(room, r * L, v if first else vector(room, r * L) + v)
-
-
-@function
-def tops(p, o, n, rows, room):
-    """Write the maxima of each row's lanes to the room, as `_rows.tops`.
-
-    It asks for the place of the result, and the next pass for the next block: one by one, or too
-    many lines of the cache would be on their way.
+    `x` is where that of the block's first row is, `y` where its exps or results go; the row's own
+    are r * n further. `vectors` is where what the rows come to is.
     """
-    L = lanes(p)
-    for j in range(0, n - n % L, L):
-        x, first = ahead(p, j), j == 0
-        for r in range(rows):
-            to_be_written(o, r * n + j)
-            gather_max(room, r, vector(x, r * n), first)
-    k = n % L
-    if k:
-        x, first = ahead(p, n - k), n < L
-        for r in range(rows):
-            gather_max(room, r, part(x, r * n, k, -math.inf), first)
+
+    @function
+    def run(p, e, n, rows, room, numbers):
+        k, vectors = n % lanes(p), after_values(room, height(room, 0))
+        for j in range(0, n - k, lanes(p)):
+            x, y = ahead(p, j), ahead(e, j)
+            for r in range(rows):
+                body(x, y, r, n, vectors, j == 0, None, numbers)
+        if k:
+            x, y = ahead(p, n - k), ahead(e, n - k)
+            for r in range(rows):
+                body(x, y, r, n, vectors, n < lanes(p), k, numbers)
+
+    return run
 
 
 @function
-def exps(p, e, n, rows, room, m, t):
-    """Write the sums of each row's lanes to the room, as `_rows.exps`."""
-    L, block = lanes(p), height(room) * n
-    for j in range(0, n - n % L, L):
-        x, y, first = ahead(p, j), ahead(e, j), j == 0
-        for r in range(rows):
-            to_be_read(x, r * n + block)
-            term = exp_up(over(vector(x, r * n) - splat(m, load(m, r)), t))
-            put(y, r * n, term)
-            gather_sum(room, r, term, first)
-    k = n % L
-    if k:
-        x, y, first = ahead(p, n - k), ahead(e, n - k), n < L
-        for r in range(rows):
-            term = exp_up(over(part(x, r * n, k, -math.inf) - splat(m, load(m, r)), t))
-            put_part(y, r * n, term, k)
-            gather_sum(room, r, term, first)
+def _add(vectors, r, v, first):
+    """Add a row's next vector to those before it; `first` is the same for all rows."""
+    at = r * lanes(vectors)
+    put(vectors, at, v if first else get(vectors, at) + v)
 
 
+@_pass
 @function
-def careful_exps(p, e, n, rows, room, m, t, count):
-    """As `exps`, of the terms below the maxima, each to the last digits; the others are counted."""
-    L, block = lanes(p), height(room) * n
-    up, zero = splat(p, UP), splat(p, 0.0)
-    for r in range(0, height(room), L):
-        put(count, r, zero)
-    for j in range(0, n - n % L, L):
-        x, y, first = ahead(p, j), ahead(e, j), j == 0
-        for r in range(rows):
-            to_be_read(x, r * n + block)
-            term = careful_term(vector(x, r * n), splat(m, load(m, r)), t)
-            put(y, r * n, term)
-            tally(count, r, term, up)
-            gather_sum(room, r, where_equal(term, up, zero, term), first)
-    k = n % L
-    if k:
-        x, y, first = ahead(p, n - k), ahead(e, n - k), n < L
-        for r in range(rows):
-            term = careful_term(part(x, r * n, k, -math.inf), splat(m, load(m, r)), t)
-            put_part(y, r * n, term, k)
-            tally(count, r, term, up)
-            gather_sum(room, r, where_equal(term, up, zero, term), first)
+def _maxima(x, o, r, n, vectors, first, k, numbers):
+    """It asks for the place of the result, and the next pass for the next block.
 
-
-@function
-def scale(e, o, n, rows, a, b):
-    """Write e times each row's number times `b`, an integer for 1."""
-    L = lanes(e)
-    for j in range(0, n - n % L, L):
-        x, y = ahead(e, j), ahead(o, j)
-        for r in range(rows):
-            put(y, r * n, product(vector(x, r * n) * splat(a, load(a, r)), b))
-    k = n % L
-    if k:
-        x, y = ahead(e, n - k), ahead(o, n - k)
-        for r in range(rows):
-            v = part(x, r * n, k, 0.0) * splat(a, load(a, r))
-            put_part(y, r * n, product(v, b), k)
-
-
-@function
-def logs(p, o, n, rows, m, t, log):
-    """Write (x - m) / t - log."""
-    L = lanes(p)
-    for j in range(0, n - n % L, L):
-        x, y = ahead(p, j), ahead(o, j)
-        for r in range(rows):
-            d = over(vector(x, r * n) - splat(m, load(m, r)), t)
-            put(y, r * n, d - splat(log, load(log, r)))
-    k = n % L
-    if k:
-        x, y = ahead(p, n - k), ahead(o, n - k)
-        for r in range(rows):
-            d = over(part(x, r * n, k, 0.0) - splat(m, load(m, r)), t)
-            put_part(y, r * n, d - splat(log, load(log, r)), k)
-
-
-@function
-def remainders(p, e, o, n, rows, room, t):
-    """Write maxima and remainders to the first two numbers; the exps go to `e` unless it is 0.
-
-    `o` is where the result will be, 0 where there is none of that size.
-    Always with care: that costs less than to find out which rows want it.
+    One by one, or too many lines of the cache would be on their way.
     """
-    L, m, s, count = lanes(room), numbers(room, 0), numbers(room, 1), numbers(room, 2)
-    tops(p, o, n, rows, room)
-    combine_max(room, m)
-    careful_exps(p, e, n, rows, room, m, t, count)
-    combine_sum(room, s)
-    for i in range(0, height(room), L):
-        put(s, i, (vector(s, i) + (tallied(count, i) - 1.0) * UP) * DOWN)
-        if not are_finite(vector(m, i)):  # an infinity may have passed over a nan
-            for r in range(i, min(i + L, rows)):
-                store(m, r, top(ahead(p, r * n), n))
+    at, v = r * lanes(x), read(x, r * n, k, -math.inf)
+    prefetch_to_write(o, r * n, k)
+    put(vectors, at, v if first else larger(get(vectors, at), v))
 
 
-# --------------------------------------------------------------------------- operations
+@_pass
+@function
+def _exps(x, e, r, n, vectors, first, k, numbers):
+    m, t = numbers
+    prefetch_to_read(x, (r + height(x, 0)) * n, k)
+    v = exp_up(exponent(read(x, r * n, k, -math.inf), load(m, r), t))
+    write(e, r * n, v, k)
+    _add(vectors, r, v, first)
+
+
+@_pass
+@function
+def _careful_exps(x, e, r, n, vectors, first, k, numbers):
+    """As `_exps`, to the last digits; those that equal the maximum are counted instead."""
+    m, t, count = numbers
+    prefetch_to_read(x, (r + height(x, 0)) * n, k)
+    v, up = careful_exp_up(read(x, r * n, k, -math.inf), load(m, r), t), splat(x, UP)
+    write(e, r * n, v, k)
+    count_equal(count, r, v, up)
+    _add(vectors, r, where_equal(v, up, splat(x, 0.0), v), first)
 
 
 @function
-def softmax(p, scratch, o, n, rows, room, t):
-    """Write the probabilities of rows to `o`, by way of `scratch` if `o` rounds."""
-    L, e, m, s = lanes(room), either(o, scratch), numbers(room, 0), numbers(room, 1)
-    tops(p, o, n, rows, room)
-    combine_max(room, m)
-    exps(p, e, n, rows, room, m, t)
-    combine_sum(room, s)
-    for i in range(0, height(room), L):
-        put(s, i, 1.0 / vector(s, i))
-    scale(e, o, n, rows, s, 1)
+def _write_maxima(p, o, n, rows, T, room):
+    L = lanes(room)
+    _maxima(p, o, n, rows, room, ())
+    for r in range(0, T, L):
+        put(values(room, MAX, T), r, max_of_each(ahead(after_values(room, T), r * L)))
 
 
 @function
-def log_softmax(p, o, n, rows, room, t):
-    """Write the logarithms of the probabilities to `o`."""
-    remainders(p, 0, o, n, rows, room, t)
-    L, m, s = lanes(room), numbers(room, 0), numbers(room, 1)
-    for i in range(0, height(room), L):
-        put(s, i, log1p(vector(s, i)))
-    logs(p, o, n, rows, m, t, s)
+def write_sums(p, e, o, n, rows, T, room, t):
+    _write_maxima(p, o, n, rows, T, room)
+    _exps(p, e, n, rows, room, (values(room, MAX, T), t))
+    reduce(room, T, SUM)
 
 
 @function
-def logsumexp(p, n, rows, room):
-    """Write the logarithms of the sums to the first numbers."""
-    remainders(p, 0, 0, n, rows, room, 1)
-    L, m, s = lanes(room), numbers(room, 0), numbers(room, 1)
-    for i in range(0, height(room), L):
-        put(m, i, with_log(vector(m, i), vector(s, i)))
+def fold(p, e, o, n, rows, T, room, t):
+    """As in `_rows`, always with care: that costs less than to find out which rows need it."""
+    L, m, s, count = lanes(room), values(room, MAX, T), values(room, REST, T), values(room, COUNT, T)
+    _write_maxima(p, o, n, rows, T, room)
+    for r in range(0, T, L):
+        put(count, r, splat(room, 0.0))
+    _careful_exps(p, e, n, rows, room, (m, t, count))
+    reduce(room, T, REST)
+    for r in range(0, T, L):
+        put(s, r, (get(s, r) + (counts(count, r) - 1.0) * UP) * DOWN)
+        if not are_finite(get(m, r)):  # an infinity may have passed over a nan
+            for i in range(r, min(r + L, rows)):
+                store(m, i, top(ahead(p, i * n), n, 1))
 
 
-@function
-def softmax_vjp(p, q, o, n, rows, room):
-    """Write y * (dy - sum(y * dy))."""
-    L, s = lanes(room), numbers(room, 0)
-    for r in range(rows):
-        put(room, r * L, products(ahead(p, r * n), ahead(q, r * n), n))
-    combine_sum(room, s)
-    for r in range(rows):
-        at = r * n
-        write_softmax_vjp(ahead(p, at), ahead(q, at), ahead(o, at), n, splat(s, load(s, r)))
-
-
-@function
-def log_softmax_vjp(p, q, o, n, rows, room, left_out):
-    """Write dy - exp(log_y) * sum(dy), `dy` counting as 0 where log_y is +-left_out."""
-    L, s = lanes(room), numbers(room, 0)
-    for r in range(rows):
-        put(room, r * L, gradients(ahead(p, r * n), ahead(q, r * n), n, left_out))
-    combine_sum(room, s)
-    for r in range(rows):
-        at, total = r * n, splat(s, load(s, r))
-        write_log_softmax_vjp(ahead(p, at), ahead(q, at), ahead(o, at), n, left_out, total)
+top = _rows.top

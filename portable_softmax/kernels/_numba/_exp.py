@@ -1,20 +1,29 @@
-"""exp and log1p written out, for numbers and for vectors; within one unit in the last place.
+"""exp and log1p written out, for numbers and for vectors, and the exponents of a softmax.
 
-`exp_up(d)` is 2**64 * exp(d), for d <= 0. The factor keeps every exp above 0 a normal number down
-to where exp itself rounds to 0: one multiplication scales the polynomial, and a division by a sum
-with the same factor rounds once, also to subnormal numbers.
+Both are within one unit in the last place. `exp_up(d)` is 2**64 * exp(d), for d <= 0: UP and DOWN
+are the factor and its inverse. The factor keeps every exp above 0 a normal number down to where exp
+itself rounds to 0: one multiplication scales the polynomial, and a division by a sum with the same
+factor rounds once, also to subnormal numbers.
+
+`t` stands for the temperature T: the integer 1 for none, or what `temperature` makes of it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import struct
+import sys
+from fractions import Fraction
+from typing import Any, NamedTuple
 
+import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import overload
 
-from portable_softmax.kernels._numba._vectors import LANES, Vector, fused
+from portable_softmax.kernels._numba._compensation import sum_error
+from portable_softmax.kernels._numba._jit import INLINED, function
+from portable_softmax.kernels._numba._vectors import elementwise, fma, fused, product
 
 UP, DOWN = 2.0**64, 2.0**-64
 
@@ -22,7 +31,6 @@ UP, DOWN = 2.0**64, 2.0**-64
 class Format(NamedTuple):
     """What exp and log1p need to know of a floating format."""
 
-    kind: ir.Type
     bits: ir.Type
     mantissa: int
     bias: int
@@ -36,8 +44,7 @@ class Format(NamedTuple):
 # exp(r) = 1 + r + r**2 * q(r) on |r| <= log(2)/2, q fitted in 40 digits with Lawson's weights to
 # the smallest relative error: 3.1e-9 and 3.6e-18. log1p: fdlibm's s_log1p.c and e_logf.c.
 FORMATS = {
-    types.float32: Format(
-        kind=ir.FloatType(),
+    "float": Format(
         bits=ir.IntType(32),
         mantissa=23,
         bias=127,
@@ -50,8 +57,7 @@ FORMATS = {
         ),
         log=(0.66666662693, 0.40000972152, 0.28498786688, 0.24279078841),
     ),
-    types.float64: Format(
-        kind=ir.DoubleType(),
+    "double": Format(
         bits=ir.IntType(64),
         mantissa=52,
         bias=1023,
@@ -72,17 +78,14 @@ FORMATS = {
 }  # fmt: skip
 
 
-class _Builder:
+class _Writer:
     """Writes instructions on numbers of one format, or on vectors of them."""
 
-    def __init__(self, builder, kind):
-        self.b = builder
-        self.lanes = LANES[kind.dtype] if isinstance(kind, Vector) else 0
-        self.f = FORMATS[kind.dtype if self.lanes else kind]
-        self.kind, self.bits = self._each(self.f.kind), self._each(self.f.bits)
-
-    def _each(self, scalar):
-        return ir.VectorType(scalar, self.lanes) if self.lanes else scalar
+    def __init__(self, builder, x):
+        self.b, self.kind = builder, x.type
+        self.lanes = x.type.count if isinstance(x.type, ir.VectorType) else 0
+        self.f = FORMATS[str(x.type.element if self.lanes else x.type)]
+        self.bits = ir.VectorType(self.f.bits, self.lanes) if self.lanes else self.f.bits
 
     def _constant(self, kind, value):
         return ir.Constant(kind, [value] * self.lanes if self.lanes else value)
@@ -147,12 +150,6 @@ class _Builder:
         a = b.ashr(n, self.integer(1))
         return b.fmul(b.fmul(e, self.two_to(a)), self.two_to(b.sub(n, a)))
 
-    def difference_error(self, x, m, d):
-        """(x - m) - d for d the rounded x - m (Knuth's two-sum)."""
-        b = self.b
-        t = b.fsub(d, x)
-        return b.fsub(b.fsub(x, b.fsub(d, t)), b.fadd(m, t))
-
     def log1p(self, x):
         f, b = self.f, self.b
         one = self.number(1.0)
@@ -181,49 +178,107 @@ class _Builder:
 
 
 def _rounded(value: float, mantissa: int) -> float:
-    if mantissa == 52:
-        return value
-    import struct
-
-    return struct.unpack("f", struct.pack("f", value))[0]
+    return value if mantissa == 52 else struct.unpack("f", struct.pack("f", value))[0]
 
 
-@intrinsic
-def exp_up(typing, d):
+@elementwise
+def exp_up(builder, d):
     """2**64 * exp(d) for d <= 0."""
-    return d(d), lambda context, builder, sig, args: _Builder(builder, d).exp_up(args[0])
+    return _Writer(builder, d).exp_up(d)
 
 
-@intrinsic
-def exp(typing, x):
+@elementwise
+def exp(builder, x):
     """exp(x) for any x."""
-    return x(x), lambda context, builder, sig, args: _Builder(builder, x).exp(args[0])
+    return _Writer(builder, x).exp(x)
 
 
-@intrinsic
-def log1p(typing, x):
+@elementwise
+def log1p(builder, x):
     """log(1 + x) for x >= 0."""
-    return x(x), lambda context, builder, sig, args: _Builder(builder, x).log1p(args[0])
+    return _Writer(builder, x).log1p(x)
 
 
-@intrinsic
-def difference_error(typing, x, m, d):
-    """The rounding error of d = x - m; nan beside an infinity."""
-
-    def generate(context, builder, signature, args):
-        return _Builder(builder, x).difference_error(*args)
-
-    return x(x, x, x), generate
-
-
-@intrinsic
-def where_positive(typing, d, value):
+@elementwise
+def where_positive(builder, d, value):
     """`value`, 0 where d is so low that exp(d) is 0, -inf included."""
+    writer = _Writer(builder, d)
+    counts = builder.fcmp_unordered(">", d, writer.number(writer.f.lowest))  # or nan
+    return builder.select(counts, value, writer.number(0.0))
 
-    def generate(context, builder, signature, args):
-        write = _Builder(builder, d)
-        lowest = write.number(write.f.lowest)
-        counts = builder.fcmp_unordered(">", args[0], lowest)  # or nan
-        return builder.select(counts, args[1], write.number(0.0))
 
-    return d(d, d), generate
+# --------------------------------------------------------------------------- exponents
+
+
+def temperature(value: float, dtype: Any) -> int | tuple[float, float, float]:
+    """Return T as the kernels take it: 1 for none, else a scale and 1 / (scale * T) in two parts.
+
+    The scale is a power of two that keeps x - m from overflowing before it is divided. The first
+    part is rounded towards 0, so that the second is positive and -inf stays -inf. A temperature
+    beyond the range of the dtype counts as one at its end: there the limit is reached already.
+    """
+    if value == 1.0:
+        return 1
+    info = np.finfo(dtype)
+    tiny = float(info.smallest_normal)
+    large = 2.0 ** (info.maxexp // 2)
+    value = min(max(float(value), tiny), min(large / tiny, sys.float_info.max))
+    scale = 0.5 if value < large else 1 / large
+    inverse = 1 / (Fraction(value) * Fraction(scale))
+    first = dtype(float(inverse))
+    if Fraction(float(first)) > inverse:
+        first = np.nextafter(first, dtype(0))
+    return scale, float(first), max(float(inverse - Fraction(float(first))), tiny)
+
+
+def difference(x, m, t):
+    """x - m, times the scale of a temperature."""
+
+
+@overload(difference, jit_options=INLINED)
+def _difference(x, m, t):
+    if isinstance(t, types.Integer):
+        return lambda x, m, t: x - m
+    return lambda x, m, t: fma(x, t[0], -product(m, t[0]))
+
+
+def quotient(d, t):
+    """(x - m) / T from the difference."""
+
+
+@overload(quotient, jit_options=INLINED)
+def _quotient(d, t):
+    if isinstance(t, types.Integer):
+        return lambda d, t: d
+    return lambda d, t: fma(d, t[1], product(d, t[2]))
+
+
+def quotient_error(x, m, d, q, t):
+    """What the quotient q of the difference d lost; nan beside an infinity."""
+
+
+@overload(quotient_error, jit_options=INLINED)
+def _quotient_error(x, m, d, q, t):
+    if isinstance(t, types.Integer):
+        return lambda x, m, d, q, t: sum_error(x, -m, d)
+
+    def scaled(x, m, d, q, t):
+        lost = sum_error(product(x, t[0]), -product(m, t[0]), d)
+        return fma(lost, t[1], fma(d, t[2], fma(d, t[1], -q)))
+
+    return scaled
+
+
+@function
+def exponent(x, m, t):
+    """(x - m) / T."""
+    return quotient(difference(x, m, t), t)
+
+
+@function
+def careful_exp_up(x, m, t):
+    """2**64 * exp((x - m) / T), with what rounding the exponent lost put back to first order."""
+    d = difference(x, m, t)
+    q = quotient(d, t)
+    e = exp_up(q)
+    return where_positive(q, fma(e, quotient_error(x, m, d, q, t), e))

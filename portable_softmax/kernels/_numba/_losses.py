@@ -1,4 +1,4 @@
-"""Cross-entropy of class indices and its gradient: of one row, and what many share with it.
+"""Cross-entropy of class indices and its gradient, on groups of rows in any layout.
 
 With u the weight of the label y, e the label smoothing over n classes, z the weight of the squared
 logsumexp and w_j the weights of the classes,
@@ -11,58 +11,38 @@ where a coefficient of 0 counts as 0 beside an infinity. The gradient is compute
 
 `options` holds e, z, the sum of the w_j and the factor of the gradient, and `c` what `constants`
 makes of them; `flags` says whether there are weights, whether some labels are ignored, and
-whether every loss is asked for.
+whether every loss is asked for. What is computed for each row is a number or a vector of several
+rows, as the layout has it.
 """
 
 from __future__ import annotations
 
 import math
 
-from numba import njit
-
-from portable_softmax.kernels._numba import _long
-from portable_softmax.kernels._numba._exp import DOWN, log1p
-from portable_softmax.kernels._numba._ir import (
-    ahead,
-    either,
-    load,
-    plus,
-    store,
-    typed,
+from portable_softmax.kernels._numba._compensation import added
+from portable_softmax.kernels._numba._exp import DOWN, careful_exp_up, log1p
+from portable_softmax.kernels._numba._jit import function
+from portable_softmax.kernels._numba._memory import ahead, fill, load, plus, store, typed
+from portable_softmax.kernels._numba._operations import from_exps
+from portable_softmax.kernels._numba._passes import gaps as gaps_of
+from portable_softmax.kernels._numba._passes import gradient_entry, write_sparse
+from portable_softmax.kernels._numba._passes import write_dense as write_dense_entries
+from portable_softmax.kernels._numba._values import (
+    FACTOR,
+    GAPS,
+    LABEL_GRADIENT,
+    LOGIT,
+    LOSS,
+    MAX,
+    REST,
+    SHARE,
+    SLOPE,
+    WEIGHT,
+    values,
 )
-from portable_softmax.kernels._numba._long import PART
-from portable_softmax.kernels._numba._rows import added, careful_term, settled, write_scaled
-from portable_softmax.kernels._numba._vectors import (
-    lanes,
-    part,
-    put,
-    put_part,
-    splat,
-    times,
-    vector,
-)
-
-function = njit(nogil=True, error_model="numpy")
+from portable_softmax.kernels._numba._vectors import times
 
 WEIGHTED, IGNORING, EACH = 1, 2, 4
-
-# So many differences are summed as they come, each lane a few of them.
-RUN = 128
-
-
-@function
-def label(labels, i, w, n, flags, ignore):
-    """Return a label, 0 where it does not count, its weight, nan without a class, and a code.
-
-    The code is 0 for one that counts, 1 for an ignored one and 2 for one without a class, which
-    weighs in the mean what the class 0 does.
-    """
-    y = labels[i]
-    if flags & IGNORING and y == ignore:
-        return 0, typed(w, 0.0), 1
-    if y < 0 or y >= n:
-        return 0, typed(w, math.nan), 2
-    return y, load(w, y) if flags & WEIGHTED else typed(w, 1.0), 0
 
 
 @function
@@ -78,63 +58,65 @@ def constants(w, n, options):
     )
 
 
-# --------------------------------------------------------------------------- sums
-#
-# Of the losses and of the labels' weights, each with what its rounding lost, and how many labels
-# are wrong.
+# --------------------------------------------------------------------------- sums and labels
 
 
 @function
-def nothing():
-    return 0.0, 0.0, 0.0, 0.0, 0
+def no_sum():
+    """Return a sum and what its rounding lost."""
+    return 0.0, 0.0
 
 
 @function
-def more(sums, loss, weight, wrong):
-    losses, lost = added(sums[0], sums[1], loss)
-    weights, less = added(sums[2], sums[3], weight)
-    return losses, lost, weights, less, sums[4] + wrong
+def with_term(total, x):
+    return added(total[0], total[1], x)
 
 
 @function
-def with_row(sums, o, i, loss, w, u, code, flags):
-    """The sums with a row's; its loss goes to `o` if it is asked for."""
-    if flags & EACH:
-        store(o, i, loss)
-    u = load(w, 0) if code == 2 else u
-    return more(sums, float(loss), float(u), code == 2)
+def class_of(y, n):
+    """Return a label, 0 where it names no class."""
+    return y if 0 <= y < n else 0
 
 
 @function
-def total(sums):
-    return settled(sums[0], sums[1]), settled(sums[2], sums[3]), sums[4]
+def weight_of(y, w, n, flags, ignore):
+    """Return a label's weight, 0 where it is ignored and nan without a class, and what it counts.
 
-
-# --------------------------------------------------------------------------- one row
-
-
-@function
-def loss(p, w, n, y, u, c, flags, m, rest):
-    """Return the loss of a row from its maximum and remainder."""
-    spread = spread_of(p, w, n, flags, m) if c[1] != 0 else typed(p, 0.0)
-    return value(m - load(p, y), log1p(rest), spread, m, u, c)
+    In the mean a label without a class weighs what the class 0 does.
+    """
+    if flags & IGNORING and y == ignore:
+        return typed(w, 0.0), 0.0
+    u = load(w, class_of(y, n)) if flags & WEIGHTED else typed(w, 1.0)
+    return (u if 0 <= y < n else typed(w, math.nan)), float(u)
 
 
 @function
-def spread_of(p, w, n, flags, m):
-    """Return sum_j w_j (max - x_j)."""
-    spread = lost = typed(p, 0.0)
-    for start in range(0, n, RUN):
-        x, v = ahead(p, start), ahead(w, start)
-        s = typed(p, 0.0)
-        if flags & WEIGHTED:
-            for j in range(min(RUN, n - start)):
-                s = plus(s, times(load(v, j), m - load(x, j)))
-        else:
-            for j in range(min(RUN, n - start)):
-                s = plus(s, m - load(x, j))
-        spread, lost = added(spread, lost, s)
-    return settled(spread, lost)
+def write_weights(labels, rows, T, room, w, n, flags, ignore):
+    """Write the labels' weights; return their sum, how many are wrong and how many ignored."""
+    us = values(room, WEIGHT, T)
+    total, wrong, ignored = 0.0, 0, 0
+    if flags & (WEIGHTED | IGNORING):
+        for r in range(rows):
+            u, counted = weight_of(labels[r], w, n, flags, ignore)
+            store(us, r, u)
+            total += counted
+            wrong += not 0 <= labels[r] < n
+    else:
+        total = float(rows)
+        for r in range(rows):
+            missing = not 0 <= labels[r] < n
+            store(us, r, typed(w, math.nan if missing else 1.0))
+            wrong += missing
+    if flags & IGNORING:
+        for r in range(rows):
+            if labels[r] == ignore:
+                ignored += 1
+                wrong -= not 0 <= ignore < n
+    fill(ahead(us, rows), T - rows, 0.0)
+    return total, wrong, ignored
+
+
+# --------------------------------------------------------------------------- losses
 
 
 @function
@@ -158,47 +140,110 @@ def slope(u, m, rest, c):
     return a
 
 
-@function
-def gradient(p, scratch, o, w, n, y, u, c, flags, m, rest, kept):
-    """Write the gradient to `o`, where the exps times UP are; if `o` rounds, in `scratch`."""
-    e, share = either(o, scratch), c[1]
-    a, inverse = slope(u, m, rest, c), c[4] / (typed(w, 1.0) + rest)
-    q = u * c[0]
-    if share != 0:
-        q += share * (load(w, y) if flags & WEIGHTED else typed(w, 1.0))
-    at_label = entry(careful_term(load(p, y), m, 1) * typed(w, DOWN), a, q, rest, inverse)
-    if n <= PART:
-        write_entries(e, o, w, n, typed(w, 1.0), share, flags, rest, a, inverse)
-    else:
-        for start in range(0, n, PART):
-            k, factor = min(PART, n - start), load(_long.at(kept, start), 0)
-            x, g, v = ahead(e, start), ahead(o, start), ahead(w, start)
-            write_entries(x, g, v, k, factor, share, flags, rest, a, inverse)
-    store(o, y, at_label)
+def losses_of(layout):
+    """Return the function that writes the losses of a group."""
+
+    @function
+    def write_gaps(p, w, n, rows, T, room):
+        for r in range(0, rows, layout.stride(room)):
+            m, size = layout.value(values(room, MAX, T), r), layout.length(room, n)
+            v = gaps_of(ahead(p, r * n), layout.source(w), size, (m,))
+            layout.keep(room, T, GAPS, r, v)
+        layout.reduce(room, T, GAPS)
+
+    @function
+    def write_logits(p, labels, rows, room, logits, n):
+        for r in range(rows):
+            store(logits, r, load(p, layout.element(room, r, class_of(labels[r], n), n)))
+
+    @function
+    def write_losses(p, e, labels, rows, T, room, w, n, c, flags, ignore):
+        """Return their sum; the exps go to `e` unless it is nowhere."""
+        logits, losses, gaps = values(room, LOGIT, T), values(room, LOSS, T), values(room, GAPS, T)
+        # Numbers that are stored one by one and read as vectors have to reach the cache in between;
+        # of a single row the fold brings the logit itself to the cache.
+        early = layout.step(room) > 1
+        if early:
+            write_logits(p, labels, rows, room, logits, n)
+        layout.fold(p, e, e, n, rows, T, room, 1)
+        if not early:
+            write_logits(p, labels, rows, room, logits, n)
+        if c[1] != 0:
+            if flags & WEIGHTED:
+                write_gaps(p, w, n, rows, T, room)
+            else:
+                write_gaps(p, typed(w, 1.0), n, rows, T, room)
+        for r in range(0, T, layout.step(room)):
+            m, rest = layout.get(values(room, MAX, T), r), layout.get(values(room, REST, T), r)
+            u, gap = layout.get(values(room, WEIGHT, T), r), m - layout.get(logits, r)
+            layout.put(losses, r, value(gap, log1p(rest), layout.get(gaps, r), m, u, c))
+        if flags & IGNORING:
+            for r in range(rows):
+                if labels[r] == ignore:
+                    store(losses, r, typed(w, 0.0))
+        total = 0.0
+        for r in range(rows):
+            total = plus(total, float(load(losses, r)))
+        return total
+
+    return write_losses
 
 
-@function
-def write_entries(e, o, w, n, factor, share, flags, rest, a, inverse):
-    """Write the gradient as it is at every class but the label's, from exps times UP / factor."""
-    L = lanes(e)
-    if share == 0:
-        write_scaled(e, o, n, splat(e, a * inverse * factor), splat(e, DOWN))
-        return
-    q, down = splat(e, share), splat(e, DOWN)
-    j = 0
-    while j + L <= n:
-        if flags & WEIGHTED:
-            q = share * vector(w, j)
-        put(o, j, entry(vector(e, j) * factor * down, a, q, rest, inverse))
-        j += L
-    if j < n:
-        if flags & WEIGHTED:
-            q = share * part(w, j, n - j, 0.0)
-        term = part(e, j, n - j, 0.0) * factor * down
-        put_part(o, j, entry(term, a, q, rest, inverse), n - j)
+def gradients_of(layout):
+    """Return the function that writes the gradients of a group after its losses."""
+
+    write_sparse_row = from_exps(layout, write_sparse)
+    write_dense_row = from_exps(layout, write_dense_entries)
+
+    @function
+    def write_dense(e, o, w, share, n, rows, T, room):
+        for r in range(0, rows, layout.stride(room)):
+            a, factor = layout.value(values(room, SLOPE, T), r), layout.value(values(room, FACTOR, T), r)
+            numbers = DOWN, share, a, layout.value(values(room, REST, T), r), factor
+            write_dense_row(e, layout.source(w), o, n, r, T, room, numbers)
+
+    @function
+    def write_gradients(e, o, labels, rows, T, room, w, n, c, flags):
+        """Write them to `o` from the exps at `e`, which may be the same place."""
+        one, share, shares = typed(w, 1.0), c[1], values(room, SHARE, T)
+        if share != 0:
+            for r in range(rows):
+                u = load(w, class_of(labels[r], n)) if flags & WEIGHTED else one
+                store(shares, r, share * u)
+        for r in range(0, T, layout.step(room)):
+            m, rest = layout.get(values(room, MAX, T), r), layout.get(values(room, REST, T), r)
+            u = layout.get(values(room, WEIGHT, T), r)
+            a, factor, q = slope(u, m, rest, c), c[4] / (one + rest), u * c[0]
+            if share != 0:
+                q = q + layout.get(shares, r)
+            term = careful_exp_up(layout.get(values(room, LOGIT, T), r), m, 1) * typed(w, DOWN)
+            layout.put(values(room, LABEL_GRADIENT, T), r, gradient_entry(term, a, q, rest, factor))
+            layout.put(values(room, SLOPE, T), r, a if share != 0 else a * factor)
+            layout.put(values(room, FACTOR, T), r, factor)
+        if share == 0:
+            for r in range(0, rows, layout.stride(room)):
+                numbers = DOWN, layout.value(values(room, SLOPE, T), r)
+                write_sparse_row(e, 0.0, o, n, r, T, room, numbers)
+        elif flags & WEIGHTED:
+            write_dense(e, o, w, share, n, rows, T, room)
+        else:
+            write_dense(e, o, one, share, n, rows, T, room)
+        for r in range(rows):
+            at = layout.element(room, r, class_of(labels[r], n), n)
+            store(o, at, load(values(room, LABEL_GRADIENT, T), r))
+
+    return write_gradients
 
 
-@function
-def entry(e, a, q, rest, inverse):
-    """p_j A - q_j, without its cancellation."""
-    return ((e * a - q) - q * rest) * inverse
+def zeros_of(layout):
+    """Return the function that writes the gradients of ignored rows."""
+
+    @function
+    def write_zeros(o, labels, rows, room, n, flags, ignore):
+        if flags & IGNORING:
+            for r in range(rows):
+                if labels[r] == ignore:
+                    for j in range(n):
+                        store(o, layout.element(room, r, j, n), typed(room, 0.0))
+
+    return write_zeros

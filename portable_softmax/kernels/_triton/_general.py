@@ -1,36 +1,40 @@
 """Cross-entropy with label smoothing or a distribution as labels, and its gradient.
 
-Here the loss is a sum over the classes. Bytes moved: rows in registers are read once, the gradient
-is written once. Longer rows are read for their state, for their loss, and for the gradient.
+The loss is a sum over the classes. Bytes moved: rows in registers are read once, and the gradient
+is written once. Longer rows are read three times: for the state, the loss and the gradient.
 """
 
 import triton
 import triton.language as tl
 
-from portable_softmax.kernels._triton._loss import SIZES
 from portable_softmax.kernels._triton._math import divide, log1p, rounded
 from portable_softmax.kernels._triton._state import (
     exponentials,
-    fold,
     is_finite,
-    merged,
     shift_of,
     state_of,
 )
 from portable_softmax.kernels._triton._terms import (
     coefficients,
+    fold_part,
+    gradient,
     label_of,
     load_logits,
     scale_of,
-    slope,
     times,
 )
-from portable_softmax.kernels._triton._tiles import class_offsets, number, place, row_pointers
+from portable_softmax.kernels._triton._tiles import (
+    NOT_SPECIALIZED,
+    class_offsets,
+    positions_of,
+    row_pointers,
+    scalar,
+)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def general(
-    x_ptr, labels_ptr, t_ptr, where_ptr, weight_ptr, divisor_ptr, loss_ptr, grad_ptr, signals_ptr,
+    x_ptr, labels_ptr, t_ptr, where_ptr, weight_ptr, divisor_ptr, loss_ptr, grad_ptr, flags_ptr,
     lead_count: tl.int64, lead_blocks: tl.int32, classes: tl.int32,
     x_lead: tl.int64, x_other: tl.int64, x_class: tl.int64,
     g_lead: tl.int64, g_other: tl.int64, g_class: tl.int64,
@@ -50,16 +54,13 @@ def general(
 
     t is a distribution. PASS is "registers" or "loop".
     """
-    other, lead = place(tl.program_id(0), lead_blocks, ROWS)
-    if ALONG == "lead":
-        lead_count = lead_count * UNIT
-    else:
-        classes = classes * UNIT
-    there = lead < lead_count
-    cap = number(cap, DTYPE)
-    z_loss = number(z_loss, DTYPE)
-    positions = number(positions, DTYPE)
-    unit = number(1.0, DTYPE)
+    other, lead, row_mask, lead_count, classes = positions_of(
+        tl.program_id(0), lead_blocks, lead_count, classes, ROWS, UNIT, ALONG
+    )
+    cap = scalar(cap, DTYPE)
+    z_loss = scalar(z_loss, DTYPE)
+    positions = scalar(positions, DTYPE)
+    one = scalar(1.0, DTYPE)
     rows = row_pointers(x_ptr, other, lead, x_other, x_lead, UNIT, ALONG)
     t_rows = rows
     if not INDEX:
@@ -70,61 +71,47 @@ def general(
 
     # The label.
     label = (lead * 0).to(tl.int64)
-    valid = there
+    valid = row_mask
     ignored = lead < 0
-    u = unit + (lead * 0).to(DTYPE)
+    u = one + (lead * 0).to(DTYPE)
     if INDEX:
-        label, valid, ignored = label_of(labels_ptr, other, lead, l_other, l_lead, there, classes,
-                                         ignore, IGNORING)  # fmt: skip
+        label, valid, ignored = label_of(labels_ptr, other, lead, l_other, l_lead, row_mask,
+                                         classes, ignore, IGNORING)  # fmt: skip
         if MASKED:
-            unmasked = tl.load(where + label * w_class, mask=there, other=0).to(tl.int1)
+            unmasked = tl.load(where + label * w_class, mask=row_mask, other=0).to(tl.int1)
             valid = valid & unmasked
         if WEIGHTED:
-            u = tl.load(weight_ptr + label, mask=there, other=0.0)
+            u = tl.load(weight_ptr + label, mask=row_mask, other=0.0)
         u = tl.where(ignored, 0.0, u)
         valid = valid | ignored
-    counts = there & ~ignored
+    counted = row_mask & ~ignored
 
-    # The state of the row, and how many of its classes count.
+    # The state of the row, and the number of its unmasked classes.
     c = tl.arange(0, CLASSES)[None, :]
-    at = counts & (c < classes)
+    at = counted & (c < classes)
     count = tl.full((ROWS, 1), 0, tl.int32) + classes
     if PASS == "registers":
         raw, x, inside = load_logits(rows, where, c, w_class, at, x_class, cap, UNIT, ALONG, MASKED,
                                      CAPPED, DTYPE)  # fmt: skip
-        m, rest, e, _ = state_of(x, unit, False, QUICK)
+        m, rest, e, _ = state_of(x, one, False, QUICK)
         if MASKED:
             count = tl.sum(inside.to(tl.int32), axis=1, keep_dims=True)
     else:
-        LANES: tl.constexpr = CLASSES // STEPS
-        m = tl.full((ROWS, LANES), float("-inf"), DTYPE)
-        rest = tl.full((ROWS, LANES), 0.0, DTYPE)
-        low = tl.full((ROWS, LANES), 0.0, DTYPE)
-        numbers = tl.full((ROWS, LANES), 0, tl.int32)
-        for start in range(0, classes, CLASSES):
-            xs = ()
-            for i in tl.static_range(STEPS):
-                near = start + i * LANES + tl.arange(0, LANES)[None, :]
-                _, x, inside = load_logits(rows, where, near, w_class, counts & (near < classes),
-                                           x_class, cap, UNIT, ALONG, MASKED, CAPPED,
-                                           DTYPE)  # fmt: skip
-                xs = xs + (x,)
-                if MASKED:
-                    numbers += inside.to(tl.int32)
-            m, rest, low = fold(m, rest, low, xs, unit, False, QUICK, STEPS)
-        m, rest = merged(m, rest + low, unit, False)
+        m, rest, found = fold_part(rows, where, counted, classes * 0, classes, x_class, w_class,
+                                   one, cap, ALONG, UNIT, MASKED, False, CAPPED, QUICK, DTYPE, ROWS,
+                                   CLASSES, STEPS, MASKED)  # fmt: skip
         if MASKED:
-            count = tl.sum(numbers, axis=1, keep_dims=True)
+            count = found
     if MASKED and not INDEX:
-        # Without any class there is nothing to lose; m = rest = 0 keeps everything finite.
+        # A row without any class has loss 0; m = rest = 0 keeps everything finite.
         m = tl.where(count == 0, 0.0, m)
         rest = tl.where(count == 0, 0.0, rest)
     log = tl.where(is_finite(m), log1p(rest), float("nan"))
     lse = m + log
 
     # The loss: sum_j q_j ((m - x_j) + log).
-    keep = 1.0 - number(smoothing, DTYPE)
-    spread = divide(number(smoothing, DTYPE), tl.maximum(count, 1).to(DTYPE))
+    keep = 1.0 - scalar(smoothing, DTYPE)
+    spread = divide(scalar(smoothing, DTYPE), tl.maximum(count, 1).to(DTYPE))
     if PASS == "registers":
         q, t = coefficients(t_rows, weight_ptr, label, c, t_class, inside, keep, spread, UNIT,
                             ALONG, INDEX, WEIGHTED, SMOOTH, DTYPE)  # fmt: skip
@@ -138,7 +125,7 @@ def general(
         ts = tl.full((ROWS, CLASSES), 0.0, DTYPE)
         for start in range(0, classes, CLASSES):
             c = start + tl.arange(0, CLASSES)[None, :]
-            at = counts & (c < classes)
+            at = counted & (c < classes)
             raw, x, inside = load_logits(rows, where, c, w_class, at, x_class, cap, UNIT, ALONG,
                                          MASKED, CAPPED, DTYPE)  # fmt: skip
             q, t = coefficients(t_rows, weight_ptr, label, c, t_class, inside, keep, spread, UNIT,
@@ -155,35 +142,35 @@ def general(
     if INDEX:
         value = tl.where(valid, value, float("nan"))
         value = tl.where(ignored, 0.0, value)
-    tl.store(loss_ptr + other * o_other + lead * o_lead, value, mask=there)
+    tl.store(loss_ptr + other * o_other + lead * o_lead, value, mask=row_mask)
     if CHECK:
-        # Every program that finds one writes the same 1.
-        tl.store(signals_ptr + lead * 0, (lead * 0 + 1).to(tl.int32), mask=there & ~valid)
+        # All programs write the same 1.
+        tl.store(flags_ptr + lead * 0, lead.to(tl.int64) * 0 + 1, mask=row_mask & ~valid)
 
     if GRAD:
         if Z:
             a = a + times(u, 2.0 * z_loss * lse)
         scales = divisor_ptr + other * d_other + lead * d_lead
-        factor = scale_of(rest, scales, positions, counts, DIVISOR)
+        factor = scale_of(rest, scales, positions, counted, DIVISOR)
         factor = tl.where(is_finite(m), factor, float("nan"))
         shift = shift_of(m, False, QUICK)
         out = row_pointers(grad_ptr, other, lead, g_other, g_lead, UNIT, ALONG)
         if PASS == "registers":
             e = tl.where(x == m, 1.0, e * shift[2])
-            g = slope(raw, e, q, a, rest, factor, valid, ignored, inside, cap, INDEX, CAPPED)
+            g = gradient(raw, e, q, a, rest, factor, valid, ignored, inside, cap, INDEX, CAPPED)
             tl.store(out + class_offsets(c, g_class, UNIT, ALONG),
-                     rounded(g, grad_ptr.dtype.element_ty), mask=there & (c < classes))  # fmt: skip
+                     rounded(g, grad_ptr.dtype.element_ty),
+                     mask=row_mask & (c < classes))  # fmt: skip
         else:
             for start in range(0, classes, CLASSES):
                 c = start + tl.arange(0, CLASSES)[None, :]
-                at = there & (c < classes)
+                at = row_mask & (c < classes)
                 raw, x, inside = load_logits(rows, where, c, w_class, at & ~ignored, x_class, cap,
                                              UNIT, ALONG, MASKED, CAPPED, DTYPE)  # fmt: skip
-                e = exponentials(x, shift, unit, False, QUICK) * shift[2]
-                e = tl.where(x == m, 1.0, e)  # as it must be, and is but for rounding
+                e = exponentials(x, shift, one, False, QUICK) * shift[2]
+                e = tl.where(x == m, 1.0, e)  # exactly
                 q, _ = coefficients(t_rows, weight_ptr, label, c, t_class, inside, keep, spread,
                                     UNIT, ALONG, INDEX, WEIGHTED, SMOOTH, DTYPE)  # fmt: skip
-                g = slope(raw, e, q, a, rest, factor, valid, ignored, inside, cap, INDEX,
-                          CAPPED)  # fmt: skip
+                g = gradient(raw, e, q, a, rest, factor, valid, ignored, inside, cap, INDEX, CAPPED)
                 tl.store(out + class_offsets(c, g_class, UNIT, ALONG),
                          rounded(g, grad_ptr.dtype.element_ty), mask=at)  # fmt: skip

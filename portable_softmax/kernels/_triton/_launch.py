@@ -74,7 +74,7 @@ class Plan:
         self.once = all(kind != "full" for kind, _ in out.values())
         full, masks, rows = ({k: lib.bare(a) for k, a in d.items()} for d in (full, masks, rows))
         shape = call.x.shape
-        kept = tuple(1 if a in axes else n for a, n in enumerate(shape))
+        row_shape = tuple(1 if a in axes else n for a, n in enumerate(shape))
         inputs = {**full, **masks, **rows}
         key = (axes, relay, heavy, call.compute_dtype, *out.items(), *inputs)
         key += tuple(lib.signature(a) for a in inputs.values())
@@ -86,7 +86,9 @@ class Plan:
                 rows = {k: lib.contiguous(a) for k, a in rows.items()}
             first = next(iter(full.values()))
             made = {
-                k: lib.empty_like(first, dtype) if kind == "full" else lib.empty(kept, dtype, first)
+                k: lib.empty_like(first, dtype)
+                if kind == "full"
+                else lib.empty(row_shape, dtype, first)
                 for k, (kind, dtype) in out.items()
             }
             whole = {**full, **{k: a for k, a in made.items() if out[k][0] == "full"}}
@@ -172,7 +174,8 @@ class Plan:
             programs = (programs + lag) * (launch.parts + finishers)
         given |= {
             "PASS": launch.way,
-            "MOST": launch.most,
+            "MAX_PARTS": launch.max_parts,
+            "LOOKS": _sizes.LOOKS,
             "ALONG": at.along,
             "UNIT": at.unit,
             "QUICK": self.quick,
@@ -227,11 +230,11 @@ class Plan:
         size = self.layout.lead * self.layout.other * self.launch.parts
         return [self.library.empty((size,), self.call.compute_dtype, first) for _ in range(count)]
 
-    def signals(self, more: int = 0) -> Any:
-        """Return zeros: `more`, and a counter for each block of a relay."""
+    def flags(self, more: int = 0) -> Any:
+        """Return zeros: `more`, and the words of a relay, which have a bit for each part."""
         xp, first = self.call.xp, next(iter(self.arrays.values()))
-        counters = self.blocks * self.layout.other if self.launch.way == "relay" else 0
-        return self.library.zeros((more + counters,), xp.int32, first) if more + counters else first
+        words = self.blocks * self.layout.other if self.launch.way == "relay" else 0
+        return self.library.zeros((more + words,), xp.int64, first) if more + words else first
 
 
 def forward(call: Request, dy: Any = None) -> Any:
@@ -251,7 +254,7 @@ def forward(call: Request, dy: Any = None) -> Any:
     constants = {"OP": operation, "MASKED": bool(masks), "TEMPERED": tempered}
     arrays = (x, y, plan.arrays.get("w", x), plan.arrays.get("d", x), *plan.states(2))
     scalars = {"temperature": call.options.temperature}
-    plan.run(_rows.forward, (*arrays, plan.signals()), constants, scalars)
+    plan.run(_rows.forward, (*arrays, plan.flags()), constants, scalars)
     return y
 
 
@@ -269,7 +272,7 @@ def pull_back(call: Request, *, masked: bool = True) -> Any:
         operation = "log_softmax_gradient"
     constants = {"OP": operation, "TEMPERED": temperature != 1.0}
     scalars = {"temperature": temperature}
-    plan.run(_rows.pull_back, (*arrays, plan.signals()), constants, scalars)
+    plan.run(_rows.pull_back, (*arrays, plan.flags()), constants, scalars)
     return plan.arrays["y"]
 
 
@@ -316,18 +319,18 @@ def losses(call: Request, *, gradient: bool, upstream: Any = None) -> tuple[Any,
             scales /= count if weights is None else xp.where(count == 0, math.inf, count)
         how, divisor = "given", scales
     check = call.check_labels and call.indices
-    signals = plan.signals(1 if check or plan.launch.way == "relay" else 0)
+    flags = plan.flags(1 if check or plan.launch.way == "relay" else 0)
     constants |= {"GRAD": gradient, "CHECK": check, "DIVISOR": how}
     labels, where = plan.arrays.get("l", x), plan.arrays.get("w", x)
     grad = plan.arrays.get("g")
-    tail = (where, weight, divisor, loss, x if grad is None else grad, signals)
+    tail = (where, weight, divisor, loss, x if grad is None else grad, flags)
     if plain:
         del scalars["smoothing"]
         plan.run(_loss.loss, (x, labels, *tail, *plan.states(2)), constants, scalars, more)
     else:
         arrays = (x, labels, plan.arrays.get("t", x), *tail)
         plan.run(_general.general, arrays, constants, scalars, more)
-    if check and int(signals[0]):
+    if check and int(flags[0]):
         call.target()  # raises, naming the label
     if weights is not None:
         weights = xp.squeeze(weights, axis=call.axis)

@@ -1,9 +1,8 @@
-"""An array of any shape and strides as (other, lead, classes), for all arrays of a call at once."""
+"""See arrays of any shape and strides as (other, lead, classes), all arrays of a call alike."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import NamedTuple
 
 Strides = tuple[int, ...]
@@ -16,12 +15,12 @@ class Layout(NamedTuple):
     other: int
     classes: int
     along: str  # which of `lead` and `classes` has the stride 1 in every array with both
-    unit: int  # what divides every size and stride that has to be aligned for wide loads
+    unit: int  # divides every size and stride; more than 1 allows 16-byte loads
     strides: tuple[tuple[int, int, int], ...]
 
 
 def refusal(shape: Sequence[int], axes: Sequence[int]) -> str:
-    """Return why the axes are no single axis of a view; empty if they are."""
+    """Return why the reduced axes cannot be merged into one; empty if they can."""
     at = sorted(a for a in axes if shape[a] != 1)
     between = range(at[0], at[-1] + 1) if at else ()
     if any(a not in at and shape[a] != 1 for a in between):
@@ -32,10 +31,10 @@ def refusal(shape: Sequence[int], axes: Sequence[int]) -> str:
 def layout(
     shape: Sequence[int], axes: Sequence[int], arrays: Sequence[Strides], full: int, wide: int
 ) -> Layout | None:
-    """Merge the axes of all arrays, or return None where these do not lie that way.
+    """Merge the axes of all arrays, or return None where their strides do not allow it.
 
-    The first `full` of the arrays have a class axis to be read along; the others may be broadcast,
-    and have the stride 0 where they are. `wide` elements make one wide load.
+    The first `full` arrays have all axes; the others may be broadcast, with stride 0. A 16-byte
+    load has `wide` elements.
     """
     reduced = [a for a in range(len(shape)) if a in axes and shape[a] != 1]
     batch = [a for a in range(len(shape)) if a not in axes and shape[a] != 1]
@@ -47,7 +46,7 @@ def layout(
     rows += [(1, (0,) * len(arrays))] * (2 - len(rows))
     if all(s == 1 for s in class_strides[:full]):
         along = "classes"
-        # The longer batch axis is `lead`: its positions share programs.
+        # The longer batch axis is `lead`: programs take blocks of it.
         rows.sort(key=lambda row: -row[0])
     else:
         along = "lead"
@@ -66,7 +65,7 @@ def layout(
 def _merged(
     shape: Sequence[int], axes: Sequence[int], arrays: Sequence[Strides]
 ) -> list[tuple[int, tuple[int, ...]]]:
-    """Merge neighbours among `axes` where every array allows it: (length, strides) each."""
+    """Merge adjacent axes where the strides of every array allow it: (length, strides) each."""
     found: list[tuple[int, tuple[int, ...]]] = []
     for a in axes:
         strides = tuple(array[a] for array in arrays)
@@ -77,8 +76,3 @@ def _merged(
                 continue
         found.append((shape[a], strides))
     return found
-
-
-def contiguous(shape: Sequence[int]) -> Strides:
-    """Return the strides of a C-contiguous array."""
-    return tuple(prod(shape[a + 1 :]) for a in range(len(shape)))

@@ -3,10 +3,11 @@
 Triton's own exp is ex2.approx of a rounded product, whose error grows with the argument, and its
 division is approximate. Here every step is an operation that IEEE 754 rounds correctly (add,
 multiply, fma, div_rn) or moves bits, so the error can be measured on a CPU and is that of a GPU.
-That takes kernels compiled without contraction: each launch passes enable_fp_fusion=False. Answers
-in half precision need less: `quick_exp` is the device's own.
+Kernels must be compiled without contraction: each launch passes enable_fp_fusion=False. Results in
+half precision need less: `quick_exp` is the device's own.
 
-Each function takes float32 or float64, by the dtype of its first argument.
+Each function takes float32 or float64, by the dtype of its first argument. All exponentials share
+one range reduction (`_nearest`, `_reduced`) and one polynomial.
 """
 
 import triton
@@ -15,7 +16,7 @@ import triton.language as tl
 
 @triton.jit
 def constant(value: tl.constexpr, like):
-    """A number in the dtype of a tile, so that fma need not guess one."""
+    """A constant in the dtype of a tile, as fma needs it."""
     return tl.full((1, 1), value, like.dtype)
 
 
@@ -74,10 +75,10 @@ def _reduced(n, x, head):
 
 
 @triton.jit
-def _slope(r):
+def _exp_polynomial(r):
     """q with exp(r) = 1 + q r for |r| <= 0.3467."""
     if r.dtype == tl.float64:
-        # Taylor's series: the first term left out is below 2^-57.
+        # Taylor series: the first omitted term is below 2^-57.
         q = tl.fma(r, constant(1.6059043836821613e-10, r), constant(2.08767569878681e-09, r))
         q = tl.fma(q, r, constant(2.505210838544172e-08, r))
         q = tl.fma(q, r, constant(2.755731922398589e-07, r))
@@ -118,8 +119,8 @@ def exp(x):
                        propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
     n, shifted = _nearest(x, 0)
     r = _reduced(n, x, x * 0.0)
-    y = tl.fma(_slope(r), r, constant(1.0, x))
-    # Two factors, so that neither leaves the normal range: only the last product is rounded.
+    y = tl.fma(_exp_polynomial(r), r, constant(1.0, x))
+    # Two factors, both normal: only the last product is rounded.
     n = _integer(shifted)
     half = n >> 1
     return y * _power_of_two(half, x) * _power_of_two(n - half, x)
@@ -128,11 +129,11 @@ def exp(x):
 @triton.jit
 def tanh(x):
     """(1 - E) / (1 + E) with E = exp(-2|x|), 1 - E without cancellation: within 3 units."""
-    size = tl.maximum(-2.0 * tl.abs(x), -80.0)  # far below one unit of 1; a nan is put back below
+    size = tl.maximum(-2.0 * tl.abs(x), -80.0)  # tanh is 1 there; nan is restored below
     n, shifted = _nearest(size, 0)
     r = _reduced(n, size, size * 0.0)
     scale = _power_of_two(_integer(shifted), x)
-    minus = -tl.fma(scale, _slope(r) * r, scale - 1.0)
+    minus = -tl.fma(scale, _exp_polynomial(r) * r, scale - 1.0)
     y = divide(minus, 2.0 - minus)
     y = tl.where(x < 0.0, -y, y)
     return tl.where(x == x, y, x)
@@ -140,25 +141,25 @@ def tanh(x):
 
 # --- exp(x - m) for x <= m ----------------------------------------------------------------------
 
-# What exponentials are kept times: no product of a subnormal one is rounded before the last.
-ONE32 = tl.constexpr(2.0**32)
-ONE64 = tl.constexpr(2.0**64)
+# The scale of exponentials: subnormal results are rounded once, when they are unscaled.
+EXP_SCALE32 = tl.constexpr(2.0**32)
+EXP_SCALE64 = tl.constexpr(2.0**64)
 
 
 @triton.jit
-def one(like):
-    """The number that stands for 1 among scaled exponentials: a power of two."""
+def exp_scale(like):
+    """The scale of exponentials, a power of two."""
     if like.dtype == tl.float64:
-        return constant(ONE64, like)
+        return constant(EXP_SCALE64, like)
     else:
-        return constant(ONE32, like)
+        return constant(EXP_SCALE32, like)
 
 
 @triton.jit
-def _raised(n, shifted, x, head, error):
-    """one * exp(x + error - head), n + log2(one) being in the bits of `shifted`."""
+def _exp_bits(n, shifted, x, head, error):
+    """exp_scale * exp(x + error - head), with n + log2(exp_scale) in the bits of `shifted`."""
     r = _reduced(n, x, head) + error
-    y = tl.fma(_slope(r), r, constant(1.0, x))
+    y = tl.fma(_exp_polynomial(r), r, constant(1.0, x))
     # The exponent is added to the bits.
     if x.dtype == tl.float64:
         bits = shifted.to(tl.int64, bitcast=True) << 52
@@ -170,7 +171,7 @@ def _raised(n, shifted, x, head, error):
 
 @triton.jit
 def lowest(like):
-    """An exponent at which exp has long been rounded to 0."""
+    """An argument at which exp rounds to 0."""
     if like.dtype == tl.float64:
         return constant(-746.0, like)
     else:
@@ -179,9 +180,9 @@ def lowest(like):
 
 @triton.jit
 def _scaled(near, x, head, error):
-    """one * exp(x + error - head), 0 where x - head is `lowest`; `near` is x - head, rounded.
+    """exp_scale * exp(x + error - head), 0 where x - head is `lowest`; `near` is fl(x - head).
 
-    What it would be there is subtracted: at most half a unit of a subnormal number.
+    The value at `lowest` is subtracted: at most half a unit of a subnormal number.
     """
     low = lowest(x)
     zero = low * 0.0
@@ -191,16 +192,16 @@ def _scaled(near, x, head, error):
     else:
         n, shifted = _nearest(near, 32)
         n_low, shifted_low = _nearest(low, 32)
-    return _raised(n, shifted, x, head, error) - _raised(n_low, shifted_low, low, zero, zero)
+    return _exp_bits(n, shifted, x, head, error) - _exp_bits(n_low, shifted_low, low, zero, zero)
 
 
 @triton.jit
 def split(m):
-    """What `scaled_exp` takes of a maximum m: (base, head, tail), m = base + head + tail.
+    """Split a maximum m for `scaled_exp`: m = base + head + tail.
 
-    Either both x and m are so large that their difference is exact wherever exp(x - m) is not 0:
-    base is m. Or head is m rounded to a multiple that `_reduced` can take, and tail, which is at
-    most 2^-15 (2^-33), is left to a factor of the whole row.
+    For large m, x - m is exact wherever exp(x - m) is not 0, and base is m. Otherwise head is m
+    rounded to a multiple that `_reduced` takes, and tail, at most 2^-15 (2^-33), is left to a
+    factor of the row.
     """
     if m.dtype == tl.float64:
         large = tl.abs(m) >= 2048.0
@@ -214,10 +215,9 @@ def split(m):
 
 @triton.jit
 def scaled_exp(x, base, head):
-    """one * exp(x - base - head), and 0 where that rounds to 0; some number for a nan.
+    """exp_scale * exp(x - base - head), 0 where that rounds to 0; unspecified for a nan.
 
-    Within one unit in the last place; a subnormal exp(x), which has fewer digits, within one of
-    its own.
+    Within one unit in the last place, also where exp is subnormal.
     """
     x = tl.maximum(x - base, head + lowest(head))
     return _scaled(x - head, x, head, x * 0.0)
@@ -225,8 +225,8 @@ def scaled_exp(x, base, head):
 
 @triton.jit
 def scaled_exp_of(x, error):
-    """one * exp(x + error), for a small error that may be nan where x is infinite."""
-    # Of a nan and a number this maximum is the number.
+    """exp_scale * exp(x + error), for a small error that may be nan where x is infinite."""
+    # This maximum of a nan and a number is the number.
     error = tl.maximum(error, -1.52587890625e-05)
     x = tl.maximum(x, lowest(x))
     return _scaled(x, x, x * 0.0, error)
@@ -234,7 +234,7 @@ def scaled_exp_of(x, error):
 
 @triton.jit
 def quick_exp(x):
-    """one * exp(x) for answers in half precision: the device's own exponential of base 2.
+    """exp_scale * exp(x) for results in half precision, by the device's approximate exp2.
 
     Its error and that of its argument stay below 2^-17.
     """
@@ -260,7 +260,7 @@ def log1p(x):
         bits = u.to(tl.int32, bitcast=True)
         k = (bits - 0x3F3504F3) >> 23
         f = (bits - (k << 23)).to(tl.float32, bitcast=True) - 1.0
-    # 2^-k times what was lost; beyond 2^80 nothing is.
+    # 2^-k times the rounding error, which is 0 beyond 2^80.
     f = f + tl.where(k < 80, lost * _power_of_two(-tl.minimum(k, 80), x), 0.0)
     s = divide(f, 2.0 + f)
     z = s * s
@@ -282,7 +282,7 @@ def log1p(x):
         low = tl.fma(s, half + r, kf * 9.0580006145e-06)
         y = tl.fma(kf, 6.9313812256e-01, f - (half - low))
     y = tl.where(u == 0.0, float("-inf"), y)
-    return tl.where((x - x == 0.0), y, x)  # an infinity or nan is its own answer
+    return tl.where((x - x == 0.0), y, x)  # infinities and nan
 
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -292,7 +292,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 def rounded(x, DTYPE: tl.constexpr):
     """x in DTYPE, rounded to nearest, ties to even."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
-        # The interpreter of Triton 3.9 cuts off what a device rounds: round the bits beforehand.
+        # The interpreter of Triton 3.9 truncates where a device rounds: round the bits first.
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = tl.where(x - x == 0.0, bits.to(tl.float32, bitcast=True), x)

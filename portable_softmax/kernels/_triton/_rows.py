@@ -1,11 +1,11 @@
 """softmax, log_softmax and logsumexp, and the vector-Jacobian products, in one kernel each.
 
 Bytes moved: a row that fits into registers is read once and written once. Longer rows go through
-a relay (`_tiles`): memory is read once and written once, and the L2 cache is read once beside
-that. logsumexp writes nothing long and reads once, in a loop, or in a relay if the rows are few.
-A vector-Jacobian product reads two arrays in the same way.
+a relay (`_tiles`), which reads memory once, the L2 cache once, and writes once. logsumexp only
+reads, once, in a loop, or in a relay if there are few rows. A vector-Jacobian product reads two
+arrays in the same way.
 
-PASS is "registers", "loop" or "relay". QUICK says that answers have half precision.
+PASS is "registers", "loop" or "relay". QUICK: the result dtype has half precision.
 """
 
 import triton
@@ -16,43 +16,43 @@ from portable_softmax.kernels._triton._state import (
     below,
     exponentials,
     is_finite,
-    merged,
     shift_of,
     state_of,
 )
-from portable_softmax.kernels._triton._terms import folded
+from portable_softmax.kernels._triton._terms import fold_part, merge_partials
 from portable_softmax.kernels._triton._tiles import (
+    NOT_SPECIALIZED,
     class_offsets,
-    found,
-    leave,
+    load_partials,
     load_row,
-    number,
-    place,
+    part_bounds,
+    parts_to_fold,
+    positions_of,
+    publish,
+    relay_role,
     row_pointers,
-    signal,
-    stretch,
-    turn,
-    wait,
+    scalar,
+    store_partial,
 )
 
 
 @triton.jit
-def _factor(m, rest, unit, dy, OP: tl.constexpr):
-    """What a row's entries have in common: a factor, or what is subtracted."""
+def _row_factor(m, rest, unscale, dy, OP: tl.constexpr):
+    """The per-position value of the output: a factor, or for log_softmax the log to subtract."""
     if OP == "log_softmax":
         return tl.where(is_finite(m), log1p(rest), float("nan"))
     else:
-        factor = divide(unit, 1.0 + rest)
+        factor = divide(unscale, 1.0 + rest)
         factor = tl.where(is_finite(m), factor, float("nan"))
         if OP == "logsumexp_vjp":
-            # An infinite value has the derivative 0 in every entry.
+            # The gradient of an infinite logsumexp is 0.
             factor = tl.where(tl.abs(m) == float("inf"), 0.0, dy * factor)
         return factor
 
 
 @triton.jit
-def _finished(x, m, e, factor, inside, temperature, OP: tl.constexpr, MASKED: tl.constexpr,
-              TEMPERED: tl.constexpr):  # fmt: skip
+def _outputs(x, m, e, factor, inside, temperature, OP: tl.constexpr, MASKED: tl.constexpr,
+             TEMPERED: tl.constexpr):  # fmt: skip
     """The output of a tile."""
     if OP == "log_softmax":
         y = below(x, m, temperature, TEMPERED) - factor
@@ -67,14 +67,9 @@ def _finished(x, m, e, factor, inside, temperature, OP: tl.constexpr, MASKED: tl
     return y
 
 
-SIZES = ["lead", "lead_blocks", "classes", "x_lead", "x_other", "x_class", "y_lead", "y_other",
-         "y_class", "w_lead", "w_other", "w_class", "d_lead", "d_other", "d_class", "temperature",
-         "lead_count", "parts", "finishers", "lag"]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def forward(
-    x_ptr, y_ptr, where_ptr, dy_ptr, m_ptr, rest_ptr, signals_ptr,
+    x_ptr, y_ptr, where_ptr, dy_ptr, m_ptr, rest_ptr, flags_ptr,
     lead_count: tl.int64, lead_blocks: tl.int32, classes: tl.int32,
     parts: tl.int32, finishers: tl.int32, lag: tl.int32,
     x_lead: tl.int64, x_other: tl.int64, x_class: tl.int64,
@@ -82,22 +77,19 @@ def forward(
     w_lead: tl.int64, w_other: tl.int64, w_class: tl.int64,
     d_lead: tl.int64, d_other: tl.int64,
     temperature: tl.float64,
-    OP: tl.constexpr, PASS: tl.constexpr, MOST: tl.constexpr,
+    OP: tl.constexpr, PASS: tl.constexpr, MAX_PARTS: tl.constexpr, LOOKS: tl.constexpr,
     ALONG: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr, TEMPERED: tl.constexpr,
     QUICK: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """softmax, log_softmax, logsumexp or the last one's gradient, by OP."""
+    """softmax, log_softmax, logsumexp or logsumexp_vjp, by OP."""
     block, part, folds, exists = tl.program_id(0), 0, True, True
     if PASS == "relay":
-        block, part, folds, exists = turn(parts, finishers, lag)
-    other, lead = place(block, lead_blocks, ROWS)
-    if ALONG == "lead":
-        lead_count = lead_count * UNIT
-    else:
-        classes = classes * UNIT
-    there = lead < lead_count
-    t = number(temperature, DTYPE)
+        block, part, folds, exists = relay_role(parts, finishers, lag)
+    other, lead, row_mask, lead_count, classes = positions_of(
+        block, lead_blocks, lead_count, classes, ROWS, UNIT, ALONG
+    )
+    t = scalar(temperature, DTYPE)
     rows = row_pointers(x_ptr, other, lead, x_other, x_lead, UNIT, ALONG)
     where = where_ptr
     if MASKED:
@@ -105,7 +97,7 @@ def forward(
     row = other * lead_count + lead
     dy = t * 0.0
     if OP == "logsumexp_vjp":
-        dy = tl.load(dy_ptr + other * d_other + lead * d_lead, mask=there, other=0.0).to(DTYPE)
+        dy = tl.load(dy_ptr + other * d_other + lead * d_lead, mask=row_mask, other=0.0).to(DTYPE)
     if OP == "logsumexp":
         out = y_ptr + other * y_other + lead * y_lead
     else:
@@ -113,104 +105,121 @@ def forward(
 
     if PASS == "registers":
         c = tl.arange(0, CLASSES)[None, :]
-        x, inside = load_row(rows, where, c, w_class, there & (c < classes), x_class,
+        x, inside = load_row(rows, where, c, w_class, row_mask & (c < classes), x_class,
                              float("-inf"), UNIT, ALONG, MASKED, DTYPE)  # fmt: skip
-        m, rest, e, unit = state_of(x, t, TEMPERED, QUICK)
+        m, rest, e, unscale = state_of(x, t, TEMPERED, QUICK)
         if OP == "logsumexp":
-            tl.store(out, rounded(_value(m, rest), y_ptr.dtype.element_ty), mask=there)
+            tl.store(out, rounded(_logsumexp(m, rest), y_ptr.dtype.element_ty), mask=row_mask)
         else:
-            factor = _factor(m, rest, unit, dy, OP)
-            y = _finished(x, m, e, factor, inside, t, OP, MASKED, TEMPERED)
+            factor = _row_factor(m, rest, unscale, dy, OP)
+            y = _outputs(x, m, e, factor, inside, t, OP, MASKED, TEMPERED)
             tl.store(out + class_offsets(c, y_class, UNIT, ALONG),
-                     rounded(y, y_ptr.dtype.element_ty), mask=there & (c < classes))  # fmt: skip
+                     rounded(y, y_ptr.dtype.element_ty), mask=row_mask & (c < classes))  # fmt: skip
     elif PASS == "loop":
-        m, rest = folded(rows, where, there, classes * 0, classes, x_class, w_class, t, t, ALONG,
-                         UNIT, MASKED, TEMPERED, False, QUICK, DTYPE, ROWS, CLASSES,
-                         STEPS)  # fmt: skip
-        tl.store(out, rounded(_value(m, rest), y_ptr.dtype.element_ty), mask=there)
+        m, rest, _ = fold_part(rows, where, row_mask, classes * 0, classes, x_class, w_class, t, t,
+                               ALONG, UNIT, MASKED, TEMPERED, False, QUICK, DTYPE, ROWS, CLASSES,
+                               STEPS)  # fmt: skip
+        tl.store(out, rounded(_logsumexp(m, rest), y_ptr.dtype.element_ty), mask=row_mask)
     elif exists:
-        begin, end = stretch(classes, parts, part, CLASSES)
-        if folds:
-            m, rest = folded(rows, where, there, begin, end, x_class, w_class, t, t, ALONG, UNIT,
-                             MASKED, TEMPERED, False, QUICK, DTYPE, ROWS, CLASSES,
-                             STEPS)  # fmt: skip
-            leave(m_ptr, row, parts, part, m, there)
-            leave(rest_ptr, row, parts, part, rest, there)
-            signal(signals_ptr + block)
-        else:
-            wait(signals_ptr + block, parts)
-            m, rest = merged(found(m_ptr, row, parts, there, float("-inf"), MOST),
-                             found(rest_ptr, row, parts, there, 0.0, MOST), t,
-                             TEMPERED)  # fmt: skip
+        published = flags_ptr + block
+        first, last, bits = parts_to_fold(published, parts, part, folds, LOOKS)
+        for p in range(first, last):
+            if bits >> p & 1 == 0:
+                begin, end = part_bounds(classes, parts, p, CLASSES)
+                m, rest, _ = fold_part(rows, where, row_mask, begin, end, x_class, w_class, t, t,
+                                       ALONG, UNIT, MASKED, TEMPERED, False, QUICK, DTYPE, ROWS,
+                                       CLASSES, STEPS)  # fmt: skip
+                store_partial(m_ptr, row, parts, p, m, row_mask)
+                store_partial(rest_ptr, row, parts, p, rest, row_mask)
+                publish(published, p)
+        if not folds:
+            m, rest = merge_partials(m_ptr, rest_ptr, row, parts, row_mask, t, TEMPERED, MAX_PARTS)
             if OP == "logsumexp":
-                tl.store(out, rounded(_value(m, rest), y_ptr.dtype.element_ty), mask=there)
+                tl.store(out, rounded(_logsumexp(m, rest), y_ptr.dtype.element_ty), mask=row_mask)
             else:
+                begin, end = part_bounds(classes, parts, part, CLASSES)
                 shift = shift_of(m, TEMPERED, QUICK)
-                factor = _factor(m, rest, shift[2], dy, OP)
+                factor = _row_factor(m, rest, shift[2], dy, OP)
                 for start in range(begin, end, CLASSES):
                     c = start + tl.arange(0, CLASSES)[None, :]
-                    at = there & (c < end)
+                    at = row_mask & (c < end)
                     x, inside = load_row(rows, where, c, w_class, at, x_class, float("-inf"), UNIT,
                                          ALONG, MASKED, DTYPE)  # fmt: skip
                     e = exponentials(x, shift, t, TEMPERED, QUICK)
-                    y = _finished(x, m, e, factor, inside, t, OP, MASKED, TEMPERED)
+                    y = _outputs(x, m, e, factor, inside, t, OP, MASKED, TEMPERED)
                     tl.store(out + class_offsets(c, y_class, UNIT, ALONG),
                              rounded(y, y_ptr.dtype.element_ty), mask=at)  # fmt: skip
 
 
 @triton.jit
-def _value(m, rest):
-    """logsumexp, of a state."""
+def _logsumexp(m, rest):
+    """The logsumexp of a state."""
     return tl.where(is_finite(m), m + log1p(rest), m)
 
 
 @triton.jit
-def _term(y, dy, OP: tl.constexpr):
-    """What is summed over a row."""
+def _vjp_term(y, dy, OP: tl.constexpr):
+    """The terms of the sum over a row."""
     if OP == "softmax_vjp":
         return y * dy
     elif OP == "log_softmax_gradient":  # of logits without a mask
         return dy
     else:
-        # A masked entry stays at -inf for every logit: nothing flows to it, or from it.
+        # A masked entry is -inf for all logits: it has no gradient and adds none.
         return tl.where(tl.abs(y) == float("inf"), 0.0, dy)
 
 
 @triton.jit
-def _pulled_back(y, dy, total, inverse, OP: tl.constexpr, TEMPERED: tl.constexpr):
+def _sum_terms(rows, d_rows, row_mask, begin, end, x_class, d_class, OP: tl.constexpr,
+               ALONG: tl.constexpr, UNIT: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
+               CLASSES: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+    """The sum of the terms of a part of each row."""
+    LANES: tl.constexpr = CLASSES // STEPS
+    lanes = tl.full((ROWS, LANES), 0.0, DTYPE)
+    for start in range(begin, end, CLASSES):
+        terms = tl.full((ROWS, LANES), 0.0, DTYPE)
+        for i in tl.static_range(STEPS):
+            c = start + i * LANES + tl.arange(0, LANES)[None, :]
+            at = row_mask & (c < end)
+            y, _ = load_row(rows, rows, c, 0, at, x_class, 0.0, UNIT, ALONG, False, DTYPE)
+            dy, _ = load_row(d_rows, rows, c, 0, at, d_class, 0.0, UNIT, ALONG, False, DTYPE)
+            terms += _vjp_term(y, dy, OP)
+        lanes += terms
+    return tl.sum(lanes, axis=1, keep_dims=True)
+
+
+@triton.jit
+def _vjp(y, dy, total, inverse, OP: tl.constexpr, TEMPERED: tl.constexpr):
     if OP == "softmax_vjp":
         dx = y * (dy - total)
     else:
-        dx = _term(y, dy, OP) - exp(y) * total
+        dx = _vjp_term(y, dy, OP) - exp(y) * total
     if TEMPERED:
         dx = dx * inverse
     return dx
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def pull_back(
-    y_ptr, dy_ptr, dx_ptr, total_ptr, signals_ptr,
+    y_ptr, dy_ptr, dx_ptr, total_ptr, flags_ptr,
     lead_count: tl.int64, lead_blocks: tl.int32, classes: tl.int32,
     parts: tl.int32, finishers: tl.int32, lag: tl.int32,
     x_lead: tl.int64, x_other: tl.int64, x_class: tl.int64,
     d_lead: tl.int64, d_other: tl.int64, d_class: tl.int64,
     y_lead: tl.int64, y_other: tl.int64, y_class: tl.int64,
     temperature: tl.float64,
-    OP: tl.constexpr, PASS: tl.constexpr, MOST: tl.constexpr,
+    OP: tl.constexpr, PASS: tl.constexpr, MAX_PARTS: tl.constexpr, LOOKS: tl.constexpr,
     ALONG: tl.constexpr, UNIT: tl.constexpr, TEMPERED: tl.constexpr,
     DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """softmax_vjp or log_softmax_vjp, by OP, over T: x_* are the strides of y, y_* those of dx."""
+    """softmax_vjp or log_softmax_vjp, by OP, over T; x_* are the strides of y, y_* those of dx."""
     block, part, folds, exists = tl.program_id(0), 0, True, True
     if PASS == "relay":
-        block, part, folds, exists = turn(parts, finishers, lag)
-    other, lead = place(block, lead_blocks, ROWS)
-    if ALONG == "lead":
-        lead_count = lead_count * UNIT
-    else:
-        classes = classes * UNIT
-    there = lead < lead_count
-    t = number(temperature, DTYPE)
+        block, part, folds, exists = relay_role(parts, finishers, lag)
+    other, lead, row_mask, lead_count, classes = positions_of(
+        block, lead_blocks, lead_count, classes, ROWS, UNIT, ALONG
+    )
+    t = scalar(temperature, DTYPE)
     inverse = divide(1.0 + t * 0.0, t)
     rows = row_pointers(y_ptr, other, lead, x_other, x_lead, UNIT, ALONG)
     d_rows = row_pointers(dy_ptr, other, lead, d_other, d_lead, UNIT, ALONG)
@@ -218,38 +227,32 @@ def pull_back(
     row = other * lead_count + lead
     if PASS == "registers":
         c = tl.arange(0, CLASSES)[None, :]
-        at = there & (c < classes)
+        at = row_mask & (c < classes)
         y, _ = load_row(rows, rows, c, 0, at, x_class, 0.0, UNIT, ALONG, False, DTYPE)
         dy, _ = load_row(d_rows, rows, c, 0, at, d_class, 0.0, UNIT, ALONG, False, DTYPE)
-        total = tl.sum(_term(y, dy, OP), axis=1, keep_dims=True)
-        dx = _pulled_back(y, dy, total, inverse, OP, TEMPERED)
-        tl.store(out + class_offsets(c, y_class, UNIT, ALONG),
-                 rounded(dx, dx_ptr.dtype.element_ty), mask=at)  # fmt: skip
+        total = tl.sum(_vjp_term(y, dy, OP), axis=1, keep_dims=True)
+        dx = _vjp(y, dy, total, inverse, OP, TEMPERED)
+        tl.store(out + class_offsets(c, y_class, UNIT, ALONG), rounded(dx, dx_ptr.dtype.element_ty),
+                 mask=at)  # fmt: skip
     elif exists:
-        begin, end = stretch(classes, parts, part, CLASSES)
-        if folds:
-            LANES: tl.constexpr = CLASSES // STEPS
-            lanes = tl.full((ROWS, LANES), 0.0, DTYPE)
-            for start in range(begin, end, CLASSES):
-                near = tl.full((ROWS, LANES), 0.0, DTYPE)
-                for i in tl.static_range(STEPS):
-                    c = start + i * LANES + tl.arange(0, LANES)[None, :]
-                    at = there & (c < end)
-                    y, _ = load_row(rows, rows, c, 0, at, x_class, 0.0, UNIT, ALONG, False, DTYPE)
-                    dy, _ = load_row(d_rows, rows, c, 0, at, d_class, 0.0, UNIT, ALONG, False,
-                                     DTYPE)  # fmt: skip
-                    near += _term(y, dy, OP)
-                lanes += near
-            leave(total_ptr, row, parts, part, tl.sum(lanes, axis=1, keep_dims=True), there)
-            signal(signals_ptr + block)
-        else:
-            wait(signals_ptr + block, parts)
-            total = tl.sum(found(total_ptr, row, parts, there, 0.0, MOST), axis=1, keep_dims=True)
+        published = flags_ptr + block
+        first, last, bits = parts_to_fold(published, parts, part, folds, LOOKS)
+        for p in range(first, last):
+            if bits >> p & 1 == 0:
+                begin, end = part_bounds(classes, parts, p, CLASSES)
+                total = _sum_terms(rows, d_rows, row_mask, begin, end, x_class, d_class, OP, ALONG,
+                                   UNIT, DTYPE, ROWS, CLASSES, STEPS)  # fmt: skip
+                store_partial(total_ptr, row, parts, p, total, row_mask)
+                publish(published, p)
+        if not folds:
+            begin, end = part_bounds(classes, parts, part, CLASSES)
+            partials = load_partials(total_ptr, row, parts, row_mask, 0.0, MAX_PARTS)
+            total = tl.sum(partials, axis=1, keep_dims=True)
             for start in range(begin, end, CLASSES):
                 c = start + tl.arange(0, CLASSES)[None, :]
-                at = there & (c < end)
+                at = row_mask & (c < end)
                 y, _ = load_row(rows, rows, c, 0, at, x_class, 0.0, UNIT, ALONG, False, DTYPE)
                 dy, _ = load_row(d_rows, rows, c, 0, at, d_class, 0.0, UNIT, ALONG, False, DTYPE)
-                dx = _pulled_back(y, dy, total, inverse, OP, TEMPERED)
+                dx = _vjp(y, dy, total, inverse, OP, TEMPERED)
                 tl.store(out + class_offsets(c, y_class, UNIT, ALONG),
                          rounded(dx, dx_ptr.dtype.element_ty), mask=at)  # fmt: skip

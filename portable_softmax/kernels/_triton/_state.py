@@ -1,11 +1,11 @@
 """The state (max, rest) of rows in a tile, in registers; tiles are (rows, classes).
 
-rest is the sum of exp(x - max) without one maximum, as in `portable._state`. A row that holds a
-nan has the maximum nan, and one with an infinite maximum or nan some number as its rest: whoever
-makes an answer of a state looks at the maximum. An empty state is (-inf, 0).
+rest is the sum of exp(x - max) over all entries but one maximum, as in `portable._state`. The
+maximum of a row with a nan is nan. Where the maximum is not finite, rest is unspecified: results
+are selected by the maximum. An empty state is (-inf, 0).
 
-Exponentials are scaled, `_math.one` standing for 1, and of a row that `_math.split` has shifted: a
-factor of the row makes them plain.
+Exponentials are scaled by `_math.exp_scale`, and by the small factor that `_math.split` leaves to
+the row; `unscale` undoes both.
 """
 
 import triton
@@ -15,7 +15,7 @@ from portable_softmax.kernels._triton._math import (
     INTERPRETED,
     difference_error,
     divide,
-    one,
+    exp_scale,
     quick_exp,
     scaled_exp,
     scaled_exp_of,
@@ -30,8 +30,8 @@ def _larger(a, b):
 
 @triton.jit
 def row_max(x):
-    """The maximum of each row, kept with length 1: nan if there is one."""
-    if INTERPRETED:  # which reduces with a function of ours at no bearable speed
+    """The maximum of each row, nan if it has one, with the reduced axis kept."""
+    if INTERPRETED:  # its tl.reduce is too slow
         nans = tl.sum((x != x).to(tl.int32), axis=1, keep_dims=True)
         return tl.where(nans > 0, float("nan"), tl.max(x, axis=1, keep_dims=True))
     else:
@@ -46,22 +46,22 @@ def is_finite(x):
 
 @triton.jit
 def shift_of(m, TEMPERED: tl.constexpr, QUICK: tl.constexpr):
-    """What `exponentials` take of a maximum, and the factor that makes them exp((x - m) / T).
+    """The shift for `exponentials`: base, head, and the factor `unscale` of the row.
 
-    Of a maximum that is not finite they take 0.
+    A maximum that is not finite is replaced by 0.
     """
     m = tl.where(is_finite(m), m, 0.0)
-    unit = 1.0 / one(m)
+    unscale = 1.0 / exp_scale(m)
     if TEMPERED or QUICK:
-        return m, m * 0.0, unit + m * 0.0
+        return m, m * 0.0, unscale + m * 0.0
     else:
         base, head, tail = split(m)
-        return base, head, unit - unit * tail  # exp(-tail), but for tail^2 / 2
+        return base, head, unscale - unscale * tail  # exp(-tail) up to tail^2 / 2
 
 
 @triton.jit
 def over(d, lost, temperature):
-    """(d + lost) / T as a sum of two: a product with 1 / T, and its remainder (Markstein 1990)."""
+    """(d + lost) / T as quotient + error: d times 1 / T and its remainder (Markstein 1990)."""
     inverse = divide(1.0 + temperature * 0.0, temperature)
     quotient = d * inverse
     error = (tl.fma(-quotient, temperature + d * 0.0, d) + lost) * inverse
@@ -70,7 +70,7 @@ def over(d, lost, temperature):
 
 @triton.jit
 def exponentials(x, shift, temperature, TEMPERED: tl.constexpr, QUICK: tl.constexpr):
-    """Of a tile below a maximum that has been split: scaled exponentials."""
+    """Scaled exponentials of a tile, with the shift of its row maximum."""
     base, head, _ = shift
     if TEMPERED:
         d = x - base
@@ -103,7 +103,7 @@ def _add(a, b, c, d):
 
 @triton.jit
 def sums(a, b):
-    """The sums of two tiles along their rows, kept with length 1: both in one exchange."""
+    """The row sums of two tiles, in one horizontal reduction, with the reduced axis kept."""
     if INTERPRETED:
         return tl.sum(a, axis=1, keep_dims=True), tl.sum(b, axis=1, keep_dims=True)
     else:
@@ -111,45 +111,44 @@ def sums(a, b):
 
 
 @triton.jit
-def _without_one(some, all):
+def _without_one(some, total):
     """A row's sum without one term of 1, from the sums without and with all terms of 1.
 
-    Where there are two of these, the sum without them all has lost one too many, and the whole sum
-    less one loses no digits.
+    With two or more such terms the first sum lacks too many, and total - 1 cancels no digits.
     """
-    return tl.where(all - some > 1.5, all - 1.0, some)
+    return tl.where(total - some > 1.5, total - 1.0, some)
 
 
 @triton.jit
 def state_of(x, temperature, TEMPERED: tl.constexpr, QUICK: tl.constexpr):
-    """The state of rows in a tile; their scaled exponentials, and what makes these plain."""
+    """The state of rows in a tile, their scaled exponentials, and the factor to unscale them."""
     m = row_max(x)
     shift = shift_of(m, TEMPERED, QUICK)
     e = exponentials(x, shift, temperature, TEMPERED, QUICK)
-    some, all = sums(tl.where(x == m, 0.0, e), e)
-    unit = shift[2]
-    return m, _without_one(some * unit, all * unit), e, unit
+    some, total = sums(tl.where(x == m, 0.0, e), e)
+    unscale = shift[2]
+    return m, _without_one(some * unscale, total * unscale), e, unscale
 
 
 @triton.jit
-def merged(m, rest, temperature, TEMPERED: tl.constexpr):
-    """Merge the states along a row into one, kept with length 1."""
+def merge(m, rest, temperature, TEMPERED: tl.constexpr):
+    """Merge the states along a row into one, with the reduced axis kept."""
     top = row_max(m)
     shift = shift_of(top, TEMPERED, False)
     e = exponentials(m, shift, temperature, TEMPERED, False) * shift[2]
     terms = (1.0 + rest) * e
-    # A state as high as the highest gives its own rest, and is counted.
-    some, all = sums(tl.where(m == top, rest, terms), terms)
-    return top, _without_one(some, all)
+    # A state with the row's maximum adds its own rest to the first sum.
+    some, total = sums(tl.where(m == top, rest, terms), terms)
+    return top, _without_one(some, total)
 
 
 @triton.jit
 def fold(m, rest, low, xs, temperature, TEMPERED: tl.constexpr, QUICK: tl.constexpr,
          STEPS: tl.constexpr):  # fmt: skip
-    """Take STEPS tiles into the state of each lane; `low` is what `rest` has lost to rounding.
+    """Fold STEPS tiles into the state of each lane; `low` is the compensation of `rest`.
 
-    On its way through the tiles the maximum leaves behind whatever it is not: these are summed,
-    the former maximum among them if it was passed, and so exactly one maximum is left out.
+    The running maximum displaces the smaller of each pair, which is summed: the former maximum too
+    if a later entry exceeds it, so exactly one maximum is left out of the sum.
     """
     top = m
     others = ()
@@ -162,7 +161,7 @@ def fold(m, rest, low, xs, temperature, TEMPERED: tl.constexpr, QUICK: tl.conste
         added += exponentials(others[i], shift, temperature, TEMPERED, QUICK)
     added = added * shift[2]
     scale = exponentials(m, shift, temperature, TEMPERED, QUICK) * shift[2]
-    # Where the maximum stays, rounding must not shrink the sum tile by tile.
+    # Exactly 1 where the maximum stays: else rounding shrinks the sum with every tile.
     scale = tl.where(m == top, 1.0, scale)
     rest = rest * scale
     total = rest + added

@@ -1,38 +1,61 @@
-"""Where a program finds its tile: rows by classes, of an array in any layout with a unit stride.
+"""Tiles of rows by classes, of an array in any layout with a unit stride; the relay of long rows.
 
 An array is seen as (other, lead, classes): a program has a block of positions along `lead`, one
-along `other`, and all classes or a part of them. ALONG says which index has the stride 1, so that
-the lanes of a warp read neighbours: "classes" for rows, "lead" for columns, which are read as they
-lie, without a transposed copy. Sizes and strides come divided by UNIT where all of them are
-multiples of the elements in 16 bytes: that lets the compiler load 16 bytes at a time. Offsets are
-64 bits wide.
+position along `other`, and all classes or a part of them. ALONG names the index with stride 1, for
+coalesced loads: "classes" for rows, "lead" for columns, which need no transposed copy. Sizes and
+strides are divided by UNIT, the number of elements in 16 bytes, where all are multiples of it: that
+lets the compiler load 16 bytes at a time. Offsets have 64 bits.
 
-Long rows are worked on in parts, in a relay. First each part is folded by a program, which leaves
-a state and signals. A later program of the same launch waits for the signals of its row, merges
-the states, reads its part once more, from the L2 cache, and writes it. A program waits only for
-programs with lower numbers, as CUB's decoupled look-back does (Merrill and Garland 2016), so that
-some program can always go on; run one after another, as by the interpreter, none ever waits.
+Long rows are split into parts. In a relay, one program folds each part and publishes its partial:
+it stores the partial, then sets the part's bit in the word of its block of rows. A later program of
+the same launch polls that word, merges the partials, reads its part again, from the L2 cache, and
+writes the output. This is decoupled look-back (Merrill and Garland 2016) with decoupled fallback
+(Smith, Levien and Owens 2024): after LOOKS looks a program folds the missing parts itself, so that
+it ends in whatever order the device runs programs.
+
+Memory order: all threads have stored the partial (barrier) before one thread releases the bit; one
+thread acquires the word before any thread (barrier) loads partials. Inputs do not change during a
+launch, and the fallback runs the same instructions between the same bounds: a partial that is
+stored twice has the same bits, and setting a bit twice changes nothing. So a late program is
+benign, so are several that poll the same word or fold the same part, and no bit of the result
+depends on which program folded what.
 """
 
 import triton
 import triton.language as tl
 
+# Arguments whose values do not select a compiled kernel.
+NOT_SPECIALIZED = [
+    *("lead_count", "lead_blocks", "classes", "parts", "finishers", "lag"),
+    *("temperature", "ignore", "smoothing", "z_loss", "cap", "positions"),
+    *(f"{name}_{axis}" for name in "xygtwlod" for axis in ("lead", "other", "class")),
+]
+
 
 @triton.jit
-def place(block, lead_blocks, ROWS: tl.constexpr):
-    """A block's position along `other`, and its positions along `lead`, as a column."""
+def positions_of(block, lead_blocks, lead_count, classes, ROWS: tl.constexpr, UNIT: tl.constexpr,
+                 ALONG: tl.constexpr):  # fmt: skip
+    """The block's position along `other`, those along `lead` as a column, and their mask.
+
+    Also the number of positions and of classes, which the arguments give divided by UNIT.
+    """
+    if ALONG == "lead":
+        lead_count = lead_count * UNIT
+    else:
+        classes = classes * UNIT
     other = block * 0
-    if block >= lead_blocks:  # a division takes longer than finding out that there is none
+    if block >= lead_blocks:  # the comparison is cheaper than the division
         other = block // lead_blocks
     lead = (block - other * lead_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    return other.to(tl.int64), lead[:, None]
+    lead = lead[:, None]
+    return other.to(tl.int64), lead, lead < lead_count, lead_count, classes
 
 
 @triton.jit
 def row_pointers(
     pointer, other, lead, other_stride, lead_stride, UNIT: tl.constexpr, ALONG: tl.constexpr
 ):
-    """The first class of each row."""
+    """Pointers to the first class of each row."""
     pointer = pointer + other * other_stride * UNIT
     if ALONG == "lead":
         return pointer + lead
@@ -42,7 +65,7 @@ def row_pointers(
 
 @triton.jit
 def class_offsets(c, class_stride, UNIT: tl.constexpr, ALONG: tl.constexpr):
-    """How far a class is from the first."""
+    """Offsets of classes from the first one."""
     if ALONG == "lead":
         return c.to(tl.int64) * class_stride * UNIT
     else:
@@ -52,7 +75,7 @@ def class_offsets(c, class_stride, UNIT: tl.constexpr, ALONG: tl.constexpr):
 @triton.jit
 def load_row(rows, where, c, w_class, inside, stride, fill, U: tl.constexpr, A: tl.constexpr,
              MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """A tile in DTYPE, `fill` outside the array and where the mask is False."""
+    """A tile in the compute dtype, `fill` where the mask is False; and the mask with `where`."""
     if MASKED:
         inside = inside & tl.load(where + c.to(tl.int64) * w_class, mask=inside, other=0).to(
             tl.int1
@@ -62,63 +85,88 @@ def load_row(rows, where, c, w_class, inside, stride, fill, U: tl.constexpr, A: 
 
 
 @triton.jit
-def number(value, DTYPE: tl.constexpr):
-    """A Python float in DTYPE: an argument has 64 bits, or when interpreted no bits yet."""
+def scalar(value, DTYPE: tl.constexpr):
+    """A float argument in the compute dtype; the interpreter passes a Python float."""
     return (tl.full((1, 1), 0.0, DTYPE) + value).to(DTYPE)
 
 
 @triton.jit
-def turn(parts, finishers, lag):
-    """The block that a program of a relay works on, its part of it, and whether it folds it.
+def relay_role(parts, finishers, lag):
+    """The block and the part of a program in a relay, whether it folds or finishes, if it exists.
 
-    After the programs that fold a block come those that finish the block `lag` blocks before, so
-    that they need not wait long. The first and last programs have no block, and another's number.
+    The programs that fold a block are followed by those that finish the block `lag` blocks before,
+    which then seldom wait. The first finishers and the last folders have no block: their number is
+    clamped and `exists` is False.
     """
     program = tl.program_id(0)
-    leg = program // (parts + finishers)
-    at = program % (parts + finishers)
-    folds = at < parts
-    block = tl.where(folds, leg, leg - lag)
-    part = tl.where(folds, at, at - parts)
+    round_number = program // (parts + finishers)
+    index = program % (parts + finishers)
+    folds = index < parts
+    block = tl.where(folds, round_number, round_number - lag)
+    part = tl.where(folds, index, index - parts)
     last = tl.num_programs(0) // (parts + finishers) - lag - 1
     exists = (block >= 0) & (block <= last)
     return tl.minimum(tl.maximum(block, 0), last), part, folds, exists
 
 
 @triton.jit
-def stretch(classes, parts, part, STEP: tl.constexpr):
-    """The classes of a part, in whole steps."""
+def part_bounds(classes, parts, part, STEP: tl.constexpr):
+    """The first class of a part, a multiple of STEP, and the end of the part."""
     size = tl.cdiv(tl.cdiv(classes, parts), STEP) * STEP
     begin = tl.minimum(part * size, classes)
     return begin, tl.minimum(begin + size, classes)
 
 
 @triton.jit
-def signal(pointer):
-    """Tell all programs that what this one has stored can be read."""
-    tl.debug_barrier()  # the threads of this program first
-    tl.atomic_add(pointer, 1, sem="release", scope="gpu")
+def _missing(bits, parts):
+    """The bits of the unpublished parts, shifted to the top of the word; 0 if there are none."""
+    return ~bits << (64 - parts)
 
 
 @triton.jit
-def wait(pointer, count):
-    """Wait for a number of signals."""
-    while tl.atomic_add(pointer, 0, sem="acquire", scope="gpu") < count:
-        pass
+def lookback(published, parts, LOOKS: tl.constexpr):
+    """Poll a word, at most LOOKS times, until the bits of all parts are set; return its bits."""
+    bits = tl.full((), 0, tl.int64)
+    looks = 0
+    while (looks < LOOKS) & (_missing(bits, parts) != 0):
+        bits = tl.atomic_add(published, 0, sem="acquire", scope="gpu")
+        looks += 1
     tl.debug_barrier()
+    return bits
 
 
 @triton.jit
-def leave(pointer, row, parts, part, value, there):
-    """Store what a program has found of its part of each row."""
-    tl.store(pointer + row * parts + part, value, mask=there)
+def parts_to_fold(published, parts, part, folds, LOOKS: tl.constexpr):
+    """The range of parts that a program goes through, and the bits of those that it skips.
+
+    A program that folds has its own part; one that finishes folds those not published in time.
+    """
+    bits = tl.full((), 0, tl.int64)
+    first, last = part, part + 1
+    if not folds:
+        bits = lookback(published, parts, LOOKS)
+        first, last = part * 0, tl.where(_missing(bits, parts) == 0, 0, parts)
+    return first, last, bits
 
 
 @triton.jit
-def found(pointer, row, parts, there, fill, MOST: tl.constexpr):
-    """Load what the parts of each row have left, along the classes' axis."""
-    p = tl.arange(0, MOST)[None, :]
-    # Not from the L1 cache, which knows of no other multiprocessor's stores.
+def publish(published, part):
+    """Set a part's bit: other programs can load its partial."""
+    tl.debug_barrier()  # all threads have stored theirs
+    tl.atomic_or(published, tl.full((), 1, tl.int64) << part, sem="release", scope="gpu")
+
+
+@triton.jit
+def store_partial(pointer, row, parts, part, value, row_mask):
+    """Store one number of the partial of each row."""
+    tl.store(pointer + row * parts + part, value, mask=row_mask)
+
+
+@triton.jit
+def load_partials(pointer, row, parts, row_mask, fill, MAX_PARTS: tl.constexpr):
+    """Load one number of all partials of each row, along the classes' axis."""
+    p = tl.arange(0, MAX_PARTS)[None, :]
+    # From L2: the L1 cache does not see the stores of other multiprocessors.
     return tl.load(
-        pointer + row * parts + p, mask=there & (p < parts), other=fill, cache_modifier=".cg"
+        pointer + row * parts + p, mask=row_mask & (p < parts), other=fill, cache_modifier=".cg"
     )

@@ -1,4 +1,4 @@
-"""What becomes of the lanes of vectors: one number of all, one of each row, or a count of some."""
+"""Horizontal reductions: one number of all lanes, one of each row's vector, or a count of some."""
 
 from __future__ import annotations
 
@@ -8,34 +8,66 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from portable_softmax.kernels._numba._ir import FLOAT
+from portable_softmax.kernels._numba._memory import FLOAT, I32, I64
 from portable_softmax.kernels._numba._vectors import (
     LANES,
     alignment,
-    bits,
     constant,
+    converted,
     greater,
     place_of,
     vector_of,
 )
 
-_I32 = ir.IntType(32)
+
+def _bits(builder: Any, mask: Any) -> Any:
+    """A mask of lanes as an integer."""
+    return builder.bitcast(mask, ir.IntType(mask.type.count))
 
 
-# --------------------------------------------------------------------------- tallies
+def _all(builder: Any, mask: Any) -> Any:
+    if not isinstance(mask.type, ir.VectorType):
+        return mask
+    every = ir.Constant(ir.IntType(mask.type.count), -1)
+    return builder.icmp_unsigned("==", _bits(builder, mask), every)
+
+
+@intrinsic
+def are_finite(typing, a):
+    """Whether a number, or every lane of a vector, is finite."""
+
+    def generate(context, builder, signature, args):
+        difference = builder.fsub(args[0], args[0])
+        return _all(builder, builder.fcmp_ordered("ord", difference, difference))
+
+    return types.boolean(a), generate
+
+
+@intrinsic
+def are_at_least(typing, a, b):
+    """Whether a number, or every lane of a vector, is at least `b`; a nan is not."""
+
+    def generate(context, builder, signature, args):
+        low = converted(context, builder, a, b, args[1])
+        return _all(builder, builder.fcmp_ordered(">=", args[0], low))
+
+    return types.boolean(a, b), generate
+
+
+# --------------------------------------------------------------------------- counts
 #
 # As many 32-bit integers as a vector has lanes, in the place of a vector.
 
 
 @intrinsic
-def tally(typing, p, i, a, b):
+def count_equal(typing, p, i, a, b):
     """Add to the i-th integer at `p` how many lanes are equal; count on the scalar side."""
 
     def generate(context, builder, signature, args):
         p, i, a, b = args
-        place = builder.gep(builder.bitcast(p, _I32.as_pointer()), [i])
-        found = bits(builder, builder.fcmp_ordered("==", a, b))
-        count = builder.zext(builder.ctpop(found), _I32)
+        place = builder.gep(builder.bitcast(p, I32.as_pointer()), [i])
+        found = _bits(builder, builder.fcmp_ordered("==", a, b))
+        count = builder.zext(builder.ctpop(found), I32)
         builder.store(builder.add(builder.load(place), count), place)
         return context.get_dummy_value()
 
@@ -43,49 +75,47 @@ def tally(typing, p, i, a, b):
 
 
 @intrinsic
-def tallied(typing, p, i):
+def counts(typing, p, i):
     """The integers at `p` from the i-th on, as a vector."""
     kind = vector_of(p)
 
     def generate(context, builder, signature, args):
         p, i = args
         n = LANES[kind.dtype]
-        first = builder.gep(builder.bitcast(p, _I32.as_pointer()), [i])
-        place = builder.bitcast(first, ir.VectorType(_I32, n).as_pointer())
-        integers = builder.load(place, align=4)
+        first = builder.gep(builder.bitcast(p, I32.as_pointer()), [i])
+        integers = builder.load(builder.bitcast(first, ir.VectorType(I32, n).as_pointer()), align=4)
         return builder.sitofp(integers, ir.VectorType(FLOAT[kind.dtype], n))
 
     return kind(p, types.intp), generate
 
 
-# --------------------------------------------------------------------------- across lanes
+# --------------------------------------------------------------------------- reductions
 
 
-def _across(combine: Any) -> Any:
-    """Return the function that combines all lanes, neighbours in halves."""
+def _of_all(combine: Any) -> Any:
+    """Return the reduction of a vector's lanes, its halves first."""
 
     @intrinsic
-    def across(typing, a):
+    def of_all(typing, a):
         def generate(context, builder, signature, args):
             (value,) = args
             while (n := value.type.count) > 1:
-                low = constant(_I32, range(n // 2))
-                high = constant(_I32, range(n // 2, n))
+                low, high = constant(I32, range(n // 2)), constant(I32, range(n // 2, n))
                 nothing = ir.Constant(value.type, ir.Undefined)
                 value = combine(
                     builder,
                     builder.shuffle_vector(value, nothing, low),
                     builder.shuffle_vector(value, nothing, high),
                 )
-            return builder.extract_element(value, ir.Constant(_I32, 0))
+            return builder.extract_element(value, I32(0))
 
         return a.dtype(a), generate
 
-    return across
+    return of_all
 
 
 def _of_each(combine: Any) -> Any:
-    """Return the function that combines the lanes of each of as many vectors as a vector has lanes.
+    """Return the reduction of each of as many vectors as a vector has lanes.
 
     They lie in memory, one after the other; the i-th number of the result is that of the i-th.
     Halves of pairs are combined, so that a vector holds two, then four, ... of them.
@@ -97,22 +127,18 @@ def _of_each(combine: Any) -> Any:
         n = LANES[kind.dtype]
 
         def generate(context, builder, signature, args):
-            def at(i):
-                index = ir.Constant(ir.IntType(64), i * n)
-                place = place_of(builder, args[0], index, n)
-                return builder.load(place, align=alignment(context, p))
-
             def combined(first, step):
                 """Those that are `step` apart, from the first on."""
                 if step == n:
-                    return at(first)
+                    place = place_of(builder, args[0], I64(first * n), n)
+                    return builder.load(place, align=alignment(context, p))
                 x, y = combined(first, 2 * step), combined(first + step, 2 * step)
                 low = [k if not k & step else n + k - step for k in range(n)]
                 high = [k + step if not k & step else n + k for k in range(n)]
                 return combine(
                     builder,
-                    builder.shuffle_vector(x, y, constant(_I32, low)),
-                    builder.shuffle_vector(x, y, constant(_I32, high)),
+                    builder.shuffle_vector(x, y, constant(I32, low)),
+                    builder.shuffle_vector(x, y, constant(I32, high)),
                 )
 
             return combined(0, 1)
@@ -126,5 +152,5 @@ def _sum(builder: Any, a: Any, b: Any) -> Any:
     return builder.fadd(a, b)
 
 
-across_max, across_sum = _across(greater), _across(_sum)
+max_of_all, sum_of_all = _of_all(greater), _of_all(_sum)
 max_of_each, sum_of_each = _of_each(greater), _of_each(_sum)

@@ -1,0 +1,200 @@
+"""Runs the compiled kernels on arrays, on as many threads as are free.
+
+The arrays are NumPy's, C-contiguous, of shape (rows, n) or (outer * n, inner) as `_entries` has
+them, and of a dtype that it knows: float16 is handed over as uint16 and bfloat16 as int16. They may
+be views of any library's memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from portable_softmax.kernels import _threads
+from portable_softmax.kernels._numba import _long
+from portable_softmax.kernels._numba._entries import BLOCKS, COLUMNS, ROWS, scan
+from portable_softmax.kernels._numba._exp import temperature as prepared
+from portable_softmax.kernels._numba._losses import EACH, IGNORING, WEIGHTED
+from portable_softmax.kernels._numba._values import size_of_values
+
+# Shorter rows, in bytes of the computation, are worked on as many at once as a vector has lanes.
+SHORT = 1024
+# So many columns are worked on side by side, in vectors of 64 bytes, while a tile of them stays in
+# the second cache; if not, one vector.
+VECTORS, TILE = 4, 1 << 18
+# So many bytes are one piece of work. Smaller arrays than THREADED are left to one thread: to wake
+# another takes as long as half of that (`python -m bench thresholds`).
+PIECE = 1 << 19
+THREADED = 1 << 22
+
+
+class Layout(NamedTuple):
+    """How rows lie in memory."""
+
+    outer: int
+    n: int
+    inner: int
+
+    @property
+    def rows(self) -> int:
+        return self.outer * self.inner
+
+
+class Loss(NamedTuple):
+    """The options of a loss, as the kernels read them."""
+
+    weight: Any  # of the computation's dtype, or None
+    ignore: int | None
+    smoothing: float
+    z: float
+
+
+class Plan(NamedTuple):
+    """How rows are worked on: it depends on the call alone."""
+
+    entries: dict[str, Any]
+    shape: tuple[int, int, int]  # n, inner and rows of a group, as `_entries` has them
+    room: int
+    step: int  # groups of a piece
+    groups: int
+
+    @property
+    def pieces(self) -> int:
+        return -(-self.groups // self.step)
+
+
+def plan(layout: Layout, dtype: Any, compute: Any, tiles: int) -> Plan:
+    """Choose between rows one by one, in blocks and columns, and cut the work into pieces."""
+    outer, n, inner = layout
+    lanes = 64 // compute.itemsize
+    exact = dtype.itemsize == compute.itemsize
+    if inner > 1:
+        vectors = VECTORS if n * VECTORS * 64 <= TILE else 1
+        height = lanes * min(vectors, -(-inner // lanes))
+        entries, groups, size = COLUMNS, outer * -(-inner // height), n * min(height, inner)
+        room = tiles * n * height
+    elif n * compute.itemsize < SHORT:
+        height = VECTORS * lanes
+        entries, groups, size = BLOCKS, -(-outer // height), n * height
+        inner, room = outer, height * lanes + (0 if exact else size)
+    else:
+        entries, groups, size, height, inner = ROWS, outer, n, 1, outer
+        room = _long.space.py_func(n) + (0 if exact else n)
+    room += size_of_values.py_func(height) + lanes  # the last ones to align it
+    step = groups
+    if groups * size * dtype.itemsize >= THREADED:
+        step = max(1, PIECE // (size * dtype.itemsize))
+    return Plan(entries, (n, inner, height), room, step, groups)
+
+
+def compute_dtype(dtype: Any) -> Any:
+    """Return what an array of a dtype is computed in."""
+    return _DOUBLE if dtype.itemsize == 8 else _SINGLE
+
+
+_SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
+
+
+def run(
+    operation: str, arrays: tuple[Any, ...], numbers: tuple[Any, ...], planned: Plan, compute: Any
+) -> None:
+    """Run a compiled function on every piece: each thread calls it once."""
+    entry = planned.entries[operation]
+    counter = np.zeros(1, np.int64)
+
+    def work(groups: int) -> None:
+        room = np.empty(planned.room, compute)
+        entry(arrays, numbers, planned.shape, room, counter, planned.step, groups)
+
+    if planned.step >= planned.groups:
+        work(planned.groups)
+        return
+    work(0)  # compiles, where that is to be done, and takes a piece that there is not
+    counter[0] = 0
+    _threads.run(work, [planned.groups] * min(planned.pieces, _threads.limit()))
+
+
+def _run(
+    operation: str, arrays: tuple[Any, ...], number: Any, layout: Layout, tiles: int = 1
+) -> None:
+    dtype = arrays[0].dtype
+    compute = compute_dtype(dtype)
+    run(operation, arrays, (number,), plan(layout, dtype, compute, tiles), compute)
+
+
+def softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
+    """One read of the array and one write of its size."""
+    t = prepared(temperature, compute_dtype(x.dtype).type)
+    _run("softmax", (x, out), t, layout)
+
+
+def log_softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
+    """One read and one write."""
+    t = prepared(temperature, compute_dtype(x.dtype).type)
+    _run("log_softmax", (x, out), t, layout)
+
+
+def logsumexp(x: Any, out: Any, layout: Layout) -> None:
+    """One read."""
+    _run("logsumexp", (x, out), 0, layout)
+
+
+def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout) -> None:
+    """Two reads and one write."""
+    _run("softmax_vjp", (y, dy, out), 0, layout, tiles=2)
+
+
+def log_softmax_vjp(log_y: Any, dy: Any, out: Any, layout: Layout, masked: bool = True) -> None:
+    """Two reads and one write. What a mask left at -inf passes no gradient on; a logit does."""
+    left_out = math.inf if masked else math.nan  # which nothing is equal to
+    _run("log_softmax_vjp", (log_y, dy, out), left_out, layout, tiles=2)
+
+
+def losses(
+    x: Any, labels: Any, layout: Layout, loss: Loss, each: Any, grad: Any, mean: bool
+) -> tuple[float, float, int]:
+    """Return the sum of the losses, that of the labels' weights, and how many labels are wrong.
+
+    `labels` are int64, in the order of the rows. Every loss goes to `each` and the gradient of
+    the sum, or of the mean, to `grad`, unless they are None. One read of the logits, and a write
+    of the gradient's size.
+    """
+    compute = compute_dtype(x.dtype)
+    weighted = loss.weight is not None
+    w = np.ascontiguousarray(loss.weight) if weighted else np.ones(1, compute)
+    w = w if w.flags.writeable else w.copy()
+    flags = WEIGHTED * weighted | IGNORING * (loss.ignore is not None) | EACH * (each is not None)
+    ignore = 0 if loss.ignore is None else loss.ignore
+    scale = 1.0
+    if mean and grad is not None:
+        divisor = float(layout.rows)
+        if flags & (WEIGHTED | IGNORING):
+            divisor = scan(labels, w, layout.n, flags, ignore)
+        scale = 1.0 / divisor if divisor else 0.0
+    # Without smoothing no class but the label's counts, whatever its weight.
+    classes = 0.0
+    if loss.smoothing:
+        classes = float(np.sum(w, dtype=np.float64)) if weighted else float(layout.n)
+    options = np.asarray([loss.smoothing, loss.z, classes, scale])
+    each = np.empty(1, compute) if each is None else each
+    planned = plan(layout, x.dtype, compute, 1 if grad is None else 2)
+    sums = np.empty((planned.pieces, 3))
+    arrays, numbers = (x, labels, each, w, options, sums), (flags, ignore)
+    if grad is None:
+        run("cross_entropy", arrays, numbers, planned, compute)
+    else:
+        run("cross_entropy_value_and_grad", (*arrays, grad), numbers, planned, compute)
+    if len(sums) == 1:
+        total, weight, wrong = sums[0].tolist()
+        return total, weight, int(wrong)
+    return _sum(sums[:, 0]), _sum(sums[:, 1]), int(sums[:, 2].sum())
+
+
+def _sum(parts: Any) -> float:
+    """Return the sum of the pieces' sums, in their order."""
+    try:
+        return math.fsum(parts)
+    except (ValueError, OverflowError):  # infinities of both signs, or one on the way
+        return float(sum(parts))

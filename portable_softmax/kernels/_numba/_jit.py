@@ -1,0 +1,118 @@
+"""How the functions here are compiled, and where the result is kept.
+
+`function` is for what is inlined into an entry, `entry` for what Python calls. Entries are kept on
+disk as Numba keeps its own, but Numba stamps a cached function with the file that it is written in,
+and an entry is made of all files of this folder: here it is stamped with the contents of them all.
+A folder that cannot be written is passed over for the user's own; without one either, entries are
+compiled in each process. An unreadable or broken file counts as missing.
+
+Numba's cache classes are not public: their names stand in `_cache_class` and nowhere else. Where
+one is missing, nothing is kept on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from numba import njit
+from numba.core import caching, config
+
+HERE = Path(__file__).resolve().parent
+
+INLINED = {"nogil": True, "error_model": "numpy", "forceinline": True}
+function = njit(**INLINED)
+_entry = njit(nogil=True, error_model="numpy")
+
+
+def entry(name: str) -> Callable[[Any], Any]:
+    """Return the decorator of a function that Python calls; `name` is unique among them."""
+
+    def compiled(python_function: Any) -> Any:
+        dispatcher = _entry(python_function)
+        with suppress(AttributeError, TypeError, NotImplementedError):
+            if folder() is not None:
+                dispatcher._cache = _cache_class()(python_function, name)
+        return dispatcher
+
+    return compiled
+
+
+@cache
+def stamp() -> str:
+    """Return a digest of every source file here; Numba adds its own version and the CPU."""
+    digest = hashlib.sha256()
+    for path in sorted(HERE.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+@cache
+def folder() -> str | None:
+    """Return the first folder that can be written."""
+    candidates = [HERE / "__pycache__"]
+    if config.CACHE_DIR:
+        candidates = [Path(config.CACHE_DIR) / "portable_softmax"]
+    elif hasattr(caching, "AppDirs"):
+        candidates += [
+            Path(caching.AppDirs("numba", appauthor=False).user_cache_dir, "portable_softmax")
+        ]
+    else:
+        candidates += [Path.home() / ".cache" / "portable_softmax"]
+    for path in candidates:
+        with suppress(OSError):
+            path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+            return str(path)
+    return None
+
+
+@cache
+def _cache_class() -> Any:
+    """Return Numba's cache of one function, stamped as above."""
+
+    class Locator(caching._CacheLocator):  # type: ignore[misc]
+        def get_cache_path(self) -> str:
+            return folder() or ""
+
+        def get_source_stamp(self) -> str:
+            return stamp()
+
+        def get_disambiguator(self) -> str:
+            return "kernel"
+
+    class Files(caching.FunctionCache):  # type: ignore[misc]
+        def __init__(self, python_function: Any, name: str) -> None:
+            class Implementation(caching.FunctionCache._impl_class):  # type: ignore[misc]
+                def __init__(self, _: Any) -> None:
+                    self._locator = Locator()
+                    self._lineno = 0
+                    self._filename_base = self.get_filename_base(name, "")
+
+            self._impl_class = Implementation
+            super().__init__(python_function)
+
+        def _index_key(self, sig: Any, codegen: Any) -> Any:
+            # Numba hashes the code and what its closure holds: the stamp covers both.
+            return sig, codegen.magic_tuple()
+
+        def load_overload(self, sig: Any, target_context: Any) -> Any:
+            try:
+                return super().load_overload(sig, target_context)
+            except Exception:  # whatever a file of another version or half a file may raise
+                return None
+
+        def save_overload(self, sig: Any, data: Any) -> None:
+            try:
+                super().save_overload(sig, data)
+            except Exception:  # such as a full disk, or a file that is broken: begin it anew
+                with suppress(Exception):
+                    self.flush()
+                    super().save_overload(sig, data)
+
+    return Files

@@ -1,0 +1,185 @@
+"""Arrays as pointers, and single numbers.
+
+Rows are read through pointers: no wrap-around of indices to check, so that loops vectorise, and
+16-bit numbers become float32 as they are loaded. NumPy's float16 arrives as uint16 and bfloat16
+as int16, the same bits under dtypes that Numba passes quickly. The integer 0 in place of a pointer
+stands for nowhere: nothing is stored there.
+
+Numba's `fastmath` would mark every operation of a function. Here only `plus` may be reordered, so
+that differences whose rounding error is put back stay as they are written.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from portable_softmax.kernels._numba._jit import function
+
+# What a dtype is computed in.
+COMPUTE = {
+    types.float32: types.float32,
+    types.float64: types.float64,
+    types.uint16: types.float32,
+    types.int16: types.float32,
+}
+FLOAT = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
+I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+
+
+# --------------------------------------------------------------------------- pointers
+
+
+@intrinsic
+def pointer(typing, array):
+    """The address of an array's first element."""
+
+    def generate(context, builder, signature, args):
+        return cgutils.create_struct_proxy(array)(context, builder, args[0]).data
+
+    return types.CPointer(array.dtype)(array), generate
+
+
+@intrinsic
+def either(typing, p, scratch):
+    """`p` if its numbers are those of the computation, else `scratch`, known when compiling."""
+    first = COMPUTE[p.dtype] == p.dtype
+    chosen = p if first else scratch
+    return chosen(p, scratch), lambda context, builder, sig, args: args[0 if first else 1]
+
+
+@intrinsic
+def ahead(typing, p, n):
+    """``p + n``; nowhere stays nowhere, and a number that stands for an array of it stays, too."""
+    if isinstance(p, (types.Integer, types.Float)):
+        return p(p, types.intp), lambda context, builder, signature, args: args[0]
+
+    def generate(context, builder, signature, args):
+        return builder.gep(args[0], [args[1]])
+
+    return p(p, types.intp), generate
+
+
+@intrinsic
+def aligned(typing, p):
+    """The first place from `p` on where a vector takes one line of the cache, not parts of two."""
+
+    def generate(context, builder, signature, args):
+        address = builder.add(builder.ptrtoint(args[0], I64), I64(63))
+        return builder.inttoptr(builder.and_(address, I64(-64)), args[0].type)
+
+    return p(p), generate
+
+
+@intrinsic
+def take_next(typing, counter):
+    """Add 1 to the integer at `counter`, which other threads add to as well; return it before."""
+
+    def generate(context, builder, signature, args):
+        return builder.atomic_rmw("add", args[0], I64(1), "monotonic")
+
+    return types.int64(counter), generate
+
+
+# --------------------------------------------------------------------------- half types
+
+
+def widened(builder, element, value):
+    """A number or vector as it is stored in the dtype that it is computed in."""
+    if element == types.uint16:
+        half = builder.bitcast(value, _like(value, ir.HalfType()))
+        return builder.fpext(half, _like(value, ir.FloatType()))
+    if element == types.int16:
+        bits = builder.shl(builder.zext(value, _like(value, I32)), _constant(value, I32, 16))
+        return builder.bitcast(bits, _like(value, ir.FloatType()))
+    return value
+
+
+def narrowed(builder, element, value):
+    """A number or vector as it is computed, rounded to the dtype that it is stored in."""
+    if element == types.uint16:
+        half = builder.fptrunc(value, _like(value, ir.HalfType()))
+        return builder.bitcast(half, _like(value, I16))
+    if element == types.int16:
+        # To nearest, ties to even; a nan keeps its upper bits and stays one.
+        bits = builder.bitcast(value, _like(value, I32))
+        upper = builder.lshr(bits, _constant(value, I32, 16))
+        odd = builder.and_(upper, _constant(value, I32, 1))
+        rounded = builder.add(bits, builder.add(odd, _constant(value, I32, 0x7FFF)))
+        is_nan = builder.fcmp_unordered("uno", value, value)
+        quiet = builder.or_(bits, _constant(value, I32, 0x400000))
+        bits = builder.select(is_nan, quiet, rounded)
+        upper = builder.lshr(bits, _constant(value, I32, 16))
+        return builder.trunc(upper, _like(value, I16))
+    return value
+
+
+def _like(value, scalar):
+    kind = value.type
+    return ir.VectorType(scalar, kind.count) if isinstance(kind, ir.VectorType) else scalar
+
+
+def _constant(value, scalar, number):
+    kind = _like(value, scalar)
+    return ir.Constant(kind, [number] * kind.count if kind is not scalar else number)
+
+
+# --------------------------------------------------------------------------- numbers
+
+
+@intrinsic
+def load(typing, p, j):
+    """``p[j]``, in the dtype of the computation."""
+
+    def generate(context, builder, signature, args):
+        return widened(builder, p.dtype, builder.load(builder.gep(args[0], [args[1]])))
+
+    return COMPUTE[p.dtype](p, types.intp), generate
+
+
+@intrinsic
+def store(typing, p, j, value):
+    """``p[j] = value``, rounded once."""
+
+    def generate(context, builder, signature, args):
+        builder.store(narrowed(builder, p.dtype, args[2]), builder.gep(args[0], [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(p, types.intp, COMPUTE[p.dtype]), generate
+
+
+@function
+def copy(p, o, n):
+    """Copy n numbers."""
+    for j in range(n):
+        store(o, j, load(p, j))
+
+
+@function
+def fill(o, n, number):
+    """Write one number n times."""
+    for j in range(n):
+        store(o, j, typed(o, number))
+
+
+@intrinsic
+def typed(typing, p, number):
+    """Return a number in the dtype that ``p[j]`` is computed in."""
+    kind = COMPUTE[p.dtype]
+
+    def generate(context, builder, signature, args):
+        return context.cast(builder, args[1], types.float64, kind)
+
+    return kind(p, types.float64), generate
+
+
+@intrinsic
+def plus(typing, a, b):
+    """``a + b``, in any order of a sum."""
+
+    def generate(context, builder, signature, args):
+        return builder.fadd(*args, flags=("reassoc", "nsz"))
+
+    return a(a, a), generate

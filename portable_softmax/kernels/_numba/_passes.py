@@ -1,0 +1,233 @@
+"""Passes over one row in consecutive memory: a main loop over whole vectors and a masked tail.
+
+`p` points to the row and `n` is its length. What a pass returns is a vector, whose lanes are still
+to be reduced: to one number where the row is one of logits, not at all where each lane is a row of
+its own, as in `_columns`. What is known of a row beforehand may be a number or such a vector.
+
+Sums of exps are UP times as large as they are called, and `t` is the temperature: see `_exp`.
+"""
+
+from __future__ import annotations
+
+import math
+
+from portable_softmax.kernels._numba._compensation import added, settled
+from portable_softmax.kernels._numba._exp import UP, careful_exp_up, exp, exp_up, exponent
+from portable_softmax.kernels._numba._jit import function
+from portable_softmax.kernels._numba._vectors import (
+    lanes,
+    larger,
+    prefetch_to_read,
+    read,
+    splat,
+    times,
+    where_equal,
+    write,
+)
+
+# So often four vectors are added up as they come, before their sum is carried over exactly. Many
+# equal terms beside a 1 are all rounded in the same direction.
+RUN = 4
+
+
+@function
+def enough(n):
+    """Return the remainder from which on the plain sum of a row's terms is good enough.
+
+    Terms below exp(-6) then make up 1/e of the remainder at most, and the differences of the others
+    are off by half a unit in the last place of 8. What is lost is measured in units of log(1 +
+    rest), which double at log(e): many classes may all lose alike, and have to reach that.
+    """
+    return max(1.0, min(2.0, n * math.exp(-4.0)), n * math.exp(-5.0))
+
+
+@function
+def maxima(p, n):
+    """The maxima. A nan is passed over if a number follows it: it makes the sum a nan."""
+    L = lanes(p)
+    a = b = c = d = splat(p, -math.inf)
+    j = 0
+    while j + 4 * L <= n:
+        a = larger(a, read(p, j, None, 0.0))
+        b = larger(b, read(p, j + L, None, 0.0))
+        c = larger(c, read(p, j + 2 * L, None, 0.0))
+        d = larger(d, read(p, j + 3 * L, None, 0.0))
+        j += 4 * L
+    while j + L <= n:
+        a = larger(a, read(p, j, None, 0.0))
+        j += L
+    if j < n:
+        b = larger(b, read(p, j, n - j, -math.inf))
+    return larger(larger(a, b), larger(c, d))
+
+
+@function
+def exps(p, e, following, n, m, t):
+    """The sums of the exps of (x - m) / T, which go to `e` unless it is nowhere.
+
+    The row at `following` is asked for: it comes next.
+    """
+    L = lanes(p)
+    total = lost = zero = splat(p, 0.0)
+    j = 0
+    while j + 4 * L <= n:
+        s = zero
+        stop = min(j + RUN * 4 * L, n) - 4 * L
+        while j <= stop:
+            for k in range(0, 4 * L, L):
+                prefetch_to_read(following, j + k, None)
+            e0 = exp_up(exponent(read(p, j, None, 0.0), m, t))
+            e1 = exp_up(exponent(read(p, j + L, None, 0.0), m, t))
+            e2 = exp_up(exponent(read(p, j + 2 * L, None, 0.0), m, t))
+            e3 = exp_up(exponent(read(p, j + 3 * L, None, 0.0), m, t))
+            write(e, j, e0, None)
+            write(e, j + L, e1, None)
+            write(e, j + 2 * L, e2, None)
+            write(e, j + 3 * L, e3, None)
+            s = s + ((e0 + e1) + (e2 + e3))
+            j += 4 * L
+        total, lost = added(total, lost, s)
+    s = zero
+    while j + L <= n:
+        e0 = exp_up(exponent(read(p, j, None, 0.0), m, t))
+        write(e, j, e0, None)
+        s = s + e0
+        j += L
+    if j < n:
+        e0 = exp_up(exponent(read(p, j, n - j, -math.inf), m, t))
+        write(e, j, e0, n - j)
+        s = s + e0
+    total, lost = added(total, lost, s)
+    return total + lost
+
+
+@function
+def careful_sums(p, n, m, t):
+    """The sums of the exps below the maximum, each to its last digits, and how many equal it."""
+    L = lanes(p)
+    up, one = splat(p, UP), splat(p, 1.0)
+    total = lost = count = zero = splat(p, 0.0)
+    j = 0
+    while j + L <= n:
+        s = zero
+        stop = min(j + RUN * L, n) - L
+        while j <= stop:
+            e = careful_exp_up(read(p, j, None, 0.0), m, t)
+            s = s + where_equal(e, up, zero, e)
+            count = count + where_equal(e, up, one, zero)
+            j += L
+        total, lost = added(total, lost, s)
+    if j < n:
+        e = careful_exp_up(read(p, j, n - j, -math.inf), m, t)
+        total, lost = added(total, lost, where_equal(e, up, zero, e))
+        count = count + where_equal(e, up, one, zero)
+    return total + lost, count
+
+
+def _sums_of(term):
+    """Return the pass that sums ``term(p[j], q[j], numbers)``."""
+
+    @function
+    def sums(p, q, n, numbers):
+        L = lanes(p)
+        total = lost = zero = splat(p, 0.0)
+        j = 0
+        while j + L <= n:
+            s = zero
+            stop = min(j + RUN * L, n) - L
+            while j <= stop:
+                s = s + term(read(p, j, None, 0.0), read(q, j, None, 0.0), numbers)
+                j += L
+            total, lost = added(total, lost, s)
+        if j < n:
+            s = term(read(p, j, n - j, 0.0), read(q, j, n - j, 0.0), numbers)
+            total, lost = added(total, lost, s)
+        return settled(total, lost)
+
+    return sums
+
+
+def _writing(entry):
+    """Return the pass that writes ``entry(p[j], q[j], numbers)`` to `o`, which may be `p`."""
+
+    @function
+    def write_row(p, q, o, n, numbers):
+        L = lanes(p)
+        j = 0
+        while j + L <= n:
+            v = entry(read(p, j, None, 0.0), read(q, j, None, 0.0), numbers)
+            write(o, j, v, None)
+            j += L
+        if j < n:
+            v = entry(read(p, j, n - j, 0.0), read(q, j, n - j, 0.0), numbers)
+            write(o, j, v, n - j)
+
+    return write_row
+
+
+@function
+def counted(log_y, dy, numbers):
+    """`dy`, 0 where log_y is +-left_out."""
+    zero, left_out = dy - dy, numbers[0]
+    return where_equal(log_y, left_out, zero, where_equal(log_y, -left_out, zero, dy))
+
+
+@function
+def _product(y, dy, numbers):
+    return y * dy
+
+
+@function
+def _gap(x, w, numbers):
+    return times(w, numbers[0] - x)
+
+
+@function
+def _probability(e, _, numbers):
+    factor, inverse = numbers
+    return e * factor * inverse
+
+
+@function
+def _sparse(e, _, numbers):
+    factor, down, a = numbers
+    return e * factor * down * a
+
+
+@function
+def _log(x, _, numbers):
+    m, t, log = numbers
+    return exponent(x, m, t) - log
+
+
+@function
+def _softmax_vjp(y, dy, numbers):
+    return y * (dy - numbers[0])
+
+
+@function
+def _log_softmax_vjp(log_y, dy, numbers):
+    return counted(log_y, dy, numbers) - exp(log_y) * numbers[1]
+
+
+@function
+def _dense(e, w, numbers):
+    factor, down, share, a, rest, inverse = numbers
+    return gradient_entry(e * factor * down, a, share * w, rest, inverse)
+
+
+@function
+def gradient_entry(e, a, q, rest, inverse):
+    """p A - q for the exp e of a class, without its cancellation; see `_losses`."""
+    return ((e * a - q) - q * rest) * inverse
+
+
+products = _sums_of(_product)  # of y * dy
+gradients = _sums_of(counted)  # of what counts of dy; numbers = (left_out,)
+gaps = _sums_of(_gap)  # of w_j (m - x_j); numbers = (m,)
+write_logs = _writing(_log)  # (x - m) / T - log; numbers = (m, t, log)
+write_softmax_vjp = _writing(_softmax_vjp)  # y * (dy - s); numbers = (s,)
+write_log_softmax_vjp = _writing(_log_softmax_vjp)  # dy - exp(log_y) * s; numbers = (left_out, s)
+# Of exps, whose factor is the first number: the probabilities, and the gradients of a loss, where
+# each class has a share of the target or only the label has, which is not written here.
+write_probabilities, write_dense, write_sparse = map(_writing, (_probability, _dense, _sparse))

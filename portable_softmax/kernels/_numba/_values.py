@@ -1,0 +1,28 @@
+"""The values of a group of rows: what there is one of for each row. Those of a kind are together."""
+
+from __future__ import annotations
+
+from portable_softmax.kernels._numba._jit import function
+from portable_softmax.kernels._numba._memory import ahead
+
+MAX, REST, WEIGHT, LOGIT, LOSS, GAPS, SLOPE, FACTOR = range(8)
+# Kinds that take the place of one that is not needed at the same time.
+LOGSUMEXP, SUM, LABEL_GRADIENT, SHARE, COUNT = MAX, REST, LOGIT, GAPS, SLOPE
+
+
+@function
+def values(room, kind, height):
+    """Where the values of a kind are."""
+    return ahead(room, kind * height)
+
+
+@function
+def size_of_values(height):
+    """How many numbers the values take, in whole lines of the cache."""
+    return (8 * height + 15) // 16 * 16
+
+
+@function
+def after_values(room, height):
+    """Where the values end."""
+    return ahead(room, size_of_values(height))
