@@ -268,6 +268,15 @@ def ignore_index(value: Any, indices: bool) -> int | None:
         ) from None
 
 
+def known_length(name: str, x: Any, axis: int) -> None:
+    """Check that the length of an axis is known, as it is not in Dask after a boolean filter."""
+    if x.shape[axis] != x.shape[axis]:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, expected a known number of classes along axis "
+            f"{axis}: call {name}.compute_chunk_sizes() first"
+        )
+
+
 # --------------------------------------------------------------------------- labels
 
 

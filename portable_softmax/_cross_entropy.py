@@ -209,6 +209,8 @@ def _answer(
     _checks.companion("labels", labels, "logits", logits, library)
     at = _checks.one_axis(axis, logits.ndim)
     indices = _checks.labels_are_indices(logits, labels, at, library)
+    if library.chunked and (indices or weight is not None or label_smoothing != 0.0):
+        _checks.known_length("logits", logits, at)
     compute_dtype, result_dtype = dtype.computed or library.compute_dtype(logits)
     options, given = PLAIN_LOSS, NONE_GIVEN
     tracing = library.tracing(logits, labels)

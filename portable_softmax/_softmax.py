@@ -401,6 +401,7 @@ def softmax_jacobian(y: ArrayT, /, *, axis: int = -1) -> ArrayT:
     library, dtype = _checks.array("y", y)
     _checks.floating("y", y, library)
     axes = (_checks.one_axis(axis, y.ndim),)
+    _checks.known_length("y", y, axes[0])
     compute_dtype, result_dtype = dtype.computed or library.compute_dtype(y)
     request = Request(
         "softmax_jacobian", library, y, dtype.name, axes, compute_dtype, result_dtype,

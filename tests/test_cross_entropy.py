@@ -213,3 +213,15 @@ def test_weight_of_another_dtype(xp):
     assert_like(xp, loss, (), "float32")
     same = ps.cross_entropy(x, labels, weight=xp.asarray([1.0, 2.0, 3.0, 4.0]))
     np.testing.assert_array_equal(xp.numpy(loss), xp.numpy(same))
+
+
+def test_a_weight_that_the_dtype_cannot_hold(xp):
+    """1e300 is infinite in float32, without a warning, and counts where a label names its class."""
+    x, labels = xp.asarray(LOGITS, "float32"), np.asarray([2, 0, 0, 2])
+    weight = xp.asarray([1.0, 1e300, 2.0, 1.0])
+    with np.errstate(all="raise"):
+        loss = ps.cross_entropy(x, xp.asarray(labels), weight=weight, reduction="none")
+    expected = ps.cross_entropy(LOGITS, labels, weight=WEIGHT * 0 + [1, 1, 2, 1], reduction="none")
+    assert_close(xp, loss, expected, "float32")
+    loss = ps.cross_entropy(x, xp.asarray(labels * 0 + 1), weight=weight, reduction="sum")
+    assert_close(xp, loss, np.inf, "float32")

@@ -86,6 +86,73 @@ def test_unknown_chunk_sizes_along_the_batch(da, xp, computes_nothing):
         assert_allclose(xp.numpy(actual), expected, rtol=1e-12, atol=1e-15)
 
 
+FILTERS = {
+    "an empty chunk": [0, 0, 0, 1, 1, 0, 1, 1],
+    "an empty chunk in the middle": [1, 0, 1, 0, 0, 0, 1, 0],
+    "nothing but empty chunks": [0] * 8,
+}
+
+
+@pytest.mark.parametrize("kept", FILTERS.values(), ids=FILTERS)
+def test_a_filter_that_leaves_an_empty_chunk(da, xp, computes_nothing, kept):
+    kept = np.asarray(kept, bool)
+    weight = np.arange(1.0, 13.0)
+
+    def outputs(x, labels, weight):
+        mask = x > -1.0
+        for f in (ps.softmax, ps.log_softmax):
+            yield from (f(x, axis=axis) for axis in (1, 0, None, (0, 1)))
+            yield f(x, axis=0, where=mask, temperature=0.7)
+        for axis in (1, 0, None):
+            yield ps.logsumexp(x, axis=axis, keepdims=axis == 0)
+            yield from ps.logsumexp(x, axis=axis, b=x, where=mask, return_sign=True)
+            yield ps.logsumexp(x * 1j, axis=axis)
+            yield from (f(x, x, axis=axis) for f in (ps.softmax_vjp, ps.log_softmax_vjp))
+        yield ps.softmax_jacobian(x)
+        for reduction in ("mean", "sum", "none"):
+            for options in (
+                {},
+                {"weight": weight, "ignore_index": 6},
+                {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0},
+            ):
+                options = {"reduction": reduction, **options}
+                yield ps.cross_entropy(x, labels, **options)
+                yield from ps.cross_entropy_value_and_grad(x, labels, **options)
+            yield ps.cross_entropy(x, x, reduction=reduction)
+            layer = ps.SoftmaxWithLoss(reduction=reduction, ignore_index=6)
+            loss = layer.forward(x, labels)
+            yield from (layer.y, layer.backward(loss))
+
+    x, labels, some = da.from_array(TABLE, (3, 5)), da.from_array(LABELS, 3), da.from_array(kept, 3)
+    expected = outputs(TABLE[kept], LABELS[kept], weight)
+    for actual, e in zip(
+        outputs(x[some], labels[some], da.from_array(weight)), expected, strict=True
+    ):
+        actual = xp.numpy(actual)
+        assert actual.shape == e.shape
+        assert_allclose(actual, e, rtol=1e-11, atol=1e-14)
+
+
+def test_an_unknown_number_of_classes(da):
+    """What only sums over the classes needs no number; what counts them asks for it."""
+    x = da.from_array(TABLE, (3, 5))[:, da.from_array(TABLE[0] > 0, 5)]
+    labels = da.from_array(LABELS, 3)
+    remedy = r"\(8, nan\), expected a known number .* axis 1: call .*compute_chunk_sizes\(\)"
+    with pytest.raises(ValueError, match=remedy):
+        ps.softmax_jacobian(x)
+    for given, options in (
+        (labels, {}),
+        (x, {"label_smoothing": 0.1}),
+        (x, {"weight": da.from_array(np.ones(3))}),
+    ):
+        with pytest.raises(ValueError, match=remedy):
+            ps.cross_entropy(x, given, **options)
+    known = x.compute_chunk_sizes()
+    expected = ps.cross_entropy(TABLE[:, TABLE[0] > 0], LABELS % 2)
+    actual = ps.cross_entropy(known, labels % 2)
+    assert_allclose(actual.compute(scheduler="synchronous"), expected)
+
+
 @pytest.mark.parametrize("along", ["batch", "classes"])
 @pytest.mark.parametrize(
     "name",

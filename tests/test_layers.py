@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from asserts import assert_close, assert_like
@@ -115,3 +117,46 @@ def test_half_types_keep_their_dtype(xp):
         assert_like(xp, loss, (), dtype)
         assert_like(xp, layer.y, (1, 2), dtype)
         assert_like(xp, layer.backward(loss), (1, 2), dtype)
+
+
+@pytest.mark.parametrize(
+    "dout",
+    [2, 2.0, np.float64(2), np.float32(2), np.float16(2), np.int64(2), Fraction(2)],
+    ids=lambda dout: type(dout).__name__,
+)
+def test_a_number_as_upstream_gradient_keeps_the_dtype(xp, dout):
+    """NumPy's scalars would promote."""
+    for dtype in ("float32", "float64", *xp.halves):
+        layer = ps.SoftmaxWithLoss()
+        layer.forward(xp.asarray([[0.0, 0.0]], dtype), xp.asarray([0]))
+        assert_close(xp, layer.backward(dout), [[-1.0, 1.0]], dtype)
+
+
+def test_an_array_as_upstream_gradient_keeps_the_dtype(xp):
+    layer = ps.SoftmaxWithLoss()
+    layer.forward(xp.asarray([[0.0, 0.0]], "float32"), xp.asarray([0]))
+    for dtype in ("float64", "int64"):
+        assert_close(xp, layer.backward(xp.asarray(2, dtype)), [[-1.0, 1.0]], "float32")
+    with pytest.raises(ValueError, match="dout is beyond the range of a float"):
+        layer.backward(10**400)
+
+
+def test_longdouble_keeps_the_digits_of_a_scalar():
+    layer = ps.SoftmaxWithLoss()
+    layer.forward(np.zeros((1, 2), np.longdouble), np.asarray([0]))
+    third = np.longdouble(1) / 3
+    np.testing.assert_array_equal(layer.backward(third), [[-third / 2, third / 2]])
+
+
+def test_a_masked_class_has_no_gradient_whatever_follows(xp):
+    mask = xp.asarray([[True, True, False]])
+    layer = ps.SoftmaxWithLoss(where=mask)
+    layer.forward(xp.asarray([[0.0, 0.0, 0.0]]), xp.asarray([0]))
+    assert_close(xp, layer.backward(np.inf), [[-np.inf, np.inf, 0.0]])
+
+
+def test_a_softcap_beyond_the_range(xp):
+    layer = ps.SoftmaxWithLoss(softcap=1e300)
+    layer.forward(xp.asarray([[0.0, 0.0]], "float32"), xp.asarray([0]))
+    assert_close(xp, layer.y, [[0.5, 0.5]], "float32")
+    assert_close(xp, layer.backward(), [[-0.5, 0.5]], "float32")

@@ -5,12 +5,17 @@ The first line of each docstring is the row: `case | answer`.
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
+import reference
 from asserts import assert_close, assert_like
+from mpmath import mp, mpf
 from numpy.testing import assert_array_equal
 
 import portable_softmax as ps
+from portable_softmax import kernels
 
 INF, NAN = np.inf, np.nan
 FAMILY = (ps.softmax, ps.log_softmax)
@@ -73,6 +78,21 @@ def test_no_axis_at_all(xp):
     assert_close(xp, ps.softmax(xp.asarray(x), axis=()), np.ones((2, 2)))
     assert_close(xp, ps.log_softmax(xp.asarray(x), axis=()), np.zeros((2, 2)))
     assert_close(xp, ps.logsumexp(xp.asarray(x), axis=()), x)
+
+
+def test_no_class_at_all(xp):
+    """class axis of length 0 | every label but ignore_index is out of range"""
+    x, labels = xp.asarray(np.zeros((2, 0))), xp.asarray([-1, -1])
+    for reduction, expected in (("mean", NAN), ("sum", 0.0), ("none", [0.0, 0.0])):
+        for options in ({}, {"label_smoothing": 0.1}, {"z_loss": 0.1, "softcap": 2.0}):
+            loss, grad = ce(xp, x, labels, ignore_index=-1, reduction=reduction, **options)
+            assert_array_equal(loss, expected)
+            assert grad.shape == (2, 0)
+    if not xp.lazy:
+        with pytest.raises(IndexError, match=r"labels\[0\] is -1, outside \[0, 0\)"):
+            ps.cross_entropy(x, labels)
+    loss, _ = ce(xp, x, labels, reduction="none", check_labels=False)
+    assert_array_equal(loss, [NAN, NAN])
 
 
 # --------------------------------------------------------------------------- infinities and nan
@@ -207,6 +227,81 @@ def test_other_types_of_numpy():
     ):
         with pytest.raises(TypeError, match=r"x has dtype .*cast x to float32 or float64 first"):
             ps.softmax(values)
+
+
+def longdouble(values):
+    """Return exact numbers as longdouble, which takes two floats."""
+    high = np.asarray([float(v) for v in values])
+    low = np.asarray([float(v - mpf(h)) for v, h in zip(values, high, strict=True)])
+    return high.astype(np.longdouble) + low
+
+
+@pytest.mark.parametrize("path", ["default", "portable"])
+def test_longdouble(path):
+    """longdouble on NumPy | computed and answered in longdouble"""
+    rng = np.random.default_rng(4)
+    x = (rng.normal(size=(3, 200)) * 20).astype(np.longdouble)
+    x[0] /= 3  # digits that float64 has not
+    x[1, 0] = 300  # a confident row
+    exact = [[mpf(float(v)) + mpf(float(v - np.float64(v))) for v in row] for row in x]
+    labels = np.asarray([5, 0, 7])
+    ulp = np.finfo(np.longdouble).eps
+    by_span = (2 + 2 * float(np.ptp(x, axis=1).max())) * ulp  # what softmax keeps
+
+    def check(actual, expected, rtol=8 * ulp):
+        assert actual.dtype == np.longdouble
+        expected = longdouble(np.ravel(expected)).reshape(np.shape(actual))
+        np.testing.assert_allclose(actual, expected, rtol=rtol)
+
+    with kernels.portable() if path == "portable" else kernels.without("numba rows"):
+        for temperature in (1.0, 0.7):
+            rows = [[v / mpf(temperature) for v in row] for row in exact]
+            y, log_y = (f(x, temperature=temperature) for f in FAMILY)
+            check(y, [reference.softmax(row) for row in rows], 2 * by_span)
+            check(log_y, [reference.log_softmax(row) for row in rows])
+        check(ps.logsumexp(x, axis=1), [reference.logsumexp(row) for row in exact])
+        ones = np.ones(200, np.longdouble)
+        check(ps.logsumexp(x, axis=1, b=ones), [reference.logsumexp(row) for row in exact])
+        losses = [-reference.log_softmax(row)[k] for row, k in zip(exact, labels, strict=True)]
+        loss, grad = ps.cross_entropy_value_and_grad(x, labels, reduction="none")
+        check(loss, losses)
+        assert_array_equal(loss, ps.cross_entropy(x, labels, reduction="none"))
+        slopes = [reference.softmax(row) for row in exact]
+        for row, k in zip(slopes, labels, strict=True):
+            row[k] = -mp.fsum(v for j, v in enumerate(row) if j != k)
+        check(grad, slopes, by_span)
+        y, log_y = ps.softmax(x), ps.log_softmax(x)
+        for f, out in ((ps.softmax_vjp, y), (ps.log_softmax_vjp, log_y)):
+            assert f(out, x).dtype == np.longdouble
+        assert ps.softmax_jacobian(y).dtype == np.longdouble
+        assert ps.logsumexp(x * 1j).dtype == np.clongdouble
+        assert ps.logsumexp(x, b=1j * ones).dtype == np.clongdouble
+
+
+@pytest.mark.parametrize("dtype", [">f2", ">f4", ">f8", ">i4"])
+def test_big_endian(dtype):
+    """big-endian input | answered in native byte order"""
+    x = np.asarray([[0, 1, 2], [3, 1, 0]], dtype)
+    native = x.astype(x.dtype.newbyteorder("="))
+    labels, weight = np.asarray([0, 2], ">i8"), np.asarray([1, 2, 3], ">f4")
+    floating = dtype != ">i4"
+
+    def calls(x):
+        y = x if floating else x.astype(float)
+        yield from (f(x) for f in FAMILY)
+        yield from ps.logsumexp(x, b=weight, return_sign=True)
+        yield ps.logsumexp(x, axis=1)
+        yield ps.softmax(x[:, :0])
+        yield from (f(y, y) for f in (ps.softmax_vjp, ps.log_softmax_vjp))
+        yield ps.softmax_jacobian(y)
+        for options in ({}, {"weight": weight, "ignore_index": 2}, {"softcap": 2.0}):
+            yield from ps.cross_entropy_value_and_grad(x, labels, **options)
+        yield from ps.cross_entropy_value_and_grad(x, x)
+
+    for actual, expected in zip(calls(x), calls(native), strict=True):
+        assert actual.dtype == expected.dtype
+        assert actual.dtype.isnative
+        np.testing.assert_allclose(actual, expected, rtol=1e-3 if dtype == ">f2" else 1e-6)
 
 
 # --------------------------------------------------------------------------- what is an array
@@ -366,6 +461,77 @@ def test_options_out_of_range(xp):
             ps.cross_entropy(x, labels, **options)
 
 
+EXTREMES = (5e-324, 1e-320, 1e-310, 1e-46, 1e-40, 1e39, 1e40, 1e300, 1.7e308)
+
+
+@pytest.mark.parametrize("temperature", EXTREMES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_temperature_beyond_the_range(xp, dtype, temperature):
+    """temperature beyond the compute dtype's range | the limit: uniform, or shared by the maxima; never nan"""  # noqa: E501
+    values = [[1.0, 0.0, 1.0, -INF], [0.5, 0.5, -0.5, 0.25]]
+    x = xp.asarray(values, dtype)
+    if temperature > 1:
+        limit = [[1 / 3, 1 / 3, 1 / 3, 0.0], [0.25] * 4]
+    else:
+        limit = [[0.5, 0.0, 0.5, 0.0], [0.5, 0.5, 0.0, 0.0]]
+    assert_close(xp, ps.softmax(x, temperature=temperature), limit, dtype)
+    log_y = xp.numpy(ps.log_softmax(x, temperature=temperature))
+    rtol = 1e-6 if dtype == "float32" else 1e-14
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(np.exp(log_y), limit, rtol=rtol)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_row_that_spans_more_than_the_range(xp, dtype):
+    """x - max beyond the compute dtype's range | divided by the temperature before it overflows"""
+    largest = float(np.finfo(dtype).max)
+    x = np.asarray([[largest, -largest, 0.0]])
+    for temperature in (1.5, largest / 8, largest):
+        scaled = [mpf(v) / mpf(temperature) for v in x[0]]
+        y = ps.softmax(xp.asarray(x, dtype), temperature=temperature)
+        log_y = ps.log_softmax(xp.asarray(x, dtype), temperature=temperature)
+        expected = [[float(v) for v in reference.softmax(scaled)]]
+        assert_close(xp, y, expected, dtype)
+        with np.errstate(over="ignore"):
+            expected = np.asarray([[float(v) for v in reference.log_softmax(scaled)]])
+            expected = expected.astype(dtype)
+        assert_close(xp, log_y, expected, dtype)
+
+
+@pytest.mark.parametrize("cap", [*EXTREMES, 1e30])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_softcap_beyond_the_range(xp, dtype, cap):
+    """softcap beyond the compute dtype's range | the limit: no cap, or logits of 0; never nan"""
+    values = np.asarray([[1.0, 1e-3, 0.0], [-2.0, 30.0, 0.5]])
+    x, labels = xp.asarray(values, dtype), xp.asarray([0, 1])
+    loss, grad = ce(xp, x, labels, softcap=cap, reduction="none")
+    rtol = 1e-5 if dtype == "float32" else 1e-13
+    if cap > 1:
+        loss_without, grad_without = ce(xp, x, labels, reduction="none")
+        np.testing.assert_allclose(loss, loss_without, rtol=rtol)
+        np.testing.assert_allclose(grad, grad_without, rtol=rtol)
+    else:
+        np.testing.assert_allclose(loss, np.log(3), rtol=rtol)
+        # Only at 0 does a logit still move what is capped.
+        np.testing.assert_allclose(grad, [[0.0, 0.0, 1 / 3], [0.0] * 3], rtol=rtol)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [10**400, -(10**400), 10**5000, Fraction(10**400, 3)],
+    ids=["1e400", "-1e400", "1e5000", "Fraction"],
+)
+def test_a_number_too_large_for_a_float(xp, number):
+    """a number too large for a float | ValueError naming the argument and its range"""
+    x, labels = xp.asarray(np.zeros((2, 3))), xp.asarray([0, 1])
+    for f in FAMILY:
+        with pytest.raises(ValueError, match=r"temperature is beyond .* float, .*\(0, inf\)"):
+            f(x, temperature=number)
+    for name in ("softcap", "label_smoothing", "z_loss"):
+        with pytest.raises(ValueError, match=f"{name} is beyond the range of a float"):
+            ps.cross_entropy(x, labels, **{name: number})
+
+
 # --------------------------------------------------------------------------- labels
 
 
@@ -427,6 +593,15 @@ def test_ignore_index(xp):
     assert_array_equal(np.isnan(loss), [False, True, False])
     loss, _ = ce(xp, xp.asarray(x), unsigned, ignore_index=255, reduction="none")
     np.testing.assert_allclose(loss, [lse[0] - 2.0, 0.0, lse[2]], rtol=1e-13)
+    # As int64 it would be another number, as which labels are compared only by mistake.
+    for ignored in (2**63, 2**63 + 5, 2**64 - 1):
+        wide = xp.asarray(np.asarray([2, ignored, 0], np.uint64))
+        for weight in (None, xp.asarray(np.ones(3))):
+            loss, grad = ce(
+                xp, xp.asarray(x), wide, ignore_index=ignored, reduction="none", weight=weight
+            )
+            np.testing.assert_allclose(loss, [lse[0] - 2.0, 0.0, lse[2]], rtol=1e-13)
+            assert_array_equal(grad[1], 0.0)
 
 
 @pytest.mark.parametrize("hidden", [NAN, INF, -INF])
@@ -444,6 +619,73 @@ def test_an_ignored_row_holding_nan_or_inf(xp, hidden, smoothing):
         if weight is None:
             np.testing.assert_allclose(loss, alone, rtol=1e-15)
             np.testing.assert_allclose(grad[:1], grad_alone, rtol=1e-15)
+
+
+UPSTREAM = (INF, -INF, NAN)
+
+
+@pytest.mark.parametrize("dout", UPSTREAM)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_an_ignored_row_with_an_infinite_or_nan_upstream_gradient(xp, reduction, dout):
+    """an ignored row with an infinite or nan upstream gradient | gradient exactly 0"""
+    x = np.asarray([[0.0, 1.0, 2.0], [NAN, INF, 3.0], [1.0, 1.0, 0.0]])
+    labels = xp.asarray([0, -1, 2])
+    upstream = np.asarray([1.0, dout, 1.0] if reduction == "none" else dout)
+    for options in (
+        {},
+        {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 2.0},
+        {"weight": xp.asarray([1.0, 2.0, 3.0])},
+    ):
+        options = {"ignore_index": -1, "reduction": reduction, **options}
+        layer = ps.SoftmaxWithLoss(**options)
+        layer.forward(xp.asarray(x), labels)
+        found = [xp.numpy(layer.backward(xp.asarray(upstream)))]
+        if reduction != "none":
+            found.append(xp.numpy(layer.backward(dout)))
+        if xp.differentiates:
+            with kernels.portable():
+                found.append(differentiated(xp, x, labels, upstream, **options))
+        for grad in found:
+            assert_array_equal(grad[1], 0.0)
+            # The other rows have what they should.
+            assert np.isfinite(grad[[0, 2]]).all() == (reduction == "none")
+
+
+def differentiated(xp, x, labels, upstream, **options):
+    """Return the gradient of the loss as the library finds it by itself."""
+    if xp.library == "torch":
+        x = xp.asarray(x).requires_grad_()
+        ps.cross_entropy(x, labels, **options).backward(xp.asarray(upstream))
+        return xp.numpy(x.grad)
+    import jax
+
+    loss = lambda x: ps.cross_entropy(x, labels, check_labels=False, **options)  # noqa: E731
+    (grad,) = jax.vjp(loss, xp.asarray(x))[1](xp.asarray(upstream))
+    return xp.numpy(grad)
+
+
+@pytest.mark.parametrize("odd", UPSTREAM)
+def test_an_infinite_or_nan_weight_of_a_class_that_no_label_names(xp, odd):
+    """an infinite or nan weight of a class that no label names, without smoothing | no effect, loss and gradient finite"""  # noqa: E501
+    x = np.random.default_rng(6).normal(size=(3, 4))
+    labels = np.asarray([0, 2, 0])
+    ignored = np.asarray([0, 2, 1])  # names the class, and is ignored
+    for z_loss in (0.0, 0.1):
+        for reduction in ("mean", "sum", "none"):
+            for given, more in (
+                (labels, {}),
+                (np.eye(4)[labels], {}),
+                (np.eye(4, dtype=np.int64)[labels], {}),
+                (ignored, {"ignore_index": 1}),
+            ):
+                more = {"z_loss": z_loss, "reduction": reduction, **more}
+                calls = [
+                    ce(xp, xp.asarray(x), xp.asarray(given), weight=xp.asarray(weight), **more)
+                    for weight in ([0.5, odd, 2.0, 1.0], [0.5, 1.0, 2.0, 1.0])
+                ]
+                for actual, expected in zip(*calls, strict=True):
+                    assert np.isfinite(actual).all()
+                    np.testing.assert_allclose(actual, expected, rtol=1e-14)
 
 
 def test_all_ignored_or_weights_summing_to_0(xp):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import reference
@@ -9,6 +11,7 @@ from asserts import assert_close, assert_like
 from mpmath import mp, mpc, mpf
 
 import portable_softmax as ps
+from portable_softmax import kernels
 
 RNG = np.random.default_rng(20240607)
 ROWS = {
@@ -112,6 +115,25 @@ def test_temperature(xp, temperature):
     assert_close(xp, ps.log_softmax(xp.asarray(x), temperature=temperature), logs)
 
 
+@pytest.mark.parametrize("path", ["default", "portable"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_log_softmax_with_a_temperature_keeps_its_digits(xp, dtype, path):
+    """A quotient of 80 that is off by a unit is 80 units of a confident row's remainder."""
+    rng = np.random.default_rng(11)
+    furthest = 85 if dtype == "float32" else 700
+    for temperature in (0.1, 1 / 3, 0.7, 1.1, 3.0, np.pi, 1e-3, 1e-30, 1e20):
+        gaps = temperature * np.concatenate([[0.0], rng.uniform(0.5, 1, 5) * furthest])
+        near = temperature * np.concatenate([[0.0], rng.uniform(6, 9, 5)])
+        x = (np.stack([gaps, near]) * -1).astype(dtype)
+        with kernels.portable() if path == "portable" else nullcontext():
+            y = ps.log_softmax(xp.asarray(x), temperature=temperature)
+        actual = assert_like(xp, y, x.shape, dtype)
+        for got, row in zip(actual, x, strict=True):
+            tempered = [v / mpf(temperature) for v in reference.exact(row)]
+            with mp.workdps(700):
+                assert reference.ulps(got, reference.log_softmax(tempered)) <= 8
+
+
 def test_where(xp):
     """Masked entries take no part, whatever they hold."""
     x = np.asarray([[1.0, np.nan, 2.0, np.inf], [0.5, 3.0, -1.0, -np.inf]])
@@ -173,12 +195,33 @@ def test_logsumexp_with_weights(xp, name):
         ([-np.inf, -np.inf], [2.0, -3.0], -np.inf, 0.0),
         ([1.0, 2.0], [0.0, 0.0], -np.inf, 0.0),
         ([np.nan, 2.0], [1.0, 1.0], np.nan, np.nan),
+        # Infinite weights, as SciPy has them.
+        ([0.0, 1.0], [np.inf, 1.0], np.inf, 1.0),
+        ([0.0, 1.0], [-np.inf, 1.0], np.inf, -1.0),
+        ([0.0, 1.0], [np.inf, 0.0], np.inf, 1.0),
+        ([0.0, 1.0], [np.inf, -np.inf], np.nan, np.nan),
+        ([0.0, -np.inf], [np.inf, np.inf], np.nan, np.nan),
+        ([0.0, -np.inf], [np.inf, 1.0], np.inf, 1.0),
+        ([0.0, np.nan], [np.inf, 1.0], np.nan, np.nan),
+        ([0.0, np.inf], [np.inf, 1.0], np.inf, 1.0),
+        ([0.0, np.inf], [-np.inf, 1.0], np.nan, np.nan),
+        ([0.0, np.inf], [1.0, -np.inf], np.inf, -1.0),
+        ([0.0, 1.0], [np.nan, 1.0], np.nan, np.nan),
     ],
 )
 def test_logsumexp_with_weights_at_the_edges(xp, x, b, value, sign):
     actual = ps.logsumexp(xp.asarray(x), b=xp.asarray(b), return_sign=True)
     assert_close(xp, actual[0], value)
     assert_close(xp, actual[1], sign)
+    plain = ps.logsumexp(xp.asarray(x), b=xp.asarray(b))
+    assert_close(xp, plain, np.nan if sign < 0 else value)
+
+
+def test_an_infinite_weight_changes_no_other_row(xp):
+    x = RNG.normal(size=(2, 3))
+    b = np.asarray([[1.0, 2.0, 3.0], [1.0, np.inf, 3.0]])
+    actual = ps.logsumexp(xp.asarray(x), axis=1, b=xp.asarray(b))
+    assert_close(xp, actual, [np.log((b[0] * np.exp(x[0])).sum()), np.inf])
 
 
 def test_sign_without_weights(xp):
@@ -278,6 +321,50 @@ def test_vjps_check_their_arguments(xp):
 
 # --------------------------------------------------------------------------- sums
 
+LAYOUTS = {
+    "as given": lambda x: x,
+    "transposed": lambda x: x.T,
+    "reversed": lambda x: x[::-1, ::-1],
+    "every other row": lambda x: x[::2, ...],
+    "every other class": lambda x: x[..., ::2],
+    "axes in another order": lambda x: x.reshape(x.shape[0], 2, -1).transpose(2, 0, 1),
+    "rows repeated": lambda x: np.broadcast_to(x[:1], x.shape),
+    "columns repeated": lambda x: np.broadcast_to(x[:, :1], x.shape),
+}
+
+
+@pytest.mark.parametrize("path", ["default", "portable"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sums_keep_their_digits_in_every_layout(xp, layout, path):
+    """In Fortran order a sum over the last axis adds one entry after another: 158 units are lost.
+
+    What NumPy lays out differently comes to another library as it converts it, and torch and JAX
+    get a transposed view of their own as well.
+    """
+    if layout.startswith("columns") and xp.lazy:
+        pytest.skip("a chunk of it is an ordinary array")
+    values = np.random.default_rng(3).uniform(0, 1, size=(8, 20_000)).astype(np.float32)
+    for given in (values, np.asfortranarray(values)):
+        x = LAYOUTS[layout](given)
+        arrays = [xp.from_numpy(x)]
+        if x.ndim == 2:
+            arrays.append(xp.from_numpy(np.ascontiguousarray(x.T)).T)
+        for axis in range(x.ndim):
+            exact = x.astype(np.longdouble)
+            lse = np.log(np.exp(exact).sum(axis=axis, keepdims=True))
+            for array in arrays:
+                with kernels.portable() if path == "portable" else nullcontext():
+                    y, log_y = (f(array, axis=axis) for f in (ps.softmax, ps.log_softmax))
+                    value = ps.logsumexp(array, axis=axis, keepdims=True)
+                assert units(xp.numpy(y), np.exp(exact - lse)) <= 6
+                assert units(xp.numpy(log_y), exact - lse) <= 8
+                assert units(xp.numpy(value), lse) <= 6
+
+
+def units(actual, expected):
+    """Return the largest error in units in the last place of float32."""
+    return np.max(np.abs(actual - expected) / np.spacing(np.abs(expected).astype(np.float32)))
+
 
 @pytest.mark.slow("Triton interprets element by element", "triton")
 def test_long_columns_keep_their_digits(xp):
@@ -292,3 +379,22 @@ def test_long_columns_keep_their_digits(xp):
     y = assert_like(xp, ps.softmax(xp.asarray(x), axis=0), (n, 2), "float32")
     expected = np.exp(exact - lse)
     assert (np.abs(y - expected) <= 6 * np.spacing(expected.astype(np.float32))).all()
+
+
+# --------------------------------------------------------------------------- empty axes
+
+
+def test_an_empty_axis_stays_in_the_graph(xp, torch):
+    """The empty result is differentiated as any other, and gives an empty gradient."""
+    x = torch.zeros((2, 0, 3), requires_grad=True)
+    labels = torch.full((2, 3), -1)
+    for y in (
+        *(f(x, axis=1) for f in (ps.softmax, ps.log_softmax, ps.logsumexp)),
+        ps.logsumexp(x, axis=1, b=torch.ones(1)),
+        *ps.logsumexp(x, axis=1, return_sign=True)[:1],
+        ps.cross_entropy(x, labels, axis=1, ignore_index=-1),
+        ps.cross_entropy(x, torch.zeros((2, 0, 3)), axis=1),
+    ):
+        assert y.requires_grad
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert grad.shape == x.shape

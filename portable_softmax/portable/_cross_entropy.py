@@ -202,7 +202,7 @@ def softcapped(xp: Namespace, x: Any, cap: float) -> Any:
     """cap * tanh(x / cap)."""
     if 2.0**-60 < cap < 2.0**60:
         return cap * xp.tanh(x / cap)
-    if cap > xp.finfo(x.dtype).max:
+    if cap > float(xp.finfo(x.dtype).max):
         return x
     # Beside such a cap x / cap may underflow. There, and at 0 for every cap, this is x.
     ratio = divided(xp, x, cap)

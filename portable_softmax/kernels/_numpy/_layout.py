@@ -172,9 +172,17 @@ class Layout:
 
 
 def layout(x: Any, axes: tuple[int, ...], compute: Any) -> Layout | None:
-    """Return how `x` is cut, or None if it is not one block in memory with its axes together."""
+    """Return how `x` is cut, or None if it is not one block in memory with its axes together.
+
+    Nor are there tiles in longdouble: what is good in them is known for float32 and float64.
+    """
     first, last = min(axes), max(axes)
-    if not x.flags.c_contiguous or last - first + 1 != len(axes) or x.size == 0:
+    if (
+        compute.type not in (np.float32, np.float64)
+        or not x.flags.c_contiguous
+        or last - first + 1 != len(axes)
+        or x.size == 0
+    ):
         return None
     shape = x.shape
     before, n = math.prod(shape[:first]), math.prod(shape[first : last + 1])

@@ -75,10 +75,11 @@ def losses(request: Request, layout: Layout, labels: Any, *, with_grad: bool) ->
 
     def work(i: int, piece: Any, buffers: Buffers) -> None:
         x = layout.read(piece, buffers)
-        index = layout.positions(labels, piece).astype(np.intp)
+        given = layout.positions(labels, piece)
+        index = given.astype(np.intp)
         ignored = None
         if ignore is not None:
-            ignored = np.flatnonzero(index == ignore)
+            ignored = np.flatnonzero(given == ignore)  # before the cast, which wraps around
             index[ignored] = 0
         u = None if weight is None else weight[index]
         scale: Any = None
