@@ -54,7 +54,8 @@ def cupy(monkeypatch):
         return lambda *a, **k: function(*a, **k).view(Array)
 
     module = SimpleNamespace(
-        __name__="array_api_compat.cupy", float32=np.float32, int32=np.int32, int64=np.int64, iinfo=np.iinfo,
+        __name__="array_api_compat.cupy", float32=np.float32, int32=np.int32, int64=np.int64,
+        iinfo=np.iinfo,
         cuda=SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=0xABC)),
         expand_dims=np.expand_dims, squeeze=np.squeeze, sum=np.sum, mean=np.mean,
         where=np.where,
