@@ -229,14 +229,15 @@ def logsumexp(
     compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)
     if b is not None and library.dtype(b.dtype).kind == "complex":
         compute_dtype = result_dtype = library.complex_dtype(compute_dtype)
-    options, given = PLAIN_ROWS, NONE_GIVEN
+    options, given, tracing = PLAIN_ROWS, NONE_GIVEN, library.tracing(x)
     if b is not None or where is not None or return_sign:
+        tracing = tracing or library.tracing(*[a for a in (b, where) if a is not None])
         options = RowOptions(where=where, b=b, return_sign=bool(return_sign))
         given = active(options, PLAIN_ROWS)
     found = run(
         Request(
             "logsumexp", library, x, dtype.name, axes, compute_dtype, result_dtype,
-            library.tracing(x), options, given,
+            tracing, options, given,
         ),
         _portable_logsumexp,
     )  # fmt: skip
@@ -418,16 +419,17 @@ def _row_by_row(operation: str, x: Any, axis: Axis, where: Any, temperature: Any
     """Check the arguments of softmax or log_softmax and answer."""
     library, dtype = _checks.array("x", x)
     axes = _checks.axes(axis, x.ndim)
-    options, given = PLAIN_ROWS, NONE_GIVEN
+    options, given, tracing = PLAIN_ROWS, NONE_GIVEN, library.tracing(x)
     if where is not None or type(temperature) is not float or temperature != 1.0:
         if where is not None:
             _checks.mask(where, "x", x, library)
+            tracing = tracing or library.tracing(where)
         options = RowOptions(where, _checks.temperature(temperature))
         given = active(options, PLAIN_ROWS)
     compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)
     request = Request(
         operation, library, x, dtype.name, axes, compute_dtype, result_dtype,
-        library.tracing(x), options, given,
+        tracing, options, given,
     )  # fmt: skip
     return run(request, _portable_rows)
 

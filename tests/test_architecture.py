@@ -124,14 +124,15 @@ def test_portable_names_no_library():
         assert not names.intersection({*LIBRARIES, "np", "library"}), path.name
 
 
-# What the files of a folder of kernels may import. Those that the table names load it when used.
+# What the files of a folder of kernels may import. Modules that the table names load it when used;
+# an adapter is imported for an array of its library.
 TECHNOLOGIES = {
     "_numba": ("numba",),
     "_torch": ("torch",),
     "_jax": ("jax",),
     "_triton": ("triton", "torch", "cupy"),
 }
-ASKED = {name for k in _table.TABLE for name in (k.module, k.adapter) if name}
+ASKED = {k.module for k in _table.TABLE}
 
 
 def module(path: Path) -> str:

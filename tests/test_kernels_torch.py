@@ -638,3 +638,60 @@ print(x.grad.sum().item())
     assert explained.startswith("portable: ")
     assert f"has no torch.{PRIVATE[what]}" in explained
     assert abs(float(gradient)) < 1e-6
+
+
+# --------------------------------------------------------------------------- torch.compile
+
+
+def in_a_fresh_process(program):
+    """Run a program in which every warning is an error, and return the lines that it prints."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    "imports",
+    ["import torch, portable_softmax as ps", "import portable_softmax as ps, torch"],
+    ids=["torch first", "torch last"],
+)
+def test_the_first_call_of_all_may_be_a_traced_one(imports):
+    """It warns of nothing, and no call of another library or dtype makes it compile again."""
+    found = in_a_fresh_process(f"""
+{imports}
+import numpy as np
+from torch._dynamo.testing import CompileCounter
+counter = CompileCounter()
+compiled = torch.compile(ps.softmax, backend=counter, fullgraph=True, dynamic=True)
+x = torch.zeros(3, 4)
+compiled(x), compiled(torch.zeros(5, 6))
+print(counter.frame_count)
+ps.softmax(np.zeros((3, 4))), ps.softmax(x.double()), ps.softmax(x), compiled(x), compiled(x)
+print(counter.frame_count)
+""")
+    # Where torch comes last, tensors are unknown until a call that is not traced.
+    assert found == (["1", "1"] if imports.startswith("import torch") else ["1", "2"])
+
+
+def test_the_switches_at_the_time_of_the_trace_count(torch, xp):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(ps.softmax, backend=backend, fullgraph=True)
+    x = normal(xp)
+    with kernels.portable():
+        compiled(x)
+    compiled(x)
+    with kernels.without("numba rows"):
+        compiled(x)
+    torch.compiler.reset()
+    assert len(graphs) == 1

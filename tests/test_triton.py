@@ -13,7 +13,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import portable_softmax as ps
 from portable_softmax import kernels
-from portable_softmax.kernels import _table
+from portable_softmax.kernels import _switches
+from portable_softmax.kernels._request import LOSSES, OPERATIONS, VJPS
 
 NAME = "triton rows: rows in registers, or folded as they pass by"
 RNG = np.random.default_rng(11)
@@ -42,55 +43,61 @@ def launches(xp, monkeypatch):
 
 def arguments(xp, operation, shape=(3, 5), dtype="float32"):
     x = xp.asarray(RNG.normal(size=shape) * 3, dtype)
-    if operation in _table.LOSSES:
+    if operation in LOSSES:
         return x, xp.asarray(RNG.integers(shape[-1], size=shape[:-1]))
-    return (ps.softmax(x), x) if operation in _table.VJPS else (x,)
+    return (ps.softmax(x), x) if operation in VJPS else (x,)
 
 
 # --------------------------------------------------------------------------- which path
 
 
-@pytest.mark.parametrize("operation", _table.OPERATIONS)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_path_that_explain_names_is_taken(xp, launches, operation):
     given = arguments(xp, operation)
     launches.clear()
-    assert kernels.explain(operation, given[0]).startswith(NAME)
+    assert kernels.explain(operation, *given).startswith(NAME)
     getattr(ps, operation)(*given)
     assert len(launches) == 1
     with kernels.portable():
-        assert kernels.explain(operation, given[0]) == "portable: forced by kernels.portable()"
+        assert kernels.explain(operation, *given) == "portable: forced by kernels.portable()"
         getattr(ps, operation)(*given)
     assert len(launches) == 1
-    assert kernels.available()["triton rows"] == _table.OPERATIONS
+    assert kernels.available()["triton rows"] == OPERATIONS
 
 
-def test_what_is_refused_and_why(xp, launches, monkeypatch):
-    import portable_softmax.kernels._triton as ours
-
+def test_what_is_refused_and_why(xp, launches):
     torch = xp.xp
     x = xp.asarray(np.ones((2, 3, 4)), "float32")
-    for why, operation, array, options in (
-        ("the reduced axes are not neighbours", "softmax", x, {"axis": (0, 2)}),
-        ("the tensor is none of plain memory", "softmax", x.to_sparse(), {}),
-        ("too many classes for 32 bits", "softmax", torch.ones(1).expand(2**31), {}),
-        ("dtype int64", "softmax", x.to(torch.int64), {}),
-        ("no rows", "softmax", x[:0], {}),
-        ("a temperature of 1e-60 leaves the range of float32", "softmax", x,
+    labels, weight = torch.zeros((2, 3), dtype=torch.int64), torch.ones(4, requires_grad=True)
+    for why, operation, arrays, options in (
+        ("the reduced axes are not neighbours", "softmax", (x,), {"axis": (0, 2)}),
+        ("traced: layout torch.sparse_coo", "softmax", (x.to_sparse(),), {}),
+        ("too many classes for 32 bits", "softmax", (torch.ones(1).expand(2**31),), {}),
+        ("dtype int64", "softmax", (x.to(torch.int64),), {}),
+        ("a temperature of 1e-60 leaves the range of float32", "softmax", (x,),
          {"temperature": 1e-60}),
-        ("the tensor is on meta, not on a CUDA device", "softmax", x.to("meta"), {}),
-        ("it differentiates through a gradient", "cross_entropy_value_and_grad",
-         x.clone().requires_grad_(), {}),
-        ("it differentiates with respect to labels or weights", "cross_entropy", x,
-         {"weight": torch.ones(4, requires_grad=True), "labels": torch.zeros(2, 3)}),
+        ("a softcap of 1e+40 leaves the range of float32", "cross_entropy", (x, labels),
+         {"softcap": 1e40}),
+        ("device meta", "softmax", (x.to("meta"),), {}),
+        ("labels or weights that require gradients", "cross_entropy", (x, labels),
+         {"weight": weight}),
     ):  # fmt: skip
-        explained = kernels.explain(operation, array, **options)
-        assert explained.startswith("portable: ")
-        assert explained.endswith(f"not triton rows: {why}")
-    monkeypatch.setattr(ours, "INTERPRETED", False)
-    expected = "not triton rows: the tensor is on cpu, not on a CUDA device"
-    assert kernels.explain("softmax", x).endswith(expected)
-    ps.softmax(x)
+        explained = kernels.explain(operation, *arrays, **options)
+        assert not explained.startswith("triton")
+        assert f"not triton rows: {why}" in explained
     assert not launches
+
+
+def test_they_are_off_unless_they_are_asked_for(xp, launches):
+    """They have not run on a device yet."""
+    x = xp.asarray(np.ones((2, 3)))
+    with _switches.switched(asked=(), off=("numba rows", "numpy tiles")):
+        assert "off by default, see kernels.use('triton rows')" in kernels.explain("softmax", x)
+        assert not kernels.explain("softmax", x).startswith("triton")
+        ps.softmax(x)
+    assert not launches
+    with kernels.use("triton rows"):
+        assert kernels.explain("softmax", x).startswith(NAME)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -510,44 +517,94 @@ def test_first_and_second_derivatives(xp, launches, axis):
         assert launches
 
 
-def test_compiled_and_fake(xp, launches):
-    """One graph that holds the operators, as in a program that somebody compiles."""
+OPERATORS = {
+    "softmax": lambda x, t: ps.softmax(x, temperature=2.0),
+    "log_softmax, another axis": lambda x, t: ps.log_softmax(x, axis=0),
+    "logsumexp": lambda x, t: ps.logsumexp(x, axis=-1),
+    "softmax_vjp": lambda x, t: ps.softmax_vjp(ps.softmax(x), x),
+    "cross_entropy": ps.cross_entropy,
+    "options": lambda x, t: ps.cross_entropy(
+        x, t, ignore_index=1, softcap=3.0, z_loss=0.1, label_smoothing=0.1, reduction="none"
+    ),
+    "value and gradient": lambda x, t: ps.cross_entropy_value_and_grad(x.detach(), t)[1] * x,
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_torch_compile_traces_operators_once_for_all_sizes(xp, launches, name):
     import warnings
 
-    torch = xp.xp
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    x = xp.asarray(RNG.normal(size=(3, 4)), "float32")
-    labels = xp.asarray([0, 1, 3])
+    torch, function = xp.xp, OPERATORS[name]
     graphs = []
 
     def backend(graph, _):
-        graphs.append({str(n.target) for n in graph.graph.nodes if n.op == "call_function"})
+        graphs.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
         return graph.forward
 
-    def step(x):
-        probabilities = ps.softmax(x)
-        return ps.cross_entropy(x, labels) + ps.softmax_vjp(probabilities, x).sum()
-
+    torch.compiler.reset()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.compiler.reset()
-        leaf = x.clone().requires_grad_()
-        y = torch.compile(step, fullgraph=True, backend=backend)(leaf)
-        (grad,) = torch.autograd.grad(y, leaf)
-        torch.compiler.reset()
-    (found,) = graphs
-    assert {f"portable_softmax.{name}.default" for name in ("rows", "pull_back", "losses")} <= found
-    leaf = x.double().requires_grad_()
-    with kernels.portable():
-        expected = step(leaf)
-        (slope,) = torch.autograd.grad(expected, leaf)
-    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(grad.double(), slope, rtol=1e-5, atol=1e-6)
-    launches.clear()
+        warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))  # torch's own
+        step = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+        for n in (3, 5, 9):
+            x = xp.asarray(RNG.normal(size=(n, n + 2))).requires_grad_()
+            labels = xp.asarray(np.arange(n))
+            launches.clear()
+            y = step(x, labels)
+            assert launches
+            dy = xp.asarray(RNG.normal(size=tuple(y.shape)))
+            (grad,) = torch.autograd.grad(y, x, dy)
+            with kernels.portable():
+                expected = function(x, labels)
+                (slope,) = torch.autograd.grad(expected, x, dy)
+            torch.testing.assert_close(y, expected)
+            torch.testing.assert_close(grad, slope)
+    torch.compiler.reset()
+    (graph,) = graphs
+    assert "portable_softmax.value.default" in graph
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_operators_are_what_torch_takes_them_for(xp):
+    """Schemas, fakes, strides and derivatives, as torch checks them, of every operation."""
+    from portable_softmax.kernels._torch import _operators
+
+    torch = xp.xp
+    x = xp.asarray(RNG.normal(size=(3, 4, 5)))
+    labels = xp.asarray(RNG.integers(4, size=(3, 5)))
+    for operation in OPERATIONS:
+        axis = [1] if operation in LOSSES else [2]
+        for array in (x, x.transpose(0, 2).contiguous().transpose(0, 2)):
+            arrays = [array, None, labels if operation in LOSSES else None, None, None]
+            if operation in VJPS:
+                arrays[:2] = ps.softmax(array), array
+            differentiable = operation != "cross_entropy_value_and_grad"
+            arrays[0] = arrays[0].detach().requires_grad_(differentiable)
+            arguments = (*arrays, "portable_softmax.kernels._triton", operation, axis)
+            arguments += (1.0, None, 0.0, 0.0, None, "mean")
+            tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+            torch.library.opcheck(_operators._value, arguments, test_utils=tests)
+
+
+def test_compiled_code_differentiates_a_gradient_by_formula(xp, launches):
+    """value_and_grad is no operator where its gradient is differentiated: autograd traces none."""
+    torch, labels = xp.xp, xp.asarray([0, 1, 3])
+    x = xp.asarray(RNG.normal(size=(3, 4))).requires_grad_()
+
+    def step(x):
+        return ps.cross_entropy_value_and_grad(x, labels)[1].square().sum()
+
+    torch.compiler.reset()
+    (grad,) = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="eager")(x), x)
+    torch.compiler.reset()
+    assert not launches
+    torch.testing.assert_close(grad, torch.autograd.grad(step(x), x)[0])
+
+
+def test_fake_tensors_take_no_kernel(xp, launches):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     with FakeTensorMode() as mode:
-        fake = mode.from_tensor(x)
-        assert kernels.explain("softmax", fake).startswith(NAME)
+        fake = mode.from_tensor(xp.asarray(np.ones((3, 4)), "float32"))
+        assert "not triton rows: traced: a FakeTensor" in kernels.explain("softmax", fake)
         assert ps.logsumexp(fake, axis=0).shape == (4,)
-        assert ps.cross_entropy(fake, mode.from_tensor(labels)).dtype == torch.float32
     assert not launches

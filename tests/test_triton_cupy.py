@@ -8,10 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from portable_softmax import portable
 from portable_softmax.kernels import _triton
-from portable_softmax.kernels._calls import LossCall, RowsCall
+from portable_softmax.kernels._request import (
+    PLAIN_LOSS,
+    PLAIN_ROWS,
+    LossOptions,
+    Request,
+    RowOptions,
+    active,
+)
 from portable_softmax.kernels._triton import _cupy
+from portable_softmax.libraries import CLASSES
 
 
 class Device:
@@ -47,7 +54,8 @@ def cupy(monkeypatch):
         return lambda *a, **k: function(*a, **k).view(Array)
 
     module = SimpleNamespace(
-        __name__="array_api_compat.cupy", float32=np.float32, int32=np.int32, iinfo=np.iinfo,
+        __name__="array_api_compat.cupy", float32=np.float32, int32=np.int32, int64=np.int64,
+        iinfo=np.iinfo,
         cuda=SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=0xABC)),
         expand_dims=np.expand_dims, squeeze=np.squeeze, sum=np.sum, mean=np.mean,
         where=np.where,
@@ -56,6 +64,17 @@ def cupy(monkeypatch):
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module
+
+
+def request(cupy, operation, x, axis, options=None, labels=None, dtypes=("float32", "float32")):
+    """Return what a public function would make of a call."""
+    neutral = PLAIN_ROWS if labels is None else PLAIN_LOSS
+    options = options or neutral
+    compute_dtype, result_dtype = map(np.dtype, dtypes)
+    return Request(
+        operation, CLASSES["cupy"](cupy, "cupy"), x, result_dtype.name, (axis,), compute_dtype,
+        result_dtype, "", options, active(options, neutral), None, labels,
+    )  # fmt: skip
 
 
 class Kernel:
@@ -96,15 +115,14 @@ def test_strides_are_in_elements(cupy):
 
 
 def test_torch_without_cuda_in_the_process_is_a_reason(cupy, monkeypatch):
-    call = RowsCall("softmax", cupy, np.ones((2, 3), np.float32).view(Array), (1,), None, 1.0,
-                    np.dtype(np.float32), np.dtype(np.float32))  # fmt: skip
+    call = request(cupy, "softmax", np.ones((2, 3), np.float32).view(Array), 1)
     for available, why in ((True, ""), (False, "the torch in this process has none")):
         torch = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda answer=available: answer))
         monkeypatch.setitem(sys.modules, "torch", torch)
-        assert _triton.refusal(call).endswith(why)
-        assert bool(_triton.refusal(call)) == bool(why)
+        assert _triton.declines(call, False).endswith(why)
+        assert bool(_triton.declines(call, False)) == bool(why)
     monkeypatch.delitem(sys.modules, "torch")
-    assert _triton.refusal(call) == ""
+    assert _triton.declines(call, False) == ""
 
 
 # --------------------------------------------------------------------------- with Triton
@@ -126,17 +144,13 @@ def launches(cupy, monkeypatch):
 
 def test_every_argument_of_a_kernel_is_given(launches, cupy):
     """Each launch names all arguments, in the kernel's order: what is compiled takes them so."""
-    f32 = np.dtype(np.float32)
     x = np.ones((2, 3), np.float32).view(Array)
     labels = np.zeros(2, np.int64).view(Array)
-    _triton.softmax(RowsCall("softmax", cupy, x, (1,), None, 1.0, f32, f32))
+    _triton.softmax(request(cupy, "softmax", x, 1))
     mask = np.ones((1, 3), bool).view(Array)
-    _triton.softmax(RowsCall("softmax", cupy, x.T, (0,), mask.T, 2.0, f32, f32))
-    options = portable.Options(
-        weight=np.ones(3, np.float32).view(Array), ignore_index=-1, where=mask
-    )
-    name = "cross_entropy_value_and_grad"
-    call = LossCall(name, cupy, x, labels, True, 1, options, True, f32, f32)
+    _triton.softmax(request(cupy, "softmax", x.T, 0, RowOptions(where=mask.T, temperature=2.0)))
+    options = LossOptions(weight=np.ones(3, np.float32).view(Array), ignore_index=-1, where=mask)
+    call = request(cupy, "cross_entropy_value_and_grad", x, 1, options, labels)
     loss, grad = _triton.cross_entropy(call)
     assert np.shape(loss) == ()
     assert grad.shape == (2, 3)
@@ -167,10 +181,9 @@ def test_a_number_that_changes_needs_no_launch_of_its_own(launches, cupy):
     """Whoever lowers a temperature from step to step pays once for finding the kernel."""
     from portable_softmax.kernels._triton import _launch
 
-    f32 = np.dtype(np.float32)
     x = np.ones((2, 3), np.float32).view(Array)
     for temperature in (2.0, 3.0, 4.0):
-        _triton.softmax(RowsCall("softmax", cupy, x, (1,), None, temperature, f32, f32))
+        _triton.softmax(request(cupy, "softmax", x, 1, RowOptions(temperature=temperature)))
     (frame,) = _launch._FRAMES.values()
     assert len(frame.launchers) == 1
     forward, *_ = launches
@@ -253,6 +266,6 @@ def test_few_kernels_for_many_shapes(compiled, cupy, operation, dtype):
         shape = shape if np.prod(shape) <= memory.size else (shape[0],)
         x = memory[: int(np.prod(shape))].reshape(shape)
         axis = int(rng.integers(len(shape)))
-        call = RowsCall(operation, cupy, x, (axis,), None, 1.0, compute, kind)
+        call = request(cupy, operation, x, axis, dtypes=(compute, kind))
         getattr(_triton, operation)(call)
     assert 10 < len(compiled) <= 40

@@ -28,6 +28,8 @@ class Candidate:
     def __init__(self, kernel: Kernel, operation: str) -> None:
         module = import_module(kernel.module)
         self.kernel = kernel
+        self.declines: Callable[[Request, bool], str]
+        self.answer: Callable[[Request], Any]
         self.missing: str = module.missing()
         self.off = (
             "" if kernel.on_by_default else f"off by default, see kernels.use({kernel.name!r})"

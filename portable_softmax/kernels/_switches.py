@@ -78,7 +78,8 @@ def _known(name: str) -> str:
 def portable() -> Iterator[None]:
     """Take the portable path in this block, whatever kernels there are.
 
-    It counts for the current thread or task only.
+    It counts for the current thread or task only. Code of torch.compile keeps what was set while
+    it was traced.
 
     Examples
     --------
@@ -100,7 +101,8 @@ def use(name: str) -> Iterator[None]:
 
     Arrays are not too small for it then, and it need not be on by default. Calls that it does not
     take go on to the other kernels. It counts for the current thread or task only; the variable
-    PORTABLE_SOFTMAX_KERNELS does the same for a whole process.
+    PORTABLE_SOFTMAX_KERNELS does the same for a whole process. Code of torch.compile keeps what was
+    set while it was traced.
 
     Parameters
     ----------
@@ -131,7 +133,8 @@ def use(name: str) -> Iterator[None]:
 def without(name: str) -> Iterator[None]:
     """Leave one kernel's calls to the next in this block, to compare the two.
 
-    It counts for the current thread or task only.
+    It counts for the current thread or task only. Code of torch.compile keeps what was set while
+    it was traced.
 
     Parameters
     ----------

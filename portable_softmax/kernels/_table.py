@@ -51,7 +51,8 @@ class Kernel(NamedTuple):
     at_most: int | None = None
     """Likewise arrays with more."""
     adapter: str = ""
-    """The module that stands between the library and the kernel; it has `declines` and `run`."""
+    """The module that stands between the library and the kernel; it has `declines` and
+    `answer`, both of the module and a request, and is imported for an array of the library."""
     on_by_default: bool = True
 
     def objection(self, request: Request, asked: bool) -> str:

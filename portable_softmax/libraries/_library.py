@@ -193,6 +193,10 @@ class Library:
         """
         return "" if all(self.reads_values(x) for x in arrays) else "lazy"
 
+    def transform(self, *arrays: Any) -> str:
+        """Return which transform follows these arrays, traced or not; empty if none does."""
+        return ""
+
     def quietly(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call ``function(*args)`` where documented infinities and nans raise no warnings."""
         return function(*args)

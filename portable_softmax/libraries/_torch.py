@@ -41,7 +41,9 @@ def traced_as_constant(function: Function) -> Function:
 def _transform() -> str:
     """Return which functional transform torch.compile has entered: it enters them for real."""
     torch: Any = sys.modules["torch"]
-    return "a functional transform" if torch._C._functorch.peek_interpreter_stack() is not None else ""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return ""
+    return "a functional transform"
 
 
 class Torch(Library):
@@ -57,12 +59,17 @@ class Torch(Library):
         for dtype in vars(torch).values():
             if isinstance(dtype, torch.dtype):
                 self.dtype(dtype)  # torch.compile would trace a call again once it is known
-        self._lacks = _first_missing(torch)
-        if not self._lacks:
-            self._forward_ad = torch.autograd.forward_ad
-            self._interpreter = torch._C._functorch.peek_interpreter_stack
-            self._is_batched = torch._C._functorch.is_legacy_batchedtensor
-            self._modes = torch._C._len_torch_dispatch_stack
+        private = {what: _private(torch, path) for what, path in PRIVATE.items()}
+        self._interpreter = private["functional transforms"]
+        self._is_batched = private["the vmap of is_grads_batched"]
+        self._modes = private["dispatch modes"]
+        self._forward_ad = torch.autograd.forward_ad
+        self._lacks = ""
+        """What this version cannot be asked; empty if it can be asked everything."""
+        for what, found in private.items():
+            if found is None:
+                path = PRIVATE[what]
+                self._lacks = f"torch {torch.__version__} has no torch.{path}: it tells of {what}"
 
     def device(self, x: Any) -> Any:
         """Return the device."""
@@ -110,7 +117,7 @@ class Torch(Library):
         if self._torch.compiler.is_compiling() or x.is_meta or type(x).__name__ in _ABSTRACT:
             return False
         # Inside a functional transform a tensor may be batched by vmap and has no single value.
-        return not self._lacks and self._interpreter() is None
+        return self._interpreter is not None and self._interpreter() is None
 
     def tracing(self, *arrays: Any) -> str:
         """Return what follows or replaces these tensors' values."""
@@ -159,11 +166,9 @@ def raw_stream() -> Callable[[int], int]:
     return found or (lambda device: int(torch.cuda.current_stream(device).cuda_stream))
 
 
-def _first_missing(torch: Any) -> str:
-    """Return what this version of torch cannot be asked; empty if it can be asked everything."""
-    for what, path in PRIVATE.items():
-        try:
-            reduce(getattr, path.split("."), torch)
-        except AttributeError:
-            return f"torch {torch.__version__} has no torch.{path}, which tells of {what}"
-    return ""
+def _private(torch: Any, path: str) -> Any:
+    """Return what has a private name, None where this version of torch has none."""
+    try:
+        return reduce(getattr, path.split("."), torch)
+    except AttributeError:
+        return None

@@ -31,9 +31,11 @@ def declines(request: Request, asked: bool) -> str:
     """Return why a call is not for tiles."""
     if request.operation not in VJPS:
         return ""
+    if _small.upstream_of(request) is not None:
+        return ""
     # Three passes cost less than a transpose of two arrays.
     if not asked and request.x.nbytes < _VJP_BYTES:
-        return "small"
+        return "neither small nor large"
     both = _both(request)
     if both is None:
         return "not two blocks in memory with the axes together"
@@ -71,12 +73,18 @@ def _row_by_row(request: Request, tiled: Any) -> Any:
 
 def softmax_vjp(request: Request) -> Any:
     """y * (dy - sum(y * dy))."""
-    return _vjps.softmax_vjp(request, *(_both(request) or ()))
+    dy = _small.upstream_of(request)
+    if dy is None:
+        return _vjps.softmax_vjp(request, *(_both(request) or ()))
+    return _small.softmax_vjp(request, dy)
 
 
 def log_softmax_vjp(request: Request, masked: bool = True) -> Any:
     """dy - exp(log_y) * sum(dy), where an entry of -inf is a masked one if any can be."""
-    return _vjps.log_softmax_vjp(request, *(_both(request) or ()), masked=masked)
+    dy = _small.upstream_of(request)
+    if dy is None:
+        return _vjps.log_softmax_vjp(request, *(_both(request) or ()), masked=masked)
+    return _small.log_softmax_vjp(request, dy, masked)
 
 
 def _both(request: Request) -> tuple[Layout, Layout] | None:

@@ -108,6 +108,34 @@ def logsumexp(request: Request, rows: Any) -> Any:
     return value if len(shape) == 2 else value.reshape(*shape[:-1], 1)
 
 
+def upstream_of(request: Request) -> Any:
+    """Return `dy` as rows beside `x`, or None if both are not small, or not in rows."""
+    rows, dy = rows_of(request), request.dy
+    if rows is None or dy.dtype != rows.dtype or not dy.flags.c_contiguous:
+        return None
+    return dy if dy.ndim == 2 else dy.reshape(rows.shape)
+
+
+def softmax_vjp(request: Request, dy: Any) -> Any:
+    """y * (dy - sum(y * dy))."""
+    y = request.x.reshape(dy.shape)
+    d = y * dy
+    np.subtract(dy, _sum(d, 1, None, None, True), d)
+    np.multiply(y, d, d)
+    return d if request.x.ndim == 2 else d.reshape(request.x.shape)
+
+
+def log_softmax_vjp(request: Request, dy: Any, masked: bool) -> Any:
+    """dy - exp(log_y) * sum(dy), where an entry of -inf is a masked one if any can be."""
+    log_y = request.x.reshape(dy.shape)
+    if masked and not np.isfinite(log_y).all():
+        dy = np.where(np.isinf(log_y), 0.0, dy)
+    d = np.exp(log_y)
+    np.multiply(d, _sum(dy, 1, None, None, True), d)
+    np.subtract(dy, d, d)
+    return d if request.x.ndim == 2 else d.reshape(request.x.shape)
+
+
 def losses(request: Request, *, with_grad: bool) -> Any:
     """Return the reduced loss, and its gradient or None."""
     labels, reduction = request.labels, request.options.reduction

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax.kernels._request import Request
 from portable_softmax.kernels._numpy import _maths
 from portable_softmax.kernels._numpy._layout import Buffers, Layout, chunks
+from portable_softmax.kernels._request import Request
 
 
 def softmax_vjp(request: Request, layout: Layout, upstream: Layout) -> Any:

@@ -18,26 +18,24 @@ from portable_softmax.kernels._torch import _autograd, _gradients, _lending, _op
 
 def declines(engine: Any, request: Request, asked: bool) -> str:
     """Return why a call is not for a kernel; empty if it is."""
-    if request.labels is not None and torch.is_grad_enabled():
-        if why := _not_differentiated(request):
-            return why
+    if request.labels is not None and (why := _not_a_kernels(request)):
+        return why
     if engine.TENSORS:
-        why = engine.declines(request, asked)
-    else:
-        why = _lending.declines(engine, request, asked)
-    return str(why)
+        return str(engine.declines(request, asked))
+    return _lending.declines(engine, request, asked)
 
 
-def _not_differentiated(request: Request) -> str:
-    """Return what requires a derivative that no kernel gives."""
-    if any(t is not None and t.requires_grad for t in (request.labels, request.options.weight)):
-        return "labels or weights that require gradients"
-    if (
-        request.tracing
-        and request.x.requires_grad
-        and request.operation == "cross_entropy_value_and_grad"
-    ):
-        return "a traced gradient that is differentiated again"
+def _not_a_kernels(request: Request) -> str:
+    """Return what no kernel differentiates, or no operator takes."""
+    options = request.options
+    if torch.is_grad_enabled():
+        if any(t is not None and t.requires_grad for t in (request.labels, options.weight)):
+            return "labels or weights that require gradients"
+        value_and_grad = request.operation == "cross_entropy_value_and_grad"
+        if request.tracing and value_and_grad and request.x.requires_grad:
+            return "a traced gradient that is differentiated again"
+    if request.tracing and options.ignore_index is not None and options.ignore_index >= 2**63:
+        return "an ignore_index of 64 bits"
     return ""
 
 

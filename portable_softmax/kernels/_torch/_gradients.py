@@ -74,9 +74,7 @@ def _from_output(engine: Any, request: Request, y: Tensor, dy: Tensor, *masked: 
     )
     if engine.declines(vjp, False):
         return formula(request._replace(x=y), dy)
-    dx = taken(
-        NUMPY.quietly(getattr(engine, vjp.operation), vjp, *masked), request.result_dtype
-    )
+    dx = taken(NUMPY.quietly(getattr(engine, vjp.operation), vjp, *masked), request.result_dtype)
     temperature = request.options.temperature
     return _masked(request, dx if temperature == 1.0 else dx.div_(temperature))
 
@@ -202,5 +200,3 @@ def gradient_derivative(request: Request, dgrad: Tensor) -> Tensor:
             grad.to(request.result_dtype), x, dgrad, create_graph=create_graph
         )
     return dx
-
-

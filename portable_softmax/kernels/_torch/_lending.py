@@ -61,9 +61,7 @@ def on_numpy(request: Request) -> Request:
     x, dy, labels = lent(request.x), request.dy, request.labels
     options = request.options
     if request.active:
-        options = type(options)(
-            *[lent(o) if isinstance(o, torch.Tensor) else o for o in options]
-        )
+        options = type(options)(*[lent(o) if isinstance(o, torch.Tensor) else o for o in options])
     return Request(
         request.operation, NUMPY, x, request.dtype, request.axes, _COMPUTE_DTYPE[request.dtype],
         x.dtype, "", options, request.active, None if dy is None else lent(dy),

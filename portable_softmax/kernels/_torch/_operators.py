@@ -1,7 +1,8 @@
 """The kernels as operators of torch.library, for what torch.compile traces.
 
 One operator gives the value of any operation of any kernel and one the gradient. A fake gives the
-shapes; the derivative is that of `_autograd`.
+shapes; the derivative is that of `_autograd`. What is traced has no labels to look at: one without
+a class gives nan.
 """
 
 from __future__ import annotations
@@ -13,8 +14,15 @@ from typing import Any, TypeAlias
 import torch
 
 from portable_softmax import libraries
-from portable_softmax.kernels._request import LossOptions, Request, RowOptions, active
-from portable_softmax.kernels._request import LOSSES, PLAIN_LOSS, PLAIN_ROWS
+from portable_softmax.kernels._request import (
+    LOSSES,
+    PLAIN_LOSS,
+    PLAIN_ROWS,
+    LossOptions,
+    Request,
+    RowOptions,
+    active,
+)
 from portable_softmax.kernels._torch import _autograd, _gradients
 
 Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
@@ -22,7 +30,7 @@ Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is install
 _SCHEMA = (
     "(Tensor x, Tensor? dy, Tensor? labels, Tensor? weight, Tensor? where, str engine, "
     "str operation, int[] axes, float temperature, int? ignore_index, float label_smoothing, "
-    "float z_loss, float? softcap, str reduction, bool check_labels)"
+    "float z_loss, float? softcap, str reduction)"
 )
 
 
@@ -45,7 +53,7 @@ def _arguments(engine: str, request: Request) -> tuple[Any, ...]:
     return (
         *_autograd.tensors(request), engine, request.operation, list(request.axes),
         rows.temperature, loss.ignore_index, loss.label_smoothing, loss.z_loss, loss.softcap,
-        loss.reduction, request.check_labels,
+        loss.reduction,
     )  # fmt: skip
 
 
@@ -53,7 +61,7 @@ def _request(
     x: Tensor, dy: Tensor | None, labels: Tensor | None, weight: Tensor | None,
     where: Tensor | None, engine: str, operation: str, axes: list[int], temperature: float,
     ignore_index: int | None, label_smoothing: float, z_loss: float, softcap: float | None,
-    reduction: str, check_labels: bool,
+    reduction: str,
 ) -> tuple[Any, Request]:  # fmt: skip
     """Return the kernel's module and the request that the operators' arguments stand for."""
     library = libraries.library_of(x)
@@ -69,7 +77,7 @@ def _request(
     request = Request(
         operation, library, x, library.dtype(x.dtype).name, tuple(axes),
         *library.compute_dtype(x), "", options, active(options, neutral), dy, labels,
-        labels is None or labels.ndim < x.ndim, check_labels,
+        labels is None or labels.ndim < x.ndim, False,
     )  # fmt: skip
     return import_module(engine), request
 
@@ -141,7 +149,7 @@ def _backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
     dx, ddy = _autograd.pulled_back(
         request, upstream[:1], request.library.transform, partial(_gradient_of, ctx.engine)
     )
-    return dx, ddy, *(None,) * 13
+    return dx, ddy, *(None,) * 12
 
 
 _value.register_autograd(_backward, setup_context=_keep)

@@ -301,6 +301,7 @@ def losses(call: Request, *, gradient: bool, upstream: Any = None) -> tuple[Any,
     heavy = not plain or constants["MASKED"] or constants["CAPPED"]
     plan = Plan(call, (call.axis,), full, masks, rows, out, relay=plain, heavy=heavy)
     x, loss = plan.arrays["x"], plan.arrays["o"]
+    scalars["positions"] = float(math.prod(loss.shape))
     weight = x if options.weight is None else lib.contiguous(lib.bare(options.weight))
     more = lib.signature(weight)[-1]
     weights, divisor, how = None, x, "none"
@@ -314,13 +315,12 @@ def losses(call: Request, *, gradient: bool, upstream: Any = None) -> tuple[Any,
     if upstream is not None:
         scales = plan.arrays["d"]
         if options.reduction == "mean":
-            empty = weights is not None and divisor == 0
-            scales /= math.prod(loss.shape) if weights is None else xp.where(empty, math.inf, divisor)
+            count = scalars["positions"] if weights is None else divisor
+            scales /= count if weights is None else xp.where(count == 0, math.inf, count)
         how, divisor = "given", scales
     check = call.check_labels and call.indices
     flags = plan.flags(1 if check or plan.launch.way == "relay" else 0)
     constants |= {"GRAD": gradient, "CHECK": check, "DIVISOR": how}
-    scalars["positions"] = float(math.prod(loss.shape))
     labels, where = plan.arrays.get("l", x), plan.arrays.get("w", x)
     grad = plan.arrays.get("g")
     tail = (where, weight, divisor, loss, x if grad is None else grad, flags)
