@@ -10,7 +10,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from portable_softmax.kernels._numba import _blocks, _columns, _losses, _rows
+from portable_softmax.kernels._numba import _blocks, _columns, _losses, _operations, _rows
 from portable_softmax.kernels._numba._compensation import settled
 from portable_softmax.kernels._numba._jit import entry, function
 from portable_softmax.kernels._numba._losses import EACH
@@ -45,7 +45,7 @@ def _threaded(name: str, work: Any) -> Any:
 
 def _row_by_row(layout: ModuleType, operation: str, inputs: int) -> Any:
     """Return an operation whose result has the shape of its inputs; numbers = (one,)."""
-    body, has_two = getattr(layout, operation), inputs == 2
+    body, has_two = getattr(_operations, f"{operation}_of")(layout), inputs == 2
 
     def work(arrays, numbers, shape, room, lo, hi, piece):
         p, q, o = pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[inputs])
@@ -65,13 +65,15 @@ def _row_by_row(layout: ModuleType, operation: str, inputs: int) -> Any:
 
 
 def _logsumexp(layout: ModuleType) -> Any:
+    body = _operations.logsumexp_of(layout)
+
     def work(arrays, numbers, shape, room, lo, hi, piece):
         p, o = pointer(arrays[0]), pointer(arrays[1])
         n, inner, T = shape[0], shape[1], layout.height(room, shape[2])
         for i in range(lo, hi):
             at, rows, first = layout.place(i, T, n, inner)
             x = layout.fetch(ahead(p, at), 0, room, T, n, inner, rows)
-            layout.logsumexp(x, n, rows, T, room)
+            body(x, n, rows, T, room)
             copy(values(room, LOGSUMEXP, T), ahead(o, first), rows)
 
     return _threaded(f"{layout.__name__}.logsumexp", work)
@@ -134,7 +136,7 @@ def scan(labels, w, n, flags, ignore):
     return settled(total[0], total[1])
 
 
-def _operations(layout: ModuleType) -> dict[str, Any]:
+def _entries(layout: ModuleType) -> dict[str, Any]:
     return {
         "softmax": _row_by_row(layout, "softmax", 1),
         "log_softmax": _row_by_row(layout, "log_softmax", 1),
@@ -146,4 +148,4 @@ def _operations(layout: ModuleType) -> dict[str, Any]:
     }
 
 
-ROWS, BLOCKS, COLUMNS = map(_operations, (_rows, _blocks, _columns))
+ROWS, BLOCKS, COLUMNS = map(_entries, (_rows, _blocks, _columns))

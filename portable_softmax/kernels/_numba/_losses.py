@@ -23,7 +23,12 @@ from portable_softmax.kernels._numba._compensation import added
 from portable_softmax.kernels._numba._exp import DOWN, careful_exp_up, log1p
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, fill, load, plus, store, typed
-from portable_softmax.kernels._numba._passes import gradient_entry
+from portable_softmax.kernels._numba._passes import (
+    gaps,
+    gradient_elsewhere,
+    gradient_entry,
+    gradient_with_share,
+)
 from portable_softmax.kernels._numba._values import (
     FACTOR,
     GAPS,
@@ -141,6 +146,14 @@ def losses_of(layout):
     """Return the function that writes the losses of a group."""
 
     @function
+    def write_gaps(p, w, n, rows, T, room):
+        for r in range(0, rows, layout.stride(room)):
+            m, size = layout.value(values(room, MAX, T), r), layout.length(room, n)
+            v = gaps(ahead(p, r * n), layout.source(w), size, (m,))
+            layout.keep(room, T, GAPS, r, v)
+        layout.reduce(room, T, GAPS)
+
+    @function
     def write_logits(p, labels, rows, room, logits, n):
         for r in range(rows):
             store(logits, r, load(p, layout.element(room, r, class_of(labels[r], n), n)))
@@ -148,24 +161,22 @@ def losses_of(layout):
     @function
     def write_losses(p, e, labels, rows, T, room, w, n, c, flags, ignore):
         """Return their sum; the exps go to `e` unless it is nowhere."""
-        logits, losses, gaps = values(room, LOGIT, T), values(room, LOSS, T), values(room, GAPS, T)
+        logits, losses = values(room, LOGIT, T), values(room, LOSS, T)
         # Numbers that are stored one by one and read as vectors have to reach the cache in between;
         # of a single row the fold brings the logit itself to the cache.
         early = layout.step(room) > 1
         if early:
             write_logits(p, labels, rows, room, logits, n)
-        layout.fold(p, e, n, rows, T, room)
+        layout.fold(p, e, e, n, rows, T, room, 1)
         if not early:
             write_logits(p, labels, rows, room, logits, n)
         if c[1] != 0:
-            if flags & WEIGHTED:
-                layout.write_gaps(p, w, n, rows, T, room)
-            else:
-                layout.write_gaps(p, typed(w, 1.0), n, rows, T, room)
+            write_gaps(p, w, n, rows, T, room)
         for r in range(0, T, layout.step(room)):
             m, rest = layout.get(values(room, MAX, T), r), layout.get(values(room, REST, T), r)
             u, gap = layout.get(values(room, WEIGHT, T), r), m - layout.get(logits, r)
-            layout.put(losses, r, value(gap, log1p(rest), layout.get(gaps, r), m, u, c))
+            spread = layout.get(values(room, GAPS, T), r)
+            layout.put(losses, r, value(gap, log1p(rest), spread, m, u, c))
         if flags & IGNORING:
             for r in range(rows):
                 if labels[r] == ignore:
@@ -182,13 +193,24 @@ def gradients_of(layout):
     """Return the function that writes the gradients of a group after its losses."""
 
     @function
+    def slope_of(room, T, r):
+        return (layout.value(values(room, SLOPE, T), r),)
+
+    @function
+    def state_of(room, T, r):
+        a, rest = layout.value(values(room, SLOPE, T), r), layout.value(values(room, REST, T), r)
+        return a, rest, layout.value(values(room, FACTOR, T), r)
+
+    write_elsewhere = layout.writing(gradient_elsewhere, slope_of)
+    write_with_share = layout.writing(gradient_with_share, state_of)
+
+    @function
     def write_gradients(e, o, labels, rows, T, room, w, n, c, flags):
         """Write them to `o` from the exps at `e`, which may be the same place."""
         one, share, shares = typed(w, 1.0), c[1], values(room, SHARE, T)
         if share != 0:
             for r in range(rows):
-                u = load(w, class_of(labels[r], n)) if flags & WEIGHTED else one
-                store(shares, r, share * u)
+                store(shares, r, share * load(w, class_of(labels[r], n)))
         for r in range(0, T, layout.step(room)):
             m, rest = layout.get(values(room, MAX, T), r), layout.get(values(room, REST, T), r)
             u = layout.get(values(room, WEIGHT, T), r)
@@ -197,14 +219,12 @@ def gradients_of(layout):
                 q = q + layout.get(shares, r)
             term = careful_exp_up(layout.get(values(room, LOGIT, T), r), m, 1) * typed(w, DOWN)
             layout.put(values(room, LABEL_GRADIENT, T), r, gradient_entry(term, a, q, rest, factor))
-            layout.put(values(room, SLOPE, T), r, a)
+            layout.put(values(room, SLOPE, T), r, a if share != 0 else a * factor)
             layout.put(values(room, FACTOR, T), r, factor)
         if share == 0:
-            layout.write_sparse(e, o, n, rows, T, room)
-        elif flags & WEIGHTED:
-            layout.write_dense(e, o, w, share, n, rows, T, room)
+            write_elsewhere(e, 0.0, o, n, rows, T, room, (DOWN,))
         else:
-            layout.write_dense(e, o, one, share, n, rows, T, room)
+            write_with_share(e, w, o, n, rows, T, room, (DOWN, share))
         for r in range(rows):
             at = layout.element(room, r, class_of(labels[r], n), n)
             store(o, at, load(values(room, LABEL_GRADIENT, T), r))

@@ -147,7 +147,7 @@ def _sums_of(term):
     return sums
 
 
-def _writing(entry):
+def row_writing(entry):
     """Return the pass that writes ``entry(p[j], q[j], numbers)`` to `o`, which may be `p`."""
 
     @function
@@ -183,22 +183,6 @@ def _gap(x, w, numbers):
 
 
 @function
-def _scaled(e, _, numbers):
-    return e * numbers[0]
-
-
-@function
-def _scaled_twice(e, _, numbers):
-    return e * numbers[0] * numbers[1]
-
-
-@function
-def _log(x, _, numbers):
-    m, t, log = numbers
-    return exponent(x, m, t) - log
-
-
-@function
 def _softmax_vjp(y, dy, numbers):
     return y * (dy - numbers[0])
 
@@ -208,9 +192,42 @@ def _log_softmax_vjp(log_y, dy, numbers):
     return counted(log_y, dy, numbers) - exp(log_y) * numbers[1]
 
 
+products = _sums_of(_product)  # of y * dy
+gradients = _sums_of(counted)  # of what counts of dy; numbers = (left_out,)
+gaps = _sums_of(_gap)  # of w_j (m - x_j); numbers = (m,)
+write_softmax_vjp = row_writing(_softmax_vjp)  # y * (dy - s); numbers = (s,)
+# dy - exp(log_y) * s; numbers = (left_out, s)
+write_log_softmax_vjp = row_writing(_log_softmax_vjp)
+
+
+# --------------------------------------------------------------------------- entries for layouts
+#
+# What `writing` of a layout takes: the first number is the factor of the exps.
+
+
 @function
-def _gradient(e, w, numbers):
-    factor, down, share, a, rest, inverse = numbers
+def probability(e, _, numbers):
+    factor, inverse = numbers
+    return e * factor * inverse
+
+
+@function
+def log_probability(x, _, numbers):
+    _, m, log, t = numbers
+    return exponent(x, m, t) - log
+
+
+@function
+def gradient_elsewhere(e, _, numbers):
+    """The gradient of a loss at a class that is not the label: p A."""
+    factor, slope, down = numbers
+    return e * factor * down * slope
+
+
+@function
+def gradient_with_share(e, w, numbers):
+    """The same where each class has a share of the target."""
+    factor, a, rest, inverse, down, share = numbers
     return gradient_entry(e * factor * down, a, share * w, rest, inverse)
 
 
@@ -218,14 +235,3 @@ def _gradient(e, w, numbers):
 def gradient_entry(e, a, q, rest, inverse):
     """p A - q for the exp e of a class, without its cancellation; see `_losses`."""
     return ((e * a - q) - q * rest) * inverse
-
-
-products = _sums_of(_product)  # of y * dy
-gradients = _sums_of(counted)  # of what counts of dy; numbers = (left_out,)
-gaps = _sums_of(_gap)  # of w_j (m - x_j); numbers = (m,)
-write_scaled = _writing(_scaled)  # e * a; numbers = (a,)
-write_scaled_twice = _writing(_scaled_twice)  # e * a * b; numbers = (a, b)
-write_logs = _writing(_log)  # (x - m) / T - log; numbers = (m, t, log)
-write_softmax_vjp = _writing(_softmax_vjp)  # y * (dy - s); numbers = (s,)
-write_log_softmax_vjp = _writing(_log_softmax_vjp)  # dy - exp(log_y) * s; numbers = (left_out, s)
-write_gradient = _writing(_gradient)  # of a loss; see `gradient_entry`

@@ -1,4 +1,4 @@
-"""The per-position values of a group of rows: what there is one of for each row."""
+"""The values of a group of rows: what there is one of for each row, kind after kind."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead
 
 MAX, REST, WEIGHT, LOGIT, LOSS, GAPS, SLOPE, FACTOR = range(8)
-# Kinds that share a place with one that is not needed at the same time.
-LOGSUMEXP, COUNT, SHARE, LABEL_GRADIENT = MAX, SLOPE, GAPS, LOGIT
+# Kinds that take the place of one that is not needed at the same time.
+LOGSUMEXP, SUM, LABEL_GRADIENT, SHARE, COUNT = MAX, REST, LOGIT, GAPS, SLOPE
 
 
 @function
