@@ -20,7 +20,7 @@ from portable_softmax.kernels._numba._horizontal import (
     sum_of_each,
 )
 from portable_softmax.kernels._numba._jit import function
-from portable_softmax.kernels._numba._memory import ahead, either, load, store
+from portable_softmax.kernels._numba._memory import ahead, either, load, store, typed
 from portable_softmax.kernels._numba._values import COUNT, MAX, REST, SUM, after_values, values
 from portable_softmax.kernels._numba._vectors import (
     lanes,
@@ -32,8 +32,6 @@ from portable_softmax.kernels._numba._vectors import (
     where_equal,
     write,
 )
-
-CUTS = False
 
 # A block is as many rows as this many vectors have lanes: one pass after the other, of a single
 # vector's rows each would wait for the one before.
@@ -61,8 +59,48 @@ def scratch(o, room, T, n):
 
 
 # --------------------------------------------------------------------------- passes and values
+#
+# Vector by vector, all rows in turn: nothing in the inner loops depends on the length of a row.
+
+
+def _pass(body):
+    """Return the pass that calls ``body(x, y, j, r, n, vectors, k, numbers)`` for each vector.
+
+    `x` is where that of the block's first row is, `y` where its exps or results go; those of the
+    r-th row are r * n further. `vectors` is where what the rows come to is.
+    """
+
+    @function
+    def run(p, e, n, rows, room, numbers):
+        k, vectors = n % lanes(p), after_values(room, height(room, 0))
+        for j in range(0, n - k, lanes(p)):
+            x, y = ahead(p, j), ahead(e, j)
+            for r in range(rows):
+                body(x, y, j, r, n, vectors, None, numbers)
+        if k:
+            x, y = ahead(p, n - k), ahead(e, n - k)
+            for r in range(rows):
+                body(x, y, n - k, r, n, vectors, k, numbers)
+
+    return run
+
 
 stride, length, value, source = _rows.stride, _rows.length, _rows.value, _rows.source
+
+
+def writing(entry, values_of):
+    @_pass
+    @function
+    def write_all(x, y, j, r, n, vectors, k, numbers):
+        w, room, constants = numbers
+        own = (typed(room, 1.0), *values_of(room, height(room, 0), r), *constants)
+        write(y, r * n, entry(read(x, r * n, k, 0.0), read(w, j, k, 0.0), own), k)
+
+    @function
+    def run(e, w, o, n, rows, T, room, constants):
+        write_all(e, o, n, rows, room, (w, room, constants))
+
+    return run
 
 
 @function
@@ -94,71 +132,47 @@ def put(those, r, v):
 
 
 # --------------------------------------------------------------------------- folding rows
-#
-# Vector by vector, all rows in turn: nothing in the inner loops depends on the length of a row.
-
-
-def _pass(body):
-    """Return the pass that calls ``body(x, y, r, n, vectors, first, k, numbers)`` for each vector.
-
-    `x` is where that of the block's first row is, `y` where its exps or results go; the row's own
-    are r * n further. `vectors` is where what the rows come to is.
-    """
-
-    @function
-    def run(p, e, n, rows, room, numbers):
-        k, vectors = n % lanes(p), after_values(room, height(room, 0))
-        for j in range(0, n - k, lanes(p)):
-            x, y = ahead(p, j), ahead(e, j)
-            for r in range(rows):
-                body(x, y, r, n, vectors, j == 0, None, numbers)
-        if k:
-            x, y = ahead(p, n - k), ahead(e, n - k)
-            for r in range(rows):
-                body(x, y, r, n, vectors, n < lanes(p), k, numbers)
-
-    return run
 
 
 @function
-def _add(vectors, r, v, first):
-    """Add a row's next vector to those before it; `first` is the same for all rows."""
+def _add(vectors, j, r, v):
+    """Add a row's vector at j to those before it."""
     at = r * lanes(vectors)
-    put(vectors, at, v if first else get(vectors, at) + v)
+    put(vectors, at, v if j == 0 else get(vectors, at) + v)
 
 
 @_pass
 @function
-def _maxima(x, o, r, n, vectors, first, k, numbers):
+def _maxima(x, o, j, r, n, vectors, k, numbers):
     """It asks for the place of the result, and the next pass for the next block.
 
     One by one, or too many lines of the cache would be on their way.
     """
     at, v = r * lanes(x), read(x, r * n, k, -math.inf)
     prefetch_to_write(o, r * n, k)
-    put(vectors, at, v if first else larger(get(vectors, at), v))
+    put(vectors, at, v if j == 0 else larger(get(vectors, at), v))
 
 
 @_pass
 @function
-def _exps(x, e, r, n, vectors, first, k, numbers):
+def _exps(x, e, j, r, n, vectors, k, numbers):
     m, t = numbers
-    prefetch_to_read(x, (r + height(x, 0)) * n, k)
+    prefetch_to_read(x, r * n + height(x, 0) * n, k)
     v = exp_up(exponent(read(x, r * n, k, -math.inf), load(m, r), t))
     write(e, r * n, v, k)
-    _add(vectors, r, v, first)
+    _add(vectors, j, r, v)
 
 
 @_pass
 @function
-def _careful_exps(x, e, r, n, vectors, first, k, numbers):
+def _careful_exps(x, e, j, r, n, vectors, k, numbers):
     """As `_exps`, to the last digits; those that equal the maximum are counted instead."""
     m, t, count = numbers
-    prefetch_to_read(x, (r + height(x, 0)) * n, k)
+    prefetch_to_read(x, r * n + height(x, 0) * n, k)
     v, up = careful_exp_up(read(x, r * n, k, -math.inf), load(m, r), t), splat(x, UP)
     write(e, r * n, v, k)
     count_equal(count, r, v, up)
-    _add(vectors, r, where_equal(v, up, splat(x, 0.0), v), first)
+    _add(vectors, j, r, where_equal(v, up, splat(x, 0.0), v))
 
 
 @function
@@ -179,7 +193,12 @@ def write_sums(p, e, o, n, rows, T, room, t):
 @function
 def fold(p, e, o, n, rows, T, room, t):
     """As in `_rows`, always with care: that costs less than to find out which rows need it."""
-    L, m, s, count = lanes(room), values(room, MAX, T), values(room, REST, T), values(room, COUNT, T)
+    L, m, s, count = (
+        lanes(room),
+        values(room, MAX, T),
+        values(room, REST, T),
+        values(room, COUNT, T),
+    )
     _write_maxima(p, o, n, rows, T, room)
     for r in range(0, T, L):
         put(count, r, splat(room, 0.0))
@@ -189,7 +208,4 @@ def fold(p, e, o, n, rows, T, room, t):
         put(s, r, (get(s, r) + (counts(count, r) - 1.0) * UP) * DOWN)
         if not are_finite(get(m, r)):  # an infinity may have passed over a nan
             for i in range(r, min(r + L, rows)):
-                store(m, i, top(ahead(p, i * n), n, 1))
-
-
-top = _rows.top
+                store(m, i, _rows.top(ahead(p, i * n), n, 1))

@@ -13,13 +13,17 @@ from portable_softmax.kernels._numba import _blocks
 from portable_softmax.kernels._numba._exp import DOWN, UP
 from portable_softmax.kernels._numba._horizontal import are_at_least, are_finite
 from portable_softmax.kernels._numba._jit import function
-from portable_softmax.kernels._numba._memory import ahead, store
-from portable_softmax.kernels._numba._passes import careful_sums, enough, exps, maxima
+from portable_softmax.kernels._numba._memory import ahead, store, typed
+from portable_softmax.kernels._numba._passes import (
+    careful_sums,
+    enough,
+    exps,
+    maxima,
+    row_writing,
+)
 from portable_softmax.kernels._numba._rows import top
 from portable_softmax.kernels._numba._values import MAX, REST, SUM, after_values, values
 from portable_softmax.kernels._numba._vectors import lanes, read, splat, where_at_least, write
-
-CUTS = False
 
 # --------------------------------------------------------------------------- where rows are
 
@@ -94,6 +98,18 @@ def length(room, n):
 def source(w):
     """A weight for all lanes of a vector."""
     return (w,)
+
+
+def writing(entry, values_of):
+    write_row = row_writing(entry)
+
+    @function
+    def run(e, w, o, n, rows, T, room, constants):
+        for r in range(0, rows, lanes(room)):
+            numbers = (typed(room, 1.0), *values_of(room, T, r), *constants)
+            write_row(ahead(e, r * n), source(w), ahead(o, r * n), length(room, n), numbers)
+
+    return run
 
 
 @function

@@ -7,17 +7,17 @@ from portable_softmax.kernels._numba._vectors import where_finite
 
 
 @function
-def sum_error(a, b, s):
-    """(a + b) - s for s the rounded a + b; nan beside an infinity."""
-    t = s - a
-    return (a - (s - t)) + (b - t)
+def difference_error(a, b, d):
+    """(a - b) - d for d the rounded a - b; nan beside an infinity."""
+    t = d - a
+    return (a - (d - t)) - (b + t)
 
 
 @function
 def added(total, lost, x):
     """Add x to a sum and to what its rounding lost."""
     s = total + x
-    return s, lost + sum_error(total, x, s)
+    return s, lost + difference_error(total, -x, s)
 
 
 @function

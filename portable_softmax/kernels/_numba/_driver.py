@@ -163,7 +163,9 @@ def losses(
     """
     compute = compute_dtype(x.dtype)
     weighted = loss.weight is not None
-    w = np.ascontiguousarray(loss.weight) if weighted else np.ones(1, compute)
+    # Without weights they are read with smoothing only.
+    ones = np.ones(layout.n if loss.smoothing else 1, compute)
+    w = np.ascontiguousarray(loss.weight) if weighted else ones
     w = w if w.flags.writeable else w.copy()
     flags = WEIGHTED * weighted | IGNORING * (loss.ignore is not None) | EACH * (each is not None)
     ignore = 0 if loss.ignore is None else loss.ignore
@@ -174,9 +176,7 @@ def losses(
             divisor = scan(labels, w, layout.n, flags, ignore)
         scale = 1.0 / divisor if divisor else 0.0
     # Without smoothing no class but the label's counts, whatever its weight.
-    classes = 0.0
-    if loss.smoothing:
-        classes = float(np.sum(w, dtype=np.float64)) if weighted else float(layout.n)
+    classes = float(np.sum(w, dtype=np.float64)) if loss.smoothing else 0.0
     options = np.asarray([loss.smoothing, loss.z, classes, scale])
     each = np.empty(1, compute) if each is None else each
     planned = plan(layout, x.dtype, compute, 1 if grad is None else 2)

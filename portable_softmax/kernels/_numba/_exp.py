@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import overload
 
-from portable_softmax.kernels._numba._compensation import sum_error
+from portable_softmax.kernels._numba._compensation import difference_error
 from portable_softmax.kernels._numba._jit import INLINED, function
 from portable_softmax.kernels._numba._vectors import elementwise, fma, fused, product
 
@@ -260,10 +260,10 @@ def quotient_error(x, m, d, q, t):
 @overload(quotient_error, jit_options=INLINED)
 def _quotient_error(x, m, d, q, t):
     if isinstance(t, types.Integer):
-        return lambda x, m, d, q, t: sum_error(x, -m, d)
+        return lambda x, m, d, q, t: difference_error(x, m, d)
 
     def scaled(x, m, d, q, t):
-        lost = sum_error(product(x, t[0]), -product(m, t[0]), d)
+        lost = difference_error(product(x, t[0]), product(m, t[0]), d)
         return fma(lost, t[1], fma(d, t[2], fma(d, t[1], -q)))
 
     return scaled

@@ -26,7 +26,8 @@ from numba.core import caching, config
 HERE = Path(__file__).resolve().parent
 
 INLINED = {"nogil": True, "error_model": "numpy", "forceinline": True}
-function = njit(**INLINED)
+# Python calls none of these itself: without wrappers for it they are compiled in less time.
+function = njit(**INLINED, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 _entry = njit(nogil=True, error_model="numpy")
 
 

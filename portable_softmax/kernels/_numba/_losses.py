@@ -23,10 +23,12 @@ from portable_softmax.kernels._numba._compensation import added
 from portable_softmax.kernels._numba._exp import DOWN, careful_exp_up, log1p
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, fill, load, plus, store, typed
-from portable_softmax.kernels._numba._operations import from_exps
-from portable_softmax.kernels._numba._passes import gaps as gaps_of
-from portable_softmax.kernels._numba._passes import gradient_entry, write_sparse
-from portable_softmax.kernels._numba._passes import write_dense as write_dense_entries
+from portable_softmax.kernels._numba._passes import (
+    gaps,
+    gradient_elsewhere,
+    gradient_entry,
+    gradient_with_share,
+)
 from portable_softmax.kernels._numba._values import (
     FACTOR,
     GAPS,
@@ -147,7 +149,7 @@ def losses_of(layout):
     def write_gaps(p, w, n, rows, T, room):
         for r in range(0, rows, layout.stride(room)):
             m, size = layout.value(values(room, MAX, T), r), layout.length(room, n)
-            v = gaps_of(ahead(p, r * n), layout.source(w), size, (m,))
+            v = gaps(ahead(p, r * n), layout.source(w), size, (m,))
             layout.keep(room, T, GAPS, r, v)
         layout.reduce(room, T, GAPS)
 
@@ -159,7 +161,7 @@ def losses_of(layout):
     @function
     def write_losses(p, e, labels, rows, T, room, w, n, c, flags, ignore):
         """Return their sum; the exps go to `e` unless it is nowhere."""
-        logits, losses, gaps = values(room, LOGIT, T), values(room, LOSS, T), values(room, GAPS, T)
+        logits, losses = values(room, LOGIT, T), values(room, LOSS, T)
         # Numbers that are stored one by one and read as vectors have to reach the cache in between;
         # of a single row the fold brings the logit itself to the cache.
         early = layout.step(room) > 1
@@ -169,14 +171,12 @@ def losses_of(layout):
         if not early:
             write_logits(p, labels, rows, room, logits, n)
         if c[1] != 0:
-            if flags & WEIGHTED:
-                write_gaps(p, w, n, rows, T, room)
-            else:
-                write_gaps(p, typed(w, 1.0), n, rows, T, room)
+            write_gaps(p, w, n, rows, T, room)
         for r in range(0, T, layout.step(room)):
             m, rest = layout.get(values(room, MAX, T), r), layout.get(values(room, REST, T), r)
             u, gap = layout.get(values(room, WEIGHT, T), r), m - layout.get(logits, r)
-            layout.put(losses, r, value(gap, log1p(rest), layout.get(gaps, r), m, u, c))
+            spread = layout.get(values(room, GAPS, T), r)
+            layout.put(losses, r, value(gap, log1p(rest), spread, m, u, c))
         if flags & IGNORING:
             for r in range(rows):
                 if labels[r] == ignore:
@@ -192,15 +192,17 @@ def losses_of(layout):
 def gradients_of(layout):
     """Return the function that writes the gradients of a group after its losses."""
 
-    write_sparse_row = from_exps(layout, write_sparse)
-    write_dense_row = from_exps(layout, write_dense_entries)
+    @function
+    def slope_of(room, T, r):
+        return (layout.value(values(room, SLOPE, T), r),)
 
     @function
-    def write_dense(e, o, w, share, n, rows, T, room):
-        for r in range(0, rows, layout.stride(room)):
-            a, factor = layout.value(values(room, SLOPE, T), r), layout.value(values(room, FACTOR, T), r)
-            numbers = DOWN, share, a, layout.value(values(room, REST, T), r), factor
-            write_dense_row(e, layout.source(w), o, n, r, T, room, numbers)
+    def state_of(room, T, r):
+        a, rest = layout.value(values(room, SLOPE, T), r), layout.value(values(room, REST, T), r)
+        return a, rest, layout.value(values(room, FACTOR, T), r)
+
+    write_elsewhere = layout.writing(gradient_elsewhere, slope_of)
+    write_with_share = layout.writing(gradient_with_share, state_of)
 
     @function
     def write_gradients(e, o, labels, rows, T, room, w, n, c, flags):
@@ -208,8 +210,7 @@ def gradients_of(layout):
         one, share, shares = typed(w, 1.0), c[1], values(room, SHARE, T)
         if share != 0:
             for r in range(rows):
-                u = load(w, class_of(labels[r], n)) if flags & WEIGHTED else one
-                store(shares, r, share * u)
+                store(shares, r, share * load(w, class_of(labels[r], n)))
         for r in range(0, T, layout.step(room)):
             m, rest = layout.get(values(room, MAX, T), r), layout.get(values(room, REST, T), r)
             u = layout.get(values(room, WEIGHT, T), r)
@@ -221,13 +222,9 @@ def gradients_of(layout):
             layout.put(values(room, SLOPE, T), r, a if share != 0 else a * factor)
             layout.put(values(room, FACTOR, T), r, factor)
         if share == 0:
-            for r in range(0, rows, layout.stride(room)):
-                numbers = DOWN, layout.value(values(room, SLOPE, T), r)
-                write_sparse_row(e, 0.0, o, n, r, T, room, numbers)
-        elif flags & WEIGHTED:
-            write_dense(e, o, w, share, n, rows, T, room)
+            write_elsewhere(e, 0.0, o, n, rows, T, room, (DOWN,))
         else:
-            write_dense(e, o, one, share, n, rows, T, room)
+            write_with_share(e, w, o, n, rows, T, room, (DOWN, share))
         for r in range(rows):
             at = layout.element(room, r, class_of(labels[r], n), n)
             store(o, at, load(values(room, LABEL_GRADIENT, T), r))

@@ -5,54 +5,27 @@
 
 from __future__ import annotations
 
-from portable_softmax.kernels._numba import _long
 from portable_softmax.kernels._numba._exp import log1p
 from portable_softmax.kernels._numba._jit import function
-from portable_softmax.kernels._numba._long import PART
-from portable_softmax.kernels._numba._memory import ahead, load, typed
+from portable_softmax.kernels._numba._memory import ahead, typed
 from portable_softmax.kernels._numba._passes import (
     gradients,
+    log_probability,
+    probability,
     products,
     write_log_softmax_vjp,
-    write_logs,
-    write_probabilities,
     write_softmax_vjp,
 )
-from portable_softmax.kernels._numba._values import (
-    LOGSUMEXP,
-    MAX,
-    REST,
-    SUM,
-    after_values,
-    values,
-)
+from portable_softmax.kernels._numba._values import LOGSUMEXP, MAX, REST, SUM, values
 from portable_softmax.kernels._numba._vectors import where_finite
 
 
-def from_exps(layout, write_row):
-    """Return what applies a pass to the exps of a group's r-th row, whatever parts it is cut into.
-
-    The first of the pass's numbers is the factor that the exps have to be multiplied by.
-    """
-    cuts = layout.CUTS
-
-    @function
-    def run(e, q, o, n, r, T, room, numbers):
-        e, o, size = ahead(e, r * n), ahead(o, r * n), layout.length(room, n)
-        if cuts:
-            if n > PART:
-                for j in range(0, n, PART):
-                    factor, k = _long.factor_of(after_values(room, T), j), min(PART, n - j)
-                    own = (load(factor, 0), *numbers)
-                    write_row(ahead(e, j), ahead(q, j), ahead(o, j), k, own)
-                return
-        write_row(e, q, o, size, (typed(room, 1.0), *numbers))
-
-    return run
-
-
 def softmax_of(layout):
-    write_row = from_exps(layout, write_probabilities)
+    @function
+    def inverse_sum(room, T, r):
+        return (layout.value(values(room, SUM, T), r),)
+
+    write_probabilities = layout.writing(probability, inverse_sum)
 
     @function
     def softmax(p, o, n, rows, T, room, t):
@@ -60,23 +33,25 @@ def softmax_of(layout):
         layout.write_sums(p, e, o, n, rows, T, room, t)
         for r in range(0, T, layout.step(room)):
             layout.put(sums, r, typed(room, 1.0) / layout.get(sums, r))
-        for r in range(0, rows, layout.stride(room)):
-            write_row(e, 0.0, o, n, r, T, room, (layout.value(sums, r),))
+        write_probabilities(e, 0.0, o, n, rows, T, room, ())
 
     return softmax
 
 
 def log_softmax_of(layout):
     @function
+    def maximum_and_log(room, T, r):
+        return layout.value(values(room, MAX, T), r), layout.value(values(room, REST, T), r)
+
+    write_logs = layout.writing(log_probability, maximum_and_log)
+
+    @function
     def log_softmax(p, o, n, rows, T, room, t):
         logs = values(room, REST, T)
         layout.fold(p, 0, o, n, rows, T, room, t)
         for r in range(0, T, layout.step(room)):
             layout.put(logs, r, log1p(layout.get(logs, r)))
-        for r in range(0, rows, layout.stride(room)):
-            numbers = layout.value(values(room, MAX, T), r), t, layout.value(logs, r)
-            at = r * n
-            write_logs(ahead(p, at), 0.0, ahead(o, at), layout.length(room, n), numbers)
+        write_logs(p, 0.0, o, n, rows, T, room, (t,))
 
     return log_softmax
 

@@ -147,7 +147,7 @@ def _sums_of(term):
     return sums
 
 
-def _writing(entry):
+def row_writing(entry):
     """Return the pass that writes ``entry(p[j], q[j], numbers)`` to `o`, which may be `p`."""
 
     @function
@@ -183,24 +183,6 @@ def _gap(x, w, numbers):
 
 
 @function
-def _probability(e, _, numbers):
-    factor, inverse = numbers
-    return e * factor * inverse
-
-
-@function
-def _sparse(e, _, numbers):
-    factor, down, a = numbers
-    return e * factor * down * a
-
-
-@function
-def _log(x, _, numbers):
-    m, t, log = numbers
-    return exponent(x, m, t) - log
-
-
-@function
 def _softmax_vjp(y, dy, numbers):
     return y * (dy - numbers[0])
 
@@ -210,9 +192,42 @@ def _log_softmax_vjp(log_y, dy, numbers):
     return counted(log_y, dy, numbers) - exp(log_y) * numbers[1]
 
 
+products = _sums_of(_product)  # of y * dy
+gradients = _sums_of(counted)  # of what counts of dy; numbers = (left_out,)
+gaps = _sums_of(_gap)  # of w_j (m - x_j); numbers = (m,)
+write_softmax_vjp = row_writing(_softmax_vjp)  # y * (dy - s); numbers = (s,)
+# dy - exp(log_y) * s; numbers = (left_out, s)
+write_log_softmax_vjp = row_writing(_log_softmax_vjp)
+
+
+# --------------------------------------------------------------------------- entries for layouts
+#
+# What `writing` of a layout takes: the first number is the factor of the exps.
+
+
 @function
-def _dense(e, w, numbers):
-    factor, down, share, a, rest, inverse = numbers
+def probability(e, _, numbers):
+    factor, inverse = numbers
+    return e * factor * inverse
+
+
+@function
+def log_probability(x, _, numbers):
+    _, m, log, t = numbers
+    return exponent(x, m, t) - log
+
+
+@function
+def gradient_elsewhere(e, _, numbers):
+    """The gradient of a loss at a class that is not the label: p A."""
+    factor, slope, down = numbers
+    return e * factor * down * slope
+
+
+@function
+def gradient_with_share(e, w, numbers):
+    """The same where each class has a share of the target."""
+    factor, a, rest, inverse, down, share = numbers
     return gradient_entry(e * factor * down, a, share * w, rest, inverse)
 
 
@@ -220,14 +235,3 @@ def _dense(e, w, numbers):
 def gradient_entry(e, a, q, rest, inverse):
     """p A - q for the exp e of a class, without its cancellation; see `_losses`."""
     return ((e * a - q) - q * rest) * inverse
-
-
-products = _sums_of(_product)  # of y * dy
-gradients = _sums_of(counted)  # of what counts of dy; numbers = (left_out,)
-gaps = _sums_of(_gap)  # of w_j (m - x_j); numbers = (m,)
-write_logs = _writing(_log)  # (x - m) / T - log; numbers = (m, t, log)
-write_softmax_vjp = _writing(_softmax_vjp)  # y * (dy - s); numbers = (s,)
-write_log_softmax_vjp = _writing(_log_softmax_vjp)  # dy - exp(log_y) * s; numbers = (left_out, s)
-# Of exps, whose factor is the first number: the probabilities, and the gradients of a loss, where
-# each class has a share of the target or only the label has, which is not written here.
-write_probabilities, write_dense, write_sparse = map(_writing, (_probability, _dense, _sparse))

@@ -16,11 +16,14 @@ from portable_softmax.kernels._numba._horizontal import are_at_least, max_of_all
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._long import PART
 from portable_softmax.kernels._numba._memory import ahead, either, load, store, typed
-from portable_softmax.kernels._numba._passes import careful_sums, enough, exps, maxima
+from portable_softmax.kernels._numba._passes import (
+    careful_sums,
+    enough,
+    exps,
+    maxima,
+    row_writing,
+)
 from portable_softmax.kernels._numba._values import MAX, REST, SUM, after_values, values
-
-# Whether rows may be cut into the parts of `_long`.
-CUTS = True
 
 # --------------------------------------------------------------------------- where rows are
 
@@ -92,6 +95,28 @@ def value(those, r):
 def source(w):
     """What a pass reads the weights of the classes from."""
     return w
+
+
+def writing(entry, values_of):
+    """Return what writes ``entry(e[j], w[j], numbers)`` for each class of each row of a group.
+
+    The numbers are the factor that exps have to be multiplied by, which only cut rows need, what
+    ``values_of(room, T, r)`` says of the row, and constants.
+    """
+    write_row = row_writing(entry)
+
+    @function
+    def run(e, w, o, n, rows, T, room, constants):
+        numbers = values_of(room, T, 0) + constants
+        if n <= PART:
+            write_row(e, w, o, n, (typed(room, 1.0), *numbers))
+            return
+        for j in range(0, n, PART):
+            factor = load(_long.factor_of(after_values(room, T), j), 0)
+            k = min(PART, n - j)
+            write_row(ahead(e, j), ahead(w, j), ahead(o, j), k, (factor, *numbers))
+
+    return run
 
 
 @function

@@ -1,4 +1,4 @@
-"""The values of a group of rows: what there is one of for each row. Those of a kind are together."""
+"""The values of a group of rows: what there is one of for each row, kind after kind."""
 
 from __future__ import annotations
 
