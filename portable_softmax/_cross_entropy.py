@@ -275,7 +275,7 @@ def _options(
 def _portable_loss(request: Request) -> Any:
     """Answer in the library's own operations."""
     library, result_dtype = request.library, request.result_dtype
-    found = getattr(portable, request.operation)(
+    found = library.compiled(getattr(portable, request.operation))(
         library.xp,
         library.cast(request.x, request.compute_dtype),
         request.target(),

@@ -461,7 +461,7 @@ def _portable_rows(request: Request) -> Any:
     xp = library.xp
     if not axes:
         x, where = _with_an_axis(xp, x, where)
-    y = getattr(portable, request.operation)(
+    y = library.compiled(getattr(portable, request.operation))(
         xp,
         library.cast(x, request.compute_dtype),
         axes or (x.ndim - 1,),
@@ -480,7 +480,7 @@ def _portable_logsumexp(request: Request) -> Any:
     xp, compute_dtype, result_dtype = library.xp, request.compute_dtype, request.result_dtype
     if not axes:
         x, where, b = _with_an_axis(xp, x, where, b)
-    parts = portable.logsumexp(
+    parts = library.compiled(portable.logsumexp)(
         xp,
         library.cast(x, compute_dtype),
         axes or (x.ndim - 1,),
@@ -502,7 +502,7 @@ def _portable_vjp(request: Request) -> Any:
     xp, compute_dtype = library.xp, request.compute_dtype
     if not axes:
         y, dy = _with_an_axis(xp, y, dy)
-    dx = getattr(portable, request.operation)(
+    dx = library.compiled(getattr(portable, request.operation))(
         xp, library.cast(y, compute_dtype), library.cast(dy, compute_dtype), axes or (y.ndim - 1,)
     )
     if not axes:
@@ -514,7 +514,7 @@ def _portable_jacobian(request: Request) -> Any:
     """softmax_jacobian."""
     library = request.library
     y = library.cast(request.x, request.compute_dtype)
-    jacobian = portable.softmax_jacobian(library.xp, y, request.axes[0])
+    jacobian = library.compiled(portable.softmax_jacobian)(library.xp, y, request.axes[0])
     return library.cast(jacobian, request.result_dtype)
 
 

@@ -199,7 +199,9 @@ class SoftmaxWithLoss(Generic[ArrayT]):
             _checks.upstream(dout, self._loss_shape)
             if dout.ndim:  # one for each position, with reduction="none"
                 dout = portable.with_class_axis(dout, axis)
-        dx = library.quietly(mul, library.cast(dx, compute_dtype), library.cast(dout, compute_dtype))
+        dx = library.quietly(
+            mul, library.cast(dx, compute_dtype), library.cast(dout, compute_dtype)
+        )
         for takes_part in (self.options.get("where"), self._counted(library.xp, axis)):
             if takes_part is not None:  # or else dout may be infinite, and 0 * inf is nan
                 dx = library.xp.where(takes_part, dx, library.scalar(0.0, dx))

@@ -9,7 +9,7 @@ import pytest
 import reference
 
 import portable_softmax as ps
-from portable_softmax.kernels import _numpy, _threads
+from portable_softmax.kernels import _threads
 from portable_softmax.kernels._numpy import _general, _layout, _losses, _maths, _rows, _small
 
 pytestmark = pytest.mark.once

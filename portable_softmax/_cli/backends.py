@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import portable_softmax
-from portable_softmax.libraries import namespace
 from portable_softmax._cli.errors import CommandError, one_line
+from portable_softmax.libraries import namespace
 
 __all__ = ["BACKENDS", "TRAINABLE", "Backend", "Place", "is_installed", "open_place", "reach"]
 

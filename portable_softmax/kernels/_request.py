@@ -103,7 +103,7 @@ class Request(NamedTuple):
         if not self.indices:
             t = library.cast(self.labels, self.compute_dtype)
             return portable.Target(index=None, distribution=t, counted=None, valid=None)
-        target = portable.index_target(
+        target: portable.Target = library.compiled(portable.index_target)(
             self.xp, self.x, self.labels, self.axis, options, self.compute_dtype
         )
         # Under tracing even a constant becomes a traced array once it is computed with.

@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
-from portable_softmax.kernels._request import LOSSES, OPERATIONS, Request
+from portable_softmax.kernels._request import OPERATIONS, Request
 
 Names = tuple[str, ...]  # torch.compile cannot look into sets that it takes for constants
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 from portable_softmax.libraries._library import Library
@@ -27,6 +29,22 @@ class Jax(Library):
             return True
         return bool(x.devices() == other.devices())
 
+    def default_float(self, x: Any) -> Any:
+        """Return the dtype without making an array, which the transfer guard may forbid."""
+        return self.xp.result_type(float)
+
+    def default_int(self, x: Any) -> Any:
+        """Return the dtype without making an array."""
+        return self.xp.result_type(int)
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function` as one compiled call.
+
+        Operation by operation JAX is slow, moves every constant to the device, which its transfer
+        guard may forbid, and looks for nans in each intermediate result under ``jax.debug_nans``.
+        """
+        return partial(_call_compiled, function)
+
     def constant(self, x: Any) -> Any:
         """Return `x` with its derivative cut off."""
         return sys.modules["jax"].lax.stop_gradient(x)
@@ -38,6 +56,26 @@ class Jax(Library):
     def tracing(self, *arrays: Any) -> str:
         """Return ``"traced"`` under jit, grad, vmap and so on."""
         return "traced" if any(_is_traced(x) for x in arrays) else ""
+
+
+def _call_compiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function with its arrays traced and everything else compiled in."""
+    jax = sys.modules["jax"]
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    others = tuple(None if isinstance(leaf, jax.Array) else (leaf,) for leaf in leaves)
+    return _jitted()(arrays, function, tree, others)
+
+
+@cache
+def _jitted() -> Callable[..., Any]:
+    def call(arrays: list[Any], function: Callable[..., Any], tree: Any, others: Any) -> Any:
+        rest = iter(arrays)
+        args, kwargs = tree.unflatten(next(rest) if o is None else o[0] for o in others)
+        return function(*args, **kwargs)
+
+    jit: Callable[..., Any] = sys.modules["jax"].jit(call, static_argnums=(1, 2, 3))
+    return jit
 
 
 def _is_traced(x: Any) -> bool:

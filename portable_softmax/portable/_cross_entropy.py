@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from portable_softmax._typing import Namespace
 from portable_softmax.libraries import (
     cast,
     constant,
@@ -29,7 +30,6 @@ from portable_softmax.libraries import (
     scalar,
     take_along_axis,
 )
-from portable_softmax._typing import Namespace
 from portable_softmax.portable._divisor import divided
 from portable_softmax.portable._softmax import masked
 from portable_softmax.portable._state import State, fold

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from portable_softmax.libraries import constant, is_known, scalar
 from portable_softmax._typing import Namespace
+from portable_softmax.libraries import constant, is_known, scalar
 
 
 class Divisor(NamedTuple):

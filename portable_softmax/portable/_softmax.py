@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from portable_softmax._typing import Namespace
 from portable_softmax.libraries import (
     cast,
     constant,
@@ -18,7 +19,6 @@ from portable_softmax.libraries import (
     reduce_chunks,
     scalar,
 )
-from portable_softmax._typing import Namespace
 from portable_softmax.portable._divisor import divisor, times_power_of_2
 from portable_softmax.portable._state import fold, maximum
 from portable_softmax.portable._sums import total
@@ -112,6 +112,8 @@ def logsumexp(
 ) -> tuple[Any, Any]:
     """Return log s of s = sum(b * exp(x)) and None, or log|s| and s/|s|; the axes are kept."""
     some = None
+    if b is not None:
+        b = b[(*(None,) * (x.ndim - b.ndim), ...)]
     if where is not None:
         x, some = masked(xp, x, where, axes)
         if b is not None:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from portable_softmax._typing import Namespace
 from portable_softmax.libraries import (
     constant,
     device,
@@ -21,7 +22,6 @@ from portable_softmax.libraries import (
     reduce_chunks,
     scalar,
 )
-from portable_softmax._typing import Namespace
 from portable_softmax.portable._divisor import divisor, quotient_error, times_power_of_2
 from portable_softmax.portable._sums import total
 

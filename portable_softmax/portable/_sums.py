@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from portable_softmax._typing import Namespace
 from portable_softmax.libraries import (
     is_chunked,
     is_known,
@@ -11,7 +12,6 @@ from portable_softmax.libraries import (
     reduce_chunks,
     sums_in_blocks,
 )
-from portable_softmax._typing import Namespace
 
 # A plain running sum of n equal terms is off by about n/16 units in the last place (measured on
 # NumPy, axis 0, float32); below this length that stays under one unit.

@@ -21,7 +21,9 @@ class Expected(NamedTuple):
     dtypes: tuple[str, ...]
 
 
-def expected(case: Case, traits: Traits, *, reads_labels: bool, flushes: bool) -> Expected | Refused:
+def expected(
+    case: Case, traits: Traits, *, reads_labels: bool, flushes: bool
+) -> Expected | Refused:
     """Return what a case should answer."""
     if case.refused:
         return case.refused
@@ -99,7 +101,9 @@ def _sums(case: Case, rows: Any, live: Any, rounding: Rounding, shape: tuple[int
 
 
 def _whole(answer: Answer, shape: tuple[int, ...], axes: tuple[int, ...]) -> Answer:
-    full = [np.broadcast_to(part, (_rows_of(shape, axes), _classes(shape, axes))) for part in answer]
+    full = [
+        np.broadcast_to(part, (_rows_of(shape, axes), _classes(shape, axes))) for part in answer
+    ]
     return Answer(*(from_rows(part, shape, axes) for part in full))
 
 

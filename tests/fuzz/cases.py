@@ -95,7 +95,7 @@ def make(traits: Traits, seed: int, number: int, functions: tuple[str, ...] = ()
 
 
 def _dtype(draw: Draw, function: str) -> str:
-    floats = {name: 1.0 for name in draw.traits.floats}
+    floats = dict.fromkeys(draw.traits.floats, 1.0)
     floats["float32"] = floats["float64"] = 4.0
     if "longdouble" in floats:
         floats["longdouble"] = 0.5

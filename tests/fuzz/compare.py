@@ -36,9 +36,7 @@ def judge(found: Any, expected: Expected, backend: Backend) -> Verdict:
     return verdict
 
 
-def _one(
-    name: str, y: Any, answer: Answer, dtype: str, backend: Backend, verdict: Verdict
-) -> None:
+def _one(name: str, y: Any, answer: Answer, dtype: str, backend: Backend, verdict: Verdict) -> None:
     if not backend.is_ours(y):
         verdict.wrong.append(f"{name} is a {type(y).__name__}")
         return

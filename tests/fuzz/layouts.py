@@ -25,7 +25,7 @@ NUMPY = {
     "broadcast, first axis": "np.broadcast_to(a[:1], a.shape)",
     "broadcast, last axis": "np.broadcast_to(a[..., :1], a.shape)",
     "read-only": "np.frombuffer(a.tobytes(), a.dtype).reshape(a.shape)",
-    "misaligned": "np.frombuffer(bytearray(b'.' + a.tobytes()), a.dtype, offset=1).reshape(a.shape)",
+    "misaligned": "np.frombuffer(b'.' + a.tobytes(), a.dtype, offset=1).reshape(a.shape)",
 }
 
 TORCH = {

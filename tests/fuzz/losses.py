@@ -32,9 +32,9 @@ class Options(NamedTuple):
 def target(labels: np.ndarray, n: int, live: np.ndarray, ignore: int | None) -> Target:
     """Sort class indices; Python's ints compare without wrap-around."""
     index = np.asarray([int(v) for v in labels.reshape(-1)], dtype=object).reshape(-1, 1)
-    ignored = np.asarray(
-        [[ignore is not None and v == ignore] for v in index[:, 0]], bool
-    ).reshape(-1, 1)
+    ignored = np.asarray([[ignore is not None and v == ignore] for v in index[:, 0]], bool).reshape(
+        -1, 1
+    )
     wrong = np.asarray([[not 0 <= v < n] for v in index[:, 0]], bool).reshape(-1, 1)
     safe = np.where(wrong, 0, index).astype(np.int64)
     if n:
@@ -146,7 +146,9 @@ def _reduced(
         values, tolerance = loss[:, 0], error[:, 0]
     else:
         values = np.asarray(loss.sum())
-        tolerance = np.asarray(error.sum() + 8 * u * np.abs(np.where(np.isfinite(loss), loss, 0)).sum())
+        tolerance = np.asarray(
+            error.sum() + 8 * u * np.abs(np.where(np.isfinite(loss), loss, 0)).sum()
+        )
     if options.reduction == "mean":
         counted = np.where(to.ignored, 0, weight)
         if to.index is None:

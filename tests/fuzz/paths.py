@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,10 +30,8 @@ def paths(library: str) -> list[Path]:
     if library in ("numpy", "torch", "jax"):
         found.append(Path("portable", kernels.portable, "portable"))
     names = {"numpy": ("numpy tiles", "numba rows"), "torch": ("numpy tiles", "numba rows")}
-    for name in names.get(library, ()):
-        if name in kernels.available():
-            found.append(Path(name, lambda name=name: kernels.use(name), name))
-    return found
+    here = [name for name in names.get(library, ()) if name in kernels.available()]
+    return found + [Path(name, partial(kernels.use, name), name) for name in here]
 
 
 class Prepared(NamedTuple):
@@ -52,7 +51,9 @@ def prepared(case: Case, backend: Backend) -> Prepared:
         )
         for name, argument in case.arrays.items()
     }  # fmt: skip
-    before = {n: backend.numpy(a).tobytes() for n, a in arrays.items()} if case.refused is None else {}
+    before = (
+        {n: backend.numpy(a).tobytes() for n, a in arrays.items()} if case.refused is None else {}
+    )
     keyword = {**case.options, **{n: a for n, a in arrays.items() if n not in POSITIONAL}}
     return Prepared(tuple(a for n, a in arrays.items() if n in POSITIONAL), keyword, before)
 
@@ -81,7 +82,11 @@ def unchanged(case: Case, given: Prepared, backend: Backend) -> bool:
 
 def reproducer(case: Case, path: Path, backend: Backend) -> str:
     """Return a few lines that repeat a case."""
-    lines = ["import numpy as np", "from numpy import array, inf, nan", "import portable_softmax as ps"]
+    lines = [
+        "import numpy as np",
+        "from numpy import array, inf, nan",
+        "import portable_softmax as ps",
+    ]
     names = []
     with np.printoptions(threshold=400, floatmode="unique"):
         for name, argument in case.arrays.items():
@@ -89,7 +94,9 @@ def reproducer(case: Case, path: Path, backend: Backend) -> str:
             if values.size > 300:
                 lines.append(f"{name} = ...  # {values.dtype}{list(values.shape)}")
             elif values.dtype.name in ("bfloat16", "longdouble"):
-                lines.append(f"{name} = np.asarray({values.astype(float).tolist()})  # {values.dtype}")
+                lines.append(
+                    f"{name} = np.asarray({values.astype(float).tolist()})  # {values.dtype}"
+                )
             else:
                 lines.append(f"{name} = np.asarray({values.tolist()!r}, {values.dtype.str!r})")
             code = layouts.BY_LIBRARY[backend.library][argument.layout]

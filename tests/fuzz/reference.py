@@ -127,9 +127,7 @@ def logsumexp(x: Any, live: Any, rounding: Rounding) -> Answer:
     return Answer(y, np.maximum(rounding.tolerance(y, 6), rounding.tolerance(y, 0, near_zero)))
 
 
-def weighted_logsumexp(
-    x: Any, live: Any, b: Any, rounding: Rounding
-) -> tuple[Answer, Answer]:
+def weighted_logsumexp(x: Any, live: Any, b: Any, rounding: Rounding) -> tuple[Answer, Answer]:
     """Return log|s| and the sign of s = sum b exp(x); nothing is judged beside infinities of b."""
     live = live & (b != 0)
     x = np.where(live, x, -L("inf")).astype(L)
@@ -157,7 +155,9 @@ def weighted_logsumexp(
         lost = 8 * u * scale / np.abs(s) + 4 * u * np.maximum(1, np.abs(m))
     unknown = np.isinf(b).any(axis=1, keepdims=True) | ~(lost < 0.25) & ~plus & ~nan
     # A sum of 0 is 0 by chance, or to the last digit.
-    unknown = unknown & ~((terms == 0).all(axis=1, keepdims=True) & ~np.isinf(b).any(axis=1, keepdims=True))
+    unknown = unknown & ~(
+        (terms == 0).all(axis=1, keepdims=True) & ~np.isinf(b).any(axis=1, keepdims=True)
+    )
     lost = np.where(np.isfinite(lost), lost, 0)
     tolerance = np.where(unknown, ANY, rounding.tolerance(value, 6, lost))
     return Answer(value, tolerance), Answer(sign, np.where(unknown, ANY, L(0)))
@@ -202,7 +202,9 @@ def softmax_vjp(y: Any, dy: Any, rounding: Rounding) -> Answer:
     y, dy = y.astype(L), dy.astype(L)
     total = (y * dy).sum(axis=1, keepdims=True)
     size = np.abs(y * dy).sum(axis=1, keepdims=True)
-    nan = np.isnan(y + dy).any(axis=1, keepdims=True) & (~np.isinf(y * dy)).all(axis=1, keepdims=True)
+    nan = np.isnan(y + dy).any(axis=1, keepdims=True) & (~np.isinf(y * dy)).all(
+        axis=1, keepdims=True
+    )
     lost = rounding.compute.smallest * y.shape[1]  # of products that underflow
     return _scaled(y * (dy - total), np.abs(y) * (np.abs(dy) + size), rounding, nan, lost)
 

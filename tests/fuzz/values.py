@@ -43,7 +43,7 @@ def name_of(dtype: np.dtype) -> str:
 
 
 def rows(random: Random, rng: np.random.Generator, shape: tuple[int, int], dtype: str):
-    """Return rows of logits in `dtype`, of one family or each of its own, and some with infinities."""
+    """Return rows of logits, of one family or each of its own, some of them with infinities."""
     if dtype not in FORMATS:
         return integers(random, rng, shape, dtype)
     format = FORMATS[dtype]

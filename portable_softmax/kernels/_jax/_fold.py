@@ -35,12 +35,12 @@ def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
     else:
         terms, factor = _tempered_terms(x, m, scale, axes), 1.0
     # Every maximum is left out of the sum; of those that are not one, 1 is kept.
-    big = float(jnp.finfo(x.dtype).max)
-    rest = sum_of(terms * jnp.minimum((wide(m, axes) - x) * big, 1.0), axes)
-    # Twice their number, so that nothing is shared with the sum above: not even the constants.
-    m = lax.optimization_barrier(m)
-    twice = jnp.sum(jnp.maximum((x - wide(m, axes)) * (big / 2) + 2.0, 0.0), axis=axes)
-    rest = jnp.where(twice > 2.0, rest + (0.5 * twice - 1.0) / factor, rest)
+    numbers = m, *(jnp.asarray(v, x.dtype) for v in (jnp.finfo(x.dtype).max, 1.0, 0.0))
+    n, big, one, _ = numbers = lax.optimization_barrier(numbers)
+    rest = sum_of(terms * jnp.minimum((wide(n, axes) - x) * big, one), axes)
+    n, big, one, zero = lax.optimization_barrier(numbers)  # shares nothing with the sum above
+    maxima = jnp.sum(jnp.maximum((x - wide(n, axes)) * big + one, zero), axis=axes)
+    rest = jnp.where(maxima > 1.0, rest + (maxima - 1.0) / factor, rest)
     return m, rest * factor
 
 
@@ -105,7 +105,9 @@ def _terms(x: Any, m: Any, axes: Axes) -> tuple[Any, Any]:
     """
     info = jnp.finfo(x.dtype)
     limit = -math.log(float(info.tiny))
-    between = jnp.minimum(jnp.maximum(m, 0.0), jnp.ceil(jnp.maximum(32.0 * (m - limit), 0.0)) / 16.0)
+    between = jnp.minimum(
+        jnp.maximum(m, 0.0), jnp.ceil(jnp.maximum(32.0 * (m - limit), 0.0)) / 16.0
+    )
     c = jnp.where(m > -limit, between, m)
     power = lax.reduce_precision(jnp.exp(0.5 * (c - m)), info.nexp, 0) * 2.0**20
     root = jnp.exp((x - wide(c, axes)) * 0.5) * wide(power, axes)

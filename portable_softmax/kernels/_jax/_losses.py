@@ -56,7 +56,9 @@ class Terms(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="form")
-def cross_entropy(x: Any, labels: Any, weight: Any, where: Any, numbers: Numbers, form: Form) -> Any:
+def cross_entropy(
+    x: Any, labels: Any, weight: Any, where: Any, numbers: Numbers, form: Form
+) -> Any:
     """Return the reduced loss."""
     loss = _reduced(x.astype(form.compute), labels, weight, where, numbers, form)
     return loss.astype(form.answer)
@@ -179,11 +181,9 @@ def _weighted(c: Any, weight: Any, shape: Any) -> Any:
 
 def _conditioned(x: Any, counted: Any, where: Any, softcap: Any, axis: int) -> Any:
     """Return the logits that are folded."""
-    if where is not None:
-        x = jnp.where(where, x, 0.0)
-    if softcap is not None:
-        if counted is not None:  # the derivative of the cap would be nan beside a nan
-            x = jnp.where(counted, x, 0.0)
+    if softcap is not None:  # neither bounds nor differentiates what does not count
+        for part in (where, counted):
+            x = x if part is None else jnp.where(part, x, 0.0)
         x = _capped(x, softcap)
     if where is not None:
         x, _ = masked(x, where, (axis,))

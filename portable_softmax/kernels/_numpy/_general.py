@@ -13,8 +13,8 @@ import numpy as np
 
 from portable_softmax import portable
 from portable_softmax.kernels import _threads
-from portable_softmax.kernels._request import Request
 from portable_softmax.kernels._numpy._layout import THREADED_BYTES, TILE_BYTES
+from portable_softmax.kernels._request import Request
 
 Cut = tuple[slice, ...]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax.kernels._request import Request
 from portable_softmax.kernels._numpy import _maths
 from portable_softmax.kernels._numpy._layout import Buffers, Layout
+from portable_softmax.kernels._request import Request
 
 # Labels are checked and counted in pieces, so that nothing of their size is made.
 _LABELS = 1 << 16

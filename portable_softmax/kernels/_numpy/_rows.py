@@ -62,7 +62,11 @@ def log_softmax(request: Request, layout: Layout) -> Any:
 def _log_softmax_with_temperature(request: Request, layout: Layout) -> Any:
     """d - log(sum exp d) with d = (x - max) / temperature, and the portable form in some rows."""
     out = np.empty(request.x.shape, request.result_dtype)
-    answers, axis, temperature = out.reshape(layout.x.shape), layout.axis, request.options.temperature
+    answers, axis, temperature = (
+        out.reshape(layout.x.shape),
+        layout.axis,
+        request.options.temperature,
+    )
     # From a sum of 2 on the maximum's 1 costs no digits. Of 1 + C exp(-7) at most 1/e comes from
     # below -8, where the rounding errors of d count.
     enough = 1.0 + max(1.0, layout.x.shape[1] * math.exp(-7.0))
