@@ -291,11 +291,11 @@ def sums_in_blocks(xp: Namespace, x: Any, axis: int) -> bool:
 
 
 def is_known(xp: Namespace, number: Any) -> bool:
-    """Return whether a length or number is known, and no symbol that a compiler has for any."""
+    """Return whether a length or number is known, rather than a symbol of a compiler."""
     if library(xp) == "torch":
         torch = sys.modules["torch"]
         if torch.compiler.is_compiling():
-            # Under torch.compile a symbol looks like the number that it was traced with.
+            # Under torch.compile a symbol has the type of a number.
             shapes = torch.fx.experimental.symbolic_shapes
             return hasattr(shapes, "has_static_value") and shapes.has_static_value(number)
     return isinstance(number, int | float)

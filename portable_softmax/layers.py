@@ -192,14 +192,15 @@ class SoftmaxWithLoss(Generic[ArrayT]):
         if isinstance(dout, Real):
             dout = xp.asarray(_checks.real("dout", dout), dtype=compute, device=_arrays.device(dx))
         else:
-            _checks.companion("dout", dout, "logits", dx, _checks.array("dout", dout))
+            _checks.array("dout", dout)
+            _checks.companion("dout", dout, "logits", dx, xp)
             _checks.upstream(dout, self._loss_shape)
             if dout.ndim:  # one for each position, with reduction="none"
                 dout = portable.with_class_axis(dout, axis)
         with _arrays.quiet(xp):
             dx = _arrays.cast(xp, dx, compute) * _arrays.cast(xp, dout, compute)
             for takes_part in (self.options.get("where"), self._counted(xp, axis)):
-                if takes_part is not None:  # or else dout may be infinite, and 0 * inf is nan
+                if takes_part is not None:  # where dout is infinite, 0 * dout is nan
                     dx = xp.where(takes_part, dx, _arrays.scalar(xp, 0.0, dx))
             answered: ArrayT = _arrays.cast(xp, dx, answer)
         return answered

@@ -25,7 +25,7 @@ def divisor(xp: Namespace, number: float, like: Any) -> Divisor:
     """Take a positive number apart, for division in the dtype of `like`."""
     if number == 1.0:
         return Divisor(0, 1.0, 0.0)
-    if not is_known(xp, number):  # a compiler's symbol: what is beyond 2**100 has no other effect
+    if not is_known(xp, number):  # a compiler's symbol; beyond 2**100 the effect is the same
         return Divisor(0, max(2.0**-100, min(2.0**100, number)), 0.0)
     mantissa, exponent = math.frexp(number)
     if mantissa == 0.5:
@@ -51,7 +51,7 @@ def times_power_of_2(xp: Namespace, x: Any, exponent: int) -> Any:
 def powers_of_2(xp: Namespace, exponent: int, like: Any) -> list[float]:
     """Return the factors of 2**exponent, each a normal number in the dtype of `like`.
 
-    Two are enough: what is beyond them has no other effect on an exp.
+    Two factors are enough: beyond them the effect on an exp is the same.
     """
     if exponent == 0:
         return []

@@ -63,8 +63,8 @@ def _log_softmax_with_temperature(call: RowsCall, layout: Layout) -> Any:
     """d - log(sum exp d) with d = (x - max) / temperature, and the portable form in some rows."""
     out = np.empty(call.x.shape, call.answer)
     answers, axis, temperature = out.reshape(layout.x.shape), layout.axis, call.temperature
-    # From a sum of 2 on the maximum's 1 costs no digits. Of 1 + C exp(-7) at most 1/e comes from
-    # below -8, where the rounding errors of d count.
+    # In a sum of 2 or more the maximum's 1 costs the rest no digits. Where the rest is C exp(-7) or
+    # more, at most 1/e of it comes from d < -8, where rounding errors of d count.
     enough = 1.0 + max(1.0, layout.x.shape[1] * math.exp(-7.0))
 
     def precise(x: Any, y: Any) -> None:
