@@ -43,19 +43,20 @@ def divided(xp: Namespace, x: Any, number: float) -> Any:
 
 def times_power_of_2(xp: Namespace, x: Any, exponent: int) -> Any:
     """Return x * 2**exponent."""
-    for factor in powers_of_2(xp, exponent, x):
-        x = x * factor
+    factors = powers_of_2(xp, exponent, x)
+    for factor in factors:
+        product = x * factor
+        # XLA merges constant factors, here into one out of range, but not across a `where`.
+        x = product if len(factors) == 1 else xp.where(xp.isinf(x), x, product)
     return x
 
 
 def powers_of_2(xp: Namespace, exponent: int, like: Any) -> list[float]:
-    """Return the factors of 2**exponent, each a normal number in the dtype of `like`.
+    """Return the factors of 2**exponent, each well inside the range of the dtype of `like`.
 
     Two factors are enough: beyond them the effect on an exp is the same.
     """
-    if exponent == 0:
-        return []
-    most = 120 if xp.finfo(like.dtype).bits == 32 else 1000
+    most = 100 if xp.finfo(like.dtype).bits == 32 else 900
     first = max(-most, min(most, exponent))
     second = max(-most, min(most, exponent - first))
     return [2.0**e for e in (first, second) if e]
