@@ -56,6 +56,8 @@ def powers_of_2(xp: Namespace, exponent: int, like: Any) -> list[float]:
 
     Two factors are enough: beyond them the effect on an exp is the same.
     """
+    if exponent == 0:
+        return []
     most = 100 if xp.finfo(like.dtype).bits == 32 else 900
     first = max(-most, min(most, exponent))
     second = max(-most, min(most, exponent - first))
