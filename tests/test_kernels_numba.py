@@ -306,6 +306,20 @@ def test_read_only_arrays_are_not_compiled_anew(every_size):
     assert compiled() == before
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((40, 10), -1), ((6, 300), -1), ((2, 10, 9), 1)])
+@pytest.mark.parametrize("upstream", [np.inf, np.nan])
+def test_a_class_that_a_mask_left_out_passes_no_gradient_on(every_size, shape, axis, upstream):
+    rng = np.random.default_rng(0)
+    mask = rng.random(shape) < 0.3
+    log_y = ps.log_softmax(rng.standard_normal(shape), axis=axis, where=~mask)
+    dy = rng.standard_normal(shape)
+    expected = ps.log_softmax_vjp(log_y, np.where(mask, 0, dy), axis=axis)
+    assert np.all(expected[mask] == 0)
+    dy[mask] = upstream
+    assert kernels.explain("log_softmax_vjp", log_y, dy=dy, axis=axis) == NAME
+    np.testing.assert_array_equal(ps.log_softmax_vjp(log_y, dy, axis=axis), expected)
+
+
 # --------------------------------------------------------------------------- temperature
 
 

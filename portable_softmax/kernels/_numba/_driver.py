@@ -26,7 +26,7 @@ SHORT = 1024
 VECTORS, TILE = 4, 1 << 18
 # So many bytes are one piece of work. Smaller arrays than THREADED are left to one thread: to wake
 # another takes as long as half of that (`python -m bench thresholds`).
-PIECE = 1 << 19
+PIECE = 1 << 18
 THREADED = 1 << 22
 
 

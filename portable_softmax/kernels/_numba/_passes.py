@@ -168,8 +168,8 @@ def row_writing(entry):
 @function
 def counted(log_y, dy, numbers):
     """`dy`, 0 where log_y is +-left_out."""
-    zero, left_out = dy - dy, numbers[0]
-    return where_equal(log_y, left_out, zero, where_equal(log_y, -left_out, zero, dy))
+    left_out = numbers[0]
+    return where_equal(log_y, left_out, 0.0, where_equal(log_y, -left_out, 0.0, dy))
 
 
 @function
