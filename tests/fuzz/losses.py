@@ -74,7 +74,7 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
     count = np.maximum(live.sum(axis=1, keepdims=True), 1)
     share = (np.float64(options.smoothing) / count).astype(L)  # a Python number, as it is given
     named = np.where(t == 0, 0, w * t)
-    q = named * (1 - e) + (np.where(live, w * share, 0) if e else 0)
+    q = named * L(1.0 - options.smoothing) + (np.where(live, w * share, 0) if e else 0)
     total_q, label_weight = q.sum(axis=1, keepdims=True), named.sum(axis=1, keepdims=True)
 
     z = L(options.z_loss)
@@ -106,6 +106,7 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
     depth = np.minimum(rows.span, rounding.compute.depth)
     slack = u * (16 + 4 * depth) * sizes + np.where(p > 0, p * np.abs(slope), 0) * (4 * lost)
     slack = slack + p * np.abs(2 * z * label_weight) * lse_error
+    slack = slack + rounding.compute.smallest * np.abs(slope)  # of a probability that underflows
     if cap is not None:
         derivative = 1 / np.cosh(np.minimum(np.abs(x / L(cap)), 5000)) ** 2
         grad, slack = grad * derivative, slack * derivative
@@ -116,7 +117,9 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
     unknown = rows.bad & ~to.ignored & ~nan_row | _unknown_weights(w, t, e, live)
     loss = np.where(nan_row | to.wrong, L("nan"), loss)
     grad = np.where((nan_row | to.wrong) & live, L("nan"), grad)
-    unknown_grad = unknown | nan_row & (cap is not None)
+    infinite = ~np.isfinite(np.where(harmless, 0, x)).all(axis=1, keepdims=True)
+    overflows = ~(np.abs(slope) < rounding.compute.max / 8)  # beside a probability of 0
+    unknown_grad = unknown | infinite & (cap is not None) | overflows
     loss, error = np.where(to.ignored, 0, loss), np.where(to.ignored, 0, error)
     grad = np.where(to.ignored, 0, grad)
     unknown, unknown_grad = unknown & ~to.ignored, unknown_grad & ~to.ignored
@@ -166,7 +169,9 @@ def _reduced(
             # Weights that cancel to 0 may leave a rest of their rounding.
             cancel = bool(size > 0)
             values, tolerance = np.asarray(L("nan")), np.asarray(ANY if cancel else L(0))
-            grad, slack = np.zeros_like(grad), np.full_like(slack, ANY if cancel else 0)
+            # A row with nan or an infinity may stay nan.
+            slack = np.where(np.isnan(slack) | np.isnan(grad) | cancel, ANY, 0)
+            grad = np.zeros_like(grad)
         else:
             worse = 8 * u * size / np.abs(divisor)
             values, tolerance = values / divisor, tolerance / np.abs(divisor)

@@ -128,7 +128,7 @@ RANGES = {
 }
 
 # Below this maximum, exp(x) of a class underflows although its probability does not.
-LOW_FOR_PROBABILITIES = -8.0
+LOW_FOR_PROBABILITIES = -1.0
 
 
 def plain(x: Any, out: Any, axis: int, buffers: Buffers) -> Plain:
