@@ -331,7 +331,7 @@ def test(session: nox.Session, backend: str) -> None:
     install_backend(session, backend, *extras, also=group(more))
     names = [backend]
     if backend == "torch":
-        names.append("torch-numba")
+        names += ["torch-portable", "torch-numba"]
         ask = "import torch; print(torch.cuda.is_available())"
         answer = session.run("python", "-c", ask, silent=True) or ""  # none with --install-only
         if "torch-cuda" in must_run or "True" in answer:

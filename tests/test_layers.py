@@ -160,3 +160,12 @@ def test_a_softcap_beyond_the_range(xp):
     layer.forward(xp.asarray([[0.0, 0.0]], "float32"), xp.asarray([0]))
     assert_close(xp, layer.y, [[0.5, 0.5]], "float32")
     assert_close(xp, layer.backward(), [[-0.5, 0.5]], "float32")
+
+
+def test_an_upstream_gradient_of_another_library(xp):
+    if xp.library == "numpy":
+        pytest.skip("the other backends each meet NumPy here")
+    layer = ps.SoftmaxWithLoss()
+    layer.forward(xp.asarray([[0.0, 0.0]]), xp.asarray([0]))
+    with pytest.raises(TypeError, match="dout is an array of numpy and logits one of"):
+        layer.backward(np.asarray(1.0))

@@ -461,6 +461,15 @@ def test_options_out_of_range(xp):
             ps.cross_entropy(x, labels, **options)
 
 
+def with_jit(xp, function):
+    """Return a function of arrays, and under JAX what its compiler makes of it."""
+    if xp.library != "jax":
+        return (function,)
+    import jax
+
+    return function, jax.jit(function)
+
+
 EXTREMES = (5e-324, 1e-320, 1e-310, 1e-46, 1e-40, 1e39, 1e40, 1e300, 1.7e308)
 
 
@@ -474,11 +483,11 @@ def test_temperature_beyond_the_range(xp, dtype, temperature):
         limit = [[1 / 3, 1 / 3, 1 / 3, 0.0], [0.25] * 4]
     else:
         limit = [[0.5, 0.0, 0.5, 0.0], [0.5, 0.5, 0.0, 0.0]]
-    assert_close(xp, ps.softmax(x, temperature=temperature), limit, dtype)
-    log_y = xp.numpy(ps.log_softmax(x, temperature=temperature))
     rtol = 1e-6 if dtype == "float32" else 1e-14
-    with np.errstate(divide="ignore"):
-        np.testing.assert_allclose(np.exp(log_y), limit, rtol=rtol)
+    for f in with_jit(xp, lambda x: ps.softmax(x, temperature=temperature)):
+        assert_close(xp, f(x), limit, dtype)
+    for f in with_jit(xp, lambda x: ps.log_softmax(x, temperature=temperature)):
+        np.testing.assert_allclose(np.exp(xp.numpy(f(x))), limit, rtol=rtol)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -504,16 +513,25 @@ def test_softcap_beyond_the_range(xp, dtype, cap):
     """softcap beyond the compute dtype's range | the limit: no cap, or logits of 0; never nan"""
     values = np.asarray([[1.0, 1e-3, 0.0], [-2.0, 30.0, 0.5]])
     x, labels = xp.asarray(values, dtype), xp.asarray([0, 1])
-    loss, grad = ce(xp, x, labels, softcap=cap, reduction="none")
     rtol = 1e-5 if dtype == "float32" else 1e-13
     if cap > 1:
-        loss_without, grad_without = ce(xp, x, labels, reduction="none")
-        np.testing.assert_allclose(loss, loss_without, rtol=rtol)
-        np.testing.assert_allclose(grad, grad_without, rtol=rtol)
+        expected = ce(xp, x, labels, reduction="none")
     else:
-        np.testing.assert_allclose(loss, np.log(3), rtol=rtol)
-        # Only at 0 does a logit still move what is capped.
-        np.testing.assert_allclose(grad, [[0.0, 0.0, 1 / 3], [0.0] * 3], rtol=rtol)
+        # Only at 0 does a logit still change what is capped.
+        expected = np.full(2, np.log(3)), np.asarray([[0.0, 0.0, 1 / 3], [0.0] * 3])
+
+    def capped(x):
+        options = {"softcap": cap, "reduction": "none", "check_labels": False}
+        return ps.cross_entropy_value_and_grad(x, labels, **options)
+
+    for f in with_jit(xp, capped):
+        for actual, e in zip(f(x), expected, strict=True):
+            np.testing.assert_allclose(xp.numpy(actual), e, rtol=rtol)
+    if xp.differentiates:
+        grad = differentiated(
+            xp, values.astype(dtype), labels, np.ones((), dtype), softcap=cap, reduction="sum"
+        )
+        np.testing.assert_allclose(grad, expected[1], rtol=rtol)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from threading import Barrier, Event, current_thread
 from time import sleep
 from types import SimpleNamespace
@@ -29,8 +30,10 @@ def at_once(function):
         start.wait()
         return [function(i) for _ in range(4)]
 
+    # A new thread has no switches of its own: it gets those of this one.
+    contexts = [copy_context() for _ in range(THREADS)]
     with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(one, range(THREADS)))
+        return list(pool.map(lambda i: contexts[i].run(one, i), range(THREADS)))
 
 
 def bits(xp, outputs):

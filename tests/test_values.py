@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from contextlib import nullcontext
 
 import numpy as np
@@ -125,8 +126,14 @@ def test_log_softmax_with_a_temperature_keeps_its_digits(xp, dtype, path):
         gaps = temperature * np.concatenate([[0.0], rng.uniform(0.5, 1, 5) * furthest])
         near = temperature * np.concatenate([[0.0], rng.uniform(6, 9, 5)])
         x = (np.stack([gaps, near]) * -1).astype(dtype)
+
+        def function(x, temperature=temperature):
+            return ps.log_softmax(x, temperature=temperature)
+
+        if xp.library == "jax" and path == "default":  # XLA merges constants and divisions
+            function = importlib.import_module("jax").jit(function)
         with kernels.portable() if path == "portable" else nullcontext():
-            y = ps.log_softmax(xp.asarray(x), temperature=temperature)
+            y = function(xp.asarray(x))
         actual = assert_like(xp, y, x.shape, dtype)
         for got, row in zip(actual, x, strict=True):
             tempered = [v / mpf(temperature) for v in reference.exact(row)]

@@ -61,10 +61,20 @@ def _describe(name: str) -> dict[str, Any]:
 
 
 def _kernels(place: Place) -> dict[str, list[str]]:
-    """Return the kernels that calls on this place take, each with its operations."""
-    x = place.put(np.zeros((1, 1), np.float32))
-    taken = {
-        kernel: [op for op in operations if kernels.explain(op, x).startswith(f"{kernel}:")]
-        for kernel, operations in kernels.available().items()
-    }
+    """Return the kernels that calls on this place take, each with its operations.
+
+    Small arrays and large ones are asked about: they may take different kernels.
+    """
+    taken: dict[str, list[str]] = {}
+    for size in (1, 300):
+        x = place.put(np.zeros((size, size), np.float32))
+        labels = place.put(np.zeros(size, np.int64))
+        for kernel, operations in kernels.available().items():
+            for operation in operations:
+                more = (labels,) if operation.startswith("cross") else ()
+                more = (x,) if operation.endswith("vjp") else more
+                explained = kernels.explain(operation, x, *more)
+                found = taken.setdefault(kernel, [])
+                if explained.startswith(f"{kernel}:") and operation not in found:
+                    found.append(operation)
     return {kernel: operations for kernel, operations in taken.items() if operations}

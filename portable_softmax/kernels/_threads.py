@@ -98,6 +98,8 @@ def _run_on(
     try:
         work()
     finally:
+        # One that has not begun yet would find nothing left: it is not waited for.
+        helpers = [helper for helper in helpers if not helper.cancel()]
         for helper in helpers:
             helper.exception()
     for helper in helpers:

@@ -10,8 +10,7 @@ of a target distribution t (one-hot for a class index), and u = sum_j weight_j *
     grad_j = p_j * (Q + 2 * z_loss * u * logsumexp) - q_j                       p = softmax(x)
 
 where x are the logits after `softcap` and without the classes that `where` masks out. All arrays
-here have the logits' number of dimensions: what there is one of per position has length 1 along
-the class axis.
+here have the logits' number of dimensions: per-position values have length 1 along the class axis.
 """
 
 from __future__ import annotations
@@ -49,12 +48,12 @@ class Options(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What the labels ask for."""
+    """The labels, as class indices or as a distribution."""
 
-    index: Any  # class indices inside [0, C), or None
-    distribution: Any  # t, or None where `index` says it all
+    index: Any  # class indices inside [0, C), or None for a distribution
+    distribution: Any  # t, or None for class indices
     counted: Any  # bool: not ignored; None where every position counts
-    valid: Any  # bool: a label that there is; None for a distribution
+    valid: Any  # bool: ignored, or the index of a class; None for a distribution
     weight: Any = None  # of the label, 0 where ignored; None where it is 1 everywhere
 
 
@@ -71,7 +70,7 @@ def classes(xp: Namespace, x: Any, axis: int) -> Any:
 
 
 def with_class_axis(x: Any, axis: int) -> Any:
-    """Return what there is one of per position with a class axis of length 1."""
+    """Return per-position values with a class axis of length 1."""
     # Dask expands no axis beside one of unknown length, but indexes there.
     return x[(*(slice(None),) * axis, None, ...)]
 
@@ -79,7 +78,7 @@ def with_class_axis(x: Any, axis: int) -> Any:
 def index_target(
     xp: Namespace, x: Any, labels: Any, axis: int, options: Options, dtype: Any
 ) -> Target:
-    """Sort class indices into counted and ignored, valid and not, and weigh them in `dtype`."""
+    """Return the target of class indices, with the weights of the labels in `dtype`."""
     labels = with_class_axis(labels, axis)
     counted = not_ignored(xp, labels, options.ignore_index)
     index = cast(xp, labels, default_int(xp, x))
@@ -118,7 +117,7 @@ def pick(xp: Namespace, values: Any, index: Any, axis: int, x: Any) -> Any:
     hit = classes(xp, x, axis) == index
     if xp.isdtype(values.dtype, "bool"):
         return xp.any(hit & values, axis=axis, keepdims=True)
-    # One entry and zeros: the sum is the entry, whatever is found in the others.
+    # The sum of one entry and zeros is the entry, whatever the others hold.
     return xp.sum(xp.where(hit, values, scalar(xp, 0.0, values)), axis=axis, keepdims=True)
 
 
@@ -156,7 +155,7 @@ def cross_entropy_value_and_grad(
 class Rows(NamedTuple):
     """What loss and gradient share."""
 
-    inputs: Any  # the logits before `softcap`, harmless where they do not count
+    inputs: Any  # the logits before `softcap`, 0 where they are ignored or masked
     x: Any  # the logits that are folded
     q: Any  # the coefficients; None where they are u at the label and 0 elsewhere
     u: Any  # sum of weight * t, 0 where ignored; None where it is 1 everywhere
@@ -173,7 +172,7 @@ def _forward(
         rows = _distribution_rows(xp, inputs, x, target, axis, options)
         loss, state = _distribution_loss(xp, rows, axis, options)
     if target.valid is not None:
-        # A factor: choosing between two losses would multiply nan with the 0 that flows back.
+        # A factor: `where` between two losses would multiply nan by the gradient 0.
         loss = loss * xp.where(target.valid, scalar(xp, 1.0, loss), scalar(xp, math.nan, loss))
     if target.counted is not None:
         loss = xp.where(target.counted, loss, scalar(xp, 0.0, loss))
@@ -183,7 +182,7 @@ def _forward(
 def _conditioned(
     xp: Namespace, logits: Any, target: Target, axis: int, options: Options
 ) -> tuple[Any, Any]:
-    """Make what does not count harmless, then apply `softcap`."""
+    """Replace ignored and masked logits by 0, apply `softcap`, then mask."""
     zero = scalar(xp, 0.0, logits)
     x = logits
     if options.where is not None:
@@ -266,7 +265,7 @@ def _fold_from_label(
 
     state = fold(xp, x, (axis,), attach=attach)
     gap = state.max - xp.where(infinite, at_label, constant(xp, at_label))
-    # What the shift took out of the logarithm's derivative goes into the maximum's, for logsumexp.
+    # The derivative that the shift took from the logarithm goes to the maximum, for logsumexp.
     return state._replace(max=state.max + (linear - constant(xp, linear))), gap
 
 
@@ -358,7 +357,7 @@ def _gradient(
 
 
 def mean_divisor(xp: Namespace, loss: Any, target: Target) -> Any:
-    """Return what the mean divides by: the weights that count, or the number of positions."""
+    """Return the divisor of the mean: the weights that count, or the number of positions."""
     if target.weight is not None:
         return xp.sum(total(xp, target.weight, tuple(range(loss.ndim))))
     positions = math.prod(loss.shape)
@@ -368,12 +367,12 @@ def mean_divisor(xp: Namespace, loss: Any, target: Target) -> Any:
 
 
 def nothing_to_inf(xp: Namespace, divisor: Any) -> Any:
-    """Return `divisor` with inf for 0, so that a mean over nothing has the gradient 0."""
+    """Return `divisor` with inf for 0, so that the mean of no position has the gradient 0."""
     return xp.where(divisor == 0, scalar(xp, math.inf, divisor), divisor)
 
 
 def reduced(xp: Namespace, loss: Any, target: Target, axis: int, reduction: str) -> Any:
-    """Reduce the losses of the positions, which have length 1 along the class axis."""
+    """Reduce the per-position losses."""
     if reduction == "none":
         return xp.squeeze(loss, axis=axis)
     summed = xp.sum(total(xp, loss, tuple(range(loss.ndim))))

@@ -25,7 +25,7 @@ def divisor(xp: Namespace, number: float, like: Any) -> Divisor:
     """Take a positive number apart, for division in the dtype of `like`."""
     if number == 1.0:
         return Divisor(0, 1.0, 0.0)
-    if not is_known(xp, number):  # a compiler's symbol: what is beyond 2**100 has no other effect
+    if not is_known(xp, number):  # a compiler's symbol; beyond 2**100 the effect is the same
         return Divisor(0, max(2.0**-100, min(2.0**100, number)), 0.0)
     mantissa, exponent = math.frexp(number)
     if mantissa == 0.5:
@@ -43,19 +43,22 @@ def divided(xp: Namespace, x: Any, number: float) -> Any:
 
 def times_power_of_2(xp: Namespace, x: Any, exponent: int) -> Any:
     """Return x * 2**exponent."""
-    for factor in powers_of_2(xp, exponent, x):
-        x = x * factor
+    factors = powers_of_2(xp, exponent, x)
+    for factor in factors:
+        product = x * factor
+        # XLA merges constant factors, here into one out of range, but not across a `where`.
+        x = product if len(factors) == 1 else xp.where(xp.isinf(x), x, product)
     return x
 
 
 def powers_of_2(xp: Namespace, exponent: int, like: Any) -> list[float]:
-    """Return the factors of 2**exponent, each a normal number in the dtype of `like`.
+    """Return the factors of 2**exponent, each well inside the range of the dtype of `like`.
 
-    Two are enough: what is beyond them has no other effect on an exp.
+    Two factors are enough: beyond them the effect on an exp is the same.
     """
     if exponent == 0:
         return []
-    most = 120 if xp.finfo(like.dtype).bits == 32 else 1000
+    most = 100 if xp.finfo(like.dtype).bits == 32 else 900
     first = max(-most, min(most, exponent))
     second = max(-most, min(most, exponent - first))
     return [2.0**e for e in (first, second) if e]

@@ -32,9 +32,9 @@ Axes = tuple[int, ...]
 def masked(xp: Namespace, x: Any, where: Any, axes: Axes) -> tuple[Any, Any]:
     """Give masked entries the logit -inf, and rows without any other entry the logits 0.
 
-    Returns the new row and which rows have an entry at all. Whatever hides under the mask is
-    gone, so it reaches neither a value nor a derivative; a row of zeros keeps every derivative of
-    an empty row finite, for the caller to overwrite.
+    Returns the new row and which rows have an entry at all. What the mask hides reaches neither a
+    value nor a derivative. A row of zeros keeps every derivative of an empty row finite; the caller
+    overwrites its values.
     """
     where = where[(*(None,) * (x.ndim - where.ndim), ...)]
     some = xp.any(where, axis=axes, keepdims=True)
@@ -93,7 +93,7 @@ def log_softmax(
 
 def log_softmax_vjp(xp: Namespace, log_y: Any, dy: Any, axes: Axes) -> Any:
     """dy - exp(log_y) * sum(dy)."""
-    # A masked entry stays at -inf for every logit: nothing flows to it, or from it.
+    # A masked entry is -inf whatever the logits are: it neither gets nor gives a gradient.
     dy = xp.where(xp.isinf(log_y), scalar(xp, 0.0, dy), dy)
     return dy - xp.exp(log_y) * total(xp, dy, axes)
 
@@ -172,8 +172,8 @@ def _weighted(xp: Namespace, x: Any, axes: Axes, b: Any) -> tuple[Any, Any]:
     value = xp.where(small, near, far) + shift
     value = xp.where(s == 0, scalar(xp, -math.inf, value), value)
     sign = _sign(xp, s)
-    # Infinite weights make the sum infinite, or nan at a logit of -inf, and beside each other's or
-    # the logits' infinities of the other sign.
+    # An infinite weight makes the sum infinite, but nan at a logit of -inf and beside an infinity
+    # of the other sign.
     terms = weights * xp.where(x > -math.inf, one, scalar(xp, 0.0, x))
     terms = xp.where(infinite, terms, scalar(xp, 0.0, x))
     beyond = constant(xp, xp.sum(terms, axis=axes, keepdims=True))

@@ -39,7 +39,7 @@ class State(NamedTuple):
 def maximum(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Any:
     """Return the maximum over `axes`, kept with length 1, as a constant.
 
-    Shifting a row changes nothing in exact arithmetic, so no derivative runs through the shift.
+    Shifting a row changes nothing in exact arithmetic, so the shift needs no derivative.
     """
     if is_chunked(xp):
         return reduce_chunks(xp, x, axes, _maximum_of_a_chunk)

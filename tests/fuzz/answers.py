@@ -40,7 +40,7 @@ def expected(
         if case.function in LOSSES:
             return _loss(case, x, dtype, rounding, reads_labels)
         found = _rows(case, x, rounding)
-    dtypes = (dtype,) if len(found) == 1 else (dtype, rounding.result.name)
+    dtypes = (dtype,) if len(found) == 1 else (rounding.result.name, dtype)
     return Expected(found, dtypes)
 
 

@@ -72,8 +72,9 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
     e = L(options.smoothing)
     t = np.where(live, to.t, 0)
     count = np.maximum(live.sum(axis=1, keepdims=True), 1)
+    share = (np.float64(options.smoothing) / count).astype(L)  # a Python number, as it is given
     named = np.where(t == 0, 0, w * t)
-    q = named * (1 - e) + (np.where(live, w * (e / count), 0) if e else 0)
+    q = named * (1 - e) + (np.where(live, w * share, 0) if e else 0)
     total_q, label_weight = q.sum(axis=1, keepdims=True), named.sum(axis=1, keepdims=True)
 
     z = L(options.z_loss)
@@ -172,7 +173,9 @@ def _reduced(
             tolerance = tolerance + np.abs(np.where(np.isfinite(values), values, 0)) * worse
             grad, slack = grad / divisor, slack / np.abs(divisor)
             slack = slack + np.abs(np.where(np.isfinite(grad), grad, 0)) * worse
-    huge = ~(np.abs(values) < rounding.compute.max / 8) & np.isfinite(values)
+    # A sum, or a term of it, may overflow on the way to a result that would not.
+    size = np.abs(loss).max(initial=0) if options.reduction == "none" else np.abs(loss).sum()
+    huge = bool(rounding.compute.max / 8 <= size < np.inf)
     tolerance = np.where(huge, ANY, tolerance)
     return (
         Answer(values, rounding.tolerance(values, 1, tolerance)),

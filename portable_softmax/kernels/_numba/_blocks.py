@@ -1,9 +1,8 @@
 """Blocks of short rows, one after the other in memory: a layout, see `_rows`.
 
-The passes here read rows as those of `_passes`, but all rows of a block in turn for each vector.
-What their vectors come to is reduced for as many rows at once as a vector has lanes: the i-th lane
-is the i-th row's. The room lies where vectors do not cross lines of the cache; after its values it
-has a vector for each row, still to be reduced.
+The passes here take all rows of a block in turn for each vector. The horizontal reduction is then
+that of as many rows at once as a vector has lanes: the i-th lane is the i-th row's. After its
+values the workspace has a vector for each row, still to be reduced.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import math
 
 from portable_softmax.kernels._numba import _rows
-from portable_softmax.kernels._numba._exp import DOWN, UP, careful_exp_up, exp_up, exponent
+from portable_softmax.kernels._numba._exp import DOWN, UP, compensated_exp_up, exp_up, exponent
 from portable_softmax.kernels._numba._horizontal import (
     are_finite,
     count_equal,
@@ -43,9 +42,9 @@ element, fetch, target, deliver = _rows.element, _rows.fetch, _rows.target, _row
 
 
 @function
-def height(room, wanted):
+def height(workspace, wanted):
     """How many rows a block has, known when compiling."""
-    return VECTORS * lanes(room)
+    return VECTORS * lanes(workspace)
 
 
 @function
@@ -54,8 +53,8 @@ def place(i, T, n, inner):
 
 
 @function
-def scratch(o, room, T, n):
-    return either(o, ahead(after_values(room, T), T * lanes(room)))
+def scratch(o, workspace, T, n):
+    return either(o, ahead(after_values(workspace, T), T * lanes(workspace)))
 
 
 # --------------------------------------------------------------------------- passes and values
@@ -71,8 +70,8 @@ def _pass(body):
     """
 
     @function
-    def run(p, e, n, rows, room, numbers):
-        k, vectors = n % lanes(p), after_values(room, height(room, 0))
+    def run(p, e, n, rows, workspace, numbers):
+        k, vectors = n % lanes(p), after_values(workspace, height(workspace, 0))
         for j in range(0, n - k, lanes(p)):
             x, y = ahead(p, j), ahead(e, j)
             for r in range(rows):
@@ -92,33 +91,33 @@ def writing(entry, values_of):
     @_pass
     @function
     def write_all(x, y, j, r, n, vectors, k, numbers):
-        w, room, constants = numbers
-        own = (typed(room, 1.0), *values_of(room, height(room, 0), r), *constants)
+        w, workspace, constants = numbers
+        own = (typed(workspace, 1.0), *values_of(workspace, height(workspace, 0), r), *constants)
         write(y, r * n, entry(read(x, r * n, k, 0.0), read(w, j, k, 0.0), own), k)
 
     @function
-    def run(e, w, o, n, rows, T, room, constants):
-        write_all(e, o, n, rows, room, (w, room, constants))
+    def run(e, w, o, n, rows, T, workspace, constants):
+        write_all(e, o, n, rows, workspace, (w, workspace, constants))
 
     return run
 
 
 @function
-def keep(room, T, kind, r, v):
-    write(after_values(room, T), r * lanes(room), v, None)
+def store_partial(workspace, T, kind, r, v):
+    write(after_values(workspace, T), r * lanes(workspace), v, None)
 
 
 @function
-def reduce(room, T, kind):
+def reduce_partials(workspace, T, kind):
     """Add up the lanes of each row's vector."""
-    L = lanes(room)
+    L = lanes(workspace)
     for r in range(0, T, L):
-        put(values(room, kind, T), r, sum_of_each(ahead(after_values(room, T), r * L)))
+        put(values(workspace, kind, T), r, sum_of_each(ahead(after_values(workspace, T), r * L)))
 
 
 @function
-def step(room):
-    return lanes(room)
+def step(workspace):
+    return lanes(workspace)
 
 
 @function
@@ -144,9 +143,9 @@ def _add(vectors, j, r, v):
 @_pass
 @function
 def _maxima(x, o, j, r, n, vectors, k, numbers):
-    """It asks for the place of the result, and the next pass for the next block.
+    """The place of the result is prefetched here, the next block in the next pass.
 
-    One by one, or too many lines of the cache would be on their way.
+    Both at once would be too many lines of the cache.
     """
     at, v = r * lanes(x), read(x, r * n, k, -math.inf)
     prefetch_to_write(o, r * n, k)
@@ -165,45 +164,45 @@ def _exps(x, e, j, r, n, vectors, k, numbers):
 
 @_pass
 @function
-def _careful_exps(x, e, j, r, n, vectors, k, numbers):
-    """As `_exps`, to the last digits; those that equal the maximum are counted instead."""
+def _compensated_exps(x, e, j, r, n, vectors, k, numbers):
+    """As `_exps`, of compensated exponents; those that equal the maximum are counted instead."""
     m, t, count = numbers
     prefetch_to_read(x, r * n + height(x, 0) * n, k)
-    v, up = careful_exp_up(read(x, r * n, k, -math.inf), load(m, r), t), splat(x, UP)
+    v, up = compensated_exp_up(read(x, r * n, k, -math.inf), load(m, r), t), splat(x, UP)
     write(e, r * n, v, k)
     count_equal(count, r, v, up)
     _add(vectors, j, r, where_equal(v, up, splat(x, 0.0), v))
 
 
 @function
-def _write_maxima(p, o, n, rows, T, room):
-    L = lanes(room)
-    _maxima(p, o, n, rows, room, ())
+def _write_maxima(p, o, n, rows, T, workspace):
+    L = lanes(workspace)
+    _maxima(p, o, n, rows, workspace, ())
     for r in range(0, T, L):
-        put(values(room, MAX, T), r, max_of_each(ahead(after_values(room, T), r * L)))
+        put(values(workspace, MAX, T), r, max_of_each(ahead(after_values(workspace, T), r * L)))
 
 
 @function
-def write_sums(p, e, o, n, rows, T, room, t):
-    _write_maxima(p, o, n, rows, T, room)
-    _exps(p, e, n, rows, room, (values(room, MAX, T), t))
-    reduce(room, T, SUM)
+def write_sums(p, e, o, n, rows, T, workspace, t):
+    _write_maxima(p, o, n, rows, T, workspace)
+    _exps(p, e, n, rows, workspace, (values(workspace, MAX, T), t))
+    reduce_partials(workspace, T, SUM)
 
 
 @function
-def fold(p, e, o, n, rows, T, room, t):
-    """As in `_rows`, always with care: that costs less than to find out which rows need it."""
+def fold(p, e, o, n, rows, T, workspace, t):
+    """As in `_rows`, always compensated: that costs less than to find out which rows need it."""
     L, m, s, count = (
-        lanes(room),
-        values(room, MAX, T),
-        values(room, REST, T),
-        values(room, COUNT, T),
+        lanes(workspace),
+        values(workspace, MAX, T),
+        values(workspace, REST, T),
+        values(workspace, COUNT, T),
     )
-    _write_maxima(p, o, n, rows, T, room)
+    _write_maxima(p, o, n, rows, T, workspace)
     for r in range(0, T, L):
-        put(count, r, splat(room, 0.0))
-    _careful_exps(p, e, n, rows, room, (m, t, count))
-    reduce(room, T, REST)
+        put(count, r, splat(workspace, 0.0))
+    _compensated_exps(p, e, n, rows, workspace, (m, t, count))
+    reduce_partials(workspace, T, REST)
     for r in range(0, T, L):
         put(s, r, (get(s, r) + (counts(count, r) - 1.0) * UP) * DOWN)
         if not are_finite(get(m, r)):  # an infinity may have passed over a nan

@@ -2,9 +2,9 @@
 
 The classes of a row lie `inner` apart. A group is copied to a tile in the dtype of the computation:
 as many rows as a vector has lanes become `n` consecutive vectors, one a class, and the next ones
-follow. So the passes over one long row do the work, and what they return is not reduced: each lane
-is a row of its own. The room has the tiles after its values: one, or two where there are two inputs
-or the gradient of a loss.
+follow. So the passes over one long row do the work, without a horizontal reduction: each lane is a
+row of its own. After its values the workspace has the tiles: one, or two for two inputs and for the
+gradient of a loss.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from portable_softmax.kernels._numba._horizontal import are_at_least, are_finite
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, store, typed
 from portable_softmax.kernels._numba._passes import (
-    careful_sums,
-    enough,
+    compensated_sums,
+    compensation_threshold,
     exps,
     maxima,
     row_writing,
@@ -29,7 +29,7 @@ from portable_softmax.kernels._numba._vectors import lanes, read, splat, where_a
 
 
 @function
-def height(room, wanted):
+def height(workspace, wanted):
     return wanted
 
 
@@ -41,25 +41,25 @@ def place(i, T, n, inner):
 
 
 @function
-def element(room, r, y, n):
-    L = lanes(room)
+def element(workspace, r, y, n):
+    L = lanes(workspace)
     return (r // L * n + y) * L + r % L
 
 
 @function
-def target(o, tile, room, T, n):
-    return ahead(after_values(room, T), tile * n * T)
+def target(o, tile, workspace, T, n):
+    return ahead(after_values(workspace, T), tile * n * T)
 
 
 @function
-def scratch(o, room, T, n):
+def scratch(o, workspace, T, n):
     return o
 
 
 @function
-def fetch(p, tile, room, T, n, inner, rows):
+def fetch(p, tile, workspace, T, n, inner, rows):
     """Copy a group to a tile."""
-    L, copied = lanes(room), target(p, tile, room, T, n)
+    L, copied = lanes(workspace), target(p, tile, workspace, T, n)
     k = rows % L
     for j in range(n):
         x, y = ahead(p, j * inner), ahead(copied, j * L)
@@ -90,8 +90,8 @@ stride, value = step, get
 
 
 @function
-def length(room, n):
-    return n * lanes(room)
+def length(workspace, n):
+    return n * lanes(workspace)
 
 
 @function
@@ -104,21 +104,21 @@ def writing(entry, values_of):
     write_row = row_writing(entry)
 
     @function
-    def run(e, w, o, n, rows, T, room, constants):
-        for r in range(0, rows, lanes(room)):
-            numbers = (typed(room, 1.0), *values_of(room, T, r), *constants)
-            write_row(ahead(e, r * n), source(w), ahead(o, r * n), length(room, n), numbers)
+    def run(e, w, o, n, rows, T, workspace, constants):
+        for r in range(0, rows, lanes(workspace)):
+            numbers = (typed(workspace, 1.0), *values_of(workspace, T, r), *constants)
+            write_row(ahead(e, r * n), source(w), ahead(o, r * n), length(workspace, n), numbers)
 
     return run
 
 
 @function
-def keep(room, T, kind, r, v):
-    put(values(room, kind, T), r, v)
+def store_partial(workspace, T, kind, r, v):
+    put(values(workspace, kind, T), r, v)
 
 
 @function
-def reduce(room, T, kind):
+def reduce_partials(workspace, T, kind):
     """Nothing is to be reduced."""
 
 
@@ -126,27 +126,27 @@ def reduce(room, T, kind):
 
 
 @function
-def write_sums(p, e, o, n, rows, T, room, t):
-    size = length(room, n)
-    for r in range(0, rows, lanes(room)):
+def write_sums(p, e, o, n, rows, T, workspace, t):
+    size = length(workspace, n)
+    for r in range(0, rows, lanes(workspace)):
         x = ahead(p, r * n)
-        put(values(room, SUM, T), r, exps(x, ahead(e, r * n), 0, size, maxima(x, size), t))
+        put(values(workspace, SUM, T), r, exps(x, ahead(e, r * n), 0, size, maxima(x, size), t))
 
 
 @function
-def fold(p, e, o, n, rows, T, room, t):
-    """As in `_rows`, with care where the row of any lane needs it; only that row takes it."""
-    L, one, size = lanes(room), splat(room, 1.0), length(room, n)
-    low = splat(room, enough(n))
+def fold(p, e, o, n, rows, T, workspace, t):
+    """As in `_rows`; what is compensated for one lane is taken for that lane only."""
+    L, one, size = lanes(workspace), splat(workspace, 1.0), length(workspace, n)
+    low = splat(workspace, compensation_threshold(n))
     for r in range(0, rows, L):
-        x, most = ahead(p, r * n), ahead(values(room, MAX, T), r)
+        x, most = ahead(p, r * n), ahead(values(workspace, MAX, T), r)
         m = maxima(x, size)
         rest = exps(x, ahead(e, r * n), 0, size, m, t) * DOWN - one
         put(most, 0, m)
         if not are_at_least(rest, low):
-            below, count = careful_sums(x, size, m, t)
+            below, count = compensated_sums(x, size, m, t)
             rest = where_at_least(rest, low, rest, (below + (count - one) * UP) * DOWN)
             if not are_finite(m):  # an infinity may have passed over a nan
                 for i in range(L):
                     store(most, i, top(ahead(x, i), n, L))
-        put(values(room, REST, T), r, rest)
+        put(values(workspace, REST, T), r, rest)

@@ -21,6 +21,6 @@ def added(total, lost, x):
 
 
 @function
-def settled(total, lost):
+def compensated(total, lost):
     """The sum; an infinite one as it is."""
     return where_finite(total, total + lost, total)

@@ -1,6 +1,6 @@
 """Runs the compiled kernels on arrays, on as many threads as are free.
 
-The arrays are NumPy's, C-contiguous, of shape (rows, n) or (outer * n, inner) as `_entries` has
+The arrays are NumPy's, C-contiguous, of shape (rows, n) or (outer * n, inner) as `_kernels` has
 them, and of a dtype that it knows: float16 is handed over as uint16 and bfloat16 as int16. They may
 be views of any library's memory.
 """
@@ -14,8 +14,8 @@ import numpy as np
 
 from portable_softmax.kernels import _threads
 from portable_softmax.kernels._numba import _long
-from portable_softmax.kernels._numba._entries import BLOCKS, COLUMNS, ROWS, scan
 from portable_softmax.kernels._numba._exp import temperature as prepared
+from portable_softmax.kernels._numba._kernels import BLOCKS, COLUMNS, ROWS, scan
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, WEIGHTED
 from portable_softmax.kernels._numba._values import size_of_values
 
@@ -26,7 +26,7 @@ SHORT = 1024
 VECTORS, TILE = 4, 1 << 18
 # So many bytes are one piece of work. Smaller arrays than THREADED are left to one thread: to wake
 # another takes as long as half of that (`python -m bench thresholds`).
-PIECE = 1 << 19
+PIECE = 1 << 18
 THREADED = 1 << 22
 
 
@@ -54,9 +54,9 @@ class Loss(NamedTuple):
 class Plan(NamedTuple):
     """How rows are worked on: it depends on the call alone."""
 
-    entries: dict[str, Any]
-    shape: tuple[int, int, int]  # n, inner and rows of a group, as `_entries` has them
-    room: int
+    kernels: dict[str, Any]
+    shape: tuple[int, int, int]  # n, inner and rows of a group, as `_kernels` has them
+    workspace: int
     step: int  # groups of a piece
     groups: int
 
@@ -73,20 +73,20 @@ def plan(layout: Layout, dtype: Any, compute: Any, tiles: int) -> Plan:
     if inner > 1:
         vectors = VECTORS if n * VECTORS * 64 <= TILE else 1
         height = lanes * min(vectors, -(-inner // lanes))
-        entries, groups, size = COLUMNS, outer * -(-inner // height), n * min(height, inner)
-        room = tiles * n * height
+        kernels, groups, size = COLUMNS, outer * -(-inner // height), n * min(height, inner)
+        workspace = tiles * n * height
     elif n * compute.itemsize < SHORT:
         height = VECTORS * lanes
-        entries, groups, size = BLOCKS, -(-outer // height), n * height
-        inner, room = outer, height * lanes + (0 if exact else size)
+        kernels, groups, size = BLOCKS, -(-outer // height), n * height
+        inner, workspace = outer, height * lanes + (0 if exact else size)
     else:
-        entries, groups, size, height, inner = ROWS, outer, n, 1, outer
-        room = _long.space.py_func(n) + (0 if exact else n)
-    room += size_of_values.py_func(height) + lanes  # the last ones to align it
+        kernels, groups, size, height, inner = ROWS, outer, n, 1, outer
+        workspace = _long.space.py_func(n) + (0 if exact else n)
+    workspace += size_of_values.py_func(height) + lanes  # the last ones to align it
     step = groups
     if groups * size * dtype.itemsize >= THREADED:
         step = max(1, PIECE // (size * dtype.itemsize))
-    return Plan(entries, (n, inner, height), room, step, groups)
+    return Plan(kernels, (n, inner, height), workspace, step, groups)
 
 
 def compute_dtype(dtype: Any) -> Any:
@@ -101,12 +101,12 @@ def run(
     operation: str, arrays: tuple[Any, ...], numbers: tuple[Any, ...], planned: Plan, compute: Any
 ) -> None:
     """Run a compiled function on every piece: each thread calls it once."""
-    entry = planned.entries[operation]
+    kernel = planned.kernels[operation]
     counter = np.zeros(1, np.int64)
 
     def work(groups: int) -> None:
-        room = np.empty(planned.room, compute)
-        entry(arrays, numbers, planned.shape, room, counter, planned.step, groups)
+        workspace = np.empty(planned.workspace, compute)
+        kernel(arrays, numbers, planned.shape, workspace, counter, planned.step, groups)
 
     if planned.step >= planned.groups:
         work(planned.groups)

@@ -276,7 +276,7 @@ def exponent(x, m, t):
 
 
 @function
-def careful_exp_up(x, m, t):
+def compensated_exp_up(x, m, t):
     """2**64 * exp((x - m) / T), with what rounding the exponent lost put back to first order."""
     d = difference(x, m, t)
     q = quotient(d, t)

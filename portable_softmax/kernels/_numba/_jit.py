@@ -1,13 +1,13 @@
-"""How the functions here are compiled, and where the result is kept.
+"""How the functions here are compiled, and cached on disk.
 
-`function` is for what is inlined into an entry, `entry` for what Python calls. Entries are kept on
-disk as Numba keeps its own, but Numba stamps a cached function with the file that it is written in,
-and an entry is made of all files of this folder: here it is stamped with the contents of them all.
-A folder that cannot be written is passed over for the user's own; without one either, entries are
-compiled in each process. An unreadable or broken file counts as missing.
+`function` is for what is inlined into a kernel, `kernel` for what Python calls. Numba's own cache
+looks at the file of the compiled function alone. A kernel is made of all files of this folder, and
+is cached with a digest of them all. A folder that cannot be written is passed over for the user's
+own; without one either, kernels are compiled in each process. An unreadable or broken file counts
+as missing.
 
 Numba's cache classes are not public: their names stand in `_cache_class` and nowhere else. Where
-one is missing, nothing is kept on disk.
+one is missing, kernels are not cached.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from numba.core import caching, config
 HERE = Path(__file__).resolve().parent
 
 INLINED = {"nogil": True, "error_model": "numpy", "forceinline": True}
-# Python calls none of these itself: without wrappers for it they are compiled in less time.
+# Python calls none of these itself: without wrappers for it they compile faster.
 function = njit(**INLINED, no_cpython_wrapper=True, no_cfunc_wrapper=True)
-_entry = njit(nogil=True, error_model="numpy")
 
 
-def entry(name: str) -> Callable[[Any], Any]:
+def kernel(name: str) -> Callable[[Any], Any]:
     """Return the decorator of a function that Python calls; `name` is unique among them."""
 
     def compiled(python_function: Any) -> Any:
-        dispatcher = _entry(python_function)
+        dispatcher = njit(nogil=True, error_model="numpy")(python_function)
         with suppress(AttributeError, TypeError, NotImplementedError):
             if folder() is not None:
                 dispatcher._cache = _cache_class()(python_function, name)

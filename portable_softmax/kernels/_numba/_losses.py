@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 
 from portable_softmax.kernels._numba._compensation import added
-from portable_softmax.kernels._numba._exp import DOWN, careful_exp_up, log1p
+from portable_softmax.kernels._numba._exp import DOWN, compensated_exp_up, log1p
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, fill, load, plus, store, typed
 from portable_softmax.kernels._numba._passes import (
@@ -93,9 +93,9 @@ def weight_of(y, w, n, flags, ignore):
 
 
 @function
-def write_weights(labels, rows, T, room, w, n, flags, ignore):
+def write_weights(labels, rows, T, workspace, w, n, flags, ignore):
     """Write the labels' weights; return their sum, how many are wrong and how many ignored."""
-    us = values(room, WEIGHT, T)
+    us = values(workspace, WEIGHT, T)
     total, wrong, ignored = 0.0, 0, 0
     if flags & (WEIGHTED | IGNORING):
         for r in range(rows):
@@ -146,36 +146,39 @@ def losses_of(layout):
     """Return the function that writes the losses of a group."""
 
     @function
-    def write_gaps(p, w, n, rows, T, room):
-        for r in range(0, rows, layout.stride(room)):
-            m, size = layout.value(values(room, MAX, T), r), layout.length(room, n)
+    def write_gaps(p, w, n, rows, T, workspace):
+        for r in range(0, rows, layout.stride(workspace)):
+            m, size = layout.value(values(workspace, MAX, T), r), layout.length(workspace, n)
             v = gaps(ahead(p, r * n), layout.source(w), size, (m,))
-            layout.keep(room, T, GAPS, r, v)
-        layout.reduce(room, T, GAPS)
+            layout.store_partial(workspace, T, GAPS, r, v)
+        layout.reduce_partials(workspace, T, GAPS)
 
     @function
-    def write_logits(p, labels, rows, room, logits, n):
+    def write_logits(p, labels, rows, workspace, logits, n):
         for r in range(rows):
-            store(logits, r, load(p, layout.element(room, r, class_of(labels[r], n), n)))
+            store(logits, r, load(p, layout.element(workspace, r, class_of(labels[r], n), n)))
 
     @function
-    def write_losses(p, e, labels, rows, T, room, w, n, c, flags, ignore):
-        """Return their sum; the exps go to `e` unless it is nowhere."""
-        logits, losses = values(room, LOGIT, T), values(room, LOSS, T)
+    def write_losses(p, e, labels, rows, T, workspace, w, n, c, flags, ignore):
+        """Return their sum; the exps go to `e` unless it is null."""
+        logits, losses = values(workspace, LOGIT, T), values(workspace, LOSS, T)
         # Numbers that are stored one by one and read as vectors have to reach the cache in between;
         # of a single row the fold brings the logit itself to the cache.
-        early = layout.step(room) > 1
+        early = layout.step(workspace) > 1
         if early:
-            write_logits(p, labels, rows, room, logits, n)
-        layout.fold(p, e, e, n, rows, T, room, 1)
+            write_logits(p, labels, rows, workspace, logits, n)
+        layout.fold(p, e, e, n, rows, T, workspace, 1)
         if not early:
-            write_logits(p, labels, rows, room, logits, n)
+            write_logits(p, labels, rows, workspace, logits, n)
         if c[1] != 0:
-            write_gaps(p, w, n, rows, T, room)
-        for r in range(0, T, layout.step(room)):
-            m, rest = layout.get(values(room, MAX, T), r), layout.get(values(room, REST, T), r)
-            u, gap = layout.get(values(room, WEIGHT, T), r), m - layout.get(logits, r)
-            spread = layout.get(values(room, GAPS, T), r)
+            write_gaps(p, w, n, rows, T, workspace)
+        for r in range(0, T, layout.step(workspace)):
+            m, rest = (
+                layout.get(values(workspace, MAX, T), r),
+                layout.get(values(workspace, REST, T), r),
+            )
+            u, gap = layout.get(values(workspace, WEIGHT, T), r), m - layout.get(logits, r)
+            spread = layout.get(values(workspace, GAPS, T), r)
             layout.put(losses, r, value(gap, log1p(rest), spread, m, u, c))
         if flags & IGNORING:
             for r in range(rows):
@@ -193,41 +196,51 @@ def gradients_of(layout):
     """Return the function that writes the gradients of a group after its losses."""
 
     @function
-    def slope_of(room, T, r):
-        return (layout.value(values(room, SLOPE, T), r),)
+    def slope_of(workspace, T, r):
+        return (layout.value(values(workspace, SLOPE, T), r),)
 
     @function
-    def state_of(room, T, r):
-        a, rest = layout.value(values(room, SLOPE, T), r), layout.value(values(room, REST, T), r)
-        return a, rest, layout.value(values(room, FACTOR, T), r)
+    def state_of(workspace, T, r):
+        a, rest = (
+            layout.value(values(workspace, SLOPE, T), r),
+            layout.value(values(workspace, REST, T), r),
+        )
+        return a, rest, layout.value(values(workspace, FACTOR, T), r)
 
     write_elsewhere = layout.writing(gradient_elsewhere, slope_of)
     write_with_share = layout.writing(gradient_with_share, state_of)
 
     @function
-    def write_gradients(e, o, labels, rows, T, room, w, n, c, flags):
+    def write_gradients(e, o, labels, rows, T, workspace, w, n, c, flags):
         """Write them to `o` from the exps at `e`, which may be the same place."""
-        one, share, shares = typed(w, 1.0), c[1], values(room, SHARE, T)
+        one, share, shares = typed(w, 1.0), c[1], values(workspace, SHARE, T)
         if share != 0:
             for r in range(rows):
                 store(shares, r, share * load(w, class_of(labels[r], n)))
-        for r in range(0, T, layout.step(room)):
-            m, rest = layout.get(values(room, MAX, T), r), layout.get(values(room, REST, T), r)
-            u = layout.get(values(room, WEIGHT, T), r)
+        for r in range(0, T, layout.step(workspace)):
+            m, rest = (
+                layout.get(values(workspace, MAX, T), r),
+                layout.get(values(workspace, REST, T), r),
+            )
+            u = layout.get(values(workspace, WEIGHT, T), r)
             a, factor, q = slope(u, m, rest, c), c[4] / (one + rest), u * c[0]
             if share != 0:
                 q = q + layout.get(shares, r)
-            term = careful_exp_up(layout.get(values(room, LOGIT, T), r), m, 1) * typed(w, DOWN)
-            layout.put(values(room, LABEL_GRADIENT, T), r, gradient_entry(term, a, q, rest, factor))
-            layout.put(values(room, SLOPE, T), r, a if share != 0 else a * factor)
-            layout.put(values(room, FACTOR, T), r, factor)
+            term = compensated_exp_up(layout.get(values(workspace, LOGIT, T), r), m, 1) * typed(
+                w, DOWN
+            )
+            layout.put(
+                values(workspace, LABEL_GRADIENT, T), r, gradient_entry(term, a, q, rest, factor)
+            )
+            layout.put(values(workspace, SLOPE, T), r, a if share != 0 else a * factor)
+            layout.put(values(workspace, FACTOR, T), r, factor)
         if share == 0:
-            write_elsewhere(e, 0.0, o, n, rows, T, room, (DOWN,))
+            write_elsewhere(e, 0.0, o, n, rows, T, workspace, (DOWN,))
         else:
-            write_with_share(e, w, o, n, rows, T, room, (DOWN, share))
+            write_with_share(e, w, o, n, rows, T, workspace, (DOWN, share))
         for r in range(rows):
-            at = layout.element(room, r, class_of(labels[r], n), n)
-            store(o, at, load(values(room, LABEL_GRADIENT, T), r))
+            at = layout.element(workspace, r, class_of(labels[r], n), n)
+            store(o, at, load(values(workspace, LABEL_GRADIENT, T), r))
 
     return write_gradients
 
@@ -236,11 +249,11 @@ def zeros_of(layout):
     """Return the function that writes the gradients of ignored rows."""
 
     @function
-    def write_zeros(o, labels, rows, room, n, flags, ignore):
+    def write_zeros(o, labels, rows, workspace, n, flags, ignore):
         if flags & IGNORING:
             for r in range(rows):
                 if labels[r] == ignore:
                     for j in range(n):
-                        store(o, layout.element(room, r, j, n), typed(room, 0.0))
+                        store(o, layout.element(workspace, r, j, n), typed(workspace, 0.0))
 
     return write_zeros

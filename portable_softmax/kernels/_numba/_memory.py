@@ -2,11 +2,11 @@
 
 Rows are read through pointers: no wrap-around of indices to check, so that loops vectorise, and
 16-bit numbers become float32 as they are loaded. NumPy's float16 arrives as uint16 and bfloat16
-as int16, the same bits under dtypes that Numba passes quickly. The integer 0 in place of a pointer
-stands for nowhere: nothing is stored there.
+as int16, the same bits under dtypes that Numba passes quickly. The integer 0 is the null pointer:
+nothing is stored there.
 
 Numba's `fastmath` would mark every operation of a function. Here only `plus` may be reordered, so
-that differences whose rounding error is put back stay as they are written.
+that compensated sums and differences stay as they are written.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def either(typing, p, scratch):
 
 @intrinsic
 def ahead(typing, p, n):
-    """``p + n``; nowhere stays nowhere, and a number that stands for an array of it stays, too."""
+    """``p + n``; null stays null, and a number in place of an array of equal ones stays, too."""
     if isinstance(p, (types.Integer, types.Float)):
         return p(p, types.intp), lambda context, builder, signature, args: args[0]
 

@@ -22,63 +22,70 @@ from portable_softmax.kernels._numba._vectors import where_finite
 
 def softmax_of(layout):
     @function
-    def inverse_sum(room, T, r):
-        return (layout.value(values(room, SUM, T), r),)
+    def inverse_sum(workspace, T, r):
+        return (layout.value(values(workspace, SUM, T), r),)
 
     write_probabilities = layout.writing(probability, inverse_sum)
 
     @function
-    def softmax(p, o, n, rows, T, room, t):
-        e, sums = layout.scratch(o, room, T, n), values(room, SUM, T)
-        layout.write_sums(p, e, o, n, rows, T, room, t)
-        for r in range(0, T, layout.step(room)):
-            layout.put(sums, r, typed(room, 1.0) / layout.get(sums, r))
-        write_probabilities(e, 0.0, o, n, rows, T, room, ())
+    def softmax(p, o, n, rows, T, workspace, t):
+        e, sums = layout.scratch(o, workspace, T, n), values(workspace, SUM, T)
+        layout.write_sums(p, e, o, n, rows, T, workspace, t)
+        for r in range(0, T, layout.step(workspace)):
+            layout.put(sums, r, typed(workspace, 1.0) / layout.get(sums, r))
+        write_probabilities(e, 0.0, o, n, rows, T, workspace, ())
 
     return softmax
 
 
 def log_softmax_of(layout):
     @function
-    def maximum_and_log(room, T, r):
-        return layout.value(values(room, MAX, T), r), layout.value(values(room, REST, T), r)
+    def maximum_and_log(workspace, T, r):
+        return layout.value(values(workspace, MAX, T), r), layout.value(
+            values(workspace, REST, T), r
+        )
 
     write_logs = layout.writing(log_probability, maximum_and_log)
 
     @function
-    def log_softmax(p, o, n, rows, T, room, t):
-        logs = values(room, REST, T)
-        layout.fold(p, 0, o, n, rows, T, room, t)
-        for r in range(0, T, layout.step(room)):
+    def log_softmax(p, o, n, rows, T, workspace, t):
+        logs = values(workspace, REST, T)
+        layout.fold(p, 0, o, n, rows, T, workspace, t)
+        for r in range(0, T, layout.step(workspace)):
             layout.put(logs, r, log1p(layout.get(logs, r)))
-        write_logs(p, 0.0, o, n, rows, T, room, (t,))
+        write_logs(p, 0.0, o, n, rows, T, workspace, (t,))
 
     return log_softmax
 
 
 def logsumexp_of(layout):
     @function
-    def logsumexp(p, n, rows, T, room):
+    def logsumexp(p, n, rows, T, workspace):
         """Write max + log1p(rest) to the values; an infinite maximum as it is."""
-        layout.fold(p, 0, 0, n, rows, T, room, 1)
-        for r in range(0, T, layout.step(room)):
-            m, rest = layout.get(values(room, MAX, T), r), layout.get(values(room, REST, T), r)
-            layout.put(values(room, LOGSUMEXP, T), r, where_finite(m, m + log1p(rest), m))
+        layout.fold(p, 0, 0, n, rows, T, workspace, 1)
+        for r in range(0, T, layout.step(workspace)):
+            m, rest = (
+                layout.get(values(workspace, MAX, T), r),
+                layout.get(values(workspace, REST, T), r),
+            )
+            layout.put(values(workspace, LOGSUMEXP, T), r, where_finite(m, m + log1p(rest), m))
 
     return logsumexp
 
 
 def softmax_vjp_of(layout):
     @function
-    def softmax_vjp(p, q, o, n, rows, T, room, _):
+    def softmax_vjp(p, q, o, n, rows, T, workspace, _):
         """Write y * (dy - sum(y * dy))."""
-        size = layout.length(room, n)
-        for r in range(0, rows, layout.stride(room)):
+        size = layout.length(workspace, n)
+        for r in range(0, rows, layout.stride(workspace)):
             at = r * n
-            layout.keep(room, T, SUM, r, products(ahead(p, at), ahead(q, at), size, ()))
-        layout.reduce(room, T, SUM)
-        for r in range(0, rows, layout.stride(room)):
-            at, s = r * n, layout.value(values(room, SUM, T), r)
+            layout.store_partial(
+                workspace, T, SUM, r, products(ahead(p, at), ahead(q, at), size, ())
+            )
+        layout.reduce_partials(workspace, T, SUM)
+        for r in range(0, rows, layout.stride(workspace)):
+            at, s = r * n, layout.value(values(workspace, SUM, T), r)
             write_softmax_vjp(ahead(p, at), ahead(q, at), ahead(o, at), size, (s,))
 
     return softmax_vjp
@@ -86,15 +93,17 @@ def softmax_vjp_of(layout):
 
 def log_softmax_vjp_of(layout):
     @function
-    def log_softmax_vjp(p, q, o, n, rows, T, room, left_out):
+    def log_softmax_vjp(p, q, o, n, rows, T, workspace, left_out):
         """Write dy - exp(log_y) * sum(dy), `dy` counting as 0 where log_y is +-left_out."""
-        size, left_out = layout.length(room, n), typed(room, left_out)
-        for r in range(0, rows, layout.stride(room)):
+        size, left_out = layout.length(workspace, n), typed(workspace, left_out)
+        for r in range(0, rows, layout.stride(workspace)):
             at = r * n
-            layout.keep(room, T, SUM, r, gradients(ahead(p, at), ahead(q, at), size, (left_out,)))
-        layout.reduce(room, T, SUM)
-        for r in range(0, rows, layout.stride(room)):
-            at, numbers = r * n, (left_out, layout.value(values(room, SUM, T), r))
+            layout.store_partial(
+                workspace, T, SUM, r, gradients(ahead(p, at), ahead(q, at), size, (left_out,))
+            )
+        layout.reduce_partials(workspace, T, SUM)
+        for r in range(0, rows, layout.stride(workspace)):
+            at, numbers = r * n, (left_out, layout.value(values(workspace, SUM, T), r))
             write_log_softmax_vjp(ahead(p, at), ahead(q, at), ahead(o, at), size, numbers)
 
     return log_softmax_vjp

@@ -1,8 +1,8 @@
 """Passes over one row in consecutive memory: a main loop over whole vectors and a masked tail.
 
-`p` points to the row and `n` is its length. What a pass returns is a vector, whose lanes are still
-to be reduced: to one number where the row is one of logits, not at all where each lane is a row of
-its own, as in `_columns`. What is known of a row beforehand may be a number or such a vector.
+`p` points to the row and `n` is its length. What a pass returns is a vector before its horizontal
+reduction, which `_columns` does without: there each lane is a row of its own. What is known of a
+row beforehand, such as its maximum `m`, is a number or such a vector.
 
 Sums of exps are UP times as large as they are called, and `t` is the temperature: see `_exp`.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 
-from portable_softmax.kernels._numba._compensation import added, settled
-from portable_softmax.kernels._numba._exp import UP, careful_exp_up, exp, exp_up, exponent
+from portable_softmax.kernels._numba._compensation import added, compensated
+from portable_softmax.kernels._numba._exp import UP, compensated_exp_up, exp, exp_up, exponent
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._vectors import (
     lanes,
@@ -25,14 +25,14 @@ from portable_softmax.kernels._numba._vectors import (
     write,
 )
 
-# So often four vectors are added up as they come, before their sum is carried over exactly. Many
-# equal terms beside a 1 are all rounded in the same direction.
+# So often four vectors are added up plainly before they go to the compensated sum: many equal terms
+# beside a 1 would all be rounded in the same direction.
 RUN = 4
 
 
 @function
-def enough(n):
-    """Return the remainder from which on the plain sum of a row's terms is good enough.
+def compensation_threshold(n):
+    """Return the remainder from which on a row's exponents need no compensation.
 
     Terms below exp(-6) then make up 1/e of the remainder at most, and the differences of the others
     are off by half a unit in the last place of 8. What is lost is measured in units of log(1 +
@@ -63,9 +63,9 @@ def maxima(p, n):
 
 @function
 def exps(p, e, following, n, m, t):
-    """The sums of the exps of (x - m) / T, which go to `e` unless it is nowhere.
+    """The sums of the exps of (x - m) / T, which go to `e` unless it is null.
 
-    The row at `following` is asked for: it comes next.
+    The next row, at `following`, is prefetched.
     """
     L = lanes(p)
     total = lost = zero = splat(p, 0.0)
@@ -102,8 +102,8 @@ def exps(p, e, following, n, m, t):
 
 
 @function
-def careful_sums(p, n, m, t):
-    """The sums of the exps below the maximum, each to its last digits, and how many equal it."""
+def compensated_sums(p, n, m, t):
+    """The sums of the exps below the maximum, of compensated exponents, and how many equal it."""
     L = lanes(p)
     up, one = splat(p, UP), splat(p, 1.0)
     total = lost = count = zero = splat(p, 0.0)
@@ -112,13 +112,13 @@ def careful_sums(p, n, m, t):
         s = zero
         stop = min(j + RUN * L, n) - L
         while j <= stop:
-            e = careful_exp_up(read(p, j, None, 0.0), m, t)
+            e = compensated_exp_up(read(p, j, None, 0.0), m, t)
             s = s + where_equal(e, up, zero, e)
             count = count + where_equal(e, up, one, zero)
             j += L
         total, lost = added(total, lost, s)
     if j < n:
-        e = careful_exp_up(read(p, j, n - j, -math.inf), m, t)
+        e = compensated_exp_up(read(p, j, n - j, -math.inf), m, t)
         total, lost = added(total, lost, where_equal(e, up, zero, e))
         count = count + where_equal(e, up, one, zero)
     return total + lost, count
@@ -142,7 +142,7 @@ def _sums_of(term):
         if j < n:
             s = term(read(p, j, n - j, 0.0), read(q, j, n - j, 0.0), numbers)
             total, lost = added(total, lost, s)
-        return settled(total, lost)
+        return compensated(total, lost)
 
     return sums
 
@@ -168,8 +168,8 @@ def row_writing(entry):
 @function
 def counted(log_y, dy, numbers):
     """`dy`, 0 where log_y is +-left_out."""
-    zero, left_out = dy - dy, numbers[0]
-    return where_equal(log_y, left_out, zero, where_equal(log_y, -left_out, zero, dy))
+    left_out = numbers[0]
+    return where_equal(log_y, left_out, 0.0, where_equal(log_y, -left_out, 0.0, dy))
 
 
 @function

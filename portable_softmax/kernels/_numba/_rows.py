@@ -2,8 +2,8 @@
 
 A layout is a module with the names below: `_blocks` has them for blocks of short rows, `_columns`
 for rows that run across memory. `_operations` and `_losses` know rows by these names alone. They
-work on a group of `rows` rows of `n` classes, here one, in a room that begins with the values of
-the group's rows, see `_values`; the rest of the room is the layout's.
+work on a group of `rows` rows of `n` classes, here one, in a workspace that begins with the
+per-position values of the group, see `_values`; what follows is the layout's.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._long import PART
 from portable_softmax.kernels._numba._memory import ahead, either, load, store, typed
 from portable_softmax.kernels._numba._passes import (
-    careful_sums,
-    enough,
+    compensated_sums,
+    compensation_threshold,
     exps,
     maxima,
     row_writing,
@@ -29,7 +29,7 @@ from portable_softmax.kernels._numba._values import MAX, REST, SUM, after_values
 
 
 @function
-def height(room, wanted):
+def height(workspace, wanted):
     """How many rows a group has."""
     return 1
 
@@ -41,19 +41,19 @@ def place(i, T, n, inner):
 
 
 @function
-def element(room, r, y, n):
+def element(workspace, r, y, n):
     """Where the class y of the r-th row of a group is."""
     return r * n + y
 
 
 @function
-def fetch(p, tile, room, T, n, inner, rows):
+def fetch(p, tile, workspace, T, n, inner, rows):
     """Where a group at `p` can be read."""
     return p
 
 
 @function
-def target(o, tile, room, T, n):
+def target(o, tile, workspace, T, n):
     """Where the result of a group at `o` can be written."""
     return o
 
@@ -64,25 +64,25 @@ def deliver(written, o, T, n, inner, rows):
 
 
 @function
-def scratch(o, room, T, n):
+def scratch(o, workspace, T, n):
     """Where exps go: to the result if that has the dtype of the computation."""
-    return either(o, ahead(after_values(room, T), _long.space(n)))
+    return either(o, ahead(after_values(workspace, T), _long.space(n)))
 
 
 # --------------------------------------------------------------------------- passes and values
 #
-# A pass of `_passes` works on `stride` rows at once, on `length` numbers. What it is told of a row,
-# `value` reads. What it returns is kept for `reduce`, which leaves the values of all rows. They are
-# computed with `step` at once, by `get` and `put`.
+# A pass of `_passes` works on `stride` rows at once, on `length` numbers. `value` reads what it is
+# told of them. What it returns goes to `store_partial`, and `reduce_partials` leaves the values of
+# all rows. To compute with values, `get` and `put` move `step` of them at once.
 
 
 @function
-def stride(room):
+def stride(workspace):
     return 1
 
 
 @function
-def length(room, n):
+def length(workspace, n):
     return n
 
 
@@ -101,18 +101,18 @@ def writing(entry, values_of):
     """Return what writes ``entry(e[j], w[j], numbers)`` for each class of each row of a group.
 
     The numbers are the factor that exps have to be multiplied by, which only cut rows need, what
-    ``values_of(room, T, r)`` says of the row, and constants.
+    ``values_of(workspace, T, r)`` says of the row, and constants.
     """
     write_row = row_writing(entry)
 
     @function
-    def run(e, w, o, n, rows, T, room, constants):
-        numbers = values_of(room, T, 0) + constants
+    def run(e, w, o, n, rows, T, workspace, constants):
+        numbers = values_of(workspace, T, 0) + constants
         if n <= PART:
-            write_row(e, w, o, n, (typed(room, 1.0), *numbers))
+            write_row(e, w, o, n, (typed(workspace, 1.0), *numbers))
             return
         for j in range(0, n, PART):
-            factor = load(_long.factor_of(after_values(room, T), j), 0)
+            factor = load(_long.factor_of(after_values(workspace, T), j), 0)
             k = min(PART, n - j)
             write_row(ahead(e, j), ahead(w, j), ahead(o, j), k, (factor, *numbers))
 
@@ -120,17 +120,17 @@ def writing(entry, values_of):
 
 
 @function
-def keep(room, T, kind, r, v):
-    store(values(room, kind, T), r, sum_of_all(v))
+def store_partial(workspace, T, kind, r, v):
+    store(values(workspace, kind, T), r, sum_of_all(v))
 
 
 @function
-def reduce(room, T, kind):
+def reduce_partials(workspace, T, kind):
     """Nothing is left to reduce."""
 
 
 @function
-def step(room):
+def step(workspace):
     return 1
 
 
@@ -168,26 +168,27 @@ def top(p, n, between):
 
 
 @function
-def write_sums(p, e, o, n, rows, T, room, t):
-    """Write the plain sums of the exps, which go to `e`; `o` is where the result will be."""
-    s = _sum_of_exps(p, e, n, t, after_values(room, T))[1]
-    store(values(room, SUM, T), 0, s)
+def write_sums(p, e, o, n, rows, T, workspace, t):
+    """Write the sums of the exps, which go to `e`; `o` is where the result will be."""
+    s = _sum_of_exps(p, e, n, t, after_values(workspace, T))[1]
+    store(values(workspace, SUM, T), 0, s)
 
 
 @function
-def fold(p, e, o, n, rows, T, room, t):
-    """Write maxima and remainders, one maximum left out; the exps go to `e` unless it is nowhere.
+def fold(p, e, o, n, rows, T, workspace, t):
+    """Write maxima and remainders, one maximum left out; the exps go to `e` unless it is null.
 
-    With care only where the remainder is small: see `enough`.
+    `o` is where the result will be, if there is one of that size. Exponents are compensated where
+    the remainder is small.
     """
-    m, s = _sum_of_exps(p, e, n, t, after_values(room, T))
+    m, s = _sum_of_exps(p, e, n, t, after_values(workspace, T))
     rest = s * typed(p, DOWN) - typed(p, 1.0)
-    if not are_at_least(rest, enough(n)):
+    if not are_at_least(rest, compensation_threshold(n)):
         if m - m == 0:
-            below, count = careful_sums(p, n, m, t)
+            below, count = compensated_sums(p, n, m, t)
             ones = (sum_of_all(count) - typed(p, 1.0)) * typed(p, UP)
             rest = (sum_of_all(below) + ones) * typed(p, DOWN)
         else:
             m = top(p, n, 1)  # an infinity, or a nan passed over
-    store(values(room, MAX, T), 0, m)
-    store(values(room, REST, T), 0, rest)
+    store(values(workspace, MAX, T), 0, m)
+    store(values(workspace, REST, T), 0, rest)

@@ -28,11 +28,10 @@ def refusal() -> str:
         return why
     try:
         numba = import_module("numba")
-        if why := _too_old(numba.__version__) or _without_jit(numba.config):
-            return why
-        why = _without_fma(numba.config)
-        # Last, as it needs the names that an older Numba lacks.
-        import_module("portable_softmax.kernels._numba._driver")
+        config = numba.config
+        why = _too_old(numba.__version__) or _without_jit(config) or _without_fma(config)
+        if not why:  # else it may lack names that are needed
+            import_module("portable_softmax.kernels._numba._driver")
     except (ImportError, AttributeError) as error:  # such as a NumPy that Numba does not know yet
         return f"numba cannot be imported: {error}"
     return why

@@ -1,4 +1,4 @@
-"""The values of a group of rows: what there is one of for each row, kind after kind."""
+"""The per-position values of a group of rows, kind after kind."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ LOGSUMEXP, SUM, LABEL_GRADIENT, SHARE, COUNT = MAX, REST, LOGIT, GAPS, SLOPE
 
 
 @function
-def values(room, kind, height):
+def values(workspace, kind, height):
     """Where the values of a kind are."""
-    return ahead(room, kind * height)
+    return ahead(workspace, kind * height)
 
 
 @function
@@ -23,6 +23,6 @@ def size_of_values(height):
 
 
 @function
-def after_values(room, height):
+def after_values(workspace, height):
     """Where the values end."""
-    return ahead(room, size_of_values(height))
+    return ahead(workspace, size_of_values(height))

@@ -1,8 +1,8 @@
 """Vector registers as values of Numba: 64 bytes of consecutive numbers, and what is done with them.
 
 LLVM vectorises loops over scalars as it sees fit: a short row ends in its remainder loop, and every
-sum is reduced across the lanes again and again. Here a row is a main loop over whole vectors and a
-masked tail. A machine with narrower registers takes several for one vector.
+sum pays for a horizontal reduction. Here a row is a main loop over whole vectors and a masked tail.
+A machine with narrower registers takes several for one vector.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def read(typing, p, j, k, fill):
 def write(typing, p, j, value, k):
     """Store a vector from ``p[j]`` on, or its first `k` numbers, each rounded once.
 
-    All lanes are stored where `k` is None, and nothing where `p` is nowhere.
+    All lanes are stored where `k` is None, and nothing where `p` is null.
     """
     masked = not isinstance(k, types.NoneType)
     k_type = types.intp if masked else k
@@ -198,7 +198,7 @@ def _prefetching(is_write: int) -> Any:
 
 
 # Ask for the line of the cache around ``p[j]``, to be read or to be written; it may lie anywhere.
-# Nothing if `p` is nowhere, or in a masked tail, where `k` is not None.
+# Nothing if `p` is null, or in a masked tail, where `k` is not None.
 prefetch_to_read, prefetch_to_write = _prefetching(0), _prefetching(1)
 
 
@@ -312,6 +312,6 @@ def where_equal(builder, a, b, same, other):
 
 
 @elementwise
-def where_at_least(builder, a, b, enough, other):
-    """`enough` where a >= b, else `other`."""
-    return builder.select(builder.fcmp_ordered(">=", a, b), enough, other)
+def where_at_least(builder, a, b, value, other):
+    """`value` where a >= b, else `other`."""
+    return builder.select(builder.fcmp_ordered(">=", a, b), value, other)

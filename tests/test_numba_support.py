@@ -1,0 +1,218 @@
+"""Where the Numba kernels can be used, and what is kept of them on disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import portable_softmax as ps
+from portable_softmax import kernels
+from portable_softmax.kernels._numba import _support
+
+pytestmark = pytest.mark.numba
+
+HERE = Path(ps.__file__).parent.parent
+
+
+@pytest.fixture
+def undecided():
+    """Nothing is known of this process yet."""
+    _support.refusal.cache_clear()
+    yield
+    _support.refusal.cache_clear()
+
+
+# --------------------------------------------------------------------------- reasons
+
+
+def refused(why):
+    """Whether calls go to the next kernel for a reason, and are answered there."""
+    x = np.ones((300, 300))
+    for _ in range(2):
+        found = kernels.explain("softmax", x)
+        assert found.startswith("numpy tiles: ")
+        assert found.endswith(why)
+    np.testing.assert_allclose(ps.softmax(x), 1 / 300)
+
+
+def test_a_numba_that_cannot_be_imported(monkeypatch, undecided):
+    def fail(name):
+        raise ImportError("Numba needs NumPy 2.4 or less")
+
+    monkeypatch.setattr(_support, "import_module", fail)
+    refused("numba cannot be imported: Numba needs NumPy 2.4 or less")
+
+
+def test_a_numba_that_is_too_old(monkeypatch, undecided):
+    import numba
+
+    monkeypatch.setattr(numba, "__version__", "0.61.2")
+    refused("numba 0.61.2 is too old, 0.62 is needed: pip install --upgrade numba")
+
+
+def test_a_numba_that_is_missing(monkeypatch, undecided):
+    monkeypatch.setattr(_support, "find_spec", lambda name: None)
+    assert _support.missing() == _support.refusal()
+    assert "pip install 'portable_softmax[numba]'" in _support.missing()
+
+
+@pytest.mark.parametrize("value", ["1", "2"])
+def test_no_jit_in_the_environment(value):
+    code = (
+        "import numpy as np; from portable_softmax import kernels, softmax; "
+        "x = np.ones((300, 300)); assert np.allclose(softmax(x), 1 / 300); "
+        "print(kernels.explain('softmax', x))"
+    )
+    found = in_a_fresh_process(code, HERE, NUMBA_DISABLE_JIT=value)
+    assert found.startswith("numpy tiles: ")
+    assert found.endswith("NUMBA_DISABLE_JIT is set, and Numba compiles nothing: unset it")
+
+
+def test_no_jit_in_the_configuration(monkeypatch, undecided):
+    import numba
+
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    refused("numba.config.DISABLE_JIT is set, and Numba compiles nothing: unset it")
+
+
+@pytest.fixture
+def an_x86(monkeypatch):
+    import llvmlite.binding as llvm
+
+    monkeypatch.setattr(llvm, "get_process_triple", lambda: "x86_64-unknown-linux-gnu")
+    return llvm
+
+
+def test_a_cpu_without_fma(monkeypatch, undecided, an_x86):
+    """Each fma is a call of the C library there."""
+    import numba
+
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", None)
+    monkeypatch.setattr(numba.config, "CPU_NAME", None)
+    monkeypatch.setattr(an_x86, "get_host_cpu_name", lambda: "nehalem")
+    monkeypatch.setattr(an_x86, "get_host_cpu_features", lambda: {"sse2": True, "fma": False})
+    refused("the CPU (nehalem) has no FMA instructions, which come with AVX2")
+
+    def unknown():
+        raise RuntimeError("LLVM does not know this CPU")
+
+    _support.refusal.cache_clear()
+    monkeypatch.setattr(an_x86, "get_host_cpu_features", unknown)
+    refused("the CPU (nehalem) has no FMA instructions, which come with AVX2")
+    monkeypatch.setattr(an_x86, "get_process_triple", lambda: "aarch64-unknown-linux-gnu")
+    assert _support._without_fma(numba.config) == ""
+
+
+def test_features_that_are_set(monkeypatch, undecided, an_x86):
+    import numba
+
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", "+sse2,-fma")
+    refused("NUMBA_CPU_FEATURES or NUMBA_CPU_NAME leaves out FMA instructions: unset them")
+    _support.refusal.cache_clear()
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", "+avx2,+fma")
+    assert _support.refusal() == ""
+
+
+def test_the_private_names_of_numba():
+    """Without one of them nothing is kept on disk: see `_jit`."""
+    from numba import njit
+    from numba.core import caching
+
+    assert isinstance(caching._CacheLocator, type)
+    assert isinstance(caching.FunctionCache._impl_class, type)
+    for name in ("load_overload", "save_overload", "_index_key", "flush"):
+        assert callable(getattr(caching.FunctionCache, name))
+    assert callable(caching.FunctionCache._impl_class.get_filename_base)
+    assert hasattr(njit(lambda x: x), "_cache")
+
+
+# --------------------------------------------------------------------------- on disk
+
+LARGE = """
+import numpy as np, sys
+from portable_softmax import kernels, softmax
+x = np.zeros((300, 300), np.float32)
+assert kernels.explain("softmax", x).startswith("numba rows"), kernels.explain("softmax", x)
+softmax(x)
+from portable_softmax.kernels._numba import _driver
+stats = _driver.ROWS["softmax"].stats
+print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
+"""
+
+
+def in_a_fresh_process(code, folder, **variables):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the package that may be changed."""
+    import shutil
+
+    package = Path(ps.__file__).parent
+    target = tmp_path / "copy" / package.name
+    shutil.copytree(package, target, ignore=shutil.ignore_patterns("__pycache__"))
+    return target.parent
+
+
+def test_kernels_are_kept_until_any_source_changes(copied, tmp_path):
+    here = {"NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+    hit, miss = "1 0", "0 1"
+    assert in_a_fresh_process(LARGE, copied, **here) == miss
+    assert in_a_fresh_process(LARGE, copied, **here) == hit
+    source = copied / "portable_softmax" / "kernels" / "_numba" / "_rows.py"
+    source.write_text(source.read_text() + "\n# Another version.\n")
+    assert in_a_fresh_process(LARGE, copied, **here) == miss
+    for path in (tmp_path / "kept").rglob("*.nb*"):
+        path.write_bytes(b"half a file")
+    assert in_a_fresh_process(LARGE, copied, **here) == miss
+
+
+def test_folders_that_cannot_be_written(copied, tmp_path):
+    """Beside the source, else the user's, else none: never an error."""
+    beside = copied / "portable_softmax" / "kernels" / "_numba" / "__pycache__"
+    home = tmp_path / "home"
+    here = {"XDG_CACHE_HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
+    in_a_fresh_process(LARGE, copied, **here)
+    assert list(beside.glob("*.nbi"))
+    for path in beside.iterdir():
+        path.unlink()
+    beside.rmdir()
+    beside.write_text("a file where the folder should be")
+    in_a_fresh_process(LARGE, copied, **here)
+    assert list(home.rglob("*.nbi"))
+    here["XDG_CACHE_HOME"] = str(beside)
+    in_a_fresh_process(LARGE, copied, **here)
+
+
+def test_kernels_work_without_a_cache(tmp_path):
+    """As where another version of Numba lacks a class of its cache."""
+    here = {"NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+    code = "from numba.core import caching\ndel caching._CacheLocator\n"
+    found = in_a_fresh_process(code + LARGE.replace("print", "0 and print"), HERE, **here)
+    assert found == ""
+    assert not list((tmp_path / "kept").rglob("*.nb*"))
+
+
+def test_small_arrays_load_nothing():
+    code = (
+        "import numpy as np, sys, portable_softmax as ps; x = np.zeros((32, 10)); "
+        "ps.softmax(x), ps.logsumexp(x), ps.cross_entropy_value_and_grad(x, np.zeros(32, int)); "
+        "ps.kernels.explain('softmax', x), ps.kernels.available(); "
+        "print('numba' in sys.modules)"
+    )
+    assert in_a_fresh_process(code, HERE) == "False"
