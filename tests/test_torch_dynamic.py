@@ -83,19 +83,17 @@ def test_export_with_a_dynamic_batch(torch, function, strict):
 @pytest.mark.parametrize("function", [ps.softmax, ps.log_softmax])
 def test_one_graph_for_every_temperature(torch, function):
     """A temperature that changes from step to step, past the ends of float32 too."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    counter = CompileCounterWithBackend("inductor")
 
     def tempered(x, temperature):
         return function(x, temperature=temperature)
 
-    compiled = torch.compile(tempered, backend=counter, fullgraph=True, dynamic=True)
+    compiled = torch.compile(tempered, backend="inductor", fullgraph=True, dynamic=True)
     x = torch.asarray([[1.0, 0.0, 1.0, -np.inf], [0.5, 0.5, -0.5, 0.25]])
-    for temperature in (0.5, 0.7, 0.9, 2.0, 3.0, 1e300, 1e-320):
-        found, expected = compiled(x, temperature), tempered(x, temperature)
-        torch.testing.assert_close(found.exp(), expected.exp())
-    assert counter.frame_count == 1
+    # Inductor may ask for its graph twice within one compilation: only another one is an error.
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for temperature in (0.5, 0.7, 0.9, 2.0, 3.0, 1e300, 1e-320):
+            found, expected = compiled(x, temperature), tempered(x, temperature)
+            torch.testing.assert_close(found.exp(), expected.exp())
 
 
 def test_what_was_computed_before_compiles_nothing_again(torch):

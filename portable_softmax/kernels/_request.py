@@ -37,7 +37,7 @@ def active(options: Any, neutral: Any) -> tuple[str, ...]:
         [
             name
             for name, value, none in zip(options._fields, options, neutral, strict=True)
-            if value is not none and not (type(value) is type(none) and value == none)
+            if type(value) is not type(none) or value != none
         ]
     )
 
