@@ -44,6 +44,7 @@ __all__ = [
     "is_known",
     "kind",
     "library_of",
+    "longest_sum",
     "namespace",
     "of",
     "quietly",
@@ -51,7 +52,6 @@ __all__ = [
     "reduce_chunks",
     "same_device",
     "scalar",
-    "sums_in_blocks",
     "take_along_axis",
     "traced_as_constant",
 ]
@@ -207,9 +207,9 @@ def take_along_axis(xp: Namespace, x: Any, index: Any, axis: int) -> Any:
     return of(xp).take_along_axis(x, index, axis)
 
 
-def sums_in_blocks(xp: Namespace, x: Any, axis: int) -> bool:
-    """Return whether the library's own sum along `axis` keeps its digits on a long axis."""
-    return of(xp).sums_in_blocks(x, axis)
+def longest_sum(xp: Namespace, x: Any, axis: int) -> float:
+    """Return how long an axis may be for the library's own sum along it."""
+    return of(xp).longest_sum(x, axis)
 
 
 def is_known(xp: Namespace, number: Any) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from portable_softmax.libraries._library import Library, dtype_name
+from portable_softmax.libraries._library import RUNNING_SUM, Library, dtype_name
 
 # What `numpy.errstate` sets and sets back, at a third of its cost: for a small array that is a
 # twelfth of a whole call. The names are private, and without them errstate does it.
@@ -91,14 +92,15 @@ class NumPy(Library):
         """Return `x` without these axes, by the method, which costs a third of the function."""
         return x.squeeze(axes)
 
-    def sums_in_blocks(self, x: Any, axis: int) -> bool:
-        """Return whether the axis is the innermost in memory: NumPy sums pairwise there alone."""
+    def longest_sum(self, x: Any, axis: int) -> float:
+        """Return no bound for the innermost axis in memory: NumPy sums pairwise there alone."""
         stride = abs(x.strides[axis])
-        return stride > 0 and all(
+        innermost = stride > 0 and all(
             stride < abs(other)
             for a, (other, n) in enumerate(zip(x.strides, x.shape, strict=True))
             if a != axis and n > 1
         )
+        return math.inf if innermost else RUNNING_SUM
 
     def reads_values(self, x: Any) -> bool:
         """Return True."""

@@ -7,13 +7,14 @@ own operations, which are always right.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from functools import reduce
 from typing import Any, TypeVar
 
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries._library import Library
+from portable_softmax.libraries._library import RUNNING_SUM, Library
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -100,9 +101,15 @@ class Torch(Library):
         """Gather: take_along_dim broadcasts, and torch.compile compiles it for one batch size."""
         return x.gather(axis, index)
 
-    def sums_in_blocks(self, x: Any, axis: int) -> bool:
-        """Return True, except where code that is generated for CPUs adds row after row."""
-        return bool(axis == x.ndim - 1) or not self._torch.compiler.is_compiling()
+    def longest_sum(self, x: Any, axis: int) -> float:
+        """Return no bound for the last axis.
+
+        Along another one code that is generated for CPUs adds row after row, and torch's own sum
+        adds the columns of a vector in another order than those left over.
+        """
+        if axis == x.ndim - 1:
+            return math.inf
+        return RUNNING_SUM if self._torch.compiler.is_compiling() else 1
 
     def is_known(self, number: Any) -> bool:
         """Return whether a number is known; in a trace a symbol looks like its first value."""

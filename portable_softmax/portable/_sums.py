@@ -8,28 +8,25 @@ from portable_softmax._typing import Namespace
 from portable_softmax.libraries import (
     is_chunked,
     is_known,
+    longest_sum,
     namespace,
     reduce_chunks,
-    sums_in_blocks,
 )
-
-# A plain running sum of n equal terms is off by about n/16 units in the last place (measured on
-# NumPy, axis 0, float32); below this length that stays under one unit.
-_SHORT = 16
 
 
 def total(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Any:
     """Sum over `axes`, keeping them with length 1.
 
-    An axis along which the library adds one entry after another is halved first. That is pairwise
-    summation, with an error of log2(n) units instead of n (Higham 1993, "The accuracy of floating
-    point summation"). An axis whose length is not known yet is left to the library.
+    An axis along which the library adds one entry after another, or one row otherwise than the
+    next, is halved first. That is pairwise summation, with an error of log2(n) units instead of n
+    (Higham 1993, "The accuracy of floating point summation"). An axis whose length is not known yet
+    is left to the library.
     """
     if is_chunked(xp):
         return reduce_chunks(xp, x, axes, _total_of_a_chunk)
     for axis in axes:
-        if is_known(xp, x.shape[axis]) and not sums_in_blocks(xp, x, axis):
-            x = _halved(xp, x, axis)
+        if is_known(xp, x.shape[axis]):
+            x = _halved(xp, x, axis, longest_sum(xp, x, axis))
     return xp.sum(x, axis=axes, keepdims=True)
 
 
@@ -37,10 +34,10 @@ def _total_of_a_chunk(chunk: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
     return total(namespace(chunk), chunk, axis)
 
 
-def _halved(xp: Namespace, x: Any, axis: int) -> Any:
+def _halved(xp: Namespace, x: Any, axis: int, longest: float) -> Any:
     before = (slice(None),) * axis
     n = x.shape[axis]
-    while n > _SHORT:
+    while n > longest:
         half = n // 2
         folded = x[(*before, slice(0, half), ...)] + x[(*before, slice(half, 2 * half), ...)]
         if n % 2:  # the odd one out joins the next round
