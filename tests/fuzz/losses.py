@@ -106,7 +106,9 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
     depth = np.minimum(rows.span, rounding.compute.depth)
     slack = u * (16 + 4 * depth) * sizes + np.where(p > 0, p * np.abs(slope), 0) * (4 * lost)
     slack = slack + p * np.abs(2 * z * label_weight) * lse_error
-    slack = slack + rounding.compute.smallest * np.abs(slope)  # of a probability that underflows
+    compute = rounding.compute
+    underflow = compute.smallest_normal if rounding.flushes else compute.smallest
+    slack = slack + underflow * np.abs(slope)  # of a probability that underflows
     if cap is not None:
         derivative = 1 / np.cosh(np.minimum(np.abs(x / L(cap)), 5000)) ** 2
         grad, slack = grad * derivative, slack * derivative

@@ -59,7 +59,12 @@ def shifted(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
     """Return (x - max) / temperature."""
     if scale is None:
         return x - wide(m, axes)
-    return (x * scale[2] - wide(m, axes) * scale[2]) * (scale[0] + scale[1]) * scale[3]
+    return _more((x * scale[2] - wide(m, axes) * scale[2]) * (scale[0] + scale[1]), scale)
+
+
+def _more(d: Any, scale: Any) -> Any:
+    """Multiply by the last factor of the scale; XLA would merge it with others, and overflow."""
+    return jnp.where(d == 0.0, 0.0, d * scale[3])
 
 
 def scale_of(temperature: float, dtype: Any) -> Any:
@@ -85,7 +90,8 @@ def scale_of(temperature: float, dtype: Any) -> Any:
 
 def inverse_temperature(scale: Any) -> Any:
     """Return 1 / temperature."""
-    return (scale[0] + scale[1]) * scale[2] * scale[3]
+    largest = jnp.finfo(scale.dtype).max
+    return jnp.minimum((scale[0] + scale[1]) * scale[2] * scale[3], largest)
 
 
 def _terms(x: Any, m: Any, axes: Axes) -> tuple[Any, Any]:
@@ -121,7 +127,7 @@ def _tempered_terms(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
     right whether or not the compiler contracts it, and its exponential is a short series. The
     difference's error is that of Knuth's two-sum.
     """
-    high, low, step, more = scale
+    high, low, step, _ = scale
     x, m = x * step, wide(m, axes) * step
     d = x - m
     back = d - x
@@ -130,7 +136,9 @@ def _tempered_terms(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
     left = d_high * low + ((d - d_high) + error) * (high + low)
     left = jnp.where(jnp.abs(left) < 1.0, left, 0.0)  # it is larger beside an infinity only
     # A factor, as XLA would flush a subnormal correction to 0.
-    return jnp.exp(d_high * high * more) * (1.0 + left * (1.0 + left / 2.0 * (1.0 + left / 3.0)))
+    return jnp.exp(_more(d_high * high, scale)) * (
+        1.0 + left * (1.0 + left / 2.0 * (1.0 + left / 3.0))
+    )
 
 
 def half_of_its_digits(x: Any) -> Any:

@@ -65,7 +65,15 @@ def over(d, lost, temperature):
     inverse = divide(1.0 + temperature * 0.0, temperature)
     quotient = d * inverse
     error = (tl.fma(-quotient, temperature + d * 0.0, d) + lost) * inverse
-    return quotient, tl.where(error == error, error, 0.0)
+    return quotient, tl.where(is_finite(quotient) & (error == error), error, 0.0)
+
+
+@triton.jit
+def difference_over(x, base, temperature):
+    """(x - base) / T as quotient + error; halves keep the difference from overflowing."""
+    half, half_base = x * 0.5, base * 0.5
+    d = half - half_base
+    return over(d, difference_error(half, half_base, d), temperature * 0.5)
 
 
 @triton.jit
@@ -73,11 +81,10 @@ def exponentials(x, shift, temperature, TEMPERED: tl.constexpr, QUICK: tl.conste
     """Scaled exponentials of a tile, with the shift of its row maximum."""
     base, head, _ = shift
     if TEMPERED:
-        d = x - base
         if QUICK:
-            return quick_exp(d * divide(1.0 + temperature * 0.0, temperature))
+            return quick_exp((x - base) * divide(1.0 + temperature * 0.0, temperature))
         else:
-            quotient, error = over(d, difference_error(x, base, d), temperature)
+            quotient, error = difference_over(x, base, temperature)
             return scaled_exp_of(quotient, error)
     else:
         if QUICK:
@@ -89,11 +96,11 @@ def exponentials(x, shift, temperature, TEMPERED: tl.constexpr, QUICK: tl.conste
 @triton.jit
 def below(x, m, temperature, TEMPERED: tl.constexpr):
     """(x - m) / T."""
-    d = x - m
     if TEMPERED:
-        quotient, error = over(d, difference_error(x, m, d), temperature)
-        d = quotient + error
-    return d
+        quotient, error = difference_over(x, m, temperature)
+        return quotient + error
+    else:
+        return x - m
 
 
 @triton.jit

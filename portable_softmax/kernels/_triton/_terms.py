@@ -130,8 +130,8 @@ def coefficients(t_rows, weight_ptr, label, c, t_class, inside, keep, spread, UN
         q = tl.where(inside, keep * t + spread, 0.0)
     if WEIGHTED:
         w = tl.load(weight_ptr + c, mask=inside, other=0.0)
-        t = t * w
-        q = q * w
+        t = tl.where(t == 0.0, 0.0, t * w)  # 0 stays 0, whatever the weight
+        q = tl.where(q == 0.0, 0.0, q * w)
     return q, t
 
 
