@@ -62,6 +62,8 @@ _RANGES = {"float32": (2.0**-125, 3.4e38), "float64": (2.0**-125, 3.4e38)}
 
 
 def _out_of_range(request: Request) -> str:
+    if request.operation == "log_softmax" and "temperature" in request.active:
+        return "log_softmax with a temperature, which is off by up to 11 units here"
     for option in ("temperature", "softcap"):
         value = getattr(request.options, option, None)
         if value is not None and option in request.active:
