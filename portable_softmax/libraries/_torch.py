@@ -107,9 +107,12 @@ class Torch(Library):
         Along another one code that is generated for CPUs adds row after row, and torch's own sum
         adds the columns of a vector in another order than those left over.
         """
-        if axis == x.ndim - 1 or self._lacks or self._is_batched(x):
-            return math.inf  # what is_grads_batched maps over has no concatenation
-        return RUNNING_SUM if self._torch.compiler.is_compiling() else 1
+        if axis == x.ndim - 1:
+            return math.inf
+        if self._torch.compiler.is_compiling():
+            return RUNNING_SUM
+        # What is_grads_batched maps over has no concatenation.
+        return math.inf if self._lacks or self._is_batched(x) else 1
 
     def is_known(self, number: Any) -> bool:
         """Return whether a number is known; in a trace a symbol looks like its first value."""
