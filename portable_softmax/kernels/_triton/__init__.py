@@ -56,8 +56,8 @@ def _wrong_axes(request: Request) -> str:
     return _layout.refusal(shape, request.axes)
 
 
-# Normal numbers, also once they are halved. In float64 a temperature of 1e-46 gave a wrong answer in
-# the interpreter, for a reason that was not found: there, too, float32's range is kept.
+# Normal numbers, also once they are halved. In float64 a temperature of 1e-46 gave a wrong answer
+# in the interpreter, for a reason that was not found: there, too, float32's range is kept.
 _RANGES = {"float32": (2.0**-125, 3.4e38), "float64": (2.0**-125, 3.4e38)}
 
 
