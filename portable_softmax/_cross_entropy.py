@@ -7,7 +7,14 @@ from typing import Any
 from portable_softmax import _checks, portable
 from portable_softmax._typing import Array, ArrayT
 from portable_softmax.kernels._decide import operation, run
-from portable_softmax.kernels._request import NONE_GIVEN, PLAIN_LOSS, LossOptions, Request, active
+from portable_softmax.kernels._request import (
+    NONE_GIVEN,
+    PLAIN_LOSS,
+    PROBABILITIES,
+    LossOptions,
+    Request,
+    active,
+)
 
 __all__ = ["cross_entropy", "cross_entropy_value_and_grad"]
 
@@ -227,7 +234,7 @@ def _answer(
         given = active(options, PLAIN_LOSS)
         tracing = tracing or library.tracing(*[a for a in (weight, where) if a is not None])
     if not indices:
-        given = (*given, "probabilities")
+        given = (*given, PROBABILITIES)
     request = Request(
         operation, library, logits, dtype.name, (at,), compute_dtype, result_dtype, tracing,
         options, given, None, labels, indices, check_labels,

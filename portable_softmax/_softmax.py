@@ -7,7 +7,15 @@ from typing import Any
 from portable_softmax import _checks, portable
 from portable_softmax._typing import Array, ArrayT, Axis, Namespace
 from portable_softmax.kernels._decide import operation, run
-from portable_softmax.kernels._request import NONE_GIVEN, PLAIN_ROWS, Request, RowOptions, active
+from portable_softmax.kernels._request import (
+    EXTREME,
+    NONE_GIVEN,
+    PLAIN_ROWS,
+    Request,
+    RowOptions,
+    active,
+    is_extreme,
+)
 from portable_softmax.libraries import Library
 
 __all__ = [
@@ -229,6 +237,7 @@ def logsumexp(
     compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)
     if b is not None and library.dtype(b.dtype).kind == "complex":
         compute_dtype = result_dtype = library.complex_dtype(compute_dtype)
+    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)
     options, given, tracing = PLAIN_ROWS, NONE_GIVEN, library.tracing(x)
     if b is not None or where is not None or return_sign:
         tracing = tracing or library.tracing(*[a for a in (b, where) if a is not None])
@@ -419,6 +428,7 @@ def _row_by_row(operation: str, x: Any, axis: Axis, where: Any, temperature: Any
     """Check the arguments of softmax or log_softmax and answer."""
     library, dtype = _checks.array("x", x)
     axes = _checks.axes(axis, x.ndim)
+    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)
     options, given, tracing = PLAIN_ROWS, NONE_GIVEN, library.tracing(x)
     if where is not None or type(temperature) is not float or temperature != 1.0:
         if where is not None:
@@ -426,7 +436,8 @@ def _row_by_row(operation: str, x: Any, axis: Axis, where: Any, temperature: Any
             tracing = tracing or library.tracing(where)
         options = RowOptions(where, _checks.temperature(temperature))
         given = active(options, PLAIN_ROWS)
-    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)
+        if is_extreme(library, options.temperature, compute_dtype):
+            given = (*given, EXTREME)
     request = Request(
         operation, library, x, dtype.name, axes, compute_dtype, result_dtype,
         tracing, options, given,

@@ -179,7 +179,7 @@ def _report(request: pytest.FixtureRequest, record_property) -> None:
 
 # Tests that compare values with exact ones: on the backend "triton" they must be its kernels'.
 _ON_KERNELS = {
-    *("test_softmax", "test_log_softmax", "test_logsumexp"),
+    *("test_softmax", "test_log_softmax", "test_logsumexp", "test_temperature"),
     *("test_where", "test_vjps_against_the_jacobian", "test_long_columns_keep_their_digits"),
     *("test_a_confident_row_keeps_its_digits", "test_the_rounding_of_the_shift_is_put_back"),
     *("test_golden", "test_option_product", "test_any_class_axis", "test_single_sample"),

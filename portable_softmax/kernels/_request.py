@@ -30,6 +30,10 @@ PLAIN_ROWS = RowOptions()
 PLAIN_LOSS = LossOptions()
 NONE_GIVEN: tuple[str, ...] = ()
 
+# Beside the options' own names, what a kernel may not take although it takes the option.
+PROBABILITIES = "probabilities"  # labels that are no indices
+EXTREME = "extreme temperature"  # one that the compute dtype, or its inverse, does not hold well
+
 
 def active(options: Any, neutral: Any) -> tuple[str, ...]:
     """Return the names of the options whose values are not neutral."""
@@ -40,6 +44,12 @@ def active(options: Any, neutral: Any) -> tuple[str, ...]:
             if type(value) is not type(none) or value != none
         ]
     )
+
+
+def is_extreme(library: Library, temperature: float, dtype: Any) -> bool:
+    """Return whether a temperature, or its inverse, is near the ends of a dtype's range."""
+    most = portable.ordinary(library.xp, dtype)
+    return library.is_known(temperature) and not 2.0**-most <= temperature <= 2.0**most
 
 
 class Layout(NamedTuple):

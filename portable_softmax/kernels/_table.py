@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
-from portable_softmax.kernels._request import OPERATIONS, Request
+from portable_softmax.kernels._request import EXTREME, OPERATIONS, PROBABILITIES, Request
 
 Names = tuple[str, ...]  # torch.compile cannot look into sets that it takes for constants
 
@@ -31,7 +31,6 @@ LABELS_AND_WEIGHTS = ("ignore_index", "reduction", "weight")
 LOSS_OPTIONS = (*LABELS_AND_WEIGHTS, "label_smoothing", "z_loss", "softcap", "where")
 # As Triton reads it, when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-PROBABILITIES = "probabilities"  # labels that are no indices
 
 
 class Kernel(NamedTuple):
@@ -97,7 +96,7 @@ _TILES = Kernel(
     library="numpy",
     module=f"{_HERE}._numpy",
     dtypes=(*FLOATS, *INTEGERS),
-    options=(*LOSS_OPTIONS, PROBABILITIES, "temperature"),
+    options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", EXTREME),
 )
 _LENT: dict[str, Any] = {
     "library": "torch",

@@ -16,7 +16,7 @@ from portable_softmax.portable._cross_entropy import (
     softcapped,
     with_class_axis,
 )
-from portable_softmax.portable._divisor import divisor, powers_of_2, times_power_of_2
+from portable_softmax.portable._divisor import divisor, ordinary, powers_of_2, times_power_of_2
 from portable_softmax.portable._softmax import (
     log_softmax,
     log_softmax_vjp,
@@ -40,6 +40,7 @@ __all__ = [
     "mean_divisor",
     "not_ignored",
     "nothing_to_inf",
+    "ordinary",
     "powers_of_2",
     "reduced",
     "softcapped",

@@ -54,14 +54,22 @@ def times_power_of_2(xp: Namespace, x: Any, exponent: int) -> Any:
 def powers_of_2(xp: Namespace, exponent: int, like: Any) -> list[float]:
     """Return the factors of 2**exponent, each well inside the range of the dtype of `like`.
 
-    Two factors are enough: beyond them the effect on an exp is the same.
+    Beyond three of them everything but 0 is 0 or infinite.
     """
     if exponent == 0:
         return []
-    most = 100 if xp.finfo(like.dtype).bits == 32 else 900
-    first = max(-most, min(most, exponent))
-    second = max(-most, min(most, exponent - first))
-    return [2.0**e for e in (first, second) if e]
+    most = ordinary(xp, like.dtype)
+    factors = []
+    while exponent and len(factors) < 3:
+        factor = max(-most, min(most, exponent))
+        factors.append(2.0**factor)
+        exponent -= factor
+    return factors
+
+
+def ordinary(xp: Namespace, dtype: Any) -> int:
+    """Return the exponent up to which powers of 2, and their last digits, are normal numbers."""
+    return 100 if xp.finfo(dtype).bits == 32 else 900
 
 
 def quotient_error(xp: Namespace, x: Any, q: Any, by: Divisor) -> Any:

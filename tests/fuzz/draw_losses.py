@@ -24,7 +24,9 @@ def fill(draw: Draw, case: Case, shape: tuple[int, ...], axis: Any, dtype: str) 
     if n and draw.chance() < 0.22:
         case.arrays["labels"] = draw.argument(_distribution(draw, folded, shape, axes, dtype))
     else:
-        _indices(draw, case, (*shape[:at], *shape[at + 1 :]), n)
+        # As a model that was trained has it: mostly the largest logit is the label's.
+        likely = np.asarray(x.argmax(axis=at)) if n and x.size and draw.chance() < 0.5 else None
+        _indices(draw, case, (*shape[:at], *shape[at + 1 :]), n, likely)
     case.arrays.update(_arrays(draw, case, shape, n, dtype))
     case.options.update(_numbers(draw))
 
@@ -51,7 +53,9 @@ def _distribution(
     return from_rows(draw.in_byte_order(t.astype(np_dtype(name))), shape, axes)
 
 
-def _indices(draw: Draw, case: Case, positions: tuple[int, ...], n: int) -> None:
+def _indices(
+    draw: Draw, case: Case, positions: tuple[int, ...], n: int, likely: np.ndarray | None
+) -> None:
     """Draw class indices, some of them ignored and some wrong."""
     dtype = draw.one_of(draw.traits.labels)
     info = np.iinfo(dtype)
@@ -59,6 +63,9 @@ def _indices(draw: Draw, case: Case, positions: tuple[int, ...], n: int) -> None
     labels = np.zeros(positions, dtype)
     if n:
         labels = draw.rng.integers(0, most, size=positions, dtype=dtype, endpoint=True)
+        if likely is not None:
+            often = (draw.rng.random(positions) < 0.8) & (likely <= most)
+            labels = np.where(often, likely.astype(dtype), labels)
     if draw.chance() < 0.35:
         ignored = draw.one_of((
             -100, -1, n, 0, most, n // 2, 255, info.max, info.min, 2**63, 2**64 - 1, -(2**63),

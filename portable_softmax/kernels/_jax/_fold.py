@@ -59,39 +59,28 @@ def shifted(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
     """Return (x - max) / temperature."""
     if scale is None:
         return x - wide(m, axes)
-    return _more((x * scale[2] - wide(m, axes) * scale[2]) * (scale[0] + scale[1]), scale)
-
-
-def _more(d: Any, scale: Any) -> Any:
-    """Multiply by the last factor of the scale; XLA would merge it with others, and overflow."""
-    return jnp.where(d == 0.0, 0.0, d * scale[3])
+    return (x * scale[2] - wide(m, axes) * scale[2]) * (scale[0] + scale[1])
 
 
 def scale_of(temperature: float, dtype: Any) -> Any:
-    """Return 1 / temperature as ``(high + low) * step * more``; None for 1.
+    """Return 1 / temperature as ``(high + low) * step``; None for 1.
 
     `high` has half the digits, so that its product with half of a difference's digits is exact, and
     `low` the others. A logit times `step`, a power of 2, keeps differences from overflowing; a high
-    temperature takes a smaller one, as XLA would flush a subnormal `high` or `low` to 0. `more` is
-    1 but for a temperature so low that `high` would overflow.
+    temperature takes a smaller one, as XLA would flush a subnormal `low` to 0.
     """
     if temperature == 1.0:
         return None
-    info = np.finfo(dtype)
     step = Fraction(1, 4 if temperature < 2.0**60 else 2**64)
-    exact = max(1 / (Fraction(temperature) * step), Fraction(float(info.tiny)))
-    largest = Fraction(2) ** (info.maxexp - 2)
-    more = min(max(exact / largest, Fraction(1)), largest)
-    exact = min(exact, largest)
-    unit = Fraction(2) ** (math.frexp(float(exact))[1] - info.nmant // 2)
+    exact = 1 / (Fraction(temperature) * step)
+    unit = Fraction(2) ** (math.frexp(float(exact))[1] - np.finfo(dtype).nmant // 2)
     high = round(exact / unit) * unit
-    return np.asarray([float(high), float(exact - high), float(step), float(more)], dtype)
+    return np.asarray([float(high), float(exact - high), float(step)], dtype)
 
 
 def inverse_temperature(scale: Any) -> Any:
     """Return 1 / temperature."""
-    largest = jnp.finfo(scale.dtype).max
-    return jnp.minimum((scale[0] + scale[1]) * scale[2] * scale[3], largest)
+    return (scale[0] + scale[1]) * scale[2]
 
 
 def _terms(x: Any, m: Any, axes: Axes) -> tuple[Any, Any]:
@@ -127,7 +116,7 @@ def _tempered_terms(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
     right whether or not the compiler contracts it, and its exponential is a short series. The
     difference's error is that of Knuth's two-sum.
     """
-    high, low, step, _ = scale
+    high, low, step = scale
     x, m = x * step, wide(m, axes) * step
     d = x - m
     back = d - x
@@ -136,9 +125,7 @@ def _tempered_terms(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
     left = d_high * low + ((d - d_high) + error) * (high + low)
     left = jnp.where(jnp.abs(left) < 1.0, left, 0.0)  # it is larger beside an infinity only
     # A factor, as XLA would flush a subnormal correction to 0.
-    return jnp.exp(_more(d_high * high, scale)) * (
-        1.0 + left * (1.0 + left / 2.0 * (1.0 + left / 3.0))
-    )
+    return jnp.exp(d_high * high) * (1.0 + left * (1.0 + left / 2.0 * (1.0 + left / 3.0)))
 
 
 def half_of_its_digits(x: Any) -> Any:

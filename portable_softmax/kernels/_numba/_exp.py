@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import struct
-import sys
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -214,15 +213,13 @@ def temperature(value: float, dtype: Any) -> int | tuple[float, float, float]:
     """Return T as the kernels take it: 1 for none, else a scale and 1 / (scale * T) in two parts.
 
     The scale is a power of two that keeps x - m from overflowing before it is divided. The first
-    part is rounded towards 0, so that the second is positive and -inf stays -inf. A temperature
-    beyond the range of the dtype counts as one at its end: there the limit is reached already.
+    part is rounded towards 0, so that the second is positive and -inf stays -inf.
     """
     if value == 1.0:
         return 1
     info = np.finfo(dtype)
     tiny = float(info.smallest_normal)
     large = 2.0 ** (info.maxexp // 2)
-    value = min(max(float(value), tiny), min(large / tiny, sys.float_info.max))
     scale = 0.5 if value < large else 1 / large
     inverse = 1 / (Fraction(value) * Fraction(scale))
     first = dtype(float(inverse))

@@ -225,9 +225,9 @@ def scaled_exp(x, base, head):
 
 @triton.jit
 def scaled_exp_of(x, error):
-    """exp_scale * exp(x + error), for a small error that may be nan where x is infinite."""
-    # This maximum of a nan and a number is the number.
-    error = tl.maximum(error, -1.52587890625e-05)
+    """exp_scale * exp(x + error), for an error that is small where exp(x) is not 0, or nan."""
+    # This maximum of a nan and a number is the number. Half a unit of any x above `lowest` is less.
+    error = tl.minimum(tl.maximum(error, -1.52587890625e-05), 1.52587890625e-05)
     x = tl.maximum(x, lowest(x))
     return _scaled(x, x, x * 0.0, error)
 
