@@ -237,7 +237,6 @@ def logsumexp(
     compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)
     if b is not None and library.dtype(b.dtype).kind == "complex":
         compute_dtype = result_dtype = library.complex_dtype(compute_dtype)
-    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)
     options, given, tracing = PLAIN_ROWS, NONE_GIVEN, library.tracing(x)
     if b is not None or where is not None or return_sign:
         tracing = tracing or library.tracing(*[a for a in (b, where) if a is not None])

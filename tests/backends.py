@@ -198,6 +198,14 @@ class Triton(Torch):
     name = "triton"
     path = "triton rows"
 
+    def __init__(self):
+        super().__init__()
+        from triton.runtime.interpreter import InterpretedFunction
+
+        # A launch gives the language its interpreted functions, and so does each function that a
+        # kernel calls, again, which takes more than half of the time. Once is enough.
+        InterpretedFunction.__call__ = lambda self, *a, **k: self.rewrite()(*a, **k)
+
     @classmethod
     def missing(cls):
         if why := super().missing():

@@ -13,7 +13,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from portable_softmax import libraries
+from portable_softmax import libraries, portable
 from portable_softmax.kernels._request import Request
 from portable_softmax.kernels._triton import _cupy, _layout
 
@@ -56,19 +56,13 @@ def _wrong_axes(request: Request) -> str:
     return _layout.refusal(shape, request.axes)
 
 
-# Normal numbers, also once they are halved, and so are their inverses.
-_RANGES = {"float32": (2.0**-125, 3.4e38), "float64": (2.0**-1021, 1.7e308)}
-
-
 def _out_of_range(request: Request) -> str:
-    for option in ("temperature", "softcap"):
-        value = getattr(request.options, option, None)
-        if value is not None and option in request.active:
-            name = libraries.dtype_name(request.compute_dtype)
-            low, high = _RANGES[name]
-            if not low <= value <= high:
-                return f"a {option} of {value} leaves the range of {name}"
-    return ""
+    if "softcap" not in request.active:
+        return ""
+    cap, most = request.options.softcap, 2.0 ** portable.ordinary(request.xp, request.compute_dtype)
+    if 1 / most <= cap <= most:
+        return ""
+    return f"a softcap of {cap}, beyond the range of {libraries.dtype_name(request.compute_dtype)}"
 
 
 # --------------------------------------------------------------------------- the operations

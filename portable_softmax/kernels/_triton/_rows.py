@@ -23,6 +23,7 @@ from portable_softmax.kernels._triton._terms import fold_part, merge_partials
 from portable_softmax.kernels._triton._tiles import (
     NOT_SPECIALIZED,
     class_offsets,
+    in_two_parts,
     load_partials,
     load_row,
     part_bounds,
@@ -89,13 +90,13 @@ def forward(
     other, lead, row_mask, lead_count, classes = positions_of(
         block, lead_blocks, lead_count, classes, ROWS, UNIT, ALONG
     )
-    t = scalar(temperature, DTYPE)
+    t = in_two_parts(temperature, DTYPE)
     rows = row_pointers(x_ptr, other, lead, x_other, x_lead, UNIT, ALONG)
     where = where_ptr
     if MASKED:
         where = where_ptr + other * w_other + lead * w_lead
     row = other * lead_count + lead
-    dy = t * 0.0
+    dy = t[0] * 0.0
     if OP == "logsumexp_vjp":
         dy = tl.load(dy_ptr + other * d_other + lead * d_lead, mask=row_mask, other=0.0).to(DTYPE)
     if OP == "logsumexp":
@@ -116,9 +117,9 @@ def forward(
             tl.store(out + class_offsets(c, y_class, UNIT, ALONG),
                      rounded(y, y_ptr.dtype.element_ty), mask=row_mask & (c < classes))  # fmt: skip
     elif PASS == "loop":
-        m, rest, _ = fold_part(rows, where, row_mask, classes * 0, classes, x_class, w_class, t, t,
-                               ALONG, UNIT, MASKED, TEMPERED, False, QUICK, DTYPE, ROWS, CLASSES,
-                               STEPS)  # fmt: skip
+        m, rest, _ = fold_part(rows, where, row_mask, classes * 0, classes, x_class, w_class, t,
+                               t[0], ALONG, UNIT, MASKED, TEMPERED, False, QUICK, DTYPE, ROWS,
+                               CLASSES, STEPS)  # fmt: skip
         tl.store(out, rounded(_logsumexp(m, rest), y_ptr.dtype.element_ty), mask=row_mask)
     elif exists:
         published = flags_ptr + block
@@ -126,9 +127,9 @@ def forward(
         for p in range(first, last):
             if bits >> p & 1 == 0:
                 begin, end = part_bounds(classes, parts, p, CLASSES)
-                m, rest, _ = fold_part(rows, where, row_mask, begin, end, x_class, w_class, t, t,
-                                       ALONG, UNIT, MASKED, TEMPERED, False, QUICK, DTYPE, ROWS,
-                                       CLASSES, STEPS)  # fmt: skip
+                m, rest, _ = fold_part(rows, where, row_mask, begin, end, x_class, w_class, t,
+                                       t[0], ALONG, UNIT, MASKED, TEMPERED, False, QUICK, DTYPE,
+                                       ROWS, CLASSES, STEPS)  # fmt: skip
                 store_partial(m_ptr, row, parts, p, m, row_mask)
                 store_partial(rest_ptr, row, parts, p, rest, row_mask)
                 publish(published, p)

@@ -62,9 +62,10 @@ def shift_of(m, TEMPERED: tl.constexpr, QUICK: tl.constexpr):
 @triton.jit
 def over(d, lost, temperature):
     """(d + lost) / T as quotient + error: d times 1 / T and its remainder (Markstein 1990)."""
-    inverse = divide(1.0 + temperature * 0.0, temperature)
+    t, low = temperature
+    inverse = divide(1.0 + t * 0.0, t)
     quotient = d * inverse
-    error = (tl.fma(-quotient, temperature + d * 0.0, d) + lost) * inverse
+    error = (tl.fma(-quotient, t + d * 0.0, d) - quotient * low + lost) * inverse
     return quotient, tl.where(is_finite(quotient) & (error == error), error, 0.0)
 
 
@@ -73,7 +74,8 @@ def difference_over(x, base, temperature):
     """(x - base) / T as quotient + error; halves keep the difference from overflowing."""
     half, half_base = x * 0.5, base * 0.5
     d = half - half_base
-    return over(d, difference_error(half, half_base, d), temperature * 0.5)
+    halved = (temperature[0] * 0.5, temperature[1] * 0.5)
+    return over(d, difference_error(half, half_base, d), halved)
 
 
 @triton.jit
@@ -82,7 +84,7 @@ def exponentials(x, shift, temperature, TEMPERED: tl.constexpr, QUICK: tl.conste
     base, head, _ = shift
     if TEMPERED:
         if QUICK:
-            return quick_exp((x - base) * divide(1.0 + temperature * 0.0, temperature))
+            return quick_exp((x - base) * divide(1.0 + temperature[0] * 0.0, temperature[0]))
         else:
             quotient, error = difference_over(x, base, temperature)
             return scaled_exp_of(quotient, error)

@@ -91,6 +91,14 @@ def scalar(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def in_two_parts(value, DTYPE: tl.constexpr):
+    """A float argument as the compute dtype has it, and what that leaves of it."""
+    wide = scalar(value, tl.float64)
+    high = wide.to(DTYPE)
+    return high, (wide - high.to(tl.float64)).to(DTYPE)
+
+
+@triton.jit
 def relay_role(parts, finishers, lag):
     """The block and the part of a program in a relay, whether it folds or finishes, if it exists.
 
