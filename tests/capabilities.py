@@ -8,6 +8,7 @@ writes them anew, each between its two markers in README.md.
 from __future__ import annotations
 
 import ast
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -124,7 +125,7 @@ def claim(kernel: _table.Kernel) -> tuple[str, ...]:
 
 def elements(kernel: _table.Kernel) -> str:
     """Return the sizes that a kernel takes."""
-    if kernel.at_most is not None:
+    if kernel.at_most < math.inf:
         return f"to {kernel.at_most:,}"
     return f"from {kernel.at_least:,}" if kernel.at_least else "any"
 

@@ -47,7 +47,7 @@ def calls(monkeypatch):
 
     for name in (*FAMILY, *LOSSES):
         monkeypatch.setattr(_numpy, name, spied(name, getattr(_numpy, name)))
-    monkeypatch.setattr(_decide, "_CANDIDATES", {})
+    monkeypatch.setattr(_decide, "_ROUTES", {})
     return seen
 
 
@@ -115,7 +115,7 @@ def test_what_no_kernel_declares_takes_the_portable_path(library, operation, cha
         if kernel.library == library and operation in kernel.operations:
             device = next(iter(kernel.devices), "cpu")
             made_up = request(library, device, operation=operation, **changes)
-            assert kernel.objection(made_up, True) == why
+            assert kernel.undeclared(made_up.dtype, made_up.active, made_up.tracing) == why
             if find_spec(library):  # a kernel's module may import it
                 assert _decide.decide(made_up, Switches(asked=asked)).taken is None
 
@@ -179,7 +179,7 @@ def taken(monkeypatch):
             self.answer = lambda request: seen.append(kernel.name) or real(request)
 
     monkeypatch.setattr(_decide, "Candidate", Spied)
-    monkeypatch.setattr(_decide, "_CANDIDATES", {})
+    monkeypatch.setattr(_decide, "_ROUTES", {})
     return seen
 
 

@@ -59,7 +59,7 @@ def ran(engine, monkeypatch):
         if hasattr(engine, name):
             monkeypatch.setattr(engine, name, spied(getattr(engine, name)))
     monkeypatch.setattr(importlib.import_module("portable_softmax.kernels._decide"),
-                        "_CANDIDATES", {})  # fmt: skip
+                        "_ROUTES", {})  # fmt: skip
     return seen
 
 
@@ -125,7 +125,7 @@ def test_the_memory_is_the_tensors_own(xp, engine, monkeypatch, dtype):
 
     monkeypatch.setattr(engine, "softmax", spy)
     monkeypatch.setattr(importlib.import_module("portable_softmax.kernels._decide"),
-                        "_CANDIDATES", {})  # fmt: skip
+                        "_ROUTES", {})  # fmt: skip
     x = normal(xp, dtype=dtype)
     y = ps.softmax(x)
     given, made = lent[0]

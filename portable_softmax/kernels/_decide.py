@@ -6,6 +6,7 @@ and the switches.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,9 +22,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Candidate:
-    """A kernel of the table with its module loaded: what it lacks here, and its functions."""
+    """A kernel of the table with its module loaded."""
 
-    __slots__ = ("answer", "declines", "kernel", "missing", "off")
+    __slots__ = ("answer", "declines", "kernel", "missing")
 
     def __init__(self, kernel: Kernel, operation: str) -> None:
         module = import_module(kernel.module)
@@ -31,9 +32,6 @@ class Candidate:
         self.declines: Callable[[Request, bool], str]
         self.answer: Callable[[Request], Any]
         self.missing: str = module.missing()
-        self.off = (
-            "" if kernel.on_by_default else f"off by default, see kernels.use({kernel.name!r})"
-        )
         if kernel.adapter:
             adapter = import_module(kernel.adapter)
             self.declines = partial(adapter.declines, module)
@@ -41,24 +39,6 @@ class Candidate:
         else:
             self.declines = module.declines
             self.answer = getattr(module, operation)
-
-    def objection(self, request: Request, switch: Switches | None) -> str:
-        """Return why the kernel does not take a call; empty if it does."""
-        kernel = self.kernel
-        asked = False
-        if switch is not None:
-            if kernel.name in switch.off:
-                return "switched off by kernels.without()"
-            asked = kernel.name in switch.asked
-        if not asked and self.off:
-            return self.off
-        why = kernel.objection(request, asked) or self.missing
-        if why:
-            return why
-        if request.tracing and kernel.adapter:
-            adapter, module = self.traced()
-            return str(adapter.declines(module, request, asked))
-        return self.declines(request, asked)
 
     def traced(self) -> tuple[Any, Any]:
         """Return the adapter and the module: torch.compile traces no function of a constant."""
@@ -79,42 +59,111 @@ class Decision(NamedTuple):
         return f"{name}: " + "; ".join([self.why, *others] if self.why else others)
 
 
-_CANDIDATES: dict[tuple[str, str], tuple[Candidate, ...]] = {}
+class Open(NamedTuple):
+    """A kernel that declares all that is known of a call but its arrays."""
+
+    candidate: Candidate
+    decision: Decision  # if the arrays are taken, and nothing before it was open
+    devices: tuple[str, ...]
+    at_least: int
+    at_most: float
+    asked: bool
+
+
+class Route(NamedTuple):
+    """What the table says of a call but for its arrays."""
+
+    open: tuple[Open, ...]  # in order
+    otherwise: Decision  # the portable path, and why the other kernels are closed
+
+
+_ROUTES: dict[Any, Route] = {}
 
 
 @traced_as_constant
-def candidates(library: str, operation: str) -> tuple[Candidate, ...]:
-    """Return the kernels that the table has for an operation of a library, in its order."""
-    found = _CANDIDATES.get((library, operation))
+def route(
+    library: str,
+    operation: str,
+    dtype: str,
+    active: tuple[str, ...],
+    tracing: str,
+    portable: str = "",
+    asked: tuple[str, ...] = (),
+    off: tuple[str, ...] = (),
+) -> Route:
+    """Return which kernels declare a call, and what is against the others.
+
+    It depends on the table and the switches alone, so it is worked out once.
+    """
+    key = library, operation, dtype, active, tracing, portable, asked, off
+    found = _ROUTES.get(key)
     if found is None:
-        found = tuple(
-            Candidate(kernel, operation)
-            for kernel in TABLE
-            if kernel.library == library and operation in kernel.operations
-        )
-        _CANDIDATES[library, operation] = found
+        found = _ROUTES[key] = _route(*key)
     return found
+
+
+def _route(
+    library: str, operation: str, dtype: str, active: Any, tracing: str, portable: str, asked: Any,
+    off: Any,
+) -> Route:  # fmt: skip
+    kernels = [k for k in TABLE if k.library == library and operation in k.operations]
+    if not kernels:
+        return Route((), Decision(None, f"no kernel for {operation} on {library}"))
+    if portable:
+        return Route((), Decision(None, f"forced by {portable}"))
+    found: list[Open] = []
+    closed: dict[tuple[str, str], None] = {}
+    for kernel in sorted(kernels, key=lambda k: k.name not in asked):
+        candidate, first = Candidate(kernel, operation), kernel.name in asked
+        if kernel.name in off:
+            why = "switched off by kernels.without()"
+        elif not (first or kernel.on_by_default):
+            why = f"off by default, see kernels.use({kernel.name!r})"
+        else:
+            why = kernel.undeclared(dtype, active, tracing) or candidate.missing
+        if why:
+            closed[kernel.name, why] = None
+            continue
+        decision = Decision(candidate, kernel.why, tuple(closed))
+        sizes = (0, math.inf) if first else (kernel.at_least, kernel.at_most)
+        found.append(Open(candidate, decision, kernel.devices, *sizes, first))
+    return Route(tuple(found), Decision(None, "", tuple(closed)))
 
 
 def decide(request: Request, switch: Switches | None) -> Decision:
     """Return the one path that a call takes."""
-    found = candidates(request.library.name, request.operation)
-    if not found:
-        return Decision(None, f"no kernel for {request.operation} on {request.library.name}")
-    if switch is not None and switch.portable:
-        return Decision(None, f"forced by {switch.portable}")
-    if not request.axes or 0 in request.x.shape:
+    library, x = request.library, request.x
+    call = library.name, request.operation, request.dtype, request.active, request.tracing
+    if switch is None:
+        found, otherwise = route(*call)
+    else:
+        found, otherwise = route(*call, switch.portable, switch.asked, switch.off)
+    if found and (not request.axes or 0 in x.shape):
         return Decision(None, "nothing to reduce")
-    if switch is not None and (asked := switch.asked):
-        found = tuple(sorted(found, key=lambda c: c.kernel.name not in asked))
-    passed_over: tuple[tuple[str, str], ...] = ()
-    for candidate in found:
-        why = candidate.objection(request, switch)
+    more: tuple[tuple[str, str], ...] = ()
+    for candidate, decision, devices, at_least, at_most, asked in found:
+        why = ""
+        if devices:
+            device = library.device_type(x)
+            why = "" if device in devices else f"device {device}"
+        if not why and (at_least or at_most < math.inf):
+            size = library.size(x)
+            if not at_least <= size <= at_most:
+                why = "too few elements" if size < at_least else "too many elements"
+        if why:
+            pass
+        elif request.tracing and candidate.kernel.adapter:
+            adapter, module = candidate.traced()
+            why = adapter.declines(module, request, asked)
+        else:
+            why = candidate.declines(request, asked)
         if not why:
-            return Decision(candidate, candidate.kernel.why, passed_over)
-        if (candidate.kernel.name, why) not in passed_over:
-            passed_over = (*passed_over, (candidate.kernel.name, why))
-    return Decision(None, "", passed_over)
+            if more:
+                return Decision(candidate, decision.why, (*more, *decision.passed_over))
+            return decision
+        if (candidate.kernel.name, why) not in more:
+            more = (*more, (candidate.kernel.name, why))
+    return Decision(None, otherwise.why, (*more, *otherwise.passed_over)) if more else otherwise
 
 
 def run(request: Request, portable: Callable[[Request], Any]) -> Any:

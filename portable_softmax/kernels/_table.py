@@ -18,10 +18,11 @@ functions of the call alone: nothing that ran before changes an answer.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any, NamedTuple
 
-from portable_softmax.kernels._request import EXTREME, OPERATIONS, PROBABILITIES, Request
+from portable_softmax.kernels._request import EXTREME, OPERATIONS, PROBABILITIES
 
 Names = tuple[str, ...]  # torch.compile cannot look into sets that it takes for constants
 
@@ -47,34 +48,21 @@ class Kernel(NamedTuple):
     tracing: Names = ()
     at_least: int = 0
     """Arrays with fewer elements are left to others, unless `kernels.use` names the kernel."""
-    at_most: int | None = None
+    at_most: float = math.inf
     """Likewise arrays with more."""
     adapter: str = ""
     """The module that stands between the library and the kernel; it has `declines` and
     `answer`, both of the module and a request, and is imported for an array of the library."""
     on_by_default: bool = True
 
-    def objection(self, request: Request, asked: bool) -> str:
-        """Return what of a call is not declared; empty if everything is."""
-        if request.tracing and request.tracing not in self.tracing:
-            return f"traced: {request.tracing}"
-        if self.devices:
-            device = request.library.device_type(request.x)
-            if device not in self.devices:
-                return f"device {device}"
-        if not asked and (self.at_least or self.at_most is not None):
-            size = request.library.size(request.x)
-            if size < self.at_least:
-                return "too few elements"
-            if self.at_most is not None and size > self.at_most:
-                return "too many elements"
-        if request.dtype not in self.dtypes:
-            return f"dtype {request.dtype}"
-        if request.active:
-            undeclared = [name for name in request.active if name not in self.options]
-            if undeclared:
-                return f"options: {', '.join(undeclared)}"
-        return ""
+    def undeclared(self, dtype: str, active: Names, tracing: str) -> str:
+        """Return what of a call is not declared, whatever its arrays hold; empty if nothing."""
+        if tracing and tracing not in self.tracing:
+            return f"traced: {tracing}"
+        if dtype not in self.dtypes:
+            return f"dtype {dtype}"
+        undeclared = [name for name in active if name not in self.options]
+        return f"options: {', '.join(undeclared)}" if undeclared else ""
 
 
 _HERE = "portable_softmax.kernels"

@@ -59,7 +59,7 @@ def powers_of_2(xp: Namespace, exponent: int, like: Any) -> list[float]:
     if exponent == 0:
         return []
     most = ordinary(xp, like.dtype)
-    factors = []
+    factors: list[float] = []
     while exponent and len(factors) < 3:
         factor = max(-most, min(most, exponent))
         factors.append(2.0**factor)

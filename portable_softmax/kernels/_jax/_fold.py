@@ -59,7 +59,9 @@ def shifted(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
     """Return (x - max) / temperature."""
     if scale is None:
         return x - wide(m, axes)
-    return (x * scale[2] - wide(m, axes) * scale[2]) * (scale[0] + scale[1])
+    d = x * scale[2] - wide(m, axes) * scale[2]
+    # Else the product and what is subtracted from it may become one operation for some rows only.
+    return jnp.where(d < jnp.inf, d * (scale[0] + scale[1]), d)
 
 
 def scale_of(temperature: float, dtype: Any) -> Any:

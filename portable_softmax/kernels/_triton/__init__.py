@@ -37,13 +37,15 @@ def missing() -> str:
 
 def declines(request: Request, asked: bool) -> str:
     """Return why a call is not for these kernels."""
-    return _wrong_device(request) or _wrong_axes(request) or _out_of_range(request)
+    return _WRONG_DEVICE[request.library.name]() or _wrong_axes(request) or _out_of_range(request)
 
 
-def _wrong_device(request: Request) -> str:
-    if request.library.name == "cupy":
-        return _cupy.missing()
+def _not_nvidia() -> str:
     return "the device is not NVIDIA's" if sys.modules["torch"].version.hip else ""
+
+
+# What there may be against the devices of a library, by its name in the table.
+_WRONG_DEVICE = {"cupy": _cupy.missing, "torch": _not_nvidia}
 
 
 def _wrong_axes(request: Request) -> str:

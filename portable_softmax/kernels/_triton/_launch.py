@@ -21,9 +21,12 @@ from portable_softmax.kernels._triton import (
     _torch,
 )
 
+# What a launch needs of a library, by its name in the table.
+_GLUE: dict[str, ModuleType] = {"cupy": _cupy, "torch": _torch}
+
 
 def _library(call: Any) -> ModuleType:
-    return _cupy if call.library.name == "cupy" else _torch
+    return _GLUE[call.library.name]
 
 
 # Triton's type for the dtype of the computation.
