@@ -39,6 +39,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent
 HOME = ROOT / ".nox"
 REPORTS = HOME / "reports"
+SITE = HOME / "site"
 
 
 # --- Starting nox -------------------------------------------------------------------------------
@@ -500,11 +501,34 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Run every example in the docstrings and in README.md."""
-    install(session, *package("strict", "torch", "jax", "dask", "numba", "demo"), *group("docs"))
-    examples = ("--doctest-modules", "portable_softmax", "--doctest-glob=README.md", "README.md")
+    """Run every example in docstrings, README.md and the site; build the site in .nox/site.
+
+    Warnings are errors, each code cell of a page runs, and nothing is read from a network.
+    """
+    extras = ("strict", "torch", "jax", "dask", "numba", "demo", "bench")
+    install(session, *package(*extras), *group("docs"))
+    pages = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
+    examples = ("--doctest-modules", "portable_softmax", "--doctest-glob=*.md", "README.md")
     needs_triton = "--ignore-glob=*/kernels/_triton/_[!_]*.py"  # which is not installed here
-    session.run("python", "-m", "pytest", *examples, needs_triton, *session.posargs)
+    session.run("python", "-m", "pytest", *examples, *pages, needs_triton, *session.posargs)
+    shutil.rmtree(SITE, ignore_errors=True)
+    session.run(
+        *("python", "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet"),
+        *("--builder", "html", "--doctree-dir", str(HOME / "doctrees"), "docs", str(SITE)),
+    )
+    session.log(f"open {SITE / 'index.html'}")
+
+
+@nox.session(name="docs-browser")
+def docs_browser(session: nox.Session) -> None:
+    """Look at each page that `docs` built in Chromium: wide and narrow, light and dark."""
+    missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    if missing:
+        session.skip(f"{' and '.join(missing)} missing (Debian: chromium, chromium-driver)")
+    if not (SITE / "index.html").exists():
+        session.error("there is no site yet: python3 noxfile.py -s docs docs-browser")
+    install(session, *group("browser"))
+    session.run("python", "docs/look.py", str(SITE), str(HOME / "screenshots"))
 
 
 @nox.session

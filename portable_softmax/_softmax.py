@@ -186,8 +186,8 @@ def logsumexp(
     keepdims
         Whether the reduced axes stay, with length 1.
     return_sign
-        Whether to return the pair (log|s|, s/|s|) instead of log s. Real input then never gives
-        nan for a negative sum.
+        Whether to return the pair ``(log|s|, s/|s|)`` instead of log s. Real input then never
+        gives nan for a negative sum.
     where
         Boolean array that broadcasts to the shape of `x`. Entries where it is False take no part.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import re
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import pytest
 import semantics_table
 from backends import BACKENDS, LIBRARIES, ml_dtypes
 
+import portable_softmax as ps
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/semantics.md", "docs/accuracy.md",
          "docs/triton_resources.md")  # fmt: skip
@@ -64,7 +68,7 @@ def test_every_session_is_described():
     families = re.findall(r'@for_each_backend\("(\w+)"', source)
     plain = [name.replace("_", "-") for name in plain]
     expected = {*plain, *(f"{name}-BACKEND" for name in families)} - {"tests", "tests-table"}
-    table = README.partition("| session | what it does |")[2].partition("\n\n")[0]
+    table = CONTRIBUTING.partition("| session | what it does |")[2].partition("\n\n")[0]
     assert set(re.findall(r"`([\w-]+)`", table)) == expected
 
 
@@ -73,8 +77,8 @@ def test_every_session_is_described():
 
 @pytest.mark.skipif(ml_dtypes is None, reason="bfloat16 on NumPy needs ml_dtypes")
 @pytest.mark.parametrize("name", capabilities.TABLES)
-def test_a_table_of_the_readme_is_that_of_the_code(name):
-    assert capabilities.in_readme(name) == capabilities.TABLES[name]()
+def test_a_generated_table_is_that_of_the_code(name):
+    assert capabilities.written(name) == capabilities.TABLES[name].make()
 
 
 def test_the_package_and_the_tests_agree_on_what_a_library_can_do():
@@ -148,6 +152,39 @@ def test_without_reports_nothing_is_written(tmp_path, capsys):
     assert semantics_table.main(str(tmp_path), str(target)) == 2
     assert "holds no report" in capsys.readouterr().err
     assert not target.exists()
+
+
+# --------------------------------------------------------------------------- the site
+
+
+def test_the_reference_has_every_public_name():
+    pages = (ROOT / "docs" / "reference").glob("*.md")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    for name in ps.__all__:
+        kind = "module" if inspect.ismodule(getattr(ps, name)) else "(function|class)"
+        assert re.search(rf"^\.\. auto{kind}:: (portable_softmax\.)?{name}$", text, re.M), name
+
+
+def test_there_are_twelve_pairs():
+    pairs = (ROOT / "docs" / "before-after.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    assert len(pairs) == 12
+    for number, pair in enumerate(pairs, 1):
+        assert pair.startswith(f"{number}. ")
+        assert pair.count("```{code-cell}") == 2
+        before, after = pair.split("```{code-cell}")[1:]
+        assert re.search(r"\bbefore\b", before)
+        assert "assert " in after
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.stem)
+def test_each_figure_is_described(page):
+    """A cell that draws has an alt text, and so has each image."""
+    text = page.read_text(encoding="utf-8")
+    for cell in re.findall(r"^```\{code-cell\}.*?^```$", text, re.M | re.S):
+        assert ("plt.show()" in cell) == ("    alt: " in cell), cell
+    for image in re.findall(r"^```\{image\}.*?^```$", text, re.M | re.S):
+        assert ":alt: " in image
+    assert "![](" not in text
 
 
 # --------------------------------------------------------------------------- links and peers
