@@ -45,6 +45,7 @@ numpydoc_xref_param_type = False
 
 html_theme = "furo"
 html_title = f"portable_softmax {release}"
+pygments_dark_style = "monokai"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
