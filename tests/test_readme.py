@@ -20,11 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
+# The links of the site's pages are checked where it is built.
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/semantics.md", "docs/accuracy.md",
          "docs/triton_resources.md")  # fmt: skip
 
 
-SPEED = README.partition("\n## Speed\n")[2].partition("\n## ")[0]
+SPEED = (ROOT / "docs" / "results" / "speed.md").read_text(encoding="utf-8")
+DIFFERENCES = (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")
 
 
 def cells(line: str) -> list[str]:
@@ -35,17 +37,21 @@ def cells(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "page"),
     [
-        "python3 noxfile.py",
-        "python3 noxfile.py -s tests",
-        "python3 noxfile.py -s bench-numpy",
-        "python -m bench accuracy --markdown docs/accuracy.md",
-        "python -m bench memory",
+        ("python3 noxfile.py", "README.md"),
+        ("python3 noxfile.py -s tests", "README.md"),
+        ("python3 noxfile.py -s bench-numpy", "docs/results/speed.md"),
+        ("python -m bench accuracy --markdown docs/accuracy.md", "docs/results/accuracy.md"),
+        ("python -m bench memory", "docs/results/speed.md"),
     ],
 )
-def test_a_command_has_a_line_of_its_own(command):
-    assert f"\n    {command}\n" in README
+def test_a_command_has_a_line_of_its_own(command, page):
+    assert f"\n    {command}\n" in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_readme_is_short():
+    assert README.count("\n") <= 150
 
 
 def test_every_option_of_the_benchmark_is_described():
@@ -209,12 +215,12 @@ def slug(heading: str) -> str:
 
 
 BESIDE = re.findall(
-    r"^### Beside ([^\n]+)\n\n```python\n(.*?)^```\n\n```text\n(.*?)^```", README, re.M | re.S
+    r"^## Beside ([^\n]+)\n\n```python\n(.*?)^```\n\n```text\n(.*?)^```", DIFFERENCES, re.M | re.S
 )
 
 
 def test_three_peers_are_shown():
-    assert len(BESIDE) == README.count("### Beside ") == 3
+    assert len(BESIDE) == DIFFERENCES.count("## Beside ") == 3
 
 
 @pytest.mark.parametrize(("versions", "code", "printed"), BESIDE, ids=[b[0] for b in BESIDE])
@@ -226,7 +232,7 @@ def test_what_peers_were_seen_to_print(versions, code, printed):
         except importlib.metadata.PackageNotFoundError:
             pytest.skip(f"{name} is not installed")
         if here.partition("+")[0] != version:
-            pytest.skip(f"README.md speaks of {name} {version}, here is {here}")
+            pytest.skip(f"docs/differences.md speaks of {name} {version}, here is {here}")
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == printed
