@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["nox>=2025.10.14"]
@@ -87,6 +88,7 @@ if __name__ == "__main__":  # from here on, nox reads this file as its module
     sys.argv[1:1] = ["--noxfile", __file__]  # wherever it was called from
     sys.exit(nox.main())
 
+nox.needs_version = ">=2025.10.14"
 nox.options.sessions = ["demo-numpy"]
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
@@ -492,11 +494,18 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, format and types."""
+    """Check style, format, types, the project's metadata and the hosted workflows."""
     install(session, *package("demo"), *group("lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")
+    session.run("repo-review", str(ROOT), "--show", "err", silent=True)
+    workflows = str(ROOT / ".github")
+    session.run("zizmor", "--offline", "--quiet", "--no-progress", workflows)
+    if shutil.which("actionlint"):  # no wheel on PyPI holds it
+        session.run("actionlint", external=True)
+    else:
+        session.log("actionlint is not installed: the workflows were checked by zizmor alone")
 
 
 @nox.session
@@ -522,9 +531,9 @@ def docs(session: nox.Session) -> None:
 @nox.session(name="docs-browser")
 def docs_browser(session: nox.Session) -> None:
     """Look at each page that `docs` built in Chromium: wide and narrow, light and dark."""
-    missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
-    if missing:
-        session.skip(f"{' and '.join(missing)} missing (Debian: chromium, chromium-driver)")
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if not (browser and shutil.which("chromedriver")):
+        session.skip("no chromium with chromedriver here (Debian: chromium, chromium-driver)")
     if not (SITE / "index.html").exists():
         session.error("there is no site yet: python3 noxfile.py -s docs docs-browser")
     install(session, *group("browser"))
@@ -533,11 +542,15 @@ def docs_browser(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build sdist and wheel; run README.md's first example on the wheel in a clean environment."""
+    """Build sdist and wheel, the same bytes twice; run README.md's first example on the wheel."""
     install(session, *group("build"))
-    dist = HOME / "dist"
-    shutil.rmtree(dist, ignore_errors=True)
-    session.run("python", "-m", "build", "--outdir", str(dist), str(ROOT))
+    dist, again = HOME / "dist", HOME / "dist-again"
+    for folder in (dist, again):
+        shutil.rmtree(folder, ignore_errors=True)
+        session.run("python", "-m", "build", "--outdir", str(folder), str(ROOT))
+    for one in sorted(dist.iterdir()):
+        if one.read_bytes() != (again / one.name).read_bytes():
+            session.error(f"two builds of {one.name} differ")
     (wheel,) = dist.glob("*.whl")
 
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}

@@ -4,7 +4,7 @@
 
 ends with status 1 if a page logs an error, misses an image or its description, asks for anything
 outside the site, or scrolls sideways. A picture of each page is left in SCREENSHOTS. It needs
-selenium, and the programs chromium and chromedriver.
+selenium, and the programs chromium (or google-chrome) and chromedriver.
 """
 
 import base64
@@ -95,9 +95,10 @@ def look(window, page, name, screenshots):
 
 def main(site, screenshots):
     """Look at all pages; return 1 if something is wrong."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    programs = {name: shutil.which(name) for name in ("chromium", "google-chrome", "chromedriver")}
+    chromium, driver = programs["chromium"] or programs["google-chrome"], programs["chromedriver"]
     if not (chromium and driver):
-        print("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
+        print("needs chromium or google-chrome, and chromedriver")
         return 2
     pages = sorted(Path(site).resolve().rglob("*.html"))
     shutil.rmtree(screenshots, ignore_errors=True)
