@@ -541,6 +541,17 @@ def docs_browser(session: nox.Session) -> None:
 
 
 @nox.session
+def downstream(session: nox.Session) -> None:
+    """Check the types as another project sees them: mypy and pyright, on the installed package."""
+    install(session, *PYPROJECT["project"]["dependencies"], *group("downstream"))
+    session.install("--no-deps", "--force-reinstall", str(ROOT))  # as it is now, not editable
+    with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
+        shutil.copy(ROOT / "tests" / "typed_use.py", folder)
+        session.run("mypy", "--strict", "typed_use.py")
+        session.run("pyright", "typed_use.py")
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """Build sdist and wheel, the same bytes twice; run README.md's first example on the wheel."""
     install(session, *group("build"))

@@ -1,6 +1,7 @@
 """``{generated}``: tables and figures made from the code, the tests and the kept benchmarks."""
 
 import json
+import re
 from pathlib import Path
 
 import capabilities
@@ -111,13 +112,18 @@ LINKS = {
 }
 
 
+# doctest wants a blank line after what is printed; a reader does not.
+LAST_LINE = re.compile(r"^(```python\n>>> .*?\n)\n```$", re.M | re.S)
+
+
 def read_file(app, docname, source):
-    """Take the text of some pages from the repository."""
+    """Take the text of some pages from the repository, and the last blank line from examples."""
     if docname in FILES:
         text = (ROOT / FILES[docname]).read_text(encoding="utf-8")
         for there, here in LINKS.items():
             text = text.replace(f"]({there})", f"]({here})")
         source[0] = text
+    source[0] = LAST_LINE.sub(r"\1```", source[0])
 
 
 def setup(app):
