@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import capabilities
@@ -191,6 +192,35 @@ def test_each_figure_is_described(page):
     for image in re.findall(r"^```\{image\}.*?^```$", text, re.M | re.S):
         assert ":alt: " in image
     assert "![](" not in text
+
+
+# --------------------------------------------------------------------------- the release
+
+
+def test_every_file_names_the_same_version():
+    """It is that of the package; CHANGELOG.md opens with it."""
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    recipe = (ROOT / "conda" / "recipe.yaml").read_text(encoding="utf-8")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.+)$", citation, re.M) == [ps.__version__]
+    assert re.findall(r'^  version: "(.+)"', recipe, re.M) == [ps.__version__]
+    assert ps.__version__ in re.findall(r"^## (.+)$", changes, re.M)[0]
+
+
+def test_the_conda_recipe_needs_what_the_package_needs():
+    recipe = (ROOT / "conda" / "recipe.yaml").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = recipe.partition("  run:\n")[2].partition("\n\n")[0]
+    found = {line.strip("- ").replace(" ", "") for line in needed.splitlines()}
+    assert found == {"python>=${{python_min}}", *project["dependencies"]}
+    assert f'python_min: "{project["requires-python"].removeprefix(">=")}"' in recipe
+
+
+@pytest.mark.parametrize("workflow", ["ci", "release"])
+def test_hosted_actions_are_pinned_by_hash(workflow):
+    text = (ROOT / ".github" / "workflows" / f"{workflow}.yml").read_text(encoding="utf-8")
+    for action in re.findall(r"uses: (.+)$", text, re.M):
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40} # v[\d.]+", action), action
 
 
 # --------------------------------------------------------------------------- links and peers
