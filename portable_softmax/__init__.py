@@ -8,7 +8,7 @@ array([0.0321, 0.0871, 0.2369, 0.6439])
 1.871524593768e-13
 """
 
-from portable_softmax import kernels, textbook
+from portable_softmax import kernels, online, textbook
 from portable_softmax._cross_entropy import cross_entropy, cross_entropy_value_and_grad
 from portable_softmax._softmax import (
     log_softmax,
@@ -32,6 +32,7 @@ __all__ = [
     "log_softmax",
     "log_softmax_vjp",
     "logsumexp",
+    "online",
     "softmax",
     "softmax_jacobian",
     "softmax_vjp",

@@ -132,6 +132,35 @@ def like_shape(name: str, x: Any, of: str, like: Any) -> None:
         )
 
 
+def like_dtype(name: str, x: Any, of: str, like: Any) -> None:
+    """Check that `x` has the dtype of `like`."""
+    if x.dtype != like.dtype:
+        raise TypeError(
+            f"{name} has dtype {dtype_name(x.dtype)}, expected {dtype_name(like.dtype)}, as {of}: "
+            "fold arrays of one dtype, cast to it first"
+        )
+
+
+def state(name: str, value: Any, cls: type[tuple[Any, ...]]) -> Library:
+    """Check that `value` is a state of `online`, and return its library."""
+    if not isinstance(value, cls):
+        raise TypeError(
+            f"{name} is a {type(value).__qualname__}, expected a State: pass what online.fold or "
+            "online.merge returned, or online.State(max, rest)"
+        )
+    m, rest = tuple(value)
+    library, dtype = array(f"{name}.max", m)
+    if dtype.kind != "real":
+        raise TypeError(
+            f"{name}.max has dtype {dtype_name(m.dtype)}, expected float32 or float64: "
+            "pass what online.fold returned"
+        )
+    companion(f"{name}.rest", rest, f"{name}.max", m, library)
+    floating(f"{name}.rest", rest, library)
+    like_shape(f"{name}.rest", rest, f"{name}.max", m)
+    return library
+
+
 def upstream(dout: Any, shape: Any) -> None:
     """Check that the upstream gradient of a loss is one number or one for each position."""
     if dout.ndim and not _same_shape(dout.shape, shape):

@@ -132,6 +132,10 @@ class Library:
         """Return the complex dtype that holds a real or complex `dtype`."""
         return self.xp.result_type(dtype, self.xp.complex64)
 
+    def wider_dtype(self, x: Any) -> Any:
+        """Return a floating dtype with twice the digits of that of `x`, or its own without one."""
+        return self.xp.float64 if x.dtype == self.xp.float32 else x.dtype
+
     def default_float(self, x: Any) -> Any:
         """Return the floating dtype that the library gives to a Python float today."""
         # A version of the standard before 2023.12 has no inspection.
