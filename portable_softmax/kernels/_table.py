@@ -22,7 +22,7 @@ import math
 import os
 from typing import Any, NamedTuple
 
-from portable_softmax.kernels._request import EXTREME, OPERATIONS, PROBABILITIES
+from portable_softmax.kernels._request import EXTREME, LINEAR, OPERATIONS, PROBABILITIES
 
 Names = tuple[str, ...]  # torch.compile cannot look into sets that it takes for constants
 
@@ -93,6 +93,15 @@ _LENT: dict[str, Any] = {
     "dtypes": FLOATS,
 }
 
+_LINEAR = Kernel(
+    name="linear tiles",
+    why="the library's products, with its row kernels between them",
+    library="numpy",
+    module=f"{_HERE}._linear",
+    operations=LINEAR,
+    options=(*LOSS_OPTIONS, PROBABILITIES),
+)
+
 # For each library the first one that takes a call has it. Small arrays come to the tiles at once.
 TABLE = (
     _TILES._replace(at_most=_SMALL),
@@ -125,6 +134,9 @@ TABLE = (
         )
         for library, adapter in (("torch", _TORCH), ("cupy", ""))
     ),
+    _LINEAR,
+    _LINEAR._replace(library="cupy"),
+    _LINEAR._replace(library="torch", adapter=f"{_TORCH}._linear"),
 )
 
 NAMES = tuple(dict.fromkeys(kernel.name for kernel in TABLE))

@@ -174,6 +174,14 @@ class Library:
         """Return the entries of `x` at `index` along `axis`; other axes have the same lengths."""
         return self.xp.take_along_axis(x, index, axis=axis)
 
+    def product(self, a: Any, b: Any, out: Any = None) -> Any:
+        """Return a @ b, in the memory of `out` if the library writes there."""
+        return self.xp.matmul(a, b)
+
+    def add_product(self, so_far: Any, a: Any, b: Any) -> Any:
+        """Return so_far + a @ b, in the memory of `so_far` if the library writes there."""
+        return so_far + self.xp.matmul(a, b)
+
     def longest_sum(self, x: Any, axis: int) -> float:
         """Return how long an axis may be for the library's own sum to keep its digits."""
         return math.inf if axis == x.ndim - 1 else RUNNING_SUM

@@ -105,6 +105,14 @@ class Torch(Library):
         """Gather: take_along_dim broadcasts, and torch.compile compiles it for one batch size."""
         return x.gather(axis, index)
 
+    def product(self, a: Any, b: Any, out: Any = None) -> Any:
+        """Return a @ b, in `out`."""
+        return self._torch.mm(a, b) if out is None else self._torch.mm(a, b, out=out)
+
+    def add_product(self, so_far: Any, a: Any, b: Any) -> Any:
+        """Add a @ b in place."""
+        return so_far.addmm_(a, b)
+
     def longest_sum(self, x: Any, axis: int) -> float:
         """Return no bound for the last axis.
 

@@ -17,6 +17,19 @@ from portable_softmax.portable._cross_entropy import (
     with_class_axis,
 )
 from portable_softmax.portable._divisor import divisor, ordinary, powers_of_2, times_power_of_2
+from portable_softmax.portable._linear_cross_entropy import (
+    Gradients,
+    Linear,
+    at_positions,
+    by_classes,
+    classes_taken,
+    cuts,
+    finished,
+    label_target,
+    linear_cross_entropy,
+    linear_cross_entropy_value_and_grad,
+    tiles,
+)
 from portable_softmax.portable._online import (
     cross_entropy_of,
     fold_part,
@@ -37,14 +50,24 @@ from portable_softmax.portable._softmax import (
 from portable_softmax.portable._sums import total
 
 __all__ = [
+    "Gradients",
+    "Linear",
     "Options",
     "Target",
+    "at_positions",
+    "by_classes",
+    "classes_taken",
     "cross_entropy",
     "cross_entropy_of",
     "cross_entropy_value_and_grad",
+    "cuts",
     "divisor",
+    "finished",
     "fold_part",
     "index_target",
+    "label_target",
+    "linear_cross_entropy",
+    "linear_cross_entropy_value_and_grad",
     "log_softmax",
     "log_softmax_of",
     "log_softmax_vjp",
@@ -63,6 +86,7 @@ __all__ = [
     "softmax_jacobian",
     "softmax_of",
     "softmax_vjp",
+    "tiles",
     "times_power_of_2",
     "total",
     "with_class_axis",
