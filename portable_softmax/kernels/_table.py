@@ -115,6 +115,7 @@ TABLE = (
         why="one compiled call, without a branch",
         library="jax",
         module=f"{_HERE}._jax",
+        operations=(*OPERATIONS, *LINEAR),
         dtypes=(*FLOATS, *INTEGERS),
         options=(*LOSS_OPTIONS, PROBABILITIES, "temperature"),
         tracing=("traced",),
