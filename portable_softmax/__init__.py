@@ -8,8 +8,12 @@ array([0.0321, 0.0871, 0.2369, 0.6439])
 1.871524593768e-13
 """
 
-from portable_softmax import kernels, textbook
+from portable_softmax import kernels, online, textbook
 from portable_softmax._cross_entropy import cross_entropy, cross_entropy_value_and_grad
+from portable_softmax._linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_value_and_grad,
+)
 from portable_softmax._softmax import (
     log_softmax,
     log_softmax_vjp,
@@ -29,9 +33,12 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_value_and_grad",
     "kernels",
+    "linear_cross_entropy",
+    "linear_cross_entropy_value_and_grad",
     "log_softmax",
     "log_softmax_vjp",
     "logsumexp",
+    "online",
     "softmax",
     "softmax_jacobian",
     "softmax_vjp",

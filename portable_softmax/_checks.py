@@ -132,6 +132,35 @@ def like_shape(name: str, x: Any, of: str, like: Any) -> None:
         )
 
 
+def like_dtype(name: str, x: Any, of: str, like: Any) -> None:
+    """Check that `x` has the dtype of `like`."""
+    if x.dtype != like.dtype:
+        raise TypeError(
+            f"{name} has dtype {dtype_name(x.dtype)}, expected {dtype_name(like.dtype)}, as {of}: "
+            "fold arrays of one dtype, cast to it first"
+        )
+
+
+def state(name: str, value: Any, cls: type[tuple[Any, ...]]) -> Library:
+    """Check that `value` is a state of `online`, and return its library."""
+    if not isinstance(value, cls):
+        raise TypeError(
+            f"{name} is a {type(value).__qualname__}, expected a State: pass what online.fold or "
+            "online.merge returned, or online.State(max, rest)"
+        )
+    m, rest = tuple(value)
+    library, dtype = array(f"{name}.max", m)
+    if dtype.kind != "real":
+        raise TypeError(
+            f"{name}.max has dtype {dtype_name(m.dtype)}, expected float32 or float64: "
+            "pass what online.fold returned"
+        )
+    companion(f"{name}.rest", rest, f"{name}.max", m, library)
+    floating(f"{name}.rest", rest, library)
+    like_shape(f"{name}.rest", rest, f"{name}.max", m)
+    return library
+
+
 def upstream(dout: Any, shape: Any) -> None:
     """Check that the upstream gradient of a loss is one number or one for each position."""
     if dout.ndim and not _same_shape(dout.shape, shape):
@@ -157,12 +186,17 @@ def broadcastable(name: str, x: Any, shape: tuple[int, ...], of: str) -> None:
 def mask(where: Any, of: str, x: Any, library: Library) -> None:
     """Check the boolean mask `where`."""
     companion("where", where, of, x, library)
+    mask_of_shape(where, of, x.shape, library)
+
+
+def mask_of_shape(where: Any, of: str, shape: tuple[int, ...], library: Library) -> None:
+    """Check the dtype and the shape of a mask."""
     if library.dtype(where.dtype).kind != "bool":
         raise TypeError(
             f"where has dtype {dtype_name(where.dtype)}, expected bool: "
             "pass a comparison, such as where != 0"
         )
-    broadcastable("where", where, x.shape, of)
+    broadcastable("where", where, shape, of)
 
 
 # --------------------------------------------------------------------------- axes and numbers
@@ -277,6 +311,52 @@ def known_length(name: str, x: Any, axis: int) -> None:
         )
 
 
+# --------------------------------------------------------------------------- linear layers
+
+
+def same_dtype(name: str, x: Any, of: str, like: Any) -> None:
+    """Check that two arrays that are multiplied have one dtype."""
+    if x.dtype != like.dtype:
+        raise TypeError(
+            f"{name} has dtype {dtype_name(x.dtype)}, expected {dtype_name(like.dtype)}, the dtype "
+            f"of {of}: cast one of them first"
+        )
+
+
+def layer(hidden: Any, classifier: Any, bias: Any) -> None:
+    """Check the shapes of a linear layer."""
+    if hidden.ndim == 0:
+        raise ValueError("hidden has shape (), expected (..., H): give it an axis")
+    h = hidden.shape[-1]
+    if classifier.ndim != 2 or not _same_shape(classifier.shape[1:], (h,)):
+        transposed = classifier.ndim == 2 and _same_shape(classifier.shape[:1], (h,))
+        remedy = "pass its transpose" if transposed else "one row for each class"
+        raise ValueError(
+            f"classifier has shape {tuple(classifier.shape)}, expected (C, {h}), since hidden has "
+            f"shape {tuple(hidden.shape)}: {remedy}"
+        )
+    if bias is not None and not _same_shape(bias.shape, classifier.shape[:1]):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}, expected ({classifier.shape[0]},): one number "
+            "for each row of classifier"
+        )
+
+
+def tile(value: Any) -> int:
+    """Return the largest number of bytes of a tile."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        found = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"tile is {value!r}, expected a number of bytes, an int, or None: pass int(tile)"
+        ) from None
+    if found < 1:
+        raise ValueError(f"tile is {found}, expected a positive number of bytes, or None")
+    return found
+
+
 # --------------------------------------------------------------------------- labels
 
 
@@ -350,8 +430,7 @@ def label_values(xp: Namespace, labels: Any, valid: Any, axis: int, n: int, wher
 
 
 def class_weight(weight: Any, logits: Any, axis: int, library: Library) -> None:
-    """Check the array of one weight a class."""
-    companion("weight", weight, "logits", logits, library)
+    """Check the array of one weight a class, which is of the library and device of the logits."""
     kind = library.dtype(weight.dtype).kind
     if kind not in _REAL:
         raise TypeError(_dtype_message("weight", weight.dtype, kind, False))

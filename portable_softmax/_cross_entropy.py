@@ -262,6 +262,7 @@ def _options(
 ) -> LossOptions:
     """Check the options; the weights are cast to the dtype that is computed in."""
     if weight is not None:
+        _checks.companion("weight", weight, "logits", logits, library)
         _checks.class_weight(weight, logits, axis, library)
         weight = library.quietly(library.cast, weight, compute_dtype)
     if where is not None:

@@ -21,7 +21,7 @@ from backends import BACKENDS, LIBRARIES
 import portable_softmax
 from portable_softmax import libraries
 from portable_softmax.kernels import _table
-from portable_softmax.kernels._request import OPERATIONS
+from portable_softmax.kernels._request import LINEAR, OPERATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -95,7 +95,12 @@ def kernels(library: str) -> str:
 
 
 def operations(kernel: _table.Kernel) -> str:
-    return "all" if kernel.operations == OPERATIONS else ", ".join(kernel.operations)
+    named = {
+        (*OPERATIONS, *LINEAR): "all",
+        OPERATIONS: "all but linear_cross_entropy",
+        LINEAR: "linear_cross_entropy",
+    }
+    return named.get(kernel.operations) or ", ".join(kernel.operations)
 
 
 BY_OPERATION = (

@@ -24,6 +24,8 @@ ROOMS = (
     "_cli",
     "__init__",
     "layers",
+    "online",
+    "_linear_cross_entropy",
     "_cross_entropy",
     "_softmax",
     "kernels",
@@ -101,7 +103,8 @@ def test_kernels_do_not_import_each_other():
     """Each technology, a file or a folder, stands on what they share alone."""
     for path in (PACKAGE / "kernels").rglob("*.py"):
         own = path.relative_to(PACKAGE / "kernels").parts[0].removesuffix(".py")
-        if own in ("__init__", "_decide", "_switches", "_table"):
+        # Tiles of a linear layer call a kernel for their rows, as the table says which.
+        if own in ("__init__", "_decide", "_linear", "_switches", "_table"):
             continue
         for name, _ in imports(path):
             if name.startswith("portable_softmax.kernels"):
@@ -180,6 +183,8 @@ ps.softmax(x), ps.log_softmax(x, where=x == 0), ps.logsumexp(x, b=x), ps.softmax
 ps.log_softmax_vjp(x, x), ps.softmax_jacobian(x), ps.cross_entropy_value_and_grad(x, t)
 ps.cross_entropy(x, x, label_smoothing=0.1), ps.SoftmaxWithLoss().forward(x, t)
 ps.textbook.SoftmaxWithLoss().forward(x, t)
+ps.linear_cross_entropy_value_and_grad(x, x, t[:3] * 0)
+ps.online.softmax(x, ps.online.merge(ps.online.fold(x), ps.online.identity(x)))
 """
 
 
@@ -197,7 +202,7 @@ def test_numpy_alone_is_loaded(code):
 
 PUBLIC = [
     pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")
-    for module in (ps, ps.textbook, ps.kernels)
+    for module in (ps, ps.online, ps.textbook, ps.kernels)
     for name in module.__all__
 ]
 
@@ -208,7 +213,9 @@ def test_each_public_name_has_an_example(thing):
     assert ">>> " in thing.__doc__, f"{thing} has no example"
 
 
-@pytest.mark.parametrize("module", [ps, ps.textbook, ps.kernels], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [ps, ps.online, ps.textbook, ps.kernels], ids=lambda m: m.__name__
+)
 def test_all_is_what_is_exported(module):
     modules = {"layers", "portable"} if module is ps else set()
     visible = {name for name in vars(module) if not name.startswith("_")} - modules
@@ -217,9 +224,9 @@ def test_all_is_what_is_exported(module):
         name
         for name in visible
         if getattr(getattr(module, name), "__module__", "").startswith("portable_softmax")
-        or name in ("kernels", "textbook")
+        or name in ("kernels", "online", "textbook")
     }
-    if module is ps.textbook:
+    if module in (ps.online, ps.textbook):
         own -= imported
     assert sorted(module.__all__) == module.__all__ or module is ps.textbook
     assert set(module.__all__) == own

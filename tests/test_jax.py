@@ -56,6 +56,22 @@ def test_hessian_of_a_logarithm_of_a_sum(jax, xp):
                 assert_allclose(compiled(xp.asarray(row)), expected, rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.parametrize("f", [ps.logsumexp, ps.log_softmax, ps.cross_entropy])
+def test_hessian_of_a_scan(jax, xp, f):
+    """Forward over reverse through a scan, for which JAX drops rules for derivatives inside."""
+    x = xp.asarray([[0.3, -1.2, 2.1, 0.0], [1.5, 1.5, 1.5, 1.5]])
+    more = (xp.asarray(2),) if f is ps.cross_entropy else ()
+
+    def scanned(x):
+        return jax.lax.scan(lambda _, row: (None, f(row, *more)), None, x)[1].sum(axis=0)
+
+    def looped(x):
+        return f(x[0], *more) + f(x[1], *more)
+
+    hessian, expected = jax.hessian(scanned)(x), jax.hessian(looped)(x)
+    assert_allclose(hessian, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_transformations_agree_with_the_public_gradients(jax, xp):
     x = xp.asarray(np.random.default_rng(1).normal(size=(3, 5)))
     labels = xp.asarray([4, 0, 2])

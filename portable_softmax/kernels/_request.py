@@ -13,6 +13,7 @@ ROWS = ("softmax", "log_softmax", "logsumexp")
 VJPS = ("softmax_vjp", "log_softmax_vjp")
 LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
 OPERATIONS = (*ROWS, *VJPS, *LOSSES)
+LINEAR = ("linear_cross_entropy", "linear_cross_entropy_value_and_grad")
 
 
 class RowOptions(NamedTuple):
@@ -25,6 +26,16 @@ class RowOptions(NamedTuple):
 
 
 LossOptions = portable.Options
+
+
+class LinearOptions(NamedTuple):
+    """The arrays and options of a linear layer with a loss, of which `x` is the hidden array."""
+
+    classifier: Any
+    bias: Any
+    loss: LossOptions
+    elements: float  # of a tile of logits
+
 
 PLAIN_ROWS = RowOptions()
 PLAIN_LOSS = LossOptions()
@@ -50,6 +61,14 @@ def is_extreme(library: Library, temperature: float, dtype: Any) -> bool:
     """Return whether a temperature, or its inverse, is near the ends of a dtype's range."""
     most = portable.ordinary(library.xp, dtype)
     return library.is_known(temperature) and not 2.0**-most <= temperature <= 2.0**most
+
+
+def _flat(xp: Namespace, where: Any, positions: tuple[int, ...]) -> Any:
+    """Return a mask with its positions in one axis; of one row if it is the same everywhere."""
+    *batch, n = where.shape
+    if all(length == 1 for length in batch):
+        return xp.reshape(where, (1, n))
+    return xp.reshape(xp.broadcast_to(where, (*positions, n)), (-1, n))
 
 
 class Layout(NamedTuple):
@@ -103,6 +122,32 @@ class Request(NamedTuple):
     def reduced_shape(self) -> list[int]:
         """Return the shape of `x` with the reduced axes kept with length 1."""
         return [1 if a in self.axes else n for a, n in enumerate(self.x.shape)]
+
+    def linear(self) -> portable.Linear:
+        """Return a linear layer with a loss, its positions in one axis."""
+        classifier, bias, options, _ = self.options
+        hidden, labels, where = self.x, self.labels, options.where
+        if where is not None and where.ndim > 1:
+            where = _flat(self.xp, where, hidden.shape[:-1])
+        if hidden.ndim != 2:
+            hidden = self.xp.reshape(hidden, (-1, hidden.shape[-1]))
+            shape = (-1,) if self.indices else (-1, labels.shape[-1])
+            labels = self.xp.reshape(labels, shape)
+        options = options._replace(where=where)
+        return portable.Linear(
+            hidden, classifier, bias, labels, self.indices, options, self.compute_dtype
+        )
+
+    def check_labels_of_linear(self, problem: portable.Linear) -> None:
+        """Raise for a label of a linear layer that has no class, where it can be read."""
+        library, labels = self.library, self.labels
+        if not (self.indices and self.check_labels and library.reads_values(labels)):
+            return
+        target = library.compiled(portable.label_target)(self.xp, problem)
+        if library.reads_values(target.valid):
+            valid = self.xp.reshape(target.valid, (*labels.shape, 1))
+            where, n = problem.options.where, problem.classes
+            _checks.label_values(self.xp, labels, valid, labels.ndim, n, where)
 
     def target(self) -> portable.Target:
         """Return what the labels ask for; raise for one without a class where it can be read.

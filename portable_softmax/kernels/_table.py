@@ -22,7 +22,7 @@ import math
 import os
 from typing import Any, NamedTuple
 
-from portable_softmax.kernels._request import EXTREME, OPERATIONS, PROBABILITIES
+from portable_softmax.kernels._request import EXTREME, LINEAR, OPERATIONS, PROBABILITIES
 
 Names = tuple[str, ...]  # torch.compile cannot look into sets that it takes for constants
 
@@ -95,6 +95,15 @@ _LENT: dict[str, Any] = {
 # In compiled code an operator costs more than a small tensor does: those are left to the compiler.
 _TRACED: dict[str, Any] = {**_LENT, "at_least": _SMALL + 1, "tracing": ("torch.compile",)}
 
+_LINEAR = Kernel(
+    name="linear tiles",
+    why="the library's products, with its row kernels between them",
+    library="numpy",
+    module=f"{_HERE}._linear",
+    operations=LINEAR,
+    options=(*LOSS_OPTIONS, PROBABILITIES),
+)
+
 # For each library the first one that takes a call has it. Small arrays come to the tiles at once.
 TABLE = (
     _TILES._replace(at_most=_SMALL),
@@ -108,6 +117,7 @@ TABLE = (
         why="one compiled call, without a branch",
         library="jax",
         module=f"{_HERE}._jax",
+        operations=(*OPERATIONS, *LINEAR),
         dtypes=(*FLOATS, *INTEGERS),
         options=(*LOSS_OPTIONS, PROBABILITIES, "temperature"),
         tracing=("traced",),
@@ -127,6 +137,9 @@ TABLE = (
         )
         for library, adapter in (("torch", _TORCH), ("cupy", ""))
     ),
+    _LINEAR,
+    _LINEAR._replace(library="cupy"),
+    _LINEAR._replace(library="torch", adapter=f"{_TORCH}._linear"),
 )
 
 NAMES = tuple(dict.fromkeys(kernel.name for kernel in TABLE))

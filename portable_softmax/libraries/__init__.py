@@ -54,6 +54,7 @@ __all__ = [
     "scalar",
     "take_along_axis",
     "traced_as_constant",
+    "wider_dtype",
 ]
 
 # By the name of the package that defines the namespace: a new library is a file and a row here.
@@ -175,6 +176,11 @@ def default_int(xp: Namespace, x: Any) -> Any:
 def compute_dtype(xp: Namespace, x: Any) -> tuple[Any, Any]:
     """Return the dtype to compute in and the dtype to answer in."""
     return of(xp).compute_dtype(x)
+
+
+def wider_dtype(xp: Namespace, x: Any) -> Any:
+    """Return a floating dtype with twice the digits of that of `x`, or its own without one."""
+    return of(xp).wider_dtype(x)
 
 
 def cast(xp: Namespace, x: Any, dtype: Any) -> Any:

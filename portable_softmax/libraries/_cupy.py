@@ -12,6 +12,15 @@ class CuPy(Library):
 
     gathers = True
 
+    def product(self, a: Any, b: Any, out: Any = None) -> Any:
+        """Return a @ b, in `out`."""
+        return self.xp.matmul(a, b, out=out)
+
+    def add_product(self, so_far: Any, a: Any, b: Any) -> Any:
+        """Add a @ b in place."""
+        so_far += self.xp.matmul(a, b)
+        return so_far
+
     def device_type(self, x: Any) -> str:
         """Return ``"cuda"``."""
         return "cuda"

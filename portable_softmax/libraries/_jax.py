@@ -29,6 +29,10 @@ class Jax(Library):
             return True
         return bool(x.devices() == other.devices())
 
+    def wider_dtype(self, x: Any) -> Any:
+        """Return float64 where 64 bits are enabled."""
+        return self.xp.promote_types(x.dtype, self.xp.result_type(float))
+
     def default_float(self, x: Any) -> Any:
         """Return the dtype without making an array, which the transfer guard may forbid."""
         return self.xp.result_type(float)

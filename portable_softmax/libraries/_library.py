@@ -132,6 +132,10 @@ class Library:
         """Return the complex dtype that holds a real or complex `dtype`."""
         return self.xp.result_type(dtype, self.xp.complex64)
 
+    def wider_dtype(self, x: Any) -> Any:
+        """Return a floating dtype with twice the digits of that of `x`, or its own without one."""
+        return self.xp.float64 if x.dtype == self.xp.float32 else x.dtype
+
     def default_float(self, x: Any) -> Any:
         """Return the floating dtype that the library gives to a Python float today."""
         # A version of the standard before 2023.12 has no inspection.
@@ -169,6 +173,14 @@ class Library:
     def take_along_axis(self, x: Any, index: Any, axis: int) -> Any:
         """Return the entries of `x` at `index` along `axis`; other axes have the same lengths."""
         return self.xp.take_along_axis(x, index, axis=axis)
+
+    def product(self, a: Any, b: Any, out: Any = None) -> Any:
+        """Return a @ b, in the memory of `out` if the library writes there."""
+        return self.xp.matmul(a, b)
+
+    def add_product(self, so_far: Any, a: Any, b: Any) -> Any:
+        """Return so_far + a @ b, in the memory of `so_far` if the library writes there."""
+        return so_far + self.xp.matmul(a, b)
 
     def longest_sum(self, x: Any, axis: int) -> float:
         """Return how long an axis may be for the library's own sum to keep its digits."""

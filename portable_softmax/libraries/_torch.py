@@ -90,6 +90,10 @@ class Torch(Library):
         """Return ``"cpu"``, ``"cuda"`` and so on."""
         return "cpu" if x.is_cpu else str(x.device.type)
 
+    def wider_dtype(self, x: Any) -> Any:
+        """Return float64, which Apple's devices do not have."""
+        return x.dtype if x.device.type == "mps" else super().wider_dtype(x)
+
     def constant(self, x: Any) -> Any:
         """Return `x` with its derivative cut off."""
         return x.detach()
@@ -101,6 +105,14 @@ class Torch(Library):
     def take_along_axis(self, x: Any, index: Any, axis: int) -> Any:
         """Gather: take_along_dim broadcasts, and torch.compile compiles it for one batch size."""
         return x.gather(axis, index)
+
+    def product(self, a: Any, b: Any, out: Any = None) -> Any:
+        """Return a @ b, in `out`."""
+        return self._torch.mm(a, b) if out is None else self._torch.mm(a, b, out=out)
+
+    def add_product(self, so_far: Any, a: Any, b: Any) -> Any:
+        """Add a @ b in place."""
+        return so_far.addmm_(a, b)
 
     def longest_sum(self, x: Any, axis: int) -> float:
         """Return no bound for the last axis.

@@ -238,7 +238,7 @@ def _index_loss(
         lse = state.max + state.log
         loss = loss + options.z_loss * (lse * lse)
     if rows.u is not None:
-        loss = _times(xp, rows.u, loss)
+        loss = times(xp, rows.u, loss)
     return loss, state
 
 
@@ -292,14 +292,14 @@ def _distribution_rows(
             q = xp.where(options.where, q, zero)
     if options.weight is not None:
         weight = _along(xp, options.weight, x, axis)
-        t, q = _weighted(xp, t, weight), _weighted(xp, q, weight)
+        t, q = weighted(xp, t, weight), weighted(xp, q, weight)
     u = total(xp, t, (axis,))
     if target.counted is not None:
         q, u = xp.where(target.counted, q, zero), xp.where(target.counted, u, zero)
     return Rows(inputs, x, q, u)
 
 
-def _weighted(xp: Namespace, coefficient: Any, weight: Any) -> Any:
+def weighted(xp: Namespace, coefficient: Any, weight: Any) -> Any:
     """Return coefficient * weight, 0 where the coefficient is 0, whatever the weight."""
     never = (coefficient == 0) & ~xp.isfinite(weight)
     return coefficient * xp.where(never, scalar(xp, 0.0, weight), weight)
@@ -316,14 +316,14 @@ def _class_count(xp: Namespace, x: Any, axis: int, options: Options) -> Any:
 def _distribution_loss(xp: Namespace, rows: Rows, axis: int, options: Options) -> tuple[Any, State]:
     state = fold(xp, rows.x, (axis,))
     surprise = (state.max - rows.x) + state.log
-    loss = total(xp, _times(xp, rows.q, surprise), (axis,))
+    loss = total(xp, times(xp, rows.q, surprise), (axis,))
     if options.z_loss != 0.0:
         lse = state.max + state.log
-        loss = loss + _times(xp, rows.u, options.z_loss * (lse * lse))
+        loss = loss + times(xp, rows.u, options.z_loss * (lse * lse))
     return loss, state
 
 
-def _times(xp: Namespace, coefficient: Any, value: Any) -> Any:
+def times(xp: Namespace, coefficient: Any, value: Any) -> Any:
     """Return coefficient * value, 0 where the coefficient is 0 and the value is infinite."""
     zero = scalar(xp, 0.0, value)
     never = (coefficient == 0) & xp.isinf(value)
@@ -348,7 +348,7 @@ def _gradient(
     else:
         q, a = rows.q, total(xp, rows.q, (axis,))
     if options.z_loss != 0.0:
-        a = a + _times(xp, u, 2.0 * options.z_loss * (state.max + state.log))
+        a = a + times(xp, u, 2.0 * options.z_loss * (state.max + state.log))
     scaled = state.exps * a
     if rows.q is not None:
         return ((scaled - q) - q * state.rest) * inverse

@@ -75,7 +75,7 @@ def fold(
     x = times_power_of_2(xp, x, -max(by.exponent, 0))  # first, as the difference may overflow
     m = maximum(xp, x, axes) if shift is None else shift
     difference = x - m
-    error = _difference_error(xp, x, m, difference)
+    error = difference_error(xp, x, m, difference)
     shifted = times_power_of_2(xp, difference, -min(by.exponent, 0))
     error = times_power_of_2(xp, error, -min(by.exponent, 0))
     if attach is not None:
@@ -97,7 +97,7 @@ def fold(
     return State(m, rest, xp.log1p(rest), shifted, exps)
 
 
-def _difference_error(xp: Namespace, x: Any, m: Any, difference: Any) -> Any:
+def difference_error(xp: Namespace, x: Any, m: Any, difference: Any) -> Any:
     """Return ``(x - m) - fl(x - m)``, exactly where all are finite (Knuth's two-sum, TAOCP 4.2.2).
 
     A confident row's rest is one exponential of a large difference: half a unit lost in a

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax.kernels._request import Request
+from portable_softmax import portable
+from portable_softmax.kernels._request import LINEAR, Request
 
 
 def missing() -> str:
@@ -21,7 +22,10 @@ def missing() -> str:
 
 
 def declines(request: Request, asked: bool) -> str:
-    """Return the empty string: what is declared is taken."""
+    """Return why a call is left to the portable path."""
+    if request.operation in LINEAR:
+        lengths = (*request.x.shape, *request.options.classifier.shape)
+        return "" if all(map(request.library.is_known, lengths)) else "symbolic shapes"
     return ""
 
 
@@ -75,15 +79,7 @@ softmax_vjp = log_softmax_vjp = _vjp
 def _loss(request: Request) -> Any:
     """Return the reduced loss, and its gradient if that is asked for."""
     losses, options = _module("_losses"), request.options
-    cap = options.softcap
-    if cap is not None:
-        info = request.xp.finfo(request.compute_dtype)
-        cap = min(max(cap, float(info.tiny)), float(info.max))
-    numbers = losses.Numbers(
-        None if options.label_smoothing == 0.0 else _put(request, options.label_smoothing),
-        None if options.z_loss == 0.0 else _put(request, options.z_loss),
-        None if cap is None else _put(request, cap),
-    )
+    numbers = _numbers(request, options)
     form = losses.Form(
         request.axis, options.reduction, request.indices, not _labels_are_checked(request),
         options.ignore_index, *_dtypes(request),
@@ -93,6 +89,49 @@ def _loss(request: Request) -> Any:
 
 
 cross_entropy = cross_entropy_value_and_grad = _loss
+
+
+def linear_cross_entropy(request: Request) -> Any:
+    """Return the reduced loss of a linear layer."""
+    return _module("_linear").linear_cross_entropy(*_layer(request))
+
+
+def linear_cross_entropy_value_and_grad(request: Request) -> tuple[Any, Any]:
+    """Return the reduced loss of a linear layer and its gradients."""
+    found: tuple[Any, Any] = _module("_linear").linear_cross_entropy_value_and_grad(
+        *_layer(request)
+    )
+    return found
+
+
+def _layer(request: Request) -> tuple[Any, Any, Any]:
+    linear, problem = _module("_linear"), request.linear()
+    request.check_labels_of_linear(problem)
+    options = problem.options
+    n, (height, _) = problem.positions, portable.tiles(problem, request.options.elements)
+    height = -(-n // -(-n // height))  # as even as can be: the last tile is filled up
+    # A label without a class is nan, as under tracing nobody has looked for one.
+    of_a_tile = _module("_losses").Form(
+        1, "none", request.indices, True, options.ignore_index, *[request.compute_dtype] * 2
+    )
+    form = linear.Form(of_a_tile, options.reduction, height)
+    return (
+        linear.Layer(*problem[:3]),
+        linear.Rest(problem.labels, options.weight, options.where, _numbers(request, options)),
+        form,
+    )
+
+
+def _numbers(request: Request, options: Any) -> Any:
+    cap = options.softcap
+    if cap is not None:
+        info = request.xp.finfo(request.compute_dtype)
+        cap = min(max(cap, float(info.tiny)), float(info.max))
+    return _module("_losses").Numbers(
+        None if options.label_smoothing == 0.0 else _put(request, options.label_smoothing),
+        None if options.z_loss == 0.0 else _put(request, options.z_loss),
+        None if cap is None else _put(request, cap),
+    )
 
 
 def _labels_are_checked(request: Request) -> bool:

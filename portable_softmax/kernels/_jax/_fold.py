@@ -37,9 +37,13 @@ def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
     # Every maximum is left out of the sum; of those that are not one, 1 is kept.
     numbers = m, *(jnp.asarray(v, x.dtype) for v in (jnp.finfo(x.dtype).max, 1.0, 0.0))
     n, big, one, _ = numbers = lax.optimization_barrier(numbers)
-    rest = sum_of(terms * jnp.minimum((wide(n, axes) - x) * big, one), axes)
+    # Where a scan is differentiated in reverse and then forward, JAX drops the rule below and
+    # differentiates this instead: it is right, as then the maximum is no constant either.
+    others = lax.stop_gradient(jnp.minimum((wide(n, axes) - x) * big, one))
+    rest = sum_of(terms * others, axes)
     n, big, one, zero = lax.optimization_barrier(numbers)  # shares nothing with the sum above
     maxima = jnp.sum(jnp.maximum((x - wide(n, axes)) * big + one, zero), axis=axes)
+    maxima = lax.stop_gradient(maxima)
     rest = jnp.where(maxima > 1.0, rest + (maxima - 1.0) / factor, rest)
     return m, rest * factor
 

@@ -60,7 +60,7 @@ def cross_entropy(
     x: Any, labels: Any, weight: Any, where: Any, numbers: Numbers, form: Form
 ) -> Any:
     """Return the reduced loss."""
-    loss = _reduced(x.astype(form.compute), labels, weight, where, numbers, form)
+    loss = reduced(x.astype(form.compute), labels, weight, where, numbers, form)
     return loss.astype(form.answer)
 
 
@@ -70,7 +70,7 @@ def cross_entropy_value_and_grad(
 ) -> tuple[Any, Any]:
     """Return the reduced loss and its gradient."""
     loss, pull_back = jax.vjp(
-        lambda x: _reduced(x, labels, weight, where, numbers, form), x.astype(form.compute)
+        lambda x: reduced(x, labels, weight, where, numbers, form), x.astype(form.compute)
     )
     (grad,) = pull_back(jnp.ones_like(loss))
     return loss.astype(form.answer), grad.astype(form.answer)
@@ -81,16 +81,16 @@ def every_label_has_a_class(
     labels: Any, where: Any, shape: Any, axis: int, ignore_index: int | None
 ) -> Any:
     """Return whether each label is ignored, or a class of logits of this shape that takes part."""
-    index, counted = _indices(labels, axis, ignore_index)
+    index, counted = indices(labels, axis, ignore_index)
     return jnp.all(_valid(index, counted, where, shape, axis))
 
 
-def _reduced(x: Any, labels: Any, weight: Any, where: Any, numbers: Numbers, form: Form) -> Any:
+def reduced(x: Any, labels: Any, weight: Any, where: Any, numbers: Numbers, form: Form) -> Any:
     axis = form.axis
     where = None if where is None else mask_like(where, x.ndim)
     index = counted = valid = None
     if form.indices:
-        index, counted = _indices(labels, axis, form.ignore_index)
+        index, counted = indices(labels, axis, form.ignore_index)
         valid = _valid(index, counted, where, x.shape, axis) if form.check else None
     x = _conditioned(x, counted, where, numbers.softcap, axis)
     terms, total = _terms(x, labels, index, counted, weight, where, numbers, axis)
@@ -112,7 +112,7 @@ def _reduced(x: Any, labels: Any, weight: Any, where: Any, numbers: Numbers, for
 # --------------------------------------------------------------------------- labels
 
 
-def _indices(labels: Any, axis: int, ignore_index: int | None) -> tuple[Any, Any]:
+def indices(labels: Any, axis: int, ignore_index: int | None) -> tuple[Any, Any]:
     """Return the labels in the default integer dtype, and which of them count."""
     labels = jnp.expand_dims(labels, axis)
     limits = jnp.iinfo(labels.dtype)

@@ -1,0 +1,213 @@
+"""A linear layer with a loss as JAX traces it: a scan over tiles of positions.
+
+With a sum or a mean the gradients are made beside the loss wherever a derivative is asked for, in
+forward mode: the derivative is linear in the tangents, so that reverse mode needs no more than the
+gradients, and the logits are made once. With a loss for each position they are made again in the
+backward pass (`jax.checkpoint`), as are those of derivatives with respect to labels and weights.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from portable_softmax.kernels._jax import _losses
+
+
+class Layer(NamedTuple):
+    """What is differentiated."""
+
+    hidden: Any  # (N, H)
+    classifier: Any  # (C, H)
+    bias: Any  # (C,), or None
+
+
+class Rest(NamedTuple):
+    """The other arrays."""
+
+    labels: Any  # (N,), or (N, C)
+    weight: Any
+    where: Any  # (C,), or with one row, or N of them
+    numbers: _losses.Numbers
+
+
+class Form(NamedTuple):
+    """What a program is compiled for."""
+
+    loss: _losses.Form  # of a tile: a loss for each of its positions
+    reduction: str
+    height: int  # positions of a tile
+
+
+@partial(jax.jit, static_argnames="form")
+def linear_cross_entropy(layer: Layer, rest: Rest, form: Form) -> Any:
+    """Return the reduced loss; with ``reduction="none"``, of shape (N,)."""
+    layer, rest = _sound(layer, rest, form)
+    if form.reduction == "none":
+        return _each(layer, rest, form)
+    loss = _sum(layer, rest, form)
+    return loss if form.reduction == "sum" else _mean(loss, _divisor(layer, rest, form))
+
+
+@partial(jax.jit, static_argnames="form")
+def linear_cross_entropy_value_and_grad(layer: Layer, rest: Rest, form: Form) -> tuple[Any, Layer]:
+    """Return the reduced loss and the gradients of its sum."""
+    layer, rest = _sound(layer, rest, form)
+    losses, grads = _with_gradients(layer, rest, form)
+    if form.reduction == "none":
+        return losses, grads
+    if form.reduction == "sum":
+        return jnp.sum(losses), grads
+    divisor = _divisor(layer, rest, form)
+    by = jnp.where(divisor == 0, jnp.inf, divisor)
+    return _mean(jnp.sum(losses), divisor), jax.tree.map(lambda g: g / by, grads)
+
+
+def _mean(total: Any, divisor: Any) -> Any:
+    # Smoothing may leave a loss where the weights sum to 0, which is no infinite mean.
+    return jnp.where(divisor == 0, jnp.nan, total / jnp.where(divisor == 0, jnp.inf, divisor))
+
+
+def _divisor(layer: Layer, rest: Rest, form: Form) -> Any:
+    """Return the weights of the labels that count, or the number of positions."""
+    dtype = form.loss.compute
+    if not form.loss.indices:
+        return jnp.asarray(layer.hidden.shape[0], dtype)
+    index, counted = _losses.indices(rest.labels, 1, form.loss.ignore_index)
+    each = jnp.ones(index.shape, dtype)
+    if rest.weight is not None:
+        each = jnp.take(rest.weight.astype(dtype), index, mode="clip")
+    return jnp.sum(each if counted is None else jnp.where(counted, each, 0.0))
+
+
+def _sound(layer: Layer, rest: Rest, form: Form) -> tuple[Layer, Rest]:
+    """Put 0 in place of what is left out, as 0 times nan would be nan."""
+    hidden, classifier, bias = layer
+    if form.loss.indices:
+        _, counted = _losses.indices(rest.labels, 1, form.loss.ignore_index)
+        if counted is not None:
+            hidden = jnp.where(counted, hidden, 0)
+    where = rest.where
+    if where is not None and where.shape[-1] == classifier.shape[0]:
+        if where.ndim == 2 and where.shape[0] == 1:
+            where = where[0]
+        if where.ndim == 1:
+            classifier = jnp.where(where[:, None], classifier, 0)
+            bias = None if bias is None else jnp.where(where, bias, 0)
+    return Layer(hidden, classifier, bias), rest._replace(where=where)
+
+
+# --------------------------------------------------------------------------- tiles
+
+
+class _Tile(NamedTuple):
+    hidden: Any
+    labels: Any
+    where: Any  # None where it is the same for every tile
+    live: Any  # whether a position is none that fills the last tile; None if all are
+
+
+def _tiles(layer: Layer, rest: Rest, form: Form) -> _Tile:
+    """Return the tiles along a new first axis, the last one filled up."""
+    n, height = layer.hidden.shape[0], form.height
+    short = -n % height
+
+    def cut(a: Any) -> Any:
+        if short:
+            a = jnp.pad(a, [(0, short)] + [(0, 0)] * (a.ndim - 1))
+        return jnp.reshape(a, (-1, height, *a.shape[1:]))
+
+    where = rest.where if _has_rows(rest) else None
+    live = cut(jnp.ones(n, bool)) if short else None
+    return _Tile(cut(layer.hidden), cut(rest.labels), None if where is None else cut(where), live)
+
+
+def _has_rows(rest: Rest) -> bool:
+    return rest.where is not None and rest.where.ndim == 2 and rest.where.shape[0] != 1
+
+
+def _logits(hidden: Any, layer: Layer, dtype: Any) -> Any:
+    x = jnp.matmul(hidden.astype(dtype), layer.classifier.astype(dtype).T, precision="highest")
+    return x if layer.bias is None else x + layer.bias.astype(dtype)
+
+
+def _losses_of(x: Any, tile: _Tile, rest: Rest, form: Form) -> Any:
+    where = rest.where if tile.where is None else tile.where
+    if tile.live is not None:
+        x = jnp.where(tile.live[:, None], x, 0.0)
+    loss = _losses.reduced(x, tile.labels, rest.weight, where, rest.numbers, form.loss)
+    return loss if tile.live is None else jnp.where(tile.live, loss, 0.0)
+
+
+def _each(layer: Layer, rest: Rest, form: Form) -> Any:
+    """Return the losses, whose derivatives are JAX's of the scan: it keeps no logits."""
+
+    @jax.checkpoint
+    def losses(layer: Layer, rest: Rest, tile: _Tile) -> Any:
+        x = _logits(tile.hidden, layer, form.loss.compute)
+        return _losses_of(x, tile, rest, form)
+
+    tiles = _tiles(layer, rest, form)
+    _, found = lax.scan(lambda _, tile: (None, losses(layer, rest, tile)), None, tiles)
+    return jnp.reshape(found, (-1,))[: layer.hidden.shape[0]]
+
+
+def _with_gradients(layer: Layer, rest: Rest, form: Form) -> tuple[Any, Layer]:
+    """Return the losses and the gradients of their sum, from three products for each tile."""
+    dtype, n = form.loss.compute, layer.hidden.shape[0]
+
+    def step(sums: tuple[Any, Any], tile: _Tile) -> Any:
+        d_classifier, d_bias = sums
+        x = _logits(tile.hidden, layer, dtype)
+        loss, pull_back = jax.vjp(lambda x: _losses_of(x, tile, rest, form), x)
+        (g,) = pull_back(jnp.ones_like(loss))
+        product = partial(jnp.matmul, precision="highest")
+        d_hidden = product(g, layer.classifier.astype(dtype))
+        d_classifier = d_classifier + product(g.T, tile.hidden.astype(dtype))
+        if d_bias is not None:
+            d_bias = d_bias + jnp.sum(g, axis=0)
+        return (d_classifier, d_bias), (loss, d_hidden)
+
+    start = (
+        jnp.zeros(layer.classifier.shape, dtype),
+        None if layer.bias is None else jnp.zeros(layer.bias.shape, dtype),
+    )
+    sums, (losses, d_hidden) = lax.scan(step, start, _tiles(layer, rest, form))
+    d_hidden = jnp.reshape(d_hidden, (-1, d_hidden.shape[-1]))[:n]
+    return jnp.reshape(losses, (-1,))[:n], Layer(d_hidden, *sums)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _sum(layer: Layer, rest: Rest, form: Form) -> Any:
+    return jnp.sum(_each(layer, rest, form))
+
+
+@partial(_sum.defjvp, symbolic_zeros=True)
+def _sum_jvp(form: Form, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (layer, rest), (changes, others) = primals, tangents
+    if not all(isinstance(t, SymbolicZero) for t in jax.tree.leaves(others, is_leaf=_is_zero)):
+        value: tuple[Any, Any] = jax.jvp(
+            lambda layer, rest: jnp.sum(_each(layer, rest, form)), primals, _materialized(tangents)
+        )
+        return value
+    losses, grads = _with_gradients(layer, rest, form)
+    change = jnp.zeros((), form.loss.compute)
+    for grad, t in zip(grads, changes, strict=True):
+        if grad is not None and not isinstance(t, SymbolicZero):
+            change = change + jnp.sum(grad * t.astype(grad.dtype))
+    return jnp.sum(losses), change
+
+
+def _is_zero(t: Any) -> bool:
+    return isinstance(t, SymbolicZero)
+
+
+def _materialized(tangents: Any) -> Any:
+    return jax.tree.map(
+        lambda t: jnp.zeros(t.shape, t.dtype) if _is_zero(t) else t, tangents, is_leaf=_is_zero
+    )

@@ -1,0 +1,112 @@
+"""A linear layer with a loss under torch's autograd: the gradients are made with the loss.
+
+They wait for one number from upstream. With a loss for each position there is one for each, so that
+the backward pass makes the logits again. Where torch follows the derivative itself, the formula in
+its own operations takes over.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+
+from portable_softmax import portable
+from portable_softmax.kernels._request import Request
+
+Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
+
+
+def declines(engine: Any, request: Request, asked: bool) -> str:
+    """Return what is not differentiated here; empty if all is."""
+    if not torch.is_grad_enabled():
+        return ""
+    if any(t is not None and t.requires_grad for t in _constants(request)):
+        return "labels or weights that require gradients"
+    value_and_grad = request.operation == "linear_cross_entropy_value_and_grad"
+    if value_and_grad and any(t is not None and t.requires_grad for t in _inputs(request)):
+        return "gradients that are differentiated again"
+    return ""
+
+
+def answer(engine: Any, request: Request) -> Any:
+    """Return the answer of a call, with its derivatives where torch asks for them."""
+    inputs = _inputs(request)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _Linear.apply(engine, request, *inputs, *_constants(request))
+    return getattr(engine, request.operation)(request)
+
+
+def _inputs(request: Request) -> tuple[Tensor | None, ...]:
+    return request.x, request.options.classifier, request.options.bias
+
+
+def _constants(request: Request) -> tuple[Tensor | None, ...]:
+    loss = request.options.loss
+    return request.labels, loss.weight, loss.where
+
+
+def _with(request: Request, tensors: tuple[Tensor | None, ...]) -> Request:
+    """Return a request with these in place of its tensors."""
+    hidden, classifier, bias, labels, weight, where = tensors
+    options = request.options
+    loss = options.loss._replace(weight=weight, where=where)
+    options = options._replace(classifier=classifier, bias=bias, loss=loss)
+    return request._replace(x=hidden, labels=labels, options=options)
+
+
+class _Linear(torch.autograd.Function):
+    """A call, differentiable with respect to hidden, classifier and bias."""
+
+    @staticmethod
+    def forward(ctx: Any, engine: Any, request: Request, *tensors: Tensor | None) -> Any:
+        wanted = engine.Wanted(*ctx.needs_input_grad[2:5])
+        ctx.each = request.options.loss.reduction == "none"
+        nothing = engine.Wanted(False, False, False)
+        loss, grads = engine.answer(request, nothing if ctx.each else wanted)
+        ctx.engine, ctx.wanted = engine, wanted
+        ctx.save_for_backward(*tensors, *grads)
+        ctx.request = _with(request._replace(check_labels=False), (None,) * 6)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, hidden, classifier, bias = ctx.saved_tensors
+        request = _with(ctx.request, tuple(tensors))
+        grads: Any = (hidden, classifier, bias)
+        if torch.is_grad_enabled():
+            grads = _by_formula(request, ctx.wanted, upstream)
+        elif not ctx.each:
+            grads = [g if g is None else _scaled(g, upstream) for g in grads]
+        elif request.library.tracing(upstream):
+            grads = _by_formula(request, ctx.wanted, upstream)
+        else:
+            upstream = upstream.to(request.compute_dtype).reshape(-1)
+            _, grads = ctx.engine.answer(request, ctx.wanted, upstream)
+        found = [
+            g if g is None else g.to(like.dtype).reshape(like.shape)
+            for g, like in zip(grads, tensors, strict=False)
+        ]
+        return None, None, *found, None, None, None
+
+
+def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
+    """Return a new tensor: what was saved may be asked for again."""
+    return grad * upstream.to(grad.dtype)
+
+
+def _by_formula(request: Request, wanted: Any, upstream: Tensor) -> list[Tensor | None]:
+    """Return the same in torch's own operations, which torch differentiates again."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases: what comes from upstream may depend on the inputs in another way.
+        inputs = [
+            None if t is None else t.view_as(t) if again else t.detach().requires_grad_()
+            for t in _inputs(request)
+        ]
+        problem = _with(request, (*inputs, *_constants(request))).linear()
+        loss = portable.linear_cross_entropy(request.xp, problem, request.options.elements)
+        loss = loss.to(request.result_dtype).reshape(upstream.shape)
+        asked = [t for t, want in zip(inputs, wanted, strict=True) if want]
+        found = iter(torch.autograd.grad(loss, asked, upstream, create_graph=again))
+    return [next(found) if want else None for want in wanted]

@@ -1,0 +1,436 @@
+"""The cross-entropy of `hidden @ classifier.T + bias` in tiles: its logits are never all there.
+
+With the logits x of a tile of positions and the gradient g of their losses ::
+
+    x = h W^T + b          dh = g W          dW = sum over tiles of g^T h          db = sum of g
+
+The loss and g of a tile of whole rows are those of `_cross_entropy`. Where a row of logits is
+longer than a tile, its classes are folded tile by tile into the state (max, rest) and the sums ::
+
+    gap = sum_j q_j (max - x_j)          Q = sum_j q_j          u = sum_j weight_j t_j
+    loss = gap + Q log1p(rest) + z_loss u logsumexp^2
+
+that merge as the states do, and g follows in a second pass over the tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from portable_softmax._typing import Namespace
+from portable_softmax.libraries import cast, constant, default_int, device, scalar
+from portable_softmax.portable._cross_entropy import (
+    Options,
+    Target,
+    cross_entropy,
+    cross_entropy_value_and_grad,
+    index_target,
+    mean_divisor,
+    not_ignored,
+    nothing_to_inf,
+    reduced,
+    softcap_derivative,
+    softcapped,
+    times,
+    weighted,
+)
+from portable_softmax.portable._online import fold_part, merge
+from portable_softmax.portable._state import difference_error
+from portable_softmax.portable._sums import total
+
+ROW = Options(reduction="none")
+
+
+class Linear(NamedTuple):
+    """A linear layer and what its outputs are compared with, positions along the first axis."""
+
+    hidden: Any  # (N, H)
+    classifier: Any  # (C, H)
+    bias: Any  # (C,), or None
+    labels: Any  # (N,) class indices, or (N, C) a distribution
+    indices: bool
+    options: Options  # `where` has the shape (C,), or (1, C), (N, C), (1, 1) or (N, 1)
+    dtype: Any  # what is computed in
+
+    @property
+    def positions(self) -> int:
+        """N."""
+        n: int = self.hidden.shape[0]
+        return n
+
+    @property
+    def classes(self) -> int:
+        """C."""
+        n: int = self.classifier.shape[0]
+        return n
+
+
+class Gradients(NamedTuple):
+    """With respect to hidden, classifier and bias."""
+
+    hidden: Any
+    classifier: Any
+    bias: Any
+
+
+def cuts(n: int, step: int) -> list[slice]:
+    """Return the slices of n entries, `step` of them each."""
+    return [slice(i, min(i + step, n)) for i in range(0, n, step)] or [slice(0, 0)]
+
+
+def tiles(problem: Linear, elements: int) -> tuple[int, int]:
+    """Return how many positions and classes there are in a tile of so many logits."""
+    n = max(problem.classes, 1)
+    return max(1, elements // n), max(1, min(n, elements))
+
+
+def at_positions(problem: Linear, rows: Any) -> Linear:
+    """Return the part of a problem at some positions."""
+    where = problem.options.where
+    if where is not None and where.ndim == 2 and where.shape[0] != 1:
+        where = where[rows, :]
+    labels = problem.labels[rows] if problem.indices else problem.labels[rows, :]
+    return problem._replace(
+        hidden=problem.hidden[rows, :],
+        labels=labels,
+        options=problem.options._replace(where=where),
+    )
+
+
+def target_of(xp: Namespace, x: Any, problem: Linear) -> Target:
+    """Return what the labels of a tile of whole rows ask for."""
+    if problem.indices:
+        return index_target(xp, x, problem.labels, 1, problem.options, problem.dtype)
+    return Target(None, cast(xp, problem.labels, problem.dtype), None, None)
+
+
+def sound(xp: Namespace, problem: Linear) -> Linear:
+    """Return the problem with 0 in place of what is left out, as 0 times nan would be nan.
+
+    That is the hidden vector of an ignored position, and the weights of a class that no position
+    takes.
+    """
+    options = problem.options
+    zero = scalar(xp, 0.0, problem.hidden)
+    counted = None
+    if problem.indices:
+        counted = not_ignored(xp, problem.labels, options.ignore_index)
+    if counted is not None:
+        problem = problem._replace(hidden=xp.where(counted[:, None], problem.hidden, zero))
+    taken = classes_taken(options.where, problem.classes)
+    if taken is not None:
+        problem = problem._replace(
+            classifier=xp.where(taken[:, None], problem.classifier, zero),
+            bias=None if problem.bias is None else xp.where(taken, problem.bias, zero),
+        )
+    return problem
+
+
+def classes_taken(where: Any, classes: int) -> Any:
+    """Return which classes take part, None if that differs between positions or is all of them."""
+    if where is None or where.shape[-1] != classes:
+        return None
+    if where.ndim == 2:
+        return where[0, :] if where.shape[0] == 1 else None
+    return where
+
+
+# --------------------------------------------------------------------------- the public pair
+
+
+def linear_cross_entropy(xp: Namespace, problem: Linear, elements: float) -> Any:
+    """Return the reduced loss; with ``reduction="none"``, of shape (N,)."""
+    loss, weight, _ = _run(xp, problem, elements, with_gradients=False)
+    return finished(xp, loss, weight, problem.options.reduction)
+
+
+def linear_cross_entropy_value_and_grad(
+    xp: Namespace, problem: Linear, elements: int
+) -> tuple[Any, Gradients]:
+    """Return the reduced loss and the gradients of its sum."""
+    loss, weight, grads = _run(xp, problem, elements, with_gradients=True)
+    reduction = problem.options.reduction
+    if reduction == "mean":
+        divisor = nothing_to_inf(xp, mean_divisor(xp, loss, _weights(weight)))
+        grads = Gradients(*[None if g is None else g / divisor for g in grads])
+    return finished(xp, loss, weight, reduction), grads
+
+
+def finished(xp: Namespace, loss: Any, weight: Any, reduction: str) -> Any:
+    """Reduce losses and weights of shape (N, 1)."""
+    return reduced(xp, loss, _weights(weight), 1, reduction)
+
+
+def _weights(weight: Any) -> Target:
+    return Target(None, None, None, None, weight)
+
+
+def _run(
+    xp: Namespace, problem: Linear, elements: float, *, with_gradients: bool
+) -> tuple[Any, Any, Gradients]:
+    """Return losses, the labels' weights or None, and the gradients of the sum of the losses."""
+    problem = sound(xp, problem)
+    width, parts = problem.classes, [problem]
+    if elements != math.inf:
+        height, width = tiles(problem, int(elements))
+        parts = [at_positions(problem, rows) for rows in cuts(problem.positions, height)]
+    losses, weights, d_hidden = [], [], []
+    d_classifier = d_bias = None
+    for part in parts:
+        if width < problem.classes:
+            loss, weight, grads = _long_rows(xp, part, width, with_gradients=with_gradients)
+        else:
+            loss, weight, grads = _whole_rows(xp, part, with_gradients=with_gradients)
+        losses.append(loss)
+        weights.append(weight)
+        if grads is not None:
+            d_hidden.append(grads.hidden)
+            d_classifier = _sum(d_classifier, grads.classifier)
+            d_bias = _sum(d_bias, grads.bias)
+    return (
+        _joined(xp, losses),
+        None if weights[0] is None else _joined(xp, weights),
+        Gradients(_joined(xp, d_hidden) if d_hidden else None, d_classifier, d_bias),
+    )
+
+
+def _joined(xp: Namespace, parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else xp.concat(parts, axis=0)
+
+
+def _sum(so_far: Any, more: Any) -> Any:
+    return more if so_far is None else so_far + more
+
+
+def logits_of(xp: Namespace, problem: Linear, classes: Any = None) -> Any:
+    """Return the logits of the positions, or those of some classes."""
+    classifier, bias = problem.classifier, problem.bias
+    if classes is not None:
+        classifier = classifier[classes, :]
+        bias = None if bias is None else bias[classes]
+    x = xp.matmul(
+        cast(xp, problem.hidden, problem.dtype),
+        xp.matrix_transpose(cast(xp, classifier, problem.dtype)),
+    )
+    return x if bias is None else x + cast(xp, bias, problem.dtype)
+
+
+def gradients_of(xp: Namespace, problem: Linear, g: Any, classes: Any = None) -> Gradients:
+    """Return what the gradient with respect to the logits adds to the others."""
+    classifier = problem.classifier if classes is None else problem.classifier[classes, :]
+    return Gradients(
+        xp.matmul(g, cast(xp, classifier, problem.dtype)),
+        xp.matmul(xp.matrix_transpose(g), cast(xp, problem.hidden, problem.dtype)),
+        None if problem.bias is None else xp.squeeze(total(xp, g, (0,)), axis=0),
+    )
+
+
+def _whole_rows(
+    xp: Namespace, problem: Linear, *, with_gradients: bool
+) -> tuple[Any, Any, Gradients | None]:
+    x = logits_of(xp, problem)
+    target, options = target_of(xp, x, problem), problem.options._replace(reduction="none")
+    if not with_gradients:
+        return cross_entropy(xp, x, target, 1, options)[:, None], target.weight, None
+    loss, g = cross_entropy_value_and_grad(xp, x, target, 1, options)
+    return loss[:, None], target.weight, gradients_of(xp, problem, g)
+
+
+def _long_rows(
+    xp: Namespace, problem: Linear, width: int, *, with_gradients: bool
+) -> tuple[Any, Any, Gradients | None]:
+    if not with_gradients:
+        return *by_classes(xp, problem, width), None
+    parts: list[Gradients] = []
+
+    def take(classes: slice, g: Any) -> None:
+        parts.append(gradients_of(xp, problem, g, classes))
+
+    loss, weight = by_classes(xp, problem, width, take)
+    d_hidden = parts[0].hidden
+    for part in parts[1:]:
+        d_hidden = d_hidden + part.hidden
+    d_classifier = _joined(xp, [part.classifier for part in parts])
+    d_bias = None if problem.bias is None else _joined(xp, [part.bias for part in parts])
+    return loss, weight, Gradients(d_hidden, d_classifier, d_bias)
+
+
+# --------------------------------------------------------------------------- tiles of a row
+
+
+class _Tile(NamedTuple):
+    """Some classes of some positions; `q` and what is summed of it have no infinite weight."""
+
+    inputs: Any  # the logits before `softcap`
+    x: Any  # the logits that are folded
+    mask: Any  # which take part, or None
+    q: Any
+    u: Any
+
+
+class _Sums(NamedTuple):
+    """What there is one of a position, with length 1 along the classes."""
+
+    max: Any
+    rest: Any
+    gap: Any
+    q: Any
+    u: Any
+
+
+def by_classes(
+    xp: Namespace,
+    problem: Linear,
+    width: int,
+    take: Callable[[slice, Any], None] | None = None,
+) -> tuple[Any, Any]:
+    """Return losses and the labels' weights of positions whose rows are long.
+
+    ``take(classes, g)`` is given the gradients with respect to the logits of some classes.
+    """
+    labels = label_target(xp, problem)
+    count = _count(xp, problem)
+    sums, all_cuts = None, cuts(problem.classes, width)
+    for classes in all_cuts:
+        sums = _merged(xp, sums, _folded(xp, _tile(xp, problem, labels, classes, count)))
+    assert sums is not None
+    log = cast(xp, xp.log1p(sums.rest), problem.dtype)
+    loss = sums.gap + times(xp, sums.q, log)
+    z, lse = problem.options.z_loss, sums.max + log
+    if z != 0.0:
+        loss = loss + times(xp, sums.u, z * (lse * lse))
+    factor = None
+    if labels.valid is not None:
+        one, nan = scalar(xp, 1.0, loss), scalar(xp, math.nan, loss)
+        factor = xp.where(labels.valid, one, nan)
+        loss = loss * factor
+    if labels.counted is not None:
+        loss = xp.where(labels.counted, loss, scalar(xp, 0.0, loss))
+    if take is None:
+        return loss, labels.weight
+    a = sums.q if z == 0.0 else sums.q + times(xp, sums.u, 2.0 * z * lse)
+    a = a if factor is None else a * factor
+    rest = cast(xp, sums.rest, problem.dtype)
+    for classes in all_cuts:
+        tile = _tile(xp, problem, labels, classes, count)
+        take(classes, _gradient(xp, tile, sums.max, rest, a, problem.options, labels.counted))
+    return loss, labels.weight
+
+
+def label_target(xp: Namespace, problem: Linear) -> Target:
+    """Return the labels as a target, without logits of their shape."""
+    options, n = problem.options, problem.classes
+    if not problem.indices:
+        return Target(None, problem.labels, None, None)
+    labels = problem.labels[:, None]
+    counted = not_ignored(xp, labels, options.ignore_index)
+    index = cast(xp, labels, default_int(xp, problem.hidden))
+    valid = (index >= 0) & (index < n)
+    index = xp.where(valid, index, xp.zeros_like(index))
+    flat = xp.reshape(index, (-1,))
+    if options.where is not None:
+        valid = valid & _at_label(xp, options.where, flat)
+    weight = None
+    if options.weight is not None:
+        weight = xp.take(options.weight, flat, axis=0)[:, None]
+    if counted is not None:
+        valid = valid | ~counted
+        if weight is None:
+            weight = cast(xp, counted, problem.dtype)
+        else:
+            weight = xp.where(counted, weight, scalar(xp, 0.0, weight))
+    return Target(index, None, counted, valid, weight)
+
+
+def _at_label(xp: Namespace, where: Any, index: Any) -> Any:
+    """Return where[..., index] of each position."""
+    if where.shape[-1] == 1:
+        return where if where.ndim == 2 else where[None, :]
+    if where.ndim == 1 or where.shape[0] == 1:
+        return xp.take(xp.reshape(where, (-1,)), index, axis=0)[:, None]
+    rows = xp.arange(index.shape[0], dtype=index.dtype, device=device(index))
+    return xp.take(xp.reshape(where, (-1,)), rows * where.shape[1] + index, axis=0)[:, None]
+
+
+def _count(xp: Namespace, problem: Linear) -> Any:
+    """Return the number of classes that take part."""
+    where = problem.options.where
+    if where is None or where.shape[-1] == 1:
+        return problem.classes
+    n = xp.sum(cast(xp, where, problem.dtype), axis=-1, keepdims=True)
+    return xp.where(n == 0, scalar(xp, 1.0, n), n)
+
+
+def _tile(xp: Namespace, problem: Linear, labels: Target, classes: slice, count: Any) -> _Tile:
+    options = problem.options
+    x = logits_of(xp, problem, classes)
+    zero, mask = scalar(xp, 0.0, x), options.where
+    if mask is not None:
+        mask = mask if mask.shape[-1] == 1 else mask[..., classes]
+        x = xp.where(mask, x, zero)
+    if labels.counted is not None:
+        x = xp.where(labels.counted, x, zero)
+    inputs = x
+    if options.softcap is not None:
+        x = softcapped(xp, x, options.softcap)
+    if labels.index is None:
+        t = cast(xp, labels.distribution[:, classes], problem.dtype)
+    else:
+        numbers = xp.arange(classes.start, classes.stop, dtype=labels.index.dtype, device=device(x))
+        t = xp.where(numbers == labels.index, scalar(xp, 1.0, x), zero)
+    if mask is not None:
+        x = xp.where(mask, x, scalar(xp, -math.inf, x))
+        t = xp.where(mask, t, zero)
+    q = t
+    if options.label_smoothing != 0.0:
+        q = (1.0 - options.label_smoothing) * t + options.label_smoothing / count
+        if mask is not None:
+            q = xp.where(mask, q, zero)
+    if options.weight is not None:
+        weight = options.weight[None, classes]
+        t, q = weighted(xp, t, weight), weighted(xp, q, weight)
+    u = total(xp, t, (1,))
+    if labels.counted is not None:
+        q, u = xp.where(labels.counted, q, zero), xp.where(labels.counted, u, zero)
+    return _Tile(inputs, x, mask, q, u)
+
+
+def _finite(xp: Namespace, m: Any) -> Any:
+    return xp.where(xp.isinf(m), scalar(xp, 0.0, m), m)
+
+
+def _folded(xp: Namespace, tile: _Tile) -> _Sums:
+    m, rest = fold_part(xp, tile.x, (1,))
+    gap = total(xp, times(xp, tile.q, _finite(xp, m) - tile.x), (1,))
+    return _Sums(m, rest, gap, total(xp, tile.q, (1,)), tile.u)
+
+
+def _merged(xp: Namespace, one: _Sums | None, other: _Sums) -> _Sums:
+    if one is None:
+        return other
+    m, rest = merge(xp, [(one.max, one.rest), (other.max, other.rest)])
+    top = _finite(xp, m)
+    gaps = [s.gap + times(xp, s.q, top - _finite(xp, s.max)) for s in (one, other)]
+    return _Sums(m, rest, gaps[0] + gaps[1], one.q + other.q, one.u + other.u)
+
+
+def _gradient(
+    xp: Namespace, tile: _Tile, m: Any, rest: Any, a: Any, options: Options, counted: Any
+) -> Any:
+    """p_j * A - q_j, as `_cross_entropy` has it."""
+    difference = tile.x - m
+    exps = xp.exp(difference)
+    error = difference_error(xp, tile.x, m, difference)
+    error = xp.where(constant(xp, exps) > 0, error, scalar(xp, 0.0, error))
+    exps = exps * (1.0 + error)
+    g = ((exps * a - tile.q) - tile.q * rest) * (1.0 / (1.0 + rest))
+    zero = scalar(xp, 0.0, g)
+    if options.softcap is not None:
+        g = g * softcap_derivative(xp, tile.inputs, options.softcap)
+    if tile.mask is not None:
+        g = xp.where(tile.mask, g, zero)
+    if counted is not None:
+        g = xp.where(counted, g, zero)
+    return g

@@ -1,0 +1,118 @@
+"""The state of rows that come in parts: fold a part, merge parts, and finish.
+
+A state is the pair (max, rest) of `_state`, and merging two of them takes one exponential:
+
+    merge((m1, r1), (m2, r2)) = (m1, r1 + (1 + r2) exp(m2 - m1))         for m1 >= m2
+
+Milakov & Gimelshein 2018, "Online normalizer calculation for softmax", with a maximum left out of
+the sum. No entry at all, and entries of -inf only, are (-inf, -1), which merges as nothing. The
+rest of a row that holds +inf or nan is nan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from portable_softmax._typing import Namespace
+from portable_softmax.libraries import cast, constant, device, scalar, wider_dtype
+from portable_softmax.portable._divisor import divided, divisor, times_power_of_2
+from portable_softmax.portable._softmax import masked
+from portable_softmax.portable._state import difference_error, fold, maximum
+
+Folded = tuple[Any, Any]
+
+
+def fold_part(
+    xp: Namespace,
+    x: Any,
+    axes: tuple[int, ...],
+    *,
+    where: Any = None,
+    temperature: float = 1.0,
+) -> Folded:
+    """Return the state of x / temperature, the axes kept with length 1.
+
+    `rest` has the wider dtype, so that any number of merges adds nothing to its error that counts
+    in the dtype of `x`, if there is a wider one.
+    """
+    some = None
+    if where is not None:
+        x, some = masked(xp, x, where, axes)
+    m = maximum(xp, x, axes)
+    # As if the maximum were 0 the rest of a row of -inf is -1, and of one with +inf it is nan.
+    finite_m = xp.where(xp.isinf(m), scalar(xp, 0.0, m), m)
+    exponent = divisor(xp, temperature, x).exponent
+    shift = times_power_of_2(xp, finite_m, -max(exponent, 0))
+    rest = fold(xp, x, axes, shift=shift, temperature=temperature).rest
+    if temperature != 1.0:
+        m = divided(xp, m, temperature)
+    if some is not None:
+        m = xp.where(some, m, scalar(xp, -math.inf, m))
+        rest = xp.where(some, rest, scalar(xp, -1.0, rest))
+    return m, cast(xp, rest, wider_dtype(xp, rest))
+
+
+def of_nothing(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Folded:
+    """Return the state of no entry, for parts of an array like `x`."""
+    shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+    if all(n == n for n in shape):
+        m = xp.full(shape, -math.inf, dtype=x.dtype, device=device(x))
+    else:  # nan: chunks of unknown length, which only an array of that shape has
+        nothing = xp.zeros_like(xp.sum(x, axis=axes, keepdims=True))
+        m = nothing + scalar(xp, -math.inf, nothing)
+    return m, cast(xp, xp.full_like(m, -1.0), wider_dtype(xp, m))
+
+
+def merge(xp: Namespace, states: Sequence[Folded]) -> Folded:
+    """Return the state of all parts, each read once."""
+    m, wide = states[0][0], states[0][1].dtype
+    for other, _ in states[1:]:
+        m = xp.maximum(m, other)
+    m = constant(xp, m)  # nothing depends on what is subtracted; the rest has the derivatives
+    shift = cast(xp, m, wide)
+    shift = xp.where(xp.isinf(shift), scalar(xp, 0.0, shift), shift)
+    terms, maxima = [], scalar(xp, -1.0, shift)
+    for part, rest in states:
+        is_max = cast(xp, constant(xp, part) == m, wide)
+        terms.append(_moved(xp, cast(xp, part, wide), rest, shift, is_max))
+        maxima = maxima + is_max
+    while len(terms) > 1:  # in pairs
+        odd = terms[-1:] if len(terms) % 2 else []
+        terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)] + odd
+    return m, terms[0] + maxima
+
+
+def _moved(xp: Namespace, m: Any, rest: Any, shift: Any, is_max: Any) -> Any:
+    """Return (1 + rest) exp(m - shift), without the 1 where m is the maximum of all."""
+    difference = m - shift
+    exps = xp.exp(difference)
+    error = difference_error(xp, m, shift, difference)
+    error = xp.where(constant(xp, exps) > 0, error, scalar(xp, 0.0, error))  # nan beside -inf
+    exps = exps * (1.0 + error)
+    # 1 - 1 is left out as a constant, so that its derivative stays. A state of nothing adds 0.
+    return rest * exps + (exps - is_max)
+
+
+def logsumexp_of(xp: Namespace, m: Any, rest: Any) -> Any:
+    """Return max + log1p(rest); an infinite maximum as it is, with the derivative 0."""
+    infinite, wide = xp.isinf(m), cast(xp, m, rest.dtype)
+    zero = scalar(xp, 0.0, rest)
+    value = xp.where(infinite, wide, wide + xp.log1p(xp.where(infinite, zero, rest)))
+    return cast(xp, value, m.dtype)
+
+
+def softmax_of(xp: Namespace, x: Any, m: Any, rest: Any) -> Any:
+    """exp(x - max) / (1 + rest)."""
+    return xp.exp(x - m) / cast(xp, 1.0 + rest, x.dtype)
+
+
+def log_softmax_of(xp: Namespace, x: Any, m: Any, rest: Any) -> Any:
+    """(x - max) - log1p(rest)."""
+    return (x - m) - cast(xp, xp.log1p(rest), x.dtype)
+
+
+def cross_entropy_of(xp: Namespace, m: Any, rest: Any, at_label: Any) -> Any:
+    """(max - x_label) + log1p(rest)."""
+    return (m - at_label) + cast(xp, xp.log1p(rest), m.dtype)

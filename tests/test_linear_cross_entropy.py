@@ -1,0 +1,603 @@
+"""The loss of a linear layer without its logits: as of stored ones, in memory for two tiles."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+from functools import cache
+
+import numpy as np
+import pytest
+from asserts import assert_close, assert_like
+
+import portable_softmax as ps
+from portable_softmax import kernels
+
+# torch's own: forward mode, vmap and compile use decompositions with it.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+
+INF, NAN = np.inf, np.nan
+
+RNG = np.random.default_rng(20261126)
+N, C, H = 7, 5, 3
+HIDDEN, CLASSIFIER, BIAS = RNG.normal(size=(N, H)), RNG.normal(size=(C, H)) * 2, RNG.normal(size=C)
+HIDDEN[2] *= 20  # a confident position
+LABELS = np.asarray([0, 3, 4, 1, 2, 3, 0])
+IGNORED = 3
+PROBABILITIES = RNG.random((N, C)) * (RNG.random((N, C)) < 0.7)
+WEIGHT = np.asarray([0.5, 1.0, 2.0, 1.25, 0.75])
+MASK = RNG.random((N, C)) < 0.7
+MASK[np.arange(N), LABELS] = True
+CLASS_MASK = np.asarray([True, True, False, True, True])
+ROW = 8 * C  # bytes of one row of logits
+TILES = {"one tile": None, "three rows": 3 * ROW, "a row": ROW, "two classes": 16}
+
+
+def stored(hidden, classifier, labels, bias=None, **options):
+    """The loss and the gradients by way of the logits, in NumPy."""
+    logits = hidden @ classifier.T
+    logits = logits if bias is None else logits + bias
+    loss, g = ps.cross_entropy_value_and_grad(logits, labels, **options)
+    g, h = g.reshape(-1, g.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    d_hidden = (g @ classifier).reshape(hidden.shape)
+    return loss, (d_hidden, g.T @ h, None if bias is None else g.sum(axis=0))
+
+
+def check(xp, found, expected, rtol=1e-10, atol=1e-10, dtype="float64"):
+    loss, grads = found
+    want, slopes = expected
+    assert_close(xp, loss, want, dtype, rtol=rtol, atol=atol)
+    for grad, slope in zip(grads, slopes, strict=True):
+        if slope is None:
+            assert grad is None
+        else:
+            assert_close(xp, grad, slope, dtype, rtol=rtol, atol=atol)
+
+
+def on(xp, options):
+    return {k: xp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+
+
+# --------------------------------------------------------------------------- all options
+
+
+@cache
+def cases(kind):
+    """Every option with every other."""
+    labels = {"index": LABELS, "one-hot": np.eye(C)[LABELS], "probabilities": PROBABILITIES}[kind]
+    found = []
+    for weighted, ignoring, smoothing, z, cap, where, biased in itertools.product(
+        (False, True), (False, True) if kind == "index" else (False,), (0.0, 0.1),
+        (0.0, 0.3), (None, 2.5), (None, MASK, CLASS_MASK), (False, True),
+    ):  # fmt: skip
+        where_labels = np.where(LABELS == 2, 1, LABELS) if where is CLASS_MASK else LABELS
+        options = {
+            "bias": BIAS if biased else None,
+            "weight": WEIGHT if weighted else None,
+            "ignore_index": IGNORED if ignoring else None,
+            "label_smoothing": smoothing,
+            "z_loss": z,
+            "softcap": cap,
+            "where": where,
+        }
+        found.append((where_labels if kind == "index" else labels, options))
+    return found
+
+
+@pytest.mark.slow("Triton interprets element by element", "triton")
+@pytest.mark.slow("a large graph for each option", "dask")
+@pytest.mark.slow("XLA compiles each option", "jax")
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["index", "one-hot", "probabilities"])
+def test_option_product(xp, kind, reduction, tile):
+    """As stored logits, whatever the tiles."""
+    if xp.lazy and tile is not None:
+        pytest.skip("it has chunks of its own")
+    arrays = xp.asarray(HIDDEN), xp.asarray(CLASSIFIER)
+    # On a backend that is slow the product is spread over kinds, reductions and tiles.
+    step = {"jax": 13, "dask": 13, "array_api_strict": 5}.get(xp.library, 1)
+    at = list(TILES.values()).index(tile) + 4 * len(reduction) + len(kind)
+    some = slice(at % step, None, step)
+    for labels, options in cases(kind)[some]:
+        options = dict(options, reduction=reduction)
+        function = ps.linear_cross_entropy_value_and_grad
+        found = function(*arrays, xp.asarray(labels), tile=tile, **on(xp, options))
+        check(xp, found, stored(HIDDEN, CLASSIFIER, labels, **options))
+        loss = ps.linear_cross_entropy(*arrays, xp.asarray(labels), tile=tile, **on(xp, options))
+        assert_close(xp, loss, xp.numpy(found[0]), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_any_number_of_axes(xp, reduction, tile):
+    rng = np.random.default_rng(1)
+    for batch in ((), (2, 3)):
+        hidden, labels = rng.normal(size=(*batch, H)), rng.integers(C, size=batch)
+        t = rng.random((*batch, C))
+        mask = np.ones((batch[0], 1, C), bool) if batch else CLASS_MASK
+        if batch:
+            mask[0, 0, 4] = False
+        labels, t = np.where(labels == 4, 0, labels), t * mask
+        labels = np.where(mask.shape == (C,) and labels == 2, 0, labels)
+        for given in (labels, t):
+            options = {"reduction": reduction, "where": mask, "tile": tile}
+            found = ps.linear_cross_entropy_value_and_grad(
+                xp.asarray(hidden), xp.asarray(CLASSIFIER), xp.asarray(given), **on(xp, options)
+            )
+            options.pop("tile")
+            check(xp, found, stored(hidden, CLASSIFIER, given, **options))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("tile", [None, 64], ids=["one tile", "tiles"])
+def test_half_types_are_summed_in_float32(xp, dtype, tile):
+    """Rounded once: 300 positions would add to 256 in bfloat16, were they added in it."""
+    if dtype not in ("float32", *xp.halves):
+        pytest.skip("not a dtype of this backend")
+    if xp.lazy and tile:
+        pytest.skip("it has chunks of its own")
+    rng, n = np.random.default_rng(2), 300
+    h, w = (xp.asarray(rng.normal(size=shape), dtype) for shape in ((n, H), (2, H)))
+    labels, bias = rng.integers(2, size=n) * 0, xp.asarray([0.0, 6.0], dtype)
+    loss, grads = ps.linear_cross_entropy_value_and_grad(
+        h, w, xp.asarray(labels), bias=bias, reduction="sum", tile=tile
+    )
+    exact = [xp.numpy(a).astype(np.float64) for a in (h, w, bias)]
+    want, slopes = stored(exact[0], exact[1], labels, exact[2], reduction="sum")
+    rtol = {"float32": 1e-5, "float16": 1.1 * 2**-11, "bfloat16": 1.1 * 2**-8}[dtype]
+    for found, expected in zip((loss, *grads), (want, *slopes), strict=True):
+        values = assert_like(xp, found, np.shape(expected), dtype).astype(np.float64)
+        scale = np.abs(expected).max() * 1e-6 * 300
+        np.testing.assert_allclose(values, expected, rtol=rtol, atol=scale * 1e-2)
+
+
+def test_a_classifier_that_is_cast_in_blocks(xp):
+    """More classes than one block holds, in a half type."""
+    if "float16" not in xp.halves or xp.lazy:
+        pytest.skip("not a dtype of this backend, or chunks of its own")
+    rng, n = np.random.default_rng(3), 9001
+    h, w = (rng.normal(size=shape).astype(np.float16) for shape in ((4, H), (n, H)))
+    labels = np.asarray([0, 4095, 4096, 9000])
+    for tile in (None, 4 * 5000):
+        found = ps.linear_cross_entropy_value_and_grad(
+            xp.asarray(h), xp.asarray(w), xp.asarray(labels), tile=tile
+        )
+        want = stored(h.astype(np.float64), w.astype(np.float64), labels)
+        check(xp, found, want, rtol=1e-3, atol=1e-6, dtype="float16")
+
+
+# --------------------------------------------------------------------------- faults of others
+
+
+def test_a_loss_for_each_position_has_a_gradient_for_each(torch, xp):
+    """Not one number for all of them (Liger-Kernel issue 968)."""
+    upstream = np.linspace(-1.0, 2.0, N)
+    given = [xp.asarray(a).requires_grad_() for a in (HIDDEN, CLASSIFIER, BIAS)]
+    want = [a.detach().clone().requires_grad_() for a in given]
+    for tile in TILES.values():
+        loss = ps.linear_cross_entropy(
+            given[0], given[1], xp.asarray(LABELS), bias=given[2], reduction="none", tile=tile
+        )
+        found = torch.autograd.grad(loss, given, xp.asarray(upstream))
+        logits = want[0] @ want[1].T + want[2]
+        each = torch.nn.functional.cross_entropy(logits, xp.asarray(LABELS), reduction="none")
+        expected = torch.autograd.grad(each, want, xp.asarray(upstream))
+        torch.testing.assert_close(loss, each, rtol=1e-12, atol=1e-12)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_the_answer_does_not_depend_on_the_tiles(xp):
+    """Neither do the scales: a mean divides by all that counts, in whichever tile it is."""
+    labels = np.asarray([IGNORED, IGNORED, IGNORED, 0, 1, 2, 4])  # a tile may be ignored as a whole
+    options = {"ignore_index": IGNORED, "weight": WEIGHT}
+    want = stored(HIDDEN, CLASSIFIER, labels, **options)
+    for tile in (*range(8, 80, 8), 3 * ROW, 7 * ROW, 10**9):
+        found = ps.linear_cross_entropy_value_and_grad(
+            xp.asarray(HIDDEN), xp.asarray(CLASSIFIER), xp.asarray(labels), tile=tile,
+            **on(xp, options),
+        )  # fmt: skip
+        check(xp, found, want, rtol=1e-12, atol=1e-13)
+
+
+def test_retain_graph(torch, xp):
+    """A second backward pass through the same loss gives the same gradients."""
+    given = [xp.asarray(a).requires_grad_() for a in (HIDDEN, CLASSIFIER, BIAS)]
+    for reduction in ("mean", "none"):
+        loss = ps.linear_cross_entropy(
+            given[0], given[1], xp.asarray(LABELS), bias=given[2], reduction=reduction
+        )
+        upstream = torch.full_like(loss, 3.0)
+        first = torch.autograd.grad(loss, given, upstream, retain_graph=True)
+        first = [g.clone() for g in first]
+        for g in torch.autograd.grad(loss, given, upstream, retain_graph=True):
+            g.mul_(0)  # it is the caller's own
+        for one, other in zip(first, torch.autograd.grad(loss, given, upstream), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("tile", [None, ROW, 16], ids=["one tile", "a row", "two classes"])
+@pytest.mark.parametrize("garbage", [NAN, INF, 1e300])
+def test_a_padded_vocabulary_takes_no_part(xp, garbage, tile):
+    """The padding may hold anything: neither the sum nor the gradients see it."""
+    padding = np.full((2, H), garbage)
+    padded, bias = np.concatenate([CLASSIFIER, padding]), np.append(BIAS, [garbage, garbage])
+    where = np.arange(C + 2) < C
+    want, slopes = stored(HIDDEN, CLASSIFIER, LABELS, BIAS, label_smoothing=0.1)
+    loss, grads = ps.linear_cross_entropy_value_and_grad(
+        xp.asarray(HIDDEN), xp.asarray(padded), xp.asarray(LABELS), bias=xp.asarray(bias),
+        label_smoothing=0.1, where=xp.asarray(where), tile=tile,
+    )  # fmt: skip
+    slopes = (
+        slopes[0],
+        np.concatenate([slopes[1], np.zeros((2, H))]),
+        np.append(slopes[2], [0, 0]),
+    )
+    check(xp, (loss, grads), (want, slopes), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("tile", [None, ROW, 16], ids=["one tile", "a row", "two classes"])
+@pytest.mark.parametrize("garbage", [NAN, INF])
+def test_an_ignored_position_may_hold_anything(xp, garbage, tile, reduction):
+    hidden = HIDDEN.copy()
+    hidden[LABELS == IGNORED] = garbage
+    options = {"ignore_index": IGNORED, "reduction": reduction, "z_loss": 0.1}
+    want = stored(HIDDEN, CLASSIFIER, LABELS, BIAS, **options)
+    found = ps.linear_cross_entropy_value_and_grad(
+        xp.asarray(hidden), xp.asarray(CLASSIFIER), xp.asarray(LABELS), bias=xp.asarray(BIAS),
+        tile=tile, **options,
+    )  # fmt: skip
+    check(xp, found, want, rtol=1e-12, atol=1e-13)
+    assert (xp.numpy(found[1][0])[LABELS == IGNORED] == 0).all()
+
+
+def test_inputs_are_never_changed(xp):
+    arrays = [xp.asarray(a.copy()) for a in (HIDDEN, CLASSIFIER, LABELS, BIAS, WEIGHT, MASK)]
+    for tile in TILES.values():
+        ps.linear_cross_entropy_value_and_grad(
+            *arrays[:3], bias=arrays[3], weight=arrays[4], where=arrays[5], ignore_index=IGNORED,
+            tile=tile,
+        )  # fmt: skip
+    originals = (HIDDEN, CLASSIFIER, LABELS, BIAS, WEIGHT, MASK)
+    for array, original in zip(arrays, originals, strict=True):
+        np.testing.assert_array_equal(xp.numpy(array), original)
+
+
+# --------------------------------------------------------------------------- edges
+
+
+@pytest.mark.parametrize("tile", [None, 16], ids=["one tile", "two classes"])
+def test_nothing_that_counts(xp, tile):
+    """As cross_entropy: the mean is nan, the sum 0, and the gradients are 0."""
+    labels, shapes = np.full(N, -1), ((N, H), (C, H), (C,))
+    for hidden, given in ((HIDDEN, labels), (HIDDEN[:0], labels[:0])):
+        for reduction, want in (("mean", NAN), ("sum", 0.0), ("none", np.zeros(len(given)))):
+            loss, grads = ps.linear_cross_entropy_value_and_grad(
+                xp.asarray(hidden), xp.asarray(CLASSIFIER), xp.asarray(given),
+                bias=xp.asarray(BIAS), ignore_index=-1, reduction=reduction, tile=tile,
+            )  # fmt: skip
+            assert_close(xp, loss, want)
+            for grad, shape in zip(grads, ((len(given), H), *shapes[1:]), strict=True):
+                assert_close(xp, grad, np.zeros(shape))
+
+
+@pytest.mark.parametrize("tile", [None, 16], ids=["one tile", "two classes"])
+def test_infinite_logits(xp, tile):
+    """A bias of -inf is a class that is never taken; +inf and nan make their positions nan."""
+    hidden = np.where(np.arange(N)[:, None] == 1, NAN, HIDDEN)
+    bias = np.asarray([0.0, -INF, 0.5, 1.0, -INF])
+    for labels in (np.where(LABELS == 4, 1, LABELS), PROBABILITIES * (bias > -INF)):
+        options = {"bias": bias, "reduction": "none"}
+        want, _ = stored(hidden, CLASSIFIER, labels, **options)
+        loss = ps.linear_cross_entropy(
+            xp.asarray(hidden), xp.asarray(CLASSIFIER), xp.asarray(labels), tile=tile,
+            **on(xp, options),
+        )  # fmt: skip
+        assert_close(xp, loss, want, rtol=1e-12)
+
+
+def test_labels_without_a_class(xp):
+    labels = np.asarray([0, 3, C, 1, 2, 3, 0])
+    arrays = xp.asarray(HIDDEN), xp.asarray(CLASSIFIER), xp.asarray(labels)
+    if not xp.lazy:
+        with pytest.raises(
+            IndexError, match=r"labels\[2\] is 5, outside \[0, 5\) for the 5 classe"
+        ):
+            ps.linear_cross_entropy(*arrays)
+        outside = np.ones((N, C), bool)
+        outside[1, 3] = False
+        for where in (outside, np.arange(C) != 3):
+            with pytest.raises(IndexError, match=r"labels\[1\] is 3, a class that where masks out"):
+                ps.linear_cross_entropy(*arrays[:2], xp.asarray(LABELS), where=xp.asarray(where))
+    for tile in (None, ROW, 16):
+        loss, (d_hidden, _, _) = ps.linear_cross_entropy_value_and_grad(
+            *arrays, reduction="none", check_labels=False, tile=tile
+        )
+        bad = np.arange(N) == 2
+        np.testing.assert_array_equal(np.isnan(xp.numpy(loss)), bad)
+        np.testing.assert_array_equal(np.isnan(xp.numpy(d_hidden)).all(axis=1), bad)
+
+
+def test_errors_name_the_argument_and_the_remedy(xp):
+    h, w, t = xp.asarray(HIDDEN), xp.asarray(CLASSIFIER), xp.asarray(LABELS)
+    f = ps.linear_cross_entropy
+    with pytest.raises(TypeError, match="hidden has dtype int64, expected a floating dtype"):
+        f(xp.asarray([[1]]), w, t)
+    with pytest.raises(TypeError, match="classifier has dtype float32, expected float64"):
+        f(h, xp.asarray(CLASSIFIER, "float32"), t)
+    with pytest.raises(
+        ValueError, match=r"classifier has shape \(3, 5\), expected \(C, 3\).*trans"
+    ):
+        f(h, xp.asarray(np.ascontiguousarray(CLASSIFIER.T)), t)
+    with pytest.raises(ValueError, match=r"bias has shape \(3,\), expected \(5,\)"):
+        f(h, w, t, bias=xp.asarray(np.zeros(3)))
+    with pytest.raises(ValueError, match=r"weight has shape \(3,\), expected \(5,\)"):
+        f(h, w, t, weight=xp.asarray(np.zeros(3)))
+    with pytest.raises(ValueError, match=r"where has shape \(3,\).*broadcast"):
+        f(h, w, t, where=xp.asarray(np.ones(3, bool)))
+    with pytest.raises(TypeError, match="where has dtype float64, expected bool"):
+        f(h, w, t, where=xp.asarray(np.ones(C)))
+    with pytest.raises(ValueError, match=r"labels have shape \(4,\), expected \(7,\)"):
+        f(h, w, xp.asarray([0, 1, 2, 3]))
+    with pytest.raises(TypeError, match=r"labels have dtype float64 and the shape \(7,\)"):
+        f(h, w, xp.asarray(np.zeros(N)))
+    with pytest.raises(ValueError, match="tile is 0, expected a positive number of bytes"):
+        f(h, w, t, tile=0)
+    with pytest.raises(TypeError, match=r"tile is 1.5, expected a number of bytes"):
+        f(h, w, t, tile=1.5)
+    with pytest.raises(ValueError, match="reduction is 'all'"):
+        f(h, w, t, reduction="all")
+    with pytest.raises(ValueError, match="label_smoothing is 2"):
+        f(h, w, t, label_smoothing=2.0)
+    with pytest.raises(ValueError, match="ignore_index is 1, but labels are a distribution"):
+        f(h, w, xp.asarray(PROBABILITIES), ignore_index=1)
+    with pytest.raises(ValueError, match=r"hidden has shape \(\)"):
+        f(xp.asarray(np.asarray(1.0)), w, t)
+    if (elsewhere := xp.other_device(w)) is not None:
+        with pytest.raises(ValueError, match="classifier is on device"):
+            f(h, elsewhere, t)
+    if xp.library != "numpy":
+        with pytest.raises(TypeError, match="classifier is an array of numpy"):
+            f(h, CLASSIFIER, t)
+
+
+# --------------------------------------------------------------------------- paths and memory
+
+
+def test_explain(xp):
+    arrays = xp.asarray(HIDDEN), xp.asarray(CLASSIFIER), xp.asarray(LABELS)
+    why = kernels.explain("linear_cross_entropy", *arrays, label_smoothing=0.1)
+    expected = {"numpy": "linear tiles", "torch": "linear tiles", "jax": "jax rules"}
+    path = "portable" if xp.path == "portable" else expected.get(xp.library, "portable")
+    assert why.partition(":")[0] == path
+
+
+@pytest.mark.libraries("numpy", "torch")
+def test_ignored_labels_cost_no_product(xp, monkeypatch):
+    if xp.path == "portable":
+        pytest.skip("a property of the kernel")
+    from portable_softmax import libraries
+
+    seen = []
+    library = libraries.library_of(xp.asarray(HIDDEN))
+    real = type(library).product
+
+    def product(self, a, b, out=None):
+        seen.append(a.shape[0])
+        return real(self, a, b, out)
+
+    monkeypatch.setattr(type(library), "product", product)
+    ps.linear_cross_entropy(
+        xp.asarray(HIDDEN), xp.asarray(CLASSIFIER), xp.asarray(LABELS), ignore_index=IGNORED
+    )
+    assert sum(seen) == (LABELS != IGNORED).sum()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("path", ["kernel", "portable"])
+@pytest.mark.parametrize("classes", [1000, 40_000])
+def test_at_most_two_tiles_of_logits(classes, path):
+    """Beyond the inputs and the gradients, whatever the number of classes."""
+    n, h, tile = 512, 8, 1 << 20
+    rng = np.random.default_rng(5)
+    hidden, classifier = (rng.normal(size=s).astype(np.float32) for s in ((n, h), (classes, h)))
+    labels = rng.integers(classes, size=n)
+    answers = hidden.nbytes + classifier.nbytes
+    with kernels.without("numba rows"):  # its code would be counted
+        ps.linear_cross_entropy_value_and_grad(hidden[:2], classifier, labels[:2], tile=tile)
+        switch = kernels.portable() if path == "portable" else kernels.without("numba rows")
+        tracemalloc.start()
+        try:
+            with switch:
+                ps.linear_cross_entropy_value_and_grad(hidden, classifier, labels, tile=tile)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    stored_logits = n * classes * 4
+    # The scratch of the row kernels is a few tiles of theirs; the portable path has one array for
+    # each operation on a tile.
+    most = 2 * tile + 5 * (1 << 19) if path == "kernel" else 16 * tile
+    assert peak <= 3 * answers + most
+    if classes > 1000:
+        assert peak < stored_logits / 4
+
+
+# --------------------------------------------------------------------------- torch
+
+
+def torch_function(xp, labels, tile=None, **options):
+    options = on(xp, options)
+    labels = xp.asarray(labels)
+
+    def function(hidden, classifier, bias):
+        return ps.linear_cross_entropy(
+            hidden, classifier, labels, bias=bias, tile=tile, check_labels=False, **options
+        )
+
+    return function
+
+
+TORCH_CASES = {
+    "mean": {},
+    "none": {"reduction": "none", "z_loss": 0.1},
+    "options": {"ignore_index": IGNORED, "weight": WEIGHT, "label_smoothing": 0.1, "softcap": 3.0},
+    "where": {"where": MASK, "reduction": "sum"},
+}
+
+
+@pytest.mark.parametrize("tile", [None, 3 * ROW, 16], ids=["one tile", "three rows", "two classes"])
+@pytest.mark.parametrize("name", TORCH_CASES)
+def test_torch_differentiates_to_every_order(torch, xp, name, tile):
+    function = torch_function(xp, LABELS, tile, **TORCH_CASES[name])
+    hidden = HIDDEN / np.where(np.arange(N) == 2, 20, 1)[:, None]
+    arrays = [xp.asarray(a).requires_grad_() for a in (hidden, CLASSIFIER, BIAS)]
+    assert torch.autograd.gradcheck(
+        function, arrays, check_forward_ad=True, check_batched_grad=True, atol=1e-6
+    )
+    assert torch.autograd.gradgradcheck(function, arrays, check_fwd_over_rev=True, fast_mode=True)
+
+
+def test_torch_func(torch, xp):
+    function = torch_function(xp, LABELS)
+    arrays = [xp.asarray(a) for a in (HIDDEN, CLASSIFIER, BIAS)]
+    _, want = stored(HIDDEN, CLASSIFIER, LABELS, BIAS)
+    for found in (torch.func.grad, torch.func.jacfwd):
+        for grad, slope in zip(found(function, argnums=(0, 1, 2))(*arrays), want, strict=True):
+            torch.testing.assert_close(grad, xp.asarray(slope), rtol=1e-10, atol=1e-12)
+    _, change = torch.func.jvp(function, tuple(arrays), tuple(arrays))
+    pushed = sum((a * s).sum() for a, s in zip((HIDDEN, CLASSIFIER, BIAS), want, strict=True))
+    torch.testing.assert_close(change, xp.asarray(pushed), rtol=1e-10, atol=1e-12)
+    # One gradient an example, with labels that are mapped over as well.
+    each = torch.func.vmap(
+        torch.func.grad(lambda h, t: ps.linear_cross_entropy(h, arrays[1], t, bias=arrays[2]))
+    )(arrays[0], xp.asarray(LABELS))
+    torch.testing.assert_close(each, xp.asarray(want[0] * N), rtol=1e-10, atol=1e-12)
+
+
+def test_torch_makes_only_the_gradients_that_are_asked_for(torch, xp):
+    """A frozen classifier has none; a gradient of the weights of the classes is torch's own."""
+    hidden, classifier = xp.asarray(HIDDEN).requires_grad_(), xp.asarray(CLASSIFIER)
+    ps.linear_cross_entropy(hidden, classifier, xp.asarray(LABELS)).backward()
+    _, want = stored(HIDDEN, CLASSIFIER, LABELS)
+    torch.testing.assert_close(hidden.grad, xp.asarray(want[0]), rtol=1e-10, atol=1e-12)
+    weight = xp.asarray(WEIGHT).requires_grad_()
+    t = xp.asarray(LABELS)
+    loss = ps.linear_cross_entropy(hidden, classifier, t, weight=weight)
+    (found,) = torch.autograd.grad(loss, weight)
+    loss = ps.cross_entropy(hidden @ classifier.T, t, weight=weight)
+    torch.testing.assert_close(found, torch.autograd.grad(loss, weight)[0], rtol=1e-10, atol=1e-12)
+
+
+def test_torch_notices_what_was_changed_in_place(torch, xp):
+    if xp.path == "portable":
+        pytest.skip("torch's own operations keep what they need of it")
+    given = [xp.asarray(a).requires_grad_() for a in (HIDDEN, CLASSIFIER)]
+    weight = xp.asarray(WEIGHT)
+    loss = ps.linear_cross_entropy(*given, xp.asarray(LABELS), weight=weight)
+    weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.slow("torch.compile compiles C++", "torch", "torch-portable", "torch-numba", "triton")
+def test_torch_compiles(torch, xp):
+    function = torch_function(xp, LABELS, **TORCH_CASES["options"])
+    compiled = torch.compile(function, fullgraph=True)
+    arrays = [xp.asarray(a).requires_grad_() for a in (HIDDEN, CLASSIFIER, BIAS)]
+    loss, want = compiled(*arrays), function(*arrays)
+    torch.testing.assert_close(loss, want, rtol=1e-10, atol=1e-12)
+    for grad, slope in zip(
+        torch.autograd.grad(loss, arrays), torch.autograd.grad(want, arrays), strict=True
+    ):
+        torch.testing.assert_close(grad, slope, rtol=1e-10, atol=1e-12)
+
+
+# --------------------------------------------------------------------------- JAX
+
+
+@pytest.mark.parametrize("tile", [None, 3 * ROW], ids=["one tile", "three rows"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_jax_differentiates_in_every_mode(jax, xp, reduction, tile):
+    """As stored logits: to the second order, forward and in reverse; weights of classes too."""
+    labels, upstream = xp.asarray(LABELS), np.linspace(-1.0, 2.0, N) if reduction == "none" else 2.0
+    options = {"ignore_index": IGNORED, "z_loss": 0.1, "reduction": reduction}
+
+    def found(hidden, classifier, bias, weight):
+        loss = ps.linear_cross_entropy(
+            hidden, classifier, labels, bias=bias, weight=weight, tile=tile, **options
+        )
+        return (loss * upstream).sum()
+
+    def expected(hidden, classifier, bias, weight):
+        logits = hidden @ classifier.T + bias
+        return (ps.cross_entropy(logits, labels, weight=weight, **options) * upstream).sum()
+
+    hidden = HIDDEN / np.where(np.arange(N) == 2, 20, 1)[:, None]
+    arrays = [xp.asarray(a) for a in (hidden, CLASSIFIER, BIAS, WEIGHT)]
+    layer = (0, 1, 2)
+    for transform in (
+        lambda f: jax.jit(jax.grad(f, layer)),
+        lambda f: jax.grad(f, (0, 1, 2, 3)),
+        lambda f: jax.jit(jax.jacfwd(f, layer)),
+        lambda f: jax.jit(jax.hessian(f, layer)),
+        lambda f: jax.jit(jax.jacrev(jax.grad(f, layer), layer)),
+    ):
+        ours, theirs = (jax.tree.leaves(transform(f)(*arrays)) for f in (found, expected))
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_jax_maps_over_a_stack(jax, xp):
+    hidden, classifier = np.stack([HIDDEN, HIDDEN / 2]), xp.asarray(CLASSIFIER)
+    labels = np.stack([LABELS, LABELS[::-1]])
+
+    def loss(hidden, labels):
+        return ps.linear_cross_entropy(hidden, classifier, labels, tile=3 * ROW)
+
+    grads = jax.vmap(jax.grad(loss))(xp.asarray(hidden), xp.asarray(labels))
+    for grad, h, t in zip(grads, hidden, labels, strict=True):
+        _, want = stored(h, CLASSIFIER, t)
+        np.testing.assert_allclose(grad, want[0], rtol=1e-10, atol=1e-12)
+
+
+def _products(jaxpr):
+    """Return how many products a program has, those of its inner programs included."""
+    from jax.extend.core import ClosedJaxpr, Jaxpr
+
+    found = 0
+    for equation in jaxpr.eqns:
+        found += equation.primitive.name == "dot_general"
+        for value in equation.params.values():
+            inner = value.jaxpr if isinstance(value, ClosedJaxpr) else value
+            found += _products(inner) if isinstance(inner, Jaxpr) else 0
+    return found
+
+
+def test_jax_makes_the_logits_once(jax, xp):
+    """Three products for a loss and its gradients, and one for the loss alone."""
+    arrays = [xp.asarray(a) for a in (HIDDEN, CLASSIFIER)]
+
+    def loss(hidden, classifier):
+        return ps.linear_cross_entropy(hidden, classifier, xp.asarray(LABELS), tile=ROW)
+
+    assert _products(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(*arrays).jaxpr) == 3
+    assert _products(jax.make_jaxpr(loss)(*arrays).jaxpr) == 1
+
+
+# --------------------------------------------------------------------------- Dask
+
+
+def test_dask_stays_lazy(da, xp):
+    import dask
+
+    def scheduler(*_args, **_options):
+        raise AssertionError("somebody computed")
+
+    with dask.config.set(scheduler=scheduler):
+        loss, grads = ps.linear_cross_entropy_value_and_grad(
+            xp.asarray(HIDDEN), xp.asarray(CLASSIFIER), xp.asarray(LABELS), bias=xp.asarray(BIAS)
+        )
+    for found in (loss, *grads):
+        assert isinstance(found, da.Array)

@@ -1,0 +1,488 @@
+"""States that merge: any split, order and tree of a row answers as the row in one piece."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import numpy as np
+import pytest
+import reference
+from asserts import assert_close, assert_like
+from hypothesis import given
+from hypothesis import strategies as st
+from mpmath import mp, mpf
+from test_cross_entropy import GOLDEN
+from test_properties import arrays
+
+import portable_softmax as ps
+from portable_softmax import online
+
+# torch's own: forward mode, vmap and compile use decompositions with it.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+
+INF, NAN = np.inf, np.nan
+EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
+
+
+def ulps(actual, expected):
+    return reference.ulps(np.asarray(actual), [expected])
+
+
+# --------------------------------------------------------------------------- trees
+
+# JAX compiles the fold of each length anew.
+LENGTHS = (1, 2, 5)
+
+
+@st.composite
+def trees(draw):
+    """A row in parts, in any order, and a tree over them: nested tuples of parts' numbers."""
+    lengths = draw(st.lists(st.sampled_from(LENGTHS), min_size=1, max_size=9))
+    dtype = draw(st.sampled_from(("float32", "float64")))
+    row = arrays(draw, (sum(lengths),), dtype=dtype)
+    if draw(st.booleans()):  # confident in any part: the rest is all digits, and small
+        row[draw(st.integers(0, row.size - 1))] += draw(st.sampled_from((20, 60)))
+    if draw(st.booleans()):
+        row = np.sort(row)[:: draw(st.sampled_from((1, -1)))].copy()
+    forest = list(range(len(lengths)))
+    while len(forest) > 1:
+        n = draw(st.integers(2, min(len(forest), 4)))
+        at = draw(st.integers(0, len(forest) - n))
+        forest[at : at + n] = [tuple(draw(st.permutations(forest[at : at + n])))]
+    return np.split(row, np.cumsum(lengths)[:-1]), forest[0], dtype
+
+
+def merged(tree, states):
+    if not isinstance(tree, tuple):
+        return states[tree]
+    return online.merge(*[merged(branch, states) for branch in tree])
+
+
+@pytest.mark.slow("XLA compiles each dtype and number of states", "jax")
+@pytest.mark.slow("a large graph for each example", "dask")
+@given(case=trees())
+def test_any_tree_has_the_accuracy_of_the_whole(xp, case):
+    parts, tree, dtype = case
+    state = merged(tree, [online.fold(xp.asarray(part)) for part in parts])
+    row = np.concatenate(parts)
+    exact = reference.exact(row)
+    lse, logs = reference.logsumexp(exact), reference.log_softmax(exact)
+    assert assert_like(xp, state.max, (1,), dtype) == row.max()
+    value = assert_like(xp, online.logsumexp(state), (1,), dtype)[0]
+    near_0 = 4 * EPS[dtype] / 2 * max(1, abs(float(row.max())))
+    assert ulps(value, lse) <= 6 or abs(mpf(float(value)) - lse) <= near_0
+    spread = float(row.max() - row.min())
+    at = 0
+    for part in parts:
+        x = xp.asarray(part)
+        log_y = assert_like(xp, online.log_softmax(x, state), part.shape, dtype)
+        y = assert_like(xp, online.softmax(x, state), part.shape, dtype)
+        for j in range(part.size):
+            want = logs[at + j]
+            loss = xp.numpy(online.cross_entropy(state, xp.asarray(part[j : j + 1])))[0]
+            if -want > np.finfo(dtype).tiny:  # else the rest is no normal number
+                assert ulps(log_y[j], want) <= 8
+                assert ulps(loss, -want) <= 8
+            if mp.exp(want) > np.finfo(dtype).tiny:
+                assert ulps(y[j], mp.exp(want)) <= max(6, 2 + 2 * spread)
+        at += part.size
+
+
+@pytest.mark.slow("a graph of a thousand merges", "dask")
+@pytest.mark.parametrize("first", ["largest first", "largest last", "rising"])
+def test_a_thousand_entries_one_by_one(xp, first):
+    """Equal steps: a running sum in float32 would be off by dozens of units."""
+    n = 200 if xp.lazy else 1000
+    row = np.full(n, 0.1, np.float32)
+    row[0] = 20.3
+    if first == "largest last":
+        row = row[::-1].copy()
+    elif first == "rising":
+        row = np.linspace(0.0, 1.7, n, dtype=np.float32)
+    folds = {float(v): online.fold(xp.asarray([v], "float32")) for v in np.unique(row)}
+    state = reduce(online.merge, [folds[float(v)] for v in row])
+    lse = reference.logsumexp(reference.exact(row))
+    assert ulps(xp.numpy(online.logsumexp(state))[0], lse) <= 6
+    loss = xp.numpy(online.cross_entropy(state, state.max))[0]
+    assert ulps(loss, lse - mpf(float(row.max()))) <= 8
+
+
+def test_a_thousand_entries_in_float64(xp):
+    """Each merge rounds; the maximum first, and what follows is added to a small rest."""
+    n = 100 if xp.lazy else 1000
+    row = np.random.default_rng(0).normal(size=n)
+    row[0] = 40.0
+    states = [online.fold(xp.asarray(row[i : i + 1])) for i in range(n)]
+    lse = reference.logsumexp(reference.exact(row))
+    for state in (reduce(online.merge, states[:n]), online.merge(*states)):
+        loss = xp.numpy(online.cross_entropy(state, state.max))[0]
+        assert ulps(loss, lse - 40) <= 24
+
+
+def test_a_state_of_logsumexp_alone_would_lose_the_row(xp):
+    """What the documentation says of the row [30, 0, 0]."""
+    exact = mp.log1p(2 * mp.exp(-30))
+    for dtype, rtol in (("float64", 1e-15), ("float32", 1e-6)):
+        parts = [xp.asarray([30.0], dtype), xp.asarray([0.0, 0.0], dtype)]
+        state = online.merge(*map(online.fold, parts))
+        loss = online.cross_entropy(state, parts[0])
+        assert_close(xp, loss, [float(exact)], dtype, rtol=rtol)
+    assert f"{float(exact):.12e}" == "1.871524593768e-13"
+    lse = np.logaddexp(30.0, np.log(2.0))
+    assert f"{lse - 30:.4e}" == "1.8829e-13"
+    assert np.logaddexp(np.float32(30), np.float32(np.log(2.0))) == 30
+
+
+def test_the_same_tree_gives_the_same_bits(xp):
+    x = np.random.default_rng(1).normal(size=(3, 12)).astype(np.float32)
+    parts = np.split(x, 4, axis=1)
+
+    def answer():
+        a, b, c, d = (online.fold(xp.asarray(part)) for part in parts)
+        return [xp.numpy(part) for part in online.merge(online.merge(a, b), d, c)]
+
+    for one, other in zip(answer(), answer(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+# --------------------------------------------------------------------------- golden cases
+
+
+@pytest.mark.slow("a graph for each case", "dask")
+@pytest.mark.slow("XLA compiles each shape", "jax")
+def test_golden_cases_through_three_random_splits(xp):
+    rng = np.random.default_rng(20261125)
+    for case in GOLDEN:
+        logits = np.moveaxis(np.asarray(case["logits"], np.float64), case["axis"], -1)
+        n, options = logits.shape[-1], case["kwargs"]
+        target, smoothing = np.asarray(case["target"]), options.get("label_smoothing", 0.0)
+        weight = np.asarray(options.get("weight", np.ones(n)), np.float64)
+        counted = np.ones(logits.shape[:-1], bool)
+        if case["target_kind"] == "index":
+            counted = target != options.get("ignore_index", -(2**40))
+            target = np.where(counted, target, 0)
+            t = np.eye(n)[target]
+        else:
+            t = np.moveaxis(target, case["axis"], -1)
+        q = weight * ((1 - smoothing) * t + smoothing / n) * counted[..., None]
+        u = (weight * t).sum(axis=-1) * counted
+        for _ in range(3):
+            order = rng.permutation(n)
+            inner = np.sort(rng.integers(0, n + 1, size=rng.integers(0, 3)))
+            parts = np.split(order, inner)  # some of them may be empty
+            arrays = [xp.asarray(np.ascontiguousarray(logits[..., part])) for part in parts]
+            state = online.merge(*[online.fold(a) for a in arrays])
+            log_p = np.empty_like(logits)
+            for part, a in zip(parts, arrays, strict=True):
+                log_p[..., part] = xp.numpy(online.log_softmax(a, state))
+            losses = -(q * log_p).sum(axis=-1)
+            if case["target_kind"] == "index" and smoothing == 0:
+                at_label = np.take_along_axis(logits, target[..., None], axis=-1)
+                each = xp.numpy(online.cross_entropy(state, xp.asarray(at_label)))[..., 0]
+                losses = u * each
+            found = losses
+            if options["reduction"] != "none":
+                found = losses.sum()
+            if options["reduction"] == "mean":
+                by = u.sum() if case["target_kind"] == "index" else counted.size
+                found = found / by if by else NAN
+            np.testing.assert_allclose(found, case["loss"], rtol=1e-12, atol=1e-12)
+
+
+# --------------------------------------------------------------------------- edges
+
+ROWS = {
+    "minus infinity": [-INF, 1.0, 2.0, -INF],
+    "minus infinity only": [-INF] * 4,
+    "plus infinity": [0.0, INF, 1.0, -INF],
+    "two plus infinities": [INF, 0.0, -INF, INF],
+    "nan": [0.0, NAN, 1.0, -INF],
+    "nan and infinities": [INF, NAN, -INF, -INF],
+    "far apart": [1e308, -1e308, 0.0, 5.0],
+}
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_infinities_and_nan_in_any_part(xp, row):
+    """As the whole row is answered, and no other row is touched."""
+    x = np.asarray([row, [1.0, 2.0, 3.0, 4.0]])
+    whole = xp.asarray(x)
+    log_y = xp.numpy(ps.log_softmax(whole))
+    for cuts in ([1], [2], [3], [1, 2, 3], [0, 2, 4]):
+        parts = [xp.asarray(np.ascontiguousarray(part)) for part in np.split(x, cuts, axis=1)]
+        for ordered in (parts, parts[::-1]):
+            state = online.merge(*[online.fold(part) for part in ordered])
+            lse = xp.numpy(online.logsumexp(state))[:, 0]
+            np.testing.assert_allclose(lse, xp.numpy(ps.logsumexp(whole, axis=1)), rtol=1e-15)
+            for f, expected in ((online.softmax, ps.softmax), (online.log_softmax, ps.log_softmax)):
+                want = xp.numpy(expected(whole))
+                np.testing.assert_allclose(xp.numpy(f(whole, state)), want, rtol=1e-14)
+            for label in range(4):
+                loss = online.cross_entropy(state, xp.asarray(x[:, label : label + 1]))
+                np.testing.assert_allclose(xp.numpy(loss)[:, 0], -log_y[:, label], rtol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_identity_changes_no_bit(xp, dtype):
+    x = np.asarray([[0.3, -1.2, 41.0], [-INF] * 3, [0.0, INF, 1.0], [NAN, 0.0, 0.0]], dtype)
+    state, nothing = online.fold(xp.asarray(x)), online.identity(xp.asarray(x[:, :0]))
+    assert_close(xp, nothing.max, np.full((4, 1), -INF), dtype)
+    assert (assert_like(xp, nothing.rest, (4, 1), xp.dtype_name(state.rest)) == -1).all()
+    assert_close(xp, online.logsumexp(online.merge(nothing, nothing)), [[-INF]] * 4, dtype)
+    for both in ((state, nothing), (nothing, state), (nothing, state, nothing)):
+        for part, same in zip(online.merge(*both), state, strict=True):
+            np.testing.assert_array_equal(xp.numpy(part), xp.numpy(same))
+    assert online.merge(state) is state
+
+
+def test_the_fold_of_no_entry_is_the_identity(xp):
+    x = xp.asarray(np.zeros((2, 0)))
+    masked = online.fold(
+        xp.asarray(np.asarray([[NAN, INF], [1.0, 2.0]])), where=xp.asarray(np.zeros(2, bool))
+    )
+    for state in (online.fold(x), online.identity(x), masked):
+        assert_close(xp, state.max, [[-INF]] * 2)
+        assert_close(xp, state.rest, [[-1.0]] * 2)
+
+
+@pytest.mark.parametrize("axis", [0, -1, (0, 2), None, ()])
+def test_axes(xp, axis):
+    """The reduced axes are kept with length 1; parts may be cut along any of them."""
+    x = np.random.default_rng(2).normal(size=(4, 3, 2))
+    state = online.fold(xp.asarray(x), axis=axis)
+    kept = online.identity(xp.asarray(x), axis=axis)
+    for part, like in zip(state, kept, strict=True):
+        assert part.shape == like.shape
+        assert part.dtype == like.dtype
+    want = ps.logsumexp(xp.asarray(x), axis=axis, keepdims=True)
+    assert_close(xp, online.logsumexp(state), xp.numpy(want), rtol=1e-14)
+    probabilities = xp.numpy(ps.softmax(xp.asarray(x), axis=axis))
+    assert_close(xp, online.softmax(xp.asarray(x), state), probabilities)
+    if axis in (0, (0, 2), None):
+        halves = online.merge(*[online.fold(xp.asarray(x[i::2]), axis=axis) for i in range(2)])
+        assert_close(xp, online.logsumexp(halves), xp.numpy(want), rtol=1e-14)
+
+
+def test_a_single_number(xp):
+    x = xp.asarray(np.asarray(3.0))
+    state = online.merge(online.fold(x, axis=None), online.fold(x, axis=None))
+    assert_close(xp, online.logsumexp(state), 3 + np.log(2))
+    assert_close(xp, online.softmax(x, state), 0.5)
+    assert_close(xp, online.cross_entropy(state, x), np.log(2))
+
+
+def test_where_and_temperature(xp):
+    """A masked entry takes no part; what follows is given the logits over the temperature."""
+    rng = np.random.default_rng(3)
+    x, mask = rng.normal(size=(2, 6)) * 3, rng.random((2, 6)) < 0.6
+    mask[:, 0] = True
+    hidden = np.where(mask, x, NAN)
+    for temperature in (0.7, 3, 1e300):
+        parts = [
+            online.fold(xp.asarray(a), where=xp.asarray(m), temperature=temperature)
+            for a, m in zip(np.split(hidden, 3, 1), np.split(mask, 3, 1), strict=True)
+        ]
+        state = online.merge(*parts)
+        options = {"where": xp.asarray(mask), "temperature": temperature}
+        want = xp.numpy(ps.log_softmax(xp.asarray(x), **options))
+        found = xp.numpy(online.log_softmax(xp.asarray(x / temperature), state))
+        np.testing.assert_allclose(found[mask], want[mask], rtol=1e-13)
+
+
+def test_half_types_and_integers(xp):
+    x = np.asarray([[1.0, 2.5, -3.0, 0.5], [300.0, 280.0, -2.0, 7.0]])
+    for name in xp.halves:
+        whole = xp.asarray(x, name)
+        state = online.merge(*[online.fold(xp.asarray(part, name)) for part in np.split(x, 2, 1)])
+        assert xp.dtype_name(state.max) == "float32"
+        want = xp.numpy(ps.logsumexp(xp.asarray(x, "float32"), axis=1, keepdims=True))
+        assert_close(xp, online.logsumexp(state), want, "float32", rtol=1e-6)
+        for f, g in ((online.softmax, ps.softmax), (online.log_softmax, ps.log_softmax)):
+            np.testing.assert_array_equal(
+                assert_like(xp, f(whole, state), (2, 4), name), xp.numpy(g(whole))
+            )
+        assert xp.dtype_name(online.cross_entropy(state, xp.asarray(x[:, :1], name))) == name
+    integers = xp.asarray([[127, -128]], "int8")
+    dtype, state = xp.dtype_name(ps.softmax(integers)), online.fold(integers)
+    assert_close(xp, online.logsumexp(state), [[127.0]], dtype)
+    assert_close(xp, online.softmax(integers[:, :1], state), [[1.0]], dtype)
+
+
+def test_inputs_are_never_changed(xp):
+    x = np.random.default_rng(4).normal(size=(3, 4))
+    array = xp.asarray(x.copy())
+    state = online.fold(array)
+    before = [xp.numpy(part).copy() for part in state]
+    online.merge(state, state)
+    online.softmax(array, state), online.log_softmax(array, state), online.logsumexp(state)
+    np.testing.assert_array_equal(xp.numpy(array), x)
+    for part, was in zip(state, before, strict=True):
+        np.testing.assert_array_equal(xp.numpy(part), was)
+
+
+# --------------------------------------------------------------------------- errors
+
+
+def test_errors_name_the_argument_and_the_remedy(xp):
+    x = xp.asarray(np.zeros((2, 3)))
+    state = online.fold(x)
+    with pytest.raises(TypeError, match=r"was given no state.*identity"):
+        online.merge()
+    with pytest.raises(TypeError, match=r"states\[1\] is a tuple, expected a State"):
+        online.merge(state, tuple(state))
+    with pytest.raises(TypeError, match=r"state is a \w+, expected a State"):
+        online.logsumexp(x)
+    with pytest.raises(ValueError, match=r"states\[1\].max has shape \(1, 1\), expected \(2, 1\)"):
+        online.merge(state, online.fold(xp.asarray(np.zeros((1, 3)))))
+    with pytest.raises(TypeError, match=r"states\[1\].max has dtype float32, expected float64"):
+        online.merge(state, online.fold(xp.asarray(np.zeros((2, 3)), "float32")))
+    with pytest.raises(ValueError, match=r"state.max has shape \(2, 1\).*broadcast"):
+        online.softmax(xp.asarray(np.zeros((3, 3))), state)
+    with pytest.raises(TypeError, match=r"state.max has dtype float64, expected float32, as x"):
+        online.log_softmax(xp.asarray(np.zeros((2, 3)), "float32"), state)
+    with pytest.raises(ValueError, match=r"logit_at_label has shape \(2,\), expected \(2, 1\)"):
+        online.cross_entropy(state, xp.asarray(np.zeros(2)))
+    with pytest.raises(TypeError, match="x has dtype bool"):
+        online.fold(xp.asarray(np.zeros((2, 3), bool)))
+    with pytest.raises(ValueError, match="temperature is -1"):
+        online.fold(x, temperature=-1.0)
+    with pytest.raises(ValueError, match="axis is 2"):
+        online.identity(x, axis=2)
+    with pytest.raises(TypeError, match=r"state.max has dtype int64, expected float32 or float64"):
+        online.logsumexp(online.State(xp.asarray([1]), xp.asarray([1])))
+    if (elsewhere := xp.other_device(state.max)) is not None:
+        with pytest.raises(ValueError, match="device"):
+            online.merge(state, online.State(elsewhere, xp.other_device(state.rest)))
+    if xp.library != "numpy":
+        with pytest.raises(TypeError, match="both must come from one library"):
+            online.softmax(np.zeros((2, 3)), state)
+
+
+# --------------------------------------------------------------------------- torch
+
+
+def _through_parts(x, label):
+    """The loss of two rows of four, each folded in three parts."""
+    parts = [x[:, :1], x[:, 1:3], x[:, 3:]]
+    a, b, c = (online.fold(part) for part in parts)
+    return online.cross_entropy(online.merge(online.merge(a, b), c), x[:, label : label + 1])
+
+
+POINTS = np.asarray([[0.3, -1.2, 2.0, 0.7], [1.5, 1.5, 1.5, 0.2]])
+
+
+def test_torch_differentiates(torch, xp):
+    x = xp.asarray(POINTS).requires_grad_()
+
+    def answers(x):
+        state = online.merge(online.fold(x[:, :2]), online.fold(x[:, 2:]))
+        return (
+            _through_parts(x, 2), online.logsumexp(state), online.softmax(x, state),
+            online.log_softmax(x, state),
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(answers, x, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(answers, x, check_fwd_over_rev=True)
+    grad = torch.autograd.grad(_through_parts(x, 0).sum(), x)[0]
+    _, want = ps.cross_entropy_value_and_grad(x.detach(), xp.asarray([0, 0]), reduction="sum")
+    torch.testing.assert_close(grad, want, rtol=1e-13, atol=1e-15)
+    each = torch.func.vmap(torch.func.grad(lambda row: _through_parts(row[None], 0).sum()))
+    torch.testing.assert_close(each(x.detach()), want, rtol=1e-13, atol=1e-15)
+
+
+def test_torch_differentiates_with_respect_to_a_state(torch, xp):
+    """A state that somebody else folded has derivatives of its own."""
+
+    def logsumexp(m1, r1, m2, r2):
+        merged = online.merge(online.State(m1, r1), online.State(m2, r2))
+        return online.logsumexp(merged), online.softmax(m1, merged)
+
+    given = [xp.asarray([v]).requires_grad_() for v in (0.5, 1.25, 2.0, 0.75)]
+    assert torch.autograd.gradcheck(logsumexp, given)
+
+
+@pytest.mark.slow("torch.compile compiles C++", "torch", "torch-portable", "torch-numba", "triton")
+def test_torch_compiles(torch, xp):
+    compiled = torch.compile(_through_parts, fullgraph=True, dynamic=False)
+    x = xp.asarray(POINTS).requires_grad_()
+    loss = compiled(x, 0)
+    torch.testing.assert_close(loss, _through_parts(x, 0), rtol=1e-13, atol=1e-15)
+    grad = torch.autograd.grad(loss.sum(), x)[0]
+    want = torch.autograd.grad(_through_parts(x, 0).sum(), x)[0]
+    torch.testing.assert_close(grad, want, rtol=1e-13, atol=1e-15)
+
+
+# --------------------------------------------------------------------------- JAX
+
+
+def _scanned(jax, x, label):
+    """The loss of rows that a scan folds column by column."""
+
+    def step(state, column):
+        return online.merge(state, online.fold(column[:, None])), None
+
+    state, _ = jax.lax.scan(step, online.identity(x), x.T)
+    return online.cross_entropy(state, x[:, label : label + 1])
+
+
+def test_jax_scans_maps_and_differentiates(jax, xp):
+    x, labels = xp.asarray(POINTS), xp.asarray([0, 0])
+
+    def loss(x):
+        return _scanned(jax, x, 0).sum()
+
+    want, slope = ps.cross_entropy_value_and_grad(x, labels, reduction="sum")
+    value, grad = jax.jit(jax.value_and_grad(loss))(x)
+    np.testing.assert_allclose(value, want, rtol=1e-14)
+    np.testing.assert_allclose(grad, slope, rtol=1e-13, atol=1e-15)
+    each = jax.vmap(jax.grad(lambda row: loss(row[None])))(x)
+    np.testing.assert_allclose(each, slope, rtol=1e-13, atol=1e-15)
+    _, change = jax.jvp(loss, (x,), (x,))
+    np.testing.assert_allclose(change, (slope * x).sum(), rtol=1e-13)
+    hessian = jax.jit(jax.hessian(loss))(x)
+    expected = jax.hessian(lambda x: ps.cross_entropy(x, labels, reduction="sum"))(x)
+    np.testing.assert_allclose(hessian, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_state_is_a_pytree_of_jax(jax, xp):
+    x = xp.asarray(POINTS)
+    parts = jax.jit(lambda x: [online.fold(x[:, :2]), online.fold(x[:, 2:])])(x)
+    assert all(isinstance(part, online.State) for part in parts)
+    state = jax.jit(online.merge)(*parts)
+    mapped = jax.vmap(online.merge)(*parts)
+    for one, other in zip(state, mapped, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+    def value(*states):
+        return online.logsumexp(online.merge(*states)).sum()
+
+    # With respect to both fields: the shares of the parts, and what 1 / (1 + rest) they are of.
+    shares = [
+        np.exp(xp.numpy(online.logsumexp(p) - online.logsumexp(state))).ravel() for p in parts
+    ]
+    for grad, share, part in zip(jax.grad(value, (0, 1))(*parts), shares, parts, strict=True):
+        rest = xp.numpy(part.rest).ravel()
+        np.testing.assert_allclose(np.ravel(grad.max), share, rtol=1e-13)
+        np.testing.assert_allclose(np.ravel(grad.rest), share / (1 + rest), rtol=1e-13)
+
+
+# --------------------------------------------------------------------------- Dask
+
+
+def test_dask_stays_lazy(da, xp):
+    import dask
+
+    def scheduler(*_args, **_options):
+        raise AssertionError("somebody computed")
+
+    with dask.config.set(scheduler=scheduler):
+        x = xp.asarray(POINTS)
+        state = online.merge(online.fold(x[:, :1]), online.identity(x), online.fold(x[:, 1:]))
+        found = [online.logsumexp(state), online.softmax(x, state)]
+    for part in (*state, *found):
+        assert isinstance(part, da.Array)
+    lse = np.log(np.exp(POINTS).sum(axis=1, keepdims=True))
+    assert_close(xp, found[0], lse, rtol=1e-14)
+    unknown = x[x[:, 0] > 1]  # chunks whose length nobody knows yet
+    state = online.merge(online.identity(unknown), online.fold(unknown))
+    np.testing.assert_allclose(xp.numpy(online.logsumexp(state)), lse[1:], rtol=1e-14)
