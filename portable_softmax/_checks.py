@@ -165,6 +165,30 @@ def mask(where: Any, of: str, x: Any, library: Library) -> None:
     broadcastable("where", where, x.shape, of)
 
 
+def answer_dtype(dtype: Any, library: Library) -> Any:
+    """Return the floating dtype that an answer is asked for in, as the library's arrays have it."""
+    try:
+        found = library.own_dtype(dtype)
+        kind = library.dtype(found).kind
+    except (TypeError, ValueError):
+        found, kind = dtype, "other"
+    if kind not in ("real", "half"):
+        raise TypeError(
+            f"dtype is {dtype!r}, expected a real floating dtype of {library.name}: pass one such "
+            "as its float32, or leave it out"
+        )
+    return found
+
+
+def real_answer(dtype: Any, compute_dtype: Any, library: Library) -> None:
+    """Check that an answer that is asked for in a dtype is real."""
+    if library.dtype(compute_dtype).kind == "complex":
+        raise TypeError(
+            f"dtype is {dtype_name(dtype)}, but x or b is complex, and so is the result: leave "
+            "dtype out and cast the result"
+        )
+
+
 # --------------------------------------------------------------------------- axes and numbers
 
 

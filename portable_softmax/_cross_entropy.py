@@ -14,7 +14,9 @@ from portable_softmax.kernels._request import (
     LossOptions,
     Request,
     active,
+    answered_in,
 )
+from portable_softmax.libraries import Library
 
 __all__ = ["cross_entropy", "cross_entropy_value_and_grad"]
 
@@ -34,6 +36,7 @@ def cross_entropy(
     where: Array | None = None,
     reduction: str = "mean",
     check_labels: bool = True,
+    dtype: Any = None,
 ) -> ArrayT:
     r"""Return the cross-entropy between logits and labels.
 
@@ -81,17 +84,24 @@ def cross_entropy(
     check_labels
         Whether to raise for class indices out of range. This reads one flag from the device.
         Without it, under tracing and lazily, such a position is nan.
+    dtype
+        The floating dtype of the loss, one of the library's; None for that of `logits`. The loss of
+        half types is computed in float32 anyway, and ``dtype=float32`` keeps it so, without a copy
+        of the logits in a fused kernel. What is computed in is never narrower than `dtype`. The
+        gradient keeps the dtype of the logits.
 
     Returns
     -------
     array
         0-d, or one loss for each position with ``reduction="none"``; of the library, device and
-        floating dtype of `logits`. Half types are computed in float32 and rounded once.
+        floating dtype of `logits`, unless `dtype` names another. Half types are computed in float32
+        and rounded once. Under ``torch.autocast`` their loss stays in float32, as torch's own do.
 
     Raises
     ------
     TypeError
-        If an argument is no array or of the wrong dtype, or arrays of two libraries meet.
+        If an argument is no array or of the wrong dtype, or arrays of two libraries meet; if
+        `dtype` is no floating dtype.
     ValueError
         If shapes or devices do not fit, a number is outside its range, `reduction` is unknown, or
         `ignore_index` is given with a distribution.
@@ -126,7 +136,7 @@ def cross_entropy(
     """
     loss: ArrayT = _answer(
         "cross_entropy", logits, labels, axis, weight, ignore_index, label_smoothing,
-        z_loss, softcap, where, reduction, check_labels,
+        z_loss, softcap, where, reduction, check_labels, dtype,
     )  # fmt: skip
     return loss
 
@@ -146,6 +156,7 @@ def cross_entropy_value_and_grad(
     where: Array | None = None,
     reduction: str = "mean",
     check_labels: bool = True,
+    dtype: Any = None,
 ) -> tuple[ArrayT, ArrayT]:
     r"""Return the cross-entropy and its gradient with respect to the logits.
 
@@ -159,7 +170,7 @@ def cross_entropy_value_and_grad(
 
     Parameters
     ----------
-    logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where, reduction, check_labels
+    logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where, reduction, check_labels, dtype
         As in `cross_entropy`.
 
     Returns
@@ -188,7 +199,7 @@ def cross_entropy_value_and_grad(
     """  # noqa: E501 - numpydoc wants the names on one line
     loss, grad = _answer(
         "cross_entropy_value_and_grad", logits, labels, axis, weight, ignore_index, label_smoothing,
-        z_loss, softcap, where, reduction, check_labels,
+        z_loss, softcap, where, reduction, check_labels, dtype,
     )  # fmt: skip
     return loss, grad
 
@@ -210,40 +221,56 @@ def _answer(
     where: Any,
     reduction: Any,
     check_labels: bool,
+    dtype: Any,
 ) -> Any:
     """Check everything that can be checked without reading values, and answer."""
-    library, dtype = _checks.array("logits", logits)
+    library, found = _checks.array("logits", logits)
     _checks.companion("labels", labels, "logits", logits, library)
     at = _checks.one_axis(axis, logits.ndim)
     indices = _checks.labels_are_indices(logits, labels, at, library)
     if library.chunked and (indices or weight is not None or label_smoothing != 0.0):
         _checks.known_length("logits", logits, at)
-    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(logits)
-    options, given = PLAIN_LOSS, NONE_GIVEN
+    compute_dtype, result_dtype = found.computed or library.compute_dtype(logits)
+    options, given, more = PLAIN_LOSS, NONE_GIVEN, NONE_GIVEN
+    if dtype is not None or compute_dtype is not result_dtype:
+        compute_dtype, dtype, more = loss_dtype(library, logits, dtype, compute_dtype, result_dtype)
     tracing = library.tracing(logits, labels)
     if not (
-        weight is ignore_index is softcap is where is None
+        weight is ignore_index is softcap is where is dtype is None
         and type(label_smoothing) is type(z_loss) is float
         and label_smoothing == z_loss == 0.0
         and reduction == "mean"
     ):
         options = _options(
             library, logits, at, indices, compute_dtype, weight, ignore_index, label_smoothing,
-            z_loss, softcap, where, reduction,
+            z_loss, softcap, where, reduction, dtype,
         )  # fmt: skip
-        given = active(options, PLAIN_LOSS)
+        given = (*active(options, PLAIN_LOSS), *more)
         tracing = tracing or library.tracing(*[a for a in (weight, where) if a is not None])
     if not indices:
         given = (*given, PROBABILITIES)
     request = Request(
-        operation, library, logits, dtype.name, (at,), compute_dtype, result_dtype, tracing,
+        operation, library, logits, found.name, (at,), compute_dtype, result_dtype, tracing,
         options, given, None, labels, indices, check_labels,
     )  # fmt: skip
-    found = run(request, _portable_loss)
-    if type(found) is tuple:
-        loss, grad = found
+    answer = run(request, _portable_loss)
+    if type(answer) is tuple:
+        loss, grad = answer
         return library.scalar_if_0d(loss), grad
-    return library.scalar_if_0d(found)
+    return library.scalar_if_0d(answer)
+
+
+def loss_dtype(
+    library: Library, logits: Any, dtype: Any, compute_dtype: Any, result_dtype: Any
+) -> tuple[Any, Any, Any]:
+    """Return what `answered_in` does for the dtype of a loss; a library may have a rule for it."""
+    if dtype is not None:
+        dtype = _checks.answer_dtype(dtype, library)
+    elif library.dtype(result_dtype).kind == "half":
+        dtype = library.loss_dtype(logits)
+    if dtype is None:
+        return compute_dtype, None, NONE_GIVEN
+    return answered_in(library, dtype, compute_dtype, result_dtype)
 
 
 def _options(
@@ -259,6 +286,7 @@ def _options(
     softcap: Any,
     where: Any,
     reduction: Any,
+    dtype: Any,
 ) -> LossOptions:
     """Check the options; the weights are cast to the dtype that is computed in."""
     if weight is not None:
@@ -276,12 +304,13 @@ def _options(
         softcap=softcap,
         where=where,
         reduction=_checks.reduction(reduction),
+        dtype=dtype,
     )
 
 
 def _portable_loss(request: Request) -> Any:
     """Answer in the library's own operations."""
-    library, result_dtype = request.library, request.result_dtype
+    library, answer_dtype = request.library, request.answer_dtype
     found = library.compiled(getattr(portable, request.operation))(
         library.xp,
         library.cast(request.x, request.compute_dtype),
@@ -290,5 +319,6 @@ def _portable_loss(request: Request) -> Any:
         request.options,
     )
     if isinstance(found, tuple):
-        return tuple(library.cast(part, result_dtype) for part in found)
-    return library.cast(found, result_dtype)
+        loss, grad = found
+        return library.cast(loss, answer_dtype), library.cast(grad, request.result_dtype)
+    return library.cast(found, answer_dtype)

@@ -201,6 +201,38 @@ def assert_half(xp, actual, expected, dtype):
     assert (np.abs(values - expected) <= 0.51 * unit).all()
 
 
+@pytest.mark.parametrize("answer", ["float32", "float64"])
+def test_dtype(xp, answer):
+    """dtype | the result's, out of the precision that is computed in or, if it is wider, in dtype; the gradient keeps the logits' dtype"""  # noqa: E501
+    rng = np.random.default_rng(12)
+    limit = {"float32": 8 * 2.0**-24, "float64": 8 * 2.0**-53}[answer]
+    dtype = xp.asarray(np.zeros(()), answer).dtype
+    for given in ("float32", "float64", *xp.halves):
+        x = xp.asarray(rng.normal(size=(3, 4)), given)
+        exact = [reference.exact(row) for row in xp.numpy(x)]
+        logs = np.asarray([[float(v) for v in reference.log_softmax(row)] for row in exact])
+        lse = [float(reference.logsumexp(row)) for row in exact]
+        assert_close(xp, ps.log_softmax(x, dtype=dtype), logs, answer, rtol=limit)
+        assert_close(xp, ps.softmax(x, dtype=dtype), np.exp(logs), answer, rtol=limit)
+        assert_close(xp, ps.logsumexp(x, axis=1, dtype=dtype), lse, answer, rtol=limit)
+        options = {"reduction": "none", "dtype": dtype}
+        loss, grad = ps.cross_entropy_value_and_grad(x, xp.asarray([0, 1, 3]), **options)
+        assert_close(xp, loss, -logs[[0, 1, 2], [0, 1, 3]], answer, rtol=limit)
+        assert_like(xp, grad, (3, 4), given)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "bool", "complex128"])
+def test_dtype_that_is_not_floating(xp, dtype):
+    """dtype that is no real floating one of the library | TypeError"""
+    x, wrong = xp.asarray(np.zeros((2, 2))), xp.asarray(np.zeros(()), dtype).dtype
+    for f in (*FAMILY, ps.logsumexp):
+        for given in (wrong, "float33"):
+            with pytest.raises(TypeError, match=r"dtype is .*expected a real floating dtype"):
+                f(x, dtype=given)
+    with pytest.raises(TypeError, match=rf"dtype is .*{dtype}"):
+        ps.cross_entropy(x, xp.asarray([0, 1]), dtype=wrong)
+
+
 @pytest.mark.parametrize("dtype", ["bool", "complex128"])
 def test_bool_complex_object_str(xp, dtype):
     """bool, complex (logsumexp takes complex, as SciPy), object, str | TypeError that names the dtype and what to do"""  # noqa: E501

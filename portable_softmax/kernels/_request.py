@@ -22,6 +22,7 @@ class RowOptions(NamedTuple):
     temperature: float = 1.0
     b: Any = None
     return_sign: bool = False
+    dtype: Any = None  # of the answer, where that is not the usual one
 
 
 LossOptions = portable.Options
@@ -33,6 +34,7 @@ NONE_GIVEN: tuple[str, ...] = ()
 # Beside the options' own names, what a kernel may not take although it takes the option.
 PROBABILITIES = "probabilities"  # labels that are no indices
 EXTREME = "extreme temperature"  # one that the compute dtype, or its inverse, does not hold well
+OTHER_DTYPE = "dtype other than the computation's"
 
 
 def active(options: Any, neutral: Any) -> tuple[str, ...]:
@@ -50,6 +52,20 @@ def is_extreme(library: Library, temperature: float, dtype: Any) -> bool:
     """Return whether a temperature, or its inverse, is near the ends of a dtype's range."""
     most = portable.ordinary(library.xp, dtype)
     return library.is_known(temperature) and not 2.0**-most <= temperature <= 2.0**most
+
+
+def answered_in(library: Library, dtype: Any, compute: Any, result: Any) -> tuple[Any, Any, Any]:
+    """Return what a call with `dtype` computes in, the option, and what kernels must declare.
+
+    It is computed in the wider of `dtype` and what would be computed in without it.
+    """
+    if dtype == result:
+        return compute, None, NONE_GIVEN
+    if dtype == compute:
+        return compute, dtype, NONE_GIVEN
+    xp = library.xp
+    wider = library.dtype(dtype).kind == "real" and xp.finfo(dtype).bits > xp.finfo(compute).bits
+    return (dtype if wider else compute), dtype, (OTHER_DTYPE,)
 
 
 class Layout(NamedTuple):
@@ -82,6 +98,12 @@ class Request(NamedTuple):
     def xp(self) -> Namespace:
         """The namespace of the arrays."""
         return self.library.xp
+
+    @property
+    def answer_dtype(self) -> Any:
+        """The dtype of the answer; gradients keep `result_dtype`."""
+        dtype = self.options.dtype
+        return self.result_dtype if dtype is None else dtype
 
     @property
     def axis(self) -> int:

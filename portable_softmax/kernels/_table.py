@@ -22,7 +22,7 @@ import math
 import os
 from typing import Any, NamedTuple
 
-from portable_softmax.kernels._request import EXTREME, OPERATIONS, PROBABILITIES
+from portable_softmax.kernels._request import EXTREME, OPERATIONS, OTHER_DTYPE, PROBABILITIES
 
 Names = tuple[str, ...]  # torch.compile cannot look into sets that it takes for constants
 
@@ -75,7 +75,7 @@ _NUMBA = Kernel(
     why="one pass in cache",
     library="numpy",
     module=f"{_HERE}._numba",
-    options=(*LABELS_AND_WEIGHTS, "temperature", "label_smoothing", "z_loss"),
+    options=(*LABELS_AND_WEIGHTS, "temperature", "label_smoothing", "z_loss", "dtype"),
     at_least=_SMALL + 1,
 )
 _TILES = Kernel(
@@ -84,7 +84,7 @@ _TILES = Kernel(
     library="numpy",
     module=f"{_HERE}._numpy",
     dtypes=(*FLOATS, *INTEGERS),
-    options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", EXTREME),
+    options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", EXTREME, "dtype"),
 )
 _LENT: dict[str, Any] = {
     "library": "torch",
@@ -107,7 +107,7 @@ TABLE = (
         library="jax",
         module=f"{_HERE}._jax",
         dtypes=(*FLOATS, *INTEGERS),
-        options=(*LOSS_OPTIONS, PROBABILITIES, "temperature"),
+        options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", "dtype", OTHER_DTYPE),
         tracing=("traced",),
     ),
     *(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from portable_softmax.libraries._library import Library
+from portable_softmax.libraries._library import Library, numpy_dtype
 
 
 class CuPy(Library):
     """On CUDA devices; reading a value waits for the device."""
 
     gathers = True
+
+    def own_dtype(self, dtype: Any) -> Any:
+        """Return whatever NumPy takes for a dtype as one."""
+        return numpy_dtype(dtype)
 
     def device_type(self, x: Any) -> str:
         """Return ``"cuda"``."""

@@ -45,6 +45,7 @@ class Options(NamedTuple):
     softcap: float | None = None
     where: Any = None
     reduction: str = "mean"
+    dtype: Any = None  # of the loss, where that is not the usual one
 
 
 class Target(NamedTuple):

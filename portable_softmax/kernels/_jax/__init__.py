@@ -44,7 +44,7 @@ def _scale(request: Request) -> Any:
 
 
 def _dtypes(request: Request) -> tuple[Any, Any]:
-    return request.compute_dtype, request.result_dtype
+    return request.compute_dtype, request.answer_dtype
 
 
 def _with_temperature(request: Request) -> Any:
@@ -86,7 +86,7 @@ def _loss(request: Request) -> Any:
     )
     form = losses.Form(
         request.axis, options.reduction, request.indices, not _labels_are_checked(request),
-        options.ignore_index, *_dtypes(request),
+        options.ignore_index, *_dtypes(request), request.result_dtype,
     )  # fmt: skip
     function = getattr(losses, request.operation)
     return function(request.x, request.labels, options.weight, options.where, numbers, form)

@@ -34,7 +34,8 @@ class Form(NamedTuple):
     check: bool  # a label without a class is nan, as nobody has looked for one
     ignore_index: int | None
     compute: Any
-    answer: Any
+    answer: Any  # dtype of the loss
+    gradient: Any  # and of its gradient
 
 
 class Numbers(NamedTuple):
@@ -73,7 +74,7 @@ def cross_entropy_value_and_grad(
         lambda x: _reduced(x, labels, weight, where, numbers, form), x.astype(form.compute)
     )
     (grad,) = pull_back(jnp.ones_like(loss))
-    return loss.astype(form.answer), grad.astype(form.answer)
+    return loss.astype(form.answer), grad.astype(form.gradient)
 
 
 @partial(jax.jit, static_argnames=("shape", "axis", "ignore_index"))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from portable_softmax.kernels._numba import _support
-from portable_softmax.kernels._request import Layout, Request
+from portable_softmax.kernels._request import LOSSES, Layout, Request
 
 # Rows across memory are copied to a tile, which has to stay small.
 LONGEST_ACROSS = 1 << 14
@@ -41,6 +41,8 @@ def declines(request: Request, asked: bool) -> str:
         return f"dtypes: {x.dtype} and {request.dy.dtype}"
     if request.labels is not None and not request.labels.dtype.isnative:
         return f"dtype of labels: {request.labels.dtype}"
+    if "dtype" in request.active and request.operation not in LOSSES:
+        return "dtype of the answer"
     layout = request.layout()
     if layout is None:
         return "axes apart from each other"
@@ -146,7 +148,7 @@ def _loss(request: Request) -> Any:
         if options.reduction == "mean":
             loss = loss / weights if weights else np.nan
         each = np.asarray(loss, compute_dtype)
-    each = each.astype(result_dtype, copy=False)
+    each = each.astype(request.answer_dtype, copy=False)
     return each if grad is None else (each, grad)
 
 

@@ -106,7 +106,10 @@ def cross_entropy_value_and_grad(request: Request) -> tuple[Any, Any]:
 
 
 def _cast(loss: Any, request: Request) -> Any:
-    return loss if loss.dtype == request.result_dtype else loss.astype(request.result_dtype)
+    answer = request.options.dtype
+    if answer is None:
+        answer = request.result_dtype
+    return loss if loss.dtype == answer else loss.astype(answer)
 
 
 def _losses_of(request: Request, *, with_grad: bool) -> tuple[Any, Any]:

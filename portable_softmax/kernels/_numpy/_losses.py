@@ -66,7 +66,7 @@ def losses(request: Request, layout: Layout, labels: Any, *, with_grad: bool) ->
     divisor = divisor_of(request, labels) if reduction == "mean" else 1.0
     none, sums = None, np.zeros(len(layout.pieces), request.compute_dtype)
     if reduction == "none":
-        none = np.empty(request.labels.shape, request.result_dtype)
+        none = np.empty(request.labels.shape, request.answer_dtype)
         positions = none.reshape(layout.shape)
     grad = gradients = None
     if with_grad:

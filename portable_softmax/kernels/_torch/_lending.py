@@ -62,6 +62,8 @@ def on_numpy(request: Request) -> Request:
     options = request.options
     if request.active:
         options = type(options)(*[lent(o) if isinstance(o, torch.Tensor) else o for o in options])
+        if options.dtype is not None:  # no kernel takes another
+            options = options._replace(dtype=_COMPUTE_DTYPE[request.dtype])
     return Request(
         request.operation, NUMPY, x, request.dtype, request.axes, _COMPUTE_DTYPE[request.dtype],
         x.dtype, "", options, request.active, None if dy is None else lent(dy),
