@@ -371,6 +371,20 @@ def label_values(xp: Namespace, labels: Any, valid: Any, axis: int, n: int, wher
     )
 
 
+def sample_weight(weight: Any, logits: Any, axis: int, library: Library) -> None:
+    """Check the array of one weight a position."""
+    companion("sample_weight", weight, "logits", logits, library)
+    kind = library.dtype(weight.dtype).kind
+    if kind not in _REAL:
+        raise TypeError(_dtype_message("sample_weight", weight.dtype, kind, False))
+    positions = (*logits.shape[:axis], *logits.shape[axis + 1 :])
+    if not _same_shape(weight.shape, positions):
+        raise ValueError(
+            f"sample_weight has shape {tuple(weight.shape)}, expected {positions}: one weight for "
+            f"each position, in the shape of logits without axis {axis}"
+        )
+
+
 def class_weight(weight: Any, logits: Any, axis: int, library: Library) -> None:
     """Check the array of one weight a class."""
     companion("weight", weight, "logits", logits, library)

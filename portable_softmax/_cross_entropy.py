@@ -37,13 +37,15 @@ def cross_entropy(
     reduction: str = "mean",
     check_labels: bool = True,
     dtype: Any = None,
+    sample_weight: Array | None = None,
 ) -> ArrayT:
     r"""Return the cross-entropy between logits and labels.
 
     Let x hold the logits of one position, C classes, and t its target distribution, which is
-    one-hot at y for a class index y. With weight w, label smoothing e and z_loss z ::
+    one-hot at y for a class index y. With class weights w, the position's own weight s, label
+    smoothing e and z_loss z ::
 
-        q_j  = w_j * ((1 - e) * t_j + e / C)               u = sum_j w_j t_j
+        q_j  = s * w_j * ((1 - e) * t_j + e / C)           u = s * sum_j w_j t_j
         loss = sum_j q_j * (logsumexp(x) - x_j) + z * u * logsumexp(x)^2
 
     which is -log softmax(x)_y for a class index and no options. The gradient is ::
@@ -80,7 +82,7 @@ def cross_entropy(
         no part and get the gradient 0; a label there is an error like a label out of range.
     reduction
         ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by the summed weight of the labels
-        that count; for a distribution, by the number of positions.
+        that count, s * w_y; for a distribution, by the sum of s, or the number of positions.
     check_labels
         Whether to raise for class indices out of range. This reads one flag from the device.
         Without it, under tracing and lazily, such a position is nan.
@@ -89,6 +91,10 @@ def cross_entropy(
         half types is computed in float32 anyway, and ``dtype=float32`` keeps it so, without a copy
         of the logits in a fused kernel. What is computed in is never narrower than `dtype`. The
         gradient keeps the dtype of the logits.
+    sample_weight
+        One weight s for each position, in the logits' shape without `axis`. It multiplies the loss
+        of its position, and in a mean what the position counts. A position of weight 0 is ignored:
+        it has no effect and no gradient, whatever its logits and its label are.
 
     Returns
     -------
@@ -114,8 +120,9 @@ def cross_entropy(
     without one maximum, so that a confident row keeps its digits. A coefficient q_j of 0 makes
     the class contribute 0 even at a logit of -inf. If every label is ignored, or the weights sum
     to 0, or there is no position, the mean is nan, the sum 0 and the gradient 0. The conventions
-    of weights, smoothing and mean are those of torch; label smoothing: Szegedy et al. 2016; z_loss:
-    Chowdhery et al. 2022 (PaLM); softcap: Bello et al. 2016.
+    of class weights, smoothing and mean are those of torch, those of `sample_weight` those of
+    scikit-learn and Keras; label smoothing: Szegedy et al. 2016; z_loss: Chowdhery et al. 2022
+    (PaLM); softcap: Bello et al. 2016.
 
     Probabilities passed as logits cannot be told from logits: pass what softmax would be given.
 
@@ -136,7 +143,7 @@ def cross_entropy(
     """
     loss: ArrayT = _answer(
         "cross_entropy", logits, labels, axis, weight, ignore_index, label_smoothing,
-        z_loss, softcap, where, reduction, check_labels, dtype,
+        z_loss, softcap, where, reduction, check_labels, dtype, sample_weight,
     )  # fmt: skip
     return loss
 
@@ -157,6 +164,7 @@ def cross_entropy_value_and_grad(
     reduction: str = "mean",
     check_labels: bool = True,
     dtype: Any = None,
+    sample_weight: Array | None = None,
 ) -> tuple[ArrayT, ArrayT]:
     r"""Return the cross-entropy and its gradient with respect to the logits.
 
@@ -170,7 +178,7 @@ def cross_entropy_value_and_grad(
 
     Parameters
     ----------
-    logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where, reduction, check_labels, dtype
+    logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where, reduction, check_labels, dtype, sample_weight
         As in `cross_entropy`.
 
     Returns
@@ -199,7 +207,7 @@ def cross_entropy_value_and_grad(
     """  # noqa: E501 - numpydoc wants the names on one line
     loss, grad = _answer(
         "cross_entropy_value_and_grad", logits, labels, axis, weight, ignore_index, label_smoothing,
-        z_loss, softcap, where, reduction, check_labels, dtype,
+        z_loss, softcap, where, reduction, check_labels, dtype, sample_weight,
     )  # fmt: skip
     return loss, grad
 
@@ -222,6 +230,7 @@ def _answer(
     reduction: Any,
     check_labels: bool,
     dtype: Any,
+    sample_weight: Any,
 ) -> Any:
     """Check everything that can be checked without reading values, and answer."""
     library, found = _checks.array("logits", logits)
@@ -236,17 +245,18 @@ def _answer(
         compute_dtype, dtype, more = loss_dtype(library, logits, dtype, compute_dtype, result_dtype)
     tracing = library.tracing(logits, labels)
     if not (
-        weight is ignore_index is softcap is where is dtype is None
+        weight is ignore_index is softcap is where is dtype is sample_weight is None
         and type(label_smoothing) is type(z_loss) is float
         and label_smoothing == z_loss == 0.0
         and reduction == "mean"
     ):
         options = _options(
             library, logits, at, indices, compute_dtype, weight, ignore_index, label_smoothing,
-            z_loss, softcap, where, reduction, dtype,
+            z_loss, softcap, where, reduction, dtype, sample_weight,
         )  # fmt: skip
         given = (*active(options, PLAIN_LOSS), *more)
-        tracing = tracing or library.tracing(*[a for a in (weight, where) if a is not None])
+        arrays = [a for a in (weight, where, sample_weight) if a is not None]
+        tracing = tracing or library.tracing(*arrays)
     if not indices:
         given = (*given, PROBABILITIES)
     request = Request(
@@ -287,11 +297,15 @@ def _options(
     where: Any,
     reduction: Any,
     dtype: Any,
+    sample_weight: Any,
 ) -> LossOptions:
     """Check the options; the weights are cast to the dtype that is computed in."""
     if weight is not None:
         _checks.class_weight(weight, logits, axis, library)
         weight = library.quietly(library.cast, weight, compute_dtype)
+    if sample_weight is not None:
+        _checks.sample_weight(sample_weight, logits, axis, library)
+        sample_weight = library.quietly(library.cast, sample_weight, compute_dtype)
     if where is not None:
         _checks.mask(where, "logits", logits, library)
     if softcap is not None:
@@ -305,6 +319,7 @@ def _options(
         where=where,
         reduction=_checks.reduction(reduction),
         dtype=dtype,
+        sample_weight=sample_weight,
     )
 
 

@@ -50,6 +50,7 @@ def _calls() -> dict[str, Call]:
     x, other = rng.normal(size=(2, *shape))
     x[0, 1] = 0.0  # a row of ties
     weights = rng.uniform(0.5, 1.5, size=4)
+    samples = np.asarray([[0.5, 1.0, 2.0], [1.5, 0.25, 1.0]])
     mask = rng.random(shape) < 0.7
     mask[:, :, 0], mask[0, 0] = True, False  # one row is masked as a whole
     labels = np.asarray([[0, 3, 2], [1, 0, 0]])
@@ -90,11 +91,13 @@ def _calls() -> dict[str, Call]:
             call(f, x, target, reduction="none", label_smoothing=0.1)
             call(f, x, target, z_loss=0.1)
             call(f, x, target, softcap=2.0)
+            call(f, x, target, sample_weight=samples)
             everything = {"weight": weights, "label_smoothing": 0.1, "z_loss": 0.1, "softcap": 2.0}
             where = {"where": mask, "ignore_index": -1} if target is labels else {"where": mask}
             target = inside if target is labels else t
             call(f, x, target, **where)
             call(f, x, target, **where, **everything)
+            call(f, x, target, **where, **everything, sample_weight=samples)
         call(f, x, labels, ignore_index=0, weight=weights)
         call(f, x, labels, ignore_index=-100, check_labels=False)
         call(f, x, one_hot)

@@ -655,6 +655,46 @@ def test_ignore_index(xp):
 
 
 @pytest.mark.parametrize("hidden", [NAN, INF, -INF])
+def test_a_position_of_weight_0(xp, hidden):
+    """sample_weight 0 | the position is ignored: no effect on loss and mean, gradient exactly 0, whatever its logits and label"""  # noqa: E501
+    x = np.asarray([[0.0, 1.0, 2.0], [hidden, hidden, 0.0], [3.0, 0.0, hidden]])
+    x[2] = 1.0, 0.5, -2.0
+    samples, t = xp.asarray([2.0, 0.0, 0.5]), np.eye(3)[[0, 1, 2]]
+    t[1] = hidden
+    for labels in (np.asarray([0, 7, 2]), t):
+        for reduction in ("mean", "sum", "none"):
+            for options in (
+                {},
+                {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 4.0},
+                {"weight": xp.asarray([1.0, 3.0, 0.5])},
+            ):
+                options = {"reduction": reduction, **options}
+                loss, grad = ce(
+                    xp, xp.asarray(x), xp.asarray(labels), sample_weight=samples, **options
+                )
+                kept = xp.asarray(x[[0, 2]]), xp.asarray(labels[[0, 2]])
+                few = xp.asarray([2.0, 0.5])
+                alone, slope = ce(xp, *kept, sample_weight=few, **options)
+                if reduction == "none":
+                    assert loss[1] == 0.0
+                    loss = loss[[0, 2]]
+                np.testing.assert_allclose(loss, alone, rtol=1e-14)
+                assert_array_equal(grad[1], 0.0)
+                np.testing.assert_allclose(grad[[0, 2]], slope, rtol=1e-14)
+
+
+def test_sample_weight_of_another_kind(xp):
+    """sample_weight of another shape, or of dtype bool or complex | ValueError; TypeError"""
+    x, labels = xp.asarray(np.zeros((2, 3))), xp.asarray([0, 1])
+    for wrong in (np.ones(3), np.ones((2, 1)), np.ones(()), np.ones((2, 3))):
+        with pytest.raises(ValueError, match=r"sample_weight has shape .*, expected \(2,\): one"):
+            ps.cross_entropy(x, labels, sample_weight=xp.asarray(wrong))
+    for dtype in ("bool", "complex128"):
+        with pytest.raises(TypeError, match=f"sample_weight has dtype {dtype}, expected"):
+            ps.cross_entropy(x, labels, sample_weight=xp.asarray(np.ones(2), dtype))
+
+
+@pytest.mark.parametrize("hidden", [NAN, INF, -INF])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_an_ignored_row_holding_nan_or_inf(xp, hidden, smoothing):
     """an ignored row holding nan or inf | no effect on the loss; gradient exactly 0"""
@@ -685,6 +725,7 @@ def test_an_ignored_row_with_an_infinite_or_nan_upstream_gradient(xp, reduction,
         {},
         {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 2.0},
         {"weight": xp.asarray([1.0, 2.0, 3.0])},
+        {"sample_weight": xp.asarray([1.0, 0.0, 2.0]), "ignore_index": None},
     ):
         options = {"ignore_index": -1, "reduction": reduction, **options}
         layer = ps.SoftmaxWithLoss(**options)
@@ -740,10 +781,13 @@ def test_an_infinite_or_nan_weight_of_a_class_that_no_label_names(xp, odd):
 
 def test_all_ignored_or_weights_summing_to_0(xp):
     """all ignored, or weights summing to 0 | mean nan, sum 0, gradient 0"""
+    nothing = xp.asarray([0.0, 0.0])
     x = xp.asarray([[0.0, 1.0], [2.0, 3.0]])
     ignored = (xp.asarray([-1, -1]), {"ignore_index": -1})
     weightless = (xp.asarray([1, 1]), {"weight": xp.asarray([1.0, 0.0])})
-    for labels, options in (ignored, weightless):
+    unweighted = (xp.asarray([1, 0]), {"sample_weight": nothing})
+    spread = (xp.asarray([[0.5, 0.5], [0.0, 1.0]]), {"sample_weight": nothing})
+    for labels, options in (ignored, weightless, unweighted, spread):
         for reduction, expected in (("mean", NAN), ("sum", 0.0), ("none", [0.0, 0.0])):
             loss, grad = ce(xp, x, labels, reduction=reduction, **options)
             assert_array_equal(loss, expected)

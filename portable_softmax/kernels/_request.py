@@ -134,7 +134,7 @@ class Request(NamedTuple):
         library, options = self.library, self.options
         if not self.indices:
             t = library.cast(self.labels, self.compute_dtype)
-            return portable.Target(index=None, distribution=t, counted=None, valid=None)
+            return portable.distribution_target(t, self.axis, options)
         target: portable.Target = library.compiled(portable.index_target)(
             self.xp, self.x, self.labels, self.axis, options, self.compute_dtype
         )

@@ -30,6 +30,7 @@ FLOATS = ("float32", "float64", "float16", "bfloat16")
 INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 LABELS_AND_WEIGHTS = ("ignore_index", "reduction", "weight")
 LOSS_OPTIONS = (*LABELS_AND_WEIGHTS, "label_smoothing", "z_loss", "softcap", "where")
+SAMPLES = "sample_weight"
 # As Triton reads it, when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -84,7 +85,7 @@ _TILES = Kernel(
     library="numpy",
     module=f"{_HERE}._numpy",
     dtypes=(*FLOATS, *INTEGERS),
-    options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", EXTREME, "dtype"),
+    options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", EXTREME, "dtype", SAMPLES),
 )
 _LENT: dict[str, Any] = {
     "library": "torch",
@@ -107,7 +108,7 @@ TABLE = (
         library="jax",
         module=f"{_HERE}._jax",
         dtypes=(*FLOATS, *INTEGERS),
-        options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", "dtype", OTHER_DTYPE),
+        options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", "dtype", OTHER_DTYPE, SAMPLES),
         tracing=("traced",),
     ),
     *(

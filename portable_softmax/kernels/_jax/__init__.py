@@ -89,7 +89,8 @@ def _loss(request: Request) -> Any:
         options.ignore_index, *_dtypes(request), request.result_dtype,
     )  # fmt: skip
     function = getattr(losses, request.operation)
-    return function(request.x, request.labels, options.weight, options.where, numbers, form)
+    coefficients = losses.Weights(options.weight, options.sample_weight)
+    return function(request.x, request.labels, coefficients, options.where, numbers, form)
 
 
 cross_entropy = cross_entropy_value_and_grad = _loss

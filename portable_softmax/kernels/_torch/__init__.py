@@ -29,7 +29,8 @@ def _not_a_kernels(request: Request) -> str:
     """Return what no kernel differentiates, or no operator takes."""
     options = request.options
     if torch.is_grad_enabled():
-        if any(t is not None and t.requires_grad for t in (request.labels, options.weight)):
+        coefficients = request.labels, options.weight, options.sample_weight
+        if any(t is not None and t.requires_grad for t in coefficients):
             return "labels or weights that require gradients"
         value_and_grad = request.operation == "cross_entropy_value_and_grad"
         if request.tracing and value_and_grad and request.x.requires_grad:

@@ -130,7 +130,7 @@ def _upstream(request: Request, dy: Tensor) -> Tensor:
     if request.options.reduction == "none":
         dy = dy.unsqueeze(request.axis)
     counted = None
-    if request.options.ignore_index is not None:
+    if request.options.ignore_index is not None or request.options.sample_weight is not None:
         counted = request.target().counted
     return dy if counted is None else torch.where(counted, dy, 0.0)
 

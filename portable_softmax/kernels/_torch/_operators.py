@@ -28,9 +28,9 @@ from portable_softmax.kernels._torch import _autograd, _gradients
 Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
 _SCHEMA = (
-    "(Tensor x, Tensor? dy, Tensor? labels, Tensor? weight, Tensor? where, str engine, "
-    "str operation, int[] axes, float temperature, int? ignore_index, float label_smoothing, "
-    "float z_loss, float? softcap, str reduction)"
+    "(Tensor x, Tensor? dy, Tensor? labels, Tensor? weight, Tensor? where, Tensor? sample, "
+    "str engine, str operation, int[] axes, float temperature, int? ignore_index, "
+    "float label_smoothing, float z_loss, float? softcap, str reduction)"
 )
 
 
@@ -59,9 +59,9 @@ def _arguments(engine: str, request: Request) -> tuple[Any, ...]:
 
 def _request(
     x: Tensor, dy: Tensor | None, labels: Tensor | None, weight: Tensor | None,
-    where: Tensor | None, engine: str, operation: str, axes: list[int], temperature: float,
-    ignore_index: int | None, label_smoothing: float, z_loss: float, softcap: float | None,
-    reduction: str,
+    where: Tensor | None, sample: Tensor | None, engine: str, operation: str, axes: list[int],
+    temperature: float, ignore_index: int | None, label_smoothing: float, z_loss: float,
+    softcap: float | None, reduction: str,
 ) -> tuple[Any, Request]:  # fmt: skip
     """Return the kernel's module and the request that the operators' arguments stand for."""
     library = libraries.library_of(x)
@@ -70,7 +70,7 @@ def _request(
     if operation in LOSSES:
         neutral = PLAIN_LOSS
         options = LossOptions(
-            weight, ignore_index, label_smoothing, z_loss, softcap, where, reduction
+            weight, ignore_index, label_smoothing, z_loss, softcap, where, reduction, None, sample
         )
     else:
         options, neutral = RowOptions(where, temperature), PLAIN_ROWS
@@ -140,7 +140,7 @@ def _(*arguments: Any) -> Tensor:
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, request = _request(*inputs)
-    ctx.engine = inputs[5]
+    ctx.engine = inputs[6]
     _autograd.keep(ctx, request, output[0])
 
 
@@ -149,7 +149,7 @@ def _backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
     dx, ddy = _autograd.pulled_back(
         request, upstream[:1], request.library.transform, partial(_gradient_of, ctx.engine)
     )
-    return dx, ddy, *(None,) * 12
+    return dx, ddy, *(None,) * 13
 
 
 _value.register_autograd(_backward, setup_context=_keep)
