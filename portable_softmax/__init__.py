@@ -10,6 +10,8 @@ array([0.0321, 0.0871, 0.2369, 0.6439])
 
 from portable_softmax import kernels, textbook
 from portable_softmax._cross_entropy import cross_entropy, cross_entropy_value_and_grad
+from portable_softmax._entropy import entropy, kl_divergence
+from portable_softmax._logsums import logcumsumexp, logmeanexp
 from portable_softmax._softmax import (
     log_softmax,
     log_softmax_vjp,
@@ -28,9 +30,13 @@ __all__ = [
     "SoftmaxWithLoss",
     "cross_entropy",
     "cross_entropy_value_and_grad",
+    "entropy",
     "kernels",
+    "kl_divergence",
     "log_softmax",
     "log_softmax_vjp",
+    "logcumsumexp",
+    "logmeanexp",
     "logsumexp",
     "softmax",
     "softmax_jacobian",

@@ -14,9 +14,8 @@ from portable_softmax.kernels._request import (
     LossOptions,
     Request,
     active,
-    answered_in,
+    loss_dtype,
 )
-from portable_softmax.libraries import Library
 
 __all__ = ["cross_entropy", "cross_entropy_value_and_grad"]
 
@@ -268,19 +267,6 @@ def _answer(
         loss, grad = answer
         return library.scalar_if_0d(loss), grad
     return library.scalar_if_0d(answer)
-
-
-def loss_dtype(
-    library: Library, logits: Any, dtype: Any, compute_dtype: Any, result_dtype: Any
-) -> tuple[Any, Any, Any]:
-    """Return what `answered_in` does for the dtype of a loss; a library may have a rule for it."""
-    if dtype is not None:
-        dtype = _checks.answer_dtype(dtype, library)
-    elif library.dtype(result_dtype).kind == "half":
-        dtype = library.loss_dtype(logits)
-    if dtype is None:
-        return compute_dtype, None, NONE_GIVEN
-    return answered_in(library, dtype, compute_dtype, result_dtype)
 
 
 def _options(

@@ -278,12 +278,12 @@ def logsumexp(
         _portable_logsumexp,
     )  # fmt: skip
     if not return_sign:
-        return _dropped(library, answer, axes, keepdims)
-    value, sign = (_dropped(library, part, axes, keepdims) for part in answer)
+        return dropped(library, answer, axes, keepdims)
+    value, sign = (dropped(library, part, axes, keepdims) for part in answer)
     return value, sign
 
 
-def _dropped(library: Library, y: Any, axes: tuple[int, ...], keepdims: bool) -> Any:
+def dropped(library: Library, y: Any, axes: tuple[int, ...], keepdims: bool) -> Any:
     """Return a reduction without its reduced axes of length 1, unless they stay."""
     if axes and not keepdims:
         y = library.squeeze(y, axes)
@@ -509,7 +509,7 @@ def _portable_rows(request: Request) -> Any:
     where, temperature = request.options[:2]
     xp = library.xp
     if not axes:
-        x, where = _with_an_axis(xp, x, where)
+        x, where = with_an_axis(xp, x, where)
     y = library.compiled(getattr(portable, request.operation))(
         xp,
         library.cast(x, request.compute_dtype),
@@ -528,7 +528,7 @@ def _portable_logsumexp(request: Request) -> Any:
     where, b = request.options.where, request.options.b
     xp, compute_dtype, answer_dtype = library.xp, request.compute_dtype, request.answer_dtype
     if not axes:
-        x, where, b = _with_an_axis(xp, x, where, b)
+        x, where, b = with_an_axis(xp, x, where, b)
     parts = library.compiled(portable.logsumexp)(
         xp,
         library.cast(x, compute_dtype),
@@ -550,7 +550,7 @@ def _portable_vjp(request: Request) -> Any:
     library, y, dy, axes = request.library, request.x, request.dy, request.axes
     xp, compute_dtype = library.xp, request.compute_dtype
     if not axes:
-        y, dy = _with_an_axis(xp, y, dy)
+        y, dy = with_an_axis(xp, y, dy)
     dx = library.compiled(getattr(portable, request.operation))(
         xp, library.cast(y, compute_dtype), library.cast(dy, compute_dtype), axes or (y.ndim - 1,)
     )
@@ -567,6 +567,6 @@ def _portable_jacobian(request: Request) -> Any:
     return library.cast(jacobian, request.result_dtype)
 
 
-def _with_an_axis(xp: Namespace, *arrays: Any) -> Any:
+def with_an_axis(xp: Namespace, *arrays: Any) -> Any:
     """Turn a reduction over no axis, such as that of a 0-d array, into one over a single entry."""
     return [None if a is None else xp.expand_dims(a, axis=-1) for a in arrays]

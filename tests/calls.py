@@ -65,7 +65,11 @@ def _calls() -> dict[str, Call]:
             k if isinstance(v, np.ndarray) else f"{k}={v}" for k, v in keyword.items()
         )
         kind = {labels.shape: "index", shape: "distribution"}[positional[-1].shape]
-        kind = f"{kind} {positional[-1].dtype}: " if "entropy" in function.__name__ else ""
+        kind = (
+            f"{kind} {positional[-1].dtype}: "
+            if function.__name__.startswith("cross_entropy")
+            else ""
+        )
         found[f"{function.__name__}({kind}{options})"] = Call(function, positional, keyword)
 
     for f in (ps.softmax, ps.log_softmax):
@@ -84,6 +88,13 @@ def _calls() -> dict[str, Call]:
     call(ps.softmax_vjp, t, other, axis=(0, 2))
     call(ps.log_softmax_vjp, x, other, axis=(0, 2))
     call(ps.softmax_jacobian, t, axis=1)
+    call(ps.entropy, x)
+    call(ps.entropy, x, axis=(0, 2))
+    call(ps.kl_divergence, x, other)
+    call(ps.kl_divergence, x, other, axis=1, temperature=2.0, distillation=True, reduction="none")
+    call(ps.logmeanexp, x)
+    call(ps.logmeanexp, x, axis=(0, 2), keepdims=True, where=mask)
+    call(ps.logcumsumexp, x, axis=1)
     for f in (ps.cross_entropy, ps.cross_entropy_value_and_grad):
         for target in (labels, t):
             call(f, x, target)

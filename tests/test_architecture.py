@@ -25,6 +25,8 @@ ROOMS = (
     "__init__",
     "layers",
     "_cross_entropy",
+    "_entropy",
+    "_logsums",
     "_softmax",
     "kernels",
     "portable",

@@ -818,3 +818,93 @@ def test_probabilities_with_ignore_index(xp):
     x = xp.asarray([[0.0, 1.0]])
     with pytest.raises(ValueError, match="ignore_index is -100, but labels are a distribution"):
         ps.cross_entropy(x, xp.asarray([[0.5, 0.5]]), ignore_index=-100)
+
+
+# --------------------------------------------------------------------------- the rest of the family
+
+
+def test_entropy_of_infinities(xp):
+    """entropy: probability 0, a row of -inf only, +inf or nan, an empty row | contributes 0; nan; nan; 0"""  # noqa: E501
+    x = xp.asarray(
+        [[0.0, -INF, 0.0], [-INF] * 3, [INF, 0.0, 0.0], [NAN, 0.0, 0.0], [5.0, -INF, -INF]]
+    )
+    assert_close(xp, ps.entropy(x), [np.log(2), NAN, NAN, NAN, 0.0])
+    assert_close(xp, ps.entropy(xp.asarray(np.zeros((2, 0)))), [0.0, 0.0])
+    assert_like(xp, ps.entropy(xp.asarray(np.zeros((0, 3)))), (0,), "float64")
+    assert_close(xp, ps.entropy(xp.asarray(3.0), axis=None), 0.0)
+    assert_close(xp, ps.entropy(xp.asarray([1, 1, 1, 1], "int32")), np.log(4), _default(xp))
+
+
+def _default(xp):
+    """Return the default floating dtype, in which integers are answered."""
+    return "float32" if xp.library == "torch" else "float64"
+
+
+def test_divergence_of_infinities(xp):
+    """kl_divergence: p 0; q 0 where p is not; both 0; +inf or nan in a row | contributes 0; inf; contributes 0; nan"""  # noqa: E501
+    p = xp.asarray([[0.0, -INF], [0.0, 0.0], [0.0, -INF], [INF, 0.0], [0.0, 0.0]])
+    q = xp.asarray([[0.0, 0.0], [0.0, -INF], [3.0, -INF], [0.0, 0.0], [NAN, 0.0]])
+    expected = [np.log(2), INF, 0.0, NAN, NAN]
+    assert_close(xp, ps.kl_divergence(p, q, reduction="none"), expected, rtol=1e-15)
+    empty = xp.asarray(np.zeros((0, 3)))
+    assert_close(xp, ps.kl_divergence(empty, empty), NAN)
+    assert_close(xp, ps.kl_divergence(empty, empty, reduction="sum"), 0.0)
+    nothing = xp.asarray(np.zeros((2, 0)))
+    assert_close(xp, ps.kl_divergence(nothing, nothing, reduction="none"), [0.0, 0.0])
+
+
+def test_divergence_of_others(xp):
+    """kl_divergence of shapes that differ, or a wrong option | ValueError, TypeError naming it"""
+    x = xp.asarray(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"logits_q has shape \(3,\), expected \(2, 3\)"):
+        ps.kl_divergence(x, xp.asarray(np.zeros(3)))
+    with pytest.raises(TypeError, match="logits_q has dtype bool"):
+        ps.kl_divergence(x, xp.asarray(np.ones((2, 3), bool)))
+    with pytest.raises(ValueError, match="reduction is 'batchmean'"):
+        ps.kl_divergence(x, x, reduction="batchmean")
+    with pytest.raises(ValueError, match=r"temperature is 0\.0"):
+        ps.kl_divergence(x, x, temperature=0.0)
+
+
+def test_log_of_a_mean(xp):
+    """logmeanexp: an empty or fully masked row; -inf only; +inf; nan | nan; -inf; +inf; nan"""
+    x = np.asarray([[-INF, -INF], [INF, 0.0], [NAN, INF], [-INF, 0.0], [7.0, 7.0]])
+    expected = [-INF, INF, NAN, -np.log(2), 7.0]
+    assert_close(xp, ps.logmeanexp(xp.asarray(x), axis=1), expected)
+    mask = xp.asarray([[False, False], [False, True], [False, True], [False, True], [True, True]])
+    expected = [NAN, 0.0, INF, 0.0, 7.0]
+    assert_close(xp, ps.logmeanexp(xp.asarray(x), axis=1, where=mask), expected)
+    assert_close(xp, ps.logmeanexp(xp.asarray(np.zeros((2, 0))), axis=1), [NAN, NAN])
+    assert_close(xp, ps.logmeanexp(xp.asarray(3.0)), 3.0)
+    assert_close(xp, ps.logmeanexp(xp.asarray([2, 2], "int8")), 2.0, _default(xp))
+
+
+def test_running_sums_of_infinities(xp):
+    """logcumsumexp: -inf at first; after +inf; after nan; an empty axis | -inf; +inf; nan; empty"""
+    x = [[-INF, -INF, 0.0, 0.0], [0.0, INF, INF, -INF], [0.0, NAN, INF, 0.0], [0.0, -INF, 0.0, NAN]]
+    two = np.log(2)
+    expected = [
+        [-INF, -INF, 0.0, two], [0.0, INF, INF, INF], [0.0, NAN, NAN, NAN], [0.0, 0.0, two, NAN],
+    ]  # fmt: skip
+    assert_close(xp, ps.logcumsumexp(xp.asarray(x)), expected)
+    assert_like(xp, ps.logcumsumexp(xp.asarray(np.zeros((2, 0)))), (2, 0), "float64")
+    assert_close(xp, ps.logcumsumexp(xp.asarray([0, 0])), [0.0, two], _default(xp))
+    with pytest.raises(TypeError, match="axis is None, expected an int"):
+        ps.logcumsumexp(xp.asarray(x), axis=None)
+
+
+def test_half_types_of_the_family(xp):
+    """entropy, kl_divergence, logmeanexp, logcumsumexp of float16, bfloat16 | computed in float32, rounded once"""  # noqa: E501
+    if not xp.halves:
+        pytest.skip(f"{xp.name} has no half types")
+    rng = np.random.default_rng(13)
+    for dtype in xp.halves:
+        x, y = (xp.asarray(rng.normal(size=(4, 50)), dtype) for _ in range(2))
+        wide = [xp.numpy(a).astype(np.float64) for a in (x, y)]
+        for f, arrays in (
+            (ps.entropy, 1),
+            (lambda *a: ps.kl_divergence(*a, reduction="none"), 2),
+            (lambda a: ps.logmeanexp(a, axis=1), 1),
+            (ps.logcumsumexp, 1),
+        ):
+            assert_half(xp, f(*(x, y)[:arrays]), f(*wide[:arrays]), dtype)

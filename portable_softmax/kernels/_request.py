@@ -27,8 +27,19 @@ class RowOptions(NamedTuple):
 
 LossOptions = portable.Options
 
+
+class DivergenceOptions(NamedTuple):
+    """The options of kl_divergence, with their neutral values."""
+
+    temperature: float = 1.0
+    distillation: bool = False
+    reduction: str = "mean"
+    dtype: Any = None
+
+
 PLAIN_ROWS = RowOptions()
 PLAIN_LOSS = LossOptions()
+PLAIN_DIVERGENCE = DivergenceOptions()
 NONE_GIVEN: tuple[str, ...] = ()
 
 # Beside the options' own names, what a kernel may not take although it takes the option.
@@ -68,6 +79,19 @@ def answered_in(library: Library, dtype: Any, compute: Any, result: Any) -> tupl
     return (dtype if wider else compute), dtype, (OTHER_DTYPE,)
 
 
+def loss_dtype(
+    library: Library, logits: Any, dtype: Any, compute_dtype: Any, result_dtype: Any
+) -> tuple[Any, Any, Any]:
+    """Return what `answered_in` does for the dtype of a loss; a library may have a rule for it."""
+    if dtype is not None:
+        dtype = _checks.answer_dtype(dtype, library)
+    elif library.dtype(result_dtype).kind == "half":
+        dtype = library.loss_dtype(logits)
+    if dtype is None:
+        return compute_dtype, None, NONE_GIVEN
+    return answered_in(library, dtype, compute_dtype, result_dtype)
+
+
 class Layout(NamedTuple):
     """An array's shape with the reduced axes, which are neighbours, taken together."""
 
@@ -89,7 +113,7 @@ class Request(NamedTuple):
     tracing: str = ""  # what follows or replaces the arrays' values, such as "torch.compile"
     options: Any = PLAIN_ROWS
     active: tuple[str, ...] = NONE_GIVEN  # the options that are not neutral, and the kind of labels
-    dy: Any = None
+    dy: Any = None  # an upstream gradient, or the second of two arrays
     labels: Any = None
     indices: bool = True  # class indices, or else probabilities
     check_labels: bool = True

@@ -18,6 +18,8 @@ from portable_softmax.portable._cross_entropy import (
     with_class_axis,
 )
 from portable_softmax.portable._divisor import divisor, ordinary, powers_of_2, times_power_of_2
+from portable_softmax.portable._entropy import entropy, kl_divergence
+from portable_softmax.portable._logsums import logcumsumexp, logmeanexp
 from portable_softmax.portable._softmax import (
     log_softmax,
     log_softmax_vjp,
@@ -35,9 +37,13 @@ __all__ = [
     "cross_entropy_value_and_grad",
     "distribution_target",
     "divisor",
+    "entropy",
     "index_target",
+    "kl_divergence",
     "log_softmax",
     "log_softmax_vjp",
+    "logcumsumexp",
+    "logmeanexp",
     "logsumexp",
     "mean_divisor",
     "not_ignored",
