@@ -12,6 +12,10 @@ from portable_softmax import kernels, textbook
 from portable_softmax._cross_entropy import cross_entropy, cross_entropy_value_and_grad
 from portable_softmax._entropy import entropy, kl_divergence
 from portable_softmax._logsums import logcumsumexp, logmeanexp
+from portable_softmax._sigmoid_cross_entropy import (
+    sigmoid_cross_entropy,
+    sigmoid_cross_entropy_value_and_grad,
+)
 from portable_softmax._softmax import (
     log_softmax,
     log_softmax_vjp,
@@ -38,6 +42,8 @@ __all__ = [
     "logcumsumexp",
     "logmeanexp",
     "logsumexp",
+    "sigmoid_cross_entropy",
+    "sigmoid_cross_entropy_value_and_grad",
     "softmax",
     "softmax_jacobian",
     "softmax_vjp",

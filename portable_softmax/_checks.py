@@ -371,12 +371,33 @@ def label_values(xp: Namespace, labels: Any, valid: Any, axis: int, n: int, wher
     )
 
 
+def binary_labels(labels: Any, logits: Any, library: Library) -> None:
+    """Check labels that are yes or no, or between them, one for each logit."""
+    companion("labels", labels, "logits", logits, library)
+    kind = library.dtype(labels.dtype).kind
+    if kind not in _REAL | {"bool"}:
+        raise TypeError(
+            f"labels have dtype {dtype_name(labels.dtype)}, expected booleans, integers or floats "
+            "from 0 to 1: cast them first"
+        )
+    if not _same_shape(labels.shape, logits.shape):
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, expected {tuple(logits.shape)}, one label "
+            "for each logit: reshape labels, or make them one-hot"
+        )
+
+
+def real_weights(name: str, x: Any, library: Library) -> None:
+    """Check the dtype of real weights."""
+    kind = library.dtype(x.dtype).kind
+    if kind not in _REAL:
+        raise TypeError(_dtype_message(name, x.dtype, kind, False))
+
+
 def sample_weight(weight: Any, logits: Any, axis: int, library: Library) -> None:
     """Check the array of one weight a position."""
     companion("sample_weight", weight, "logits", logits, library)
-    kind = library.dtype(weight.dtype).kind
-    if kind not in _REAL:
-        raise TypeError(_dtype_message("sample_weight", weight.dtype, kind, False))
+    real_weights("sample_weight", weight, library)
     positions = (*logits.shape[:axis], *logits.shape[axis + 1 :])
     if not _same_shape(weight.shape, positions):
         raise ValueError(
@@ -388,9 +409,7 @@ def sample_weight(weight: Any, logits: Any, axis: int, library: Library) -> None
 def class_weight(weight: Any, logits: Any, axis: int, library: Library) -> None:
     """Check the array of one weight a class."""
     companion("weight", weight, "logits", logits, library)
-    kind = library.dtype(weight.dtype).kind
-    if kind not in _REAL:
-        raise TypeError(_dtype_message("weight", weight.dtype, kind, False))
+    real_weights("weight", weight, library)
     n = logits.shape[axis]
     if tuple(weight.shape) != (n,):
         raise ValueError(

@@ -95,6 +95,12 @@ def _calls() -> dict[str, Call]:
     call(ps.logmeanexp, x)
     call(ps.logmeanexp, x, axis=(0, 2), keepdims=True, where=mask)
     call(ps.logcumsumexp, x, axis=1)
+    for f in (ps.sigmoid_cross_entropy, ps.sigmoid_cross_entropy_value_and_grad):
+        call(f, x, one_hot)
+        call(f, x, t, reduction="none", focal_gamma=2.0)
+        positive = np.asarray([[2.0], [0.5], [1.5]])
+        everything = {"weight": weights, "pos_weight": positive, "label_smoothing": 0.1}
+        call(f, x, t, focal_gamma=1.5, **everything)
     for f in (ps.cross_entropy, ps.cross_entropy_value_and_grad):
         for target in (labels, t):
             call(f, x, target)

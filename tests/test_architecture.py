@@ -27,6 +27,7 @@ ROOMS = (
     "_cross_entropy",
     "_entropy",
     "_logsums",
+    "_sigmoid_cross_entropy",
     "_softmax",
     "kernels",
     "portable",

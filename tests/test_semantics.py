@@ -894,7 +894,7 @@ def test_running_sums_of_infinities(xp):
 
 
 def test_half_types_of_the_family(xp):
-    """entropy, kl_divergence, logmeanexp, logcumsumexp of float16, bfloat16 | computed in float32, rounded once"""  # noqa: E501
+    """entropy, kl_divergence, logmeanexp, logcumsumexp, sigmoid_cross_entropy of float16, bfloat16 | computed in float32, rounded once"""  # noqa: E501
     if not xp.halves:
         pytest.skip(f"{xp.name} has no half types")
     rng = np.random.default_rng(13)
@@ -906,5 +906,51 @@ def test_half_types_of_the_family(xp):
             (lambda *a: ps.kl_divergence(*a, reduction="none"), 2),
             (lambda a: ps.logmeanexp(a, axis=1), 1),
             (ps.logcumsumexp, 1),
+            (lambda *a: ps.sigmoid_cross_entropy(*a, reduction="none"), 2),
         ):
             assert_half(xp, f(*(x, y)[:arrays]), f(*wide[:arrays]), dtype)
+
+
+def test_sigmoid_cross_entropy_of_infinities(xp):
+    """sigmoid_cross_entropy: an infinite logit that is right; one that is wrong; nan; weight 0; no entry | 0; inf; nan; no effect; mean nan, sum 0"""  # noqa: E501
+    z = np.asarray([INF, -INF, INF, -INF, NAN])
+    t = np.asarray([1, 0, 0, 1, 1])
+    for gamma in (0.0, 0.5, 2.0):
+        options = {"reduction": "none", "focal_gamma": gamma}
+        arguments = xp.asarray(z), xp.asarray(t)
+        loss, grad = ps.sigmoid_cross_entropy_value_and_grad(*arguments, **options)
+        assert_close(xp, loss, [0.0, 0.0, INF, INF, NAN])
+        assert_close(xp, grad, [0.0, 0.0, 1.0, -1.0, NAN])
+        weight = xp.asarray([1.0, 1.0, 0.0, 0.0, 0.0])
+        both = ps.sigmoid_cross_entropy_value_and_grad(*arguments, weight=weight, **options)
+        for found in both:
+            assert_array_equal(np.abs(xp.numpy(found)), np.zeros(5))
+    empty = xp.asarray(np.zeros((0, 3)))
+    for reduction, expected in (("mean", NAN), ("sum", 0.0)):
+        loss, grad = ps.sigmoid_cross_entropy_value_and_grad(empty, empty, reduction=reduction)
+        assert_close(xp, loss, expected)
+        assert_like(xp, grad, (0, 3), "float64")
+    loss = ps.sigmoid_cross_entropy(xp.asarray([0, 0]), xp.asarray([0, 1]))
+    assert_close(xp, loss, np.log(2), _default(xp))
+
+
+def test_sigmoid_cross_entropy_of_others(xp):
+    """sigmoid_cross_entropy: labels of another shape, or complex; numbers out of range | ValueError; TypeError; ValueError"""  # noqa: E501
+    z, t = xp.asarray(np.zeros((2, 3))), xp.asarray(np.zeros((2, 3)))
+    f = ps.sigmoid_cross_entropy
+    with pytest.raises(ValueError, match=r"labels have shape \(2,\), expected \(2, 3\)"):
+        f(z, xp.asarray([0, 1]))
+    with pytest.raises(TypeError, match="labels have dtype complex128, expected booleans"):
+        f(z, xp.asarray(np.zeros((2, 3)), "complex128"))
+    for name in ("weight", "pos_weight"):
+        with pytest.raises(ValueError, match=rf"{name} has shape \(2,\), which does not broadcast"):
+            f(z, t, **{name: xp.asarray([1.0, 1.0])})
+        with pytest.raises(TypeError, match=f"{name} has dtype bool"):
+            f(z, t, **{name: xp.asarray(np.ones(3, bool))})
+    for options, message in (
+        ({"focal_gamma": -1.0}, r"focal_gamma is -1\.0.*\[0, inf\)"),
+        ({"label_smoothing": 1.5}, r"label_smoothing is 1\.5.*\[0, 1\]"),
+        ({"reduction": "avg"}, "reduction is 'avg'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            f(z, t, **options)

@@ -26,6 +26,7 @@ class RowOptions(NamedTuple):
 
 
 LossOptions = portable.Options
+SigmoidOptions = portable.SigmoidOptions
 
 
 class DivergenceOptions(NamedTuple):
@@ -40,6 +41,7 @@ class DivergenceOptions(NamedTuple):
 PLAIN_ROWS = RowOptions()
 PLAIN_LOSS = LossOptions()
 PLAIN_DIVERGENCE = DivergenceOptions()
+PLAIN_SIGMOID = SigmoidOptions()
 NONE_GIVEN: tuple[str, ...] = ()
 
 # Beside the options' own names, what a kernel may not take although it takes the option.

@@ -20,6 +20,11 @@ from portable_softmax.portable._cross_entropy import (
 from portable_softmax.portable._divisor import divisor, ordinary, powers_of_2, times_power_of_2
 from portable_softmax.portable._entropy import entropy, kl_divergence
 from portable_softmax.portable._logsums import logcumsumexp, logmeanexp
+from portable_softmax.portable._sigmoid import (
+    SigmoidOptions,
+    sigmoid_cross_entropy,
+    sigmoid_cross_entropy_value_and_grad,
+)
 from portable_softmax.portable._softmax import (
     log_softmax,
     log_softmax_vjp,
@@ -32,6 +37,7 @@ from portable_softmax.portable._sums import total
 
 __all__ = [
     "Options",
+    "SigmoidOptions",
     "Target",
     "cross_entropy",
     "cross_entropy_value_and_grad",
@@ -51,6 +57,8 @@ __all__ = [
     "ordinary",
     "powers_of_2",
     "reduced",
+    "sigmoid_cross_entropy",
+    "sigmoid_cross_entropy_value_and_grad",
     "softcapped",
     "softmax",
     "softmax_jacobian",
