@@ -249,6 +249,7 @@ def test_losses_answer_in_float32_under_autocast(xp, torch):
 
 def test_torch_compiles_it(xp, torch):
     x, labels = xp.asarray(LOGITS, "bfloat16"), xp.asarray(LABELS)
+    large = xp.asarray(np.tile(LOGITS, (6, 3000)), "bfloat16")  # kernels are operators there
 
     def loss(x):
         return ps.cross_entropy(x, labels, dtype=torch.float32)
@@ -257,11 +258,33 @@ def test_torch_compiles_it(xp, torch):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return ps.cross_entropy(x, labels)
 
+    samples = xp.asarray(np.linspace(0, 2, 24), "float32")
+
+    def loss_of_many(x):
+        return ps.cross_entropy(
+            x, labels.tile(6), sample_weight=samples, dtype=torch.float32, check_labels=False
+        )
+
     torch.compiler.reset()
     for f in (loss, under_autocast):
         y = torch.compile(f, backend="eager", fullgraph=True)(x)
         torch.testing.assert_close(y, loss(x), rtol=1e-6, atol=0.0)
     torch.compiler.reset()
+    for f in (loss_of_many, ps.softmax, ps.log_softmax, ps.logsumexp):
+        given = {} if f is loss_of_many else {"axis": 1, "dtype": torch.float32}
+
+        def gradient(f, given=given):
+            z = large.clone().requires_grad_()
+            y = f(z, **given)
+            assert y.dtype == torch.float32
+            (grad,) = torch.autograd.grad((y * y).sum(), z)
+            assert grad.dtype == z.dtype
+            return y, grad
+
+        compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
+        for a, e in zip(gradient(compiled), gradient(f), strict=True):
+            torch.testing.assert_close(a, e, rtol=2.0**-7, atol=1e-6)
+        torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -34,6 +34,8 @@ missing = _support.missing
 def declines(request: Request, asked: bool) -> str:
     """Return why a call is left to the next kernel."""
     x = request.x
+    if why := declines_options(request):
+        return why
     arrays = (x,) if request.dy is None else (x, request.dy)
     if not all(a.flags.c_contiguous and a.flags.aligned for a in arrays):
         return "not in C order"
@@ -41,13 +43,28 @@ def declines(request: Request, asked: bool) -> str:
         return f"dtypes: {x.dtype} and {request.dy.dtype}"
     if request.labels is not None and not request.labels.dtype.isnative:
         return f"dtype of labels: {request.labels.dtype}"
+    return declines_shape(x.shape, request.axes)
+
+
+def declines_options(request: Request) -> str:
+    """Return why an operation is not taken with options that another is taken with."""
     if "dtype" in request.active and request.operation not in LOSSES:
         return "dtype of the answer"
-    layout = request.layout()
-    if layout is None:
+    return ""
+
+
+def declines_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
+    """Return why arrays of a shape are left to the next kernel, in C order too."""
+    first, last = min(axes), max(axes)
+    if last - first + 1 != len(axes):
         return "axes apart from each other"
-    if layout.inner > 1 and layout.n > LONGEST_ACROSS:
-        return f"{layout.n:,} classes along an axis that is not the last"
+    n = inner = 1
+    for a in axes:  # torch.compile traces no math.prod of its sizes
+        n *= shape[a]
+    for size in shape[last + 1 :]:
+        inner *= size
+    if inner > 1 and n > LONGEST_ACROSS:
+        return f"{n:,} classes along an axis that is not the last"
     return _support.refusal()
 
 
