@@ -189,6 +189,20 @@ def real_answer(dtype: Any, compute_dtype: Any, library: Library) -> None:
         )
 
 
+def sink(value: Any, x: Any, axes: tuple[int, ...], library: Library) -> Any:
+    """Return the sink of a softmax: a number below inf, or an array of one a row."""
+    if not isinstance(value, bool) and isinstance(value, Real):
+        number = float(real("sink", value, "[-inf, inf)"))
+        if not number < math.inf:
+            raise ValueError(f"sink is {number}, expected a number in [-inf, inf), or an array")
+        return number
+    companion("sink", value, "x", x, library)
+    real_weights("sink", value, library)
+    kept = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+    broadcastable("sink", value, kept, "a sum over the axes of x that keeps them")
+    return value
+
+
 # --------------------------------------------------------------------------- axes and numbers
 
 

@@ -38,6 +38,7 @@ def softmax(
     where: Array | None = None,
     temperature: float = 1.0,
     dtype: Any = None,
+    sink: float | Array | None = None,
 ) -> ArrayT:
     r"""Turn logits into probabilities that are positive and sum to one.
 
@@ -48,6 +49,8 @@ def softmax(
     and the gradient of a loss through it, for an upstream gradient dy, is ::
 
         dx = y * (dy - sum(y * dy)) / T
+
+    with a sink as well, whose own gradient is -(1 - sum(y)) * sum(y * dy) / T.
 
     Parameters
     ----------
@@ -64,6 +67,11 @@ def softmax(
         The floating dtype of the result, one of the library's; None for that of `x`. Half types
         are computed in float32 anyway, and with ``dtype=float32`` they are not rounded again. What
         is computed in is never narrower than `dtype`. The gradient keeps the dtype of `x`.
+    sink
+        One more logit s of every row, that gets no probability: the sum has one more term,
+        exp(s / T), and the probabilities sum to less than one. A number below inf, or an array that
+        broadcasts to the shape of `x` with length 1 along the reduced axes, such as one sink for
+        each attention head. ``sink=0.0`` is "softmax1", which may attend to nothing.
 
     Returns
     -------
@@ -79,13 +87,16 @@ def softmax(
         of another library; if `temperature` is no Python number, or `dtype` no floating dtype.
     ValueError
         If `axis` is out of range, `where` does not broadcast or lives on another device, or
-        `temperature` is not positive and finite.
+        `temperature` is not positive and finite; if `sink` is a number that is nan or inf, or an
+        array that does not broadcast.
 
     Notes
     -----
     The maximum is subtracted first, which cancels and keeps exp from overflowing. A row of -inf
     only, or one that holds +inf or nan, is nan; no other row is touched. A row that `where` masks
-    out as a whole is 0.
+    out as a whole is 0, and so is a row of -inf only beside a sink that is larger. Sinks: Miller
+    2023, "Attention is off by one"; Xiao et al. 2023, "Efficient streaming language models with
+    attention sinks".
 
     See Also
     --------
@@ -100,8 +111,10 @@ def softmax(
     array([0.0320586 , 0.08714432, 0.23688282, 0.64391426])
     >>> softmax(np.asarray([1.0, 2.0, 9.0]), where=np.asarray([True, True, False])).round(4)
     array([0.2689, 0.7311, 0.    ])
+    >>> softmax(np.asarray([0.0, -1000.0]), sink=0.0)
+    array([0.5, 0. ])
     """
-    y: ArrayT = _row_by_row("softmax", x, axis, where, temperature, dtype)
+    y: ArrayT = _row_by_row("softmax", x, axis, where, temperature, dtype, sink)
     return y
 
 
@@ -114,6 +127,7 @@ def log_softmax(
     where: Array | None = None,
     temperature: float = 1.0,
     dtype: Any = None,
+    sink: float | Array | None = None,
 ) -> ArrayT:
     r"""Return the logarithms of the softmax probabilities, to the last digits.
 
@@ -139,6 +153,9 @@ def log_softmax(
         T, a positive number.
     dtype
         The floating dtype of the result, as in `softmax`.
+    sink
+        One more logit of every row, a number or an array, that gets no probability, as in
+        `softmax`. Its gradient is -(1 - sum(exp(y))) * sum(dy) / T.
 
     Returns
     -------
@@ -154,8 +171,9 @@ def log_softmax(
     Notes
     -----
     A row of -inf only, or one that holds +inf or nan, is nan. A row that `where` masks out as a
-    whole is -inf. The rounding error of x - max is put back to first order (two-sum, Knuth 1969);
-    the log1p form is that of SciPy pull request 21597 (2024).
+    whole is -inf, and so is a row of -inf only beside a larger sink. The rounding error of x - max
+    is put back to first order (two-sum, Knuth 1969); the log1p form is that of SciPy pull request
+    21597 (2024).
 
     See Also
     --------
@@ -169,7 +187,7 @@ def log_softmax(
     >>> print(f"{log_softmax(np.asarray([30.0, 0.0, 0.0]))[0]:.12e}")
     -1.871524593768e-13
     """
-    y: ArrayT = _row_by_row("log_softmax", x, axis, where, temperature, dtype)
+    y: ArrayT = _row_by_row("log_softmax", x, axis, where, temperature, dtype, sink)
     return y
 
 
@@ -452,19 +470,14 @@ def softmax_jacobian(y: ArrayT, /, *, axis: int = -1) -> ArrayT:
 
 
 def _row_by_row(
-    operation: str, x: Any, axis: Axis, where: Any, temperature: Any, dtype: Any
+    operation: str, x: Any, axis: Axis, where: Any, temperature: Any, dtype: Any, sink: Any
 ) -> Any:
     """Check the arguments of softmax or log_softmax and answer."""
     library, found = _checks.array("x", x)
     axes = _checks.axes(axis, x.ndim)
     compute_dtype, result_dtype = found.computed or library.compute_dtype(x)
     options, given, tracing = PLAIN_ROWS, NONE_GIVEN, library.tracing(x)
-    if (
-        where is not None
-        or type(temperature) is not float
-        or temperature != 1.0
-        or dtype is not None
-    ):
+    if not (where is dtype is sink is None and type(temperature) is float and temperature == 1.0):
         more = NONE_GIVEN
         if dtype is not None:
             dtype = _checks.answer_dtype(dtype, library)
@@ -472,7 +485,12 @@ def _row_by_row(
         if where is not None:
             _checks.mask(where, "x", x, library)
             tracing = tracing or library.tracing(where)
-        options = RowOptions(where, _checks.temperature(temperature), dtype=dtype)
+        if sink is not None:
+            sink = _checks.sink(sink, x, axes, library)
+            if not isinstance(sink, float):
+                tracing = tracing or library.tracing(sink)
+                sink = library.quietly(library.cast, sink, compute_dtype)
+        options = RowOptions(where, _checks.temperature(temperature), dtype=dtype, sink=sink)
         given = (*active(options, PLAIN_ROWS), *more)
         if is_extreme(library, options.temperature, compute_dtype):
             given = (*given, EXTREME)
@@ -506,16 +524,21 @@ def _vjp(operation: str, name: str, y: ArrayT, dy: Array, axis: Axis) -> ArrayT:
 def _portable_rows(request: Request) -> Any:
     """softmax or log_softmax in the library's own operations."""
     library, x, axes = request.library, request.x, request.axes
-    where, temperature = request.options[:2]
+    where, temperature, sink = (
+        request.options.where, request.options.temperature, request.options.sink,
+    )  # fmt: skip
     xp = library.xp
     if not axes:
         x, where = with_an_axis(xp, x, where)
+        if sink is not None and not isinstance(sink, float):
+            (sink,) = with_an_axis(xp, sink)
     y = library.compiled(getattr(portable, request.operation))(
         xp,
         library.cast(x, request.compute_dtype),
         axes or (x.ndim - 1,),
         where=where,
         temperature=temperature,
+        sink=sink,
     )
     if not axes:
         y = library.scalar_if_0d(xp.squeeze(y, axis=-1))

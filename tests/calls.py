@@ -78,6 +78,8 @@ def _calls() -> dict[str, Call]:
         call(f, x, axis=None, temperature=0.7)
         call(f, x, where=mask)
         call(f, x, axis=1, where=mask[0], temperature=2.0)
+        call(f, x, sink=0.0)
+        call(f, x, axis=1, where=mask, temperature=2.0, sink=other[:, :1])
     call(ps.logsumexp, x)
     call(ps.logsumexp, x, axis=(0, 2), keepdims=True)
     call(ps.logsumexp, x, axis=-1, where=mask, return_sign=True)

@@ -954,3 +954,43 @@ def test_sigmoid_cross_entropy_of_others(xp):
     ):
         with pytest.raises(ValueError, match=message):
             f(z, t, **options)
+
+
+def test_a_sink(xp):
+    """sink: a row of -inf only, or masked as a whole; +inf or nan in a row; sink -inf | softmax 0, log_softmax -inf; nan; as without a sink"""  # noqa: E501
+    x = xp.asarray([[-INF, -INF], [INF, 0.0], [NAN, 0.0], [0.0, 0.0]])
+    third = 1 / 3
+    expected = np.asarray([[0.0, 0.0], [NAN, NAN], [NAN, NAN], [third, third]])
+    sinks = xp.asarray(np.zeros((4, 1)))
+    for sink in (0.0, sinks):
+        assert_close(xp, ps.softmax(x, sink=sink), expected)
+        logs = xp.numpy(ps.log_softmax(x, sink=sink))
+        np.testing.assert_allclose(np.exp(logs), expected, rtol=1e-15)
+    mask = xp.asarray([[False, False], [False, True], [False, True], [True, True]])
+    masked = [[0.0, 0.0], [0.0, 0.5], [0.0, 0.5], [third, third]]
+    assert_close(xp, ps.softmax(x, where=mask, sink=0.0), masked)
+    logs = xp.numpy(ps.log_softmax(x, where=mask, sink=0.0))
+    np.testing.assert_allclose(np.exp(logs), masked, rtol=1e-15)
+    finite = xp.asarray([[1.0, 2.0, -3.0], [5.0, 5.0, 5.0]])
+    for f in FAMILY:
+        assert_close(xp, f(finite, sink=-INF), xp.numpy(f(finite)), rtol=1e-15)
+        assert_like(xp, f(xp.asarray(np.zeros((2, 0))), sink=1.0), (2, 0), "float64")
+        assert_close(
+            xp, f(xp.asarray(0.0), axis=None, sink=0.0), 0.5 if f is ps.softmax else -np.log(2)
+        )
+
+
+def test_a_sink_of_another_kind(xp):
+    """sink that is nan or inf, or does not broadcast; or is no array | ValueError; TypeError"""
+    x = xp.asarray(np.zeros((2, 3)))
+    for f in FAMILY:
+        for wrong in (NAN, INF):
+            with pytest.raises(ValueError, match=rf"sink is {wrong}, expected a number in \[-inf"):
+                f(x, sink=wrong)
+        for shape in ((3,), (2, 3), (2,), (1, 2, 1)):
+            with pytest.raises(ValueError, match=r"sink has shape .*does not broadcast"):
+                f(x, sink=xp.asarray(np.zeros(shape)))
+        with pytest.raises(TypeError, match="sink has dtype bool"):
+            f(x, sink=xp.asarray(np.ones(1, bool)))
+        with pytest.raises(TypeError, match="sink is a list"):
+            f(x, sink=[0.0])

@@ -23,6 +23,7 @@ class RowOptions(NamedTuple):
     b: Any = None
     return_sign: bool = False
     dtype: Any = None  # of the answer, where that is not the usual one
+    sink: Any = None  # a number, or an array that broadcasts to what a reduction of x leaves
 
 
 LossOptions = portable.Options
