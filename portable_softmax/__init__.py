@@ -10,9 +10,15 @@ array([0.0321, 0.0871, 0.2369, 0.6439])
 
 from portable_softmax import kernels, online, textbook
 from portable_softmax._cross_entropy import cross_entropy, cross_entropy_value_and_grad
+from portable_softmax._entropy import entropy, kl_divergence
 from portable_softmax._linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_value_and_grad,
+)
+from portable_softmax._logsums import logcumsumexp, logmeanexp
+from portable_softmax._sigmoid_cross_entropy import (
+    sigmoid_cross_entropy,
+    sigmoid_cross_entropy_value_and_grad,
 )
 from portable_softmax._softmax import (
     log_softmax,
@@ -32,13 +38,19 @@ __all__ = [
     "SoftmaxWithLoss",
     "cross_entropy",
     "cross_entropy_value_and_grad",
+    "entropy",
     "kernels",
+    "kl_divergence",
     "linear_cross_entropy",
     "linear_cross_entropy_value_and_grad",
     "log_softmax",
     "log_softmax_vjp",
+    "logcumsumexp",
+    "logmeanexp",
     "logsumexp",
     "online",
+    "sigmoid_cross_entropy",
+    "sigmoid_cross_entropy_value_and_grad",
     "softmax",
     "softmax_jacobian",
     "softmax_vjp",

@@ -199,6 +199,44 @@ def mask_of_shape(where: Any, of: str, shape: tuple[int, ...], library: Library)
     broadcastable("where", where, shape, of)
 
 
+def answer_dtype(dtype: Any, library: Library) -> Any:
+    """Return the floating dtype that an answer is asked for in, as the library's arrays have it."""
+    try:
+        found = library.own_dtype(dtype)
+        kind = library.dtype(found).kind
+    except (TypeError, ValueError):
+        found, kind = dtype, "other"
+    if kind not in ("real", "half"):
+        raise TypeError(
+            f"dtype is {dtype!r}, expected a real floating dtype of {library.name}: pass one such "
+            "as its float32, or leave it out"
+        )
+    return found
+
+
+def real_answer(dtype: Any, compute_dtype: Any, library: Library) -> None:
+    """Check that an answer that is asked for in a dtype is real."""
+    if library.dtype(compute_dtype).kind == "complex":
+        raise TypeError(
+            f"dtype is {dtype_name(dtype)}, but x or b is complex, and so is the result: leave "
+            "dtype out and cast the result"
+        )
+
+
+def sink(value: Any, x: Any, axes: tuple[int, ...], library: Library) -> Any:
+    """Return the sink of a softmax: a number below inf, or an array of one a row."""
+    if not isinstance(value, bool) and isinstance(value, Real):
+        number = float(real("sink", value, "[-inf, inf)"))
+        if not number < math.inf:
+            raise ValueError(f"sink is {number}, expected a number in [-inf, inf), or an array")
+        return number
+    companion("sink", value, "x", x, library)
+    real_weights("sink", value, library)
+    kept = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+    broadcastable("sink", value, kept, "a sum over the axes of x that keeps them")
+    return value
+
+
 # --------------------------------------------------------------------------- axes and numbers
 
 
@@ -429,11 +467,44 @@ def label_values(xp: Namespace, labels: Any, valid: Any, axis: int, n: int, wher
     )
 
 
+def binary_labels(labels: Any, logits: Any, library: Library) -> None:
+    """Check labels that are yes or no, or between them, one for each logit."""
+    companion("labels", labels, "logits", logits, library)
+    kind = library.dtype(labels.dtype).kind
+    if kind not in _REAL | {"bool"}:
+        raise TypeError(
+            f"labels have dtype {dtype_name(labels.dtype)}, expected booleans, integers or floats "
+            "from 0 to 1: cast them first"
+        )
+    if not _same_shape(labels.shape, logits.shape):
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, expected {tuple(logits.shape)}, one label "
+            "for each logit: reshape labels, or make them one-hot"
+        )
+
+
+def real_weights(name: str, x: Any, library: Library) -> None:
+    """Check the dtype of real weights."""
+    kind = library.dtype(x.dtype).kind
+    if kind not in _REAL:
+        raise TypeError(_dtype_message(name, x.dtype, kind, False))
+
+
+def sample_weight(weight: Any, logits: Any, axis: int, library: Library) -> None:
+    """Check the array of one weight a position."""
+    companion("sample_weight", weight, "logits", logits, library)
+    real_weights("sample_weight", weight, library)
+    positions = (*logits.shape[:axis], *logits.shape[axis + 1 :])
+    if not _same_shape(weight.shape, positions):
+        raise ValueError(
+            f"sample_weight has shape {tuple(weight.shape)}, expected {positions}: one weight for "
+            f"each position, in the shape of logits without axis {axis}"
+        )
+
+
 def class_weight(weight: Any, logits: Any, axis: int, library: Library) -> None:
     """Check the array of one weight a class, which is of the library and device of the logits."""
-    kind = library.dtype(weight.dtype).kind
-    if kind not in _REAL:
-        raise TypeError(_dtype_message("weight", weight.dtype, kind, False))
+    real_weights("weight", weight, library)
     n = logits.shape[axis]
     if tuple(weight.shape) != (n,):
         raise ValueError(

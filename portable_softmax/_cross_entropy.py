@@ -14,6 +14,7 @@ from portable_softmax.kernels._request import (
     LossOptions,
     Request,
     active,
+    loss_dtype,
 )
 
 __all__ = ["cross_entropy", "cross_entropy_value_and_grad"]
@@ -34,13 +35,16 @@ def cross_entropy(
     where: Mask | None = None,
     reduction: str = "mean",
     check_labels: bool = True,
+    dtype: Any = None,
+    sample_weight: Array | None = None,
 ) -> ArrayT:
     r"""Return the cross-entropy between logits and labels.
 
     Let x hold the logits of one position, C classes, and t its target distribution, which is
-    one-hot at y for a class index y. With weight w, label smoothing e and z_loss z ::
+    one-hot at y for a class index y. With class weights w, the position's own weight s, label
+    smoothing e and z_loss z ::
 
-        q_j  = w_j * ((1 - e) * t_j + e / C)               u = sum_j w_j t_j
+        q_j  = s * w_j * ((1 - e) * t_j + e / C)           u = s * sum_j w_j t_j
         loss = sum_j q_j * (logsumexp(x) - x_j) + z * u * logsumexp(x)^2
 
     which is -log softmax(x)_y for a class index and no options. The gradient is ::
@@ -77,21 +81,32 @@ def cross_entropy(
         no part and get the gradient 0; a label there is an error like a label out of range.
     reduction
         ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by the summed weight of the labels
-        that count; for a distribution, by the number of positions.
+        that count, s * w_y; for a distribution, by the sum of s, or the number of positions.
     check_labels
         Whether to raise for class indices out of range. This reads one flag from the device.
         Without it, under tracing and lazily, such a position is nan.
+    dtype
+        The floating dtype of the loss, one of the library's; None for that of `logits`. The loss of
+        half types is computed in float32 anyway, and ``dtype=float32`` keeps it so, without a copy
+        of the logits in a fused kernel. What is computed in is never narrower than `dtype`. The
+        gradient keeps the dtype of the logits.
+    sample_weight
+        One weight s for each position, in the logits' shape without `axis`. It multiplies the loss
+        of its position, and in a mean what the position counts. A position of weight 0 is ignored:
+        it has no effect and no gradient, whatever its logits and its label are.
 
     Returns
     -------
     array
         0-d, or one loss for each position with ``reduction="none"``; of the library, device and
-        floating dtype of `logits`. Half types are computed in float32 and rounded once.
+        floating dtype of `logits`, unless `dtype` names another. Half types are computed in float32
+        and rounded once. Under ``torch.autocast`` their loss stays in float32, as torch's own do.
 
     Raises
     ------
     TypeError
-        If an argument is no array or of the wrong dtype, or arrays of two libraries meet.
+        If an argument is no array or of the wrong dtype, or arrays of two libraries meet; if
+        `dtype` is no floating dtype.
     ValueError
         If shapes or devices do not fit, a number is outside its range, `reduction` is unknown, or
         `ignore_index` is given with a distribution.
@@ -104,8 +119,9 @@ def cross_entropy(
     without one maximum, so that a confident row keeps its digits. A coefficient q_j of 0 makes
     the class contribute 0 even at a logit of -inf. If every label is ignored, or the weights sum
     to 0, or there is no position, the mean is nan, the sum 0 and the gradient 0. The conventions
-    of weights, smoothing and mean are those of torch; label smoothing: Szegedy et al. 2016; z_loss:
-    Chowdhery et al. 2022 (PaLM); softcap: Bello et al. 2016.
+    of class weights, smoothing and mean are those of torch, those of `sample_weight` those of
+    scikit-learn and Keras; label smoothing: Szegedy et al. 2016; z_loss: Chowdhery et al. 2022
+    (PaLM); softcap: Bello et al. 2016.
 
     Probabilities passed as logits cannot be told from logits: pass what softmax would be given.
 
@@ -126,7 +142,7 @@ def cross_entropy(
     """
     loss: ArrayT = _answer(
         "cross_entropy", logits, labels, axis, weight, ignore_index, label_smoothing,
-        z_loss, softcap, where, reduction, check_labels,
+        z_loss, softcap, where, reduction, check_labels, dtype, sample_weight,
     )  # fmt: skip
     return loss
 
@@ -146,6 +162,8 @@ def cross_entropy_value_and_grad(
     where: Mask | None = None,
     reduction: str = "mean",
     check_labels: bool = True,
+    dtype: Any = None,
+    sample_weight: Array | None = None,
 ) -> tuple[ArrayT, ArrayT]:
     r"""Return the cross-entropy and its gradient with respect to the logits.
 
@@ -159,7 +177,7 @@ def cross_entropy_value_and_grad(
 
     Parameters
     ----------
-    logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where, reduction, check_labels
+    logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where, reduction, check_labels, dtype, sample_weight
         As in `cross_entropy`.
 
     Returns
@@ -188,7 +206,7 @@ def cross_entropy_value_and_grad(
     """  # noqa: E501 - numpydoc wants the names on one line
     loss, grad = _answer(
         "cross_entropy_value_and_grad", logits, labels, axis, weight, ignore_index, label_smoothing,
-        z_loss, softcap, where, reduction, check_labels,
+        z_loss, softcap, where, reduction, check_labels, dtype, sample_weight,
     )  # fmt: skip
     return loss, grad
 
@@ -210,40 +228,45 @@ def _answer(
     where: Any,
     reduction: Any,
     check_labels: bool,
+    dtype: Any,
+    sample_weight: Any,
 ) -> Any:
     """Check everything that can be checked without reading values, and answer."""
-    library, dtype = _checks.array("logits", logits)
+    library, found = _checks.array("logits", logits)
     _checks.companion("labels", labels, "logits", logits, library)
     at = _checks.one_axis(axis, logits.ndim)
     indices = _checks.labels_are_indices(logits, labels, at, library)
     if library.chunked and (indices or weight is not None or label_smoothing != 0.0):
         _checks.known_length("logits", logits, at)
-    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(logits)
-    options, given = PLAIN_LOSS, NONE_GIVEN
+    compute_dtype, result_dtype = found.computed or library.compute_dtype(logits)
+    options, given, more = PLAIN_LOSS, NONE_GIVEN, NONE_GIVEN
+    if dtype is not None or compute_dtype is not result_dtype:
+        compute_dtype, dtype, more = loss_dtype(library, logits, dtype, compute_dtype, result_dtype)
     tracing = library.tracing(logits, labels)
     if not (
-        weight is ignore_index is softcap is where is None
+        weight is ignore_index is softcap is where is dtype is sample_weight is None
         and type(label_smoothing) is type(z_loss) is float
         and label_smoothing == z_loss == 0.0
         and reduction == "mean"
     ):
         options = _options(
             library, logits, at, indices, compute_dtype, weight, ignore_index, label_smoothing,
-            z_loss, softcap, where, reduction,
+            z_loss, softcap, where, reduction, dtype, sample_weight,
         )  # fmt: skip
-        given = active(options, PLAIN_LOSS)
-        tracing = tracing or library.tracing(*[a for a in (weight, where) if a is not None])
+        given = (*active(options, PLAIN_LOSS), *more)
+        arrays = [a for a in (weight, where, sample_weight) if a is not None]
+        tracing = tracing or library.tracing(*arrays)
     if not indices:
         given = (*given, PROBABILITIES)
     request = Request(
-        operation, library, logits, dtype.name, (at,), compute_dtype, result_dtype, tracing,
+        operation, library, logits, found.name, (at,), compute_dtype, result_dtype, tracing,
         options, given, None, labels, indices, check_labels,
     )  # fmt: skip
-    found = run(request, _portable_loss)
-    if type(found) is tuple:
-        loss, grad = found
+    answer = run(request, _portable_loss)
+    if type(answer) is tuple:
+        loss, grad = answer
         return library.scalar_if_0d(loss), grad
-    return library.scalar_if_0d(found)
+    return library.scalar_if_0d(answer)
 
 
 def _options(
@@ -259,12 +282,17 @@ def _options(
     softcap: Any,
     where: Any,
     reduction: Any,
+    dtype: Any,
+    sample_weight: Any,
 ) -> LossOptions:
     """Check the options; the weights are cast to the dtype that is computed in."""
     if weight is not None:
         _checks.companion("weight", weight, "logits", logits, library)
         _checks.class_weight(weight, logits, axis, library)
         weight = library.quietly(library.cast, weight, compute_dtype)
+    if sample_weight is not None:
+        _checks.sample_weight(sample_weight, logits, axis, library)
+        sample_weight = library.quietly(library.cast, sample_weight, compute_dtype)
     if where is not None:
         _checks.mask(where, "logits", logits, library)
     if softcap is not None:
@@ -277,12 +305,14 @@ def _options(
         softcap=softcap,
         where=where,
         reduction=_checks.reduction(reduction),
+        dtype=dtype,
+        sample_weight=sample_weight,
     )
 
 
 def _portable_loss(request: Request) -> Any:
     """Answer in the library's own operations."""
-    library, result_dtype = request.library, request.result_dtype
+    library, answer_dtype = request.library, request.answer_dtype
     found = library.compiled(getattr(portable, request.operation))(
         library.xp,
         library.cast(request.x, request.compute_dtype),
@@ -291,5 +321,6 @@ def _portable_loss(request: Request) -> Any:
         request.options,
     )
     if isinstance(found, tuple):
-        return tuple(library.cast(part, result_dtype) for part in found)
-    return library.cast(found, result_dtype)
+        loss, grad = found
+        return library.cast(loss, answer_dtype), library.cast(grad, request.result_dtype)
+    return library.cast(found, answer_dtype)

@@ -14,6 +14,7 @@ from portable_softmax.kernels._request import (
     Request,
     RowOptions,
     active,
+    answered_in,
     is_extreme,
 )
 from portable_softmax.libraries import Library
@@ -30,7 +31,14 @@ __all__ = [
 
 @operation
 def softmax(
-    x: ArrayT, /, *, axis: Axis = -1, where: Mask | None = None, temperature: float = 1.0
+    x: ArrayT,
+    /,
+    *,
+    axis: Axis = -1,
+    where: Mask | None = None,
+    temperature: float = 1.0,
+    dtype: Any = None,
+    sink: float | Array | None = None,
 ) -> ArrayT:
     r"""Turn logits into probabilities that are positive and sum to one.
 
@@ -41,6 +49,8 @@ def softmax(
     and the gradient of a loss through it, for an upstream gradient dy, is ::
 
         dx = y * (dy - sum(y * dy)) / T
+
+    with a sink as well, whose own gradient is -(1 - sum(y)) * sum(y * dy) / T.
 
     Parameters
     ----------
@@ -53,27 +63,40 @@ def softmax(
         their probability and their gradient are 0.
     temperature
         T, a positive number. Large values flatten the distribution, small ones sharpen it.
+    dtype
+        The floating dtype of the result, one of the library's; None for that of `x`. Half types
+        are computed in float32 anyway, and with ``dtype=float32`` they are not rounded again. What
+        is computed in is never narrower than `dtype`. The gradient keeps the dtype of `x`.
+    sink
+        One more logit s of every row, that gets no probability: the sum has one more term,
+        exp(s / T), and the probabilities sum to less than one. A number below inf, or an array that
+        broadcasts to the shape of `x` with length 1 along the reduced axes, such as one sink for
+        each attention head. ``sink=0.0`` is "softmax1", which may attend to nothing.
 
     Returns
     -------
     array
         Of the shape, library and device of `x`, and of its dtype if that is floating, else of the
-        library's default floating dtype. Half types are computed in float32 and rounded once.
+        library's default floating dtype, unless `dtype` names another. Half types are computed in
+        float32 and rounded once.
 
     Raises
     ------
     TypeError
         If `x` is no array, or is bool, complex or of another dtype; if `where` is not boolean or
-        of another library; if `temperature` is no Python number.
+        of another library; if `temperature` is no Python number, or `dtype` no floating dtype.
     ValueError
         If `axis` is out of range, `where` does not broadcast or lives on another device, or
-        `temperature` is not positive and finite.
+        `temperature` is not positive and finite; if `sink` is a number that is nan or inf, or an
+        array that does not broadcast.
 
     Notes
     -----
     The maximum is subtracted first, which cancels and keeps exp from overflowing. A row of -inf
     only, or one that holds +inf or nan, is nan; no other row is touched. A row that `where` masks
-    out as a whole is 0.
+    out as a whole is 0, and so is a row of -inf only beside a sink that is larger. Sinks: Miller
+    2023, "Attention is off by one"; Xiao et al. 2023, "Efficient streaming language models with
+    attention sinks".
 
     See Also
     --------
@@ -88,14 +111,23 @@ def softmax(
     array([0.0320586 , 0.08714432, 0.23688282, 0.64391426])
     >>> softmax(np.asarray([1.0, 2.0, 9.0]), where=np.asarray([True, True, False])).round(4)
     array([0.2689, 0.7311, 0.    ])
+    >>> softmax(np.asarray([0.0, -1000.0]), sink=0.0)
+    array([0.5, 0. ])
     """
-    y: ArrayT = _row_by_row("softmax", x, axis, where, temperature)
+    y: ArrayT = _row_by_row("softmax", x, axis, where, temperature, dtype, sink)
     return y
 
 
 @operation
 def log_softmax(
-    x: ArrayT, /, *, axis: Axis = -1, where: Mask | None = None, temperature: float = 1.0
+    x: ArrayT,
+    /,
+    *,
+    axis: Axis = -1,
+    where: Mask | None = None,
+    temperature: float = 1.0,
+    dtype: Any = None,
+    sink: float | Array | None = None,
 ) -> ArrayT:
     r"""Return the logarithms of the softmax probabilities, to the last digits.
 
@@ -119,12 +151,17 @@ def log_softmax(
         they are -inf, and their gradient is 0.
     temperature
         T, a positive number.
+    dtype
+        The floating dtype of the result, as in `softmax`.
+    sink
+        One more logit of every row, a number or an array, that gets no probability, as in
+        `softmax`. Its gradient is -(1 - sum(exp(y))) * sum(dy) / T.
 
     Returns
     -------
     array
         Of the shape, library and device of `x`, and of its dtype if that is floating, else of the
-        library's default floating dtype.
+        library's default floating dtype, unless `dtype` names another.
 
     Raises
     ------
@@ -134,8 +171,9 @@ def log_softmax(
     Notes
     -----
     A row of -inf only, or one that holds +inf or nan, is nan. A row that `where` masks out as a
-    whole is -inf. The rounding error of x - max is put back to first order (two-sum, Knuth 1969);
-    the log1p form is that of SciPy pull request 21597 (2024).
+    whole is -inf, and so is a row of -inf only beside a larger sink. The rounding error of x - max
+    is put back to first order (two-sum, Knuth 1969); the log1p form is that of SciPy pull request
+    21597 (2024).
 
     See Also
     --------
@@ -149,7 +187,7 @@ def log_softmax(
     >>> print(f"{log_softmax(np.asarray([30.0, 0.0, 0.0]))[0]:.12e}")
     -1.871524593768e-13
     """
-    y: ArrayT = _row_by_row("log_softmax", x, axis, where, temperature)
+    y: ArrayT = _row_by_row("log_softmax", x, axis, where, temperature, dtype, sink)
     return y
 
 
@@ -163,6 +201,7 @@ def logsumexp(
     keepdims: bool = False,
     return_sign: bool = False,
     where: Mask | None = None,
+    dtype: Any = None,
 ) -> Any:
     r"""Return the logarithm of a sum of exponentials.
 
@@ -190,17 +229,19 @@ def logsumexp(
         gives nan for a negative sum.
     where
         Boolean array that broadcasts to the shape of `x`. Entries where it is False take no part.
+    dtype
+        The floating dtype of a real result, as in `softmax`. A complex result takes none.
 
     Returns
     -------
     array, or a pair of arrays
-        Of the library, device and floating dtype of `x`.
+        Of the library, device and floating dtype of `x`, unless `dtype` names another.
 
     Raises
     ------
     TypeError
         If `x` or `b` is no array, or of a dtype that has no exponential, or they belong to
-        different libraries.
+        different libraries; if `dtype` is no floating dtype, or the result is complex beside it.
     ValueError
         If `axis` is out of range, or `b` or `where` does not broadcast to the shape of `x`.
 
@@ -226,7 +267,7 @@ def logsumexp(
     >>> print(round(float(value), 6), sign)
     1.541325 -1.0
     """
-    library, dtype = _checks.array("x", x, complex_too=True)
+    library, found = _checks.array("x", x, complex_too=True)
     axes = _checks.axes(axis, x.ndim)
     if b is not None:
         _checks.companion("b", b, "x", x, library)
@@ -234,28 +275,33 @@ def logsumexp(
         _checks.broadcastable("b", b, x.shape, "x")
     if where is not None:
         _checks.mask(where, "x", x, library)
-    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)
+    compute_dtype, result_dtype = found.computed or library.compute_dtype(x)
     if b is not None and library.dtype(b.dtype).kind == "complex":
         compute_dtype = result_dtype = library.complex_dtype(compute_dtype)
     options, given, tracing = PLAIN_ROWS, NONE_GIVEN, library.tracing(x)
-    if b is not None or where is not None or return_sign:
+    if b is not None or where is not None or return_sign or dtype is not None:
         tracing = tracing or library.tracing(*[a for a in (b, where) if a is not None])
-        options = RowOptions(where=where, b=b, return_sign=bool(return_sign))
-        given = active(options, PLAIN_ROWS)
-    found = run(
+        more = NONE_GIVEN
+        if dtype is not None:
+            dtype = _checks.answer_dtype(dtype, library)
+            _checks.real_answer(dtype, compute_dtype, library)
+            compute_dtype, dtype, more = answered_in(library, dtype, compute_dtype, result_dtype)
+        options = RowOptions(where=where, b=b, return_sign=bool(return_sign), dtype=dtype)
+        given = (*active(options, PLAIN_ROWS), *more)
+    answer = run(
         Request(
-            "logsumexp", library, x, dtype.name, axes, compute_dtype, result_dtype,
+            "logsumexp", library, x, found.name, axes, compute_dtype, result_dtype,
             tracing, options, given,
         ),
         _portable_logsumexp,
     )  # fmt: skip
     if not return_sign:
-        return _dropped(library, found, axes, keepdims)
-    value, sign = (_dropped(library, part, axes, keepdims) for part in found)
+        return dropped(library, answer, axes, keepdims)
+    value, sign = (dropped(library, part, axes, keepdims) for part in answer)
     return value, sign
 
 
-def _dropped(library: Library, y: Any, axes: tuple[int, ...], keepdims: bool) -> Any:
+def dropped(library: Library, y: Any, axes: tuple[int, ...], keepdims: bool) -> Any:
     """Return a reduction without its reduced axes of length 1, unless they stay."""
     if axes and not keepdims:
         y = library.squeeze(y, axes)
@@ -423,22 +469,33 @@ def softmax_jacobian(y: ArrayT, /, *, axis: int = -1) -> ArrayT:
 # --------------------------------------------------------------------------- requests
 
 
-def _row_by_row(operation: str, x: Any, axis: Axis, where: Any, temperature: Any) -> Any:
+def _row_by_row(
+    operation: str, x: Any, axis: Axis, where: Any, temperature: Any, dtype: Any, sink: Any
+) -> Any:
     """Check the arguments of softmax or log_softmax and answer."""
-    library, dtype = _checks.array("x", x)
+    library, found = _checks.array("x", x)
     axes = _checks.axes(axis, x.ndim)
-    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)
+    compute_dtype, result_dtype = found.computed or library.compute_dtype(x)
     options, given, tracing = PLAIN_ROWS, NONE_GIVEN, library.tracing(x)
-    if where is not None or type(temperature) is not float or temperature != 1.0:
+    if not (where is dtype is sink is None and type(temperature) is float and temperature == 1.0):
+        more = NONE_GIVEN
+        if dtype is not None:
+            dtype = _checks.answer_dtype(dtype, library)
+            compute_dtype, dtype, more = answered_in(library, dtype, compute_dtype, result_dtype)
         if where is not None:
             _checks.mask(where, "x", x, library)
             tracing = tracing or library.tracing(where)
-        options = RowOptions(where, _checks.temperature(temperature))
-        given = active(options, PLAIN_ROWS)
+        if sink is not None:
+            sink = _checks.sink(sink, x, axes, library)
+            if not isinstance(sink, float):
+                tracing = tracing or library.tracing(sink)
+                sink = library.quietly(library.cast, sink, compute_dtype)
+        options = RowOptions(where, _checks.temperature(temperature), dtype=dtype, sink=sink)
+        given = (*active(options, PLAIN_ROWS), *more)
         if is_extreme(library, options.temperature, compute_dtype):
             given = (*given, EXTREME)
     request = Request(
-        operation, library, x, dtype.name, axes, compute_dtype, result_dtype,
+        operation, library, x, found.name, axes, compute_dtype, result_dtype,
         tracing, options, given,
     )  # fmt: skip
     return run(request, _portable_rows)
@@ -467,29 +524,34 @@ def _vjp(operation: str, name: str, y: ArrayT, dy: Array, axis: Axis) -> ArrayT:
 def _portable_rows(request: Request) -> Any:
     """softmax or log_softmax in the library's own operations."""
     library, x, axes = request.library, request.x, request.axes
-    where, temperature = request.options[:2]
+    where, temperature, sink = (
+        request.options.where, request.options.temperature, request.options.sink,
+    )  # fmt: skip
     xp = library.xp
     if not axes:
-        x, where = _with_an_axis(xp, x, where)
+        x, where = with_an_axis(xp, x, where)
+        if sink is not None and not isinstance(sink, float):
+            (sink,) = with_an_axis(xp, sink)
     y = library.compiled(getattr(portable, request.operation))(
         xp,
         library.cast(x, request.compute_dtype),
         axes or (x.ndim - 1,),
         where=where,
         temperature=temperature,
+        sink=sink,
     )
     if not axes:
         y = library.scalar_if_0d(xp.squeeze(y, axis=-1))
-    return library.cast(y, request.result_dtype)
+    return library.cast(y, request.answer_dtype)
 
 
 def _portable_logsumexp(request: Request) -> Any:
     """logsumexp, and the sign if it is asked for, the reduced axes kept with length 1."""
     library, x, axes = request.library, request.x, request.axes
     where, b = request.options.where, request.options.b
-    xp, compute_dtype, result_dtype = library.xp, request.compute_dtype, request.result_dtype
+    xp, compute_dtype, answer_dtype = library.xp, request.compute_dtype, request.answer_dtype
     if not axes:
-        x, where, b = _with_an_axis(xp, x, where, b)
+        x, where, b = with_an_axis(xp, x, where, b)
     parts = library.compiled(portable.logsumexp)(
         xp,
         library.cast(x, compute_dtype),
@@ -501,8 +563,8 @@ def _portable_logsumexp(request: Request) -> Any:
     found = [part for part in parts if part is not None]
     if not axes:
         found = [xp.squeeze(part, axis=-1) for part in found]
-    if library.dtype(result_dtype).kind != "complex":
-        found = [library.cast(part, result_dtype) for part in found]
+    if library.dtype(answer_dtype).kind != "complex":
+        found = [library.cast(part, answer_dtype) for part in found]
     return tuple(found) if request.options.return_sign else found[0]
 
 
@@ -511,7 +573,7 @@ def _portable_vjp(request: Request) -> Any:
     library, y, dy, axes = request.library, request.x, request.dy, request.axes
     xp, compute_dtype = library.xp, request.compute_dtype
     if not axes:
-        y, dy = _with_an_axis(xp, y, dy)
+        y, dy = with_an_axis(xp, y, dy)
     dx = library.compiled(getattr(portable, request.operation))(
         xp, library.cast(y, compute_dtype), library.cast(dy, compute_dtype), axes or (y.ndim - 1,)
     )
@@ -528,6 +590,6 @@ def _portable_jacobian(request: Request) -> Any:
     return library.cast(jacobian, request.result_dtype)
 
 
-def _with_an_axis(xp: Namespace, *arrays: Any) -> Any:
+def with_an_axis(xp: Namespace, *arrays: Any) -> Any:
     """Turn a reduction over no axis, such as that of a 0-d array, into one over a single entry."""
     return [None if a is None else xp.expand_dims(a, axis=-1) for a in arrays]

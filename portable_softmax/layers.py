@@ -209,11 +209,16 @@ class SoftmaxWithLoss(Generic[ArrayT]):
         return answered
 
     def _counted(self, xp: Namespace, axis: int) -> Any:
-        """Return where the labels are not ignored, or None if none is."""
-        ignore_index = self.options.get("ignore_index")
-        if ignore_index is None:
-            return None
-        return portable.not_ignored(xp, portable.with_class_axis(self.t, axis), ignore_index)
+        """Return which positions are neither ignored nor of weight 0, or None if all are."""
+        ignore_index, sample = self.options.get("ignore_index"), self.options.get("sample_weight")
+        counted = None
+        if ignore_index is not None:
+            labels = portable.with_class_axis(self.t, axis)
+            counted = portable.not_ignored(xp, labels, ignore_index)
+        if sample is None:
+            return counted
+        weighs = portable.with_class_axis(sample, axis) != 0
+        return weighs if counted is None else counted & weighs
 
     def _probabilities(self, x: Any) -> Any:
         axis, where = self.options.get("axis", -1), self.options.get("where")

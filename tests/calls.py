@@ -50,6 +50,7 @@ def _calls() -> dict[str, Call]:
     x, other = rng.normal(size=(2, *shape))
     x[0, 1] = 0.0  # a row of ties
     weights = rng.uniform(0.5, 1.5, size=4)
+    samples = np.asarray([[0.5, 1.0, 2.0], [1.5, 0.25, 1.0]])
     mask = rng.random(shape) < 0.7
     mask[:, :, 0], mask[0, 0] = True, False  # one row is masked as a whole
     labels = np.asarray([[0, 3, 2], [1, 0, 0]])
@@ -64,7 +65,11 @@ def _calls() -> dict[str, Call]:
             k if isinstance(v, np.ndarray) else f"{k}={v}" for k, v in keyword.items()
         )
         kind = {labels.shape: "index", shape: "distribution"}[positional[-1].shape]
-        kind = f"{kind} {positional[-1].dtype}: " if "entropy" in function.__name__ else ""
+        kind = (
+            f"{kind} {positional[-1].dtype}: "
+            if function.__name__.startswith("cross_entropy")
+            else ""
+        )
         found[f"{function.__name__}({kind}{options})"] = Call(function, positional, keyword)
 
     for f in (ps.softmax, ps.log_softmax):
@@ -73,6 +78,8 @@ def _calls() -> dict[str, Call]:
         call(f, x, axis=None, temperature=0.7)
         call(f, x, where=mask)
         call(f, x, axis=1, where=mask[0], temperature=2.0)
+        call(f, x, sink=0.0)
+        call(f, x, axis=1, where=mask, temperature=2.0, sink=other[:, :1])
     call(ps.logsumexp, x)
     call(ps.logsumexp, x, axis=(0, 2), keepdims=True)
     call(ps.logsumexp, x, axis=-1, where=mask, return_sign=True)
@@ -83,6 +90,19 @@ def _calls() -> dict[str, Call]:
     call(ps.softmax_vjp, t, other, axis=(0, 2))
     call(ps.log_softmax_vjp, x, other, axis=(0, 2))
     call(ps.softmax_jacobian, t, axis=1)
+    call(ps.entropy, x)
+    call(ps.entropy, x, axis=(0, 2))
+    call(ps.kl_divergence, x, other)
+    call(ps.kl_divergence, x, other, axis=1, temperature=2.0, distillation=True, reduction="none")
+    call(ps.logmeanexp, x)
+    call(ps.logmeanexp, x, axis=(0, 2), keepdims=True, where=mask)
+    call(ps.logcumsumexp, x, axis=1)
+    for f in (ps.sigmoid_cross_entropy, ps.sigmoid_cross_entropy_value_and_grad):
+        call(f, x, one_hot)
+        call(f, x, t, reduction="none", focal_gamma=2.0)
+        positive = np.asarray([[2.0], [0.5], [1.5]])
+        everything = {"weight": weights, "pos_weight": positive, "label_smoothing": 0.1}
+        call(f, x, t, focal_gamma=1.5, **everything)
     for f in (ps.cross_entropy, ps.cross_entropy_value_and_grad):
         for target in (labels, t):
             call(f, x, target)
@@ -90,11 +110,13 @@ def _calls() -> dict[str, Call]:
             call(f, x, target, reduction="none", label_smoothing=0.1)
             call(f, x, target, z_loss=0.1)
             call(f, x, target, softcap=2.0)
+            call(f, x, target, sample_weight=samples)
             everything = {"weight": weights, "label_smoothing": 0.1, "z_loss": 0.1, "softcap": 2.0}
             where = {"where": mask, "ignore_index": -1} if target is labels else {"where": mask}
             target = inside if target is labels else t
             call(f, x, target, **where)
             call(f, x, target, **where, **everything)
+            call(f, x, target, **where, **everything, sample_weight=samples)
         call(f, x, labels, ignore_index=0, weight=weights)
         call(f, x, labels, ignore_index=-100, check_labels=False)
         call(f, x, one_hot)

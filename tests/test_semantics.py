@@ -201,6 +201,38 @@ def assert_half(xp, actual, expected, dtype):
     assert (np.abs(values - expected) <= 0.51 * unit).all()
 
 
+@pytest.mark.parametrize("answer", ["float32", "float64"])
+def test_dtype(xp, answer):
+    """dtype | the result's, out of the precision that is computed in or, if it is wider, in dtype; the gradient keeps the logits' dtype"""  # noqa: E501
+    rng = np.random.default_rng(12)
+    limit = {"float32": 8 * 2.0**-24, "float64": 8 * 2.0**-53}[answer]
+    dtype = xp.asarray(np.zeros(()), answer).dtype
+    for given in ("float32", "float64", *xp.halves):
+        x = xp.asarray(rng.normal(size=(3, 4)), given)
+        exact = [reference.exact(row) for row in xp.numpy(x)]
+        logs = np.asarray([[float(v) for v in reference.log_softmax(row)] for row in exact])
+        lse = [float(reference.logsumexp(row)) for row in exact]
+        assert_close(xp, ps.log_softmax(x, dtype=dtype), logs, answer, rtol=limit)
+        assert_close(xp, ps.softmax(x, dtype=dtype), np.exp(logs), answer, rtol=limit)
+        assert_close(xp, ps.logsumexp(x, axis=1, dtype=dtype), lse, answer, rtol=limit)
+        options = {"reduction": "none", "dtype": dtype}
+        loss, grad = ps.cross_entropy_value_and_grad(x, xp.asarray([0, 1, 3]), **options)
+        assert_close(xp, loss, -logs[[0, 1, 2], [0, 1, 3]], answer, rtol=limit)
+        assert_like(xp, grad, (3, 4), given)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "bool", "complex128"])
+def test_dtype_that_is_not_floating(xp, dtype):
+    """dtype that is no real floating one of the library | TypeError"""
+    x, wrong = xp.asarray(np.zeros((2, 2))), xp.asarray(np.zeros(()), dtype).dtype
+    for f in (*FAMILY, ps.logsumexp):
+        for given in (wrong, "float33"):
+            with pytest.raises(TypeError, match=r"dtype is .*expected a real floating dtype"):
+                f(x, dtype=given)
+    with pytest.raises(TypeError, match=rf"dtype is .*{dtype}"):
+        ps.cross_entropy(x, xp.asarray([0, 1]), dtype=wrong)
+
+
 @pytest.mark.parametrize("dtype", ["bool", "complex128"])
 def test_bool_complex_object_str(xp, dtype):
     """bool, complex (logsumexp takes complex, as SciPy), object, str | TypeError that names the dtype and what to do"""  # noqa: E501
@@ -623,6 +655,46 @@ def test_ignore_index(xp):
 
 
 @pytest.mark.parametrize("hidden", [NAN, INF, -INF])
+def test_a_position_of_weight_0(xp, hidden):
+    """sample_weight 0 | the position is ignored: no effect on loss and mean, gradient exactly 0, whatever its logits and label"""  # noqa: E501
+    x = np.asarray([[0.0, 1.0, 2.0], [hidden, hidden, 0.0], [3.0, 0.0, hidden]])
+    x[2] = 1.0, 0.5, -2.0
+    samples, t = xp.asarray([2.0, 0.0, 0.5]), np.eye(3)[[0, 1, 2]]
+    t[1] = hidden
+    for labels in (np.asarray([0, 7, 2]), t):
+        for reduction in ("mean", "sum", "none"):
+            for options in (
+                {},
+                {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 4.0},
+                {"weight": xp.asarray([1.0, 3.0, 0.5])},
+            ):
+                options = {"reduction": reduction, **options}
+                loss, grad = ce(
+                    xp, xp.asarray(x), xp.asarray(labels), sample_weight=samples, **options
+                )
+                kept = xp.asarray(x[[0, 2]]), xp.asarray(labels[[0, 2]])
+                few = xp.asarray([2.0, 0.5])
+                alone, slope = ce(xp, *kept, sample_weight=few, **options)
+                if reduction == "none":
+                    assert loss[1] == 0.0
+                    loss = loss[[0, 2]]
+                np.testing.assert_allclose(loss, alone, rtol=1e-14)
+                assert_array_equal(grad[1], 0.0)
+                np.testing.assert_allclose(grad[[0, 2]], slope, rtol=1e-14)
+
+
+def test_sample_weight_of_another_kind(xp):
+    """sample_weight of another shape, or of dtype bool or complex | ValueError; TypeError"""
+    x, labels = xp.asarray(np.zeros((2, 3))), xp.asarray([0, 1])
+    for wrong in (np.ones(3), np.ones((2, 1)), np.ones(()), np.ones((2, 3))):
+        with pytest.raises(ValueError, match=r"sample_weight has shape .*, expected \(2,\): one"):
+            ps.cross_entropy(x, labels, sample_weight=xp.asarray(wrong))
+    for dtype in ("bool", "complex128"):
+        with pytest.raises(TypeError, match=f"sample_weight has dtype {dtype}, expected"):
+            ps.cross_entropy(x, labels, sample_weight=xp.asarray(np.ones(2), dtype))
+
+
+@pytest.mark.parametrize("hidden", [NAN, INF, -INF])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_an_ignored_row_holding_nan_or_inf(xp, hidden, smoothing):
     """an ignored row holding nan or inf | no effect on the loss; gradient exactly 0"""
@@ -653,6 +725,7 @@ def test_an_ignored_row_with_an_infinite_or_nan_upstream_gradient(xp, reduction,
         {},
         {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 2.0},
         {"weight": xp.asarray([1.0, 2.0, 3.0])},
+        {"sample_weight": xp.asarray([1.0, 0.0, 2.0]), "ignore_index": None},
     ):
         options = {"ignore_index": -1, "reduction": reduction, **options}
         layer = ps.SoftmaxWithLoss(**options)
@@ -708,10 +781,13 @@ def test_an_infinite_or_nan_weight_of_a_class_that_no_label_names(xp, odd):
 
 def test_all_ignored_or_weights_summing_to_0(xp):
     """all ignored, or weights summing to 0 | mean nan, sum 0, gradient 0"""
+    nothing = xp.asarray([0.0, 0.0])
     x = xp.asarray([[0.0, 1.0], [2.0, 3.0]])
     ignored = (xp.asarray([-1, -1]), {"ignore_index": -1})
     weightless = (xp.asarray([1, 1]), {"weight": xp.asarray([1.0, 0.0])})
-    for labels, options in (ignored, weightless):
+    unweighted = (xp.asarray([1, 0]), {"sample_weight": nothing})
+    spread = (xp.asarray([[0.5, 0.5], [0.0, 1.0]]), {"sample_weight": nothing})
+    for labels, options in (ignored, weightless, unweighted, spread):
         for reduction, expected in (("mean", NAN), ("sum", 0.0), ("none", [0.0, 0.0])):
             loss, grad = ce(xp, x, labels, reduction=reduction, **options)
             assert_array_equal(loss, expected)
@@ -742,3 +818,179 @@ def test_probabilities_with_ignore_index(xp):
     x = xp.asarray([[0.0, 1.0]])
     with pytest.raises(ValueError, match="ignore_index is -100, but labels are a distribution"):
         ps.cross_entropy(x, xp.asarray([[0.5, 0.5]]), ignore_index=-100)
+
+
+# --------------------------------------------------------------------------- the rest of the family
+
+
+def test_entropy_of_infinities(xp):
+    """entropy: probability 0, a row of -inf only, +inf or nan, an empty row | contributes 0; nan; nan; 0"""  # noqa: E501
+    x = xp.asarray(
+        [[0.0, -INF, 0.0], [-INF] * 3, [INF, 0.0, 0.0], [NAN, 0.0, 0.0], [5.0, -INF, -INF]]
+    )
+    assert_close(xp, ps.entropy(x), [np.log(2), NAN, NAN, NAN, 0.0])
+    assert_close(xp, ps.entropy(xp.asarray(np.zeros((2, 0)))), [0.0, 0.0])
+    assert_like(xp, ps.entropy(xp.asarray(np.zeros((0, 3)))), (0,), "float64")
+    assert_close(xp, ps.entropy(xp.asarray(3.0), axis=None), 0.0)
+    assert_close(xp, ps.entropy(xp.asarray([1, 1, 1, 1], "int32")), np.log(4), _default(xp))
+
+
+def _default(xp):
+    """Return the default floating dtype, in which integers are answered."""
+    return "float32" if xp.library == "torch" else "float64"
+
+
+def test_divergence_of_infinities(xp):
+    """kl_divergence: p 0; q 0 where p is not; both 0; +inf or nan in a row | contributes 0; inf; contributes 0; nan"""  # noqa: E501
+    p = xp.asarray([[0.0, -INF], [0.0, 0.0], [0.0, -INF], [INF, 0.0], [0.0, 0.0]])
+    q = xp.asarray([[0.0, 0.0], [0.0, -INF], [3.0, -INF], [0.0, 0.0], [NAN, 0.0]])
+    expected = [np.log(2), INF, 0.0, NAN, NAN]
+    assert_close(xp, ps.kl_divergence(p, q, reduction="none"), expected, rtol=1e-15)
+    empty = xp.asarray(np.zeros((0, 3)))
+    assert_close(xp, ps.kl_divergence(empty, empty), NAN)
+    assert_close(xp, ps.kl_divergence(empty, empty, reduction="sum"), 0.0)
+    nothing = xp.asarray(np.zeros((2, 0)))
+    assert_close(xp, ps.kl_divergence(nothing, nothing, reduction="none"), [0.0, 0.0])
+
+
+def test_divergence_of_others(xp):
+    """kl_divergence of shapes that differ, or a wrong option | ValueError, TypeError naming it"""
+    x = xp.asarray(np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"logits_q has shape \(3,\), expected \(2, 3\)"):
+        ps.kl_divergence(x, xp.asarray(np.zeros(3)))
+    with pytest.raises(TypeError, match="logits_q has dtype bool"):
+        ps.kl_divergence(x, xp.asarray(np.ones((2, 3), bool)))
+    with pytest.raises(ValueError, match="reduction is 'batchmean'"):
+        ps.kl_divergence(x, x, reduction="batchmean")
+    with pytest.raises(ValueError, match=r"temperature is 0\.0"):
+        ps.kl_divergence(x, x, temperature=0.0)
+
+
+def test_log_of_a_mean(xp):
+    """logmeanexp: an empty or fully masked row; -inf only; +inf; nan | nan; -inf; +inf; nan"""
+    x = np.asarray([[-INF, -INF], [INF, 0.0], [NAN, INF], [-INF, 0.0], [7.0, 7.0]])
+    expected = [-INF, INF, NAN, -np.log(2), 7.0]
+    assert_close(xp, ps.logmeanexp(xp.asarray(x), axis=1), expected)
+    mask = xp.asarray([[False, False], [False, True], [False, True], [False, True], [True, True]])
+    expected = [NAN, 0.0, INF, 0.0, 7.0]
+    assert_close(xp, ps.logmeanexp(xp.asarray(x), axis=1, where=mask), expected)
+    assert_close(xp, ps.logmeanexp(xp.asarray(np.zeros((2, 0))), axis=1), [NAN, NAN])
+    assert_close(xp, ps.logmeanexp(xp.asarray(3.0)), 3.0)
+    assert_close(xp, ps.logmeanexp(xp.asarray([2, 2], "int8")), 2.0, _default(xp))
+
+
+def test_running_sums_of_infinities(xp):
+    """logcumsumexp: -inf at first; after +inf; after nan; an empty axis | -inf; +inf; nan; empty"""
+    x = [[-INF, -INF, 0.0, 0.0], [0.0, INF, INF, -INF], [0.0, NAN, INF, 0.0], [0.0, -INF, 0.0, NAN]]
+    two = np.log(2)
+    expected = [
+        [-INF, -INF, 0.0, two], [0.0, INF, INF, INF], [0.0, NAN, NAN, NAN], [0.0, 0.0, two, NAN],
+    ]  # fmt: skip
+    assert_close(xp, ps.logcumsumexp(xp.asarray(x)), expected)
+    assert_like(xp, ps.logcumsumexp(xp.asarray(np.zeros((2, 0)))), (2, 0), "float64")
+    assert_close(xp, ps.logcumsumexp(xp.asarray([0, 0])), [0.0, two], _default(xp))
+    with pytest.raises(TypeError, match="axis is None, expected an int"):
+        ps.logcumsumexp(xp.asarray(x), axis=None)
+
+
+def test_half_types_of_the_family(xp):
+    """entropy, kl_divergence, logmeanexp, logcumsumexp, sigmoid_cross_entropy of float16, bfloat16 | computed in float32, rounded once"""  # noqa: E501
+    if not xp.halves:
+        pytest.skip(f"{xp.name} has no half types")
+    rng = np.random.default_rng(13)
+    for dtype in xp.halves:
+        x, y = (xp.asarray(rng.normal(size=(4, 50)), dtype) for _ in range(2))
+        wide = [xp.numpy(a).astype(np.float64) for a in (x, y)]
+        for f, arrays in (
+            (ps.entropy, 1),
+            (lambda *a: ps.kl_divergence(*a, reduction="none"), 2),
+            (lambda a: ps.logmeanexp(a, axis=1), 1),
+            (ps.logcumsumexp, 1),
+            (lambda *a: ps.sigmoid_cross_entropy(*a, reduction="none"), 2),
+        ):
+            assert_half(xp, f(*(x, y)[:arrays]), f(*wide[:arrays]), dtype)
+
+
+def test_sigmoid_cross_entropy_of_infinities(xp):
+    """sigmoid_cross_entropy: an infinite logit that is right; one that is wrong; nan; weight 0; no entry | 0; inf; nan; no effect; mean nan, sum 0"""  # noqa: E501
+    z = np.asarray([INF, -INF, INF, -INF, NAN])
+    t = np.asarray([1, 0, 0, 1, 1])
+    for gamma in (0.0, 0.5, 2.0):
+        options = {"reduction": "none", "focal_gamma": gamma}
+        arguments = xp.asarray(z), xp.asarray(t)
+        loss, grad = ps.sigmoid_cross_entropy_value_and_grad(*arguments, **options)
+        assert_close(xp, loss, [0.0, 0.0, INF, INF, NAN])
+        assert_close(xp, grad, [0.0, 0.0, 1.0, -1.0, NAN])
+        weight = xp.asarray([1.0, 1.0, 0.0, 0.0, 0.0])
+        both = ps.sigmoid_cross_entropy_value_and_grad(*arguments, weight=weight, **options)
+        for found in both:
+            assert_array_equal(np.abs(xp.numpy(found)), np.zeros(5))
+    empty = xp.asarray(np.zeros((0, 3)))
+    for reduction, expected in (("mean", NAN), ("sum", 0.0)):
+        loss, grad = ps.sigmoid_cross_entropy_value_and_grad(empty, empty, reduction=reduction)
+        assert_close(xp, loss, expected)
+        assert_like(xp, grad, (0, 3), "float64")
+    loss = ps.sigmoid_cross_entropy(xp.asarray([0, 0]), xp.asarray([0, 1]))
+    assert_close(xp, loss, np.log(2), _default(xp))
+
+
+def test_sigmoid_cross_entropy_of_others(xp):
+    """sigmoid_cross_entropy: labels of another shape, or complex; numbers out of range | ValueError; TypeError; ValueError"""  # noqa: E501
+    z, t = xp.asarray(np.zeros((2, 3))), xp.asarray(np.zeros((2, 3)))
+    f = ps.sigmoid_cross_entropy
+    with pytest.raises(ValueError, match=r"labels have shape \(2,\), expected \(2, 3\)"):
+        f(z, xp.asarray([0, 1]))
+    with pytest.raises(TypeError, match="labels have dtype complex128, expected booleans"):
+        f(z, xp.asarray(np.zeros((2, 3)), "complex128"))
+    for name in ("weight", "pos_weight"):
+        with pytest.raises(ValueError, match=rf"{name} has shape \(2,\), which does not broadcast"):
+            f(z, t, **{name: xp.asarray([1.0, 1.0])})
+        with pytest.raises(TypeError, match=f"{name} has dtype bool"):
+            f(z, t, **{name: xp.asarray(np.ones(3, bool))})
+    for options, message in (
+        ({"focal_gamma": -1.0}, r"focal_gamma is -1\.0.*\[0, inf\)"),
+        ({"label_smoothing": 1.5}, r"label_smoothing is 1\.5.*\[0, 1\]"),
+        ({"reduction": "avg"}, "reduction is 'avg'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            f(z, t, **options)
+
+
+def test_a_sink(xp):
+    """sink: a row of -inf only, or masked as a whole; +inf or nan in a row; sink -inf | softmax 0, log_softmax -inf; nan; as without a sink"""  # noqa: E501
+    x = xp.asarray([[-INF, -INF], [INF, 0.0], [NAN, 0.0], [0.0, 0.0]])
+    third = 1 / 3
+    expected = np.asarray([[0.0, 0.0], [NAN, NAN], [NAN, NAN], [third, third]])
+    sinks = xp.asarray(np.zeros((4, 1)))
+    for sink in (0.0, sinks):
+        assert_close(xp, ps.softmax(x, sink=sink), expected)
+        logs = xp.numpy(ps.log_softmax(x, sink=sink))
+        np.testing.assert_allclose(np.exp(logs), expected, rtol=1e-15)
+    mask = xp.asarray([[False, False], [False, True], [False, True], [True, True]])
+    masked = [[0.0, 0.0], [0.0, 0.5], [0.0, 0.5], [third, third]]
+    assert_close(xp, ps.softmax(x, where=mask, sink=0.0), masked)
+    logs = xp.numpy(ps.log_softmax(x, where=mask, sink=0.0))
+    np.testing.assert_allclose(np.exp(logs), masked, rtol=1e-15)
+    finite = xp.asarray([[1.0, 2.0, -3.0], [5.0, 5.0, 5.0]])
+    for f in FAMILY:
+        assert_close(xp, f(finite, sink=-INF), xp.numpy(f(finite)), rtol=1e-15)
+        assert_like(xp, f(xp.asarray(np.zeros((2, 0))), sink=1.0), (2, 0), "float64")
+        assert_close(
+            xp, f(xp.asarray(0.0), axis=None, sink=0.0), 0.5 if f is ps.softmax else -np.log(2)
+        )
+
+
+def test_a_sink_of_another_kind(xp):
+    """sink that is nan or inf, or does not broadcast; or is no array | ValueError; TypeError"""
+    x = xp.asarray(np.zeros((2, 3)))
+    for f in FAMILY:
+        for wrong in (NAN, INF):
+            with pytest.raises(ValueError, match=rf"sink is {wrong}, expected a number in \[-inf"):
+                f(x, sink=wrong)
+        for shape in ((3,), (2, 3), (2,), (1, 2, 1)):
+            with pytest.raises(ValueError, match=r"sink has shape .*does not broadcast"):
+                f(x, sink=xp.asarray(np.zeros(shape)))
+        with pytest.raises(TypeError, match="sink has dtype bool"):
+            f(x, sink=xp.asarray(np.ones(1, bool)))
+        with pytest.raises(TypeError, match="sink is a list"):
+            f(x, sink=[0.0])

@@ -149,3 +149,15 @@ def test_switches_count_while_a_call_is_traced(torch):
         names, compiled = traced(torch, CALLS["softmax"])
         compiled(x.detach(), labels)
     assert not [graph for graph in names if VALUE in graph]
+
+
+@pytest.mark.parametrize("name", ["softmax_vjp", "log_softmax_vjp"])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_a_vector_jacobian_product_of_any_size_is_compiled(torch, name, rows):
+    """Where no kernel takes what has no memory yet, torch's operations do."""
+    function = getattr(ps, name)
+    x, _ = batch(torch, rows)
+    y = torch.log_softmax(x.detach(), 1)
+    dy = y.flip(0)
+    actual = torch.compile(function, backend="eager", fullgraph=True)(y, dy)
+    torch.testing.assert_close(actual, function(y, dy), rtol=1e-5, atol=1e-6)

@@ -23,9 +23,21 @@ class RowOptions(NamedTuple):
     temperature: float = 1.0
     b: Any = None
     return_sign: bool = False
+    dtype: Any = None  # of the answer, where that is not the usual one
+    sink: Any = None  # a number, or an array that broadcasts to what a reduction of x leaves
 
 
 LossOptions = portable.Options
+SigmoidOptions = portable.SigmoidOptions
+
+
+class DivergenceOptions(NamedTuple):
+    """The options of kl_divergence, with their neutral values."""
+
+    temperature: float = 1.0
+    distillation: bool = False
+    reduction: str = "mean"
+    dtype: Any = None
 
 
 class LinearOptions(NamedTuple):
@@ -39,11 +51,14 @@ class LinearOptions(NamedTuple):
 
 PLAIN_ROWS = RowOptions()
 PLAIN_LOSS = LossOptions()
+PLAIN_DIVERGENCE = DivergenceOptions()
+PLAIN_SIGMOID = SigmoidOptions()
 NONE_GIVEN: tuple[str, ...] = ()
 
 # Beside the options' own names, what a kernel may not take although it takes the option.
 PROBABILITIES = "probabilities"  # labels that are no indices
 EXTREME = "extreme temperature"  # one that the compute dtype, or its inverse, does not hold well
+OTHER_DTYPE = "dtype other than the computation's"
 
 
 def active(options: Any, neutral: Any) -> tuple[str, ...]:
@@ -71,6 +86,33 @@ def _flat(xp: Namespace, where: Any, positions: tuple[int, ...]) -> Any:
     return xp.reshape(xp.broadcast_to(where, (*positions, n)), (-1, n))
 
 
+def answered_in(library: Library, dtype: Any, compute: Any, result: Any) -> tuple[Any, Any, Any]:
+    """Return what a call with `dtype` computes in, the option, and what kernels must declare.
+
+    It is computed in the wider of `dtype` and what would be computed in without it.
+    """
+    if dtype == result:
+        return compute, None, NONE_GIVEN
+    if dtype == compute:
+        return compute, dtype, NONE_GIVEN
+    xp = library.xp
+    wider = library.dtype(dtype).kind == "real" and xp.finfo(dtype).bits > xp.finfo(compute).bits
+    return (dtype if wider else compute), dtype, (OTHER_DTYPE,)
+
+
+def loss_dtype(
+    library: Library, logits: Any, dtype: Any, compute_dtype: Any, result_dtype: Any
+) -> tuple[Any, Any, Any]:
+    """Return what `answered_in` does for the dtype of a loss; a library may have a rule for it."""
+    if dtype is not None:
+        dtype = _checks.answer_dtype(dtype, library)
+    elif library.dtype(result_dtype).kind == "half":
+        dtype = library.loss_dtype(logits)
+    if dtype is None:
+        return compute_dtype, None, NONE_GIVEN
+    return answered_in(library, dtype, compute_dtype, result_dtype)
+
+
 class Layout(NamedTuple):
     """An array's shape with the reduced axes, which are neighbours, taken together."""
 
@@ -92,7 +134,7 @@ class Request(NamedTuple):
     tracing: str = ""  # what follows or replaces the arrays' values, such as "torch.compile"
     options: Any = PLAIN_ROWS
     active: tuple[str, ...] = NONE_GIVEN  # the options that are not neutral, and the kind of labels
-    dy: Any = None
+    dy: Any = None  # an upstream gradient, or the second of two arrays
     labels: Any = None
     indices: bool = True  # class indices, or else probabilities
     check_labels: bool = True
@@ -101,6 +143,12 @@ class Request(NamedTuple):
     def xp(self) -> Namespace:
         """The namespace of the arrays."""
         return self.library.xp
+
+    @property
+    def answer_dtype(self) -> Any:
+        """The dtype of the answer; gradients keep `result_dtype`."""
+        dtype = self.options.dtype
+        return self.result_dtype if dtype is None else dtype
 
     @property
     def axis(self) -> int:
@@ -157,7 +205,7 @@ class Request(NamedTuple):
         library, options = self.library, self.options
         if not self.indices:
             t = library.cast(self.labels, self.compute_dtype)
-            return portable.Target(index=None, distribution=t, counted=None, valid=None)
+            return portable.distribution_target(t, self.axis, options)
         target: portable.Target = library.compiled(portable.index_target)(
             self.xp, self.x, self.labels, self.axis, options, self.compute_dtype
         )

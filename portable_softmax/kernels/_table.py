@@ -22,7 +22,13 @@ import math
 import os
 from typing import Any, NamedTuple
 
-from portable_softmax.kernels._request import EXTREME, LINEAR, OPERATIONS, PROBABILITIES
+from portable_softmax.kernels._request import (
+    EXTREME,
+    LINEAR,
+    OPERATIONS,
+    OTHER_DTYPE,
+    PROBABILITIES,
+)
 
 Names = tuple[str, ...]  # torch.compile cannot look into sets that it takes for constants
 
@@ -30,6 +36,7 @@ FLOATS = ("float32", "float64", "float16", "bfloat16")
 INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 LABELS_AND_WEIGHTS = ("ignore_index", "reduction", "weight")
 LOSS_OPTIONS = (*LABELS_AND_WEIGHTS, "label_smoothing", "z_loss", "softcap", "where")
+SAMPLES = "sample_weight"
 # As Triton reads it, when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -75,7 +82,7 @@ _NUMBA = Kernel(
     why="one pass in cache",
     library="numpy",
     module=f"{_HERE}._numba",
-    options=(*LABELS_AND_WEIGHTS, "temperature", "label_smoothing", "z_loss"),
+    options=(*LABELS_AND_WEIGHTS, "temperature", "label_smoothing", "z_loss", "dtype"),
     at_least=_SMALL + 1,
 )
 _TILES = Kernel(
@@ -84,7 +91,7 @@ _TILES = Kernel(
     library="numpy",
     module=f"{_HERE}._numpy",
     dtypes=(*FLOATS, *INTEGERS),
-    options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", EXTREME),
+    options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", EXTREME, "dtype", SAMPLES),
 )
 _LENT: dict[str, Any] = {
     "library": "torch",
@@ -119,7 +126,7 @@ TABLE = (
         module=f"{_HERE}._jax",
         operations=(*OPERATIONS, *LINEAR),
         dtypes=(*FLOATS, *INTEGERS),
-        options=(*LOSS_OPTIONS, PROBABILITIES, "temperature"),
+        options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", "dtype", OTHER_DTYPE, SAMPLES),
         tracing=("traced",),
     ),
     *(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from portable_softmax.libraries._library import Library
+from portable_softmax.libraries._library import Library, numpy_dtype
 
 
 class CuPy(Library):
@@ -20,6 +20,10 @@ class CuPy(Library):
         """Add a @ b in place."""
         so_far += self.xp.matmul(a, b)
         return so_far
+
+    def own_dtype(self, dtype: Any) -> Any:
+        """Return whatever NumPy takes for a dtype as one."""
+        return numpy_dtype(dtype)
 
     def device_type(self, x: Any) -> str:
         """Return ``"cuda"``."""

@@ -6,13 +6,17 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from portable_softmax.libraries._library import Library
+from portable_softmax.libraries._library import Library, numpy_dtype
 
 
 class Dask(Library):
     """It has no gather, and reads no value before compute()."""
 
     chunked = True
+
+    def own_dtype(self, dtype: Any) -> Any:
+        """Return whatever NumPy takes for a dtype as one."""
+        return numpy_dtype(dtype)
 
     def device(self, x: Any) -> Any:
         """Return None: chunks are where their workers are."""

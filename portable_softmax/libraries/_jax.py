@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-from portable_softmax.libraries._library import Library
+from portable_softmax.libraries._library import Library, numpy_dtype
 
 
 class Jax(Library):
@@ -32,6 +32,13 @@ class Jax(Library):
     def wider_dtype(self, x: Any) -> Any:
         """Return float64 where 64 bits are enabled."""
         return self.xp.promote_types(x.dtype, self.xp.result_type(float))
+
+    def own_dtype(self, dtype: Any) -> Any:
+        """Return a dtype of NumPy's or ml_dtypes'; TypeError for 64 bits where JAX has 32 only."""
+        found = numpy_dtype(dtype)
+        if found.itemsize > self.default_float(None).itemsize:
+            raise TypeError(dtype)
+        return found
 
     def default_float(self, x: Any) -> Any:
         """Return the dtype without making an array, which the transfer guard may forbid."""

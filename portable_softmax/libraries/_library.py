@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import array_api_compat as compat
+import numpy as np
 
 from portable_softmax._typing import Namespace
 
@@ -25,6 +26,11 @@ class Dtype(NamedTuple):
 # A running sum of n equal terms is off by about n/16 units in the last place (measured on NumPy,
 # axis 0, float32); up to this length that stays under one unit.
 RUNNING_SUM = 16
+
+
+def numpy_dtype(dtype: Any) -> Any:
+    """Return what a user names as a dtype of NumPy, in the machine's byte order."""
+    return np.dtype(dtype).newbyteorder("=")
 
 
 def dtype_name(dtype: Any) -> str:
@@ -115,6 +121,16 @@ class Library:
 
     def _native(self, dtype: Any) -> Any:
         return dtype
+
+    def own_dtype(self, dtype: Any) -> Any:
+        """Return a dtype that a user names as arrays have it; TypeError for no dtype."""
+        if isinstance(dtype, str):
+            raise TypeError(dtype)
+        return dtype
+
+    def loss_dtype(self, x: Any) -> Any:
+        """Return the dtype of losses of `x`, a half type, where the library has a rule for it."""
+        return None
 
     def compute_dtype(self, x: Any) -> tuple[Any, Any]:
         """Return the dtype to compute in and the dtype to answer in.

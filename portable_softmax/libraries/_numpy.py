@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax.libraries._library import RUNNING_SUM, Library, dtype_name
+from portable_softmax.libraries._library import RUNNING_SUM, Library, dtype_name, numpy_dtype
 
 # What `numpy.errstate` sets and sets back, at a third of its cost: for a small array that is a
 # twelfth of a whole call. The names are private, and without them errstate does it.
@@ -74,7 +74,11 @@ class NumPy(Library):
         return dtype_name(dtype) if dtype.isnative else dtype_name(dtype) + " byteswapped"
 
     def _native(self, dtype: Any) -> Any:
-        return np.dtype(dtype).newbyteorder("=")
+        return numpy_dtype(dtype)
+
+    def own_dtype(self, dtype: Any) -> Any:
+        """Return whatever NumPy takes for a dtype as one."""
+        return numpy_dtype(dtype)
 
     def default_float(self, x: Any) -> Any:
         """Return float64."""

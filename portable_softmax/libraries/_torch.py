@@ -77,6 +77,17 @@ class Torch(Library):
         """Return the device."""
         return x.device
 
+    def own_dtype(self, dtype: Any) -> Any:
+        """Return one of torch's own dtypes."""
+        if not isinstance(dtype, self._torch.dtype):
+            raise TypeError(dtype)
+        return dtype
+
+    def loss_dtype(self, x: Any) -> Any:
+        """Return float32 under torch.autocast, as torch's own losses answer in."""
+        on = self._torch.is_autocast_enabled(self.device_type(x))
+        return self._torch.float32 if on else None
+
     def same_device(self, x: Any, other: Any) -> bool:
         """Return whether both live on one device."""
         return bool(x.device == other.device)

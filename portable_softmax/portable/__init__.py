@@ -8,6 +8,7 @@ from portable_softmax.portable._cross_entropy import (
     Target,
     cross_entropy,
     cross_entropy_value_and_grad,
+    distribution_target,
     index_target,
     mean_divisor,
     not_ignored,
@@ -17,6 +18,7 @@ from portable_softmax.portable._cross_entropy import (
     with_class_axis,
 )
 from portable_softmax.portable._divisor import divisor, ordinary, powers_of_2, times_power_of_2
+from portable_softmax.portable._entropy import entropy, kl_divergence
 from portable_softmax.portable._linear_cross_entropy import (
     Gradients,
     Linear,
@@ -30,6 +32,7 @@ from portable_softmax.portable._linear_cross_entropy import (
     linear_cross_entropy_value_and_grad,
     tiles,
 )
+from portable_softmax.portable._logsums import logcumsumexp, logmeanexp
 from portable_softmax.portable._online import (
     cross_entropy_of,
     fold_part,
@@ -38,6 +41,11 @@ from portable_softmax.portable._online import (
     merge,
     of_nothing,
     softmax_of,
+)
+from portable_softmax.portable._sigmoid import (
+    SigmoidOptions,
+    sigmoid_cross_entropy,
+    sigmoid_cross_entropy_value_and_grad,
 )
 from portable_softmax.portable._softmax import (
     log_softmax,
@@ -53,6 +61,7 @@ __all__ = [
     "Gradients",
     "Linear",
     "Options",
+    "SigmoidOptions",
     "Target",
     "at_positions",
     "by_classes",
@@ -61,16 +70,21 @@ __all__ = [
     "cross_entropy_of",
     "cross_entropy_value_and_grad",
     "cuts",
+    "distribution_target",
     "divisor",
+    "entropy",
     "finished",
     "fold_part",
     "index_target",
+    "kl_divergence",
     "label_target",
     "linear_cross_entropy",
     "linear_cross_entropy_value_and_grad",
     "log_softmax",
     "log_softmax_of",
     "log_softmax_vjp",
+    "logcumsumexp",
+    "logmeanexp",
     "logsumexp",
     "logsumexp_of",
     "mean_divisor",
@@ -81,6 +95,8 @@ __all__ = [
     "ordinary",
     "powers_of_2",
     "reduced",
+    "sigmoid_cross_entropy",
+    "sigmoid_cross_entropy_value_and_grad",
     "softcapped",
     "softmax",
     "softmax_jacobian",

@@ -4,7 +4,8 @@ Every loss is one sum over the classes. With the coefficients
 
     q_j = weight_j * ((1 - label_smoothing) * t_j + label_smoothing / C)        Q = sum_j q_j
 
-of a target distribution t (one-hot for a class index), and u = sum_j weight_j * t_j,
+of a target distribution t (one-hot for a class index), and u = sum_j weight_j * t_j, both times
+the position's own weight,
 
     loss   = sum_j q_j * ((max - x_j) + log1p(rest))  +  z_loss * u * logsumexp^2
     grad_j = p_j * (Q + 2 * z_loss * u * logsumexp) - q_j                       p = softmax(x)
@@ -45,6 +46,8 @@ class Options(NamedTuple):
     softcap: float | None = None
     where: Any = None
     reduction: str = "mean"
+    dtype: Any = None  # of the loss, where that is not the usual one
+    sample_weight: Any = None  # one a position
 
 
 class Target(NamedTuple):
@@ -52,9 +55,10 @@ class Target(NamedTuple):
 
     index: Any  # class indices inside [0, C), or None for a distribution
     distribution: Any  # t, or None for class indices
-    counted: Any  # bool: not ignored; None where every position counts
+    counted: Any  # bool: not ignored, nor of weight 0; None where every position counts
     valid: Any  # bool: ignored, or the index of a class; None for a distribution
-    weight: Any = None  # of the label, 0 where ignored; None where it is 1 everywhere
+    weight: Any = None  # what it counts in a mean, 0 where ignored; None where it is 1 everywhere
+    sample: Any = None  # its own weight; None where it is 1 everywhere
 
 
 # --------------------------------------------------------------------------- targets
@@ -90,13 +94,27 @@ def index_target(
     weight = None
     if options.weight is not None:
         weight = pick(xp, _along(xp, options.weight, x, axis), index, axis, x)
+    sample = options.sample_weight
+    if sample is not None:
+        sample = with_class_axis(sample, axis)
+        weight = sample if weight is None else weight * sample
+        counted = (sample != 0) if counted is None else counted & (sample != 0)
     if counted is not None:
         valid = valid | ~counted
         if weight is None:
             weight = cast(xp, counted, dtype)
         else:
             weight = xp.where(counted, weight, scalar(xp, 0.0, weight))
-    return Target(index, None, counted, valid, weight)
+    return Target(index, None, counted, valid, weight, sample)
+
+
+def distribution_target(distribution: Any, axis: int, options: Options) -> Target:
+    """Return the target of a distribution over the classes."""
+    sample = options.sample_weight
+    if sample is None:
+        return Target(None, distribution, None, None)
+    sample = with_class_axis(sample, axis)
+    return Target(None, distribution, sample != 0, None, sample, sample)
 
 
 def not_ignored(xp: Namespace, labels: Any, ignore_index: int | None) -> Any:
@@ -293,6 +311,8 @@ def _distribution_rows(
     if options.weight is not None:
         weight = _along(xp, options.weight, x, axis)
         t, q = weighted(xp, t, weight), weighted(xp, q, weight)
+    if target.sample is not None:
+        t, q = weighted(xp, t, target.sample), weighted(xp, q, target.sample)
     u = total(xp, t, (axis,))
     if target.counted is not None:
         q, u = xp.where(target.counted, q, zero), xp.where(target.counted, u, zero)

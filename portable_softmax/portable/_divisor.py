@@ -80,13 +80,13 @@ def quotient_error(xp: Namespace, x: Any, q: Any, by: Divisor) -> Any:
     """
     x, q = constant(xp, x), constant(xp, q)
     m = scalar(xp, 1.0, q) * by.high  # a product, as `high` may be a compiler's symbol
-    (q1, q2), (m1, m2) = _halves(xp, q), _halves(xp, m)
+    (q1, q2), (m1, m2) = halves(xp, q), halves(xp, m)
     product = q * m
     error = ((q1 * m1 - product) + q1 * m2 + q2 * m1) + q2 * m2
     return ((x - product) - error - q * by.low) / m
 
 
-def _halves(xp: Namespace, x: Any) -> tuple[Any, Any]:
+def halves(xp: Namespace, x: Any) -> tuple[Any, Any]:
     """Split x into two numbers of half as many digits (Veltkamp 1968)."""
     c = (2.0 ** math.ceil(_digits(xp, x) / 2) + 1.0) * x
     high = c - (c - x)

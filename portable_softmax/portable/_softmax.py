@@ -20,7 +20,7 @@ from portable_softmax.libraries import (
     scalar,
 )
 from portable_softmax.portable._divisor import divisor, times_power_of_2
-from portable_softmax.portable._state import fold, maximum
+from portable_softmax.portable._state import fold, greater, maximum
 from portable_softmax.portable._sums import total
 
 Axes = tuple[int, ...]
@@ -46,18 +46,34 @@ def masked(xp: Namespace, x: Any, where: Any, axes: Axes) -> tuple[Any, Any]:
 
 
 def softmax(
-    xp: Namespace, x: Any, axes: Axes, *, where: Any = None, temperature: float = 1.0
+    xp: Namespace,
+    x: Any,
+    axes: Axes,
+    *,
+    where: Any = None,
+    temperature: float = 1.0,
+    sink: Any = None,
 ) -> Any:
-    """exp(x - max) / sum(exp(x - max)): the common factor exp(-max) cancels."""
+    """exp(x - max) / sum(exp(x - max)): the common factor exp(-max) cancels.
+
+    The sink is one more term of the sum; its axes are those of a reduction.
+    """
     if where is not None:
         x, _ = masked(xp, x, where, axes)
     by = divisor(xp, temperature, x)
     x = times_power_of_2(xp, x, -max(by.exponent, 0))  # first, as the difference may overflow
-    shifted = times_power_of_2(xp, x - maximum(xp, x, axes), -min(by.exponent, 0))
+    m = maximum(xp, x, axes)
+    if sink is not None:
+        sink = times_power_of_2(xp, _laid_out(xp, sink, x), -max(by.exponent, 0))
+        m = greater(xp, m, constant(xp, sink))
+    shifted = times_power_of_2(xp, x - m, -min(by.exponent, 0))
     if by.high != 1.0:
         shifted = shifted / by.high
     exps = xp.exp(shifted)
-    y = exps / total(xp, exps, axes)
+    s = total(xp, exps, axes)
+    if sink is not None:
+        s = s + xp.exp(times_power_of_2(xp, sink - m, -min(by.exponent, 0)) / by.high)
+    y = exps / s
     return y if where is None else xp.where(where, y, scalar(xp, 0.0, y))
 
 
@@ -81,14 +97,29 @@ def softmax_jacobian(xp: Namespace, y: Any, axis: int) -> Any:
 
 
 def log_softmax(
-    xp: Namespace, x: Any, axes: Axes, *, where: Any = None, temperature: float = 1.0
+    xp: Namespace,
+    x: Any,
+    axes: Axes,
+    *,
+    where: Any = None,
+    temperature: float = 1.0,
+    sink: Any = None,
 ) -> Any:
-    """(x - max) - log1p(rest)."""
+    """(x - max) - log1p(rest), the sink being one more entry."""
     if where is not None:
         x, _ = masked(xp, x, where, axes)
-    state = fold(xp, x, axes, temperature=temperature)
+    if sink is not None:
+        sink = _laid_out(xp, sink, x)
+    state = fold(xp, x, axes, temperature=temperature, sink=sink)
     y = state.shifted - state.log
     return y if where is None else xp.where(where, y, scalar(xp, -math.inf, y))
+
+
+def _laid_out(xp: Namespace, sink: Any, x: Any) -> Any:
+    """Return the sink, a number or an array, with as many axes as `x`."""
+    if isinstance(sink, int | float):
+        sink = scalar(xp, sink, x)
+    return sink[(*(None,) * (x.ndim - sink.ndim), ...)]
 
 
 def log_softmax_vjp(xp: Namespace, log_y: Any, dy: Any, axes: Axes) -> Any:

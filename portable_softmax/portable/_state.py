@@ -22,7 +22,7 @@ from portable_softmax.libraries import (
     reduce_chunks,
     scalar,
 )
-from portable_softmax.portable._divisor import divisor, quotient_error, times_power_of_2
+from portable_softmax.portable._divisor import Divisor, divisor, quotient_error, times_power_of_2
 from portable_softmax.portable._sums import total
 
 
@@ -61,6 +61,7 @@ def fold(
     shift: Any = None,
     temperature: float = 1.0,
     attach: Callable[[Any], Any] | None = None,
+    sink: Any = None,
 ) -> State:
     """Fold `x` over `axes` into its state.
 
@@ -68,12 +69,40 @@ def fold(
     ----------
     shift
         What to subtract, where that is not the maximum.
+    sink
+        One more entry of every row, that has no place in `shifted` and `exps`.
     attach
         Gives the shifted row another way to be differentiated, without changing its value.
     """
     by = divisor(xp, temperature, x)
     x = times_power_of_2(xp, x, -max(by.exponent, 0))  # first, as the difference may overflow
     m = maximum(xp, x, axes) if shift is None else shift
+    if sink is not None:
+        sink = times_power_of_2(xp, sink, -max(by.exponent, 0))
+        m = greater(xp, m, constant(xp, sink))
+    shifted, exps = _exponentials(xp, x, m, by, attach)
+    # The value of one maximum is left out of the sum, its derivative is not: subtracting the
+    # constant 1 keeps both right, to every order and at ties, where masking the entry would not.
+    # Terms are at most 1, so the whole part of one says whether it is a maximum.
+    is_max = xp.floor(constant(xp, exps))
+    rest, maxima = total(xp, exps - is_max, axes), xp.sum(is_max, axis=axes, keepdims=True)
+    if sink is not None:
+        _, exp_of_sink = _exponentials(xp, sink, m, by, None)
+        is_max = xp.floor(constant(xp, exp_of_sink))
+        rest, maxima = rest + (exp_of_sink - is_max), maxima + is_max
+    rest = rest + (maxima - 1)
+    return State(m, rest, xp.log1p(rest), shifted, exps)
+
+
+def greater(xp: Namespace, m: Any, other: Any) -> Any:
+    """Return the greater of two, and nan where `m` is."""
+    return xp.where((m >= other) | xp.isnan(m), m, other)
+
+
+def _exponentials(
+    xp: Namespace, x: Any, m: Any, by: Divisor, attach: Callable[[Any], Any] | None
+) -> tuple[Any, Any]:
+    """Return (x - m) / temperature, and exp of that with the rounding error put back."""
     difference = x - m
     error = difference_error(xp, x, m, difference)
     shifted = times_power_of_2(xp, difference, -min(by.exponent, 0))
@@ -88,13 +117,7 @@ def fold(
     # exps + exps * error would be the same, but XLA flushes a subnormal product to 0. Beside an
     # infinity the error is nan and its term 0.
     error = xp.where(constant(xp, exps) > 0, error, scalar(xp, 0.0, error))
-    exps = exps * (1.0 + error)
-    # The value of one maximum is left out of the sum, its derivative is not: subtracting the
-    # constant 1 keeps both right, to every order and at ties, where masking the entry would not.
-    # Terms are at most 1, so the whole part of one says whether it is a maximum.
-    is_max = xp.floor(constant(xp, exps))
-    rest = total(xp, exps - is_max, axes) + (xp.sum(is_max, axis=axes, keepdims=True) - 1)
-    return State(m, rest, xp.log1p(rest), shifted, exps)
+    return shifted, exps * (1.0 + error)
 
 
 def difference_error(xp: Namespace, x: Any, m: Any, difference: Any) -> Any:

@@ -48,7 +48,7 @@ def _scale(request: Request) -> Any:
 
 
 def _dtypes(request: Request) -> tuple[Any, Any]:
-    return request.compute_dtype, request.result_dtype
+    return request.compute_dtype, request.answer_dtype
 
 
 def _with_temperature(request: Request) -> Any:
@@ -82,10 +82,11 @@ def _loss(request: Request) -> Any:
     numbers = _numbers(request, options)
     form = losses.Form(
         request.axis, options.reduction, request.indices, not _labels_are_checked(request),
-        options.ignore_index, *_dtypes(request),
+        options.ignore_index, *_dtypes(request), request.result_dtype,
     )  # fmt: skip
     function = getattr(losses, request.operation)
-    return function(request.x, request.labels, options.weight, options.where, numbers, form)
+    coefficients = losses.Weights(options.weight, options.sample_weight)
+    return function(request.x, request.labels, coefficients, options.where, numbers, form)
 
 
 cross_entropy = cross_entropy_value_and_grad = _loss
@@ -112,7 +113,7 @@ def _layer(request: Request) -> tuple[Any, Any, Any]:
     height = -(-n // -(-n // height))  # as even as can be: the last tile is filled up
     # A label without a class is nan, as under tracing nobody has looked for one.
     of_a_tile = _module("_losses").Form(
-        1, "none", request.indices, True, options.ignore_index, *[request.compute_dtype] * 2
+        1, "none", request.indices, True, options.ignore_index, *[request.compute_dtype] * 3
     )
     form = linear.Form(of_a_tile, options.reduction, height)
     return (

@@ -140,7 +140,9 @@ def _losses_of(x: Any, tile: _Tile, rest: Rest, form: Form) -> Any:
     where = rest.where if tile.where is None else tile.where
     if tile.live is not None:
         x = jnp.where(tile.live[:, None], x, 0.0)
-    loss = _losses.reduced(x, tile.labels, rest.weight, where, rest.numbers, form.loss)
+    loss = _losses.reduced(
+        x, tile.labels, _losses.Weights(rest.weight, None), where, rest.numbers, form.loss
+    )
     return loss if tile.live is None else jnp.where(tile.live, loss, 0.0)
 
 

@@ -34,7 +34,8 @@ class Form(NamedTuple):
     check: bool  # a label without a class is nan, as nobody has looked for one
     ignore_index: int | None
     compute: Any
-    answer: Any
+    answer: Any  # dtype of the loss
+    gradient: Any  # and of its gradient
 
 
 class Numbers(NamedTuple):
@@ -43,6 +44,13 @@ class Numbers(NamedTuple):
     label_smoothing: Any
     z_loss: Any
     softcap: Any
+
+
+class Weights(NamedTuple):
+    """The weights of the classes and of the positions; None where they are 1."""
+
+    classes: Any
+    samples: Any
 
 
 class Terms(NamedTuple):
@@ -57,23 +65,23 @@ class Terms(NamedTuple):
 
 @partial(jax.jit, static_argnames="form")
 def cross_entropy(
-    x: Any, labels: Any, weight: Any, where: Any, numbers: Numbers, form: Form
+    x: Any, labels: Any, weights: Weights, where: Any, numbers: Numbers, form: Form
 ) -> Any:
     """Return the reduced loss."""
-    loss = reduced(x.astype(form.compute), labels, weight, where, numbers, form)
+    loss = reduced(x.astype(form.compute), labels, weights, where, numbers, form)
     return loss.astype(form.answer)
 
 
 @partial(jax.jit, static_argnames="form")
 def cross_entropy_value_and_grad(
-    x: Any, labels: Any, weight: Any, where: Any, numbers: Numbers, form: Form
+    x: Any, labels: Any, weights: Weights, where: Any, numbers: Numbers, form: Form
 ) -> tuple[Any, Any]:
     """Return the reduced loss and its gradient."""
     loss, pull_back = jax.vjp(
-        lambda x: reduced(x, labels, weight, where, numbers, form), x.astype(form.compute)
+        lambda x: reduced(x, labels, weights, where, numbers, form), x.astype(form.compute)
     )
     (grad,) = pull_back(jnp.ones_like(loss))
-    return loss.astype(form.answer), grad.astype(form.answer)
+    return loss.astype(form.answer), grad.astype(form.gradient)
 
 
 @partial(jax.jit, static_argnames=("shape", "axis", "ignore_index"))
@@ -85,15 +93,20 @@ def every_label_has_a_class(
     return jnp.all(_valid(index, counted, where, shape, axis))
 
 
-def reduced(x: Any, labels: Any, weight: Any, where: Any, numbers: Numbers, form: Form) -> Any:
+def reduced(x: Any, labels: Any, weights: Weights, where: Any, numbers: Numbers, form: Form) -> Any:
     axis = form.axis
     where = None if where is None else mask_like(where, x.ndim)
     index = counted = valid = None
     if form.indices:
         index, counted = indices(labels, axis, form.ignore_index)
-        valid = _valid(index, counted, where, x.shape, axis) if form.check else None
+    if weights.samples is not None:
+        sample = jnp.expand_dims(weights.samples.astype(x.dtype), axis)
+        weights = weights._replace(samples=sample)
+        counted = (sample != 0) if counted is None else counted & (sample != 0)
+    if form.indices and form.check:
+        valid = _valid(index, counted, where, x.shape, axis)
     x = _conditioned(x, counted, where, numbers.softcap, axis)
-    terms, total = _terms(x, labels, index, counted, weight, where, numbers, axis)
+    terms, total = _terms(x, labels, index, counted, weights, where, numbers, axis)
     loss = _losses(x, terms, axis)
     if valid is not None:
         loss = loss * jnp.where(valid, 1.0, jnp.nan)
@@ -136,7 +149,7 @@ def _terms(
     labels: Any,
     index: Any,
     counted: Any,
-    weight: Any,
+    weights: Weights,
     where: Any,
     numbers: Numbers,
     axis: int,
@@ -144,11 +157,14 @@ def _terms(
     """Return the coefficients, and what the mean divides by if that is not their number."""
     shape = [1] * x.ndim
     shape[axis] = x.shape[axis]
+    weight, sample = weights
     if weight is not None:
         weight = weight.astype(x.dtype)
     a = c = total = None
     if index is not None:
         a = jnp.ones((), x.dtype) if weight is None else jnp.take(weight, index, mode="clip")
+        if sample is not None:
+            a = a * sample
         if counted is not None:
             a = jnp.where(counted, a, 0.0)
         u = a
@@ -158,6 +174,9 @@ def _terms(
         c = labels.astype(x.dtype)
         c = c if where is None else jnp.where(where, c, 0.0)
         u = jnp.sum(_weighted(c, weight, shape), axis=axis, keepdims=True)
+        if sample is not None:
+            c = jnp.where(counted, c, 0.0)
+            u, total = jnp.where(counted, u * sample, 0.0), jnp.sum(sample)
     if (smoothing := numbers.label_smoothing) is not None:
         a, c = (None if part is None else (1.0 - smoothing) * part for part in (a, c))
         if where is None:
@@ -167,6 +186,8 @@ def _terms(
             spread = part * (smoothing / jnp.maximum(jnp.sum(part, axis=axis, keepdims=True), 1.0))
         c = spread if c is None else c + spread
     c = None if c is None else _weighted(c, weight, shape)
+    if c is not None and sample is not None:
+        c = jnp.where(counted & (c != 0), c * sample, 0.0)
     u = None if numbers.z_loss is None else numbers.z_loss * u
     return Terms(index, a, c, u, counted), total
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from portable_softmax.kernels._numba import _support
-from portable_softmax.kernels._request import Layout, Request
+from portable_softmax.kernels._request import LOSSES, Layout, Request
 
 # Rows across memory are copied to a tile, which has to stay small.
 LONGEST_ACROSS = 1 << 14
@@ -34,6 +34,8 @@ missing = _support.missing
 def declines(request: Request, asked: bool) -> str:
     """Return why a call is left to the next kernel."""
     x = request.x
+    if why := declines_options(request):
+        return why
     arrays = (x,) if request.dy is None else (x, request.dy)
     if not all(a.flags.c_contiguous and a.flags.aligned for a in arrays):
         return "not in C order"
@@ -42,6 +44,13 @@ def declines(request: Request, asked: bool) -> str:
     if request.labels is not None and not request.labels.dtype.isnative:
         return f"dtype of labels: {request.labels.dtype}"
     return declines_shape(x.shape, request.axes)
+
+
+def declines_options(request: Request) -> str:
+    """Return why an operation is not taken with options that another is taken with."""
+    if "dtype" in request.active and request.operation not in LOSSES:
+        return "dtype of the answer"
+    return ""
 
 
 def declines_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
@@ -156,7 +165,7 @@ def _loss(request: Request) -> Any:
         if options.reduction == "mean":
             loss = loss / weights if weights else np.nan
         each = np.asarray(loss, compute_dtype)
-    each = each.astype(result_dtype, copy=False)
+    each = each.astype(request.answer_dtype, copy=False)
     return each if grad is None else (each, grad)
 
 

@@ -42,6 +42,16 @@ def declines(request: Request, asked: bool) -> str:
     return "not in long rows" if not asked and both[0].axis == 0 else ""
 
 
+def declines_options(request: Request) -> str:
+    """Return why an operation is not taken with options that another is taken with."""
+    return ""
+
+
+def declines_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
+    """Return why a vector-Jacobian product is not taken where only its shape is known."""
+    return "tiles of a vector-Jacobian product are chosen by what lies in memory"
+
+
 def softmax(request: Request) -> Any:
     """Softmax over the axes."""
     rows = None if request.active else _small.rows_of(request)
@@ -106,7 +116,10 @@ def cross_entropy_value_and_grad(request: Request) -> tuple[Any, Any]:
 
 
 def _cast(loss: Any, request: Request) -> Any:
-    return loss if loss.dtype == request.result_dtype else loss.astype(request.result_dtype)
+    answer = request.options.dtype
+    if answer is None:
+        answer = request.result_dtype
+    return loss if loss.dtype == answer else loss.astype(answer)
 
 
 def _losses_of(request: Request, *, with_grad: bool) -> tuple[Any, Any]:

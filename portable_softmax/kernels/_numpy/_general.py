@@ -27,7 +27,7 @@ def rows(request: Request) -> Any:
     )
     kept = request.operation != "logsumexp"
     shape = [n if kept or a not in axes else 1 for a, n in enumerate(x.shape)]
-    out = np.empty(shape, request.result_dtype)
+    out = np.empty(shape, request.answer_dtype)
 
     def work(cut: Cut) -> None:
         tile = x[cut].astype(compute, order="C", copy=False)
@@ -67,7 +67,7 @@ def losses(request: Request) -> tuple[Any, Any]:
 
     _run(work, x, (axis,), compute)
     return portable.reduced(np, loss, target, axis, options.reduction).astype(
-        request.result_dtype
+        request.answer_dtype
     ), grad
 
 

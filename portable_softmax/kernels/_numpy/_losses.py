@@ -47,12 +47,25 @@ def _parts(labels: Any) -> list[Any]:
     return [flat[i : i + _LABELS] for i in range(0, flat.size, _LABELS)]
 
 
+def _samples_of(request: Request, layout: Layout) -> Any:
+    """Return the weights of the positions, in the layout's."""
+    sample = request.options.sample_weight
+    return None if sample is None else sample.reshape(layout.shape)
+
+
 def divisor_of(request: Request, labels: Any) -> float:
     """Return what a mean divides by: the weights of the labels that count, or their number."""
     weight, ignore = request.options.weight, request.options.ignore_index
-    if weight is None and ignore is None:
+    sample = request.options.sample_weight
+    if weight is None and ignore is None and sample is None:
         return float(labels.size)
     sums = []
+    if sample is not None:
+        for part, s in zip(_parts(labels), _parts(sample), strict=True):
+            kept = s != 0 if ignore is None else (s != 0) & (part != ignore)
+            u = s[kept] if weight is None else s[kept] * weight[part[kept]]
+            sums.append(u.sum())
+        return float(np.sum(sums, dtype=request.compute_dtype))
     for part in _parts(labels):
         counted = part if ignore is None else part[part != ignore]
         sums.append(counted.size if weight is None else weight[counted].sum())
@@ -66,8 +79,9 @@ def losses(request: Request, layout: Layout, labels: Any, *, with_grad: bool) ->
     divisor = divisor_of(request, labels) if reduction == "mean" else 1.0
     none, sums = None, np.zeros(len(layout.pieces), request.compute_dtype)
     if reduction == "none":
-        none = np.empty(request.labels.shape, request.result_dtype)
+        none = np.empty(request.labels.shape, request.answer_dtype)
         positions = none.reshape(layout.shape)
+    samples = _samples_of(request, layout)
     grad = gradients = None
     if with_grad:
         grad = np.empty(request.x.shape, request.result_dtype)
@@ -82,6 +96,12 @@ def losses(request: Request, layout: Layout, labels: Any, *, with_grad: bool) ->
             ignored = np.flatnonzero(given == ignore)  # before the cast, which wraps around
             index[ignored] = 0
         u = None if weight is None else weight[index]
+        if samples is not None:
+            s = layout.positions(samples, piece)
+            out = s == 0 if ignored is None else (s == 0) | (given == ignore)
+            ignored = np.flatnonzero(out)
+            u = s.copy() if u is None else u * s
+            u[ignored] = 0.0
         scale: Any = None
         if with_grad:
             scale = 1.0 / divisor if divisor else 0.0

@@ -18,7 +18,7 @@ from portable_softmax.kernels._request import Request
 
 def softmax(request: Request, layout: Layout) -> Any:
     """exp(x - max) / sum(exp(x - max))."""
-    out = np.empty(request.x.shape, request.result_dtype)
+    out = np.empty(request.x.shape, request.answer_dtype)
     answers, axis = out.reshape(layout.x.shape), layout.axis
 
     def work(_: int, piece: Any, buffers: Buffers) -> None:
@@ -36,7 +36,7 @@ def log_softmax(request: Request, layout: Layout) -> Any:
     """(x - max) - log1p(rest)."""
     if request.options.temperature != 1.0:
         return _log_softmax_with_temperature(request, layout)
-    out = np.empty(request.x.shape, request.result_dtype)
+    out = np.empty(request.x.shape, request.answer_dtype)
     answers, axis = out.reshape(layout.x.shape), layout.axis
 
     def precise(x: Any, y: Any, buffers: Buffers) -> None:
@@ -61,7 +61,7 @@ def log_softmax(request: Request, layout: Layout) -> Any:
 
 def _log_softmax_with_temperature(request: Request, layout: Layout) -> Any:
     """d - log(sum exp d) with d = (x - max) / temperature, and the portable form in some rows."""
-    out = np.empty(request.x.shape, request.result_dtype)
+    out = np.empty(request.x.shape, request.answer_dtype)
     answers, axis, temperature = (
         out.reshape(layout.x.shape),
         layout.axis,
@@ -95,7 +95,7 @@ def _log_softmax_with_temperature(request: Request, layout: Layout) -> Any:
 def logsumexp(request: Request, layout: Layout) -> Any:
     """Max + log1p(rest); the axes are kept."""
     shape = [1 if a in request.axes else n for a, n in enumerate(request.x.shape)]
-    out = np.empty(shape, request.result_dtype)
+    out = np.empty(shape, request.answer_dtype)
     answers, axis = out.reshape(layout.shape), layout.axis
 
     def work(_: int, piece: Any, buffers: Buffers) -> None:

@@ -22,6 +22,8 @@ def declines(engine: Any, request: Request, asked: bool) -> str:
         return why
     if request.tracing and not _are_numbers(request):
         return "a number that may be another one in the next call"
+    if request.tracing and "dtype" in request.active and request.operation == "softmax":
+        return "a gradient from an output of another dtype"
     if engine.TENSORS:
         return str(engine.declines(request, asked))
     return _lending.declines(engine, request, asked)
@@ -37,7 +39,8 @@ def _not_a_kernels(request: Request) -> str:
     """Return what no kernel differentiates, or no operator takes."""
     options = request.options
     if torch.is_grad_enabled():
-        if any(t is not None and t.requires_grad for t in (request.labels, options.weight)):
+        coefficients = request.labels, options.weight, options.sample_weight
+        if any(t is not None and t.requires_grad for t in coefficients):
             return "labels or weights that require gradients"
         value_and_grad = request.operation == "cross_entropy_value_and_grad"
         if request.tracing and value_and_grad and request.x.requires_grad:

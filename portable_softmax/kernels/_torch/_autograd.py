@@ -40,16 +40,16 @@ class _Kernel(torch.autograd.Function):
         dx, ddy = pulled_back(
             request, upstream, request.library.tracing, partial(_gradients.gradient, ctx.engine)
         )
-        return None, None, dx, ddy, None, None, None
+        return None, None, dx, ddy, None, None, None, None
 
 
 # --------------------------------------------------------------------------- shared with operators
 
-_ARRAY_OPTIONS = ("weight", "where")
+_ARRAY_OPTIONS = ("weight", "where", "sample_weight")
 
 
 def tensors(request: Request) -> tuple[Tensor | None, ...]:
-    """Return x, dy, labels, weight and where."""
+    """Return x, dy, labels and what `_ARRAY_OPTIONS` names."""
     options = [getattr(request.options, name, None) for name in _ARRAY_OPTIONS]
     return request.x, request.dy, request.labels, *options
 

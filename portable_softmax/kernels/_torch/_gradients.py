@@ -15,6 +15,7 @@ import torch
 from portable_softmax import portable
 from portable_softmax.kernels._request import Request
 from portable_softmax.kernels._torch._lending import NUMPY, on_numpy, taken
+from portable_softmax.libraries import dtype_name
 
 Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
@@ -27,10 +28,11 @@ def value(engine: Any, request: Request) -> Any:
     if engine.TENSORS:
         return function(request)
     found = NUMPY.quietly(function, on_numpy(request))
-    dtype = request.result_dtype
+    dtype, options = request.result_dtype, request.options
+    answer = dtype if options is None or options.dtype is None else options.dtype
     if type(found) is tuple:
-        return taken(found[0], dtype), taken(found[1], dtype)
-    return taken(found, dtype)
+        return taken(found[0], answer), taken(found[1], dtype)
+    return taken(found, answer)
 
 
 def kept(request: Request, y: Tensor) -> Tensor:
@@ -67,14 +69,16 @@ def _from_output(engine: Any, request: Request, y: Tensor, dy: Tensor, *masked: 
     """Return a vector-Jacobian product, over the temperature."""
     if request.active and request.options.where is not None:
         dy = torch.where(request.options.where, dy, 0.0)
+    y_dtype = y.dtype
     vjp = on_numpy(
         request._replace(
-            operation=f"{request.operation}_vjp", x=y, dy=dy.contiguous(), options=None, active=()
+            operation=f"{request.operation}_vjp", x=y, dtype=dtype_name(y_dtype),
+            dy=dy.contiguous(), options=None, active=(),
         )
-    )
+    )  # fmt: skip
     if engine.declines(vjp, False):
         return formula(request._replace(x=y), dy)
-    dx = taken(NUMPY.quietly(getattr(engine, vjp.operation), vjp, *masked), request.result_dtype)
+    dx = taken(NUMPY.quietly(getattr(engine, vjp.operation), vjp, *masked), y_dtype)
     temperature = request.options.temperature
     return _masked(request, dx if temperature == 1.0 else dx.div_(temperature))
 
@@ -112,8 +116,13 @@ def _in_float32(request: Request) -> Request:
     """Return a request of a half type in float32, so that its gradient is rounded once."""
     if request.dtype not in _HALVES:
         return request
-    dtype = torch.float32
-    return request._replace(x=request.x.to(dtype), dtype="float32", result_dtype=dtype)
+    dtype, options = torch.float32, request.options
+    if "dtype" in request.active:
+        options = options._replace(dtype=None)
+    return request._replace(
+        x=request.x.to(dtype), dtype="float32", result_dtype=dtype, options=options,
+        active=tuple(name for name in request.active if name != "dtype"),
+    )  # fmt: skip
 
 
 def _upstream(request: Request, dy: Tensor) -> Tensor:
@@ -121,7 +130,7 @@ def _upstream(request: Request, dy: Tensor) -> Tensor:
     if request.options.reduction == "none":
         dy = dy.unsqueeze(request.axis)
     counted = None
-    if request.options.ignore_index is not None:
+    if request.options.ignore_index is not None or request.options.sample_weight is not None:
         counted = request.target().counted
     return dy if counted is None else torch.where(counted, dy, 0.0)
 

@@ -39,7 +39,8 @@ def declines(engine: Any, request: Request, asked: bool) -> str:
         given = [request.x] if request.dy is None else [request.x, request.dy]
         if not all(t.is_contiguous() for t in given):
             return "not in C order"
-        return str(engine.declines_shape(request.x.shape, request.axes))
+        why = engine.declines_options(request)
+        return str(why or engine.declines_shape(request.x.shape, request.axes))
     return str(engine.declines(on_numpy(request), asked))
 
 
@@ -67,6 +68,8 @@ def on_numpy(request: Request) -> Request:
     options = request.options
     if request.active:
         options = type(options)(*[lent(o) if isinstance(o, torch.Tensor) else o for o in options])
+        if options.dtype is not None:  # no kernel takes another
+            options = options._replace(dtype=_COMPUTE_DTYPE[request.dtype])
     return Request(
         request.operation, NUMPY, x, request.dtype, request.axes, _COMPUTE_DTYPE[request.dtype],
         x.dtype, "", options, request.active, None if dy is None else lent(dy),

@@ -28,9 +28,9 @@ from portable_softmax.kernels._torch import _autograd, _gradients
 Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
 _SCHEMA = (
-    "(Tensor x, Tensor? dy, Tensor? labels, Tensor? weight, Tensor? where, str engine, "
-    "str operation, int[] axes, float temperature, int? ignore_index, float label_smoothing, "
-    "float z_loss, float? softcap, str reduction)"
+    "(Tensor x, Tensor? dy, Tensor? labels, Tensor? weight, Tensor? where, Tensor? sample, "
+    "str engine, str operation, int[] axes, float temperature, int? ignore_index, "
+    "float label_smoothing, float z_loss, float? softcap, str reduction, ScalarType? dtype)"
 )
 
 
@@ -53,15 +53,15 @@ def _arguments(engine: str, request: Request) -> tuple[Any, ...]:
     return (
         *_autograd.tensors(request), engine, request.operation, list(request.axes),
         rows.temperature, loss.ignore_index, loss.label_smoothing, loss.z_loss, loss.softcap,
-        loss.reduction,
+        loss.reduction, options.dtype if request.active else None,
     )  # fmt: skip
 
 
 def _request(
     x: Tensor, dy: Tensor | None, labels: Tensor | None, weight: Tensor | None,
-    where: Tensor | None, engine: str, operation: str, axes: list[int], temperature: float,
-    ignore_index: int | None, label_smoothing: float, z_loss: float, softcap: float | None,
-    reduction: str,
+    where: Tensor | None, sample: Tensor | None, engine: str, operation: str, axes: list[int],
+    temperature: float, ignore_index: int | None, label_smoothing: float, z_loss: float,
+    softcap: float | None, reduction: str, dtype: Any,
 ) -> tuple[Any, Request]:  # fmt: skip
     """Return the kernel's module and the request that the operators' arguments stand for."""
     library = libraries.library_of(x)
@@ -70,10 +70,10 @@ def _request(
     if operation in LOSSES:
         neutral = PLAIN_LOSS
         options = LossOptions(
-            weight, ignore_index, label_smoothing, z_loss, softcap, where, reduction
+            weight, ignore_index, label_smoothing, z_loss, softcap, where, reduction, dtype, sample
         )
     else:
-        options, neutral = RowOptions(where, temperature), PLAIN_ROWS
+        options, neutral = RowOptions(where, temperature, dtype=dtype), PLAIN_ROWS
     request = Request(
         operation, library, x, library.dtype(x.dtype).name, tuple(axes),
         *library.compute_dtype(x), "", options, active(options, neutral), dy, labels,
@@ -90,14 +90,15 @@ def _as_promised(found: Tensor, like: Tensor) -> Tensor:
 def _shaped(request: Request) -> tuple[Tensor, Tensor]:
     """Return tensors like those of an answer."""
     x, none = request.x, request.x.new_empty(0)
+    answer = x.dtype if request.options.dtype is None else request.options.dtype
     if request.operation in LOSSES:
         positions = [n for a, n in enumerate(x.shape) if a != request.axis]
-        loss = x.new_empty(positions if request.options.reduction == "none" else [])
+        loss = x.new_empty(positions if request.options.reduction == "none" else [], dtype=answer)
         wants_gradient = request.operation == "cross_entropy_value_and_grad"
         return loss, torch.empty_like(x) if wants_gradient else none
     if request.operation == "logsumexp":
-        return x.new_empty(request.reduced_shape()), none
-    return torch.empty_like(x), none
+        return x.new_empty(request.reduced_shape(), dtype=answer), none
+    return torch.empty_like(x, dtype=answer), none
 
 
 @partial(
@@ -140,7 +141,7 @@ def _(*arguments: Any) -> Tensor:
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, request = _request(*inputs)
-    ctx.engine = inputs[5]
+    ctx.engine = inputs[6]
     _autograd.keep(ctx, request, output[0])
 
 
@@ -149,7 +150,7 @@ def _backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
     dx, ddy = _autograd.pulled_back(
         request, upstream[:1], request.library.transform, partial(_gradient_of, ctx.engine)
     )
-    return dx, ddy, *(None,) * 12
+    return dx, ddy, *(None,) * 14
 
 
 _value.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,230 @@
+"""Entropy and divergence of softmax distributions: what a call means, its checks, the answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from portable_softmax import _checks, portable
+from portable_softmax._softmax import dropped, with_an_axis
+from portable_softmax._typing import Array, ArrayT, Axis
+from portable_softmax.kernels._decide import operation, run
+from portable_softmax.kernels._request import (
+    EXTREME,
+    PLAIN_DIVERGENCE,
+    DivergenceOptions,
+    Request,
+    active,
+    is_extreme,
+    loss_dtype,
+)
+
+__all__ = ["entropy", "kl_divergence"]
+
+
+@operation
+def entropy(logits: ArrayT, /, *, axis: Axis = -1) -> ArrayT:
+    r"""Return the entropy of a softmax distribution, in nats, from its logits.
+
+    Let x hold the logits and p = softmax(x); over the reduced axes ::
+
+        H = -sum_j p_j log p_j = log1p(rest) + sum_j p_j (max - x_j)
+
+    where rest is the sum of exp(x_j - max) without one maximum. No term is negative, so that a
+    confident row keeps its digits. With an upstream gradient dH ::
+
+        dx_j = dH * p_j * (-log p_j - H)
+
+    Parameters
+    ----------
+    logits
+        Array of any shape, floating or integer.
+    axis
+        An int, a tuple of ints, or None for all axes: what the probabilities sum to one over.
+
+    Returns
+    -------
+    array
+        In the shape of `logits` without the reduced axes, of the library, device and floating dtype
+        of `logits`, and between 0 and log of the number of entries. Half types are computed in
+        float32 and rounded once.
+
+    Raises
+    ------
+    TypeError
+        If `logits` is no array, or is bool, complex or of another dtype.
+    ValueError
+        If `axis` is out of range.
+
+    Notes
+    -----
+    A probability of 0, as that of a logit of -inf, contributes 0 and has the gradient 0. A row of
+    -inf only, or one that holds +inf or nan, is nan. An empty sum is 0. The entropy is Shannon's
+    (1948, "A mathematical theory of communication").
+
+    See Also
+    --------
+    kl_divergence : how far one distribution is from another.
+    cross_entropy : of probabilities as labels; with labels softmax(x) this is its value.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_softmax import entropy
+    >>> print(entropy(np.asarray([[0.0, 0.0], [0.0, -40.0]])))
+    [6.93147181e-01 1.74182524e-16]
+    """
+    library, dtype = _checks.array("logits", logits)
+    axes = _checks.axes(axis, logits.ndim)
+    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(logits)
+    request = Request(
+        "entropy", library, logits, dtype.name, axes, compute_dtype, result_dtype,
+        library.tracing(logits),
+    )  # fmt: skip
+    h: ArrayT = dropped(library, run(request, _portable_entropy), axes, keepdims=False)
+    return h
+
+
+@operation
+def kl_divergence(
+    logits_p: ArrayT,
+    logits_q: Array,
+    /,
+    *,
+    axis: int = -1,
+    temperature: float = 1.0,
+    distillation: bool = False,
+    reduction: str = "mean",
+) -> ArrayT:
+    r"""Return the Kullback-Leibler divergence of two softmax distributions, from their logits.
+
+    Let T be the temperature, p = softmax(logits_p / T) and q = softmax(logits_q / T); for one
+    position ::
+
+        KL(p || q) = sum_j p_j (log p_j - log q_j) = sum_j p_j (exp(u_j) - 1 - u_j)
+
+    with u_j = log q_j - log p_j. No term of the latter is negative. The gradients are ::
+
+        dKL/dlogits_p_j = p_j * (-u_j - KL) / T          dKL/dlogits_q_j = (q_j - p_j) / T
+
+    Parameters
+    ----------
+    logits_p
+        Array with C entries along `axis`, floating or integer: the logits of the distribution that
+        is taken for true, such as a teacher's.
+    logits_q
+        Array of the same shape, library and device, of any such dtype: a student's.
+    axis
+        The class axis, an int.
+    temperature
+        T, a positive number, for both.
+    distillation
+        Whether to multiply by T^2, which keeps the gradient's size when T changes (Hinton, Vinyals
+        & Dean 2015, "Distilling the knowledge in a neural network").
+    reduction
+        ``"mean"`` over the positions (torch calls that batchmean), ``"sum"`` or ``"none"``.
+
+    Returns
+    -------
+    array
+        0-d, or one divergence for each position with ``reduction="none"``; of the library, device
+        and floating dtype of `logits_p`. It is computed in the wider precision of both, half types
+        in float32. Under ``torch.autocast`` that of half types stays in float32.
+
+    Raises
+    ------
+    TypeError
+        If an argument is no array or of the wrong dtype, or they belong to two libraries; if
+        `temperature` is no Python number.
+    ValueError
+        If shapes or devices differ, `axis` is out of range, `temperature` is not positive, or
+        `reduction` is unknown.
+
+    Notes
+    -----
+    It is never negative. With u the unit roundoff of what is computed in, D the largest
+    ``|log p_j|`` or ``|log q_j|`` that counts and K the divergence, the error is at most
+    ``8 u K + 4 u (1 + D) sqrt(2 K)``: the latter counts where p and q are close to each other.
+
+    Where p is 0, as at a logit of -inf, the term is 0, and so is the gradient with respect to
+    `logits_p`; a q of 0 beside it is no infinity. Where q is 0 and p is not, the divergence is inf.
+    A row of -inf only, or one that holds +inf or nan, is nan. Of no class it is 0; the mean of no
+    position is nan. The divergence is that of Kullback & Leibler (1951, "On information and
+    sufficiency").
+
+    See Also
+    --------
+    cross_entropy : the same but for the entropy of p, with probabilities as labels.
+    entropy : of one distribution.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_softmax import kl_divergence
+    >>> x, y = np.asarray([[1.0, 2.0, 3.0]]), np.asarray([[1.0, 2.0, 3.0000001]])
+    >>> print(kl_divergence(x, x), f"{kl_divergence(x, y):.4e}")
+    0.0 1.1135e-15
+    """
+    library, dtype = _checks.array("logits_p", logits_p)
+    _checks.companion("logits_q", logits_q, "logits_p", logits_p, library)
+    _, other = _checks.array("logits_q", logits_q)
+    _checks.like_shape("logits_q", logits_q, "logits_p", logits_p)
+    at = _checks.one_axis(axis, logits_p.ndim)
+    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(logits_p)
+    compute_dtype, answer, more = loss_dtype(library, logits_p, None, compute_dtype, result_dtype)
+    of_q, _ = other.computed or library.compute_dtype(logits_q)
+    if library.xp.finfo(of_q).bits > library.xp.finfo(compute_dtype).bits:
+        compute_dtype = of_q
+    options = DivergenceOptions(
+        temperature=_checks.temperature(temperature),
+        distillation=bool(distillation),
+        reduction=_checks.reduction(reduction),
+        dtype=answer,
+    )
+    given = (*active(options, PLAIN_DIVERGENCE), *more)
+    if is_extreme(library, options.temperature, compute_dtype):
+        given = (*given, EXTREME)
+    request = Request(
+        "kl_divergence", library, logits_p, dtype.name, (at,), compute_dtype, result_dtype,
+        library.tracing(logits_p, logits_q), options, given, logits_q,
+    )  # fmt: skip
+    divergence: ArrayT = library.scalar_if_0d(run(request, _portable_divergence))
+    return divergence
+
+
+# --------------------------------------------------------------------------- the portable path
+
+
+def _portable_entropy(request: Request) -> Any:
+    """Return the entropy, the reduced axes kept with length 1."""
+    library, x, axes = request.library, request.x, request.axes
+    xp = library.xp
+    if not axes:
+        (x,) = with_an_axis(xp, x)
+    h = library.compiled(portable.entropy)(
+        xp, library.cast(x, request.compute_dtype), axes or (x.ndim - 1,)
+    )
+    if not axes:
+        h = xp.squeeze(h, axis=-1)
+    return library.cast(h, request.result_dtype)
+
+
+def _portable_divergence(request: Request) -> Any:
+    """Return the reduced divergence."""
+    library, compute_dtype = request.library, request.compute_dtype
+    found = library.compiled(_divergence)(
+        library.xp,
+        library.cast(request.x, compute_dtype),
+        library.cast(request.dy, compute_dtype),
+        request.axis,
+        request.options,
+    )
+    return library.cast(found, request.answer_dtype)
+
+
+def _divergence(xp: Any, p_logits: Any, q_logits: Any, axis: int, options: Any) -> Any:
+    t = options.temperature
+    each = portable.kl_divergence(xp, p_logits, q_logits, (axis,), temperature=t)
+    if options.distillation:
+        each = each * t * t  # T^2 itself may leave the range
+    every = portable.Target(index=None, distribution=None, counted=None, valid=None)
+    return portable.reduced(xp, each, every, axis, options.reduction)

@@ -1,0 +1,183 @@
+"""Logarithms of means and of running sums: what a call means, its checks, the answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from portable_softmax import _checks, portable
+from portable_softmax._softmax import dropped, with_an_axis
+from portable_softmax._typing import Array, ArrayT, Axis
+from portable_softmax.kernels._decide import operation, run
+from portable_softmax.kernels._request import (
+    NONE_GIVEN,
+    PLAIN_ROWS,
+    Request,
+    RowOptions,
+    active,
+)
+
+__all__ = ["logcumsumexp", "logmeanexp"]
+
+
+@operation
+def logmeanexp(
+    x: ArrayT, /, *, axis: Axis = None, keepdims: bool = False, where: Array | None = None
+) -> ArrayT:
+    r"""Return the logarithm of a mean of exponentials.
+
+    Let `x` hold n exponents; over the reduced axes ::
+
+        logmeanexp = log((1/n) sum_j exp(x_j)) = logsumexp(x) - log n
+
+    without the cancellation of the latter where the exponents are close to each other: there it is
+    max + log1p((1/n) sum_j expm1(x_j - max)), whose terms have one sign. Its gradient is that of
+    logsumexp, for an upstream gradient dy ::
+
+        dx_j = dy * exp(x_j) / sum_k exp(x_k)
+
+    Parameters
+    ----------
+    x
+        Array of any shape, floating or integer.
+    axis
+        An int, a tuple of ints, or None for all axes (the default).
+    keepdims
+        Whether the reduced axes stay, with length 1.
+    where
+        Boolean array that broadcasts to the shape of `x`. Entries where it is False take no part,
+        nor do they count in n.
+
+    Returns
+    -------
+    array
+        Of the library, device and floating dtype of `x`, never above the maximum. Half types are
+        computed in float32 and rounded once.
+
+    Raises
+    ------
+    TypeError
+        If `x` is no array, or is bool, complex or of another dtype; if `where` is not boolean or
+        of another library.
+    ValueError
+        If `axis` is out of range, or `where` does not broadcast or lives on another device.
+
+    Notes
+    -----
+    The mean of nothing, an empty axis or a row masked out as a whole, is nan. A row of -inf only is
+    -inf, one that holds +inf is +inf, and one that holds nan is nan. Where max and the logarithm of
+    the mean nearly cancel, the error is bounded by that of either.
+
+    See Also
+    --------
+    logsumexp : the sum.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_softmax import logmeanexp
+    >>> print(logmeanexp(np.asarray([1000.0, 1000.0])))
+    1000.0
+    >>> print(f"{logmeanexp(np.asarray([0.0, -2e-20])):.1e}")
+    -1.0e-20
+    """
+    library, dtype = _checks.array("x", x)
+    axes = _checks.axes(axis, x.ndim)
+    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)
+    options, given, tracing = PLAIN_ROWS, NONE_GIVEN, library.tracing(x)
+    if where is not None:
+        _checks.mask(where, "x", x, library)
+        tracing = tracing or library.tracing(where)
+        options = RowOptions(where)
+        given = active(options, PLAIN_ROWS)
+    request = Request(
+        "logmeanexp", library, x, dtype.name, axes, compute_dtype, result_dtype,
+        tracing, options, given,
+    )  # fmt: skip
+    y: ArrayT = dropped(library, run(request, _portable_logmeanexp), axes, keepdims)
+    return y
+
+
+@operation
+def logcumsumexp(x: ArrayT, /, *, axis: int = -1) -> ArrayT:
+    r"""Return the logarithms of the running sums of exponentials.
+
+    Let `x` hold the exponents; along `axis` ::
+
+        y_i = log sum_{j <= i} exp(x_j)
+
+    and with an upstream gradient dy ::
+
+        dx_j = sum_{i >= j} dy_i exp(x_j - y_i)
+
+    Parameters
+    ----------
+    x
+        Array of any shape, floating or integer.
+    axis
+        The axis along which the sums run, an int.
+
+    Returns
+    -------
+    array
+        Of the shape, library, device and floating dtype of `x`. Half types are computed in float32
+        and rounded once.
+
+    Raises
+    ------
+    TypeError
+        If `x` is no array, or is bool, complex or of another dtype; if `axis` is no int.
+    ValueError
+        If `axis` is out of range, or its length is not known (Dask).
+
+    Notes
+    -----
+    The states (max, rest) of all beginnings are merged in log2(n) rounds, so that the error does
+    not grow with n as that of a running sum (Hillis & Steele 1986, "Data parallel algorithms").
+    What follows +inf is +inf, and what follows nan is nan; a beginning of -inf only is -inf.
+
+    See Also
+    --------
+    logsumexp : the last of these sums.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_softmax import logcumsumexp
+    >>> logcumsumexp(np.asarray([0.0, 0.0, 1000.0])).round(4)
+    array([0.000e+00, 6.931e-01, 1.000e+03])
+    """
+    library, dtype = _checks.array("x", x)
+    axes = (_checks.one_axis(axis, x.ndim),)
+    _checks.known_length("x", x, axes[0])
+    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)
+    request = Request(
+        "logcumsumexp", library, x, dtype.name, axes, compute_dtype, result_dtype,
+        library.tracing(x),
+    )  # fmt: skip
+    y: ArrayT = run(request, _portable_logcumsumexp)
+    return y
+
+
+# --------------------------------------------------------------------------- the portable path
+
+
+def _portable_logmeanexp(request: Request) -> Any:
+    """Return the logarithm of the mean, the reduced axes kept with length 1."""
+    library, x, axes = request.library, request.x, request.axes
+    xp, where = library.xp, request.options.where
+    if not axes:
+        x, where = with_an_axis(xp, x, where)
+    y = library.compiled(portable.logmeanexp)(
+        xp, library.cast(x, request.compute_dtype), axes or (x.ndim - 1,), where=where
+    )
+    if not axes:
+        y = xp.squeeze(y, axis=-1)
+    return library.cast(y, request.result_dtype)
+
+
+def _portable_logcumsumexp(request: Request) -> Any:
+    """Return the logarithms of the running sums."""
+    library = request.library
+    x = library.cast(request.x, request.compute_dtype)
+    y = library.compiled(portable.logcumsumexp)(library.xp, x, request.axes[0])
+    return library.cast(y, request.result_dtype)

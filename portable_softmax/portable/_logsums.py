@@ -1,0 +1,84 @@
+"""Logarithms of means and of running sums of exponentials, over the state (max, rest)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from portable_softmax._typing import Namespace
+from portable_softmax.libraries import cast, constant, is_known, scalar
+from portable_softmax.portable._softmax import masked
+from portable_softmax.portable._state import fold, maximum
+from portable_softmax.portable._sums import total
+
+Axes = tuple[int, ...]
+
+
+def logmeanexp(xp: Namespace, x: Any, axes: Axes, *, where: Any = None) -> Any:
+    """Return log(mean(exp(x))), the axes kept with length 1.
+
+    That is max + log(mean), where the mean of exp(x - max) is in (0, 1]. Close to 1, where the
+    logarithm cancels, it is log1p of the mean of expm1(x - max), whose terms have one sign.
+    """
+    if any(x.shape[a] == 0 for a in axes):
+        return total(xp, x, axes) + math.nan  # the mean of nothing
+    zero = scalar(xp, 0.0, x)
+    part = some = None
+    if where is None:
+        n = _count(xp, x, axes)
+    else:
+        x, some = masked(xp, x, where, axes)
+        part = xp.broadcast_to(where[(*(None,) * (x.ndim - where.ndim), ...)], x.shape)
+        n = total(xp, cast(xp, part, x.dtype), axes)
+        n = xp.where(some, n, scalar(xp, 1.0, n))
+    m = maximum(xp, x, axes)
+    infinite = xp.isinf(m)
+    shift = xp.where(infinite, zero, m)
+    state = fold(xp, x, axes, shift=shift)
+    counted = ~infinite if part is None else part & ~infinite
+    lost = total(xp, xp.expm1(xp.where(counted, state.shifted, zero)), axes) / n
+    near = constant(xp, lost) > -0.29
+    rest = xp.where(infinite, zero, state.rest)
+    mean = xp.where(near, xp.log1p(xp.where(near, lost, zero)), xp.log((1.0 + rest) / n))
+    value = xp.where(infinite, m, shift + mean)
+    return value if some is None else xp.where(some, value, scalar(xp, math.nan, value))
+
+
+def _count(xp: Namespace, x: Any, axes: Axes) -> Any:
+    """Return the number of entries of a row."""
+    lengths = [x.shape[a] for a in axes]
+    if all(is_known(xp, n) and n == n for n in lengths):
+        return scalar(xp, float(math.prod(lengths)), x)
+    return total(xp, xp.ones_like(x), axes)
+
+
+def logcumsumexp(xp: Namespace, x: Any, axis: int) -> Any:
+    """Return log(cumsum(exp(x))): the states of all beginnings, merged in log2(n) rounds.
+
+    Each round merges the state of the last 1, 2, 4, ... entries with that of as many before them
+    (Hillis & Steele 1986, "Data parallel algorithms"), so that no error grows with the length.
+    """
+    m, rest = x, xp.zeros_like(x)
+    n, step = x.shape[axis], 1
+    before = (slice(None),) * axis
+    while step < n:
+        first, early = (*before, slice(0, step), ...), (*before, slice(0, n - step), ...)
+        late = (*before, slice(step, n), ...)
+        merged_m, merged = _merged(xp, m[early], rest[early], m[late], rest[late])
+        m = xp.concat([m[first], merged_m], axis=axis)
+        rest = xp.concat([rest[first], merged], axis=axis)
+        step *= 2
+    infinite = xp.isinf(constant(xp, m))
+    return xp.where(infinite, m, m + xp.log1p(xp.where(infinite, scalar(xp, 0.0, m), rest)))
+
+
+def _merged(xp: Namespace, m1: Any, r1: Any, m2: Any, r2: Any) -> tuple[Any, Any]:
+    """Return the state of two sets of entries."""
+    first = (m1 >= m2) | xp.isnan(m1)
+    high, low = xp.where(first, m1, m2), xp.where(first, m2, m1)
+    r_high, r_low = xp.where(first, r1, r2), xp.where(first, r2, r1)
+    # Beside an infinite maximum nothing counts, and the difference of two may be nan.
+    counts = ~xp.isinf(high)
+    zero = scalar(xp, 0.0, high)
+    d = xp.where(counts, low, zero) - xp.where(counts, high, zero)
+    return high, r_high + (1.0 + r_low) * xp.where(counts, xp.exp(d), zero)

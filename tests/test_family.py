@@ -1,0 +1,287 @@
+"""Entropy, divergence, means and running sums against exact values, on every backend."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import reference
+from asserts import assert_close, assert_like
+from mpmath import mp, mpf
+from test_values import ROWS
+
+import portable_softmax as ps
+
+FINITE = {k: v for k, v in ROWS.items() if k not in ("huge", "minus infinity")}
+
+
+def exact_entropy(row):
+    logs = reference.log_softmax(row)
+    return -mp.fsum(mp.exp(v) * v for v in logs)
+
+
+def exact_divergence(p, q, t=1):
+    logs = [reference.log_softmax([v / mpf(t) for v in row]) for row in (p, q)]
+    return mp.fsum(mp.exp(a) * (a - b) for a, b in zip(*logs, strict=True))
+
+
+def exact_mean(row):
+    return reference.logsumexp(row) - mp.log(len(row))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", FINITE)
+def test_entropy(xp, name, dtype):
+    x = FINITE[name].astype(dtype)
+    actual = assert_like(xp, ps.entropy(xp.asarray(x)), x.shape[:1], dtype)
+    expected = [exact_entropy(reference.exact(row)) for row in x]
+    if dtype == "float32":  # where the remainder is a normal number
+        expected = [v if v > 1e-30 else mpf(0) for v in expected]
+        actual = np.where(actual > 1e-30, actual, 0)
+    if name == "one class":
+        np.testing.assert_array_equal(actual, 0.0)
+    else:
+        assert reference.ulps(actual, expected) <= 8
+    assert (actual >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("margin", [1.0, 10.0, 30.0, 80.0])
+def test_a_confident_row_keeps_the_digits_of_its_entropy(xp, margin, dtype):
+    """-sum(p * log(p)) with log(p) = 0 loses half of the answer, or all of it."""
+    x = np.asarray([margin, 0.25, 0.0, -1.0], dtype)
+    actual = assert_like(xp, ps.entropy(xp.asarray(x)), (), dtype)
+    assert reference.ulps(actual, [exact_entropy(reference.exact(x))]) <= 8
+
+
+@pytest.mark.parametrize("axis", [0, 1, (0, 2), None])
+def test_entropy_over_any_axes(xp, axis):
+    x = np.random.default_rng(30).normal(size=(3, 4, 5))
+    e = np.exp(x)
+    p = e / e.sum(axis=axis, keepdims=True)
+    expected = -(p * np.log(p)).sum(axis=axis)
+    assert_close(xp, ps.entropy(xp.asarray(x), axis=axis), expected, rtol=1e-13)
+
+
+PAIRS = {
+    "plain": ([0.3, -1.2, 2.0, 0.7], [1.0, 0.5, -0.25, 0.0]),
+    "far apart": ([20.0, 0.0, -20.0, 3.0], [-20.0, 1.0, 20.0, 0.0]),
+    "confident": ([40.0, 0.0, 1.0, 0.5], [35.0, 0.0, 0.0, 0.0]),
+    "near": ([0.5, 0.25, -1.0, 2.0], [0.5, 0.2500001, -1.0, 2.0]),
+    "shifted": ([1.0, 2.0, 3.0, 4.0], [11.0, 12.0, 13.0, 14.0]),
+    "same": ([1.0, -2.0, 0.5, 0.0], [1.0, -2.0, 0.5, 0.0]),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_divergence(xp, name, dtype):
+    """Within the bound that the docstring states, and never negative."""
+    p, q = (np.asarray(row, dtype) for row in PAIRS[name])
+    logs = [reference.log_softmax(reference.exact(row)) for row in (p, q)]
+    actual = assert_like(xp, ps.kl_divergence(xp.asarray(p), xp.asarray(q)), (), dtype)
+    k = exact_divergence(reference.exact(p), reference.exact(q))
+    u, d = mpf(float(np.finfo(dtype).eps) / 2), max(abs(v) for row in logs for v in row)
+    assert abs(mpf(float(actual)) - k) <= 8 * u * k + 4 * u * (1 + d) * mp.sqrt(2 * abs(k))
+    assert actual >= 0
+    if name in ("same", "shifted"):
+        assert actual == 0
+
+
+def test_divergence_of_random_rows_is_never_negative(xp):
+    rng = np.random.default_rng(31)
+    p = rng.normal(size=(200, 5)).astype(np.float32)
+    for scale in (1.0, 1e-2, 1e-4, 1e-6):
+        q = (p + scale * rng.normal(size=p.shape)).astype(np.float32)
+        each = ps.kl_divergence(xp.asarray(p), xp.asarray(q), reduction="none")
+        assert (xp.numpy(each) >= 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_divergence_with_its_options(xp, reduction):
+    rng = np.random.default_rng(32)
+    p, q = rng.normal(size=(2, 3, 4, 2)) * 2
+    for t in (0.5, 3.0):
+        each = np.asarray(
+            [
+                [
+                    float(exact_divergence(*(reference.exact(a[i, :, j]) for a in (p, q)), t))
+                    for j in range(2)
+                ]
+                for i in range(3)
+            ]
+        )
+        expected = {"mean": each.mean(), "sum": each.sum(), "none": each}[reduction]
+        options = {"axis": 1, "temperature": t, "reduction": reduction}
+        for distillation in (False, True):
+            actual = ps.kl_divergence(
+                xp.asarray(p), xp.asarray(q), distillation=distillation, **options
+            )
+            assert_close(xp, actual, expected * (t * t if distillation else 1), rtol=1e-13)
+
+
+def test_divergence_of_two_dtypes(xp):
+    """It is computed in the wider precision and answered in the dtype of the first."""
+    rng = np.random.default_rng(33)
+    x, y = xp.asarray(rng.normal(size=(2, 5)), "float32"), xp.asarray(rng.normal(size=(2, 5)))
+    wide = xp.asarray(xp.numpy(x).astype(np.float64))
+    expected = xp.numpy(ps.kl_divergence(wide, y)).astype(np.float32)
+    assert_close(xp, ps.kl_divergence(x, y), expected, "float32", rtol=0.0)
+    assert_close(xp, ps.kl_divergence(y, x), xp.numpy(ps.kl_divergence(y, wide)), rtol=0.0)
+
+
+def test_divergence_is_cross_entropy_less_entropy(xp):
+    rng = np.random.default_rng(34)
+    p, q = rng.normal(size=(2, 6, 7))
+    loss = ps.cross_entropy(xp.asarray(q), ps.softmax(xp.asarray(p)), reduction="none")
+    h = ps.entropy(xp.asarray(p))
+    each = ps.kl_divergence(xp.asarray(p), xp.asarray(q), reduction="none")
+    np.testing.assert_allclose(xp.numpy(each), xp.numpy(loss) - xp.numpy(h), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", FINITE)
+def test_logmeanexp(xp, name, dtype):
+    x = FINITE[name].astype(dtype)
+    actual = assert_like(xp, ps.logmeanexp(xp.asarray(x), axis=1), x.shape[:1], dtype)
+    eps = np.finfo(dtype).eps
+    for a, row in zip(actual, x, strict=True):
+        exact = exact_mean(reference.exact(row))
+        bound = max(abs(exact) * 3, 2 * max(1, abs(mpf(float(row.max())))))
+        assert abs(mpf(float(a)) - exact) <= eps * bound
+        assert a <= row.max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_mean_of_exponents_close_to_each_other(xp, dtype):
+    """logsumexp(x) - log(n) has lost every digit of it."""
+    x = np.asarray([0.0, -3e-20, -1e-20, -5e-21], dtype)
+    actual = assert_like(xp, ps.logmeanexp(xp.asarray(x)), (), dtype)
+    assert reference.ulps(actual, [exact_mean(reference.exact(x))]) <= 6
+
+
+def test_logmeanexp_with_its_options(xp):
+    rng = np.random.default_rng(35)
+    x, mask = rng.normal(size=(3, 4, 5)), rng.random((3, 4, 5)) < 0.6
+    mask[:, :, 0] = mask[0] = True
+    for axis in (0, 1, (0, 2), None):
+        where = np.broadcast_to(mask[:, :1], x.shape)
+        for given, full in ((None, np.ones(x.shape, bool)), (mask, mask), (mask[:, :1], where)):
+            options = {"axis": axis, "where": None if given is None else xp.asarray(given)}
+            kept = {"axis": axis, "keepdims": True}
+            with np.errstate(invalid="ignore"):  # a row may be masked out as a whole
+                expected = np.log((np.exp(x) * full).sum(**kept) / full.sum(**kept))
+            actual = ps.logmeanexp(xp.asarray(x), keepdims=True, **options)
+            assert_close(xp, actual, expected, rtol=1e-12, atol=1e-14)
+            actual = ps.logmeanexp(xp.asarray(x), **options)
+            assert_close(xp, actual, np.squeeze(expected, axis), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", FINITE)
+def test_logcumsumexp(xp, name, dtype):
+    x = FINITE[name].astype(dtype)
+    actual = assert_like(xp, ps.logcumsumexp(xp.asarray(x)), x.shape, dtype)
+    eps = np.finfo(dtype).eps
+    for a, row in zip(actual, x, strict=True):
+        for i, value in enumerate(a):
+            exact = reference.logsumexp(reference.exact(row[: i + 1]))
+            top = mpf(float(row[: i + 1].max()))
+            assert abs(mpf(float(value)) - exact) <= eps * max(abs(exact) * 3, 2 * max(1, abs(top)))
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_logcumsumexp_along_any_axis(xp, axis):
+    x = np.random.default_rng(36).normal(size=(5, 6, 7))
+    expected = np.log(np.cumsum(np.exp(x), axis=axis))
+    assert_close(xp, ps.logcumsumexp(xp.asarray(x), axis=axis), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_long_running_sum_keeps_its_digits(xp):
+    """One entry after the other, 20 000 in float32 lose hundreds of units."""
+    n = 2_000 if xp.lazy else 20_000
+    x = np.full(n, 0.1, np.float32)
+    exact = np.float64(x[0]) + np.log(np.arange(1.0, n + 1))
+    y = assert_like(xp, ps.logcumsumexp(xp.asarray(x)), (n,), "float32")
+    assert (np.abs(y - exact) <= 4 * np.spacing(np.abs(exact).astype(np.float32))).all()
+
+
+def test_the_confident_end_of_running_sums(xp):
+    x = np.asarray([-40.0, -40.0, 0.0])
+    expected = float(mp.log1p(2 * mp.exp(-40)))
+    assert_close(xp, ps.logcumsumexp(xp.asarray(x))[-1:], [expected], rtol=1e-15)
+
+
+# --------------------------------------------------------------------------- derivatives
+
+
+def gradient(xp, f, *arrays):
+    """Return the gradients of a number that is computed of arrays, as the library finds them."""
+    if xp.library == "torch":
+        import torch
+
+        given = [xp.asarray(a).requires_grad_() for a in arrays]
+        return [xp.numpy(g) for g in torch.autograd.grad(f(*given), given)]
+    import jax
+
+    found = jax.grad(f, argnums=tuple(range(len(arrays))))(*map(xp.asarray, arrays))
+    return [xp.numpy(g) for g in found]
+
+
+@pytest.fixture
+def differentiating(xp):
+    if not xp.differentiates:
+        pytest.skip(f"{xp.name} does not differentiate")
+    return xp
+
+
+def test_documented_gradients(differentiating):
+    xp = differentiating
+    rng = np.random.default_rng(37)
+    x, y = rng.normal(size=(2, 5))
+    p, q = (np.exp(a) / np.exp(a).sum() for a in (x, y))
+    h = -(p * np.log(p)).sum()
+    (grad,) = gradient(xp, ps.entropy, x)
+    np.testing.assert_allclose(grad, p * (-np.log(p) - h), rtol=1e-12, atol=1e-15)
+    k, u, t = (p * np.log(p / q)).sum(), np.log(q / p), 1.0
+    by_p, by_q = gradient(xp, lambda x, y: ps.kl_divergence(x, y, temperature=t), x, y)
+    np.testing.assert_allclose(by_p, p * (-u - k) / t, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(by_q, (q - p) / t, rtol=1e-12, atol=1e-15)
+    (grad,) = gradient(xp, ps.logmeanexp, x)
+    np.testing.assert_allclose(grad, p, rtol=1e-13)
+    dy = rng.normal(size=5)
+    (grad,) = gradient(xp, lambda x: (ps.logcumsumexp(x) * xp.asarray(dy)).sum(), x)
+    sums = np.cumsum(np.exp(x))
+    expected = [np.exp(x[j]) * (dy[j:] / sums[j:]).sum() for j in range(5)]
+    np.testing.assert_allclose(grad, expected, rtol=1e-12)
+
+
+def test_zero_probabilities_have_no_gradient_and_give_no_nan(differentiating):
+    """What torch's kl_div and a product p * log(p) get wrong."""
+    xp = differentiating
+    x, y = np.asarray([0.0, -math.inf, 1.0, -2000.0]), np.asarray([1.0, 0.5, 0.0, -1.0])
+    (grad,) = gradient(xp, ps.entropy, x)
+    p = np.exp(x) / np.exp(x).sum()
+    assert np.isfinite(grad).all()
+    np.testing.assert_array_equal(grad[[1, 3]], 0.0)
+    by_p, by_q = gradient(xp, ps.kl_divergence, x, y)
+    assert np.isfinite(by_p).all()
+    np.testing.assert_array_equal(by_p[[1, 3]], 0.0)
+    q = np.exp(y) / np.exp(y).sum()
+    np.testing.assert_allclose(by_q, q - p, rtol=1e-13)
+    y[1] = -math.inf  # both are 0
+    by_p, by_q = gradient(xp, ps.kl_divergence, x, y)
+    assert np.isfinite([by_p, by_q]).all()
+    (grad,) = gradient(xp, ps.logmeanexp, x)
+    np.testing.assert_allclose(grad, p, rtol=1e-13, atol=1e-300)
+    (grad,) = gradient(xp, lambda x: ps.logcumsumexp(x)[-1], np.r_[-math.inf, -math.inf, x])
+    np.testing.assert_allclose(grad, np.r_[0, 0, p], rtol=1e-13, atol=1e-300)
+
+
+def test_divergence_answers_in_float32_under_autocast(xp, torch):
+    x = xp.asarray([[1.0, 2.0, 0.0]], "bfloat16").requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        k = ps.kl_divergence(x, x.detach() * 0.5)
+    assert k.dtype == torch.float32
+    assert torch.autograd.grad(k, x)[0].dtype == torch.bfloat16

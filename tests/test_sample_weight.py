@@ -1,0 +1,166 @@
+"""sample_weight: one weight a position, beside every other option of the losses."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from asserts import assert_close
+from mpmath import mp, mpf
+from test_cross_entropy import (
+    IGNORED,
+    INDICES,
+    LOGITS,
+    MASK,
+    PROBABILITIES,
+    TARGETS,
+    WEIGHT,
+    expected_row,
+)
+
+import portable_softmax as ps
+
+SAMPLES = np.asarray([0.5, 2.0, 1.25, 0.0])
+
+
+def expected(kind, weighted, ignoring, smoothing, z, cap, masked, reduction):
+    """Return the exact loss and gradient: each position's times its weight."""
+    rows = [expected_row(kind, r, weighted, smoothing, z, cap, masked) for r in range(4)]
+    s = [mpf(0) if ignoring and INDICES[r] == IGNORED else mpf(SAMPLES[r]) for r in range(4)]
+    losses = [s[r] * loss for r, (loss, _) in enumerate(rows)]
+    divisor = mpf(1)
+    if reduction == "mean":
+        counts = [mpf(WEIGHT[k]) if weighted and kind == "index" else mpf(1) for k in INDICES]
+        divisor = mp.fsum(a * b for a, b in zip(s, counts, strict=True))
+    grad = [[float(s[r] * g / divisor) for g in grad] for r, (_, grad) in enumerate(rows)]
+    if reduction == "none":
+        return np.asarray([float(v) for v in losses]), np.asarray(grad)
+    return float(mp.fsum(losses) / divisor), np.asarray(grad)
+
+
+@pytest.mark.slow("a large graph for each option", "dask")
+@pytest.mark.slow("XLA compiles each option", "jax")
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_with_every_option(xp, kind, reduction, axis):
+    def along(a):
+        return a if axis == 1 else np.ascontiguousarray(a.T)
+
+    labels = {
+        "index": INDICES,
+        "one-hot": along(np.eye(4, dtype=np.int64)[INDICES]),
+        "probabilities": along(PROBABILITIES),
+    }[kind]
+    logits, labels = xp.asarray(along(LOGITS)), xp.asarray(labels)
+    for weighted, ignoring, smoothing, z, cap, masked in itertools.product(
+        (False, True),
+        (False, True) if kind == "index" else (False,),
+        (0.0, 0.1),
+        (0.0, 0.3),
+        (None, 2.5),
+        (False, True),
+    ):
+        options = {
+            "axis": axis,
+            "reduction": reduction,
+            "weight": xp.asarray(WEIGHT) if weighted else None,
+            "ignore_index": IGNORED if ignoring else None,
+            "label_smoothing": smoothing,
+            "z_loss": z,
+            "softcap": cap,
+            "where": xp.asarray(along(MASK)) if masked else None,
+            "sample_weight": xp.asarray(SAMPLES),
+        }
+        loss, grad = ps.cross_entropy_value_and_grad(logits, labels, **options)
+        want, slope = expected(kind, weighted, ignoring, smoothing, z, cap, masked, reduction)
+        assert_close(xp, loss, want, rtol=1e-13, atol=1e-13)
+        assert_close(xp, grad, along(slope), rtol=1e-12, atol=1e-13)
+        alone = ps.cross_entropy(logits, labels, **options)
+        np.testing.assert_array_equal(xp.numpy(alone), xp.numpy(loss))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_whole_weight_repeats_its_position(xp, reduction):
+    rng = np.random.default_rng(21)
+    x, labels, times = rng.normal(size=(5, 7)), rng.integers(7, size=5), [3, 1, 0, 2, 1]
+    for t in (labels, rng.dirichlet(np.ones(7), size=5)):
+        weighted = ps.cross_entropy_value_and_grad(
+            xp.asarray(x), xp.asarray(t), sample_weight=xp.asarray(times), reduction=reduction
+        )
+        loss, grad = ps.cross_entropy_value_and_grad(
+            np.repeat(x, times, axis=0), np.repeat(t, times, axis=0), reduction=reduction
+        )
+        assert_close(xp, weighted[0], loss, rtol=1e-14)
+        summed = np.zeros((5, 7))
+        np.add.at(summed, np.repeat(np.arange(5), times), grad)
+        assert_close(xp, weighted[1], summed, rtol=1e-12, atol=1e-16)
+
+
+def test_the_weight_of_its_class_is_the_weight_of_a_position(xp):
+    rng = np.random.default_rng(22)
+    x, labels, weight = rng.normal(size=(6, 4)), rng.integers(4, size=6), rng.uniform(size=4)
+    for reduction in ("mean", "sum", "none"):
+        given = xp.asarray(x), xp.asarray(labels)
+        by_class = ps.cross_entropy_value_and_grad(
+            *given, weight=xp.asarray(weight), reduction=reduction
+        )
+        by_position = ps.cross_entropy_value_and_grad(
+            *given, sample_weight=xp.asarray(weight[labels]), reduction=reduction
+        )
+        for one, other in zip(by_class, by_position, strict=True):
+            np.testing.assert_allclose(xp.numpy(one), xp.numpy(other), rtol=1e-14)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("shape", [(3, 5), (100_000, 3), (3, 100_000), (70, 40, 33), (0, 4)])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_tiles_answer_as_the_portable_path(shape, dtype):
+    """On both sides of the size of a tile, for every axis, with labels that count and do not."""
+    rng = np.random.default_rng(23)
+    x = (rng.normal(size=shape) * 5).astype(dtype)
+    compute = np.float32 if dtype == "float16" else x.dtype
+    for axis in range(len(shape)):
+        if not (n := shape[axis]):
+            continue
+        positions = (*shape[:axis], *shape[axis + 1 :])
+        labels = rng.integers(n, size=positions)
+        samples = np.where(rng.random(positions) < 0.2, 0, rng.random(positions))
+        for options in (
+            {},
+            {"weight": rng.random(n), "ignore_index": 0},
+            {"reduction": "none", "label_smoothing": 0.1},
+        ):
+            options = {"axis": axis, "sample_weight": samples, **options}
+            tiled = ps.cross_entropy_value_and_grad(x, labels, **options)
+            with ps.kernels.portable():
+                plain = ps.cross_entropy_value_and_grad(x, labels, **options)
+            for one, other in zip(tiled, plain, strict=True):
+                unit = 64 * np.finfo(compute).eps + 2 * np.finfo(dtype).eps
+                terms = 8 * np.finfo(compute).eps * np.max(np.abs(other), initial=0)
+                terms = np.nan_to_num(terms) + np.finfo(dtype).smallest_subnormal
+                np.testing.assert_allclose(one, other, rtol=unit, atol=terms)
+
+
+def test_the_loss_of_a_position_is_the_derivative_of_its_weight(xp):
+    """Of the sum; where the library differentiates."""
+    if not xp.differentiates:
+        pytest.skip(f"{xp.name} does not differentiate")
+    x, labels = xp.asarray(LOGITS), xp.asarray(INDICES)
+    losses = xp.numpy(ps.cross_entropy(x, labels, reduction="none"))
+
+    def total(s):
+        return ps.cross_entropy(x, labels, sample_weight=s, reduction="sum")
+
+    s = xp.asarray(SAMPLES)
+    if xp.library == "torch":
+        import torch
+
+        (slope,) = torch.autograd.grad(total(s.requires_grad_()), s)
+    else:
+        import jax
+
+        slope = jax.grad(total)(s)
+    # A position of weight 0 is ignored.
+    np.testing.assert_allclose(xp.numpy(slope), np.where(SAMPLES == 0, 0, losses), rtol=1e-14)

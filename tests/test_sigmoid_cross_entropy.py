@@ -1,0 +1,156 @@
+"""Cross-entropy of yes-or-no labels against exact values, on every backend."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import reference
+from asserts import assert_close, assert_like
+from mpmath import mp, mpf
+
+import portable_softmax as ps
+
+INF, NAN = np.inf, np.nan
+LOGITS = np.asarray([[0.0, -1.5, 2.25], [30.0, -40.0, 0.5], [-80.0, 75.0, -0.125]])
+LABELS = np.asarray([[0.0, 1.0, 0.25], [1.0, 0.0, 1.0], [0.0, 0.5, 1.0]])
+WEIGHT = np.asarray([[0.5, 1.0, 2.0], [1.5, 0.0, 1.0], [1.0, 0.25, 3.0]])
+POS_WEIGHT = np.asarray([1.0, 2.5, 0.75])
+
+
+def exact(z, t, w=1, c=1, g=0, e=0):
+    """Return loss and gradient of one entry: the formula of the docstring, and its slope."""
+    t = (1 - mpf(e)) * mpf(t) + mpf(e) / 2
+
+    def loss(z):
+        p, q = 1 / (1 + mp.exp(-z)), 1 / (1 + mp.exp(z))
+        yes = mpf(c) * t * q ** mpf(g) * -mp.log(p)
+        return mpf(w) * (yes + (1 - t) * p ** mpf(g) * -mp.log(q))
+
+    return loss(mpf(z)), mp.diff(loss, mpf(z), h=mpf(10) ** -60)
+
+
+@pytest.mark.slow("a large graph for each option", "dask")
+@pytest.mark.slow("XLA compiles each option", "jax")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2, 5.0])
+def test_every_option_with_every_other(xp, gamma, reduction):
+    for weighted, positive, smoothing in itertools.product(
+        (False, True), (False, True), (0.0, 0.2)
+    ):
+        w = WEIGHT if weighted else np.ones((3, 3))
+        c = np.broadcast_to(POS_WEIGHT if positive else 1.0, (3, 3))
+        found = [
+            [
+                exact(LOGITS[i, j], LABELS[i, j], w[i, j], c[i, j], gamma, smoothing)
+                for j in range(3)
+            ]
+            for i in range(3)
+        ]
+        losses = np.asarray([[float(loss) for loss, _ in row] for row in found])
+        slopes = np.asarray([[float(slope) for _, slope in row] for row in found])
+        scale = 9 if reduction == "mean" else 1
+        expected = losses if reduction == "none" else losses.sum() / scale
+        options = {
+            "weight": xp.asarray(WEIGHT) if weighted else None,
+            "pos_weight": xp.asarray(POS_WEIGHT) if positive else None,
+            "focal_gamma": gamma,
+            "label_smoothing": smoothing,
+            "reduction": reduction,
+        }
+        arguments = xp.asarray(LOGITS), xp.asarray(LABELS)
+        loss, grad = ps.sigmoid_cross_entropy_value_and_grad(*arguments, **options)
+        assert_close(xp, loss, expected, rtol=1e-14)
+        assert_close(xp, grad, slopes / scale, rtol=1e-13, atol=1e-16)
+        alone = ps.sigmoid_cross_entropy(*arguments, **options)
+        np.testing.assert_array_equal(xp.numpy(alone), xp.numpy(loss))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("gamma", [0.0, 0.7, 2.0])
+def test_confident_logits_keep_their_digits(xp, dtype, gamma):
+    """log(1 - p) with p = 1 loses them all."""
+    z = np.asarray([1.0, 10.0, 20.0, 40.0], dtype)
+    if gamma:
+        z = z[:3] if dtype == "float32" else z  # the square is below float32's range
+    for sign, label in itertools.product((1, -1), (0, 1)):
+        arguments = xp.asarray(sign * z), xp.asarray(np.full(z.shape, label))
+        options = {"focal_gamma": gamma, "reduction": "none"}
+        loss, grad = ps.sigmoid_cross_entropy_value_and_grad(*arguments, **options)
+        found = [exact(float(sign * v), label, g=gamma) for v in z]
+        value, slope = assert_like(xp, loss, z.shape, dtype), assert_like(xp, grad, z.shape, dtype)
+        assert reference.ulps(value, [v for v, _ in found]) <= 8
+        assert reference.ulps(slope, [s for _, s in found]) <= 8
+        assert (value >= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["bool", "int8", "uint8", "int64", "float32"])
+def test_labels_of_each_kind(xp, kind):
+    labels = np.asarray([[1, 0, 1], [0, 0, 1], [1, 1, 0]])
+    expected = [
+        [float(exact(z, int(t))[0]) for z, t in zip(*rows, strict=True)]
+        for rows in zip(LOGITS, labels, strict=True)
+    ]
+    arguments = xp.asarray(LOGITS), xp.asarray(labels, kind)
+    actual = ps.sigmoid_cross_entropy(*arguments, reduction="none")
+    assert_close(xp, actual, expected, rtol=2e-15)
+
+
+def test_a_single_logit(xp):
+    z, t = xp.asarray(np.asarray(2.0)), xp.asarray(np.asarray(1))
+    for reduction in ("mean", "sum", "none"):
+        loss, grad = ps.sigmoid_cross_entropy_value_and_grad(z, t, reduction=reduction)
+        assert_close(xp, loss, np.log1p(np.exp(-2.0)), rtol=1e-15)
+        assert_close(xp, grad, -1 / (1 + np.exp(2.0)), rtol=1e-15)
+
+
+def test_two_classes_are_a_softmax_of_two(xp):
+    rng = np.random.default_rng(40)
+    z, labels = rng.normal(size=20) * 5, rng.integers(2, size=20)
+    both = xp.asarray(np.stack([np.zeros(20), z], axis=1))
+    loss, grad = ps.cross_entropy_value_and_grad(both, xp.asarray(labels))
+    value, slope = ps.sigmoid_cross_entropy_value_and_grad(xp.asarray(z), xp.asarray(labels))
+    assert_close(xp, value, xp.numpy(loss), rtol=1e-14)
+    assert_close(xp, slope, xp.numpy(grad)[:, 1], rtol=1e-13)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 2.0, 5.0])
+@pytest.mark.parametrize("order", [1, 2])
+def test_derivatives_are_finite_at_the_ends(xp, gamma, order):
+    """Also at infinite logits that are right; where libraries multiply 0 by infinity."""
+    if not xp.differentiates:
+        pytest.skip(f"{xp.name} does not differentiate")
+    right = np.asarray([[INF, -INF, 800.0, -800.0, 0.0, 0.0], [-INF, INF, 800.0, -800.0, 1.0, 3.0]])
+    labels = np.asarray([[1, 0, 1, 0, 1, 0], [0, 1, 0, 1, 1, 0]])
+
+    def total(z):
+        return ps.sigmoid_cross_entropy(
+            z, xp.asarray(labels), focal_gamma=gamma, label_smoothing=0.0, reduction="sum"
+        )
+
+    if xp.library == "torch":
+        import torch
+
+        z = xp.asarray(right).requires_grad_()
+        (slope,) = torch.autograd.grad(total(z), z, create_graph=True)
+        (second,) = torch.autograd.grad(slope.sum(), z)
+    else:
+        import jax
+
+        slope = jax.grad(total)(xp.asarray(right))
+        second = jax.grad(lambda z: jax.grad(total)(z).sum())(xp.asarray(right))
+    actual = xp.numpy(slope if order == 1 else second)
+    assert np.isfinite(actual).all()
+    if order == 1:
+        _, grad = ps.sigmoid_cross_entropy_value_and_grad(
+            xp.asarray(right), xp.asarray(labels), focal_gamma=gamma, reduction="sum"
+        )
+        np.testing.assert_allclose(actual, xp.numpy(grad), rtol=1e-12, atol=1e-15)
+
+
+def test_the_loss_answers_in_float32_under_autocast(xp, torch):
+    z, t = xp.asarray([1.0, -2.0], "bfloat16"), xp.asarray([1, 0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, grad = ps.sigmoid_cross_entropy_value_and_grad(z, t)
+    assert (loss.dtype, grad.dtype) == (torch.float32, torch.bfloat16)
