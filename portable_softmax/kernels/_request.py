@@ -30,6 +30,12 @@ LossOptions = portable.Options
 SigmoidOptions = portable.SigmoidOptions
 
 
+class EntmaxOptions(NamedTuple):
+    """The options of entmax and its relatives, with their neutral values."""
+
+    alpha: float = 1.5
+
+
 class DivergenceOptions(NamedTuple):
     """The options of kl_divergence, with their neutral values."""
 
@@ -41,6 +47,7 @@ class DivergenceOptions(NamedTuple):
 
 PLAIN_ROWS = RowOptions()
 PLAIN_LOSS = LossOptions()
+PLAIN_ENTMAX = EntmaxOptions()
 PLAIN_DIVERGENCE = DivergenceOptions()
 PLAIN_SIGMOID = SigmoidOptions()
 NONE_GIVEN: tuple[str, ...] = ()

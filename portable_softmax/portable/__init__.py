@@ -18,6 +18,7 @@ from portable_softmax.portable._cross_entropy import (
     with_class_axis,
 )
 from portable_softmax.portable._divisor import divisor, ordinary, powers_of_2, times_power_of_2
+from portable_softmax.portable._entmax import entmax, entmax_vjp
 from portable_softmax.portable._entropy import entropy, kl_divergence
 from portable_softmax.portable._logsums import logcumsumexp, logmeanexp
 from portable_softmax.portable._sigmoid import (
@@ -43,6 +44,8 @@ __all__ = [
     "cross_entropy_value_and_grad",
     "distribution_target",
     "divisor",
+    "entmax",
+    "entmax_vjp",
     "entropy",
     "index_target",
     "kl_divergence",
