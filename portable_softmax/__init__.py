@@ -11,6 +11,7 @@ array([0.0321, 0.0871, 0.2369, 0.6439])
 from portable_softmax import kernels, textbook
 from portable_softmax._cross_entropy import cross_entropy, cross_entropy_value_and_grad
 from portable_softmax._entmax import entmax, entmax_vjp, sparsemax
+from portable_softmax._entmax_loss import entmax_loss, entmax_loss_value_and_grad
 from portable_softmax._entropy import entropy, kl_divergence
 from portable_softmax._logsums import logcumsumexp, logmeanexp
 from portable_softmax._sigmoid_cross_entropy import (
@@ -36,6 +37,8 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_value_and_grad",
     "entmax",
+    "entmax_loss",
+    "entmax_loss_value_and_grad",
     "entmax_vjp",
     "entropy",
     "kernels",

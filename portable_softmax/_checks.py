@@ -278,13 +278,14 @@ def temperature(value: Any) -> float:
     return number("temperature", value, low=0.0, open_low=True)
 
 
-def alpha(value: Any) -> float:
-    """Return the alpha of entmax, from 1 to 2 or inf."""
-    if type(value) is float and value == math.inf:
+def alpha(value: Any, *, infinite: bool = True) -> float:
+    """Return the alpha of entmax, from 1 to 2, or inf where there is a limit."""
+    if infinite and type(value) is float and value == math.inf:
         return math.inf
     found = number("alpha", value, low=1.0)
     if found > 2.0:
-        raise ValueError(f"alpha is {found}, expected a number in [1, 2], or inf for the argmax")
+        limit = ", or inf for the argmax" if infinite else ""
+        raise ValueError(f"alpha is {found}, expected a number in [1, 2]{limit}")
     return found
 
 

@@ -96,6 +96,10 @@ def _calls() -> dict[str, Call]:
     call(ps.sparsemax, x, axis=1)
     call(ps.entmax_vjp, t, other, axis=(0, 2))
     call(ps.entmax_vjp, t, other, alpha=1.25)
+    for f in (ps.entmax_loss, ps.entmax_loss_value_and_grad):
+        call(f, x, labels)
+        call(f, x, labels, alpha=1.25, ignore_index=0, sample_weight=samples)
+        call(f, x, t / t.sum(axis=2, keepdims=True), reduction="none", alpha=1.5)
     call(ps.entropy, x)
     call(ps.entropy, x, axis=(0, 2))
     call(ps.kl_divergence, x, other)

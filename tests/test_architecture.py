@@ -25,6 +25,7 @@ ROOMS = (
     "__init__",
     "layers",
     "_cross_entropy",
+    "_entmax_loss",
     "_entmax",
     "_entropy",
     "_logsums",

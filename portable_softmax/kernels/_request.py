@@ -36,6 +36,18 @@ class EntmaxOptions(NamedTuple):
     alpha: float = 1.5
 
 
+class EntmaxLossOptions(NamedTuple):
+    """The options of entmax_loss, with their neutral values; the last two are those of no call."""
+
+    alpha: float = 1.5
+    ignore_index: int | None = None
+    reduction: str = "mean"
+    sample_weight: Any = None
+    dtype: Any = None
+    weight: Any = None
+    where: Any = None
+
+
 class DivergenceOptions(NamedTuple):
     """The options of kl_divergence, with their neutral values."""
 
@@ -48,6 +60,7 @@ class DivergenceOptions(NamedTuple):
 PLAIN_ROWS = RowOptions()
 PLAIN_LOSS = LossOptions()
 PLAIN_ENTMAX = EntmaxOptions()
+PLAIN_ENTMAX_LOSS = EntmaxLossOptions()
 PLAIN_DIVERGENCE = DivergenceOptions()
 PLAIN_SIGMOID = SigmoidOptions()
 NONE_GIVEN: tuple[str, ...] = ()

@@ -18,7 +18,12 @@ from portable_softmax.portable._cross_entropy import (
     with_class_axis,
 )
 from portable_softmax.portable._divisor import divisor, ordinary, powers_of_2, times_power_of_2
-from portable_softmax.portable._entmax import entmax, entmax_vjp
+from portable_softmax.portable._entmax import (
+    entmax,
+    entmax_loss,
+    entmax_loss_value_and_grad,
+    entmax_vjp,
+)
 from portable_softmax.portable._entropy import entropy, kl_divergence
 from portable_softmax.portable._logsums import logcumsumexp, logmeanexp
 from portable_softmax.portable._sigmoid import (
@@ -45,6 +50,8 @@ __all__ = [
     "distribution_target",
     "divisor",
     "entmax",
+    "entmax_loss",
+    "entmax_loss_value_and_grad",
     "entmax_vjp",
     "entropy",
     "index_target",
