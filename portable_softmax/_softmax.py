@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from portable_softmax import _checks, portable
-from portable_softmax._typing import Array, ArrayT, Axis, Namespace
+from portable_softmax._typing import Array, ArrayT, Axis, Mask, Namespace
 from portable_softmax.kernels._decide import operation, run
 from portable_softmax.kernels._request import (
     EXTREME,
@@ -35,7 +35,7 @@ def softmax(
     /,
     *,
     axis: Axis = -1,
-    where: Array | None = None,
+    where: Mask | None = None,
     temperature: float = 1.0,
     dtype: Any = None,
     sink: float | Array | None = None,
@@ -124,7 +124,7 @@ def log_softmax(
     /,
     *,
     axis: Axis = -1,
-    where: Array | None = None,
+    where: Mask | None = None,
     temperature: float = 1.0,
     dtype: Any = None,
     sink: float | Array | None = None,
@@ -200,7 +200,7 @@ def logsumexp(
     b: Array | None = None,
     keepdims: bool = False,
     return_sign: bool = False,
-    where: Array | None = None,
+    where: Mask | None = None,
     dtype: Any = None,
 ) -> Any:
     r"""Return the logarithm of a sum of exponentials.
@@ -225,8 +225,8 @@ def logsumexp(
     keepdims
         Whether the reduced axes stay, with length 1.
     return_sign
-        Whether to return the pair (log|s|, s/|s|) instead of log s. Real input then never gives
-        nan for a negative sum.
+        Whether to return the pair ``(log|s|, s/|s|)`` instead of log s. Real input then never
+        gives nan for a negative sum.
     where
         Boolean array that broadcasts to the shape of `x`. Entries where it is False take no part.
     dtype

@@ -65,9 +65,7 @@ def _maxima(x: Any) -> tuple[Any, Any]:
     n, c = x.shape
     at = x.argmax(1)
     at += _starts(n, c)
-    m = x.take(at)
-    m.shape = n, 1
-    return at, m
+    return at, x.take(at)[:, None]  # NumPy 2.5 warns where a shape is set
 
 
 def _rest(x: Any, at: Any, m: Any) -> tuple[Any, Any]:
