@@ -10,6 +10,8 @@ array([0.0321, 0.0871, 0.2369, 0.6439])
 
 from portable_softmax import kernels, online, textbook
 from portable_softmax._cross_entropy import cross_entropy, cross_entropy_value_and_grad
+from portable_softmax._entmax import entmax, entmax_vjp, sparsemax
+from portable_softmax._entmax_loss import entmax_loss, entmax_loss_value_and_grad
 from portable_softmax._entropy import entropy, kl_divergence
 from portable_softmax._linear_cross_entropy import (
     linear_cross_entropy,
@@ -38,6 +40,10 @@ __all__ = [
     "SoftmaxWithLoss",
     "cross_entropy",
     "cross_entropy_value_and_grad",
+    "entmax",
+    "entmax_loss",
+    "entmax_loss_value_and_grad",
+    "entmax_vjp",
     "entropy",
     "kernels",
     "kl_divergence",
@@ -54,5 +60,6 @@ __all__ = [
     "softmax",
     "softmax_jacobian",
     "softmax_vjp",
+    "sparsemax",
     "textbook",
 ]

@@ -312,6 +312,17 @@ def temperature(value: Any) -> float:
     return number("temperature", value, low=0.0, open_low=True)
 
 
+def alpha(value: Any, *, infinite: bool = True) -> float:
+    """Return the alpha of entmax, from 1 to 2, or inf where there is a limit."""
+    if infinite and type(value) is float and value == math.inf:
+        return math.inf
+    found = number("alpha", value, low=1.0)
+    if found > 2.0:
+        limit = ", or inf for the argmax" if infinite else ""
+        raise ValueError(f"alpha is {found}, expected a number in [1, 2]{limit}")
+    return found
+
+
 def reduction(value: Any) -> str:
     """Return the reduction, one of `REDUCTIONS`."""
     if value not in REDUCTIONS:

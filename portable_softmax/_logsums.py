@@ -6,7 +6,7 @@ from typing import Any
 
 from portable_softmax import _checks, portable
 from portable_softmax._softmax import dropped, with_an_axis
-from portable_softmax._typing import Array, ArrayT, Axis
+from portable_softmax._typing import ArrayT, Axis, Mask
 from portable_softmax.kernels._decide import operation, run
 from portable_softmax.kernels._request import (
     NONE_GIVEN,
@@ -21,7 +21,7 @@ __all__ = ["logcumsumexp", "logmeanexp"]
 
 @operation
 def logmeanexp(
-    x: ArrayT, /, *, axis: Axis = None, keepdims: bool = False, where: Array | None = None
+    x: ArrayT, /, *, axis: Axis = None, keepdims: bool = False, where: Mask | None = None
 ) -> ArrayT:
     r"""Return the logarithm of a mean of exponentials.
 

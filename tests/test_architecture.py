@@ -27,6 +27,8 @@ ROOMS = (
     "online",
     "_linear_cross_entropy",
     "_cross_entropy",
+    "_entmax_loss",
+    "_entmax",
     "_entropy",
     "_logsums",
     "_sigmoid_cross_entropy",

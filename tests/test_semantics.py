@@ -994,3 +994,62 @@ def test_a_sink_of_another_kind(xp):
             f(x, sink=xp.asarray(np.ones(1, bool)))
         with pytest.raises(TypeError, match="sink is a list"):
             f(x, sink=[0.0])
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0, INF])
+def test_entmax_of_infinities(xp, alpha):
+    """entmax: -inf in a row; a row of -inf only, +inf or nan in a row; an empty axis | 0; nan; empty"""  # noqa: E501
+    x = xp.asarray([[0.0, -INF, 0.0], [-INF] * 3, [INF, 0.0, 1.0], [NAN, 0.0, 0.0], [3.0] * 3])
+    expected = [[0.5, 0.0, 0.5], [NAN] * 3, [NAN] * 3, [NAN] * 3, [1 / 3] * 3]
+    functions = [lambda x, **o: ps.entmax(x, alpha=alpha, **o)]
+    functions += [ps.sparsemax] if alpha == 2 else []
+    for f in functions:
+        assert_close(xp, f(x), expected, rtol=1e-14)
+        assert_like(xp, f(xp.asarray(np.zeros((2, 0, 3))), axis=1), (2, 0, 3), "float64")
+        assert_like(xp, f(xp.asarray(np.zeros((0, 3)))), (0, 3), "float64")
+        assert_close(xp, f(xp.asarray(2.0), axis=None), 1.0)
+        assert_close(xp, f(xp.asarray([7, 7])), [0.5, 0.5], _default(xp))
+    zero = xp.asarray([0.25, 0.75, 0.0])
+    dx = xp.numpy(
+        ps.entmax_vjp(zero, xp.asarray([1.0, 2.0, INF if alpha > 1 else 3.0]), alpha=alpha)
+    )
+    assert np.isfinite(dx).all()
+    assert dx[2] == 0.0
+
+
+def test_alpha_out_of_range(xp):
+    """alpha below 1, above 2 but inf, or nan; that is no number | ValueError; TypeError"""
+    x = xp.asarray([0.0, 1.0])
+    for f in (ps.entmax, lambda x, alpha: ps.entmax_vjp(x, x, alpha=alpha)):
+        for wrong in (0.5, -1, NAN, 2.5, -INF):
+            with pytest.raises(ValueError, match=r"alpha is .*expected a number in \[1, "):
+                f(x, alpha=wrong)
+        with pytest.raises(TypeError, match=r"alpha is '2'.*expected a Python number"):
+            f(x, alpha="2")
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0])
+def test_entmax_loss_at_the_edges(xp, alpha):
+    """entmax_loss: an ignored row holding nan; a label out of range; a label at -inf; no position | no effect, gradient 0; as cross_entropy; inf; mean nan"""  # noqa: E501
+    x = np.asarray([[0.0, 1.0, 2.0], [NAN, INF, 0.0], [1.0, 0.5, -INF]])
+    options = {"alpha": alpha, "ignore_index": -1}
+    f = ps.entmax_loss_value_and_grad
+    loss, grad = f(xp.asarray(x), xp.asarray([2, -1, 0]), **options)
+    kept, slope = f(xp.asarray(x[[0, 2]]), xp.asarray([2, 0]), alpha=alpha)
+    np.testing.assert_allclose(xp.numpy(loss), xp.numpy(kept), rtol=1e-14)
+    np.testing.assert_allclose(xp.numpy(grad)[[0, 2]], xp.numpy(slope), rtol=1e-14)
+    assert_array_equal(xp.numpy(grad)[1], 0.0)
+    loss = ps.entmax_loss(xp.asarray(x[2:]), xp.asarray([2]), alpha=alpha)
+    assert_close(xp, loss, INF)
+    bad = xp.asarray(x[:1]), xp.asarray([3])
+    if not xp.lazy:
+        with pytest.raises(IndexError, match=r"labels\[0\] is 3, outside \[0, 3\)"):
+            f(*bad, alpha=alpha)
+    loss, grad = f(*bad, alpha=alpha, check_labels=False)
+    assert np.isnan(xp.numpy(loss))
+    assert np.isnan(xp.numpy(grad)).all()
+    nothing = xp.asarray(np.zeros((0, 3))), xp.asarray(np.zeros(0), "int64")
+    for reduction, expected in (("mean", NAN), ("sum", 0.0)):
+        assert_close(xp, ps.entmax_loss(*nothing, alpha=alpha, reduction=reduction), expected)
+    with pytest.raises(ValueError, match=r"alpha is inf, expected a number in \[1, "):
+        ps.entmax_loss(xp.asarray(x), xp.asarray([0, 0, 0]), alpha=INF)

@@ -31,6 +31,24 @@ LossOptions = portable.Options
 SigmoidOptions = portable.SigmoidOptions
 
 
+class EntmaxOptions(NamedTuple):
+    """The options of entmax and its relatives, with their neutral values."""
+
+    alpha: float = 1.5
+
+
+class EntmaxLossOptions(NamedTuple):
+    """The options of entmax_loss, with their neutral values; the last two are those of no call."""
+
+    alpha: float = 1.5
+    ignore_index: int | None = None
+    reduction: str = "mean"
+    sample_weight: Any = None
+    dtype: Any = None
+    weight: Any = None
+    where: Any = None
+
+
 class DivergenceOptions(NamedTuple):
     """The options of kl_divergence, with their neutral values."""
 
@@ -51,6 +69,8 @@ class LinearOptions(NamedTuple):
 
 PLAIN_ROWS = RowOptions()
 PLAIN_LOSS = LossOptions()
+PLAIN_ENTMAX = EntmaxOptions()
+PLAIN_ENTMAX_LOSS = EntmaxLossOptions()
 PLAIN_DIVERGENCE = DivergenceOptions()
 PLAIN_SIGMOID = SigmoidOptions()
 NONE_GIVEN: tuple[str, ...] = ()

@@ -18,6 +18,12 @@ from portable_softmax.portable._cross_entropy import (
     with_class_axis,
 )
 from portable_softmax.portable._divisor import divisor, ordinary, powers_of_2, times_power_of_2
+from portable_softmax.portable._entmax import (
+    entmax,
+    entmax_loss,
+    entmax_loss_value_and_grad,
+    entmax_vjp,
+)
 from portable_softmax.portable._entropy import entropy, kl_divergence
 from portable_softmax.portable._linear_cross_entropy import (
     Gradients,
@@ -72,6 +78,10 @@ __all__ = [
     "cuts",
     "distribution_target",
     "divisor",
+    "entmax",
+    "entmax_loss",
+    "entmax_loss_value_and_grad",
+    "entmax_vjp",
     "entropy",
     "finished",
     "fold_part",

@@ -52,12 +52,12 @@ def kl_divergence(
     u = (q_shifted - xp.where(gone, zero, by_p.shifted)) - (by_q.log - by_p.log)
     u = xp.where(gone, zero, u)
     large = constant(xp, u) > 1.0
-    small = p * _exp_minus_its_tangent(xp, xp.where(large, one, u))
+    small = p * exp_minus_its_tangent(xp, xp.where(large, one, u))
     terms = xp.where(large, q - p * (1.0 + xp.where(large, u, zero)), small)
     return total(xp, xp.where(gone, q, terms), axes)
 
 
-def _exp_minus_its_tangent(xp: Namespace, u: Any) -> Any:
+def exp_minus_its_tangent(xp: Namespace, u: Any) -> Any:
     """Return exp(u) - 1 - u, for u <= 1."""
     zero = scalar(xp, 0.0, u)
     near = xp.abs(constant(xp, u)) <= 1.0

@@ -1,0 +1,163 @@
+"""entmax and sparsemax against exact values, on every backend."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+from asserts import assert_close, assert_like
+from mpmath import mp, mpf
+from test_values import ROWS
+
+import portable_softmax as ps
+
+FINITE = {k: v for k, v in ROWS.items() if k not in ("huge", "minus infinity")}
+ALPHAS = (1.0, 1 + 1e-9, 1.01, 1.25, 1.5, 1.9, 2.0)
+
+
+def exact_entmax(row, alpha):
+    """Return the probabilities by bisection for the threshold, in many digits."""
+    c = mpf(alpha) - 1
+    if c == 0:
+        return reference.softmax(row)
+    with mp.workdps(60):
+        top = max(row)
+        z = [c * (v - top) for v in row]
+        low, high = mpf(-1), mpf(0)
+        for _ in range(190):
+            tau = (low + high) / 2
+            s = mp.fsum((v - tau) ** (1 / c) for v in z if v > tau)
+            low, high = (tau, high) if s >= 1 else (low, tau)
+        return [(v - low) ** (1 / c) if v > low else mpf(0) for v in z]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_golden(xp, alpha, dtype):
+    eps = float(np.finfo(dtype).eps)
+    for name, rows in FINITE.items():
+        x = rows.astype(dtype)
+        functions = [lambda x: ps.entmax(x, alpha=alpha)]
+        functions += [ps.sparsemax] if alpha == 2 else []
+        for f in functions:
+            y = assert_like(xp, f(xp.asarray(x)), x.shape, dtype)
+            np.testing.assert_allclose(y.sum(axis=1, dtype=np.longdouble), 1.0, atol=2 * eps)
+            for got, row in zip(y, x, strict=True):
+                expected = np.asarray([float(v) for v in exact_entmax(reference.exact(row), alpha)])
+                # What tau is off by moves an entry by its power's slope, y^(2 - alpha).
+                slope = expected ** (2 - alpha)
+                span = min(float(np.ptp(row)), 1 / max(alpha - 1, eps))
+                bound = eps * (8 * slope + (4 + 2 * span) * expected)
+                if alpha == 2:
+                    bound = eps * 8
+                assert (np.abs(got - expected) <= bound + np.finfo(dtype).tiny).all(), name
+
+
+def test_zeros_are_exact(xp):
+    x = np.asarray([3.0, 2.9, 0.9, -50.0, 2.5])
+    for alpha in (1.5, 1.75, 2.0):
+        y = xp.numpy(ps.entmax(xp.asarray(x), alpha=alpha))
+        expected = [float(v) for v in exact_entmax(reference.exact(x), alpha)]
+        np.testing.assert_array_equal(y == 0, np.asarray(expected) == 0)
+        assert (y[3], y[2]) == (0.0, 0.0)
+
+
+def test_its_ends_are_softmax_and_the_argmax(xp):
+    x = np.asarray([[1.0, 3.0, 3.0, -2.0], [0.5, 0.25, 0.0, 0.0]])
+    same = xp.numpy(ps.softmax(xp.asarray(x)))
+    assert_close(xp, ps.entmax(xp.asarray(x), alpha=1), same, rtol=0.0)
+    assert_close(xp, ps.entmax(xp.asarray(x), alpha=1 + 1e-13), same, rtol=1e-11)
+    shared = [[0.0, 0.5, 0.5, 0.0], [1.0, 0.0, 0.0, 0.0]]
+    assert_close(xp, ps.entmax(xp.asarray(x), alpha=np.inf), shared, rtol=0.0)
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1, (0, 2), None])
+def test_over_any_axes(xp, axis):
+    x = np.random.default_rng(60).normal(size=(3, 4, 5)) * 2
+    picked = range(3) if axis is None else np.atleast_1d(axis) % 3
+    kept = [a for a in range(3) if a not in picked]
+    flat = np.transpose(x, [*kept, *picked])
+    shape = flat.shape
+    rows = flat.reshape(int(np.prod([x.shape[a] for a in kept])), -1)
+    for alpha in (1.5, 2.0):
+        y = [[float(v) for v in exact_entmax(reference.exact(row), alpha)] for row in rows]
+        y = np.transpose(np.asarray(y).reshape(shape), np.argsort([*kept, *picked]))
+        actual = ps.entmax(xp.asarray(x), alpha=alpha, axis=axis)
+        assert_close(xp, actual, y, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("alpha", [1.1, 1.5, 2.0])
+def test_many_classes(xp, alpha):
+    """Sums within 2 units of one, and no row depends on the rows beside it."""
+    n = 3_000 if xp.lazy else 30_000
+    rng = np.random.default_rng(61)
+    x = np.stack([rng.normal(size=n), rng.normal(size=n) * 1e-3, rng.normal(size=n) * 10])
+    for dtype in ("float32", "float64"):
+        given = x.astype(dtype)
+        y = assert_like(xp, ps.entmax(xp.asarray(given), alpha=alpha), x.shape, dtype)
+        sums = y.sum(axis=1, dtype=np.longdouble)
+        np.testing.assert_allclose(sums, 1.0, atol=2 * float(np.finfo(dtype).eps))
+        alone = [xp.numpy(ps.entmax(xp.asarray(given[i : i + 1]), alpha=alpha)) for i in range(3)]
+        if not xp.lazy:
+            np.testing.assert_allclose(
+                np.concatenate(alone), y, rtol=1e-3 if dtype == "float32" else 1e-10
+            )
+
+
+def test_shifting_a_row_changes_nothing(xp):
+    x = np.round(np.random.default_rng(62).normal(size=(5, 8)) * 16) / 16
+    for alpha in (1.3, 1.5, 2.0):
+        one = ps.entmax(xp.asarray(x), alpha=alpha)
+        other = ps.entmax(xp.asarray(x + 64.0), alpha=alpha)
+        np.testing.assert_array_equal(xp.numpy(one), xp.numpy(other))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0])
+def test_the_vjp_is_the_slope(xp, alpha):
+    """Of the exact function, by central differences; away from where an entry becomes 0."""
+    rng = np.random.default_rng(63)
+    x, dy = rng.normal(size=(2, 4)) * 0.8, rng.normal(size=(2, 4))
+    step = mpf(10) ** -25
+    expected = np.zeros((2, 4))
+    for i in range(2):
+        row = reference.exact(x[i])
+        for j in range(4):
+            ends = [
+                exact_entmax([v + s * step * (k == j) for k, v in enumerate(row)], alpha)
+                for s in (1, -1)
+            ]
+            slope = [(a - b) / (2 * step) for a, b in zip(*ends, strict=True)]
+            expected[i, j] = float(mp.fsum(d * mpf(v) for d, v in zip(slope, dy[i], strict=True)))
+    y = ps.entmax(xp.asarray(x), alpha=alpha)
+    actual = ps.entmax_vjp(y, xp.asarray(dy), alpha=alpha)
+    assert_close(xp, actual, expected, rtol=1e-10, atol=1e-13)
+    if xp.library == "torch":
+        import torch
+
+        z = xp.asarray(x).requires_grad_()
+        (grad,) = torch.autograd.grad(ps.entmax(z, alpha=alpha), z, xp.asarray(dy))
+        assert_close(xp, grad, expected, rtol=1e-10, atol=1e-13)
+    if xp.library == "jax":
+        import jax
+
+        _, back = jax.vjp(lambda x: ps.entmax(x, alpha=alpha), xp.asarray(x))
+        assert_close(xp, back(xp.asarray(dy))[0], expected, rtol=1e-10, atol=1e-13)
+
+
+def test_half_types_are_rounded_once(xp):
+    """The power and the sum of float16 are no number soon; they are computed in float32."""
+    if not xp.halves:
+        pytest.skip(f"{xp.name} has no half types")
+    for dtype in xp.halves:
+        x = xp.asarray(np.random.default_rng(64).normal(size=(3, 400)), dtype)
+        wide = xp.asarray(xp.numpy(x).astype(np.float32))
+        for alpha in (1.5, 2.0):
+            rounded = xp.asarray(xp.numpy(ps.entmax(wide, alpha=alpha)), dtype)
+            actual = assert_like(xp, ps.entmax(x, alpha=alpha), (3, 400), dtype)
+            np.testing.assert_array_equal(actual, xp.numpy(rounded))
+
+
+def test_the_argmax_has_the_gradient_0(xp, torch):
+    x = xp.asarray([1.0, 3.0, 3.0]).requires_grad_()
+    y = ps.entmax(x, alpha=np.inf)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.zeros(3, dtype=x.dtype))

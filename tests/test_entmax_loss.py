@@ -1,0 +1,102 @@
+"""The loss of entmax against exact values, on every backend."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+from asserts import assert_close, assert_like
+from mpmath import mp, mpf
+from test_entmax import exact_entmax
+
+import portable_softmax as ps
+
+LOGITS = np.asarray(
+    [[0.3, -1.2, 2.0, 0.7], [4.0, 1.0, -3.0, 0.5], [-2.0, -2.0, 1.5, 1.5], [0.1, 0.2, 0.3, 1.0]]
+)
+INDICES = np.asarray([2, 0, 0, 1])
+ALPHAS = (1.0, 1 + 1e-9, 1.25, 1.5, 2.0)
+
+
+def exact_loss(row, t, alpha):
+    """Return the definition, the sum of (p - t) x and both entropies, and p - t."""
+    row, t, a = reference.exact(row), reference.exact(t), mpf(alpha)
+    p = exact_entmax(row, alpha)
+
+    def entropy(q):
+        if a == 1:
+            return -mp.fsum(v * mp.log(v) for v in q if v)
+        return (1 - mp.fsum(v**a for v in q if v)) / (a * (a - 1))
+
+    # Bisection has left 1e-57, which alpha near 1 divides by 1e-9.
+    inner = mp.fsum((b - c) * v for b, c, v in zip(p, t, row, strict=True))
+    return inner + entropy(p) - entropy(t), [b - c for b, c in zip(p, t, strict=True)]
+
+
+def targets(kind):
+    if kind == "index":
+        return INDICES, np.eye(4)[INDICES]
+    if kind == "one-hot":
+        return np.eye(4, dtype=np.int64)[INDICES], np.eye(4)[INDICES]
+    t = np.asarray(
+        [[0.25, 0.25, 0.5, 0.0], [1.0, 0.0, 0.0, 0.0], [0.125, 0.375, 0.5, 0.0], [0.25] * 4]
+    )
+    return t, t
+
+
+@pytest.mark.parametrize("kind", ["index", "one-hot", "probabilities"])
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_golden(xp, alpha, kind):
+    labels, t = targets(kind)
+    found = [exact_loss(row, to, alpha) for row, to in zip(LOGITS, t, strict=True)]
+    losses = np.asarray([float(loss) for loss, _ in found])
+    slopes = np.asarray([[float(v) for v in slope] for _, slope in found])
+    weights = np.asarray([0.5, 2.0, 1.0, 0.0])
+    for s, given in ((np.ones(4), None), (weights, xp.asarray(weights))):
+        for reduction, scale in (("mean", s.sum()), ("sum", 1), ("none", 1)):
+            options = {"alpha": alpha, "reduction": reduction, "sample_weight": given}
+            arguments = xp.asarray(LOGITS), xp.asarray(labels)
+            loss, grad = ps.entmax_loss_value_and_grad(*arguments, **options)
+            expected = s * losses if reduction == "none" else (s * losses).sum() / scale
+            assert_close(xp, loss, expected, rtol=1e-13, atol=2e-15)
+            assert_close(xp, grad, s[:, None] * slopes / scale, rtol=1e-12, atol=2e-15)
+            alone = ps.entmax_loss(*arguments, **options)
+            np.testing.assert_array_equal(xp.numpy(alone), xp.numpy(loss))
+
+
+def test_alpha_1_is_cross_entropy(xp):
+    rng = np.random.default_rng(70)
+    x, labels = rng.normal(size=(2, 5, 3)) * 3, rng.integers(5, size=(2, 3))
+    arguments = xp.asarray(x), xp.asarray(labels)
+    one = ps.entmax_loss_value_and_grad(*arguments, alpha=1.0, axis=1)
+    other = ps.cross_entropy_value_and_grad(*arguments, axis=1)
+    for a, e in zip(one, other, strict=True):
+        np.testing.assert_allclose(xp.numpy(a), xp.numpy(e), rtol=1e-13, atol=1e-16)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
+def test_it_is_never_negative_and_0_at_its_own_probabilities(xp, alpha):
+    rng = np.random.default_rng(71)
+    x = (rng.normal(size=(50, 6)) * rng.choice([0.01, 1.0, 5.0], size=(50, 1))).astype(np.float32)
+    options = {"alpha": alpha, "reduction": "none"}
+    losses = ps.entmax_loss(xp.asarray(x), xp.asarray(rng.integers(6, size=50)), **options)
+    assert (assert_like(xp, losses, (50,), "float32") >= 0).all()
+    own = ps.entmax(xp.asarray(x), alpha=alpha)
+    losses = xp.numpy(ps.entmax_loss(xp.asarray(x), own, **options))
+    np.testing.assert_allclose(losses, 0.0, atol=2e-6)
+
+
+def test_a_label_far_ahead_has_no_loss_and_no_gradient(xp):
+    x = xp.asarray([[3.0, 0.0, 0.5]])
+    for alpha in (1.5, 2.0):
+        loss, grad = ps.entmax_loss_value_and_grad(x, xp.asarray([0]), alpha=alpha)
+        assert_close(xp, loss, 0.0)
+        assert_close(xp, grad, np.zeros((1, 3)))
+
+
+def test_it_answers_in_float32_under_autocast(xp, torch):
+    x = xp.asarray(LOGITS, "bfloat16").requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = ps.entmax_loss(x, xp.asarray(INDICES))
+    assert loss.dtype == torch.float32
+    assert torch.autograd.grad(loss, x)[0].dtype == torch.bfloat16
