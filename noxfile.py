@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["nox>=2025.10.14"]
@@ -39,6 +40,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent
 HOME = ROOT / ".nox"
 REPORTS = HOME / "reports"
+SITE = HOME / "site"
 
 
 # --- Starting nox -------------------------------------------------------------------------------
@@ -86,6 +88,7 @@ if __name__ == "__main__":  # from here on, nox reads this file as its module
     sys.argv[1:1] = ["--noxfile", __file__]  # wherever it was called from
     sys.exit(nox.main())
 
+nox.needs_version = ">=2025.10.14"
 nox.options.sessions = ["demo-numpy"]
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
@@ -491,29 +494,74 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, format and types."""
+    """Check style, format, types, the project's metadata and the hosted workflows."""
     install(session, *package("demo"), *group("lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")
+    session.run("repo-review", str(ROOT), "--show", "err", silent=True)
+    workflows = str(ROOT / ".github")
+    session.run("zizmor", "--offline", "--quiet", "--no-progress", workflows)
+    if shutil.which("actionlint"):  # no wheel on PyPI holds it
+        session.run("actionlint", external=True)
+    else:
+        session.log("actionlint is not installed: the workflows were checked by zizmor alone")
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Run every example in the docstrings and in README.md."""
-    install(session, *package("strict", "torch", "jax", "dask", "numba", "demo"), *group("docs"))
-    examples = ("--doctest-modules", "portable_softmax", "--doctest-glob=README.md", "README.md")
+    """Run every example in docstrings, README.md and the site; build the site in .nox/site.
+
+    Warnings are errors, each code cell of a page runs, and nothing is read from a network.
+    """
+    extras = ("strict", "torch", "jax", "dask", "numba", "demo", "bench")
+    install(session, *package(*extras), *group("docs"))
+    pages = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
+    examples = ("--doctest-modules", "portable_softmax", "--doctest-glob=*.md", "README.md")
     needs_triton = "--ignore-glob=*/kernels/_triton/_[!_]*.py"  # which is not installed here
-    session.run("python", "-m", "pytest", *examples, needs_triton, *session.posargs)
+    session.run("python", "-m", "pytest", *examples, *pages, needs_triton, *session.posargs)
+    shutil.rmtree(SITE, ignore_errors=True)
+    session.run(
+        *("python", "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet"),
+        *("--builder", "html", "--doctree-dir", str(HOME / "doctrees"), "docs", str(SITE)),
+    )
+    session.log(f"open {SITE / 'index.html'}")
+
+
+@nox.session(name="docs-browser")
+def docs_browser(session: nox.Session) -> None:
+    """Look at each page that `docs` built in Chromium: wide and narrow, light and dark."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if not (browser and shutil.which("chromedriver")):
+        session.skip("no chromium with chromedriver here (Debian: chromium, chromium-driver)")
+    if not (SITE / "index.html").exists():
+        session.error("there is no site yet: python3 noxfile.py -s docs docs-browser")
+    install(session, *group("browser"))
+    session.run("python", "docs/look.py", str(SITE), str(HOME / "screenshots"))
+
+
+@nox.session
+def downstream(session: nox.Session) -> None:
+    """Check the types as another project sees them: mypy and pyright, on the installed package."""
+    install(session, *PYPROJECT["project"]["dependencies"], *group("downstream"))
+    session.install("--no-deps", "--force-reinstall", str(ROOT))  # as it is now, not editable
+    with tempfile.TemporaryDirectory() as folder, session.chdir(folder):
+        shutil.copy(ROOT / "tests" / "typed_use.py", folder)
+        session.run("mypy", "--strict", "typed_use.py")
+        session.run("pyright", "typed_use.py")
 
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build sdist and wheel; run README.md's first example on the wheel in a clean environment."""
+    """Build sdist and wheel, the same bytes twice; run README.md's first example on the wheel."""
     install(session, *group("build"))
-    dist = HOME / "dist"
-    shutil.rmtree(dist, ignore_errors=True)
-    session.run("python", "-m", "build", "--outdir", str(dist), str(ROOT))
+    dist, again = HOME / "dist", HOME / "dist-again"
+    for folder in (dist, again):
+        shutil.rmtree(folder, ignore_errors=True)
+        session.run("python", "-m", "build", "--outdir", str(folder), str(ROOT))
+    for one in sorted(dist.iterdir()):
+        if one.read_bytes() != (again / one.name).read_bytes():
+            session.error(f"two builds of {one.name} differ")
     (wheel,) = dist.glob("*.whl")
 
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}

@@ -364,23 +364,25 @@ def labels_are_indices(logits: Any, labels: Any, axis: int, library: Library) ->
     """Return whether `labels` are class indices, or else a distribution over the classes."""
     kind = library.dtype(labels.dtype).kind
     shape = logits.shape
-    positions = (*shape[:axis], *shape[axis + 1 :])
+    positions = shape[:axis] + shape[axis + 1 :]
+    if kind == "integer" and labels.shape == positions:
+        return True
     if kind in ("bool", "complex", "other"):
         raise TypeError(
             f"labels have dtype {dtype_name(labels.dtype)}, expected integers for class indices, "
             "or integers or floats for a distribution: cast them first"
         )
-    if _same_shape(labels.shape, logits.shape):
+    if _same_shape(labels.shape, shape):
         return False
     if _same_shape(labels.shape, positions):
         if kind != "integer":
             raise TypeError(
                 f"labels have dtype {dtype_name(labels.dtype)} and the shape "
                 f"{tuple(labels.shape)} of class indices, which must be integers: cast them to an "
-                f"integer dtype, or pass a distribution of shape {tuple(logits.shape)}"
+                f"integer dtype, or pass a distribution of shape {tuple(shape)}"
             )
         return True
-    raise ValueError(_label_shape_message(logits, labels, axis, positions))
+    raise ValueError(_label_shape_message(logits, labels, axis, tuple(positions)))
 
 
 def _same_shape(have: Any, want: Any) -> bool:

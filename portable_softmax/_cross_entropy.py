@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from portable_softmax import _checks, portable
-from portable_softmax._typing import Array, ArrayT
+from portable_softmax._typing import Array, ArrayT, Mask
 from portable_softmax.kernels._decide import operation, run
 from portable_softmax.kernels._request import (
     NONE_GIVEN,
@@ -31,7 +31,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
-    where: Array | None = None,
+    where: Mask | None = None,
     reduction: str = "mean",
     check_labels: bool = True,
 ) -> ArrayT:
@@ -143,7 +143,7 @@ def cross_entropy_value_and_grad(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
-    where: Array | None = None,
+    where: Mask | None = None,
     reduction: str = "mean",
     check_labels: bool = True,
 ) -> tuple[ArrayT, ArrayT]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from portable_softmax import _checks, portable
-from portable_softmax._typing import Array, ArrayT, Axis, Namespace
+from portable_softmax._typing import Array, ArrayT, Axis, Mask, Namespace
 from portable_softmax.kernels._decide import operation, run
 from portable_softmax.kernels._request import (
     EXTREME,
@@ -30,7 +30,7 @@ __all__ = [
 
 @operation
 def softmax(
-    x: ArrayT, /, *, axis: Axis = -1, where: Array | None = None, temperature: float = 1.0
+    x: ArrayT, /, *, axis: Axis = -1, where: Mask | None = None, temperature: float = 1.0
 ) -> ArrayT:
     r"""Turn logits into probabilities that are positive and sum to one.
 
@@ -95,7 +95,7 @@ def softmax(
 
 @operation
 def log_softmax(
-    x: ArrayT, /, *, axis: Axis = -1, where: Array | None = None, temperature: float = 1.0
+    x: ArrayT, /, *, axis: Axis = -1, where: Mask | None = None, temperature: float = 1.0
 ) -> ArrayT:
     r"""Return the logarithms of the softmax probabilities, to the last digits.
 
@@ -162,7 +162,7 @@ def logsumexp(
     b: Array | None = None,
     keepdims: bool = False,
     return_sign: bool = False,
-    where: Array | None = None,
+    where: Mask | None = None,
 ) -> Any:
     r"""Return the logarithm of a sum of exponentials.
 
@@ -186,8 +186,8 @@ def logsumexp(
     keepdims
         Whether the reduced axes stay, with length 1.
     return_sign
-        Whether to return the pair (log|s|, s/|s|) instead of log s. Real input then never gives
-        nan for a negative sum.
+        Whether to return the pair ``(log|s|, s/|s|)`` instead of log s. Real input then never
+        gives nan for a negative sum.
     where
         Boolean array that broadcasts to the shape of `x`. Entries where it is False take no part.
 

@@ -29,6 +29,19 @@ class Array(Protocol):
     def __neg__(self) -> Any: ...
 
 
+class Mask(Protocol):
+    """A boolean array, for which libraries declare no arithmetic."""
+
+    @property
+    def shape(self) -> Any: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+
 ArrayT = TypeVar("ArrayT", bound=Array)
 
 # An array API namespace is a module, whose attributes no type checker can follow.

@@ -1,8 +1,9 @@
-"""The tables of backends and of kernels in README.md, from what the code declares.
+"""The tables of backends and of kernels, from what the code declares.
 
     python tests/capabilities.py
 
-writes them anew, each between its two markers in README.md.
+writes them anew, each between its two markers: the backends in README.md, the kernels on the site's
+page of kernels. The site takes the table of one function from here, too.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import ast
 import math
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from backends import BACKENDS, LIBRARIES
 
+import portable_softmax
 from portable_softmax import libraries
 from portable_softmax.kernels import _table
 from portable_softmax.kernels._request import LINEAR, OPERATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 
 # What compiles or traces a function of a library, and is tested in tests/test_LIBRARY.py.
 COMPILERS = {"torch": "torch.compile", "jax": "jax.jit"}
@@ -100,6 +103,28 @@ def operations(kernel: _table.Kernel) -> str:
     return named.get(kernel.operations) or ", ".join(kernel.operations)
 
 
+BY_OPERATION = (
+    "backend", "kernels", "float16", "bfloat16", "autodiff", "compiled", "lazy", "tested",
+)  # fmt: skip
+
+
+def operation_table(operation: str) -> str:
+    """Return the table of one function: what answers it on each backend."""
+    if operation not in portable_softmax.__all__:
+        raise ValueError(f"operation is {operation!r}, expected a public name")
+    rows = [BY_OPERATION, ("---",) * len(BY_OPERATION)]
+    for name, extra in sessions().items():
+        cells = dict(zip(HEADINGS, row(name, extra), strict=True))
+        found = [
+            k.name if k.on_by_default else f"{k.name} (off by default)"
+            for k in _table.TABLE
+            if k.library == name and operation in k.operations
+        ]
+        cells["kernels"] = ", ".join(dict.fromkeys(found)) or "portable code"
+        rows.append(tuple(cells[heading] for heading in BY_OPERATION))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
 CLAIMS = (
     "kernel", "arrays", "operations", "dtypes", "options", "devices", "traced", "elements",
     "default",
@@ -135,29 +160,38 @@ def elements(kernel: _table.Kernel) -> str:
     return f"from {kernel.at_least:,}" if kernel.at_least else "any"
 
 
-TABLES = {"capabilities": table, "kernels": claims}
+class Table(NamedTuple):
+    """A generated table, and the file that holds it."""
+
+    make: Callable[[], str]
+    path: Path
+
+
+TABLES = {
+    "capabilities": Table(table, ROOT / "README.md"),
+    "kernels": Table(claims, ROOT / "docs" / "results" / "kernels.md"),
+}
 
 
 def markers(name: str) -> tuple[str, str]:
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 
-def in_readme(name: str) -> str:
-    """Return the table of this name that README.md holds."""
+def written(name: str) -> str:
+    """Return the table of this name that its file holds."""
     begin, end = markers(name)
-    return README.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0].strip()
+    text = TABLES[name].path.read_text(encoding="utf-8")
+    return text.partition(begin)[2].partition(end)[0].strip()
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    for name, make in TABLES.items():
+    for name, (make, path) in TABLES.items():
         begin, end = markers(name)
-        before, found, rest = text.partition(begin)
+        before, found, rest = path.read_text(encoding="utf-8").partition(begin)
         _, closed, after = rest.partition(end)
         if not (found and closed):
-            raise SystemExit(f"README.md lacks the markers {begin} and {end}")
-        text = f"{before}{begin}\n{make()}\n{end}{after}"
-    README.write_text(text, encoding="utf-8")
+            raise SystemExit(f"{path.relative_to(ROOT)} lacks the markers {begin} and {end}")
+        path.write_text(f"{before}{begin}\n{make()}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ HERE = Path(ps.__file__).parent.parent
 @pytest.fixture
 def undecided():
     """Nothing is known of this process yet."""
-    _support.refusal.cache_clear()
+    _support._refusal.cache_clear()
     yield
-    _support.refusal.cache_clear()
+    _support._refusal.cache_clear()
 
 
 # --------------------------------------------------------------------------- reasons
@@ -101,7 +101,7 @@ def test_a_cpu_without_fma(monkeypatch, undecided, an_x86):
     def unknown():
         raise RuntimeError("LLVM does not know this CPU")
 
-    _support.refusal.cache_clear()
+    _support._refusal.cache_clear()
     monkeypatch.setattr(an_x86, "get_host_cpu_features", unknown)
     refused("the CPU (nehalem) has no FMA instructions, which come with AVX2")
     monkeypatch.setattr(an_x86, "get_process_triple", lambda: "aarch64-unknown-linux-gnu")
@@ -113,7 +113,7 @@ def test_features_that_are_set(monkeypatch, undecided, an_x86):
 
     monkeypatch.setattr(numba.config, "CPU_FEATURES", "+sse2,-fma")
     refused("NUMBA_CPU_FEATURES or NUMBA_CPU_NAME leaves out FMA instructions: unset them")
-    _support.refusal.cache_clear()
+    _support._refusal.cache_clear()
     monkeypatch.setattr(numba.config, "CPU_FEATURES", "+avx2,+fma")
     assert _support.refusal() == ""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import capabilities
@@ -13,14 +15,19 @@ import pytest
 import semantics_table
 from backends import BACKENDS, LIBRARIES, ml_dtypes
 
+import portable_softmax as ps
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
+# The links of the site's pages are checked where it is built.
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/semantics.md", "docs/accuracy.md",
          "docs/triton_resources.md")  # fmt: skip
 
 
-SPEED = README.partition("\n## Speed\n")[2].partition("\n## ")[0]
+SPEED = (ROOT / "docs" / "results" / "speed.md").read_text(encoding="utf-8")
+DIFFERENCES = (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")
 
 
 def cells(line: str) -> list[str]:
@@ -31,17 +38,21 @@ def cells(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "page"),
     [
-        "python3 noxfile.py",
-        "python3 noxfile.py -s tests",
-        "python3 noxfile.py -s bench-numpy",
-        "python -m bench accuracy --markdown docs/accuracy.md",
-        "python -m bench memory",
+        ("python3 noxfile.py", "README.md"),
+        ("python3 noxfile.py -s tests", "README.md"),
+        ("python3 noxfile.py -s bench-numpy", "docs/results/speed.md"),
+        ("python -m bench accuracy --markdown docs/accuracy.md", "docs/results/accuracy.md"),
+        ("python -m bench memory", "docs/results/speed.md"),
     ],
 )
-def test_a_command_has_a_line_of_its_own(command):
-    assert f"\n    {command}\n" in README
+def test_a_command_has_a_line_of_its_own(command, page):
+    assert f"\n    {command}\n" in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_readme_is_short():
+    assert README.count("\n") <= 150
 
 
 def test_every_option_of_the_benchmark_is_described():
@@ -64,7 +75,7 @@ def test_every_session_is_described():
     families = re.findall(r'@for_each_backend\("(\w+)"', source)
     plain = [name.replace("_", "-") for name in plain]
     expected = {*plain, *(f"{name}-BACKEND" for name in families)} - {"tests", "tests-table"}
-    table = README.partition("| session | what it does |")[2].partition("\n\n")[0]
+    table = CONTRIBUTING.partition("| session | what it does |")[2].partition("\n\n")[0]
     assert set(re.findall(r"`([\w-]+)`", table)) == expected
 
 
@@ -73,8 +84,8 @@ def test_every_session_is_described():
 
 @pytest.mark.skipif(ml_dtypes is None, reason="bfloat16 on NumPy needs ml_dtypes")
 @pytest.mark.parametrize("name", capabilities.TABLES)
-def test_a_table_of_the_readme_is_that_of_the_code(name):
-    assert capabilities.in_readme(name) == capabilities.TABLES[name]()
+def test_a_generated_table_is_that_of_the_code(name):
+    assert capabilities.written(name) == capabilities.TABLES[name].make()
 
 
 def test_the_package_and_the_tests_agree_on_what_a_library_can_do():
@@ -150,6 +161,68 @@ def test_without_reports_nothing_is_written(tmp_path, capsys):
     assert not target.exists()
 
 
+# --------------------------------------------------------------------------- the site
+
+
+def test_the_reference_has_every_public_name():
+    pages = (ROOT / "docs" / "reference").glob("*.md")
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    for name in ps.__all__:
+        kind = "module" if inspect.ismodule(getattr(ps, name)) else "(function|class)"
+        assert re.search(rf"^\.\. auto{kind}:: (portable_softmax\.)?{name}$", text, re.M), name
+
+
+def test_there_are_twelve_pairs():
+    pairs = (ROOT / "docs" / "before-after.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    assert len(pairs) == 12
+    for number, pair in enumerate(pairs, 1):
+        assert pair.startswith(f"{number}. ")
+        assert pair.count("```{code-cell}") == 2
+        before, after = pair.split("```{code-cell}")[1:]
+        assert re.search(r"\bbefore\b", before)
+        assert "assert " in after
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.stem)
+def test_each_figure_is_described(page):
+    """A cell that draws has an alt text, and so has each image."""
+    text = page.read_text(encoding="utf-8")
+    for cell in re.findall(r"^```\{code-cell\}.*?^```$", text, re.M | re.S):
+        assert ("plt.show()" in cell) == ("    alt: " in cell), cell
+    for image in re.findall(r"^```\{image\}.*?^```$", text, re.M | re.S):
+        assert ":alt: " in image
+    assert "![](" not in text
+
+
+# --------------------------------------------------------------------------- the release
+
+
+def test_every_file_names_the_same_version():
+    """It is that of the package; CHANGELOG.md opens with it."""
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    recipe = (ROOT / "conda" / "recipe.yaml").read_text(encoding="utf-8")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (.+)$", citation, re.M) == [ps.__version__]
+    assert re.findall(r'^  version: "(.+)"', recipe, re.M) == [ps.__version__]
+    assert ps.__version__ in re.findall(r"^## (.+)$", changes, re.M)[0]
+
+
+def test_the_conda_recipe_needs_what_the_package_needs():
+    recipe = (ROOT / "conda" / "recipe.yaml").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = recipe.partition("  run:\n")[2].partition("\n\n")[0]
+    found = {line.strip("- ").replace(" ", "") for line in needed.splitlines()}
+    assert found == {"python>=${{python_min}}", *project["dependencies"]}
+    assert f'python_min: "{project["requires-python"].removeprefix(">=")}"' in recipe
+
+
+@pytest.mark.parametrize("workflow", ["ci", "release"])
+def test_hosted_actions_are_pinned_by_hash(workflow):
+    text = (ROOT / ".github" / "workflows" / f"{workflow}.yml").read_text(encoding="utf-8")
+    for action in re.findall(r"uses: (.+)$", text, re.M):
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40} # v[\d.]+", action), action
+
+
 # --------------------------------------------------------------------------- links and peers
 
 
@@ -172,12 +245,12 @@ def slug(heading: str) -> str:
 
 
 BESIDE = re.findall(
-    r"^### Beside ([^\n]+)\n\n```python\n(.*?)^```\n\n```text\n(.*?)^```", README, re.M | re.S
+    r"^## Beside ([^\n]+)\n\n```python\n(.*?)^```\n\n```text\n(.*?)^```", DIFFERENCES, re.M | re.S
 )
 
 
 def test_three_peers_are_shown():
-    assert len(BESIDE) == README.count("### Beside ") == 3
+    assert len(BESIDE) == DIFFERENCES.count("## Beside ") == 3
 
 
 @pytest.mark.parametrize(("versions", "code", "printed"), BESIDE, ids=[b[0] for b in BESIDE])
@@ -189,7 +262,7 @@ def test_what_peers_were_seen_to_print(versions, code, printed):
         except importlib.metadata.PackageNotFoundError:
             pytest.skip(f"{name} is not installed")
         if here.partition("+")[0] != version:
-            pytest.skip(f"README.md speaks of {name} {version}, here is {here}")
+            pytest.skip(f"docs/differences.md speaks of {name} {version}, here is {here}")
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == printed

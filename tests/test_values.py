@@ -328,6 +328,9 @@ def test_vjps_check_their_arguments(xp):
 
 # --------------------------------------------------------------------------- sums
 
+# Before NumPy 2.3 a sum is one of pieces of 8,192 terms, which are added one after the other.
+BUFFERED = np.lib.NumpyVersion(np.__version__) < "2.3.0"
+
 LAYOUTS = {
     "as given": lambda x: x,
     "transposed": lambda x: x.T,
@@ -364,7 +367,7 @@ def test_sums_keep_their_digits_in_every_layout(xp, layout, path):
                 with kernels.portable() if path == "portable" else nullcontext():
                     y, log_y = (f(array, axis=axis) for f in (ps.softmax, ps.log_softmax))
                     value = ps.logsumexp(array, axis=axis, keepdims=True)
-                assert units(xp.numpy(y), np.exp(exact - lse)) <= 6
+                assert units(xp.numpy(y), np.exp(exact - lse)) <= (8 if BUFFERED else 6)
                 assert units(xp.numpy(log_y), exact - lse) <= 8
                 assert units(xp.numpy(value), lse) <= 6
 

@@ -1,6 +1,6 @@
 """What a type checker sees: each function returns the type of the array that it is given.
 
-mypy reads this file in the session `lint`; nothing runs it.
+mypy reads this file in the session `lint`, mypy and pyright in `downstream`; nothing runs it.
 """
 
 from __future__ import annotations

@@ -148,8 +148,10 @@ def decide(request: Request, switch: Switches | None) -> Decision:
             why = "" if device in devices else f"device {device}"
         if not why and (at_least or at_most < math.inf):
             size = library.size(x)
-            if not at_least <= size <= at_most:
-                why = "too few elements" if size < at_least else "too many elements"
+            if size < at_least:
+                why = "too few elements"
+            elif at_most < math.inf and size > at_most:
+                why = "too many elements"
         if why:
             pass
         elif request.tracing and candidate.kernel.adapter:

@@ -92,6 +92,8 @@ _LENT: dict[str, Any] = {
     "devices": ("cpu",),
     "dtypes": FLOATS,
 }
+# In compiled code an operator costs more than a small tensor does: those are left to the compiler.
+_TRACED: dict[str, Any] = {**_LENT, "at_least": _SMALL + 1, "tracing": ("torch.compile",)}
 
 _LINEAR = Kernel(
     name="linear tiles",
@@ -108,8 +110,8 @@ TABLE = (
     _NUMBA,
     _TILES,
     _TILES._replace(**_LENT, at_most=_SMALL),
-    _NUMBA._replace(**_LENT),
-    _TILES._replace(**_LENT),
+    _NUMBA._replace(**_TRACED),
+    _TILES._replace(**_TRACED),
     Kernel(
         name="jax rules",
         why="one compiled call, without a branch",

@@ -65,6 +65,7 @@ class Torch(Library):
         self._is_batched = private["the vmap of is_grads_batched"]
         self._modes = private["dispatch modes"]
         self._forward_ad = torch.autograd.forward_ad
+        self._can_tell_exports = hasattr(torch.compiler, "is_exporting")  # from 2.7 on
         self._lacks = ""
         """What this version cannot be asked; empty if it can be asked everything."""
         for what, found in private.items():
@@ -145,7 +146,10 @@ class Torch(Library):
         """Return what follows or replaces these tensors' values."""
         torch = self._torch
         if torch.compiler.is_compiling():
-            return self._lacks or _transform() or "torch.compile"
+            # What is exported has to run where this package is not installed.
+            exporting = torch.compiler.is_exporting() if self._can_tell_exports else False
+            way = "torch.export" if exporting else "torch.compile"
+            return self._lacks or _transform() or way
         if self._lacks:
             return self._lacks
         for x in arrays:

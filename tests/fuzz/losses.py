@@ -117,6 +117,11 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
 
     nan_row = np.isnan(np.where(harmless, 0, x)).any(axis=1, keepdims=True)
     unknown = rows.bad & ~to.ignored & ~nan_row | _unknown_weights(w, t, e, live)
+    # A difference from the maximum that is weighted may overflow before it is.
+    widest = np.max(np.where(q == 0, 0, gap), axis=1, keepdims=True, initial=0)
+    unsure = (widest >= rounding.compute.max / 8) & (widest < np.inf)
+    if cap is not None and cap > rounding.compute.max:  # as if there were none
+        unsure = unsure | np.isinf(x).any(axis=1, keepdims=True)
     loss = np.where(nan_row | to.wrong, L("nan"), loss)
     grad = np.where((nan_row | to.wrong) & live, L("nan"), grad)
     infinite = ~np.isfinite(np.where(harmless, 0, x)).all(axis=1, keepdims=True)
@@ -125,7 +130,8 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
     loss, error = np.where(to.ignored, 0, loss), np.where(to.ignored, 0, error)
     grad = np.where(to.ignored, 0, grad)
     unknown, unknown_grad = unknown & ~to.ignored, unknown_grad & ~to.ignored
-    error, slack = np.where(unknown, ANY, error), np.where(unknown_grad, ANY, slack)
+    error = np.where(unknown | unsure & ~to.ignored, ANY, error)
+    slack = np.where(unknown_grad, ANY, slack)
     return _reduced(loss, error, grad, slack, to, label_weight, options, rounding)
 
 

@@ -193,7 +193,8 @@ def _scaled(
 
     Where an infinity comes in, what comes out depends on the order of the operations: not judged.
     """
-    unsure = ~(scale < rounding.compute.max / 8) & ~nan  # something on the way may overflow
+    overflows = ~(scale < rounding.compute.max / 8)  # something on the way may
+    unsure = overflows & np.logical_not(nan)
     fine = np.isfinite(scale)
     slack = 12 * rounding.compute.u * np.where(fine, scale, 0) + np.where(fine, lost, 0)
     tolerance = rounding.tolerance(np.where(fine, values, 0), 2, slack)

@@ -41,11 +41,21 @@ def declines(request: Request, asked: bool) -> str:
         return f"dtypes: {x.dtype} and {request.dy.dtype}"
     if request.labels is not None and not request.labels.dtype.isnative:
         return f"dtype of labels: {request.labels.dtype}"
-    layout = request.layout()
-    if layout is None:
+    return declines_shape(x.shape, request.axes)
+
+
+def declines_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
+    """Return why arrays of a shape are left to the next kernel, in C order too."""
+    first, last = min(axes), max(axes)
+    if last - first + 1 != len(axes):
         return "axes apart from each other"
-    if layout.inner > 1 and layout.n > LONGEST_ACROSS:
-        return f"{layout.n:,} classes along an axis that is not the last"
+    n = inner = 1
+    for a in axes:  # torch.compile traces no math.prod of its sizes
+        n *= shape[a]
+    for size in shape[last + 1 :]:
+        inner *= size
+    if inner > 1 and n > LONGEST_ACROSS:
+        return f"{n:,} classes along an axis that is not the last"
     return _support.refusal()
 
 

@@ -8,6 +8,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from portable_softmax.libraries import traced_as_constant
+
 # The first Numba whose LLVM takes the instructions of `_vectors`.
 OLDEST = (0, 62)
 
@@ -21,9 +23,14 @@ def missing() -> str:
     return ""
 
 
-@cache
+@traced_as_constant
 def refusal() -> str:
     """Return why Numba cannot compile the kernels here; empty if it can. This imports Numba."""
+    return _refusal()
+
+
+@cache
+def _refusal() -> str:
     if why := missing():
         return why
     try:

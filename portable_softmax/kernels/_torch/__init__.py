@@ -20,9 +20,17 @@ def declines(engine: Any, request: Request, asked: bool) -> str:
     """Return why a call is not for a kernel; empty if it is."""
     if request.labels is not None and (why := _not_a_kernels(request)):
         return why
+    if request.tracing and not _are_numbers(request):
+        return "a number that may be another one in the next call"
     if engine.TENSORS:
         return str(engine.declines(request, asked))
     return _lending.declines(engine, request, asked)
+
+
+def _are_numbers(request: Request) -> bool:
+    """Return whether no option is a symbol of the compiler; operators take numbers."""
+    given = [getattr(request.options, name, None) for name in request.active]
+    return all(request.library.is_known(v) for v in given if isinstance(v, float))
 
 
 def _not_a_kernels(request: Request) -> str:

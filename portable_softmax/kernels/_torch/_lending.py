@@ -35,6 +35,11 @@ def declines(engine: Any, request: Request, asked: bool) -> str:
         return "ml_dtypes, which has NumPy's bfloat16, is not installed"
     if request.operation in engine.ANY_LAYOUT:
         return ""
+    if request.tracing:  # what is traced has no memory to lend
+        given = [request.x] if request.dy is None else [request.x, request.dy]
+        if not all(t.is_contiguous() for t in given):
+            return "not in C order"
+        return str(engine.declines_shape(request.x.shape, request.axes))
     return str(engine.declines(on_numpy(request), asked))
 
 

@@ -1,0 +1,132 @@
+"""``{generated}``: tables and figures made from the code, the tests and the kept benchmarks."""
+
+import json
+import re
+from pathlib import Path
+
+import capabilities
+from docutils.statemachine import StringList
+from sphinx.util.docutils import SphinxDirective
+
+from bench import summary, tables
+from bench.report import described
+from bench.speed import OURS, PEER, Row
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+FIGURES = {
+    "bandwidth": "Gigabytes a second against the length of a row, one panel an operation: "
+    "this package, its peers and a plain copy, {dtype}, arrays of {library}.",
+    "ratios": "Every provider's time in units of ours, one panel an operation and one row an "
+    "array shape, {dtype}, arrays of {library}.",
+}
+
+
+def backends_of(operation):
+    """Return the table of backends of one function."""
+    return capabilities.operation_table(operation)
+
+
+def kernels():
+    """Return the table of what each kernel takes."""
+    return capabilities.claims()
+
+
+def backends():
+    """Return the table of what each backend can do."""
+    return capabilities.table()
+
+
+def _document(library):
+    return json.loads((RESULTS / f"{library}.json").read_text(encoding="utf-8"))
+
+
+def _rows(library):
+    """Return the rows that were timed."""
+    rows = [Row(**{**row, "shape": tuple(row["shape"])}) for row in _document(library)["rows"]]
+    return [row for row in rows if not row.problem]
+
+
+def speed(library):
+    """Return what a kept run says: where it was made, and its summary."""
+    document, rows = _document(library), _rows(library)
+    headings, texts = summary.table(rows)
+    lines = [headings, ["---"] * len(headings), *texts]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"`{document['command']}`\n\n{described(document)}\n\n{table}\n\n{summary.LEGEND}"
+
+
+def slower(library):
+    """Return the cells of a kept run in which a peer is faster than every path of ours."""
+    cells = {}
+    for row in _rows(library):
+        cells.setdefault((row.operation, row.shape, row.dtype), []).append(row)
+    lines = ["| operation | shape | dtype | fastest peer | ours / peer |", "|---|---|---|---|---|"]
+    for (operation, shape, dtype), found in cells.items():
+        ours = min(row.min_s for row in found if row.role == OURS)
+        peer = min((row for row in found if row.role == PEER), key=lambda row: row.min_s)
+        if ours > peer.min_s:
+            ratio = f"{ours / peer.min_s:.2f}"
+            cell = (operation, tables.shape(shape), dtype, peer.provider, ratio)
+            lines.append(f"| {' | '.join(cell)} |")
+    few = f"In {len(lines) - 2} of {len(cells)} cells a peer is faster than ours"
+    return few + (":\n\n" + "\n".join(lines) if lines[2:] else ".")
+
+
+def figures(library):
+    """Return the figures of a kept run."""
+    return "\n\n".join(
+        f"```{{image}} /../bench/results/{library}/{name}-{dtype}.png\n"
+        f":alt: {alt.format(dtype=dtype, library=library)}\n```"
+        for name, alt in FIGURES.items()
+        for dtype in ("float32", "float64")
+    )
+
+
+MAKERS = {f.__name__: f for f in (backends_of, backends, kernels, speed, slower, figures)}
+
+
+class Generated(SphinxDirective):
+    """Insert what a maker returns for the rest of the line, as Markdown."""
+
+    required_arguments = 1
+    optional_arguments = 1
+
+    def run(self):
+        name, *rest = self.arguments
+        text = MAKERS[name](*rest)
+        return self.parse_content_to_nodes_of(text)
+
+    def parse_content_to_nodes_of(self, text):
+        self.content = StringList(text.splitlines(), source=f"generated {self.arguments}")
+        return self.parse_content_to_nodes()
+
+
+# Pages that are files of the repository, and where their links lead on the site.
+FILES = {"contributing": "CONTRIBUTING.md", "changes": "CHANGELOG.md"}
+LINKS = {
+    "CHANGELOG.md": "changes.md",
+    "docs/accuracy.md": "results/accuracy.md",
+    "docs/semantics.md": "results/semantics.md",
+    "docs/triton_resources.md": "results/triton.md",
+}
+
+
+# doctest wants a blank line after what is printed; a reader does not.
+LAST_LINE = re.compile(r"^(```python\n>>> .*?\n)\n```$", re.M | re.S)
+
+
+def read_file(app, docname, source):
+    """Take the text of some pages from the repository, and the last blank line from examples."""
+    if docname in FILES:
+        text = (ROOT / FILES[docname]).read_text(encoding="utf-8")
+        for there, here in LINKS.items():
+            text = text.replace(f"]({there})", f"]({here})")
+        source[0] = text
+    source[0] = LAST_LINE.sub(r"\1```", source[0])
+
+
+def setup(app):
+    app.connect("source-read", read_file)
+    app.add_directive("generated", Generated)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
