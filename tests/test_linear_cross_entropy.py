@@ -38,7 +38,8 @@ def stored(hidden, classifier, labels, bias=None, **options):
     logits = hidden @ classifier.T
     logits = logits if bias is None else logits + bias
     loss, g = ps.cross_entropy_value_and_grad(logits, labels, **options)
-    g, h = g.reshape(-1, g.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    positions = int(np.prod(hidden.shape[:-1]))
+    g, h = g.reshape(positions, len(classifier)), hidden.reshape(positions, hidden.shape[-1])
     d_hidden = (g @ classifier).reshape(hidden.shape)
     return loss, (d_hidden, g.T @ h, None if bias is None else g.sum(axis=0))
 
@@ -284,6 +285,18 @@ def test_nothing_that_counts(xp, tile):
 
 
 @pytest.mark.parametrize("tile", [None, 16], ids=["one tile", "two classes"])
+@pytest.mark.parametrize(("n", "classes", "h"), [(3, 4, 0), (0, 4, 2), (3, 0, 2)])
+def test_axes_of_length_0(xp, n, classes, h, tile):
+    """As the logits of such arrays, which are zeros or none at all."""
+    t = np.full((n, classes), 0.25)
+    hidden, classifier, bias = np.ones((n, h)), np.ones((classes, h)), np.zeros(classes)
+    found = ps.linear_cross_entropy_value_and_grad(
+        *map(xp.asarray, (hidden, classifier, t)), bias=xp.asarray(bias), tile=tile
+    )
+    check(xp, found, stored(hidden, classifier, t, bias))
+
+
+@pytest.mark.parametrize("tile", [None, 16], ids=["one tile", "two classes"])
 def test_infinite_logits(xp, tile):
     """A bias of -inf is a class that is never taken; +inf and nan make their positions nan."""
     hidden = np.where(np.arange(N)[:, None] == 1, NAN, HIDDEN)
@@ -488,6 +501,21 @@ def test_torch_makes_only_the_gradients_that_are_asked_for(torch, xp):
     (found,) = torch.autograd.grad(loss, weight)
     loss = ps.cross_entropy(hidden @ classifier.T, t, weight=weight)
     torch.testing.assert_close(found, torch.autograd.grad(loss, weight)[0], rtol=1e-10, atol=1e-12)
+
+
+def test_autocast_changes_nothing(torch, xp):
+    """Sums are in float32 at least: autocast would make the products in bfloat16."""
+    if xp.path == "portable":
+        pytest.skip("torch's own operations are under autocast")
+    given = [xp.asarray(a, "float32").requires_grad_() for a in (HIDDEN, CLASSIFIER)]
+    loss = ps.linear_cross_entropy(*given, xp.asarray(LABELS), tile=3 * ROW)
+    want = torch.autograd.grad(loss, given)
+    with torch.autocast("cpu", torch.bfloat16):
+        same = ps.linear_cross_entropy(*given, xp.asarray(LABELS), tile=3 * ROW)
+        found = torch.autograd.grad(same, given)
+    assert torch.equal(loss, same)
+    for one, other in zip(found, want, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_torch_notices_what_was_changed_in_place(torch, xp):

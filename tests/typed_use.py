@@ -22,6 +22,12 @@ assert_type(ps.softmax_vjp(x, x), Real)
 assert_type(ps.softmax_jacobian(x), Real)
 assert_type(ps.cross_entropy(x, labels, reduction="none"), Real)
 assert_type(ps.cross_entropy_value_and_grad(x, labels), tuple[Real, Real])
+assert_type(ps.linear_cross_entropy(x, x, labels, tile=1 << 20), Real)
+assert_type(
+    ps.linear_cross_entropy_value_and_grad(x, x, labels),
+    tuple[Real, tuple[Real, Real, Real | None]],
+)
+assert_type(ps.online.softmax(x, ps.online.merge(ps.online.fold(x), ps.online.identity(x))), Real)
 
 layer: ps.SoftmaxWithLoss[Real] = ps.SoftmaxWithLoss(label_smoothing=0.1)
 assert_type(layer.forward(x, labels), Real)

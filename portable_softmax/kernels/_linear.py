@@ -132,7 +132,7 @@ def _without_garbage(xp: Any, problem: portable.Linear) -> Any:
 def _blocks(problem: portable.Linear) -> list[slice]:
     """Return the classes that are cast at once: all of them where there is nothing to cast."""
     n = problem.classes
-    return portable.cuts(n, n if problem.classifier.dtype == problem.dtype else _CLASSES)
+    return portable.cuts(n, max(n, 1) if problem.classifier.dtype == problem.dtype else _CLASSES)
 
 
 def _logits(library: Library, problem: portable.Linear, out: Any) -> Any:

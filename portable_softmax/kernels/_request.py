@@ -103,7 +103,9 @@ def _flat(xp: Namespace, where: Any, positions: tuple[int, ...]) -> Any:
     *batch, n = where.shape
     if all(length == 1 for length in batch):
         return xp.reshape(where, (1, n))
-    return xp.reshape(xp.broadcast_to(where, (*positions, n)), (-1, n))
+    whole = math.prod(positions)
+    shape = (whole if whole == whole else -1, n)
+    return xp.reshape(xp.broadcast_to(where, (*positions, n)), shape)
 
 
 def answered_in(library: Library, dtype: Any, compute: Any, result: Any) -> tuple[Any, Any, Any]:
@@ -198,8 +200,10 @@ class Request(NamedTuple):
         if where is not None and where.ndim > 1:
             where = _flat(self.xp, where, hidden.shape[:-1])
         if hidden.ndim != 2:
-            hidden = self.xp.reshape(hidden, (-1, hidden.shape[-1]))
-            shape = (-1,) if self.indices else (-1, labels.shape[-1])
+            n = math.prod(hidden.shape[:-1])
+            n = n if n == n else -1  # nan: chunks of unknown length
+            hidden = self.xp.reshape(hidden, (n, hidden.shape[-1]))
+            shape = (n,) if self.indices else (n, labels.shape[-1])
             labels = self.xp.reshape(labels, shape)
         options = options._replace(where=where)
         return portable.Linear(

@@ -118,8 +118,10 @@ class Torch(Library):
         return x.gather(axis, index)
 
     def product(self, a: Any, b: Any, out: Any = None) -> Any:
-        """Return a @ b, in `out`."""
-        return self._torch.mm(a, b) if out is None else self._torch.mm(a, b, out=out)
+        """Return a @ b, in `out` or in new memory, which autocast leaves in its dtype."""
+        if out is None:
+            out = a.new_empty((a.shape[0], b.shape[1]))
+        return self._torch.mm(a, b, out=out)
 
     def add_product(self, so_far: Any, a: Any, b: Any) -> Any:
         """Add a @ b in place."""

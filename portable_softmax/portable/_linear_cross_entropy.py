@@ -30,6 +30,7 @@ from portable_softmax.portable._cross_entropy import (
     mean_divisor,
     not_ignored,
     nothing_to_inf,
+    pick,
     reduced,
     softcap_derivative,
     softcapped,
@@ -350,8 +351,7 @@ def _at_label(xp: Namespace, where: Any, index: Any) -> Any:
         return where if where.ndim == 2 else where[None, :]
     if where.ndim == 1 or where.shape[0] == 1:
         return xp.take(xp.reshape(where, (-1,)), index, axis=0)[:, None]
-    rows = xp.arange(index.shape[0], dtype=index.dtype, device=device(index))
-    return xp.take(xp.reshape(where, (-1,)), rows * where.shape[1] + index, axis=0)[:, None]
+    return pick(xp, where, index[:, None], 1, where)
 
 
 def _count(xp: Namespace, problem: Linear) -> Any:

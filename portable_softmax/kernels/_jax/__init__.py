@@ -25,7 +25,9 @@ def declines(request: Request, asked: bool) -> str:
     """Return why a call is left to the portable path."""
     if request.operation in LINEAR:
         lengths = (*request.x.shape, *request.options.classifier.shape)
-        return "" if all(map(request.library.is_known, lengths)) else "symbolic shapes"
+        if not all(map(request.library.is_known, lengths)):
+            return "symbolic shapes"
+        return "nothing to reduce" if 0 in lengths else ""
     return ""
 
 
