@@ -9,55 +9,9 @@ import inspect
 import re
 import textwrap
 
+from latex import LATEX
 from sphinx.util import logging
 
-# One line of a block each; a gap of several spaces separates formulas of one line.
-LATEX = {
-    # softmax
-    "y_j = exp(x_j / T) / sum_k exp(x_k / T)": (
-        r"y_j = \frac{\exp(x_j / T)}{\sum_k \exp(x_k / T)}"
-    ),
-    "dx = y * (dy - sum(y * dy)) / T": (
-        r"dx_j = \frac{1}{T} \, y_j \Bigl(dy_j - \sum_k y_k \, dy_k\Bigr)"
-    ),
-    # log_softmax
-    "y_j = x_j / T - log sum_k exp(x_k / T) = (x_j - max) / T - log1p(rest)": (
-        r"y_j = \frac{x_j}{T} - \log \sum_k \exp\frac{x_k}{T}"
-        r" = \frac{x_j - \mathrm{max}}{T} - \mathrm{log1p}(\mathrm{rest})"
-    ),
-    "dx = (dy - exp(y) * sum(dy)) / T": (
-        r"dx_j = \frac{1}{T} \Bigl(dy_j - \exp(y_j) \sum_k dy_k\Bigr)"
-    ),
-    # logsumexp
-    "s = sum_j b_j exp(x_j)": r"s = \sum_j b_j \exp(x_j)",
-    "logsumexp = log s": r"\mathrm{logsumexp} = \log s",
-    "dx_j = dy * b_j exp(x_j) / s": r"dx_j = dy \, \frac{b_j \exp(x_j)}{s}",
-    "db_j = dy * exp(x_j) / s": r"db_j = dy \, \frac{\exp(x_j)}{s}",
-    # the vjps
-    "dx = y * (dy - sum(y * dy))": r"dx_j = y_j \Bigl(dy_j - \sum_k y_k \, dy_k\Bigr)",
-    "dx = dy - exp(log_y) * sum(dy)": r"dx_j = dy_j - \exp(\mathrm{log\_y}_j) \sum_k dy_k",
-    # softmax_jacobian
-    "J_ij = dy_i / dx_j = y_i (delta_ij - y_j)": (
-        r"J_{ij} = \frac{\partial y_i}{\partial x_j} = y_i (\delta_{ij} - y_j)"
-    ),
-    "J = diag(y) - y y^T": r"J = \mathrm{diag}(y) - y y^\mathsf{T}",
-    # cross_entropy
-    "q_j = w_j * ((1 - e) * t_j + e / C)": r"q_j = w_j \Bigl((1 - e) \, t_j + \frac{e}{C}\Bigr)",
-    "u = sum_j w_j t_j": r"u = \sum_j w_j t_j",
-    "loss = sum_j q_j * (logsumexp(x) - x_j) + z * u * logsumexp(x)^2": (
-        r"\mathrm{loss} = \sum_j q_j \bigl(\mathrm{logsumexp}(x) - x_j\bigr)"
-        r" + z \, u \, \mathrm{logsumexp}(x)^2"
-    ),
-    "p = softmax(x)": r"p = \mathrm{softmax}(x)",
-    "Q = sum_j q_j": r"Q = \sum_j q_j",
-    "dloss/dx_j = p_j * (Q + 2 * z * u * logsumexp(x)) - q_j": (
-        r"\frac{\partial\,\mathrm{loss}}{\partial x_j}"
-        r" = p_j \bigl(Q + 2 \, z \, u \, \mathrm{logsumexp}(x)\bigr) - q_j"
-    ),
-    "(L, d sum(L) / d logits)": (
-        r"\Bigl(L, \; \frac{\partial \sum L}{\partial\,\mathrm{logits}}\Bigr)"
-    ),
-}
 BLOCK = re.compile(r"::\n\n((?: {4,}.+\n|\n)+)")
 
 
