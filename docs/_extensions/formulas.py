@@ -42,8 +42,10 @@ LATEX = {
     ),
     "J = diag(y) - y y^T": r"J = \mathrm{diag}(y) - y y^\mathsf{T}",
     # cross_entropy
-    "q_j = w_j * ((1 - e) * t_j + e / C)": r"q_j = w_j \Bigl((1 - e) \, t_j + \frac{e}{C}\Bigr)",
-    "u = sum_j w_j t_j": r"u = \sum_j w_j t_j",
+    "q_j = s * w_j * ((1 - e) * t_j + e / C)": (
+        r"q_j = s \, w_j \Bigl((1 - e) \, t_j + \frac{e}{C}\Bigr)"
+    ),
+    "u = s * sum_j w_j t_j": r"u = s \sum_j w_j t_j",
     "loss = sum_j q_j * (logsumexp(x) - x_j) + z * u * logsumexp(x)^2": (
         r"\mathrm{loss} = \sum_j q_j \bigl(\mathrm{logsumexp}(x) - x_j\bigr)"
         r" + z \, u \, \mathrm{logsumexp}(x)^2"
@@ -56,6 +58,66 @@ LATEX = {
     ),
     "(L, d sum(L) / d logits)": (
         r"\Bigl(L, \; \frac{\partial \sum L}{\partial\,\mathrm{logits}}\Bigr)"
+    ),
+    # entropy and kl_divergence
+    "H = -sum_j p_j log p_j = log1p(rest) + sum_j p_j (max - x_j)": (
+        r"H = -\sum_j p_j \log p_j = \mathrm{log1p}(\mathrm{rest})"
+        r" + \sum_j p_j \, (\mathrm{max} - x_j)"
+    ),
+    "dx_j = dH * p_j * (-log p_j - H)": r"dx_j = dH \, p_j \, (-\log p_j - H)",
+    "KL(p || q) = sum_j p_j (log p_j - log q_j) = sum_j p_j (exp(u_j) - 1 - u_j)": (
+        r"\mathrm{KL}(p \,\|\, q) = \sum_j p_j \, (\log p_j - \log q_j)"
+        r" = \sum_j p_j \, (\exp(u_j) - 1 - u_j)"
+    ),
+    "dKL/dlogits_p_j = p_j * (-u_j - KL) / T": (
+        r"\frac{\partial\,\mathrm{KL}}{\partial\,\mathrm{logits\_p}_j}"
+        r" = \frac{1}{T} \, p_j \, (-u_j - \mathrm{KL})"
+    ),
+    "dKL/dlogits_q_j = (q_j - p_j) / T": (
+        r"\frac{\partial\,\mathrm{KL}}{\partial\,\mathrm{logits\_q}_j} = \frac{q_j - p_j}{T}"
+    ),
+    # logmeanexp and logcumsumexp
+    "logmeanexp = log((1/n) sum_j exp(x_j)) = logsumexp(x) - log n": (
+        r"\mathrm{logmeanexp} = \log\Bigl(\frac{1}{n} \sum_j \exp(x_j)\Bigr)"
+        r" = \mathrm{logsumexp}(x) - \log n"
+    ),
+    "dx_j = dy * exp(x_j) / sum_k exp(x_k)": r"dx_j = dy \, \frac{\exp(x_j)}{\sum_k \exp(x_k)}",
+    "y_i = log sum_{j <= i} exp(x_j)": r"y_i = \log \sum_{j \le i} \exp(x_j)",
+    "dx_j = sum_{i >= j} dy_i exp(x_j - y_i)": r"dx_j = \sum_{i \ge j} dy_i \exp(x_j - y_i)",
+    # entmax, sparsemax and the loss
+    "y_j = max(0, 1 + c * (x_j - max - s))^(1/c)": (
+        r"y_j = \max\bigl(0, \; 1 + c \, (x_j - \mathrm{max} - s)\bigr)^{1/c}"
+    ),
+    "s such that sum_j y_j = 1": r"s \text{ such that } \sum_j y_j = 1",
+    "dx = g * (dy - sum(g * dy) / sum(g))": (
+        r"dx_j = g_j \Bigl(dy_j - \frac{\sum_k g_k \, dy_k}{\sum_k g_k}\Bigr)"
+    ),
+    "y_j = max(0, x_j - tau)": r"y_j = \max(0, \; x_j - \tau)",
+    "tau such that sum_j y_j = 1": r"\tau \text{ such that } \sum_j y_j = 1",
+    "dx_j = dy_j - (the mean of dy where y is not 0), and 0 where y_j is 0": (
+        r"dx_j = dy_j - \text{(the mean of $dy$ where $y$ is not 0), and 0 where } y_j \text{ is 0}"
+    ),
+    "loss = sum_j (p_j - t_j) x_j + H(p) - H(t)": (
+        r"\mathrm{loss} = \sum_j (p_j - t_j) \, x_j + H(p) - H(t)"
+    ),
+    "= sum_j (t_j^alpha + c p_j^alpha - alpha (1 + c w_j) t_j) / (alpha c)": (
+        r"\phantom{\mathrm{loss}} = \frac{1}{\alpha c} \sum_j"
+        r" \bigl(t_j^\alpha + c \, p_j^\alpha - \alpha \, (1 + c \, w_j) \, t_j\bigr)"
+    ),
+    "dloss/dx_j = p_j - t_j": r"\frac{\partial\,\mathrm{loss}}{\partial x_j} = p_j - t_j",
+    # sigmoid_cross_entropy
+    "t' = (1 - e) * t + e / 2": r"t' = (1 - e) \, t + \frac{e}{2}",
+    "loss = w * (c * t' * (1 - p)^g * softplus(-z) + (1 - t') * p^g * softplus(z))": (
+        r"\mathrm{loss} = w \, \bigl(c \, t' \, (1 - p)^g \, \mathrm{softplus}(-z)"
+        r" + (1 - t') \, p^g \, \mathrm{softplus}(z)\bigr)"
+    ),
+    "dloss/dz = w * ((1 - t') * p^g * (g * (1 - p) * softplus(z) + p)": (
+        r"\frac{\partial\,\mathrm{loss}}{\partial z} = w \, \Big((1 - t') \, p^g \,"
+        r" \bigl(g \, (1 - p) \, \mathrm{softplus}(z) + p\bigr)"
+    ),
+    "- c * t' * (1 - p)^g * (g * p * softplus(-z) + (1 - p)))": (
+        r"\qquad - \; c \, t' \, (1 - p)^g \,"
+        r" \bigl(g \, p \, \mathrm{softplus}(-z) + (1 - p)\bigr)\Big)"
     ),
 }
 BLOCK = re.compile(r"::\n\n((?: {4,}.+\n|\n)+)")
