@@ -272,11 +272,7 @@ def part() -> str:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Run the tests on every backend but the slow ones; arguments go on to pytest.
-
-    With PORTABLE_SOFTMAX_COVERAGE=1 the package must be covered to 95%.
-    """
-    asked.traced = os.environ.get("PORTABLE_SOFTMAX_COVERAGE") == "1"
+    """Run the tests on every backend but the slow ones; arguments go on to pytest."""
     start(session, "fast")
 
 

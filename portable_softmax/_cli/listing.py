@@ -71,10 +71,17 @@ def _kernels(place: Place) -> dict[str, list[str]]:
         labels = place.put(np.zeros(size, np.int64))
         for kernel, operations in kernels.available().items():
             for operation in operations:
-                more = (labels,) if operation.startswith("cross") else ()
-                more = (x,) if operation.endswith("vjp") else more
-                explained = kernels.explain(operation, x, *more)
+                explained = kernels.explain(operation, x, *_others(operation, x, labels))
                 found = taken.setdefault(kernel, [])
                 if explained.startswith(f"{kernel}:") and operation not in found:
                     found.append(operation)
     return {kernel: operations for kernel, operations in taken.items() if operations}
+
+
+def _others(operation: str, x: Any, labels: Any) -> tuple[Any, ...]:
+    """Return what an operation takes beside its first array."""
+    if operation.endswith("vjp"):
+        return (x,)
+    if operation.startswith("linear"):
+        return x, labels
+    return (labels,) if operation.startswith("cross") else ()
