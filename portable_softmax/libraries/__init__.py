@@ -42,6 +42,7 @@ __all__ = [
     "gathers",
     "is_chunked",
     "is_known",
+    "iterate",
     "kind",
     "library_of",
     "longest_sum",
@@ -233,6 +234,11 @@ def reduce_chunks(
 ) -> Any:
     """Fold the chunks of `x` over `axes` in a tree, the axes kept with length 1."""
     return of(xp).reduce_chunks(x, axes, function)
+
+
+def iterate(xp: Namespace, step: Callable[[Any], tuple[Any, Any]], x: Any, most: int) -> Any:
+    """Return `x` after steps, each of which tells whether it changed anything; `most` at most."""
+    return of(xp).iterate(step, x, most)
 
 
 def reads_values(xp: Namespace, x: Any) -> bool:

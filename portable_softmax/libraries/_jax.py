@@ -60,6 +60,19 @@ class Jax(Library):
         """Return `x` with its derivative cut off."""
         return sys.modules["jax"].lax.stop_gradient(x)
 
+    def iterate(self, step: Callable[[Any], tuple[Any, Any]], x: Any, most: int) -> Any:
+        """Return x after steps, in a loop of XLA: written out, they would take long to compile."""
+        jax = sys.modules["jax"]
+
+        def again(state: Any) -> Any:
+            taken, _, moves = state
+            return moves & (taken < most)
+
+        def once(state: Any) -> Any:
+            return (state[0] + 1, *step(state[1]))
+
+        return jax.lax.while_loop(again, once, (0, x, jax.numpy.asarray(True)))[1]
+
     def reads_values(self, x: Any) -> bool:
         """Return whether `x` is no tracer."""
         return not _is_traced(x)

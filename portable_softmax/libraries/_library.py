@@ -213,6 +213,17 @@ class Library:
         """
         return function(x, axis=axes, keepdims=True)
 
+    def iterate(self, step: Callable[[Any], tuple[Any, Any]], x: Any, most: int) -> Any:
+        """Return x after steps, each of which tells whether it changed anything; `most` at most.
+
+        Without a derivative. Where values cannot be read, `most` steps are taken.
+        """
+        for _ in range(most):
+            x, moves = step(x)
+            if self.reads_values(moves) and not bool(moves):
+                break
+        return x
+
     # ----------------------------------------------------------------------- reading values
 
     def reads_values(self, x: Any) -> bool:

@@ -14,7 +14,7 @@ import math
 from typing import Any
 
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries import cast, constant, differentiates, reads_values, scalar
+from portable_softmax.libraries import cast, constant, differentiates, iterate, scalar
 from portable_softmax.portable._cross_entropy import (
     Target,
     classes,
@@ -133,16 +133,14 @@ def _solved(xp: Namespace, d: Any, axes: Axes, alpha: float) -> tuple[Any, Any]:
 
 def _from_the_left(xp: Namespace, d: Any, axes: Axes, c: float) -> Any:
     """Return s by Newton's method from 0: every step goes right and none too far."""
-    s = xp.zeros_like(maximum(xp, d, axes))
-    for _ in range(_STEPS):
-        step = _newton(xp, d, s, axes, c)
-        further = step > s
-        s = xp.where(further, step, s)
+
+    def step(s: Any) -> tuple[Any, Any]:
+        moved = _newton(xp, d, s, axes, c)
+        further = moved > s
         # A row that has arrived stays, however many steps others take.
-        moves = xp.any(further)
-        if reads_values(xp, moves) and not bool(moves):
-            break
-    return s
+        return xp.where(further, moved, s), xp.any(further)
+
+    return iterate(xp, step, xp.zeros_like(maximum(xp, d, axes)), _STEPS)
 
 
 # --------------------------------------------------------------------------- the loss
