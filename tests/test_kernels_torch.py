@@ -184,7 +184,8 @@ def test_a_graph_is_freed_with_the_last_reference(torch, xp, ran, name):
     ours, _ = own(torch)[name]
     leaf, labels = normal(xp).requires_grad_(), xp.asarray(LABELS)
     ours(leaf, labels).sum().backward()  # what the first call loads has cycles of its own
-    gc.collect()
+    for _ in range(3):  # compiled code of other tests has finalizers: one round leaves some of it
+        gc.collect()
     gc.disable()
     try:
         for backward in (False, True):
