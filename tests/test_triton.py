@@ -576,13 +576,13 @@ def test_the_operators_are_what_torch_takes_them_for(xp):
     for operation in OPERATIONS:
         axis = [1] if operation in LOSSES else [2]
         for array in (x, x.transpose(0, 2).contiguous().transpose(0, 2)):
-            arrays = [array, None, labels if operation in LOSSES else None, None, None]
+            arrays = [array, None, labels if operation in LOSSES else None, None, None, None]
             if operation in VJPS:
                 arrays[:2] = ps.softmax(array), array
             differentiable = operation != "cross_entropy_value_and_grad"
             arrays[0] = arrays[0].detach().requires_grad_(differentiable)
             arguments = (*arrays, "portable_softmax.kernels._triton", operation, axis)
-            arguments += (1.0, None, 0.0, 0.0, None, "mean")
+            arguments += (1.0, None, 0.0, 0.0, None, "mean", None)
             tests = ("test_schema", "test_faketensor", "test_autograd_registration")
             torch.library.opcheck(_operators._value, arguments, test_utils=tests)
 
