@@ -33,3 +33,17 @@ def assert_close(
     if rtol is None:
         rtol = {"float64": 1e-13, "float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}[dtype]
     np.testing.assert_allclose(values.astype(np.float64), expected, rtol=rtol, atol=atol)
+
+
+def assert_same(xp: Backend, actual: Any, expected: Any) -> None:
+    """Check that two functions answer the same bits for the same quantity.
+
+    JAX: nearly the same. Each function is a program of its own, and XLA contracts a product and a
+    sum to a fused multiply-add in one and not in another.
+    """
+    values, wanted = xp.numpy(actual), xp.numpy(expected)
+    assert values.dtype == wanted.dtype
+    if xp.library == "jax":
+        np.testing.assert_array_max_ulp(values, wanted, maxulp=4)
+    else:
+        np.testing.assert_array_equal(values, wanted)
