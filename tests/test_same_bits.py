@@ -147,6 +147,7 @@ LIBRARY = [
 
 
 @pytest.mark.numba
+@pytest.mark.slow("a fresh process compiles every kernel", "torch")
 @pytest.mark.parametrize("library", LIBRARY)
 def test_what_was_called_before_changes_no_bit(library, arrays_of):
     """Small arrays after large calls of every operation and dtype, in the order that is worst."""
