@@ -549,6 +549,7 @@ def test_torch_compiles(torch, xp):
 
 @pytest.mark.parametrize("tile", [None, 3 * ROW], ids=["one tile", "three rows"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.slow("XLA compiles every derivative to the second order")
 def test_jax_differentiates_in_every_mode(jax, xp, reduction, tile):
     """As stored logits: to the second order, forward and in reverse; weights of classes too."""
     labels, upstream = xp.asarray(LABELS), np.linspace(-1.0, 2.0, N) if reduction == "none" else 2.0

@@ -35,6 +35,7 @@ def different_rows(n: int, m: int, dtype: str) -> np.ndarray:
     return x.astype(dtype)
 
 
+@pytest.mark.slow("XLA compiles each function for each shape", "jax")
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize(
     "shape", [(1, 5), (9, 3), (40, 10), (19, 257), (70, 130), (5, 5000)], ids=str
