@@ -14,6 +14,8 @@ import numpy as np
 from portable_softmax.kernels._numba import _support
 from portable_softmax.kernels._request import LOSSES, Layout, Request
 
+# Rows of as many classes, or more, are worked on one by one: see SHORT in `_driver`.
+LONGEST_OF_BLOCKS = 256
 # Rows across memory are copied to a tile, which has to stay small.
 LONGEST_ACROSS = 1 << 14
 
@@ -50,6 +52,8 @@ def declines_options(request: Request) -> str:
     """Return why an operation is not taken with options that another is taken with."""
     if "dtype" in request.active and request.operation not in LOSSES:
         return "dtype of the answer"
+    if "where" in request.active and "label_smoothing" in request.active:
+        return "label_smoothing over the classes that a mask leaves"
     return ""
 
 
@@ -104,13 +108,31 @@ def _layout(request: Request) -> Layout:
     return found
 
 
+def _mask(request: Request) -> Any:
+    """Return the mask as bytes in one axis that repeat along the logits, None without a mask."""
+    where, shape, axes = request.options.where, request.x.shape, request.axes
+    if where is None:
+        return None
+    lengths = (1,) * (len(shape) - where.ndim) + where.shape
+    # What it says of the first one or more axes is the same for each index: they are not copied.
+    same = next((a for a, n in enumerate(lengths) if n > 1), len(shape))
+    same = min(same, min(axes))
+    # Blocks hold rows of whatever indices.
+    if max(axes) == len(shape) - 1 and request.layout().n < LONGEST_OF_BLOCKS:
+        same = 0
+    where = np.broadcast_to(where.reshape(lengths[same:]), shape[same:])
+    where = np.ascontiguousarray(where)
+    where = where if where.flags.writeable else np.asarray(_Alias(where))
+    return where.view(np.uint8).reshape(-1)
+
+
 def _row_by_row(request: Request) -> Any:
     """softmax or log_softmax over the axes."""
     drive, layout, x = _compiled(), _layout(request), request.x
     out = np.empty(x.shape, request.result_dtype)
-    function = getattr(drive, request.operation)
-    temperature = request.options.temperature
-    function(_handed(x, layout), _handed(out, layout), drive.Layout(*layout), temperature)
+    function, temperature = getattr(drive, request.operation), request.options.temperature
+    arrays = _handed(x, layout), _handed(out, layout)
+    function(*arrays, drive.Layout(*layout), temperature, _mask(request))
     return out
 
 
@@ -122,7 +144,7 @@ def logsumexp(request: Request) -> Any:
     drive, layout, x = _compiled(), _layout(request), request.x
     out = np.empty(request.reduced_shape(), request.result_dtype)
     flat: Any = out.view(HANDED[x.dtype.name]).reshape(-1)
-    drive.logsumexp(_handed(x, layout), flat, drive.Layout(*layout))
+    drive.logsumexp(_handed(x, layout), flat, drive.Layout(*layout), _mask(request))
     return out
 
 
@@ -158,6 +180,7 @@ def _loss(request: Request) -> Any:
         None if each is None else each.reshape(-1),
         None if grad is None else _handed(grad, layout),
         options.reduction == "mean",
+        _mask(request),
     )
     if wrong and request.check_labels:
         request.target()

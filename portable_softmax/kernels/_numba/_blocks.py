@@ -38,7 +38,8 @@ VECTORS = 4
 
 # --------------------------------------------------------------------------- where rows are
 
-element, fetch, target, deliver = _rows.element, _rows.fetch, _rows.target, _rows.deliver
+element, position, fetch = _rows.element, _rows.position, _rows.fetch
+target, deliver = _rows.target, _rows.deliver
 
 
 @function

@@ -47,6 +47,11 @@ def element(workspace, r, y, n):
 
 
 @function
+def position(r, y, n, inner):
+    return y * inner + r
+
+
+@function
 def target(o, tile, workspace, T, n):
     return ahead(after_values(workspace, T), tile * n * T)
 

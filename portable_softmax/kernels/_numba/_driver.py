@@ -124,21 +124,28 @@ def _run(
     run(operation, arrays, (number,), plan(layout, dtype, compute, tiles), compute)
 
 
-def softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
-    """One read of the array and one write of its size."""
+def softmax(
+    x: Any, out: Any, layout: Layout, temperature: float = 1.0, mask: Any = None
+) -> None:
+    """One read of the array, and of the mask, and one write of the array's size.
+
+    A mask is bytes in one axis, as `mask_of` makes them.
+    """
     t = prepared(temperature, compute_dtype(x.dtype).type)
-    _run("softmax", (x, out), t, layout)
+    _run("softmax", (x, out, mask), t, layout)
 
 
-def log_softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
+def log_softmax(
+    x: Any, out: Any, layout: Layout, temperature: float = 1.0, mask: Any = None
+) -> None:
     """One read and one write."""
     t = prepared(temperature, compute_dtype(x.dtype).type)
-    _run("log_softmax", (x, out), t, layout)
+    _run("log_softmax", (x, out, mask), t, layout)
 
 
-def logsumexp(x: Any, out: Any, layout: Layout) -> None:
+def logsumexp(x: Any, out: Any, layout: Layout, mask: Any = None) -> None:
     """One read."""
-    _run("logsumexp", (x, out), 0, layout)
+    _run("logsumexp", (x, out, mask), 0, layout)
 
 
 def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout) -> None:
@@ -153,7 +160,7 @@ def log_softmax_vjp(log_y: Any, dy: Any, out: Any, layout: Layout, masked: bool 
 
 
 def losses(
-    x: Any, labels: Any, layout: Layout, loss: Loss, each: Any, grad: Any, mean: bool
+    x: Any, labels: Any, layout: Layout, loss: Loss, each: Any, grad: Any, mean: bool, mask: Any
 ) -> tuple[float, float, int]:
     """Return the sum of the losses, that of the labels' weights, and how many labels are wrong.
 
@@ -181,7 +188,7 @@ def losses(
     each = np.empty(1, compute) if each is None else each
     planned = plan(layout, x.dtype, compute, 1 if grad is None else 2)
     sums = np.empty((planned.pieces, 3))
-    arrays, numbers = (x, labels, each, w, options, sums), (flags, ignore)
+    arrays, numbers = (x, labels, each, w, options, sums, mask), (flags, ignore)
     if grad is None:
         run("cross_entropy", arrays, numbers, planned, compute)
     else:

@@ -47,6 +47,12 @@ def element(workspace, r, y, n):
 
 
 @function
+def position(r, y, n, inner):
+    """Where it is in memory, from where the group begins."""
+    return r * n + y
+
+
+@function
 def fetch(p, tile, workspace, T, n, inner, rows):
     """Where a group at `p` can be read."""
     return p
