@@ -54,6 +54,8 @@ def declines_options(request: Request) -> str:
         return "dtype of the answer"
     if "where" in request.active and "label_smoothing" in request.active:
         return "label_smoothing over the classes that a mask leaves"
+    if not request.indices and (more := {"where", "weight", "label_smoothing"} & {*request.active}):
+        return f"probabilities with {', '.join(sorted(more))}"
     return ""
 
 
@@ -167,23 +169,32 @@ def _loss(request: Request) -> Any:
     """Return the reduced loss; with it the gradient if that is asked for."""
     drive, layout, x, options = _compiled(), _layout(request), request.x, request.options
     compute_dtype, result_dtype = request.compute_dtype, request.result_dtype
-    labels, ignore = _labels(request)
     positions = (*x.shape[: request.axis], *x.shape[request.axis + 1 :])
     each = np.empty(positions, compute_dtype) if options.reduction == "none" else None
     wants_gradient = request.operation == "cross_entropy_value_and_grad"
     grad = np.empty(x.shape, result_dtype) if wants_gradient else None
-    loss, weights, wrong = drive.losses(
-        _handed(x, layout),
-        labels,
-        drive.Layout(*layout),
-        drive.Loss(options.weight, ignore, options.label_smoothing, options.z_loss),
+    out = (
         None if each is None else each.reshape(-1),
         None if grad is None else _handed(grad, layout),
         options.reduction == "mean",
-        _mask(request),
     )
-    if wrong and request.check_labels:
-        request.target()
+    if request.indices:
+        labels, ignore = _labels(request)
+        loss, weights, wrong = drive.losses(
+            _handed(x, layout),
+            labels,
+            drive.Layout(*layout),
+            drive.Loss(options.weight, ignore, options.label_smoothing, options.z_loss),
+            *out,
+            _mask(request),
+        )
+        if wrong and request.check_labels:
+            request.target()
+    else:
+        t = np.ascontiguousarray(request.labels, compute_dtype)
+        arrays = _handed(x, layout), _handed(t, layout)
+        loss = drive.soft_losses(*arrays, drive.Layout(*layout), options.z_loss, *out)
+        weights = layout.outer * layout.inner
     if each is None:
         if options.reduction == "mean":
             loss = loss / weights if weights else np.nan

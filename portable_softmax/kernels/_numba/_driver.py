@@ -199,6 +199,27 @@ def losses(
     return _sum(sums[:, 0]), _sum(sums[:, 1]), int(sums[:, 2].sum())
 
 
+def soft_losses(
+    x: Any, t: Any, layout: Layout, z: float, each: Any, grad: Any, mean: bool
+) -> float:
+    """Return the sum of the losses of distributions, which are of the computation's dtype.
+
+    Every loss goes to `each` and the gradient of the sum, or of the mean, to `grad`, unless they
+    are None. One read of both arrays, and a write of the gradient's size.
+    """
+    compute = compute_dtype(x.dtype)
+    planned = plan(layout, x.dtype, compute, 2 if grad is None else 3)
+    sums, flags = np.empty(planned.pieces), EACH * (each is not None)
+    each = np.empty(1, compute) if each is None else each
+    options = np.asarray([z, 1.0 / layout.rows if mean else 1.0])
+    arrays = (x, t, each, options, sums)
+    if grad is None:
+        run("soft_cross_entropy", arrays, (flags,), planned, compute)
+    else:
+        run("soft_cross_entropy_value_and_grad", (*arrays, grad), (flags,), planned, compute)
+    return _sum(sums)
+
+
 def _sum(parts: Any) -> float:
     """Return the sum of the pieces' sums, in their order."""
     try:

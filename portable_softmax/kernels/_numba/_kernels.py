@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from portable_softmax.kernels._numba import _blocks, _columns, _losses, _operations, _rows
+from portable_softmax.kernels._numba import _soft as _soft_losses
 from portable_softmax.kernels._numba._compensation import compensated
 from portable_softmax.kernels._numba._jit import function, kernel
 from portable_softmax.kernels._numba._losses import EACH, IGNORING
@@ -176,6 +177,42 @@ def _cross_entropy(layout: ModuleType, gradient: bool) -> Any:
     return _threaded(f"{layout.__name__}.{name}", work)
 
 
+def _soft(layout: ModuleType, gradient: bool) -> Any:
+    """Return the loss; arrays = (logits, distributions, losses, options, sums, gradient or not).
+
+    The sum of a piece is that of its losses. The options are z and the factor of the gradient.
+    numbers = (flags,).
+    """
+    write_losses, write_gradients = _soft_losses.losses_of(layout), _soft_losses.gradients_of(layout)
+
+    def work(arrays, numbers, shape, workspace, lo, hi, piece):
+        p, q, each = pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2])
+        z, scale = typed(workspace, arrays[3][0]), typed(workspace, arrays[3][1])
+        n, inner, T = shape[0], shape[1], layout.height(workspace, shape[2])
+        loss = _losses.no_sum()
+        for i in range(lo, hi):
+            at, rows, first = layout.place(i, T, n, inner)
+            x = layout.fetch(ahead(p, at), 0, workspace, T, n, inner, rows)
+            t = layout.fetch(ahead(q, at), 1, workspace, T, n, inner, rows)
+            if gradient:
+                o = pointer(arrays[5])
+                y = layout.target(ahead(o, at), 2, workspace, T, n)
+                e = layout.scratch(y, workspace, T, n)
+            else:
+                e = 0
+            value = write_losses(x, t, e, n, rows, T, workspace, z)
+            loss = _losses.with_term(loss, value)
+            if gradient:
+                write_gradients(e, t, y, n, rows, T, workspace, z, scale)
+                layout.deliver(y, ahead(o, at), T, n, inner, rows)
+            if numbers[0] & EACH:
+                copy(values(workspace, LOSS, T), ahead(each, first), rows)
+        store(pointer(arrays[4]), piece, compensated(loss[0], loss[1]))
+
+    name = "soft_cross_entropy_value_and_grad" if gradient else "soft_cross_entropy"
+    return _threaded(f"{layout.__name__}.{name}", work)
+
+
 @kernel("scan")
 def scan(labels, w, n, flags, ignore):
     """Return the sum of the labels' weights."""
@@ -195,6 +232,8 @@ def _kernels(layout: ModuleType) -> dict[str, Any]:
         "log_softmax_vjp": _vjp(layout, "log_softmax_vjp"),
         "cross_entropy": _cross_entropy(layout, False),
         "cross_entropy_value_and_grad": _cross_entropy(layout, True),
+        "soft_cross_entropy": _soft(layout, False),
+        "soft_cross_entropy_value_and_grad": _soft(layout, True),
     }
 
 
