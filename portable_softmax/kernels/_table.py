@@ -84,7 +84,7 @@ _NUMBA = Kernel(
     module=f"{_HERE}._numba",
     options=(
         *LABELS_AND_WEIGHTS,
-        *(PROBABILITIES, "temperature", "label_smoothing", "z_loss", "dtype", "where"),
+        *(SAMPLES, PROBABILITIES, "temperature", "label_smoothing", "z_loss", "dtype", "where"),
     ),
     at_least=_SMALL + 1,
 )

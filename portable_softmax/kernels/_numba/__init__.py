@@ -52,10 +52,15 @@ def declines_options(request: Request) -> str:
     """Return why an operation is not taken with options that another is taken with."""
     if "dtype" in request.active and request.operation not in LOSSES:
         return "dtype of the answer"
-    if "where" in request.active and "label_smoothing" in request.active:
-        return "label_smoothing over the classes that a mask leaves"
-    if not request.indices and (more := {"where", "weight", "label_smoothing"} & {*request.active}):
-        return f"probabilities with {', '.join(sorted(more))}"
+    names = request.active
+    if request.operation in LOSSES:
+        # Each of these is one number a class and position, of which a pass reads one.
+        several = [name for name in ("where", "sample_weight") if name in names]
+        if "label_smoothing" in names and several:
+            return f"label_smoothing with {', '.join(several)}"
+        several += [name for name in ("weight", "label_smoothing") if name in names]
+        if not request.indices and several:
+            return f"probabilities with {', '.join(several)}"
     return ""
 
 
@@ -179,14 +184,20 @@ def _loss(request: Request) -> Any:
         options.reduction == "mean",
     )
     if request.indices:
-        labels, ignore = _labels(request)
+        labels, ignore, samples = _labels(request)
         loss, weights, wrong = drive.losses(
             _handed(x, layout),
             labels,
             drive.Layout(*layout),
-            drive.Loss(options.weight, ignore, options.label_smoothing, options.z_loss),
+            drive.Loss(
+                options.weight,
+                ignore,
+                options.label_smoothing,
+                options.z_loss,
+                samples,
+                _mask(request),
+            ),
             *out,
-            _mask(request),
         )
         if wrong and request.check_labels:
             request.target()
@@ -206,23 +217,35 @@ def _loss(request: Request) -> Any:
 cross_entropy = cross_entropy_value_and_grad = _loss
 
 
-def _labels(request: Request) -> tuple[Any, int | None]:
-    """Return the labels as int64 in the order of the rows, and what is ignored among them.
+def _labels(request: Request) -> tuple[Any, int | None, Any]:
+    """Return the labels as int64, what is ignored among them, and their own weights or None.
 
-    An index that their dtype cannot hold is in none of them; an unsigned label beyond int64 has
-    no class, whatever it wraps around to.
+    They are in the order of the rows. An index that their dtype cannot hold is in none of them; an
+    unsigned label beyond int64 has no class, whatever it wraps around to. A position of weight 0 is
+    ignored.
     """
     labels, ignore = request.labels, request.options.ignore_index
+    samples, n = request.options.sample_weight, request.x.shape[request.axis]
     limits = np.iinfo(labels.dtype)
     if ignore is not None and not limits.min <= ignore <= limits.max:
         ignore = None
     if labels.dtype == np.uint64:
-        n = request.x.shape[request.axis]
         beyond = labels >= n
         if ignore is not None and ignore >= n:
             beyond &= labels != ignore
             labels = np.where(labels == ignore, np.uint64(n + 1), labels)
             ignore = n + 1
         labels = np.where(beyond, np.uint64(n), labels)
+    if samples is not None:
+        samples = np.ascontiguousarray(samples)
+        unweighted = samples == 0
+        if unweighted.any():
+            labels = labels.astype(np.int64)
+            if ignore is None:
+                ignore = np.iinfo(np.int64).min
+                labels[labels == ignore] = n
+            labels[unweighted] = ignore
+        samples = samples.reshape(-1)
+        samples = samples if samples.flags.writeable else samples.copy()
     labels = np.ascontiguousarray(labels, np.int64).reshape(-1)
-    return (labels if labels.flags.writeable else labels.copy()), ignore
+    return (labels if labels.flags.writeable else labels.copy()), ignore, samples

@@ -16,7 +16,7 @@ from portable_softmax.kernels import _threads
 from portable_softmax.kernels._numba import _long
 from portable_softmax.kernels._numba._exp import temperature as prepared
 from portable_softmax.kernels._numba._kernels import BLOCKS, COLUMNS, ROWS, scan
-from portable_softmax.kernels._numba._losses import EACH, IGNORING, WEIGHTED
+from portable_softmax.kernels._numba._losses import EACH, IGNORING, SAMPLED, WEIGHTED
 from portable_softmax.kernels._numba._values import size_of_values
 
 # Shorter rows, in bytes of the computation, are worked on as many at once as a vector has lanes.
@@ -49,6 +49,8 @@ class Loss(NamedTuple):
     ignore: int | None
     smoothing: float
     z: float
+    samples: Any  # of the computation's dtype, in the order of the rows, or None
+    mask: Any  # bytes, as softmax takes them, or None
 
 
 class Plan(NamedTuple):
@@ -160,7 +162,7 @@ def log_softmax_vjp(log_y: Any, dy: Any, out: Any, layout: Layout, masked: bool 
 
 
 def losses(
-    x: Any, labels: Any, layout: Layout, loss: Loss, each: Any, grad: Any, mean: bool, mask: Any
+    x: Any, labels: Any, layout: Layout, loss: Loss, each: Any, grad: Any, mean: bool
 ) -> tuple[float, float, int]:
     """Return the sum of the losses, that of the labels' weights, and how many labels are wrong.
 
@@ -175,12 +177,13 @@ def losses(
     w = np.ascontiguousarray(loss.weight) if weighted else ones
     w = w if w.flags.writeable else w.copy()
     flags = WEIGHTED * weighted | IGNORING * (loss.ignore is not None) | EACH * (each is not None)
+    flags |= SAMPLED * (loss.samples is not None)
     ignore = 0 if loss.ignore is None else loss.ignore
     scale = 1.0
     if mean and grad is not None:
         divisor = float(layout.rows)
-        if flags & (WEIGHTED | IGNORING):
-            divisor = scan(labels, w, layout.n, flags, ignore)
+        if flags & (WEIGHTED | IGNORING | SAMPLED):
+            divisor = scan(labels, w, loss.samples, layout.n, flags, ignore)
         scale = 1.0 / divisor if divisor else 0.0
     # Without smoothing no class but the label's counts, whatever its weight.
     classes = float(np.sum(w, dtype=np.float64)) if loss.smoothing else 0.0
@@ -188,7 +191,8 @@ def losses(
     each = np.empty(1, compute) if each is None else each
     planned = plan(layout, x.dtype, compute, 1 if grad is None else 2)
     sums = np.empty((planned.pieces, 3))
-    arrays, numbers = (x, labels, each, w, options, sums, mask), (flags, ignore)
+    arrays = (x, labels, each, w, options, sums, loss.mask, loss.samples)
+    numbers = (flags, ignore)
     if grad is None:
         run("cross_entropy", arrays, numbers, planned, compute)
     else:

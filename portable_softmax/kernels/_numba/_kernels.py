@@ -123,7 +123,8 @@ def _logsumexp(layout: ModuleType) -> Any:
 def _cross_entropy(layout: ModuleType, gradient: bool) -> Any:
     """Return the loss.
 
-    arrays = (logits, labels, losses, weights, options, sums, mask or None, gradient or not)
+    arrays = (logits, labels, losses, weights, options, sums, mask or None, weights of the positions
+    or None, gradient or not)
 
     The sums of a piece are that of the losses, that of the labels' weights, and how many labels are
     wrong. numbers = (flags, the index that is ignored).
@@ -141,7 +142,9 @@ def _cross_entropy(layout: ModuleType, gradient: bool) -> Any:
         for i in range(lo, hi):
             at, rows, first = layout.place(i, T, n, inner)
             some, group = ahead(labels, first), logits(ahead(p, at), arrays[6], at)
-            u, bad, ignored = _losses.write_weights(some, rows, T, workspace, w, n, flags, ignore)
+            u, bad, ignored = _losses.write_weights(
+                some, rows, T, workspace, w, arrays[7], first, n, flags, ignore
+            )
             for r in range(rows):
                 y = _losses.class_of(some[r], n)
                 if left_out(group, layout.position(r, y, n, inner)) and y == some[r]:
@@ -150,7 +153,7 @@ def _cross_entropy(layout: ModuleType, gradient: bool) -> Any:
                         bad += 1
             weight, wrong = _losses.with_term(weight, u), wrong + bad
             if gradient:
-                o = pointer(arrays[7])
+                o = pointer(arrays[8])
                 y = layout.target(ahead(o, at), 1, workspace, T, n)
                 e = layout.scratch(y, workspace, T, n)
             else:
@@ -214,12 +217,13 @@ def _soft(layout: ModuleType, gradient: bool) -> Any:
 
 
 @kernel("scan")
-def scan(labels, w, n, flags, ignore):
+def scan(labels, w, samples, n, flags, ignore):
     """Return the sum of the labels' weights."""
     t, v = pointer(labels), pointer(w)
     total = _losses.no_sum()
     for i in range(labels.shape[0]):
-        total = _losses.with_term(total, _losses.weight_of(t[i], v, n, flags, ignore)[1])
+        counted = _losses.weight_of(t[i], v, samples, i, n, flags, ignore)[1]
+        total = _losses.with_term(total, counted)
     return compensated(total[0], total[1])
 
 
