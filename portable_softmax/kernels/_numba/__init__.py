@@ -52,16 +52,18 @@ def declines_options(request: Request) -> str:
     """Return why an operation is not taken with options that another is taken with."""
     if "dtype" in request.active and request.operation not in LOSSES:
         return "dtype of the answer"
-    names = request.active
-    if request.operation in LOSSES:
-        # Each of these is one number a class and position, of which a pass reads one.
-        several = [name for name in ("where", "sample_weight") if name in names]
-        if "label_smoothing" in names and several:
-            return f"label_smoothing with {', '.join(several)}"
-        several += [name for name in ("weight", "label_smoothing") if name in names]
-        if not request.indices and several:
-            return f"probabilities with {', '.join(several)}"
+    if request.operation not in LOSSES:
+        return ""
+    # Each of these is a number for each class or position, and a pass reads one of them.
+    read = [name for name in _READ if name in request.active]
+    if "label_smoothing" in request.active and {"where", "sample_weight"} & {*read}:
+        return f"options together: {', '.join(read)}"
+    if not request.indices and read:
+        return f"probabilities with {', '.join(read)}"
     return ""
+
+
+_READ = ("weight", "label_smoothing", "where", "sample_weight")
 
 
 def declines_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
@@ -115,20 +117,18 @@ def _layout(request: Request) -> Layout:
     return found
 
 
-def _mask(request: Request) -> Any:
+def _mask(request: Request, layout: Layout) -> Any:
     """Return the mask as bytes in one axis that repeat along the logits, None without a mask."""
     where, shape, axes = request.options.where, request.x.shape, request.axes
     if where is None:
         return None
     lengths = (1,) * (len(shape) - where.ndim) + where.shape
-    # What it says of the first one or more axes is the same for each index: they are not copied.
+    # What is the same for each index of the first axes is not repeated, but for blocks, which
+    # begin at any row.
     same = next((a for a, n in enumerate(lengths) if n > 1), len(shape))
-    same = min(same, min(axes))
-    # Blocks hold rows of whatever indices.
-    if max(axes) == len(shape) - 1 and request.layout().n < LONGEST_OF_BLOCKS:
-        same = 0
-    where = np.broadcast_to(where.reshape(lengths[same:]), shape[same:])
-    where = np.ascontiguousarray(where)
+    in_blocks = layout.inner == 1 and layout.n < LONGEST_OF_BLOCKS
+    same = 0 if in_blocks else min(same, *axes)
+    where = np.ascontiguousarray(np.broadcast_to(where.reshape(lengths[same:]), shape[same:]))
     where = where if where.flags.writeable else np.asarray(_Alias(where))
     return where.view(np.uint8).reshape(-1)
 
@@ -139,7 +139,7 @@ def _row_by_row(request: Request) -> Any:
     out = np.empty(x.shape, request.result_dtype)
     function, temperature = getattr(drive, request.operation), request.options.temperature
     arrays = _handed(x, layout), _handed(out, layout)
-    function(*arrays, drive.Layout(*layout), temperature, _mask(request))
+    function(*arrays, drive.Layout(*layout), temperature, _mask(request, layout))
     return out
 
 
@@ -151,7 +151,7 @@ def logsumexp(request: Request) -> Any:
     drive, layout, x = _compiled(), _layout(request), request.x
     out = np.empty(request.reduced_shape(), request.result_dtype)
     flat: Any = out.view(HANDED[x.dtype.name]).reshape(-1)
-    drive.logsumexp(_handed(x, layout), flat, drive.Layout(*layout), _mask(request))
+    drive.logsumexp(_handed(x, layout), flat, drive.Layout(*layout), _mask(request, layout))
     return out
 
 
@@ -195,7 +195,7 @@ def _loss(request: Request) -> Any:
                 options.label_smoothing,
                 options.z_loss,
                 samples,
-                _mask(request),
+                _mask(request, layout),
             ),
             *out,
         )

@@ -126,9 +126,7 @@ def _run(
     run(operation, arrays, (number,), plan(layout, dtype, compute, tiles), compute)
 
 
-def softmax(
-    x: Any, out: Any, layout: Layout, temperature: float = 1.0, mask: Any = None
-) -> None:
+def softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0, mask: Any = None) -> None:
     """One read of the array, and of the mask, and one write of the array's size.
 
     A mask is bytes in one axis, as `mask_of` makes them.

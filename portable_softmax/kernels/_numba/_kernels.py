@@ -147,10 +147,10 @@ def _cross_entropy(layout: ModuleType, gradient: bool) -> Any:
             )
             for r in range(rows):
                 y = _losses.class_of(some[r], n)
-                if left_out(group, layout.position(r, y, n, inner)) and y == some[r]:
-                    if not (flags & IGNORING and y == ignore):
-                        store(values(workspace, WEIGHT, T), r, typed(workspace, math.nan))
-                        bad += 1
+                counts = y == some[r] and not (flags & IGNORING and y == ignore)
+                if counts and left_out(group, layout.position(r, y, n, inner)):
+                    store(values(workspace, WEIGHT, T), r, typed(workspace, math.nan))
+                    bad += 1
             weight, wrong = _losses.with_term(weight, u), wrong + bad
             if gradient:
                 o = pointer(arrays[8])
@@ -186,7 +186,10 @@ def _soft(layout: ModuleType, gradient: bool) -> Any:
     The sum of a piece is that of its losses. The options are z and the factor of the gradient.
     numbers = (flags,).
     """
-    write_losses, write_gradients = _soft_losses.losses_of(layout), _soft_losses.gradients_of(layout)
+    write_losses, write_gradients = (
+        _soft_losses.losses_of(layout),
+        _soft_losses.gradients_of(layout),
+    )
 
     def work(arrays, numbers, shape, workspace, lo, hi, piece):
         p, q, each = pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2])

@@ -106,7 +106,8 @@ def source(w):
 def writing(entry, values_of, own=False):
     """Return what writes ``entry(e[j], w[j], numbers)`` for each class of each row of a group.
 
-    `w` is that of all rows, or of each its `own`, as `e` is. The numbers are the factor that exps have to be multiplied by, which only cut rows need, what
+    `w` is one array for all rows, or lies as `e` does where each row has its `own`. The numbers
+    are the factor that exps have to be multiplied by, which only cut rows need, what
     ``values_of(workspace, T, r)`` says of the row, and constants.
     """
     write_row = row_writing(entry)
