@@ -64,7 +64,8 @@ def _maxima(x: Any) -> tuple[Any, Any]:
     """Return the places of the maxima in the flat array, and the maxima, a row each."""
     n, c = x.shape
     at = x.argmax(1, keepdims=True)
-    at += _starts(n, c)
+    if n > 1:
+        at += _starts(n, c)
     return at, x.take(at)
 
 
