@@ -12,8 +12,11 @@ pytestmark = pytest.mark.numba
 
 ROWS = ("softmax", "log_softmax", "logsumexp")
 NAME = "numba rows: one pass in cache"
-# Rows one by one, in blocks and across memory; longer than a part; large enough for two threads.
-SHAPES = [((40, 300), -1), ((90, 30), -1), ((5, 7, 19), 1), ((4, 9000), -1), ((3000, 400), -1)]
+# Rows one by one, in blocks, of few classes and across memory; longer than a part; for two threads.
+SHAPES = [
+    *[((40, 300), -1), ((90, 30), -1), ((90, 3), -1), ((5, 7, 19), 1)],
+    *[((4, 9000), -1), ((3000, 400), -1)],
+]
 every_shape = pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 
 

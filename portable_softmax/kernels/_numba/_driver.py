@@ -15,12 +15,14 @@ import numpy as np
 from portable_softmax.kernels import _threads
 from portable_softmax.kernels._numba import _long
 from portable_softmax.kernels._numba._exp import temperature as prepared
-from portable_softmax.kernels._numba._kernels import BLOCKS, COLUMNS, ROWS, scan
+from portable_softmax.kernels._numba._kernels import BLOCKS, COLUMNS, NARROW, ROWS, scan
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, SAMPLED, WEIGHTED
 from portable_softmax.kernels._numba._values import size_of_values
 
 # Shorter rows, in bytes of the computation, are worked on as many at once as a vector has lanes.
 SHORT = 1024
+# Rows of up to so many classes are worked on as columns are: a vector would hold little of one.
+FEW = 4
 # So many columns are worked on side by side, in vectors of 64 bytes, while a tile of them stays in
 # the second cache; if not, one vector.
 VECTORS, TILE = 4, 1 << 18
@@ -77,6 +79,10 @@ def plan(layout: Layout, dtype: Any, compute: Any, tiles: int) -> Plan:
         height = lanes * min(vectors, -(-inner // lanes))
         kernels, groups, size = COLUMNS, outer * -(-inner // height), n * min(height, inner)
         workspace = tiles * n * height
+    elif n <= FEW:
+        height = VECTORS * lanes
+        kernels, groups, size = NARROW, -(-outer // height), n * height
+        inner, workspace = outer, tiles * size
     elif n * compute.itemsize < SHORT:
         height = VECTORS * lanes
         kernels, groups, size = BLOCKS, -(-outer // height), n * height

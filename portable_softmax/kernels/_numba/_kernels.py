@@ -11,7 +11,14 @@ import math
 from types import ModuleType
 from typing import Any
 
-from portable_softmax.kernels._numba import _blocks, _columns, _losses, _operations, _rows
+from portable_softmax.kernels._numba import (
+    _blocks,
+    _columns,
+    _losses,
+    _narrow,
+    _operations,
+    _rows,
+)
 from portable_softmax.kernels._numba import _soft as _soft_losses
 from portable_softmax.kernels._numba._compensation import compensated
 from portable_softmax.kernels._numba._jit import function, kernel
@@ -244,4 +251,4 @@ def _kernels(layout: ModuleType) -> dict[str, Any]:
     }
 
 
-ROWS, BLOCKS, COLUMNS = map(_kernels, (_rows, _blocks, _columns))
+ROWS, BLOCKS, COLUMNS, NARROW = map(_kernels, (_rows, _blocks, _columns, _narrow))
