@@ -172,6 +172,17 @@ def test_the_loss_of_a_distribution_is_the_mean_of_its_labels(shape, axis, z_los
         np.testing.assert_allclose(slope * (loss.size if reduction == "mean" else 1), grad)
 
 
+@pytest.mark.parametrize("n", [3, 30, 300])
+def test_a_confident_distribution_with_z_loss(n):
+    """p - t cancels to all its digits beside a square of the logsumexp that is as small."""
+    x, t = np.zeros((20, n)), np.zeros((20, n))
+    x[:, 0], t[:, 0] = 60.0, 1.0
+    rest, z = (n - 1) * np.exp(-60.0), 1e-20
+    _, grad = ps.cross_entropy_value_and_grad(x, t, z_loss=z, reduction="sum")
+    np.testing.assert_allclose(grad[:, 0], 2 * z * 60.0 - rest, rtol=1e-13)
+    np.testing.assert_allclose(grad[:, 1:], rest / (n - 1), rtol=1e-13)
+
+
 @every_shape
 def test_a_class_of_probability_0_may_have_any_logit_below_inf(shape, axis):
     """And a row of a distribution of nothing has no loss."""

@@ -238,6 +238,14 @@ def gradient_with_share(e, w, numbers):
 
 
 @function
+def soft_gradient(e, q, numbers):
+    """The gradient where the labels are a distribution, without the cancellation of p Q - q."""
+    factor, total, squared, rest, inverse, down = numbers
+    p = e * factor * down
+    return (((p * total - q) - q * rest) + p * squared) * inverse
+
+
+@function
 def gradient_entry(e, a, q, rest, inverse):
     """p A - q for the exp e of a class, without its cancellation; see `_losses`."""
     return ((e * a - q) - q * rest) * inverse

@@ -3,9 +3,9 @@
 With q the distribution, Q its sum and z the weight of the squared logsumexp,
 
     loss   = sum_j q_j (max - x_j) + Q log1p(rest) + z Q lse^2
-    grad_j = p_j A - q_j                                            A = Q + 2 z Q lse
+    grad_j = p_j Q - q_j + p_j 2 z Q lse
 
-where a q_j of 0 counts as 0 beside an infinity. The gradient is computed as in `_losses`.
+where a q_j of 0 counts as 0 beside an infinity. p_j Q - q_j is computed as in `_losses`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from portable_softmax.kernels._numba._exp import DOWN, log1p
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, load, plus, typed
-from portable_softmax.kernels._numba._passes import gaps, gradient_with_share, sums
+from portable_softmax.kernels._numba._passes import gaps, soft_gradient, sums
 from portable_softmax.kernels._numba._values import (
     FACTOR,
     GAPS,
@@ -64,27 +64,28 @@ def gradients_of(layout):
     @function
     def state_of(workspace, T, r):
         return (
+            layout.value(values(workspace, WEIGHT, T), r),
             layout.value(values(workspace, SLOPE, T), r),
             layout.value(values(workspace, REST, T), r),
             layout.value(values(workspace, FACTOR, T), r),
         )
 
-    write = layout.writing(gradient_with_share, state_of, True)
+    write = layout.writing(soft_gradient, state_of, True)
 
     @function
     def write_gradients(e, q, o, n, rows, T, workspace, z, scale):
         """Write them to `o` from the exps at `e`, which may be the same place."""
-        one = typed(workspace, 1.0)
         for r in range(0, T, layout.step(workspace)):
-            a, rest = (
+            u, rest = (
                 layout.get(values(workspace, WEIGHT, T), r),
                 layout.get(values(workspace, REST, T), r),
             )
-            layout.put(values(workspace, FACTOR, T), r, scale / (one + rest))
+            squared = u - u
             if z != 0:
                 lse = layout.get(values(workspace, MAX, T), r) + log1p(rest)
-                a = a + times(a, (z + z) * lse)
-            layout.put(values(workspace, SLOPE, T), r, a)
-        write(e, q, o, n, rows, T, workspace, (DOWN, one))
+                squared = times(u, (z + z) * lse)
+            layout.put(values(workspace, SLOPE, T), r, squared)
+            layout.put(values(workspace, FACTOR, T), r, scale / (typed(workspace, 1.0) + rest))
+        write(e, q, o, n, rows, T, workspace, (DOWN,))
 
     return write_gradients
