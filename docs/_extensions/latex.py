@@ -84,6 +84,9 @@ LATEX = {
     "dx = g * (dy - sum(g * dy) / sum(g))": (
         r"dx_j = g_j \Bigl(dy_j - \frac{\sum_k g_k \, dy_k}{\sum_k g_k}\Bigr)"
     ),
+    "dalpha = sum(dy * (g * sum(h) / sum(g) - h))": (
+        r"d\alpha = \sum_j dy_j \Bigl(g_j \, \frac{\sum_k h_k}{\sum_k g_k} - h_j\Bigr)"
+    ),
     "y_j = max(0, x_j - tau)": r"y_j = \max(0, \; x_j - \tau)",
     "tau such that sum_j y_j = 1": r"\tau \; \text{such that} \; \sum_j y_j = 1",
     "dx_j = dy_j - (the mean of dy where y is not 0), and 0 where y_j is 0": (

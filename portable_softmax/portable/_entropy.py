@@ -62,8 +62,13 @@ def exp_minus_its_tangent(xp: Namespace, u: Any) -> Any:
     zero = scalar(xp, 0.0, u)
     near = xp.abs(constant(xp, u)) <= 1.0
     v = xp.where(near, u, zero)
+    far = xp.where(near, zero, u)
+    return xp.where(near, v * v * beyond_its_tangent(xp, v), xp.expm1(far) - far)
+
+
+def beyond_its_tangent(xp: Namespace, u: Any) -> Any:
+    """Return (exp(u) - 1 - u) / u^2, for |u| <= 1."""
     series = scalar(xp, 0.0, u)
     for coefficient in _SERIES:
-        series = series * v + coefficient
-    far = xp.where(near, zero, u)
-    return xp.where(near, v * v * series, xp.expm1(far) - far)
+        series = series * u + coefficient
+    return series
