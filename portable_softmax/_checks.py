@@ -324,7 +324,8 @@ def alpha(value: Any, x: Any = None, library: Library | None = None) -> Any:
             f"alpha has shape {tuple(value.shape)}, expected (), one number: call entmax once for "
             "each"
         )
-    if library.reads_values(value) and not 1.0 <= float(library.constant(value)) <= 2.0:
+    known = library.reads_values(value) and not library.transform(value)
+    if known and not 1.0 <= float(library.constant(value)) <= 2.0:
         raise ValueError(
             f"alpha is an array that holds {float(value)}, expected [1, 2]: pass a Python number "
             "for more"

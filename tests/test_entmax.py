@@ -234,3 +234,19 @@ def test_probabilities_beyond_2_meet_the_condition_of_the_maximum(xp):
         rounding = 8 * c * 2.0**-23 * p.max(axis=1, keepdims=True) ** c
         assert (most - least <= rounding).all()
         assert ((p > 0) | (z + most <= rounding)).all()
+
+
+def test_second_derivatives_in_alpha(xp, torch):
+    x = xp.asarray(np.random.default_rng(66).normal(size=(2, 5))).requires_grad_()
+    alpha = xp.asarray(1.3).requires_grad_()
+    f = lambda x, a: ps.entmax(x, alpha=a)  # noqa: E731
+    assert torch.autograd.gradcheck(f, (x, alpha))
+    assert torch.autograd.gradgradcheck(f, (x, alpha))
+
+
+@pytest.mark.slow("XLA compiles both orders", "jax")
+def test_check_grads_in_alpha(xp, jax):
+    from jax.test_util import check_grads
+
+    x = xp.asarray(np.random.default_rng(66).normal(size=(2, 5)))
+    check_grads(lambda x, a: ps.entmax(x, alpha=a), (x, 1.3), order=2, modes=["rev"])

@@ -853,6 +853,30 @@ def test_divergence_of_infinities(xp):
     assert_close(xp, ps.kl_divergence(nothing, nothing, reduction="none"), [0.0, 0.0])
 
 
+def test_gradients_of_entropy_and_divergence_at_the_edges(xp):
+    """entropy_value_and_grad, kl_divergence_value_and_grad: a probability of 0; -inf only; no class; no position | gradient 0; nan; empty; mean nan, gradient empty"""  # noqa: E501
+    x = xp.asarray([[0.0, -INF, 0.0], [-INF] * 3])
+    h, grad = ps.entropy_value_and_grad(x)
+    assert_close(xp, h, [np.log(2), NAN])
+    assert_close(xp, grad, [[0.0] * 3, [NAN] * 3], atol=1e-16)
+    flat = xp.asarray(np.zeros((2, 3)))
+    k, (by_p, by_q) = ps.kl_divergence_value_and_grad(x, flat, reduction="sum")
+    assert_close(xp, k, NAN)
+    assert_close(xp, by_p, [[0.0] * 3, [NAN] * 3], atol=1e-16)
+    assert_close(xp, by_q, [[-1 / 6, 1 / 3, -1 / 6], [NAN] * 3])
+    for shape in ((0, 3), (2, 0)):
+        empty = xp.asarray(np.zeros(shape))
+        assert_like(xp, ps.entropy_value_and_grad(empty)[1], shape, "float64")
+        k, (by_p, by_q) = ps.kl_divergence_value_and_grad(empty, empty)
+        assert_close(xp, k, NAN if shape[0] == 0 else 0.0)
+        assert_like(xp, by_p, shape, "float64")
+        assert_like(xp, by_q, shape, "float64")
+    assert_close(xp, ps.entropy_value_and_grad(xp.asarray(3.0), axis=None)[1], 0.0)
+    narrow, wide = xp.asarray([0.0, 1.0], "float32"), xp.asarray([0.0, 1.0])
+    _, (by_p, by_q) = ps.kl_divergence_value_and_grad(narrow, wide)
+    assert (xp.dtype_name(by_p), xp.dtype_name(by_q)) == ("float32", "float64")
+
+
 def test_divergence_of_others(xp):
     """kl_divergence of shapes that differ, or a wrong option | ValueError, TypeError naming it"""
     x = xp.asarray(np.zeros((2, 3)))

@@ -76,6 +76,13 @@ LATEX = {
     "dKL/dlogits_q_j = (q_j - p_j) / T": (
         r"\frac{\partial\,\mathrm{KL}}{\partial\,\mathrm{logits\_q}_j} = \frac{q_j - p_j}{T}"
     ),
+    "(H, d sum(H) / d logits)": (
+        r"\Bigl(H, \; \frac{\partial \sum H}{\partial\,\mathrm{logits}}\Bigr)"
+    ),
+    "(K, (d sum(K) / d logits_p, d sum(K) / d logits_q))": (
+        r"\Bigl(K, \; \Bigl(\frac{\partial \sum K}{\partial\,\mathrm{logits\_p}}, \;"
+        r" \frac{\partial \sum K}{\partial\,\mathrm{logits\_q}}\Bigr)\Bigr)"
+    ),
     # entmax, sparsemax
     "y_j = max(0, 1 + c * (x_j - max - s))^(1/c)": (
         r"y_j = \max\bigl(0, \; 1 + c \, (x_j - \mathrm{max} - s)\bigr)^{1/c}"

@@ -54,65 +54,73 @@ def entmax(xp: Namespace, x: Any, axes: Axes, *, alpha: Any = 1.5, followed: boo
     """Return the probabilities. An alpha that is an array lies in [1, 2]."""
     if _is(alpha, 1.0) or any(x.shape[a] == 0 for a in axes):
         return softmax(xp, x, axes)
-    p, _ = _solved(xp, x, axes, alpha)
-    return _followed(xp, p, x, axes, alpha)[1] if followed else p
+    p, w = _solved(xp, x, axes, alpha)
+    return _followed(xp, p, w, x, axes, alpha)[0] if followed else p
 
 
 def entmax_vjp(xp: Namespace, y: Any, dy: Any, axes: Axes, *, alpha: Any = 1.5) -> Any:
     """Return g * (dy - sum(g * dy) / sum(g)) with g = y^(2 - alpha) where y is not 0."""
     if _is(alpha, 1.0):
         return softmax_vjp(xp, y, dy, axes)
-    zero, one = scalar(xp, 0.0, y), scalar(xp, 1.0, y)
-    inside = y > 0
+    zero = scalar(xp, 0.0, y)
+    if isinstance(alpha, float) and alpha >= _ARGMAX:
+        return 0.0 * xp.where(y == 0, zero, dy)
+    g, centred = _centred(xp, y, dy, axes, alpha)
+    return xp.where(y == 0, zero, g * centred)
+
+
+def _centred(xp: Namespace, y: Any, dy: Any, axes: Axes, alpha: Any) -> tuple[Any, Any]:
+    """Return g and dy - sum(g * dy) / sum(g); what stands in dy where y is 0 is in no sum."""
+    zero, one, inside = scalar(xp, 0.0, y), scalar(xp, 1.0, y), y > 0
     safe = xp.where(inside, y, one)
-    dy = xp.where(y == 0, zero, dy)  # what stands there does not count
+    some = xp.where(y == 0, zero, dy)
+    steep = isinstance(alpha, float) and alpha > 2.0
     if _is(alpha, 2.0):
         g = xp.ones_like(y)
     elif _is(alpha, 1.5):
         g = xp.sqrt(safe)
-    elif isinstance(alpha, float) and alpha > 2.0:
-        if alpha >= _ARGMAX:
-            return 0.0 * dy
+    elif steep and alpha >= _ARGMAX:
+        g = safe
+    else:
+        log = (2.0 - alpha) * xp.log(safe)
+        most = maximum(xp, xp.where(inside, log, zero), axes) if steep else 0.0
+        g = xp.exp(log - most)
+    g = xp.where(inside, g, xp.where(xp.isnan(y), y, zero))
+    if steep:
         # Small probabilities have large slopes. Nothing cancels once the upstream gradient at the
         # largest ones is subtracted, which changes nothing else.
-        log = (2.0 - alpha) * xp.log(safe)
-        most = maximum(xp, xp.where(inside, log, zero), axes)
-        g = xp.where(inside, xp.exp(log - most), zero)
         first = cast(xp, g > 0.99, y.dtype)
-        dy = dy - total(xp, first * dy, axes) / total(xp, first, axes)
+        first = total(xp, first * some, axes) / total(xp, first, axes)
+        dy, some = dy - first, some - first
+    weight = total(xp, g, axes)
+    dy = dy - total(xp, g * some, axes) / xp.where(weight == 0, one, weight)
+    if steep and alpha < _ARGMAX:
         # A slope beyond the range becomes the largest number: 0 times infinity is nan.
         end = scalar(xp, math.log(float(xp.finfo(y.dtype).max)) - 1.0, y)
-        slope = xp.exp(xp.where(log < end, log, end))
-        return xp.where(inside, slope * (dy - total(xp, g * dy, axes) / total(xp, g, axes)), y)
-    else:
-        g = xp.exp((2.0 - alpha) * xp.log(safe))
-    g = xp.where(inside, g, xp.where(xp.isnan(y), y, zero))
-    weight = total(xp, g, axes)
-    weight = xp.where(weight == 0, one, weight)
-    return xp.where(y == 0, zero, g * (dy - total(xp, g * dy, axes) / weight))
+        g = xp.where(inside, xp.exp(xp.where(log < end, log, end)), g)
+    return g, dy
 
 
 # --------------------------------------------------------------------------- derivatives
 
 
-def _followed(
-    xp: Namespace, p: Any, x: Any, axes: Axes, alpha: Any, t: Any = None
-) -> tuple[Any, Any]:
-    """Return a loss of 0 with the gradient p - t, and p, which torch and JAX differentiate twice.
+def _followed(xp: Namespace, p: Any, w: Any, x: Any, axes: Axes, alpha: Any) -> tuple[Any, Any]:
+    """Return p and w as torch and JAX differentiate them twice.
 
-    The value is a constant, and what follows it a step of the midpoint rule, of length 0.
+    The values are constants, and what follows them a step of the midpoint rule, of length 0.
     """
     zero, fixed = scalar(xp, 0.0, x), constant(xp, x)
     finite = xp.isfinite(fixed)
     dx = xp.where(finite, x, zero) - xp.where(finite, fixed, zero)
-    at = dalpha = None
+    at = half = dalpha = None
     if not isinstance(alpha, float):
         at = constant(xp, alpha)
         dalpha = alpha - at
-        alpha = at + 0.5 * dalpha
+        half = at + 0.5 * dalpha
     middle = p + 0.5 * _motion(xp, p, dx, axes, alpha if at is None else at, dalpha)
-    loss = 0.0 if t is None else total(xp, (middle - t) * dx, axes)
-    return loss, p + _motion(xp, middle, dx, axes, alpha, dalpha)
+    alpha = alpha if half is None else half
+    _, dw = _centred(xp, middle, dx, axes, alpha)
+    return p + _motion(xp, middle, dx, axes, alpha, dalpha), w + dw
 
 
 def _motion(xp: Namespace, p: Any, dx: Any, axes: Axes, alpha: Any, dalpha: Any) -> Any:
@@ -330,6 +338,8 @@ def _losses(
         p = powers = xp.exp(w)
     else:
         p, w = _solved(xp, x, axes, alpha)
+        if followed:
+            p, w = _followed(xp, p, w, x, axes, alpha)
         z = 1.0 if linear else 1.0 + (alpha - 1.0) * xp.where(p > 0, w, zero)
         powers = xp.where(p == 0, zero, p * z)  # p^alpha
     if target.index is None:
@@ -344,9 +354,6 @@ def _losses(
         if not linear:
             others = total(xp, xp.where(label, zero, powers), axes)
             loss = _term_of_the_label(xp, -loss, alpha) + others / alpha
-    if alpha != 1.0 and followed:
-        nothing, p = _followed(xp, p, x, axes, alpha, t)
-        loss = loss + nothing
     if target.valid is not None:
         loss = loss * xp.where(target.valid, one, scalar(xp, math.nan, loss))
     if target.weight is not None:
