@@ -12,12 +12,17 @@ from portable_softmax import kernels, online, textbook
 from portable_softmax._cross_entropy import cross_entropy, cross_entropy_value_and_grad
 from portable_softmax._entmax import entmax, entmax_vjp, sparsemax
 from portable_softmax._entmax_loss import entmax_loss, entmax_loss_value_and_grad
-from portable_softmax._entropy import entropy, kl_divergence
+from portable_softmax._entropy import (
+    entropy,
+    entropy_value_and_grad,
+    kl_divergence,
+    kl_divergence_value_and_grad,
+)
 from portable_softmax._linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_value_and_grad,
 )
-from portable_softmax._logsums import logcumsumexp, logmeanexp
+from portable_softmax._logsums import logcumsumexp, logcumsumexp_vjp, logmeanexp
 from portable_softmax._sigmoid_cross_entropy import (
     sigmoid_cross_entropy,
     sigmoid_cross_entropy_value_and_grad,
@@ -45,13 +50,16 @@ __all__ = [
     "entmax_loss_value_and_grad",
     "entmax_vjp",
     "entropy",
+    "entropy_value_and_grad",
     "kernels",
     "kl_divergence",
+    "kl_divergence_value_and_grad",
     "linear_cross_entropy",
     "linear_cross_entropy_value_and_grad",
     "log_softmax",
     "log_softmax_vjp",
     "logcumsumexp",
+    "logcumsumexp_vjp",
     "logmeanexp",
     "logsumexp",
     "online",

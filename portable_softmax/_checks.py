@@ -312,15 +312,25 @@ def temperature(value: Any) -> float:
     return number("temperature", value, low=0.0, open_low=True)
 
 
-def alpha(value: Any, *, infinite: bool = True) -> float:
-    """Return the alpha of entmax, from 1 to 2, or inf where there is a limit."""
-    if infinite and type(value) is float and value == math.inf:
-        return math.inf
-    found = number("alpha", value, low=1.0)
-    if found > 2.0:
-        limit = ", or inf for the argmax" if infinite else ""
-        raise ValueError(f"alpha is {found}, expected a number in [1, 2]{limit}")
-    return found
+def alpha(value: Any, x: Any = None, library: Library | None = None) -> Any:
+    """Return the alpha of entmax, from 1 to inf; beside `x` an array in [1, 2] is one too."""
+    if isinstance(value, Real) or library is None or not hasattr(value, "ndim"):
+        infinite = isinstance(value, Real) and value == math.inf
+        return math.inf if infinite else number("alpha", value, low=1.0)
+    companion("alpha", value, "x", x, library)
+    floating("alpha", value, library)
+    if value.ndim > 0:
+        raise ValueError(
+            f"alpha has shape {tuple(value.shape)}, expected (), one number: call entmax once for "
+            "each"
+        )
+    known = library.reads_values(value) and not library.transform(value)
+    if known and not 1.0 <= float(library.constant(value)) <= 2.0:
+        raise ValueError(
+            f"alpha is an array that holds {float(value)}, expected [1, 2]: pass a Python number "
+            "for more"
+        )
+    return value
 
 
 def reduction(value: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from portable_softmax import _checks, portable
 from portable_softmax._softmax import with_an_axis
-from portable_softmax._typing import ArrayT, Axis
+from portable_softmax._typing import Array, ArrayT, Axis
 from portable_softmax.kernels._decide import operation, run
 from portable_softmax.kernels._request import PLAIN_ENTMAX, EntmaxOptions, Request, active
 
@@ -14,7 +14,7 @@ __all__ = ["entmax", "entmax_vjp", "sparsemax"]
 
 
 @operation
-def entmax(x: ArrayT, /, *, alpha: float = 1.5, axis: Axis = -1) -> ArrayT:
+def entmax(x: ArrayT, /, *, alpha: float | Array = 1.5, axis: Axis = -1) -> ArrayT:
     r"""Turn logits into probabilities of which many are exactly 0.
 
     Let `x` hold the logits and c = alpha - 1; over the reduced axes ::
@@ -27,13 +27,18 @@ def entmax(x: ArrayT, /, *, alpha: float = 1.5, axis: Axis = -1) -> ArrayT:
 
         dx = g * (dy - sum(g * dy) / sum(g))
 
+    and with h = (g - y) / c^2 + y * log(y) / c, which is y * log(y)^2 / 2 at c = 0 ::
+
+        dalpha = sum(dy * (g * sum(h) / sum(g) - h))
+
     Parameters
     ----------
     x
         Array of any shape, floating or integer.
     alpha
-        A number from 1 to 2, or inf. 1 is softmax, which has no zeros; 2 is sparsemax, the nearest
-        probabilities to `x`; inf is the argmax, that ties share.
+        A number from 1 to inf. 1 is softmax, which has no zeros; 2 is sparsemax, the nearest
+        probabilities to `x`; inf is the argmax, that ties share, and whose gradient is 0. Or a 0-d
+        floating array in [1, 2] of the library of `x`, such as a parameter that is trained.
     axis
         An int, a tuple of ints, or None for all axes: what the probabilities sum to one over.
 
@@ -46,20 +51,25 @@ def entmax(x: ArrayT, /, *, alpha: float = 1.5, axis: Axis = -1) -> ArrayT:
     Raises
     ------
     TypeError
-        If `x` is no array, or is bool, complex or of another dtype; if `alpha` is no Python number.
+        If `x` is no array, or is bool, complex or of another dtype; if `alpha` is neither a number
+        nor a floating array.
     ValueError
-        If `axis` is out of range, or `alpha` is neither in [1, 2] nor inf.
+        If `axis` is out of range, `alpha` is below 1, or an array and not 0-d or above 2. An array
+        whose value cannot be read, as it is traced, gives nan outside [1, 2].
 
     Notes
     -----
     The maximum is subtracted first, and s is found by Newton's method on the norm whose power the
     sum is: it is convex in s and nearly straight, so that a dozen steps are enough for any row, and
-    nothing is sorted. Entries further than 1/c below the maximum are always 0.
+    nothing is sorted. Beyond alpha = 2 the power is steep at 0, and the least probability that is
+    not 0 is found instead. Entries further than 1/c below the maximum are always 0. Dask gathers
+    whole rows into a chunk.
 
     A row of -inf only, or one that holds +inf or nan, is nan; no other row is touched.
 
     entmax: Peters, Niculae & Martins 2019, "Sparse sequence-to-sequence models". sparsemax: Martins
-    & Astudillo 2016, "From softmax to sparsemax". Newton's method for it is Condat's 2016, "Fast
+    & Astudillo 2016, "From softmax to sparsemax". The derivative by alpha: Correia, Niculae &
+    Martins 2019, "Adaptively sparse transformers". Newton's method for it is Condat's 2016, "Fast
     projection onto the simplex and the l1 ball".
 
     See Also
@@ -75,7 +85,7 @@ def entmax(x: ArrayT, /, *, alpha: float = 1.5, axis: Axis = -1) -> ArrayT:
     >>> entmax(np.asarray([1.0, 0.5, -1.0])).round(6)
     array([0.673993, 0.326007, 0.      ])
     """
-    y: ArrayT = _answer("entmax", x, axis, _checks.alpha(alpha))
+    y: ArrayT = _answer("entmax", x, axis, alpha)
     return y
 
 
@@ -141,7 +151,7 @@ def entmax_vjp(y: ArrayT, dy: ArrayT, /, *, alpha: float = 1.5, axis: Axis = -1)
     dy
         Upstream gradient, an array of the shape, library and device of `y`.
     alpha
-        That of the entmax; 2 for sparsemax.
+        That of the entmax, a number; 2 for sparsemax.
     axis
         The axis or axes that the entmax was taken over.
 
@@ -155,13 +165,13 @@ def entmax_vjp(y: ArrayT, dy: ArrayT, /, *, alpha: float = 1.5, axis: Axis = -1)
     TypeError
         If an argument is no floating array, or they belong to different libraries.
     ValueError
-        If the shapes or devices differ, `axis` is out of range, or `alpha` is neither in [1, 2] nor
-        inf.
+        If the shapes or devices differ, `axis` is out of range, or `alpha` is below 1.
 
     Notes
     -----
     An entry with y = 0 gets the gradient 0, and what stands in `dy` there does not count. For an
-    `alpha` of inf the gradient is 0.
+    `alpha` of inf the gradient is 0. Beyond 2 small probabilities have large slopes; one that is
+    beyond the dtype's range counts as the largest number.
 
     See Also
     --------
@@ -192,30 +202,36 @@ def entmax_vjp(y: ArrayT, dy: ArrayT, /, *, alpha: float = 1.5, axis: Axis = -1)
     return dx
 
 
-def _answer(operation: str, x: Any, axis: Any, alpha: float) -> Any:
+def _answer(operation: str, x: Any, axis: Any, alpha: Any) -> Any:
     """Check the arguments of entmax or sparsemax and answer."""
     library, dtype = _checks.array("x", x)
     axes = _checks.axes(axis, x.ndim)
+    alpha = _checks.alpha(alpha, x, library)
     compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)
+    tracing = library.tracing(x) if isinstance(alpha, float) else library.tracing(x, alpha)
     options = EntmaxOptions(alpha)
     request = Request(
-        operation, library, x, dtype.name, axes, compute_dtype, result_dtype, library.tracing(x),
-        options, active(options, PLAIN_ENTMAX),
+        operation, library, x, dtype.name, axes, compute_dtype, result_dtype, tracing, options,
+        active(options, PLAIN_ENTMAX),
     )  # fmt: skip
     return run(request, _portable)
 
 
 def _portable(request: Request) -> Any:
     """Return entmax, sparsemax or the gradient through one."""
-    library, axes = request.library, request.axes
+    library, axes, alpha = request.library, request.axes, request.options.alpha
     arrays = [
         library.cast(a, request.compute_dtype) for a in (request.x, request.dy) if a is not None
     ]
+    if not isinstance(alpha, float):
+        alpha = library.cast(alpha, request.compute_dtype)
     if not axes:
         arrays = with_an_axis(library.xp, *arrays)
-    function = portable.entmax if request.dy is None else portable.entmax_vjp
-    y = library.compiled(function)(
-        library.xp, *arrays, axes or (arrays[0].ndim - 1,), alpha=request.options.alpha
+    options = {"alpha": alpha}
+    if request.dy is None:
+        options["followed"] = library.follows(request.x, alpha)
+    y = library.compiled(getattr(portable, "entmax" if request.dy is None else "entmax_vjp"))(
+        library.xp, *arrays, axes or (arrays[0].ndim - 1,), **options
     )
     if not axes:
         y = library.scalar_if_0d(library.xp.squeeze(y, axis=-1))

@@ -45,7 +45,8 @@ def entmax_loss(
 
         dloss/dx_j = p_j - t_j
 
-    The loss is 0 once the label is ahead of all others by 1/c.
+    The loss is 0 once the label is ahead of all others by 1/c. For an alpha of inf it is
+    max - sum_j t_j x_j, that of the perceptron.
 
     Parameters
     ----------
@@ -56,8 +57,8 @@ def entmax_loss(
         logits' shape without `axis`. Else a distribution over the classes, in the logits' shape,
         that sums to one; values are not looked at.
     alpha
-        A number from 1 to 2: that of the entmax. 1 is the cross-entropy of labels, less the entropy
-        of a distribution.
+        A number from 1 to inf: that of the entmax. 1 is the cross-entropy of labels, less the
+        entropy of a distribution.
     axis
         The class axis, an int.
     ignore_index
@@ -192,7 +193,7 @@ def _answer(
         sample_weight = library.quietly(library.cast, sample_weight, compute_dtype)
         arrays.append(sample_weight)
     options = EntmaxLossOptions(
-        alpha=_checks.alpha(alpha, infinite=False),
+        alpha=_checks.alpha(alpha),
         ignore_index=_checks.ignore_index(ignore_index, indices),
         reduction=_checks.reduction(reduction),
         sample_weight=sample_weight,
@@ -220,6 +221,7 @@ def _portable_loss(request: Request) -> Any:
         request.axis,
         options.alpha,
         options.reduction,
+        followed=library.follows(request.x),
     )
     if isinstance(answer, tuple):
         loss, grad = answer

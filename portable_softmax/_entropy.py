@@ -18,7 +18,12 @@ from portable_softmax.kernels._request import (
     loss_dtype,
 )
 
-__all__ = ["entropy", "kl_divergence"]
+__all__ = [
+    "entropy",
+    "entropy_value_and_grad",
+    "kl_divergence",
+    "kl_divergence_value_and_grad",
+]
 
 
 @operation
@@ -73,15 +78,50 @@ def entropy(logits: ArrayT, /, *, axis: Axis = -1) -> ArrayT:
     >>> print(entropy(np.asarray([[0.0, 0.0], [0.0, -40.0]])))
     [6.93147181e-01 1.74182524e-16]
     """
-    library, dtype = _checks.array("logits", logits)
-    axes = _checks.axes(axis, logits.ndim)
-    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(logits)
-    request = Request(
-        "entropy", library, logits, dtype.name, axes, compute_dtype, result_dtype,
-        library.tracing(logits),
-    )  # fmt: skip
-    h: ArrayT = dropped(library, run(request, _portable_entropy), axes, keepdims=False)
+    h: ArrayT = _entropy("entropy", logits, axis)
     return h
+
+
+@operation
+def entropy_value_and_grad(logits: ArrayT, /, *, axis: Axis = -1) -> tuple[ArrayT, ArrayT]:
+    r"""Return the entropy of a softmax distribution and its gradient.
+
+    Let H be what `entropy` returns for the same arguments; this returns ::
+
+        (H, d sum(H) / d logits)
+
+    whose entries are p_j * ((max - x_j) - sum_k p_k (max - x_k)).
+
+    Parameters
+    ----------
+    logits, axis
+        As in `entropy`.
+
+    Returns
+    -------
+    value : array
+        As `entropy` returns it.
+    grad : array
+        Of the shape, library, device and floating dtype of `logits`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `entropy`.
+
+    See Also
+    --------
+    entropy : the value alone, which torch and JAX differentiate.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_softmax import entropy_value_and_grad
+    >>> print(entropy_value_and_grad(np.asarray([0.0, -40.0]))[1])
+    [-1.69934167e-16  1.69934167e-16]
+    """
+    h, grad = _entropy("entropy_value_and_grad", logits, axis)
+    return h, grad
 
 
 @operation
@@ -164,6 +204,100 @@ def kl_divergence(
     >>> print(kl_divergence(x, x), f"{kl_divergence(x, y):.4e}")
     0.0 1.1135e-15
     """
+    k: ArrayT = _divergence(
+        "kl_divergence", logits_p, logits_q, axis, temperature, distillation, reduction
+    )
+    return k
+
+
+@operation
+def kl_divergence_value_and_grad(
+    logits_p: ArrayT,
+    logits_q: Array,
+    /,
+    *,
+    axis: int = -1,
+    temperature: float = 1.0,
+    distillation: bool = False,
+    reduction: str = "mean",
+) -> tuple[ArrayT, tuple[ArrayT, Array]]:
+    r"""Return the divergence of two softmax distributions and its gradients.
+
+    Let K be what `kl_divergence` returns for the same arguments; this returns ::
+
+        (K, (d sum(K) / d logits_p, d sum(K) / d logits_q))
+
+    Where q is near p, q - p is computed as p * expm1(log q - log p).
+
+    Parameters
+    ----------
+    logits_p, logits_q, axis, temperature, distillation, reduction
+        As in `kl_divergence`.
+
+    Returns
+    -------
+    value : array
+        As `kl_divergence` returns it.
+    grads : pair of arrays
+        Each of the shape, library, device and floating dtype of its logits.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `kl_divergence`.
+
+    Notes
+    -----
+    Where the divergence is inf the gradient with respect to `logits_p` is no number.
+
+    See Also
+    --------
+    kl_divergence : the value alone, which torch and JAX differentiate.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_softmax import kl_divergence_value_and_grad
+    >>> x, y = np.asarray([[0.0, 0.0]]), np.asarray([[0.0, 1e-20]])
+    >>> print(kl_divergence_value_and_grad(x, y)[1][1])
+    [[-2.5e-21  2.5e-21]]
+    """
+    k, by_p, by_q = _divergence(
+        "kl_divergence_value_and_grad", logits_p, logits_q, axis, temperature, distillation,
+        reduction,
+    )  # fmt: skip
+    return k, (by_p, by_q)
+
+
+# --------------------------------------------------------------------------- requests
+
+
+def _entropy(operation: str, logits: Any, axis: Any) -> Any:
+    """Check the arguments of the entropy and answer, with the gradient or without."""
+    library, dtype = _checks.array("logits", logits)
+    axes = _checks.axes(axis, logits.ndim)
+    compute_dtype, result_dtype = dtype.computed or library.compute_dtype(logits)
+    request = Request(
+        operation, library, logits, dtype.name, axes, compute_dtype, result_dtype,
+        library.tracing(logits),
+    )  # fmt: skip
+    answer = run(request, _portable_entropy)
+    if type(answer) is not tuple:
+        return dropped(library, answer, axes, keepdims=False)
+    h, grad = answer
+    return dropped(library, h, axes, keepdims=False), library.scalar_if_0d(grad)
+
+
+def _divergence(
+    operation: str,
+    logits_p: Any,
+    logits_q: Any,
+    axis: Any,
+    temperature: Any,
+    distillation: Any,
+    reduction: Any,
+) -> Any:
+    """Check the arguments of the divergence and answer, with the gradients or without."""
     library, dtype = _checks.array("logits_p", logits_p)
     _checks.companion("logits_q", logits_q, "logits_p", logits_p, library)
     _, other = _checks.array("logits_q", logits_q)
@@ -184,47 +318,45 @@ def kl_divergence(
     if is_extreme(library, options.temperature, compute_dtype):
         given = (*given, EXTREME)
     request = Request(
-        "kl_divergence", library, logits_p, dtype.name, (at,), compute_dtype, result_dtype,
+        operation, library, logits_p, dtype.name, (at,), compute_dtype, result_dtype,
         library.tracing(logits_p, logits_q), options, given, logits_q,
     )  # fmt: skip
-    divergence: ArrayT = library.scalar_if_0d(run(request, _portable_divergence))
-    return divergence
+    answer = run(request, _portable_divergence)
+    if type(answer) is tuple:
+        return library.scalar_if_0d(answer[0]), *answer[1:]
+    return library.scalar_if_0d(answer)
 
 
 # --------------------------------------------------------------------------- the portable path
 
 
 def _portable_entropy(request: Request) -> Any:
-    """Return the entropy, the reduced axes kept with length 1."""
+    """Return the entropy, the reduced axes kept with length 1, and the gradient if it is asked."""
     library, x, axes = request.library, request.x, request.axes
     xp = library.xp
     if not axes:
         (x,) = with_an_axis(xp, x)
-    h = library.compiled(portable.entropy)(
+    answer = library.compiled(getattr(portable, request.operation))(
         xp, library.cast(x, request.compute_dtype), axes or (x.ndim - 1,)
     )
+    parts = answer if type(answer) is tuple else (answer,)
     if not axes:
-        h = xp.squeeze(h, axis=-1)
-    return library.cast(h, request.result_dtype)
+        parts = tuple(xp.squeeze(part, axis=-1) for part in parts)
+    found = tuple(library.cast(part, request.result_dtype) for part in parts)
+    return found if type(answer) is tuple else found[0]
 
 
 def _portable_divergence(request: Request) -> Any:
-    """Return the reduced divergence."""
-    library, compute_dtype = request.library, request.compute_dtype
-    found = library.compiled(_divergence)(
+    """Return the reduced divergence, and the gradients if they are asked for."""
+    library, compute_dtype, p, q = request.library, request.compute_dtype, request.x, request.dy
+    answer = library.compiled(getattr(portable, request.operation))(
         library.xp,
-        library.cast(request.x, compute_dtype),
-        library.cast(request.dy, compute_dtype),
+        library.cast(p, compute_dtype),
+        library.cast(q, compute_dtype),
         request.axis,
         request.options,
     )
-    return library.cast(found, request.answer_dtype)
-
-
-def _divergence(xp: Any, p_logits: Any, q_logits: Any, axis: int, options: Any) -> Any:
-    t = options.temperature
-    each = portable.kl_divergence(xp, p_logits, q_logits, (axis,), temperature=t)
-    if options.distillation:
-        each = each * t * t  # T^2 itself may leave the range
-    every = portable.Target(index=None, distribution=None, counted=None, valid=None)
-    return portable.reduced(xp, each, every, axis, options.reduction)
+    if type(answer) is not tuple:
+        return library.cast(answer, request.answer_dtype)
+    dtypes = request.answer_dtype, request.result_dtype, library.compute_dtype(q)[1]
+    return tuple(map(library.cast, answer, dtypes))

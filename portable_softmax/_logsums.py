@@ -16,7 +16,7 @@ from portable_softmax.kernels._request import (
     active,
 )
 
-__all__ = ["logcumsumexp", "logmeanexp"]
+__all__ = ["logcumsumexp", "logcumsumexp_vjp", "logmeanexp"]
 
 
 @operation
@@ -70,6 +70,7 @@ def logmeanexp(
     See Also
     --------
     logsumexp : the sum.
+    softmax : what dy is multiplied by in the gradient, with the same `axis` and `where`.
 
     Examples
     --------
@@ -146,15 +147,74 @@ def logcumsumexp(x: ArrayT, /, *, axis: int = -1) -> ArrayT:
     >>> logcumsumexp(np.asarray([0.0, 0.0, 1000.0])).round(4)
     array([0.000e+00, 6.931e-01, 1.000e+03])
     """
+    return _running("logcumsumexp", x, None, axis)
+
+
+@operation
+def logcumsumexp_vjp(x: ArrayT, dy: ArrayT, /, *, axis: int = -1) -> ArrayT:
+    r"""Return the gradient through a logcumsumexp.
+
+    Let y = logcumsumexp(x) and dy be the gradient of a loss with respect to y; the gradient with
+    respect to x is ::
+
+        dx_j = sum_{i >= j} dy_i exp(x_j - y_i)
+
+    Parameters
+    ----------
+    x
+        What `logcumsumexp` was taken of, floating.
+    dy
+        Upstream gradient, an array of the shape, library and device of `x`.
+    axis
+        The axis along which the sums run, an int.
+
+    Returns
+    -------
+    array
+        Of the shape, library, device and dtype of `x`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is no floating array, or they belong to different libraries.
+    ValueError
+        If the shapes or devices differ, `axis` is out of range, or its length is not known (Dask).
+
+    Notes
+    -----
+    An entry of -inf gets the gradient 0. No exponent is above 0, and the sums are merged in log2(n)
+    rounds, as those of `logcumsumexp`.
+
+    See Also
+    --------
+    softmax_vjp : the same for `softmax`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from portable_softmax import logcumsumexp_vjp
+    >>> logcumsumexp_vjp(np.asarray([0.0, 0.0, 0.0]), np.asarray([0.0, 1.0, 0.0]))
+    array([0.5, 0.5, 0. ])
+    """
+    library, _ = _checks.array("x", x)
+    _checks.floating("x", x, library)
+    _checks.companion("dy", dy, "x", x, library)
+    _checks.floating("dy", dy, library)
+    _checks.like_shape("dy", dy, "x", x)
+    return _running("logcumsumexp_vjp", x, dy, axis)
+
+
+def _running(operation: str, x: ArrayT, dy: Any, axis: Any) -> ArrayT:
+    """Check the arguments of a running sum and answer."""
     library, dtype = _checks.array("x", x)
     axes = (_checks.one_axis(axis, x.ndim),)
     _checks.known_length("x", x, axes[0])
     compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)
     request = Request(
-        "logcumsumexp", library, x, dtype.name, axes, compute_dtype, result_dtype,
-        library.tracing(x),
+        operation, library, x, dtype.name, axes, compute_dtype, result_dtype,
+        library.tracing(x, *(() if dy is None else (dy,))), dy=dy,
     )  # fmt: skip
-    y: ArrayT = run(request, _portable_logcumsumexp)
+    y: ArrayT = run(request, _portable_running)
     return y
 
 
@@ -175,9 +235,11 @@ def _portable_logmeanexp(request: Request) -> Any:
     return library.cast(y, request.result_dtype)
 
 
-def _portable_logcumsumexp(request: Request) -> Any:
-    """Return the logarithms of the running sums."""
+def _portable_running(request: Request) -> Any:
+    """Return the logarithms of the running sums, or the gradient through them."""
     library = request.library
-    x = library.cast(request.x, request.compute_dtype)
-    y = library.compiled(portable.logcumsumexp)(library.xp, x, request.axes[0])
-    return library.cast(y, request.result_dtype)
+    given = [
+        library.cast(a, request.compute_dtype) for a in (request.x, request.dy) if a is not None
+    ]
+    function = library.compiled(getattr(portable, request.operation))
+    return library.cast(function(library.xp, *given, request.axis), request.result_dtype)

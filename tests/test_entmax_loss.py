@@ -15,7 +15,7 @@ LOGITS = np.asarray(
     [[0.3, -1.2, 2.0, 0.7], [4.0, 1.0, -3.0, 0.5], [-2.0, -2.0, 1.5, 1.5], [0.1, 0.2, 0.3, 1.0]]
 )
 INDICES = np.asarray([2, 0, 0, 1])
-ALPHAS = (1.0, 1 + 1e-9, 1.25, 1.5, 2.0)
+ALPHAS = (1.0, 1 + 1e-9, 1.25, 1.5, 2.0, 3.0, 10.0, np.inf)
 
 
 def exact_loss(row, t, alpha):
@@ -24,6 +24,8 @@ def exact_loss(row, t, alpha):
     p = exact_entmax(row, alpha)
 
     def entropy(q):
+        if a == mp.inf:
+            return mpf(0)
         if a == 1:
             return -mp.fsum(v * mp.log(v) for v in q if v)
         return (1 - mp.fsum(v**a for v in q if v)) / (a * (a - 1))
@@ -74,7 +76,7 @@ def test_alpha_1_is_cross_entropy(xp):
         np.testing.assert_allclose(xp.numpy(a), xp.numpy(e), rtol=1e-13, atol=1e-16)
 
 
-@pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
+@pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0, 3.0, np.inf])
 def test_it_is_never_negative_and_0_at_its_own_probabilities(xp, alpha):
     rng = np.random.default_rng(71)
     x = (rng.normal(size=(50, 6)) * rng.choice([0.01, 1.0, 5.0], size=(50, 1))).astype(np.float32)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import reference
-from asserts import assert_close, assert_like
+from asserts import assert_close, assert_like, assert_same
 from mpmath import mp, mpf
 from test_values import ROWS
 
@@ -215,6 +215,60 @@ def test_the_confident_end_of_running_sums(xp):
 
 
 # --------------------------------------------------------------------------- derivatives
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_gradient_of_entropy(xp, dtype):
+    """The documented formula, in many digits."""
+    eps = np.finfo(dtype).eps
+    for name, rows in FINITE.items():
+        x = rows.astype(dtype)
+        h, grad = ps.entropy_value_and_grad(xp.asarray(x))
+        assert_same(xp, h, ps.entropy(xp.asarray(x)))
+        grad = assert_like(xp, grad, x.shape, dtype)
+        for a, row in zip(grad, x, strict=True):
+            logs = reference.log_softmax(reference.exact(row))
+            exact_h = -mp.fsum(mp.exp(v) * v for v in logs)
+            for value, log in zip(a, logs, strict=True):
+                size = mp.exp(log) * (1 + abs(log))
+                bound = 8 * eps * size + float(np.finfo(dtype).tiny)
+                assert abs(mpf(float(value)) + mp.exp(log) * (log + exact_h)) <= bound, name
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_gradients_of_divergence(xp, reduction):
+    """The documented formulas, in many digits; q - p keeps its digits where q is near p."""
+    rng = np.random.default_rng(38)
+    p = rng.normal(size=(3, 4))
+    q = p + np.asarray([[1.0], [1e-7], [20.0]]) * rng.normal(size=(3, 4))
+    for t, scale in ((1.0, 1), (3.0, 9)):
+        options = {"temperature": t, "distillation": scale == 9, "reduction": reduction}
+        value, grads = ps.kl_divergence_value_and_grad(xp.asarray(p), xp.asarray(q), **options)
+        assert_same(xp, value, ps.kl_divergence(xp.asarray(p), xp.asarray(q), **options))
+        expected = np.empty((2, 3, 4))
+        for i in range(3):
+            rows = [reference.exact(a[i]) for a in (p, q)]
+            logs = [reference.log_softmax([v / mpf(t) for v in row]) for row in rows]
+            k = exact_divergence(*rows, t)
+            for j, (lp, lq) in enumerate(zip(*logs, strict=True)):
+                ends = mp.exp(lp) * (lp - lq - k), mp.exp(lq) - mp.exp(lp)
+                positions = 3 if reduction == "mean" else 1
+                expected[:, i, j] = [float(v * scale / mpf(t) / positions) for v in ends]
+        for grad, want in zip(grads, expected, strict=True):
+            assert_close(xp, grad, want, rtol=1e-7, atol=1e-16)
+        np.testing.assert_allclose(xp.numpy(grads[1])[[0, 2]], expected[1, [0, 2]], rtol=1e-12)
+
+
+def test_the_gradient_of_logcumsumexp(xp):
+    rng = np.random.default_rng(39)
+    x, dy = rng.normal(size=(2, 11, 3)) * 3
+    sums = np.cumsum(np.exp(x), axis=0)
+    expected = np.exp(x) * np.cumsum((dy / sums)[::-1], axis=0)[::-1]
+    actual = ps.logcumsumexp_vjp(xp.asarray(x), xp.asarray(dy), axis=0)
+    assert_close(xp, actual, expected, rtol=1e-11, atol=1e-14)
+    far = xp.asarray([-np.inf, 0.0, 2000.0, -np.inf, 0.0])
+    actual = ps.logcumsumexp_vjp(far, xp.asarray([7.0, 1.0, 2.0, 3.0, 4.0]))
+    assert_close(xp, actual, [0.0, 1.0, 9.0, 0.0, 0.0])
 
 
 def gradient(xp, f, *arrays):

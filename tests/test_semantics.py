@@ -853,6 +853,30 @@ def test_divergence_of_infinities(xp):
     assert_close(xp, ps.kl_divergence(nothing, nothing, reduction="none"), [0.0, 0.0])
 
 
+def test_gradients_of_entropy_and_divergence_at_the_edges(xp):
+    """entropy_value_and_grad, kl_divergence_value_and_grad: a probability of 0; -inf only; no class; no position | gradient 0; nan; empty; mean nan, gradient empty"""  # noqa: E501
+    x = xp.asarray([[0.0, -INF, 0.0], [-INF] * 3])
+    h, grad = ps.entropy_value_and_grad(x)
+    assert_close(xp, h, [np.log(2), NAN])
+    assert_close(xp, grad, [[0.0] * 3, [NAN] * 3], atol=1e-16)
+    flat = xp.asarray(np.zeros((2, 3)))
+    k, (by_p, by_q) = ps.kl_divergence_value_and_grad(x, flat, reduction="sum")
+    assert_close(xp, k, NAN)
+    assert_close(xp, by_p, [[0.0] * 3, [NAN] * 3], atol=1e-16)
+    assert_close(xp, by_q, [[-1 / 6, 1 / 3, -1 / 6], [NAN] * 3])
+    for shape in ((0, 3), (2, 0)):
+        empty = xp.asarray(np.zeros(shape))
+        assert_like(xp, ps.entropy_value_and_grad(empty)[1], shape, "float64")
+        k, (by_p, by_q) = ps.kl_divergence_value_and_grad(empty, empty)
+        assert_close(xp, k, NAN if shape[0] == 0 else 0.0)
+        assert_like(xp, by_p, shape, "float64")
+        assert_like(xp, by_q, shape, "float64")
+    assert_close(xp, ps.entropy_value_and_grad(xp.asarray(3.0), axis=None)[1], 0.0)
+    narrow, wide = xp.asarray([0.0, 1.0], "float32"), xp.asarray([0.0, 1.0])
+    _, (by_p, by_q) = ps.kl_divergence_value_and_grad(narrow, wide)
+    assert (xp.dtype_name(by_p), xp.dtype_name(by_q)) == ("float32", "float64")
+
+
 def test_divergence_of_others(xp):
     """kl_divergence of shapes that differ, or a wrong option | ValueError, TypeError naming it"""
     x = xp.asarray(np.zeros((2, 3)))
@@ -996,7 +1020,7 @@ def test_a_sink_of_another_kind(xp):
             f(x, sink=[0.0])
 
 
-@pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0, INF])
+@pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0, 3.0, INF])
 def test_entmax_of_infinities(xp, alpha):
     """entmax: -inf in a row; a row of -inf only, +inf or nan in a row; an empty axis | 0; nan; empty"""  # noqa: E501
     x = xp.asarray([[0.0, -INF, 0.0], [-INF] * 3, [INF, 0.0, 1.0], [NAN, 0.0, 0.0], [3.0] * 3])
@@ -1018,17 +1042,24 @@ def test_entmax_of_infinities(xp, alpha):
 
 
 def test_alpha_out_of_range(xp):
-    """alpha below 1, above 2 but inf, or nan; that is no number | ValueError; TypeError"""
+    """alpha below 1 or nan, or an array above 2 or of several; that is no number | ValueError; TypeError"""  # noqa: E501
     x = xp.asarray([0.0, 1.0])
     for f in (ps.entmax, lambda x, alpha: ps.entmax_vjp(x, x, alpha=alpha)):
-        for wrong in (0.5, -1, NAN, 2.5, -INF):
+        for wrong in (0.5, -1, NAN, -INF):
             with pytest.raises(ValueError, match=r"alpha is .*expected a number in \[1, "):
                 f(x, alpha=wrong)
         with pytest.raises(TypeError, match=r"alpha is '2'.*expected a Python number"):
             f(x, alpha="2")
+    if not xp.lazy:
+        with pytest.raises(ValueError, match=r"an array that holds 2.5, expected \[1, 2\]"):
+            ps.entmax(x, alpha=xp.asarray(2.5))
+    with pytest.raises(ValueError, match=r"alpha has shape \(2,\), expected \(\)"):
+        ps.entmax(x, alpha=x)
+    with pytest.raises(TypeError, match="alpha has dtype int64"):
+        ps.entmax(x, alpha=xp.asarray(np.asarray(2), "int64"))
 
 
-@pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0])
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0, 3.0, INF])
 def test_entmax_loss_at_the_edges(xp, alpha):
     """entmax_loss: an ignored row holding nan; a label out of range; a label at -inf; no position | no effect, gradient 0; as cross_entropy; inf; mean nan"""  # noqa: E501
     x = np.asarray([[0.0, 1.0, 2.0], [NAN, INF, 0.0], [1.0, 0.5, -INF]])
@@ -1051,5 +1082,3 @@ def test_entmax_loss_at_the_edges(xp, alpha):
     nothing = xp.asarray(np.zeros((0, 3))), xp.asarray(np.zeros(0), "int64")
     for reduction, expected in (("mean", NAN), ("sum", 0.0)):
         assert_close(xp, ps.entmax_loss(*nothing, alpha=alpha, reduction=reduction), expected)
-    with pytest.raises(ValueError, match=r"alpha is inf, expected a number in \[1, "):
-        ps.entmax_loss(xp.asarray(x), xp.asarray([0, 0, 0]), alpha=INF)

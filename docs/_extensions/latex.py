@@ -76,6 +76,13 @@ LATEX = {
     "dKL/dlogits_q_j = (q_j - p_j) / T": (
         r"\frac{\partial\,\mathrm{KL}}{\partial\,\mathrm{logits\_q}_j} = \frac{q_j - p_j}{T}"
     ),
+    "(H, d sum(H) / d logits)": (
+        r"\Bigl(H, \; \frac{\partial \sum H}{\partial\,\mathrm{logits}}\Bigr)"
+    ),
+    "(K, (d sum(K) / d logits_p, d sum(K) / d logits_q))": (
+        r"\Bigl(K, \; \Bigl(\frac{\partial \sum K}{\partial\,\mathrm{logits\_p}}, \;"
+        r" \frac{\partial \sum K}{\partial\,\mathrm{logits\_q}}\Bigr)\Bigr)"
+    ),
     # entmax, sparsemax
     "y_j = max(0, 1 + c * (x_j - max - s))^(1/c)": (
         r"y_j = \max\bigl(0, \; 1 + c \, (x_j - \mathrm{max} - s)\bigr)^{1/c}"
@@ -83,6 +90,9 @@ LATEX = {
     "s such that sum_j y_j = 1": r"s \; \text{such that} \; \sum_j y_j = 1",
     "dx = g * (dy - sum(g * dy) / sum(g))": (
         r"dx_j = g_j \Bigl(dy_j - \frac{\sum_k g_k \, dy_k}{\sum_k g_k}\Bigr)"
+    ),
+    "dalpha = sum(dy * (g * sum(h) / sum(g) - h))": (
+        r"d\alpha = \sum_j dy_j \Bigl(g_j \, \frac{\sum_k h_k}{\sum_k g_k} - h_j\Bigr)"
     ),
     "y_j = max(0, x_j - tau)": r"y_j = \max(0, \; x_j - \tau)",
     "tau such that sum_j y_j = 1": r"\tau \; \text{such that} \; \sum_j y_j = 1",

@@ -236,6 +236,13 @@ def reduce_chunks(
     return of(xp).reduce_chunks(x, axes, function)
 
 
+def of_whole_rows(
+    xp: Namespace, x: Any, axes: tuple[int, ...], function: Callable[[Any], Any]
+) -> Any:
+    """Return what `function` makes of `x`, of the same shape and dtype, which needs whole rows."""
+    return of(xp).of_whole_rows(x, axes, function)
+
+
 def iterate(xp: Namespace, step: Callable[[Any], tuple[Any, Any]], x: Any, most: int) -> Any:
     """Return `x` after steps, each of which tells whether it changed anything; `most` at most."""
     return of(xp).iterate(step, x, most)

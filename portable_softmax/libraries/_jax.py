@@ -77,6 +77,10 @@ class Jax(Library):
         """Return whether `x` is no tracer."""
         return not _is_traced(x)
 
+    def follows(self, *values: Any) -> bool:
+        """Return whether one is a tracer, of whichever transform."""
+        return any(_is_traced(x) for x in values)
+
     def tracing(self, *arrays: Any) -> str:
         """Return ``"traced"`` under jit, grad, vmap and so on."""
         return "traced" if any(_is_traced(x) for x in arrays) else ""

@@ -213,6 +213,10 @@ class Library:
         """
         return function(x, axis=axes, keepdims=True)
 
+    def of_whole_rows(self, x: Any, axes: tuple[int, ...], function: Callable[[Any], Any]) -> Any:
+        """Return what `function` makes of `x`, of its shape and dtype, which needs whole rows."""
+        return function(x)
+
     def iterate(self, step: Callable[[Any], tuple[Any, Any]], x: Any, most: int) -> Any:
         """Return x after steps, each of which tells whether it changed anything; `most` at most.
 
@@ -236,6 +240,10 @@ class Library:
         A kernel takes ordinary arrays, and of the others those that it declares.
         """
         return "" if all(self.reads_values(x) for x in arrays) else "lazy"
+
+    def follows(self, *values: Any) -> bool:
+        """Return whether a derivative with respect to one of these values may be asked for."""
+        return False
 
     def transform(self, *arrays: Any) -> str:
         """Return which transform follows these arrays, traced or not; empty if none does."""

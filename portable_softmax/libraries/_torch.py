@@ -183,6 +183,13 @@ class Torch(Library):
             return "torch.jit.trace"
         return self.transform()
 
+    def follows(self, *values: Any) -> bool:
+        """Return whether autograd, a transform or a compiler follows one of these values."""
+        torch = self._torch
+        tensors = [x for x in values if isinstance(x, torch.Tensor)]
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        return wanted or torch.compiler.is_compiling() or self.transform(*tensors) != ""
+
     def transform(self, *arrays: Any) -> str:
         """Return which transform of torch follows these tensors, traced or not."""
         if self._lacks:

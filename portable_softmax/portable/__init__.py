@@ -24,7 +24,12 @@ from portable_softmax.portable._entmax import (
     entmax_loss_value_and_grad,
     entmax_vjp,
 )
-from portable_softmax.portable._entropy import entropy, kl_divergence
+from portable_softmax.portable._entropy import (
+    entropy,
+    entropy_value_and_grad,
+    kl_divergence,
+    kl_divergence_value_and_grad,
+)
 from portable_softmax.portable._linear_cross_entropy import (
     Gradients,
     Linear,
@@ -38,7 +43,7 @@ from portable_softmax.portable._linear_cross_entropy import (
     linear_cross_entropy_value_and_grad,
     tiles,
 )
-from portable_softmax.portable._logsums import logcumsumexp, logmeanexp
+from portable_softmax.portable._logsums import logcumsumexp, logcumsumexp_vjp, logmeanexp
 from portable_softmax.portable._online import (
     cross_entropy_of,
     fold_part,
@@ -83,10 +88,12 @@ __all__ = [
     "entmax_loss_value_and_grad",
     "entmax_vjp",
     "entropy",
+    "entropy_value_and_grad",
     "finished",
     "fold_part",
     "index_target",
     "kl_divergence",
+    "kl_divergence_value_and_grad",
     "label_target",
     "linear_cross_entropy",
     "linear_cross_entropy_value_and_grad",
@@ -94,6 +101,7 @@ __all__ = [
     "log_softmax_of",
     "log_softmax_vjp",
     "logcumsumexp",
+    "logcumsumexp_vjp",
     "logmeanexp",
     "logsumexp",
     "logsumexp_of",

@@ -61,6 +61,9 @@ class Target(NamedTuple):
     sample: Any = None  # its own weight; None where it is 1 everywhere
 
 
+EVERY = Target(None, None, None, None)  # every position counts as much as another
+
+
 # --------------------------------------------------------------------------- targets
 
 

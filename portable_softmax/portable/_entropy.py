@@ -17,7 +17,14 @@ from typing import Any
 
 from portable_softmax._typing import Namespace
 from portable_softmax.libraries import constant, scalar
-from portable_softmax.portable._state import fold
+from portable_softmax.portable._cross_entropy import (
+    EVERY,
+    mean_divisor,
+    nothing_to_inf,
+    reduced,
+)
+from portable_softmax.portable._divisor import divided
+from portable_softmax.portable._state import State, fold
 from portable_softmax.portable._sums import total
 
 Axes = tuple[int, ...]
@@ -30,18 +37,59 @@ def entropy(xp: Namespace, x: Any, axes: Axes) -> Any:
     """Return -sum(p * log(p)) of p = softmax(x), the axes kept with length 1."""
     if any(x.shape[a] == 0 for a in axes):
         return total(xp, x, axes)  # of nothing: 0
+    return _entropy(xp, x, axes)[0]
+
+
+def entropy_value_and_grad(xp: Namespace, x: Any, axes: Axes) -> tuple[Any, Any]:
+    """Return the entropy and p * (-log(p) - entropy), where log1p(rest) cancels."""
+    if any(x.shape[a] == 0 for a in axes):
+        return total(xp, x, axes), x
+    h, state, d, mean = _entropy(xp, x, axes)
+    return h, state.exps / (1.0 + state.rest) * (d - mean)
+
+
+def _entropy(xp: Namespace, x: Any, axes: Axes) -> tuple[Any, State, Any, Any]:
+    """Return the entropy, the state, max - x where that counts, and the mean of it."""
     state = fold(xp, x, axes)
     gone = constant(xp, state.exps) == 0
     d = xp.where(gone, scalar(xp, 0.0, x), -state.shifted)
-    return state.log + total(xp, state.exps * d, axes) / (1.0 + state.rest)
+    mean = total(xp, state.exps * d, axes) / (1.0 + state.rest)
+    return state.log + mean, state, d, mean
 
 
-def kl_divergence(
-    xp: Namespace, p_logits: Any, q_logits: Any, axes: Axes, *, temperature: float = 1.0
-) -> Any:
-    """Return sum(p * (log(p) - log(q))), the axes kept with length 1."""
+def kl_divergence(xp: Namespace, p_logits: Any, q_logits: Any, axis: int, options: Any) -> Any:
+    """Return the reduced sum(p * (log(p) - log(q)))."""
+    each, *_ = _divergence(xp, p_logits, q_logits, (axis,), options.temperature)
+    return reduced(xp, _distilled(each, options), EVERY, axis, options.reduction)
+
+
+def kl_divergence_value_and_grad(
+    xp: Namespace, p_logits: Any, q_logits: Any, axis: int, options: Any
+) -> tuple[Any, Any, Any]:
+    """Return that, p * (log(p) - log(q) - each) / T and (q - p) / T, scaled as the value is."""
+    t = options.temperature
+    each, p, q, u = _divergence(xp, p_logits, q_logits, (axis,), t)
+    gone = p == 0
+    by_p = xp.where(gone, scalar(xp, 0.0, p), -p * (u + each))
+    near = xp.abs(u) <= 1.0
+    by_q = xp.where(near & ~gone, p * xp.expm1(xp.where(near, u, scalar(xp, 0.0, u))), q - p)
+    each = _distilled(each, options)
+    scale = nothing_to_inf(xp, mean_divisor(xp, each, EVERY)) if options.reduction == "mean" else 1
+    slopes = (_distilled(divided(xp, slope, t), options) / scale for slope in (by_p, by_q))
+    return reduced(xp, each, EVERY, axis, options.reduction), *slopes
+
+
+def _distilled(x: Any, options: Any) -> Any:
+    """Return x * T^2 if that is asked for; T^2 itself may leave the range."""
+    return x * options.temperature * options.temperature if options.distillation else x
+
+
+def _divergence(
+    xp: Namespace, p_logits: Any, q_logits: Any, axes: Axes, temperature: float
+) -> tuple[Any, Any, Any, Any]:
+    """Return the divergences, the axes kept with length 1, p, q, and log(q) - log(p)."""
     if any(p_logits.shape[a] == 0 for a in axes):
-        return total(xp, p_logits + q_logits, axes)
+        return total(xp, p_logits + q_logits, axes), p_logits, q_logits, p_logits
     by_p = fold(xp, p_logits, axes, temperature=temperature)
     by_q = fold(xp, q_logits, axes, temperature=temperature)
     p, q = by_p.exps / (1.0 + by_p.rest), by_q.exps / (1.0 + by_q.rest)
@@ -54,7 +102,7 @@ def kl_divergence(
     large = constant(xp, u) > 1.0
     small = p * exp_minus_its_tangent(xp, xp.where(large, one, u))
     terms = xp.where(large, q - p * (1.0 + xp.where(large, u, zero)), small)
-    return total(xp, xp.where(gone, q, terms), axes)
+    return total(xp, xp.where(gone, q, terms), axes), p, q, u
 
 
 def exp_minus_its_tangent(xp: Namespace, u: Any) -> Any:
@@ -62,8 +110,13 @@ def exp_minus_its_tangent(xp: Namespace, u: Any) -> Any:
     zero = scalar(xp, 0.0, u)
     near = xp.abs(constant(xp, u)) <= 1.0
     v = xp.where(near, u, zero)
+    far = xp.where(near, zero, u)
+    return xp.where(near, v * v * beyond_its_tangent(xp, v), xp.expm1(far) - far)
+
+
+def beyond_its_tangent(xp: Namespace, u: Any) -> Any:
+    """Return (exp(u) - 1 - u) / u^2, for |u| <= 1."""
     series = scalar(xp, 0.0, u)
     for coefficient in _SERIES:
-        series = series * v + coefficient
-    far = xp.where(near, zero, u)
-    return xp.where(near, v * v * series, xp.expm1(far) - far)
+        series = series * u + coefficient
+    return series

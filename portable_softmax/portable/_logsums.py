@@ -72,6 +72,25 @@ def logcumsumexp(xp: Namespace, x: Any, axis: int) -> Any:
     return xp.where(infinite, m, m + xp.log1p(xp.where(infinite, scalar(xp, 0.0, m), rest)))
 
 
+def logcumsumexp_vjp(xp: Namespace, x: Any, dy: Any, axis: int) -> Any:
+    """Return sum_{i >= j} dy_i exp(x_j - y_i), whose exponents are not above 0.
+
+    Each round adds to the sum over the next 1, 2, 4, ... entries that over as many behind them.
+    """
+    y = logcumsumexp(xp, x, axis)
+    n, step = x.shape[axis], 1
+    before, zero = (slice(None),) * axis, scalar(xp, 0.0, x)
+    finite = ~xp.isinf(y)
+    while step < n:
+        first, late = (*before, slice(0, n - step), ...), (*before, slice(step, n), ...)
+        both = finite[first] & (finite[late] | (y[late] > 0))
+        fall = xp.where(both, xp.exp(y[first] - y[late]), zero)
+        end = dy[(*before, slice(n - step, n), ...)]
+        dy = xp.concat([dy[first] + fall * dy[late], end], axis=axis)
+        step *= 2
+    return dy * xp.where(x == -math.inf, zero, xp.exp(x - y))
+
+
 def _merged(xp: Namespace, m1: Any, r1: Any, m2: Any, r2: Any) -> tuple[Any, Any]:
     """Return the state of two sets of entries."""
     first = (m1 >= m2) | xp.isnan(m1)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from portable_softmax._typing import Namespace
 from portable_softmax.libraries import constant, scalar
-from portable_softmax.portable._cross_entropy import Target, mean_divisor, nothing_to_inf
+from portable_softmax.portable._cross_entropy import EVERY, mean_divisor, nothing_to_inf
 from portable_softmax.portable._divisor import divisor, halves, times_power_of_2
 from portable_softmax.portable._sums import total
 
@@ -56,11 +56,8 @@ def sigmoid_cross_entropy_value_and_grad(
         slopes.append(coefficient * slope)
     grad = slopes[0] - slopes[1]
     if options.reduction == "mean":
-        grad = grad / nothing_to_inf(xp, mean_divisor(xp, loss, _EVERY))
+        grad = grad / nothing_to_inf(xp, mean_divisor(xp, loss, EVERY))
     return _reduced(xp, loss, options.reduction), grad
-
-
-_EVERY = Target(index=None, distribution=None, counted=None, valid=None)
 
 
 def _losses(xp: Namespace, z: Any, t: Any, options: SigmoidOptions) -> Any:
@@ -145,4 +142,4 @@ def _reduced(xp: Namespace, loss: Any, reduction: str) -> Any:
         return summed
     if 0 in loss.shape:
         return summed + math.nan  # the mean of nothing
-    return summed / mean_divisor(xp, loss, _EVERY)
+    return summed / mean_divisor(xp, loss, EVERY)
