@@ -233,8 +233,9 @@ def _answer(
 ) -> Any:
     """Check everything that can be checked without reading values, and answer."""
     library, found = _checks.array("logits", logits)
-    _checks.companion("labels", labels, "logits", logits, library)
     at = _checks.one_axis(axis, logits.ndim)
+    labels = library.adopt(labels, logits, at)
+    _checks.companion("labels", labels, "logits", logits, library)
     indices = _checks.labels_are_indices(logits, labels, at, library)
     if library.chunked and (indices or weight is not None or label_smoothing != 0.0):
         _checks.known_length("logits", logits, at)

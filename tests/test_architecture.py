@@ -108,8 +108,8 @@ def test_kernels_do_not_import_each_other():
     """Each technology, a file or a folder, stands on what they share alone."""
     for path in (PACKAGE / "kernels").rglob("*.py"):
         own = path.relative_to(PACKAGE / "kernels").parts[0].removesuffix(".py")
-        # Tiles of a linear layer call a kernel for their rows, as the table says which.
-        if own in ("__init__", "_decide", "_linear", "_switches", "_table"):
+        # Tiles of a linear layer, and chunks, are calls of their own, which the table sends on.
+        if own in ("__init__", "_dask", "_decide", "_linear", "_switches", "_table"):
             continue
         for name, _ in imports(path):
             if name.startswith("portable_softmax.kernels"):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from calls import CALLS, as_tuple, every_call
 from numpy.testing import assert_allclose, assert_array_equal
 
 import portable_softmax as ps
+from portable_softmax import kernels
+from portable_softmax.kernels import _decide
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +64,110 @@ def test_chunks_do_not_change_the_values(da, xp, chunks):
         expected = ps.cross_entropy_value_and_grad(TABLE, LABELS, **more)
         for a, e in zip(actual, expected, strict=True):
             assert_allclose(xp.numpy(a), e, rtol=1e-12, atol=1e-15)
+
+
+ON_CHUNKS = [name for name in CALLS if name.partition("(")[0] in kernels.available()["dask chunks"]]
+
+
+@pytest.mark.parametrize("name", ON_CHUNKS)
+def test_chunks_of_whole_rows(da, name):
+    """As in NumPy, which each chunk's call goes to."""
+    import dask
+
+    call = CALLS[name]
+
+    def cut(array):
+        return da.from_array(array, chunks=(1, *array.shape[1:]) if array.ndim > 1 else -1)
+
+    expected = call.outputs(np.asarray)
+    with dask.config.set(scheduler="synchronous"):
+        found = dask.compute(*call.outputs(cut))
+    for y, e in zip(found, expected, strict=True):
+        assert (y.dtype, y.shape) == (e.dtype, e.shape)
+        assert_allclose(y, e, rtol=1e-12, atol=1e-14)
+
+
+def tasks_of(*arrays):
+    """Return how many tasks there are of each name, but for those that make the arrays."""
+    import dask
+
+    seen = Counter()
+
+    def scheduler(graph, keys, **_):
+        graph = dict(getattr(graph, "__dask_graph__", lambda: graph)())  # newer Dask, older Dask
+        names = ((k[0] if isinstance(k, tuple) else k).rpartition("-")[0] for k in graph)
+        seen.update(name for name in names if name.partition("-")[0] not in SOURCES)
+        return dask.get(graph, keys)
+
+    dask.compute(*arrays, scheduler=scheduler)
+    return seen.total()
+
+
+SOURCES = ("array", "finalize", "arange", "mod")
+
+
+@pytest.mark.parametrize(
+    ("function", "each"),
+    [
+        (ps.softmax, 1),
+        (ps.log_softmax, 1),
+        (lambda x: ps.logsumexp(x, axis=1), 1),
+        (lambda x: ps.softmax_vjp(x, x), 1),
+        (lambda x: ps.cross_entropy(x, np.arange(len(x)) % 7), 1),
+        (lambda x: ps.cross_entropy_value_and_grad(x, np.arange(len(x)) % 7), 3),
+    ],
+)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_tasks_a_chunk(da, function, each, parts):
+    """Those that fold or finish a chunk; a tree of merges has one for each eight chunks more."""
+    x = da.from_array(np.random.default_rng(0).normal(size=(64, 12)), chunks=(1, 12 // parts))
+    chunks = x.npartitions
+    merges = 0 if function in (ps.softmax, ps.log_softmax) else 10
+    if parts > 1:
+        each, merges = 2, merges + 3 * 64
+    assert tasks_of(*as_tuple(function(x))) <= each * chunks + merges
+
+
+def test_a_chunk_takes_the_kernel_of_its_library(da, xp, monkeypatch):
+    """Once for each chunk, and as the switches were when the call was made."""
+    from portable_softmax.kernels import _numpy
+
+    seen = []
+    for name in ("softmax", "cross_entropy_value_and_grad"):
+        real = getattr(_numpy, name)
+        monkeypatch.setattr(_numpy, name, lambda r, f=real: seen.append(r.operation) or f(r))
+    monkeypatch.setattr(_decide, "_ROUTES", {})
+    x, labels = da.from_array(TABLE, (2, 12)), da.from_array(LABELS, 2)
+    with kernels.without("numpy tiles"):
+        plain = ps.softmax(x)
+    assert_allclose(plain.compute(scheduler="threads"), ps.softmax(TABLE), rtol=1e-13)
+    assert seen == ["softmax"]
+    del seen[:]
+    y, loss = ps.softmax(x), ps.cross_entropy_value_and_grad(x, labels)[0]
+    assert seen == []
+    y.compute(scheduler="threads")
+    assert seen == ["softmax"] * 4
+    loss.compute(scheduler="threads")
+    assert seen[4:] == ["cross_entropy_value_and_grad"] * 4
+
+
+@pytest.mark.parametrize("chunks", [(3, 12), (3, 5)])
+def test_labels_of_numpy(da, xp, computes_nothing, chunks):
+    x = da.from_array(TABLE, chunks)
+    for labels in (LABELS, np.abs(TABLE)):
+        found = ps.cross_entropy_value_and_grad(x, labels)
+        for y, e in zip(found, ps.cross_entropy_value_and_grad(TABLE, labels), strict=True):
+            assert_allclose(xp.numpy(y), e, rtol=1e-12, atol=1e-15)
+    with pytest.raises(TypeError, match="labels is a list"):
+        ps.cross_entropy(x, [0] * 8)
+    with pytest.raises(ValueError, match="labels have shape"):
+        ps.cross_entropy(x, LABELS[:3])
+
+
+def test_equal_calls_are_one_computation(da):
+    x, labels = da.from_array(TABLE, (3, 5)), da.from_array(LABELS, 3)
+    for f in (ps.softmax, lambda x: ps.cross_entropy_value_and_grad(x, labels)[1]):
+        assert f(x).name == f(x).name
 
 
 def test_unknown_chunk_sizes_along_the_batch(da, xp, computes_nothing):

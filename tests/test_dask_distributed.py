@@ -50,6 +50,9 @@ def test_an_array_is_reduced_by_a_worker_that_could_not_hold_it(client, chunks):
     # Over uniform numbers the mean of exp is e - 1, and that of the label's own 1/2.
     assert abs(lse - np.log(x.size * (np.e - 1))) < 1e-3
     assert abs(loss - (np.log(SHAPE[1] * (np.e - 1)) - 0.5)) < 1e-2
+    arrays = ps.softmax(x), ps.cross_entropy_value_and_grad(x, labels, ignore_index=1)[1]
+    for array in arrays:
+        assert 0 < client.compute(abs(array).max()).result(timeout=120) < 1
     (most,) = client.run(peak_memory).values()
     assert most < LIMIT
 

@@ -620,6 +620,45 @@ def test_jax_makes_the_logits_once(jax, xp):
 # --------------------------------------------------------------------------- Dask
 
 
+ODD = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}
+
+
+@pytest.mark.parametrize("tile", [None, 16])
+@pytest.mark.parametrize("chunks", [(3, C, H), (3, 2, 2), (N, 1, H)], ids=str)
+def test_dask_chunks(da, chunks, tile):
+    """Positions, classes and what is multiplied may all be cut; the logits of none are stored."""
+    import dask
+
+    n, c, h = chunks
+    for labels, bias, options in (
+        (LABELS, BIAS, {}),
+        (LABELS, None, {"reduction": "sum", "weight": WEIGHT, "ignore_index": IGNORED}),
+        (LABELS, BIAS, {"reduction": "none", "where": MASK, **ODD}),
+        (LABELS, BIAS, {"where": CLASS_MASK[None], "ignore_index": 2, "z_loss": 0.1}),
+        (LABELS, BIAS, {"weight": WEIGHT, "ignore_index": IGNORED, **ODD}),
+        (PROBABILITIES, None, ODD),
+    ):
+        expected, slopes = stored(HIDDEN, CLASSIFIER, labels, bias, **options)
+        options = {**options, "bias": bias}
+        given = {
+            name: da.from_array(value, 2) if isinstance(value, np.ndarray) else value
+            for name, value in options.items()
+        }
+        arrays = [
+            da.from_array(array, cut)
+            for array, cut in ((HIDDEN, (n, h)), (CLASSIFIER, (c, h)), (labels, 4))
+        ]
+        both = ps.linear_cross_entropy_value_and_grad(*arrays, **given, tile=tile)
+        alone = ps.linear_cross_entropy(*arrays, **given, tile=tile)
+        with dask.config.set(scheduler="synchronous"):
+            (loss, grads), alone = dask.compute(both, alone)
+        for y, e in zip((loss, alone, *grads), (expected, expected, *slopes), strict=True):
+            if e is None:
+                assert y is None
+            else:
+                np.testing.assert_allclose(y, e, rtol=1e-10, atol=1e-12)
+
+
 def test_dask_stays_lazy(da, xp):
     import dask
 

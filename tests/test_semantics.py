@@ -439,8 +439,9 @@ def test_arrays_of_two_libraries(xp):
         pytest.skip("the other backends each meet NumPy here")
     x = xp.asarray(np.zeros((2, 2)))
     foreign = np.asarray([0, 1])
-    with pytest.raises(TypeError, match="labels is an array of numpy and logits one of"):
-        ps.cross_entropy(x, foreign)
+    if xp.library != "dask":  # which takes labels of NumPy
+        with pytest.raises(TypeError, match="labels is an array of numpy and logits one of"):
+            ps.cross_entropy(x, foreign)
     with pytest.raises(TypeError, match="where is an array of numpy and x one of"):
         ps.softmax(x, where=np.ones((2, 2), bool))
     with pytest.raises(TypeError, match="dy is an array of numpy and y one of"):

@@ -203,6 +203,11 @@ def operation(function: Function) -> Function:
     return function
 
 
+def public(name: str) -> Callable[..., Any]:
+    """Return the public function of a name, to be called from below."""
+    return _PUBLIC[name]
+
+
 def decision_for(operation: str, *args: Any, **kwargs: Any) -> Decision:
     """Call a public function up to the point where its path is decided."""
     if operation not in _PUBLIC:

@@ -147,6 +147,27 @@ TABLE = (
         )
         for library, adapter in (("torch", _TORCH), ("cupy", ""))
     ),
+    Kernel(
+        name="dask chunks",
+        why="each chunk by the kernel of its own library",
+        library="dask",
+        module=f"{_HERE}._dask",
+        operations=(*OPERATIONS, *LINEAR),
+        dtypes=(*FLOATS, *INTEGERS, "complex64", "complex128", "float128"),
+        options=(
+            *LOSS_OPTIONS,
+            PROBABILITIES,
+            "temperature",
+            EXTREME,
+            "dtype",
+            OTHER_DTYPE,
+            SAMPLES,
+            "sink",
+            "b",
+            "return_sign",
+        ),
+        tracing=("lazy",),
+    ),
     _LINEAR,
     _LINEAR._replace(library="cupy"),
     _LINEAR._replace(library="torch", adapter=f"{_TORCH}._linear"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 from portable_softmax.libraries._library import Library, numpy_dtype
 
@@ -30,6 +34,91 @@ class Dask(Library):
         """Return True."""
         return True
 
+    def adopt(self, labels: Any, logits: Any, axis: int) -> Any:
+        """Return `labels`, those of NumPy in chunks as the logits have."""
+        if type(labels) is not np.ndarray:
+            return labels
+        whole = labels.ndim == logits.ndim
+        chunks = tuple(c for a, c in enumerate(logits.chunks) if whole or a != axis)
+        fits = tuple(map(sum, chunks)) == labels.shape
+        return self.xp.from_array(labels, chunks=chunks if fits else -1)
+
+    def chunks_along(self, x: Any, axes: Sequence[int]) -> int:
+        """Return how many chunks a row along `axes` is cut into."""
+        return math.prod(x.numblocks[a] for a in axes)
+
+    def whole(self, x: Any, axis: int = 0) -> Any:
+        """Return `x` in one chunk along an axis."""
+        return x if x.numblocks[axis] == 1 else x.rechunk({axis: -1})
+
+    def aligned(self, x: Any, like: Any, axes: Sequence[int]) -> Any:
+        """Return `x`, whose axes are those `axes` of `like`, cut into chunks as that is."""
+        new = {
+            i: like.chunks[a]
+            for i, a in enumerate(axes)
+            # Of unknown lengths, which are nan, the chunks must correspond already.
+            if x.shape[i] == like.shape[a] != 1 and x.chunks[i] != like.chunks[a]
+        }
+        return x.rechunk(new) if new else x
+
+    def numbers_along(self, x: Any, axis: int) -> Any:
+        """Return 0, 1, ... in chunks as those of an axis of `x`."""
+        return self.xp.arange(x.shape[axis], chunks=(x.chunks[axis],))
+
+    def each_chunk(
+        self,
+        function: Callable[..., Any],
+        out: Sequence[int],
+        *given: tuple[Any, Sequence[int]],
+        dtype: Any,
+        ones: Sequence[int] = (),
+        new: dict[int, Any] | None = None,
+        name: str | None = None,
+    ) -> Any:
+        """Return ``function(*chunks)`` of the chunks that belong together, one task for each.
+
+        Axes have numbers: `out` are those of the answer, of length 1 in each chunk if they are
+        among `ones`, and each array comes with its own. Of an axis that the answer does not have a
+        function gets its chunks in a list; `new` axes that no array has come with their length.
+        """
+        like = given[-1][0]._meta
+        meta = sys.modules["dask.array.utils"].meta_from_array(like, ndim=len(out), dtype=dtype)
+        parts = [part for array, axes in given for part in (array, tuple(axes))]
+        return sys.modules["dask.array"].blockwise(
+            function,
+            tuple(out),
+            *parts,
+            dtype=dtype,
+            meta=meta,
+            adjust_chunks=dict.fromkeys(ones, 1),
+            new_axes=new,
+            token=name,
+        )
+
+    def merge_chunks(
+        self,
+        x: Any,
+        axes: Sequence[int],
+        merge: Callable[[list[Any]], Any],
+        *,
+        take: Callable[[Any], Any] | None = None,
+        finish: Callable[[Any], Any] | None = None,
+        keepdims: bool = True,
+        dtype: Any,
+    ) -> Any:
+        """Merge the chunks of `x`, whatever they hold, along `axes` in a tree.
+
+        ``take(chunk)`` is what is merged of a chunk, and ``finish(merged)`` is the answer.
+        """
+        meta = sys.modules["dask.array.utils"].meta_from_array(
+            x._meta, ndim=x.ndim if keepdims else x.ndim - len(axes), dtype=dtype
+        )
+        return sys.modules["dask.array"].reduction(
+            x, chunk=partial(_taken, take), combine=partial(_merged, merge, None),
+            aggregate=partial(_merged, merge, finish), axis=tuple(axes), keepdims=keepdims,
+            concatenate=False, split_every=dict.fromkeys(axes, 8), dtype=dtype, meta=meta,
+        )  # fmt: skip
+
     def reduce_chunks(self, x: Any, axes: tuple[int, ...], function: Callable[..., Any]) -> Any:
         """Fold each chunk, then merge what chunks gave in a tree."""
         reduction = sys.modules["dask.array"].reduction
@@ -41,3 +130,20 @@ class Dask(Library):
         """Return what `function` makes of `x`, in chunks that hold whole rows."""
         cut = {axis: -1 for axis in axes if len(x.chunks[axis]) > 1}
         return (x.rechunk(cut) if cut else x).map_blocks(function, dtype=x.dtype, meta=x._meta)
+
+
+def _taken(take: Callable[[Any], Any] | None, chunk: Any, axis: Any, keepdims: bool) -> Any:
+    return chunk if take is None else take(chunk)
+
+
+def _merged(merge: Any, finish: Any, parts: Any, axis: Any, keepdims: bool) -> Any:
+    found = merge(list(_flat(parts)))
+    return found if finish is None else finish(found)
+
+
+def _flat(parts: Any) -> Iterator[Any]:
+    for part in parts if isinstance(parts, list) else [parts]:
+        if isinstance(part, list):
+            yield from _flat(part)
+        else:
+            yield part

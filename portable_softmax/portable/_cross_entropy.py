@@ -401,7 +401,11 @@ def reduced(xp: Namespace, loss: Any, target: Target, axis: int, reduction: str)
     summed = xp.sum(total(xp, loss, tuple(range(loss.ndim))))
     if reduction == "sum":
         return summed
-    divisor = mean_divisor(xp, loss, target)
+    return mean(xp, summed, mean_divisor(xp, loss, target))
+
+
+def mean(xp: Namespace, summed: Any, divisor: Any) -> Any:
+    """Return a sum of losses divided by the weights that count."""
     # Smoothing may leave a loss where the labels' weights sum to 0, which is no infinite mean but
     # nan: 0 / 0, as a constant nan would be reported by what looks for one (jax.debug_nans).
     zero = scalar(xp, 0.0, summed)

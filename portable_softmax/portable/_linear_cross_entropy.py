@@ -5,12 +5,8 @@ With the logits x of a tile of positions and the gradient g of their losses ::
     x = h W^T + b          dh = g W          dW = sum over tiles of g^T h          db = sum of g
 
 The loss and g of a tile of whole rows are those of `_cross_entropy`. Where a row of logits is
-longer than a tile, its classes are folded tile by tile into the state (max, rest) and the sums ::
-
-    gap = sum_j q_j (max - x_j)          Q = sum_j q_j          u = sum_j weight_j t_j
-    loss = gap + Q log1p(rest) + z_loss u logsumexp^2
-
-that merge as the states do, and g follows in a second pass over the tiles.
+longer than a tile, its classes are folded tile by tile (`_loss_in_parts`), and g follows in a
+second pass over the tiles.
 """
 
 from __future__ import annotations
@@ -20,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries import cast, constant, default_int, device, scalar
+from portable_softmax.libraries import cast, default_int, device, scalar
 from portable_softmax.portable._cross_entropy import (
     Options,
     Target,
@@ -32,13 +28,15 @@ from portable_softmax.portable._cross_entropy import (
     nothing_to_inf,
     pick,
     reduced,
-    softcap_derivative,
-    softcapped,
-    times,
-    weighted,
 )
-from portable_softmax.portable._online import fold_part, merge
-from portable_softmax.portable._state import difference_error
+from portable_softmax.portable._loss_in_parts import (
+    Part,
+    finished_loss,
+    fold_part_of_loss,
+    gradient_of_part,
+    merge_losses,
+    part_of_loss,
+)
 from portable_softmax.portable._sums import total
 
 ROW = Options(reduction="none")
@@ -261,26 +259,6 @@ def _long_rows(
 # --------------------------------------------------------------------------- tiles of a row
 
 
-class _Tile(NamedTuple):
-    """Some classes of some positions; `q` and what is summed of it have no infinite weight."""
-
-    inputs: Any  # the logits before `softcap`
-    x: Any  # the logits that are folded
-    mask: Any  # which take part, or None
-    q: Any
-    u: Any
-
-
-class _Sums(NamedTuple):
-    """What there is one of a position, with length 1 along the classes."""
-
-    max: Any
-    rest: Any
-    gap: Any
-    q: Any
-    u: Any
-
-
 def by_classes(
     xp: Namespace,
     problem: Linear,
@@ -295,28 +273,14 @@ def by_classes(
     count = _count(xp, problem)
     sums, all_cuts = None, cuts(problem.classes, width)
     for classes in all_cuts:
-        sums = _merged(xp, sums, _folded(xp, _tile(xp, problem, labels, classes, count)))
+        part = fold_part_of_loss(xp, _tile(xp, problem, labels, classes, count))
+        sums = part if sums is None else merge_losses(xp, [sums, part])
     assert sums is not None
-    log = cast(xp, xp.log1p(sums.rest), problem.dtype)
-    loss = sums.gap + times(xp, sums.q, log)
-    z, lse = problem.options.z_loss, sums.max + log
-    if z != 0.0:
-        loss = loss + times(xp, sums.u, z * (lse * lse))
-    factor = None
-    if labels.valid is not None:
-        one, nan = scalar(xp, 1.0, loss), scalar(xp, math.nan, loss)
-        factor = xp.where(labels.valid, one, nan)
-        loss = loss * factor
-    if labels.counted is not None:
-        loss = xp.where(labels.counted, loss, scalar(xp, 0.0, loss))
-    if take is None:
-        return loss, labels.weight
-    a = sums.q if z == 0.0 else sums.q + times(xp, sums.u, 2.0 * z * lse)
-    a = a if factor is None else a * factor
-    rest = cast(xp, sums.rest, problem.dtype)
-    for classes in all_cuts:
-        tile = _tile(xp, problem, labels, classes, count)
-        take(classes, _gradient(xp, tile, sums.max, rest, a, problem.options, labels.counted))
+    loss, a = finished_loss(xp, sums, labels, problem.options)
+    if take is not None:
+        for classes in all_cuts:
+            tile = _tile(xp, problem, labels, classes, count)
+            take(classes, gradient_of_part(xp, tile, sums, a, problem.options, labels.counted))
     return loss, labels.weight
 
 
@@ -363,74 +327,15 @@ def _count(xp: Namespace, problem: Linear) -> Any:
     return xp.where(n == 0, scalar(xp, 1.0, n), n)
 
 
-def _tile(xp: Namespace, problem: Linear, labels: Target, classes: slice, count: Any) -> _Tile:
-    options = problem.options
-    x = logits_of(xp, problem, classes)
-    zero, mask = scalar(xp, 0.0, x), options.where
-    if mask is not None:
-        mask = mask if mask.shape[-1] == 1 else mask[..., classes]
-        x = xp.where(mask, x, zero)
-    if labels.counted is not None:
-        x = xp.where(labels.counted, x, zero)
-    inputs = x
-    if options.softcap is not None:
-        x = softcapped(xp, x, options.softcap)
+def _tile(xp: Namespace, problem: Linear, labels: Target, classes: slice, count: Any) -> Part:
+    x, options = logits_of(xp, problem, classes), problem.options
+    mask, weight = options.where, options.weight
+    if mask is not None and mask.shape[-1] != 1:
+        mask = mask[..., classes]
     if labels.index is None:
-        t = cast(xp, labels.distribution[:, classes], problem.dtype)
+        there = cast(xp, labels.distribution[:, classes], problem.dtype)
     else:
-        numbers = xp.arange(classes.start, classes.stop, dtype=labels.index.dtype, device=device(x))
-        t = xp.where(numbers == labels.index, scalar(xp, 1.0, x), zero)
-    if mask is not None:
-        x = xp.where(mask, x, scalar(xp, -math.inf, x))
-        t = xp.where(mask, t, zero)
-    q = t
-    if options.label_smoothing != 0.0:
-        q = (1.0 - options.label_smoothing) * t + options.label_smoothing / count
-        if mask is not None:
-            q = xp.where(mask, q, zero)
-    if options.weight is not None:
-        weight = options.weight[None, classes]
-        t, q = weighted(xp, t, weight), weighted(xp, q, weight)
-    u = total(xp, t, (1,))
-    if labels.counted is not None:
-        q, u = xp.where(labels.counted, q, zero), xp.where(labels.counted, u, zero)
-    return _Tile(inputs, x, mask, q, u)
-
-
-def _finite(xp: Namespace, m: Any) -> Any:
-    return xp.where(xp.isinf(m), scalar(xp, 0.0, m), m)
-
-
-def _folded(xp: Namespace, tile: _Tile) -> _Sums:
-    m, rest = fold_part(xp, tile.x, (1,))
-    gap = total(xp, times(xp, tile.q, _finite(xp, m) - tile.x), (1,))
-    return _Sums(m, rest, gap, total(xp, tile.q, (1,)), tile.u)
-
-
-def _merged(xp: Namespace, one: _Sums | None, other: _Sums) -> _Sums:
-    if one is None:
-        return other
-    m, rest = merge(xp, [(one.max, one.rest), (other.max, other.rest)])
-    top = _finite(xp, m)
-    gaps = [s.gap + times(xp, s.q, top - _finite(xp, s.max)) for s in (one, other)]
-    return _Sums(m, rest, gaps[0] + gaps[1], one.q + other.q, one.u + other.u)
-
-
-def _gradient(
-    xp: Namespace, tile: _Tile, m: Any, rest: Any, a: Any, options: Options, counted: Any
-) -> Any:
-    """p_j * A - q_j, as `_cross_entropy` has it."""
-    difference = tile.x - m
-    exps = xp.exp(difference)
-    error = difference_error(xp, tile.x, m, difference)
-    error = xp.where(constant(xp, exps) > 0, error, scalar(xp, 0.0, error))
-    exps = exps * (1.0 + error)
-    g = ((exps * a - tile.q) - tile.q * rest) * (1.0 / (1.0 + rest))
-    zero = scalar(xp, 0.0, g)
-    if options.softcap is not None:
-        g = g * softcap_derivative(xp, tile.inputs, options.softcap)
-    if tile.mask is not None:
-        g = xp.where(tile.mask, g, zero)
-    if counted is not None:
-        g = xp.where(counted, g, zero)
-    return g
+        dtype = labels.index.dtype
+        there = xp.arange(classes.start, classes.stop, dtype=dtype, device=device(x))
+    weight = None if weight is None else weight[classes]
+    return part_of_loss(xp, x, there, labels, mask, weight, count, options)

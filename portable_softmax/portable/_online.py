@@ -19,7 +19,7 @@ from portable_softmax._typing import Namespace
 from portable_softmax.libraries import cast, constant, device, scalar, wider_dtype
 from portable_softmax.portable._divisor import divided, divisor, times_power_of_2
 from portable_softmax.portable._softmax import masked
-from portable_softmax.portable._state import difference_error, fold, maximum
+from portable_softmax.portable._state import exponentials, fold, from_maximum, maximum
 
 Folded = tuple[Any, Any]
 
@@ -31,11 +31,14 @@ def fold_part(
     *,
     where: Any = None,
     temperature: float = 1.0,
+    divide: bool = True,
 ) -> Folded:
     """Return the state of x / temperature, the axes kept with length 1.
 
-    `rest` has the wider dtype, so that any number of merges adds nothing to its error that counts
-    in the dtype of `x`, if there is a wider one.
+    Without `divide` the maximum is that of x, to be merged and finished with the same temperature:
+    then nothing of it is rounded before it is subtracted. `rest` has the wider dtype, so that any
+    number of merges adds nothing to its error that counts in the dtype of `x`, if there is a wider
+    one.
     """
     some = None
     if where is not None:
@@ -46,7 +49,7 @@ def fold_part(
     exponent = divisor(xp, temperature, x).exponent
     shift = times_power_of_2(xp, finite_m, -max(exponent, 0))
     rest = fold(xp, x, axes, shift=shift, temperature=temperature).rest
-    if temperature != 1.0:
+    if divide and temperature != 1.0:
         m = divided(xp, m, temperature)
     if some is not None:
         m = xp.where(some, m, scalar(xp, -math.inf, m))
@@ -65,7 +68,7 @@ def of_nothing(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Folded:
     return m, cast(xp, xp.full_like(m, -1.0), wider_dtype(xp, m))
 
 
-def merge(xp: Namespace, states: Sequence[Folded]) -> Folded:
+def merge(xp: Namespace, states: Sequence[Folded], temperature: float = 1.0) -> Folded:
     """Return the state of all parts, each read once."""
     m, wide = states[0][0], states[0][1].dtype
     for other, _ in states[1:]:
@@ -76,7 +79,9 @@ def merge(xp: Namespace, states: Sequence[Folded]) -> Folded:
     terms, maxima = [], scalar(xp, -1.0, shift)
     for part, rest in states:
         is_max = cast(xp, constant(xp, part) == m, wide)
-        terms.append(_moved(xp, cast(xp, part, wide), rest, shift, is_max))
+        exps = _moved(xp, cast(xp, part, wide), shift, temperature)
+        # (1 + rest) exps, where 1 - 1 is left out as a constant, so that its derivative stays.
+        terms.append(rest * exps + (exps - is_max))
         maxima = maxima + is_max
     while len(terms) > 1:  # in pairs
         odd = terms[-1:] if len(terms) % 2 else []
@@ -84,15 +89,11 @@ def merge(xp: Namespace, states: Sequence[Folded]) -> Folded:
     return m, terms[0] + maxima
 
 
-def _moved(xp: Namespace, m: Any, rest: Any, shift: Any, is_max: Any) -> Any:
-    """Return (1 + rest) exp(m - shift), without the 1 where m is the maximum of all."""
-    difference = m - shift
-    exps = xp.exp(difference)
-    error = difference_error(xp, m, shift, difference)
-    error = xp.where(constant(xp, exps) > 0, error, scalar(xp, 0.0, error))  # nan beside -inf
-    exps = exps * (1.0 + error)
-    # 1 - 1 is left out as a constant, so that its derivative stays. A state of nothing adds 0.
-    return rest * exps + (exps - is_max)
+def _moved(xp: Namespace, m: Any, shift: Any, temperature: float) -> Any:
+    """Return exp((m - shift) / temperature)."""
+    by = divisor(xp, temperature, m)
+    m, shift = (times_power_of_2(xp, part, -max(by.exponent, 0)) for part in (m, shift))
+    return exponentials(xp, m, shift, by)[1]
 
 
 def logsumexp_of(xp: Namespace, m: Any, rest: Any) -> Any:
@@ -103,14 +104,14 @@ def logsumexp_of(xp: Namespace, m: Any, rest: Any) -> Any:
     return cast(xp, value, m.dtype)
 
 
-def softmax_of(xp: Namespace, x: Any, m: Any, rest: Any) -> Any:
+def softmax_of(xp: Namespace, x: Any, m: Any, rest: Any, temperature: float = 1.0) -> Any:
     """exp(x - max) / (1 + rest)."""
-    return xp.exp(x - m) / cast(xp, 1.0 + rest, x.dtype)
+    return xp.exp(from_maximum(xp, x, m, temperature)) / cast(xp, 1.0 + rest, x.dtype)
 
 
-def log_softmax_of(xp: Namespace, x: Any, m: Any, rest: Any) -> Any:
+def log_softmax_of(xp: Namespace, x: Any, m: Any, rest: Any, temperature: float = 1.0) -> Any:
     """(x - max) - log1p(rest)."""
-    return (x - m) - cast(xp, xp.log1p(rest), x.dtype)
+    return from_maximum(xp, x, m, temperature) - cast(xp, xp.log1p(rest), x.dtype)
 
 
 def cross_entropy_of(xp: Namespace, m: Any, rest: Any, at_label: Any) -> Any:

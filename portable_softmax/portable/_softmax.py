@@ -19,8 +19,7 @@ from portable_softmax.libraries import (
     reduce_chunks,
     scalar,
 )
-from portable_softmax.portable._divisor import divisor, times_power_of_2
-from portable_softmax.portable._state import fold, greater, maximum
+from portable_softmax.portable._state import fold, from_maximum, greater, maximum
 from portable_softmax.portable._sums import total
 
 Axes = tuple[int, ...]
@@ -60,26 +59,31 @@ def softmax(
     """
     if where is not None:
         x, _ = masked(xp, x, where, axes)
-    by = divisor(xp, temperature, x)
-    x = times_power_of_2(xp, x, -max(by.exponent, 0))  # first, as the difference may overflow
     m = maximum(xp, x, axes)
     if sink is not None:
-        sink = times_power_of_2(xp, _laid_out(xp, sink, x), -max(by.exponent, 0))
+        sink = laid_out(xp, sink, x)
         m = greater(xp, m, constant(xp, sink))
-    shifted = times_power_of_2(xp, x - m, -min(by.exponent, 0))
-    if by.high != 1.0:
-        shifted = shifted / by.high
-    exps = xp.exp(shifted)
+    exps = xp.exp(from_maximum(xp, x, m, temperature))
     s = total(xp, exps, axes)
     if sink is not None:
-        s = s + xp.exp(times_power_of_2(xp, sink - m, -min(by.exponent, 0)) / by.high)
+        s = s + xp.exp(from_maximum(xp, sink, m, temperature))
     y = exps / s
     return y if where is None else xp.where(where, y, scalar(xp, 0.0, y))
 
 
 def softmax_vjp(xp: Namespace, y: Any, dy: Any, axes: Axes) -> Any:
     """y * (dy - sum(y*dy)): dx_j = sum_i dy_i y_i (delta_ij - y_j)."""
-    return y * (dy - total(xp, y * dy, axes))
+    return softmax_vjp_of(xp, y, dy, softmax_vjp_sum(xp, y, dy, axes))
+
+
+def softmax_vjp_sum(xp: Namespace, y: Any, dy: Any, axes: Axes) -> Any:
+    """sum(y*dy)."""
+    return total(xp, y * dy, axes)
+
+
+def softmax_vjp_of(xp: Namespace, y: Any, dy: Any, s: Any) -> Any:
+    """y * (dy - sum)."""
+    return y * (dy - s)
 
 
 def softmax_jacobian(xp: Namespace, y: Any, axis: int) -> Any:
@@ -109,13 +113,13 @@ def log_softmax(
     if where is not None:
         x, _ = masked(xp, x, where, axes)
     if sink is not None:
-        sink = _laid_out(xp, sink, x)
+        sink = laid_out(xp, sink, x)
     state = fold(xp, x, axes, temperature=temperature, sink=sink)
     y = state.shifted - state.log
     return y if where is None else xp.where(where, y, scalar(xp, -math.inf, y))
 
 
-def _laid_out(xp: Namespace, sink: Any, x: Any) -> Any:
+def laid_out(xp: Namespace, sink: Any, x: Any) -> Any:
     """Return the sink, a number or an array, with as many axes as `x`."""
     if isinstance(sink, int | float):
         sink = scalar(xp, sink, x)
@@ -124,9 +128,23 @@ def _laid_out(xp: Namespace, sink: Any, x: Any) -> Any:
 
 def log_softmax_vjp(xp: Namespace, log_y: Any, dy: Any, axes: Axes) -> Any:
     """dy - exp(log_y) * sum(dy)."""
-    # A masked entry is -inf whatever the logits are: it neither gets nor gives a gradient.
-    dy = xp.where(xp.isinf(log_y), scalar(xp, 0.0, dy), dy)
+    dy = _unmasked(xp, log_y, dy)
     return dy - xp.exp(log_y) * total(xp, dy, axes)
+
+
+def log_softmax_vjp_sum(xp: Namespace, log_y: Any, dy: Any, axes: Axes) -> Any:
+    """sum(dy)."""
+    return total(xp, _unmasked(xp, log_y, dy), axes)
+
+
+def log_softmax_vjp_of(xp: Namespace, log_y: Any, dy: Any, s: Any) -> Any:
+    """dy - exp(log_y) * sum."""
+    return _unmasked(xp, log_y, dy) - xp.exp(log_y) * s
+
+
+def _unmasked(xp: Namespace, log_y: Any, dy: Any) -> Any:
+    # A masked entry is -inf whatever the logits are: it neither gets nor gives a gradient.
+    return xp.where(xp.isinf(log_y), scalar(xp, 0.0, dy), dy)
 
 
 # --------------------------------------------------------------------------- logsumexp

@@ -80,14 +80,14 @@ def fold(
     if sink is not None:
         sink = times_power_of_2(xp, sink, -max(by.exponent, 0))
         m = greater(xp, m, constant(xp, sink))
-    shifted, exps = _exponentials(xp, x, m, by, attach)
+    shifted, exps = exponentials(xp, x, m, by, attach)
     # The value of one maximum is left out of the sum, its derivative is not: subtracting the
     # constant 1 keeps both right, to every order and at ties, where masking the entry would not.
     # Terms are at most 1, so the whole part of one says whether it is a maximum.
     is_max = xp.floor(constant(xp, exps))
     rest, maxima = total(xp, exps - is_max, axes), xp.sum(is_max, axis=axes, keepdims=True)
     if sink is not None:
-        _, exp_of_sink = _exponentials(xp, sink, m, by, None)
+        _, exp_of_sink = exponentials(xp, sink, m, by)
         is_max = xp.floor(constant(xp, exp_of_sink))
         rest, maxima = rest + (exp_of_sink - is_max), maxima + is_max
     rest = rest + (maxima - 1)
@@ -99,8 +99,17 @@ def greater(xp: Namespace, m: Any, other: Any) -> Any:
     return xp.where((m >= other) | xp.isnan(m), m, other)
 
 
-def _exponentials(
-    xp: Namespace, x: Any, m: Any, by: Divisor, attach: Callable[[Any], Any] | None
+def from_maximum(xp: Namespace, x: Any, m: Any, temperature: float) -> Any:
+    """Return (x - m) / temperature."""
+    by = divisor(xp, temperature, x)
+    # First, as the difference may overflow.
+    x, m = (times_power_of_2(xp, part, -max(by.exponent, 0)) for part in (x, m))
+    difference = times_power_of_2(xp, x - m, -min(by.exponent, 0))
+    return difference if by.high == 1.0 else difference / by.high
+
+
+def exponentials(
+    xp: Namespace, x: Any, m: Any, by: Divisor, attach: Callable[[Any], Any] | None = None
 ) -> tuple[Any, Any]:
     """Return (x - m) / temperature, and exp of that with the rounding error put back."""
     difference = x - m

@@ -1,0 +1,84 @@
+"""Chunks: a call on a lazy array is answered chunk by chunk, when somebody computes.
+
+Where a chunk holds whole rows it is a call of its own: one task, that takes the kernel which the
+chunk's library takes for it (`_calls`). Where rows are cut into several chunks, each is folded into
+its state, the states merge in a tree, and a second task a chunk finishes it (`_parts`, `_losses`,
+`_linear`); these work on tiles that fit in cache, so that a task needs little memory beside its
+chunk and its answer.
+"""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import Any
+
+from portable_softmax import portable
+from portable_softmax.kernels._dask import _calls, _linear, _losses, _parts
+from portable_softmax.kernels._request import LOSSES, ROWS, VJPS, Request
+
+IN_PARTS = (*ROWS, *VJPS, *LOSSES)  # the operations that take a row in several chunks
+
+
+def missing() -> str:
+    """Return what has to be installed: nothing."""
+    return ""
+
+
+def declines(request: Request, asked: bool) -> str:
+    """Return why a call is left to operations on whole lazy arrays."""
+    options = request.options
+    if not hasattr(options, "classifier") and not _calls.whole_rows(request):
+        if request.operation not in IN_PARTS:
+            return "rows in several chunks"
+        if request.operation == "logsumexp" and (options.b is not None or options.return_sign):
+            return "signed terms in several chunks"
+        if request.library.dtype(request.compute_dtype).kind != "real":
+            return "complex rows in several chunks"
+    return ""
+
+
+def _rows(request: Request) -> Any:
+    library: Any = request.library
+    axes, every = request.axes, _calls.every(request)
+    if not _calls.whole_rows(request):
+        return _parts.rows(request)
+    given, dtype = _calls.numbers(request), request.answer_dtype
+    if request.operation != "logsumexp":
+        return _calls.on_each(request, every, given, dtype=dtype)
+    found = _calls.on_each(request, every, {**given, "keepdims": True}, dtype=dtype, ones=axes)
+    if not request.options.return_sign:
+        return found
+    return tuple(
+        library.each_chunk(itemgetter(i), every, (found, every), dtype=dtype) for i in (0, 1)
+    )
+
+
+def _vjps(request: Request) -> Any:
+    if not _calls.whole_rows(request):
+        return _parts.vjps(request)
+    given, dtype = {"axis": request.axes}, request.result_dtype
+    return _calls.on_each(request, _calls.every(request), given, dtype=dtype)
+
+
+softmax = log_softmax = logsumexp = _rows
+softmax_vjp = log_softmax_vjp = _vjps
+
+
+def cross_entropy(request: Request) -> Any:
+    """Return the reduced loss."""
+    return cross_entropy_value_and_grad(request)[0]
+
+
+def cross_entropy_value_and_grad(request: Request) -> tuple[Any, Any]:
+    """Return the reduced loss and its gradient, if the operation asks for it."""
+    return _losses.whole(request) if _calls.whole_rows(request) else _losses.in_parts(request)
+
+
+def linear_cross_entropy(request: Request) -> Any:
+    """Return the reduced loss."""
+    return _linear.answer(request)[0]
+
+
+def linear_cross_entropy_value_and_grad(request: Request) -> tuple[Any, portable.Gradients]:
+    """Return the reduced loss and the gradients of its sum."""
+    return _linear.answer(request)

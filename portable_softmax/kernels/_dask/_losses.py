@@ -1,0 +1,319 @@
+"""Cross-entropy of chunks: of whole rows in one call a chunk, of parts of rows by their sums."""
+
+from __future__ import annotations
+
+import math
+from functools import partial, reduce
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from portable_softmax import libraries, portable
+from portable_softmax.kernels._dask import _calls
+from portable_softmax.kernels._dask._calls import Axes, Placed
+from portable_softmax.kernels._dask._parts import tiled, with_axes
+from portable_softmax.kernels._request import LossOptions, Request
+from portable_softmax.libraries import Library
+
+
+def whole(request: Request) -> tuple[Any, Any]:
+    """Return the reduced loss, and its gradient or None, where chunks hold whole rows."""
+    library: Any = request.library
+    x, every, reduction = request.x, _calls.every(request), request.options.reduction
+    wants_gradient = request.operation == "cross_entropy_value_and_grad"
+    given = {**_calls.numbers(request), "axis": request.axis, "check_labels": False}
+    if reduction == "none":
+        if not wants_gradient:
+            out = _calls.positions(request)
+            return _calls.on_each(request, out, given, dtype=request.answer_dtype), None
+    else:  # the sum of a mean is in the dtype of the computation
+        given |= {"reduction": "sum", "dtype": request.compute_dtype}
+    places, divisor = _calls.arrays(request), divisor_of(request)
+    call = _calls.call_of(request.operation, [name for name, *_ in places], given)
+    both = library.each_chunk(
+        partial(_both, call, reduction, request.compute_dtype, request.result_dtype),
+        every, (divisor, ()), (x, every), *[place[1:] for place in places],
+        dtype=request.result_dtype,
+    )  # fmt: skip
+    loss = value(request, both, divisor)
+    if not wants_gradient:
+        return loss, None
+    return loss, library.each_chunk(itemgetter(1), every, (both, every), dtype=request.result_dtype)
+
+
+def _both(
+    call: _calls.Call, reduction: str, compute: Any, answer: Any, divisor: Any, x: Any,
+    *arrays: Any,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Return the loss and the gradient of a chunk, which is divided before it is rounded."""
+    library = libraries.library_of(x)
+    mean, found = reduction == "mean", call(x, *arrays)
+    if not isinstance(found, tuple):
+        return found, None
+    if mean and found[1].dtype != compute:
+        found = call(library.cast(x, compute), *arrays)
+    loss, grad = found
+    if mean:
+        grad /= library.quietly(portable.nothing_to_inf, library.xp, library.cast(divisor, compute))
+    return loss, library.cast(grad, answer)
+
+
+# --------------------------------------------------------------------------- reductions
+
+
+def value(request: Request, losses: Any, divisor: Any) -> Any:
+    """Return the reduced loss of chunks that hold it first, of positions or summed."""
+    library: Any = request.library
+    answer, compute, every = request.answer_dtype, request.compute_dtype, _calls.every(request)
+    if request.options.reduction == "none":
+        take = partial(_of_positions, len(every), request.axis, answer)
+        return library.each_chunk(take, _calls.positions(request), (losses, every), dtype=answer)
+    total = library.merge_chunks(
+        losses, every, _calls.added, take=_summed, keepdims=False, dtype=compute
+    )
+    finish = partial(_finished, request.options.reduction == "mean", answer)
+    return library.each_chunk(finish, (), (total, ()), (divisor, ()), dtype=answer)
+
+
+def _of_positions(ndim: int, axis: int, dtype: Any, losses: Any) -> Any:
+    """Return losses without the class axis, which those of parts still have."""
+    loss = _calls.chunk(losses)[0]
+    library = libraries.library_of(loss)
+    return library.cast(library.squeeze(loss, (axis,)) if loss.ndim == ndim else loss, dtype)
+
+
+def _summed(losses: Any) -> Any:
+    loss = losses[0]
+    xp = libraries.namespace(loss)
+    return xp.reshape(portable.total(xp, loss, tuple(range(loss.ndim))), ()) if loss.ndim else loss
+
+
+def _finished(mean: bool, dtype: Any, total: Any, divisor: Any) -> Any:
+    library = libraries.library_of(total)
+    if mean:
+        divisor = library.cast(divisor, total.dtype)
+        total = library.quietly(portable.mean, library.xp, total, divisor)
+    return library.cast(library.xp.asarray(total), dtype)
+
+
+def divisor_of(request: Request) -> Any:
+    """Return the divisor of a mean, a lazy number; of other reductions, any number."""
+    library: Any = request.library
+    options, labels, positions = request.options, request.labels, _calls.positions(request)
+    n, compute = math.prod(request.x.shape[a] for a in positions), request.compute_dtype
+    sample, weight = options.sample_weight, options.weight if request.indices else None
+    weighted = not (sample is weight is options.ignore_index is None)
+    if options.reduction != "mean" or (n == n and not weighted):
+        return library.xp.asarray(n if n == n else 1, dtype=compute)
+    places: Placed = []
+    if request.indices or sample is None:
+        places.append(("labels", labels, positions if request.indices else _calls.every(request)))
+    if sample is not None:
+        places.append(("sample", library.aligned(sample, request.x, positions), positions))
+    if weight is not None:
+        places.append(("weight", library.whole(weight), request.axes))
+    kind = tuple(p[0] for p in places), request.axis, request.indices, options.ignore_index, compute
+    out = places[0][2]
+    found = library.each_chunk(
+        partial(_counted, *kind), out, *[place[1:] for place in places], dtype=compute
+    )
+    if out:
+        axes = range(found.ndim)
+        found = library.merge_chunks(found, axes, _calls.added, keepdims=False, dtype=compute)
+    # A distribution counts its positions in each chunk of a row.
+    return found if out == positions else found / library.chunks_along(labels, request.axes)
+
+
+def _counted(
+    names: tuple[str, ...], axis: int, indices: bool, ignore: int | None, compute: Any, *arrays: Any
+) -> Any:
+    """Return what the positions of a chunk count in a mean."""
+    given = dict(zip(names, map(_calls.chunk, arrays), strict=True))
+    labels: Any
+    labels, sample, weight = (given.get(name) for name in ("labels", "sample", "weight"))
+    library: Any = libraries.library_of(labels if sample is None else sample)
+    xp, each = library.xp, sample
+    if indices:
+        n = 1 if weight is None else weight.shape[0]
+        x = xp.broadcast_to(
+            xp.zeros((1,), dtype=compute), (*labels.shape[:axis], n, *labels.shape[axis:])
+        )
+        options = LossOptions(weight=weight, ignore_index=ignore, sample_weight=sample)
+        each = library.quietly(portable.index_target, xp, x, labels, axis, options, compute).weight
+    if each is None:
+        shape = labels.shape if indices else (*labels.shape[:axis], *labels.shape[axis + 1 :])
+        return xp.asarray(math.prod(shape), dtype=compute)
+    return _summed((library.cast(each, compute),))
+
+
+# --------------------------------------------------------------------------- parts of rows
+
+
+class Loss(NamedTuple):
+    """A loss but for its arrays, the same for each chunk."""
+
+    names: tuple[str, ...]  # of the arrays after the logits
+    axis: int
+    indices: bool
+    options: LossOptions  # without arrays
+    classes: int  # of a whole row
+    compute: Any
+
+    def target(self, xp: Any, given: dict[str, Any]) -> portable.Target:
+        """Return what the labels ask for, as far as it is the same for each part of a row."""
+        labels, sample = given.get("labels"), given.get("sample_weight")
+        counted = portable.not_ignored(xp, labels, self.options.ignore_index)
+        if sample is not None:
+            counted = (sample != 0) if counted is None else counted & (sample != 0)
+        index = None
+        if self.indices:
+            index = libraries.cast(xp, labels, libraries.default_int(xp, labels))
+        return portable.Target(index, None, counted, None, None, sample)
+
+    def arrays(self, x: Any, *arrays: Any) -> list[Any]:
+        """Return the named arrays with as many axes as `x` has."""
+        found = []
+        for name, a in zip(self.names, arrays, strict=True):
+            if name == "sample_weight" or (name == "labels" and self.indices):
+                a = portable.with_class_axis(a, self.axis)
+            elif name in ("weight", "numbers"):
+                a = a[(..., *(None,) * (x.ndim - 1 - self.axis))]
+            found.append(with_axes(a, x.ndim))
+        return found
+
+    def part(self, library: Library, x: Any, *arrays: Any) -> tuple[Any, Any, Any]:
+        """Return a tile's part of the loss, its target, and which labels are among its classes."""
+        xp, given = library.xp, dict(zip(self.names, arrays, strict=True))
+        flat = {}
+        for name, a in given.items():
+            shape = (*x.shape[: self.axis], a.shape[self.axis], *x.shape[self.axis + 1 :])
+            alone = name in ("weight", "numbers")
+            flat[name] = self.flat(xp, a if alone else xp.broadcast_to(a, shape))
+        target, mask, hit = self.target(xp, flat), flat.get("where"), None
+        there = library.cast(flat["labels"], self.compute)
+        if self.indices:
+            there = flat["numbers"]
+            hit = there == target.index
+            hit = xp.any(hit if mask is None else hit & mask, axis=1, keepdims=True)
+        part = portable.part_of_loss(
+            xp, library.cast(self.flat(xp, x), self.compute), there, target, mask,
+            flat.get("weight"), flat.get("count", self.classes), self.options,
+        )  # fmt: skip
+        return part, target, hit
+
+    def flat(self, xp: Any, a: Any) -> Any:
+        """Return an array with its classes last and its positions in one axis."""
+        a = xp.moveaxis(a, self.axis, -1)
+        return xp.reshape(a, (math.prod(a.shape[:-1]), a.shape[-1]))
+
+    def back(self, xp: Any, a: Any, shape: tuple[int, ...]) -> Any:
+        """Undo `flat`, for a `shape` of which the class axis does not count."""
+        positions = shape[: self.axis] + shape[self.axis + 1 :]
+        return xp.moveaxis(xp.reshape(a, (*positions, a.shape[-1])), -1, self.axis)
+
+    def fold_tile(self, x: Any, *arrays: Any) -> tuple[Any, ...]:
+        """Return the sums of a tile, and which labels are among its classes."""
+        library = libraries.library_of(x)
+        part, _, hit = self.part(library, x, *arrays)
+        sums = portable.fold_part_of_loss(library.xp, part)
+        found = sums if hit is None else (*sums, hit)
+        return tuple(self.back(library.xp, a, x.shape) for a in found)
+
+    def fold(self, x: Any, *arrays: Any) -> Any:
+        """Return the same of a chunk."""
+        return tiled(self.fold_tile, (self.axis,), x, *self.arrays(x, *arrays))
+
+    def finish(self, sums: Any, *arrays: Any) -> Any:
+        """Return the losses of positions, and what their gradients need."""
+        library = libraries.library_of(sums[0])
+        given = dict(zip(self.names, self.arrays(sums[0], *arrays), strict=True))
+        target = self.target(library.xp, given)
+        if self.indices:
+            *sums, hit = sums
+            valid = hit if target.counted is None else hit | ~target.counted
+            target = target._replace(valid=valid)
+        sums = portable.Sums(*sums)
+        finished = portable.finished_loss
+        return *library.quietly(finished, library.xp, sums, target, self.options), *sums
+
+    def gradient_tile(self, finished: tuple[Any, ...], x: Any, *arrays: Any) -> Any:
+        """Return the gradient of a tile of logits."""
+        library = libraries.library_of(x)
+        xp = library.xp
+        part, target, _ = self.part(library, x, *arrays)
+        a, *more = (self.flat(xp, s) for s in finished)
+        sums = portable.Sums(*more)
+        g = portable.gradient_of_part(xp, part, sums, a, self.options, target.counted)
+        return self.back(xp, g, x.shape)
+
+    def gradient(self, dtype: Any, divisor: Any, x: Any, finished: Any, *arrays: Any) -> Any:
+        """Return the gradient of a chunk."""
+        library = libraries.library_of(x)
+        mean, more = self.options.reduction == "mean", self.arrays(x, *arrays)
+        divisor = portable.nothing_to_inf(library.xp, library.cast(divisor, self.compute))
+
+        def gradient(x: Any, *given: Any) -> Any:
+            g = self.gradient_tile(given[len(more) :], x, *given[: len(more)])
+            return library.cast(g / divisor if mean else g, dtype)
+
+        return tiled(gradient, (self.axis,), x, *more, *finished[1:])
+
+
+def merged(parts: list[Any]) -> Any:
+    """Return the sums of all parts, and which labels are in one of them."""
+    library, n = libraries.library_of(parts[0][0]), len(portable.Sums._fields)
+    sums = [portable.Sums(*part[:n]) for part in parts]
+    hits = [reduce(library.xp.logical_or, hit) for hit in zip(*[p[n:] for p in parts], strict=True)]
+    return *library.quietly(portable.merge_losses, library.xp, sums), *hits
+
+
+def prepared(request: Request) -> tuple[Loss, list[tuple[Any, Axes]]]:
+    """Return the loss, and the arrays that it needs beside the logits, with their axes."""
+    library: Any = request.library
+    xp, x, axis, options = library.xp, request.x, request.axis, request.options
+    places = [(name or "labels", *rest) for name, *rest in _calls.arrays(request)]
+    if request.indices:
+        places.append(("numbers", library.numbers_along(x, axis), (axis,)))
+    where = options.where
+    if where is not None and options.label_smoothing != 0.0:
+        at = axis - x.ndim + where.ndim
+        if at >= 0 and where.shape[at] != 1:
+            count = xp.sum(xp.astype(where, request.compute_dtype), axis=at, keepdims=True)
+            own = _calls.every(request)[x.ndim - count.ndim :]
+            count = library.aligned(xp.where(count == 0, 1.0, count), x, own)
+            places.append(("count", count, own))
+    plain = options._replace(weight=None, where=None, sample_weight=None)
+    n = x.shape[axis]
+    n = max(n, 1) if n == n else 1  # it is known where it counts
+    names = tuple(place[0] for place in places)
+    loss = Loss(names, axis, request.indices, plain, n, request.compute_dtype)
+    return loss, [place[1:] for place in places]
+
+
+def finished(request: Request, loss: Loss, given: list[tuple[Any, Axes]], folded: Any) -> Any:
+    """Return the losses of positions, and what gradients need, from the sums of chunks."""
+    library: Any = request.library
+    every, axes, compute = _calls.every(request), request.axes, request.compute_dtype
+    sums = library.merge_chunks(folded, axes, merged, dtype=compute)
+    names = ("labels", "sample_weight") if request.indices else ("sample_weight",)
+    own = {name: place for name, place in zip(loss.names, given, strict=True) if name in names}
+    finish = loss._replace(names=tuple(own)).finish
+    return library.each_chunk(finish, every, (sums, every), *own.values(), dtype=compute, ones=axes)
+
+
+def in_parts(request: Request) -> tuple[Any, Any]:
+    """Return the reduced loss, and its gradient or None, where chunks hold parts of rows."""
+    library: Any = request.library
+    every, dtype = _calls.every(request), request.result_dtype
+    loss, given = prepared(request)
+    source = request.x, every
+    folded = library.each_chunk(
+        loss.fold, every, source, *given, dtype=request.compute_dtype, ones=request.axes
+    )
+    losses, divisor = finished(request, loss, given, folded), divisor_of(request)
+    found = value(request, losses, divisor)
+    if request.operation == "cross_entropy":
+        return found, None
+    return found, library.each_chunk(
+        partial(loss.gradient, dtype), every, (divisor, ()), source, (losses, every), *given,
+        dtype=dtype,
+    )  # fmt: skip

@@ -1,0 +1,152 @@
+"""The cross-entropy of rows that come in parts of their classes: fold a part, merge parts, finish.
+
+The classes of a part give a state (max, rest) and the sums ::
+
+    gap = sum_j q_j (max - x_j)          Q = sum_j q_j          u = sum_j weight_j t_j
+
+with the coefficients q and u of `_cross_entropy`. They merge as the states do, and ::
+
+    loss   = gap + Q log1p(rest) + z_loss u logsumexp^2
+    grad_j = p_j A - q_j                 A = Q + 2 z_loss u logsumexp
+
+The classes are the last of two axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, NamedTuple
+
+from portable_softmax._typing import Namespace
+from portable_softmax.libraries import cast, scalar
+from portable_softmax.portable._cross_entropy import (
+    Options,
+    Target,
+    softcap_derivative,
+    softcapped,
+    times,
+    weighted,
+)
+from portable_softmax.portable._divisor import Divisor
+from portable_softmax.portable._online import fold_part, merge
+from portable_softmax.portable._state import exponentials
+from portable_softmax.portable._sums import total
+
+
+class Part(NamedTuple):
+    """Some classes of some positions; `q` and what is summed of it have no infinite weight."""
+
+    inputs: Any  # the logits before `softcap`
+    x: Any  # the logits that are folded
+    mask: Any  # which take part, or None
+    q: Any
+    u: Any
+
+
+class Sums(NamedTuple):
+    """What there is one of a position, with length 1 along the classes."""
+
+    max: Any
+    rest: Any
+    gap: Any
+    q: Any
+    u: Any
+
+
+def part_of_loss(
+    xp: Namespace,
+    x: Any,
+    there: Any,
+    labels: Target,
+    mask: Any,
+    weight: Any,
+    count: Any,
+    options: Options,
+) -> Part:
+    """Return a part, from its logits and what the labels, the mask and the weights are there.
+
+    `there` are the numbers of the classes, or a distribution over them; `count` is the number of
+    all classes of a row that take part.
+    """
+    zero = scalar(xp, 0.0, x)
+    if mask is not None:
+        x = xp.where(mask, x, zero)
+    if labels.counted is not None:
+        x = xp.where(labels.counted, x, zero)
+    inputs = x
+    if options.softcap is not None:
+        x = softcapped(xp, x, options.softcap)
+    t = there if labels.index is None else cast(xp, there == labels.index, x.dtype)
+    if mask is not None:
+        x = xp.where(mask, x, scalar(xp, -math.inf, x))
+        t = xp.where(mask, t, zero)
+    q = t
+    if options.label_smoothing != 0.0:
+        q = (1.0 - options.label_smoothing) * t + options.label_smoothing / count
+        if mask is not None:
+            q = xp.where(mask, q, zero)
+    for factor in (weight, labels.sample):
+        if factor is not None:
+            t, q = weighted(xp, t, factor), weighted(xp, q, factor)
+    u = total(xp, t, (1,))
+    if labels.counted is not None:
+        q, u = xp.where(labels.counted, q, zero), xp.where(labels.counted, u, zero)
+    return Part(inputs, x, mask, q, u)
+
+
+def _finite(xp: Namespace, m: Any) -> Any:
+    return xp.where(xp.isinf(m), scalar(xp, 0.0, m), m)
+
+
+def _gap(xp: Namespace, q: Any, difference: Any) -> Any:
+    """Return q * difference, 0 where one is 0 and the other infinite: a weight may be."""
+    nothing = xp.isinf(q) & (difference == 0)
+    return xp.where(nothing, scalar(xp, 0.0, difference), times(xp, q, difference))
+
+
+def fold_part_of_loss(xp: Namespace, part: Part) -> Sums:
+    """Return the sums of a part."""
+    m, rest = fold_part(xp, part.x, (1,))
+    gap = total(xp, _gap(xp, part.q, _finite(xp, m) - part.x), (1,))
+    return Sums(m, rest, gap, total(xp, part.q, (1,)), part.u)
+
+
+def merge_losses(xp: Namespace, parts: Sequence[Sums]) -> Sums:
+    """Return the sums of all parts."""
+    m, rest = merge(xp, [(s.max, s.rest) for s in parts])
+    top = _finite(xp, m)
+    gaps = [s.gap + _gap(xp, s.q, top - _finite(xp, s.max)) for s in parts]
+    sums = (gaps, [s.q for s in parts], [s.u for s in parts])
+    return Sums(m, rest, *[reduce(lambda a, b: a + b, each) for each in sums])
+
+
+def finished_loss(xp: Namespace, sums: Sums, labels: Target, options: Options) -> tuple[Any, Any]:
+    """Return the losses and A, of the positions' shape with the class axis of length 1."""
+    log, z = cast(xp, xp.log1p(sums.rest), sums.gap.dtype), options.z_loss
+    loss, a, lse = sums.gap + times(xp, sums.q, log), sums.q, sums.max + log
+    if z != 0.0:
+        loss = loss + times(xp, sums.u, z * (lse * lse))
+        a = a + times(xp, sums.u, 2.0 * z * lse)
+    if labels.valid is not None:
+        factor = xp.where(labels.valid, scalar(xp, 1.0, loss), scalar(xp, math.nan, loss))
+        loss, a = loss * factor, a * factor
+    if labels.counted is not None:
+        loss = xp.where(labels.counted, loss, scalar(xp, 0.0, loss))
+    return loss, a
+
+
+def gradient_of_part(
+    xp: Namespace, part: Part, sums: Sums, a: Any, options: Options, counted: Any
+) -> Any:
+    """p_j * A - q_j, as `_cross_entropy` has it."""
+    rest = cast(xp, sums.rest, part.x.dtype)
+    _, exps = exponentials(xp, part.x, sums.max, Divisor(0, 1.0, 0.0))
+    g = ((exps * a - part.q) - part.q * rest) * (1.0 / (1.0 + rest))
+    zero = scalar(xp, 0.0, g)
+    if options.softcap is not None:
+        g = g * softcap_derivative(xp, part.inputs, options.softcap)
+    if part.mask is not None:
+        g = xp.where(part.mask, g, zero)
+    return g if counted is None else xp.where(counted, g, zero)
