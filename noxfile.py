@@ -502,10 +502,22 @@ def lint(session: nox.Session) -> None:
     session.run("repo-review", str(ROOT), "--show", "err", silent=True)
     workflows = str(ROOT / ".github")
     session.run("zizmor", "--offline", "--quiet", "--no-progress", workflows)
-    if shutil.which("actionlint"):  # no wheel on PyPI holds it
-        session.run("actionlint", external=True)
-    else:
-        session.log("actionlint is not installed: the workflows were checked by zizmor alone")
+    session.run("actionlint")
+    with tempfile.TemporaryDirectory() as folder:
+        wrong = Path(folder, "wrong.yml")
+        wrong.write_text(WRONG_WORKFLOW)
+        session.run("actionlint", str(wrong), success_codes=[1], silent=True)
+
+
+# There is no matrix: actionlint must report it, or it checks nothing.
+WRONG_WORKFLOW = """\
+on: push
+jobs:
+  wrong:
+    runs-on: ubuntu-latest
+    steps:
+      - run: echo "${{ matrix.part }}"
+"""
 
 
 @nox.session
