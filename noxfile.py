@@ -471,14 +471,16 @@ def fuzz(session: nox.Session, backend: str) -> None:
 
 @nox.session
 def conformance(session: nox.Session) -> None:
-    """Run SciPy's tests of the softmax family and torch's of CrossEntropyLoss on this package."""
+    """Run the tests of SciPy, torch and optax on `compat`, and compare arguments with theirs."""
     libraries = ("strict", "torch", "jax", "dask")
     install(session, *package(*libraries), *group("conformance"))
     folder = ROOT / "tests" / "conformance"
-    session.run("python", str(folder / "scipy_special.py"), *session.posargs)
-    backends = ("--backend", ",".join(["numpy", *libraries]))
-    torch = str(folder / "torch_cross_entropy.py")
-    session.run("python", "-m", "pytest", torch, *backends, *session.posargs)
+    for script in ("scipy_special.py", "optax_losses.py"):
+        session.run("python", str(folder / script), *session.posargs)
+    pytest = ("python", "-m", "pytest", *session.posargs)
+    session.run(*pytest, "tests/test_compat.py", "--backend", "numpy")
+    backends = ",".join(["numpy", *libraries])
+    session.run(*pytest, str(folder / "torch_modules.py"), "--backend", backends)
 
 
 @nox.session(python=PYPROJECT["project"]["requires-python"].removeprefix(">="))
