@@ -290,6 +290,12 @@ def coverage(session: nox.Session) -> None:
 
 
 EVERYTHING = (*BACKENDS, "triton", "triton-compiled")
+# What XLA compiles is kept for the other processes and for the next run.
+COMPILED_ONCE = {
+    "JAX_COMPILATION_CACHE_DIR": str(HOME / "jax-cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 
 def start(session: nox.Session, which: str, names: tuple[str, ...] = EVERYTHING) -> None:
@@ -342,7 +348,8 @@ def test(session: nox.Session, backend: str) -> None:
         else:
             run.note = f"torch-cuda: {cuda().missing or 'this build of torch reaches no GPU'}"
     parallel = () if {"cupy", "torch-cuda"} & {*names} else PARALLEL  # one process to a GPU
-    run_pytest(session, backend, "--backend", ",".join(names), *parallel)
+    options = COMPILED_ONCE if backend == "jax" else {}
+    run_pytest(session, backend, "--backend", ",".join(names), *parallel, **options)
 
 
 @nox.session(name="tests-triton")

@@ -29,6 +29,7 @@ def accuracy_backend(backend_name, monkeypatch):
     return backend_name
 
 
+@pytest.mark.slow("exact values of many rows on each path", "torch", "jax")
 def test_accuracy_holds_every_bound_on_short_rows(accuracy_backend, tmp_path, capsys):
     paths = {name: tmp_path / f"accuracy.{name}" for name in ("json", "markdown")}
     files = [part for name, path in paths.items() for part in (f"--{name}", str(path))]

@@ -102,6 +102,7 @@ def test_a_gpu_is_asked_for_its_allocator():
 # --------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow("a process for each call", "torch", "jax", "dask", "strict")
 def test_memory_runs_on_every_backend(arrays_of, tmp_path, capsys):
     path = tmp_path / "memory.json"
     assert main([*ARGUMENTS, "--backend", arrays_of, "--ops", "softmax", "--json", str(path)]) == 0

@@ -60,6 +60,7 @@ def test_the_float32_answer_of_half_types_is_not_rounded_again(xp, path):
 
 
 @PATHS
+@pytest.mark.slow("XLA compiles each option", "jax")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_gradient_keeps_the_dtype_of_the_logits(xp, path, reduction):
     float32, labels = dtype_of(xp, "float32"), xp.asarray(LABELS)

@@ -44,6 +44,7 @@ def targets(kind):
     return t, t
 
 
+@pytest.mark.slow("XLA compiles each loss with its gradient", "jax")
 @pytest.mark.parametrize("kind", ["index", "one-hot", "probabilities"])
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_golden(xp, alpha, kind):

@@ -34,7 +34,8 @@ def finite(jax, function):
 # --------------------------------------------------------------------------- derivatives
 
 
-@every_call_compiled("XLA compiles four derivatives of each call")
+@pytest.mark.slow("XLA compiles four derivatives of each call")
+@every_call
 def test_check_grads(jax, xp, call):
     from jax.test_util import check_grads
 

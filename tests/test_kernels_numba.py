@@ -283,13 +283,15 @@ def test_what_is_left_to_the_next_kernel(every_size):
     assert why("softmax", x.T) == "not in C order"
     assert why("softmax", x[:, ::2]) == "not in C order"
     assert why("softmax", x, axis=(0, 2)) == "axes apart from each other"
-    assert why("softmax", x, where=x > 0) == "options: where"
+    assert why("softmax", x, sink=0.0) == "options: sink"
     assert why("softmax", x.astype(">f4")) == "dtype float32 byteswapped"
     assert why("softmax", x.astype(np.int32)) == "dtype int32"
     assert kernels.explain("softmax", x[:0]) == "portable: nothing to reduce"
     assert why("softmax_vjp", x, x.astype(float)) == "dtypes: float32 and float64"
-    assert why("cross_entropy", x, t, where=x > 0, softcap=2.0) == "options: softcap, where"
-    assert why("cross_entropy", x, x) == "options: probabilities"
+    assert why("cross_entropy", x[..., 0], t[:, 0], softcap=2.0) == "options: softcap"
+    given = {"where": x > 0, "label_smoothing": 0.1, "axis": 2}
+    assert why("cross_entropy", x, t, **given) == "options together: label_smoothing, where"
+    assert why("cross_entropy", x, x, weight=x[0, 0]) == "probabilities with weight"
     assert why("softmax", np.ones((20_000, 2)), axis=0).startswith("20,000 classes along an axis")
 
 

@@ -169,6 +169,7 @@ def copied(tmp_path):
     return target.parent
 
 
+@pytest.mark.slow("fresh processes compile kernels")
 def test_kernels_are_kept_until_any_source_changes(copied, tmp_path):
     here = {"NUMBA_CACHE_DIR": str(tmp_path / "kept")}
     hit, miss = "1 0", "0 1"
@@ -182,6 +183,7 @@ def test_kernels_are_kept_until_any_source_changes(copied, tmp_path):
     assert in_a_fresh_process(LARGE, copied, **here) == miss
 
 
+@pytest.mark.slow("fresh processes compile kernels")
 def test_folders_that_cannot_be_written(copied, tmp_path):
     """Beside the source, else the user's, else none: never an error."""
     beside = copied / "portable_softmax" / "kernels" / "_numba" / "__pycache__"

@@ -109,7 +109,7 @@ def test_a_thousand_entries_one_by_one(xp, first):
 
 def test_a_thousand_entries_in_float64(xp):
     """Each merge rounds; the maximum first, and what follows is added to a small rest."""
-    n = 100 if xp.lazy else 1000
+    n = 100 if xp.lazy or xp.library == "jax" else 1000  # one merge of n states is one graph
     row = np.random.default_rng(0).normal(size=n)
     row[0] = 40.0
     states = [online.fold(xp.asarray(row[i : i + 1])) for i in range(n)]

@@ -35,6 +35,7 @@ def different_rows(n: int, m: int, dtype: str) -> np.ndarray:
     return x.astype(dtype)
 
 
+@pytest.mark.slow("XLA compiles each function for each shape", "jax")
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize(
     "shape", [(1, 5), (9, 3), (40, 10), (19, 257), (70, 130), (5, 5000)], ids=str
@@ -147,6 +148,7 @@ LIBRARY = [
 
 
 @pytest.mark.numba
+@pytest.mark.slow("a fresh process compiles every kernel", "torch")
 @pytest.mark.parametrize("library", LIBRARY)
 def test_what_was_called_before_changes_no_bit(library, arrays_of):
     """Small arrays after large calls of every operation and dtype, in the order that is worst."""

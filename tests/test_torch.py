@@ -35,6 +35,7 @@ def finite(torch, function):
 # --------------------------------------------------------------------------- derivatives
 
 
+@pytest.mark.slow("difference quotients on each path", "torch-portable", "torch-numba")
 @every_call_compiled("difference quotients for every argument")
 def test_gradcheck_and_gradgradcheck(torch, xp, call):
     function, arrays = call.on(xp.from_numpy)
@@ -266,8 +267,11 @@ def test_meta_and_fake_tensors_give_the_shape_and_dtype(torch, xp, call):
 
 
 @pytest.fixture
-def compiled(torch):
-    """torch.compile, of which nothing may be left to the interpreter."""
+def compiled(torch, arrays_of):
+    """torch.compile, of which nothing may be left to the interpreter.
+
+    What is traced of small tensors is the portable path, whatever the switches.
+    """
 
     def compiled(function, **options):
         torch.compiler.reset()

@@ -34,7 +34,7 @@ every_function = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUN
 
 
 @pytest.fixture(autouse=True)
-def _no_graph_of_another_test(torch):
+def _no_graph_of_another_test(torch, arrays_of):
     torch._dynamo.reset()
     # Imported after the package, as in these tests, tensors are known from the first eager call on.
     ps.softmax(torch.zeros(1))

@@ -24,7 +24,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class Candidate:
     """A kernel of the table with its module loaded."""
 
-    __slots__ = ("answer", "declines", "kernel", "missing")
+    __slots__ = ("always", "answer", "declines", "kernel", "missing")
 
     def __init__(self, kernel: Kernel, operation: str) -> None:
         module = import_module(kernel.module)
@@ -39,6 +39,7 @@ class Candidate:
         else:
             self.declines = module.declines
             self.answer = getattr(module, operation)
+        self.always = not kernel.adapter and operation in getattr(module, "ANY_LAYOUT", ())
 
     def traced(self) -> tuple[Any, Any]:
         """Return the adapter and the module: torch.compile traces no function of a constant."""
@@ -68,6 +69,7 @@ class Open(NamedTuple):
     at_least: int
     at_most: float
     asked: bool
+    always: bool  # whether it takes whatever arrays are left
 
 
 class Route(NamedTuple):
@@ -81,7 +83,19 @@ _ROUTES: dict[Any, Route] = {}
 
 
 @traced_as_constant
-def route(
+def route(*call: Any) -> Route:
+    """Return which kernels declare a call, and what is against the others.
+
+    It depends on the table and the switches alone, so it is worked out once for each call, which is
+    the arguments of `_route`.
+    """
+    found = _ROUTES.get(call)
+    if found is None:
+        found = _ROUTES[call] = _route(*call)
+    return found
+
+
+def _route(
     library: str,
     operation: str,
     dtype: str,
@@ -91,21 +105,6 @@ def route(
     asked: tuple[str, ...] = (),
     off: tuple[str, ...] = (),
 ) -> Route:
-    """Return which kernels declare a call, and what is against the others.
-
-    It depends on the table and the switches alone, so it is worked out once.
-    """
-    key = library, operation, dtype, active, tracing, portable, asked, off
-    found = _ROUTES.get(key)
-    if found is None:
-        found = _ROUTES[key] = _route(*key)
-    return found
-
-
-def _route(
-    library: str, operation: str, dtype: str, active: Any, tracing: str, portable: str, asked: Any,
-    off: Any,
-) -> Route:  # fmt: skip
     kernels = [k for k in TABLE if k.library == library and operation in k.operations]
     if not kernels:
         return Route((), Decision(None, f"no kernel for {operation} on {library}"))
@@ -126,35 +125,34 @@ def _route(
             continue
         decision = Decision(candidate, kernel.why, tuple(closed))
         sizes = (0, math.inf) if first else (kernel.at_least, kernel.at_most)
-        found.append(Open(candidate, decision, kernel.devices, *sizes, first))
+        found.append(Open(candidate, decision, kernel.devices, *sizes, first, candidate.always))
     return Route(tuple(found), Decision(None, "", tuple(closed)))
 
 
 def decide(request: Request, switch: Switches | None) -> Decision:
     """Return the one path that a call takes."""
-    library, x = request.library, request.x
-    call = library.name, request.operation, request.dtype, request.active, request.tracing
+    library, x, tracing = request.library, request.x, request.tracing
+    call = library.name, request.operation, request.dtype, request.active, tracing
     if switch is None:
-        found, otherwise = route(*call)
+        # A traced call would be guarded by the whole of `_ROUTES`.
+        known = None if tracing else _ROUTES.get(call)
+        found, otherwise = known or route(*call)
     else:
         found, otherwise = route(*call, switch.portable, switch.asked, switch.off)
     if found and (not request.axes or 0 in x.shape):
         return Decision(None, "nothing to reduce")
     more: tuple[tuple[str, str], ...] = ()
-    for candidate, decision, devices, at_least, at_most, asked in found:
+    for candidate, decision, devices, at_least, at_most, asked, always in found:
         why = ""
-        if devices:
-            device = library.device_type(x)
-            why = "" if device in devices else f"device {device}"
-        if not why and (at_least or at_most < math.inf):
-            size = library.size(x)
-            if size < at_least:
-                why = "too few elements"
-            elif at_most < math.inf and size > at_most:
-                why = "too many elements"
-        if why:
+        if devices and (device := library.device_type(x)) not in devices:
+            why = f"device {device}"
+        elif at_least and library.size(x) < at_least:
+            why = "too few elements"
+        elif at_most < math.inf and library.size(x) > at_most:
+            why = "too many elements"
+        elif always:
             pass
-        elif request.tracing and candidate.kernel.adapter:
+        elif tracing and candidate.kernel.adapter:
             adapter, module = candidate.traced()
             why = adapter.declines(module, request, asked)
         else:

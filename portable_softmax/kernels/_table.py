@@ -82,7 +82,10 @@ _NUMBA = Kernel(
     why="one pass in cache",
     library="numpy",
     module=f"{_HERE}._numba",
-    options=(*LABELS_AND_WEIGHTS, "temperature", "label_smoothing", "z_loss", "dtype"),
+    options=(
+        *LABELS_AND_WEIGHTS,
+        *(SAMPLES, PROBABILITIES, "temperature", "label_smoothing", "z_loss", "dtype", "where"),
+    ),
     at_least=_SMALL + 1,
 )
 _TILES = Kernel(

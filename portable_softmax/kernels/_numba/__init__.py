@@ -14,6 +14,8 @@ import numpy as np
 from portable_softmax.kernels._numba import _support
 from portable_softmax.kernels._request import LOSSES, Layout, Request
 
+# Rows of as many classes, or more, are worked on one by one: see SHORT in `_driver`.
+LONGEST_OF_BLOCKS = 256
 # Rows across memory are copied to a tile, which has to stay small.
 LONGEST_ACROSS = 1 << 14
 
@@ -50,7 +52,18 @@ def declines_options(request: Request) -> str:
     """Return why an operation is not taken with options that another is taken with."""
     if "dtype" in request.active and request.operation not in LOSSES:
         return "dtype of the answer"
+    if request.operation not in LOSSES:
+        return ""
+    # Each of these is a number for each class or position, and a pass reads one of them.
+    read = [name for name in _READ if name in request.active]
+    if "label_smoothing" in request.active and {"where", "sample_weight"} & {*read}:
+        return f"options together: {', '.join(read)}"
+    if not request.indices and read:
+        return f"probabilities with {', '.join(read)}"
     return ""
+
+
+_READ = ("weight", "label_smoothing", "where", "sample_weight")
 
 
 def declines_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
@@ -104,13 +117,29 @@ def _layout(request: Request) -> Layout:
     return found
 
 
+def _mask(request: Request, layout: Layout) -> Any:
+    """Return the mask as bytes in one axis that repeat along the logits, None without a mask."""
+    where, shape, axes = request.options.where, request.x.shape, request.axes
+    if where is None:
+        return None
+    lengths = (1,) * (len(shape) - where.ndim) + where.shape
+    # What is the same for each index of the first axes is not repeated, but for blocks, which
+    # begin at any row.
+    same = next((a for a, n in enumerate(lengths) if n > 1), len(shape))
+    in_blocks = layout.inner == 1 and layout.n < LONGEST_OF_BLOCKS
+    same = 0 if in_blocks else min(same, *axes)
+    where = np.ascontiguousarray(np.broadcast_to(where.reshape(lengths[same:]), shape[same:]))
+    where = where if where.flags.writeable else np.asarray(_Alias(where))
+    return where.view(np.uint8).reshape(-1)
+
+
 def _row_by_row(request: Request) -> Any:
     """softmax or log_softmax over the axes."""
     drive, layout, x = _compiled(), _layout(request), request.x
     out = np.empty(x.shape, request.result_dtype)
-    function = getattr(drive, request.operation)
-    temperature = request.options.temperature
-    function(_handed(x, layout), _handed(out, layout), drive.Layout(*layout), temperature)
+    function, temperature = getattr(drive, request.operation), request.options.temperature
+    arrays = _handed(x, layout), _handed(out, layout)
+    function(*arrays, drive.Layout(*layout), temperature, _mask(request, layout))
     return out
 
 
@@ -122,7 +151,7 @@ def logsumexp(request: Request) -> Any:
     drive, layout, x = _compiled(), _layout(request), request.x
     out = np.empty(request.reduced_shape(), request.result_dtype)
     flat: Any = out.view(HANDED[x.dtype.name]).reshape(-1)
-    drive.logsumexp(_handed(x, layout), flat, drive.Layout(*layout))
+    drive.logsumexp(_handed(x, layout), flat, drive.Layout(*layout), _mask(request, layout))
     return out
 
 
@@ -145,22 +174,38 @@ def _loss(request: Request) -> Any:
     """Return the reduced loss; with it the gradient if that is asked for."""
     drive, layout, x, options = _compiled(), _layout(request), request.x, request.options
     compute_dtype, result_dtype = request.compute_dtype, request.result_dtype
-    labels, ignore = _labels(request)
     positions = (*x.shape[: request.axis], *x.shape[request.axis + 1 :])
     each = np.empty(positions, compute_dtype) if options.reduction == "none" else None
     wants_gradient = request.operation == "cross_entropy_value_and_grad"
     grad = np.empty(x.shape, result_dtype) if wants_gradient else None
-    loss, weights, wrong = drive.losses(
-        _handed(x, layout),
-        labels,
-        drive.Layout(*layout),
-        drive.Loss(options.weight, ignore, options.label_smoothing, options.z_loss),
+    out = (
         None if each is None else each.reshape(-1),
         None if grad is None else _handed(grad, layout),
         options.reduction == "mean",
     )
-    if wrong and request.check_labels:
-        request.target()
+    if request.indices:
+        labels, ignore, samples = _labels(request)
+        loss, weights, wrong = drive.losses(
+            _handed(x, layout),
+            labels,
+            drive.Layout(*layout),
+            drive.Loss(
+                options.weight,
+                ignore,
+                options.label_smoothing,
+                options.z_loss,
+                samples,
+                _mask(request, layout),
+            ),
+            *out,
+        )
+        if wrong and request.check_labels:
+            request.target()
+    else:
+        t = np.ascontiguousarray(request.labels, compute_dtype)
+        arrays = _handed(x, layout), _handed(t, layout)
+        loss = drive.soft_losses(*arrays, drive.Layout(*layout), options.z_loss, *out)
+        weights = layout.outer * layout.inner
     if each is None:
         if options.reduction == "mean":
             loss = loss / weights if weights else np.nan
@@ -172,23 +217,35 @@ def _loss(request: Request) -> Any:
 cross_entropy = cross_entropy_value_and_grad = _loss
 
 
-def _labels(request: Request) -> tuple[Any, int | None]:
-    """Return the labels as int64 in the order of the rows, and what is ignored among them.
+def _labels(request: Request) -> tuple[Any, int | None, Any]:
+    """Return the labels as int64, what is ignored among them, and their own weights or None.
 
-    An index that their dtype cannot hold is in none of them; an unsigned label beyond int64 has
-    no class, whatever it wraps around to.
+    They are in the order of the rows. An index that their dtype cannot hold is in none of them; an
+    unsigned label beyond int64 has no class, whatever it wraps around to. A position of weight 0 is
+    ignored.
     """
     labels, ignore = request.labels, request.options.ignore_index
+    samples, n = request.options.sample_weight, request.x.shape[request.axis]
     limits = np.iinfo(labels.dtype)
     if ignore is not None and not limits.min <= ignore <= limits.max:
         ignore = None
     if labels.dtype == np.uint64:
-        n = request.x.shape[request.axis]
         beyond = labels >= n
         if ignore is not None and ignore >= n:
             beyond &= labels != ignore
             labels = np.where(labels == ignore, np.uint64(n + 1), labels)
             ignore = n + 1
         labels = np.where(beyond, np.uint64(n), labels)
+    if samples is not None:
+        samples = np.ascontiguousarray(samples)
+        unweighted = samples == 0
+        if unweighted.any():
+            labels = labels.astype(np.int64)
+            if ignore is None:
+                ignore = np.iinfo(np.int64).min
+                labels[labels == ignore] = n
+            labels[unweighted] = ignore
+        samples = samples.reshape(-1)
+        samples = samples if samples.flags.writeable else samples.copy()
     labels = np.ascontiguousarray(labels, np.int64).reshape(-1)
-    return (labels if labels.flags.writeable else labels.copy()), ignore
+    return (labels if labels.flags.writeable else labels.copy()), ignore, samples

@@ -38,7 +38,8 @@ VECTORS = 4
 
 # --------------------------------------------------------------------------- where rows are
 
-element, fetch, target, deliver = _rows.element, _rows.fetch, _rows.target, _rows.deliver
+element, position, fetch = _rows.element, _rows.position, _rows.fetch
+target, deliver = _rows.target, _rows.deliver
 
 
 @function
@@ -87,13 +88,14 @@ def _pass(body):
 stride, length, value, source = _rows.stride, _rows.length, _rows.value, _rows.source
 
 
-def writing(entry, values_of):
+def writing(entry, values_of, own=False):
     @_pass
     @function
     def write_all(x, y, j, r, n, vectors, k, numbers):
         w, workspace, constants = numbers
-        own = (typed(workspace, 1.0), *values_of(workspace, height(workspace, 0), r), *constants)
-        write(y, r * n, entry(read(x, r * n, k, 0.0), read(w, j, k, 0.0), own), k)
+        its = (typed(workspace, 1.0), *values_of(workspace, height(workspace, 0), r), *constants)
+        at = r * n + j if own else j
+        write(y, r * n, entry(read(x, r * n, k, 0.0), read(w, at, k, 0.0), its), k)
 
     @function
     def run(e, w, o, n, rows, T, workspace, constants):

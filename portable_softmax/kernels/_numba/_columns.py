@@ -47,6 +47,11 @@ def element(workspace, r, y, n):
 
 
 @function
+def position(r, y, n, inner):
+    return y * inner + r
+
+
+@function
 def target(o, tile, workspace, T, n):
     return ahead(after_values(workspace, T), tile * n * T)
 
@@ -100,14 +105,15 @@ def source(w):
     return (w,)
 
 
-def writing(entry, values_of):
+def writing(entry, values_of, own=False):
     write_row = row_writing(entry)
 
     @function
     def run(e, w, o, n, rows, T, workspace, constants):
         for r in range(0, rows, lanes(workspace)):
             numbers = (typed(workspace, 1.0), *values_of(workspace, T, r), *constants)
-            write_row(ahead(e, r * n), source(w), ahead(o, r * n), length(workspace, n), numbers)
+            those = ahead(w, r * n) if own else source(w)
+            write_row(ahead(e, r * n), those, ahead(o, r * n), length(workspace, n), numbers)
 
     return run
 

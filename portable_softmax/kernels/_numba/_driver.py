@@ -16,7 +16,7 @@ from portable_softmax.kernels import _threads
 from portable_softmax.kernels._numba import _long
 from portable_softmax.kernels._numba._exp import temperature as prepared
 from portable_softmax.kernels._numba._kernels import BLOCKS, COLUMNS, ROWS, scan
-from portable_softmax.kernels._numba._losses import EACH, IGNORING, WEIGHTED
+from portable_softmax.kernels._numba._losses import EACH, IGNORING, SAMPLED, WEIGHTED
 from portable_softmax.kernels._numba._values import size_of_values
 
 # Shorter rows, in bytes of the computation, are worked on as many at once as a vector has lanes.
@@ -49,6 +49,8 @@ class Loss(NamedTuple):
     ignore: int | None
     smoothing: float
     z: float
+    samples: Any  # of the computation's dtype, in the order of the rows, or None
+    mask: Any  # bytes, as softmax takes them, or None
 
 
 class Plan(NamedTuple):
@@ -124,21 +126,26 @@ def _run(
     run(operation, arrays, (number,), plan(layout, dtype, compute, tiles), compute)
 
 
-def softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
-    """One read of the array and one write of its size."""
+def softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0, mask: Any = None) -> None:
+    """One read of the array, and of the mask, and one write of the array's size.
+
+    A mask is bytes in one axis, as `mask_of` makes them.
+    """
     t = prepared(temperature, compute_dtype(x.dtype).type)
-    _run("softmax", (x, out), t, layout)
+    _run("softmax", (x, out, mask), t, layout)
 
 
-def log_softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0) -> None:
+def log_softmax(
+    x: Any, out: Any, layout: Layout, temperature: float = 1.0, mask: Any = None
+) -> None:
     """One read and one write."""
     t = prepared(temperature, compute_dtype(x.dtype).type)
-    _run("log_softmax", (x, out), t, layout)
+    _run("log_softmax", (x, out, mask), t, layout)
 
 
-def logsumexp(x: Any, out: Any, layout: Layout) -> None:
+def logsumexp(x: Any, out: Any, layout: Layout, mask: Any = None) -> None:
     """One read."""
-    _run("logsumexp", (x, out), 0, layout)
+    _run("logsumexp", (x, out, mask), 0, layout)
 
 
 def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout) -> None:
@@ -168,12 +175,13 @@ def losses(
     w = np.ascontiguousarray(loss.weight) if weighted else ones
     w = w if w.flags.writeable else w.copy()
     flags = WEIGHTED * weighted | IGNORING * (loss.ignore is not None) | EACH * (each is not None)
+    flags |= SAMPLED * (loss.samples is not None)
     ignore = 0 if loss.ignore is None else loss.ignore
     scale = 1.0
     if mean and grad is not None:
         divisor = float(layout.rows)
-        if flags & (WEIGHTED | IGNORING):
-            divisor = scan(labels, w, layout.n, flags, ignore)
+        if flags & (WEIGHTED | IGNORING | SAMPLED):
+            divisor = scan(labels, w, loss.samples, layout.n, flags, ignore)
         scale = 1.0 / divisor if divisor else 0.0
     # Without smoothing no class but the label's counts, whatever its weight.
     classes = float(np.sum(w, dtype=np.float64)) if loss.smoothing else 0.0
@@ -181,7 +189,8 @@ def losses(
     each = np.empty(1, compute) if each is None else each
     planned = plan(layout, x.dtype, compute, 1 if grad is None else 2)
     sums = np.empty((planned.pieces, 3))
-    arrays, numbers = (x, labels, each, w, options, sums), (flags, ignore)
+    arrays = (x, labels, each, w, options, sums, loss.mask, loss.samples)
+    numbers = (flags, ignore)
     if grad is None:
         run("cross_entropy", arrays, numbers, planned, compute)
     else:
@@ -190,6 +199,27 @@ def losses(
         total, weight, wrong = sums[0].tolist()
         return total, weight, int(wrong)
     return _sum(sums[:, 0]), _sum(sums[:, 1]), int(sums[:, 2].sum())
+
+
+def soft_losses(
+    x: Any, t: Any, layout: Layout, z: float, each: Any, grad: Any, mean: bool
+) -> float:
+    """Return the sum of the losses of distributions, which are of the computation's dtype.
+
+    Every loss goes to `each` and the gradient of the sum, or of the mean, to `grad`, unless they
+    are None. One read of both arrays, and a write of the gradient's size.
+    """
+    compute = compute_dtype(x.dtype)
+    planned = plan(layout, x.dtype, compute, 2 if grad is None else 3)
+    sums, flags = np.empty(planned.pieces), EACH * (each is not None)
+    each = np.empty(1, compute) if each is None else each
+    options = np.asarray([z, 1.0 / layout.rows if mean else 1.0])
+    arrays = (x, t, each, options, sums)
+    if grad is None:
+        run("soft_cross_entropy", arrays, (flags,), planned, compute)
+    else:
+        run("soft_cross_entropy_value_and_grad", (*arrays, grad), (flags,), planned, compute)
+    return _sum(sums)
 
 
 def _sum(parts: Any) -> float:

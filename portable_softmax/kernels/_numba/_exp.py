@@ -136,7 +136,11 @@ class _Writer:
 
     def exp_up(self, x):
         f, b = self.f, self.b
-        e, n = self.reduced(self.at_least(f.lowest, x), f.bias + 64)
+        # From here downwards the scale is 0: a factor that rounds to 0 would take a hundred times
+        # as long as others do, and what is masked by -inf has no other.
+        zero = self.number(-(f.bias + 64) * math.log(2))
+        x = b.select(b.fcmp_ordered(">", self.number(f.lowest), x), zero, x)
+        e, n = self.reduced(x, f.bias + 64)
         scale = b.bitcast(b.shl(n, self.integer(f.mantissa)), self.kind)
         return b.fmul(e, scale)
 

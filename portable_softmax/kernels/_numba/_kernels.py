@@ -7,23 +7,29 @@ the computation and the size that `_driver` gives it; `numbers` depend on the op
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any
 
 from portable_softmax.kernels._numba import _blocks, _columns, _losses, _operations, _rows
+from portable_softmax.kernels._numba import _soft as _soft_losses
 from portable_softmax.kernels._numba._compensation import compensated
 from portable_softmax.kernels._numba._jit import function, kernel
-from portable_softmax.kernels._numba._losses import EACH
+from portable_softmax.kernels._numba._losses import EACH, IGNORING
 from portable_softmax.kernels._numba._memory import (
     ahead,
     aligned,
     copy,
     fill,
+    left_out,
+    load,
+    logits,
     pointer,
     store,
     take_next,
+    typed,
 )
-from portable_softmax.kernels._numba._values import LOGSUMEXP, LOSS, values
+from portable_softmax.kernels._numba._values import LOGSUMEXP, LOSS, WEIGHT, values
 
 
 def _threaded(name: str, work: Any) -> Any:
@@ -43,22 +49,56 @@ def _threaded(name: str, work: Any) -> Any:
     return run
 
 
-def _row_by_row(layout: ModuleType, operation: str, inputs: int) -> Any:
-    """Return an operation whose result has the shape of its inputs; numbers = (one,)."""
-    body, has_two = getattr(_operations, f"{operation}_of")(layout), inputs == 2
+def leaving_out(layout: ModuleType, number: float) -> Any:
+    """Return the function that writes a number to what a mask leaves out of a row.
+
+    In a row of finite results the passes have done it. One of which nothing is left is all nan.
+    """
+
+    @function
+    def leave_out(p, o, n, inner, rows, workspace):
+        for r in range(rows):
+            first = load(o, layout.element(workspace, r, 0, n))
+            if first - first != 0:
+                for j in range(n):
+                    if left_out(p, layout.position(r, j, n, inner)):
+                        store(o, layout.element(workspace, r, j, n), typed(workspace, number))
+
+    return leave_out
+
+
+def _row_by_row(layout: ModuleType, operation: str, nothing: float) -> Any:
+    """Return softmax or log_softmax; arrays = (logits, result, mask or None), numbers = (one,)."""
+    body, leave_out = getattr(_operations, f"{operation}_of")(layout), leaving_out(layout, nothing)
 
     def work(arrays, numbers, shape, workspace, lo, hi, piece):
-        p, q, o = pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[inputs])
+        p, o = pointer(arrays[0]), pointer(arrays[1])
+        n, inner, T = shape[0], shape[1], layout.height(workspace, shape[2])
+        for i in range(lo, hi):
+            at, rows, _ = layout.place(i, T, n, inner)
+            group = logits(ahead(p, at), arrays[2], at)
+            x = layout.fetch(group, 0, workspace, T, n, inner, rows)
+            y = layout.target(ahead(o, at), 0, workspace, T, n)
+            body(x, y, n, rows, T, workspace, numbers[0])
+            leave_out(group, y, n, inner, rows, workspace)
+            layout.deliver(y, ahead(o, at), T, n, inner, rows)
+
+    return _threaded(f"{layout.__name__}.{operation}", work)
+
+
+def _vjp(layout: ModuleType, operation: str) -> Any:
+    """Return a vector-Jacobian product; arrays = (output, upstream, result), numbers = (one,)."""
+    body = getattr(_operations, f"{operation}_of")(layout)
+
+    def work(arrays, numbers, shape, workspace, lo, hi, piece):
+        p, q, o = pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2])
         n, inner, T = shape[0], shape[1], layout.height(workspace, shape[2])
         for i in range(lo, hi):
             at, rows, _ = layout.place(i, T, n, inner)
             x = layout.fetch(ahead(p, at), 0, workspace, T, n, inner, rows)
+            dy = layout.fetch(ahead(q, at), 1, workspace, T, n, inner, rows)
             y = layout.target(ahead(o, at), 0, workspace, T, n)
-            if has_two:
-                dy = layout.fetch(ahead(q, at), 1, workspace, T, n, inner, rows)
-                body(x, dy, y, n, rows, T, workspace, numbers[0])
-            else:
-                body(x, y, n, rows, T, workspace, numbers[0])
+            body(x, dy, y, n, rows, T, workspace, numbers[0])
             layout.deliver(y, ahead(o, at), T, n, inner, rows)
 
     return _threaded(f"{layout.__name__}.{operation}", work)
@@ -72,7 +112,8 @@ def _logsumexp(layout: ModuleType) -> Any:
         n, inner, T = shape[0], shape[1], layout.height(workspace, shape[2])
         for i in range(lo, hi):
             at, rows, first = layout.place(i, T, n, inner)
-            x = layout.fetch(ahead(p, at), 0, workspace, T, n, inner, rows)
+            group = logits(ahead(p, at), arrays[2], at)
+            x = layout.fetch(group, 0, workspace, T, n, inner, rows)
             body(x, n, rows, T, workspace)
             copy(values(workspace, LOGSUMEXP, T), ahead(o, first), rows)
 
@@ -80,33 +121,45 @@ def _logsumexp(layout: ModuleType) -> Any:
 
 
 def _cross_entropy(layout: ModuleType, gradient: bool) -> Any:
-    """Return the loss; arrays = (logits, labels, losses, weights, options, sums, gradient or not).
+    """Return the loss.
+
+    arrays = (logits, labels, losses, weights, options, sums, mask or None, weights of the positions
+    or None, gradient or not)
 
     The sums of a piece are that of the losses, that of the labels' weights, and how many labels are
     wrong. numbers = (flags, the index that is ignored).
     """
     write_losses, write_gradients = _losses.losses_of(layout), _losses.gradients_of(layout)
-    write_zeros = _losses.zeros_of(layout)
+    write_zeros, leave_out = _losses.zeros_of(layout), leaving_out(layout, 0.0)
 
     def work(arrays, numbers, shape, workspace, lo, hi, piece):
         p, labels, each = pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2])
-        w, totals, o = pointer(arrays[3]), pointer(arrays[5]), pointer(arrays[-1])
+        w, totals = pointer(arrays[3]), pointer(arrays[5])
         n, inner, T = shape[0], shape[1], layout.height(workspace, shape[2])
         c, (flags, ignore) = _losses.constants(w, n, arrays[4]), numbers
         losses = values(workspace, LOSS, T)
         loss, weight, wrong = _losses.no_sum(), _losses.no_sum(), 0
         for i in range(lo, hi):
             at, rows, first = layout.place(i, T, n, inner)
-            some = ahead(labels, first)
-            u, bad, ignored = _losses.write_weights(some, rows, T, workspace, w, n, flags, ignore)
+            some, group = ahead(labels, first), logits(ahead(p, at), arrays[6], at)
+            u, bad, ignored = _losses.write_weights(
+                some, rows, T, workspace, w, arrays[7], first, n, flags, ignore
+            )
+            for r in range(rows):
+                y = _losses.class_of(some[r], n)
+                counts = y == some[r] and not (flags & IGNORING and y == ignore)
+                if counts and left_out(group, layout.position(r, y, n, inner)):
+                    store(values(workspace, WEIGHT, T), r, typed(workspace, math.nan))
+                    bad += 1
             weight, wrong = _losses.with_term(weight, u), wrong + bad
             if gradient:
+                o = pointer(arrays[8])
                 y = layout.target(ahead(o, at), 1, workspace, T, n)
                 e = layout.scratch(y, workspace, T, n)
             else:
                 e = 0
             if ignored < rows:
-                x = layout.fetch(ahead(p, at), 0, workspace, T, n, inner, rows)
+                x = layout.fetch(group, 0, workspace, T, n, inner, rows)
                 value = write_losses(x, e, some, rows, T, workspace, w, n, c, flags, ignore)
                 loss = _losses.with_term(loss, value)
                 if gradient:
@@ -114,6 +167,7 @@ def _cross_entropy(layout: ModuleType, gradient: bool) -> Any:
             else:  # nothing of them is read
                 fill(losses, rows, 0.0)
             if gradient:
+                leave_out(group, y, n, inner, rows, workspace)
                 write_zeros(y, some, rows, workspace, n, flags, ignore)
                 layout.deliver(y, ahead(o, at), T, n, inner, rows)
             if flags & EACH:
@@ -126,25 +180,67 @@ def _cross_entropy(layout: ModuleType, gradient: bool) -> Any:
     return _threaded(f"{layout.__name__}.{name}", work)
 
 
+def _soft(layout: ModuleType, gradient: bool) -> Any:
+    """Return the loss; arrays = (logits, distributions, losses, options, sums, gradient or not).
+
+    The sum of a piece is that of its losses. The options are z and the factor of the gradient.
+    numbers = (flags,).
+    """
+    write_losses, write_gradients = (
+        _soft_losses.losses_of(layout),
+        _soft_losses.gradients_of(layout),
+    )
+
+    def work(arrays, numbers, shape, workspace, lo, hi, piece):
+        p, q, each = pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2])
+        z, scale = typed(workspace, arrays[3][0]), typed(workspace, arrays[3][1])
+        n, inner, T = shape[0], shape[1], layout.height(workspace, shape[2])
+        loss = _losses.no_sum()
+        for i in range(lo, hi):
+            at, rows, first = layout.place(i, T, n, inner)
+            x = layout.fetch(ahead(p, at), 0, workspace, T, n, inner, rows)
+            t = layout.fetch(ahead(q, at), 1, workspace, T, n, inner, rows)
+            if gradient:
+                o = pointer(arrays[5])
+                y = layout.target(ahead(o, at), 2, workspace, T, n)
+                e = layout.scratch(y, workspace, T, n)
+            else:
+                e = 0
+            value = write_losses(x, t, e, n, rows, T, workspace, z)
+            loss = _losses.with_term(loss, value)
+            if gradient:
+                write_gradients(e, t, y, n, rows, T, workspace, z, scale)
+                layout.deliver(y, ahead(o, at), T, n, inner, rows)
+            if numbers[0] & EACH:
+                copy(values(workspace, LOSS, T), ahead(each, first), rows)
+        store(pointer(arrays[4]), piece, compensated(loss[0], loss[1]))
+
+    name = "soft_cross_entropy_value_and_grad" if gradient else "soft_cross_entropy"
+    return _threaded(f"{layout.__name__}.{name}", work)
+
+
 @kernel("scan")
-def scan(labels, w, n, flags, ignore):
+def scan(labels, w, samples, n, flags, ignore):
     """Return the sum of the labels' weights."""
     t, v = pointer(labels), pointer(w)
     total = _losses.no_sum()
     for i in range(labels.shape[0]):
-        total = _losses.with_term(total, _losses.weight_of(t[i], v, n, flags, ignore)[1])
+        counted = _losses.weight_of(t[i], v, samples, i, n, flags, ignore)[1]
+        total = _losses.with_term(total, counted)
     return compensated(total[0], total[1])
 
 
 def _kernels(layout: ModuleType) -> dict[str, Any]:
     return {
-        "softmax": _row_by_row(layout, "softmax", 1),
-        "log_softmax": _row_by_row(layout, "log_softmax", 1),
+        "softmax": _row_by_row(layout, "softmax", 0.0),
+        "log_softmax": _row_by_row(layout, "log_softmax", -math.inf),
         "logsumexp": _logsumexp(layout),
-        "softmax_vjp": _row_by_row(layout, "softmax_vjp", 2),
-        "log_softmax_vjp": _row_by_row(layout, "log_softmax_vjp", 2),
+        "softmax_vjp": _vjp(layout, "softmax_vjp"),
+        "log_softmax_vjp": _vjp(layout, "log_softmax_vjp"),
         "cross_entropy": _cross_entropy(layout, False),
         "cross_entropy_value_and_grad": _cross_entropy(layout, True),
+        "soft_cross_entropy": _soft(layout, False),
+        "soft_cross_entropy_value_and_grad": _soft(layout, True),
     }
 
 

@@ -19,9 +19,12 @@ from __future__ import annotations
 
 import math
 
+from numba import types
+from numba.extending import overload
+
 from portable_softmax.kernels._numba._compensation import added
 from portable_softmax.kernels._numba._exp import DOWN, compensated_exp_up, log1p
-from portable_softmax.kernels._numba._jit import function
+from portable_softmax.kernels._numba._jit import INLINED, function
 from portable_softmax.kernels._numba._memory import ahead, fill, load, plus, store, typed
 from portable_softmax.kernels._numba._passes import (
     gaps,
@@ -44,7 +47,7 @@ from portable_softmax.kernels._numba._values import (
 )
 from portable_softmax.kernels._numba._vectors import times
 
-WEIGHTED, IGNORING, EACH = 1, 2, 4
+WEIGHTED, IGNORING, EACH, SAMPLED = 1, 2, 4, 8
 
 
 @function
@@ -80,26 +83,38 @@ def class_of(y, n):
     return y if 0 <= y < n else 0
 
 
-@function
-def weight_of(y, w, n, flags, ignore):
-    """Return a label's weight, 0 where it is ignored and nan without a class, and what it counts.
+def own_weight(samples, i, u):
+    """Return u times the i-th position's own weight; `samples` is None where there are none."""
 
-    In the mean a label without a class weighs what the class 0 does.
+
+@overload(own_weight, jit_options=INLINED)
+def _own_weight(samples, i, u):
+    if isinstance(samples, types.NoneType):
+        return lambda samples, i, u: u
+    return lambda samples, i, u: u * samples[i]
+
+
+@function
+def weight_of(y, w, samples, i, n, flags, ignore):
+    """Return the weight of the i-th label, which is y, and what it counts in the mean.
+
+    The weight is 0 where it is ignored and nan without a class; that counts what the class 0 does.
     """
     if flags & IGNORING and y == ignore:
         return typed(w, 0.0), 0.0
     u = load(w, class_of(y, n)) if flags & WEIGHTED else typed(w, 1.0)
+    u = own_weight(samples, i, u)
     return (u if 0 <= y < n else typed(w, math.nan)), float(u)
 
 
 @function
-def write_weights(labels, rows, T, workspace, w, n, flags, ignore):
+def write_weights(labels, rows, T, workspace, w, samples, first, n, flags, ignore):
     """Write the labels' weights; return their sum, how many are wrong and how many ignored."""
     us = values(workspace, WEIGHT, T)
     total, wrong, ignored = 0.0, 0, 0
-    if flags & (WEIGHTED | IGNORING):
+    if flags & (WEIGHTED | IGNORING | SAMPLED):
         for r in range(rows):
-            u, counted = weight_of(labels[r], w, n, flags, ignore)
+            u, counted = weight_of(labels[r], w, samples, first + r, n, flags, ignore)
             store(us, r, u)
             total += counted
             wrong += not 0 <= labels[r] < n

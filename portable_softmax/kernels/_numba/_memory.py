@@ -11,12 +11,15 @@ that compensated sums and differences stay as they are written.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, models, overload, register_model
 
-from portable_softmax.kernels._numba._jit import function
+from portable_softmax.kernels._numba._jit import INLINED, function
 
 # What a dtype is computed in.
 COMPUTE = {
@@ -30,6 +33,64 @@ I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 # --------------------------------------------------------------------------- pointers
+
+
+class Masked(types.Type):
+    """Logits and their mask: those that it leaves out read as -inf.
+
+    It stands wherever a pointer to logits does, so that no pass knows of masks.
+    """
+
+    def __init__(self, pointer: Any) -> None:
+        self.pointer = pointer
+        self.dtype = pointer.dtype
+        super().__init__(name=f"Masked({pointer})")
+
+
+@register_model(Masked)
+class _MaskedModel(models.StructModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Any) -> None:
+        members = [("logits", kind.pointer), ("mask", types.CPointer(types.uint8))]
+        super().__init__(manager, kind, members)
+
+
+@intrinsic
+def _masked(typing, p, mask):
+    def generate(context, builder, signature, args):
+        return _struct(builder, context.get_value_type(signature.return_type), args)
+
+    return Masked(p)(p, mask), generate
+
+
+def _struct(builder, kind, members):
+    value = ir.Constant(kind, ir.Undefined)
+    for i, member in enumerate(members):
+        value = builder.insert_value(value, member, i)
+    return value
+
+
+def logits(p, mask, at):
+    """Return `p` with its part of a mask, which is repeated along the logits; None is no mask."""
+
+
+@overload(logits, jit_options=INLINED)
+def _logits(p, mask, at):
+    if isinstance(mask, types.NoneType):
+        return lambda p, mask, at: p
+    return lambda p, mask, at: _masked(p, ahead(pointer(mask), at % mask.size))
+
+
+@intrinsic
+def left_out(typing, p, j):
+    """Whether a mask leaves the j-th logit out."""
+
+    def generate(context, builder, signature, args):
+        if not isinstance(p, Masked):
+            return ir.Constant(ir.IntType(1), 0)
+        place = builder.gep(builder.extract_value(args[0], 1), [args[1]])
+        return builder.icmp_unsigned("==", builder.load(place), ir.Constant(ir.IntType(8), 0))
+
+    return types.boolean(p, types.intp), generate
 
 
 @intrinsic
@@ -57,7 +118,10 @@ def ahead(typing, p, n):
         return p(p, types.intp), lambda context, builder, signature, args: args[0]
 
     def generate(context, builder, signature, args):
-        return builder.gep(args[0], [args[1]])
+        if not isinstance(p, Masked):
+            return builder.gep(args[0], [args[1]])
+        members = [builder.gep(builder.extract_value(args[0], i), [args[1]]) for i in range(2)]
+        return _struct(builder, args[0].type, members)
 
     return p(p, types.intp), generate
 
@@ -134,7 +198,14 @@ def load(typing, p, j):
     """``p[j]``, in the dtype of the computation."""
 
     def generate(context, builder, signature, args):
-        return widened(builder, p.dtype, builder.load(builder.gep(args[0], [args[1]])))
+        at, j = args
+        place = builder.extract_value(at, 0) if isinstance(p, Masked) else at
+        value = widened(builder, p.dtype, builder.load(builder.gep(place, [j])))
+        if not isinstance(p, Masked):
+            return value
+        counts = builder.load(builder.gep(builder.extract_value(at, 1), [j]))
+        counts = builder.icmp_unsigned("!=", counts, ir.Constant(counts.type, 0))
+        return builder.select(counts, value, ir.Constant(value.type, -math.inf))
 
     return COMPUTE[p.dtype](p, types.intp), generate
 

@@ -183,6 +183,11 @@ def _gap(x, w, numbers):
 
 
 @function
+def _itself(x, _, numbers):
+    return x
+
+
+@function
 def _softmax_vjp(y, dy, numbers):
     return y * (dy - numbers[0])
 
@@ -194,6 +199,7 @@ def _log_softmax_vjp(log_y, dy, numbers):
 
 products = _sums_of(_product)  # of y * dy
 gradients = _sums_of(counted)  # of what counts of dy; numbers = (left_out,)
+sums = _sums_of(_itself)
 gaps = _sums_of(_gap)  # of w_j (m - x_j); numbers = (m,)
 write_softmax_vjp = row_writing(_softmax_vjp)  # y * (dy - s); numbers = (s,)
 # dy - exp(log_y) * s; numbers = (left_out, s)

@@ -47,6 +47,12 @@ def element(workspace, r, y, n):
 
 
 @function
+def position(r, y, n, inner):
+    """Where it is in memory, from where the group begins."""
+    return r * n + y
+
+
+@function
 def fetch(p, tile, workspace, T, n, inner, rows):
     """Where a group at `p` can be read."""
     return p
@@ -97,10 +103,11 @@ def source(w):
     return w
 
 
-def writing(entry, values_of):
+def writing(entry, values_of, own=False):
     """Return what writes ``entry(e[j], w[j], numbers)`` for each class of each row of a group.
 
-    The numbers are the factor that exps have to be multiplied by, which only cut rows need, what
+    `w` is one array for all rows, or lies as `e` does where each row has its `own`. The numbers
+    are the factor that exps have to be multiplied by, which only cut rows need, what
     ``values_of(workspace, T, r)`` says of the row, and constants.
     """
     write_row = row_writing(entry)

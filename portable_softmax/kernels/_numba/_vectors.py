@@ -7,6 +7,7 @@ A machine with narrower registers takes several for one vector.
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -14,7 +15,15 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, overload, register_model
 
-from portable_softmax.kernels._numba._memory import COMPUTE, FLOAT, I32, I64, narrowed, widened
+from portable_softmax.kernels._numba._memory import (
+    COMPUTE,
+    FLOAT,
+    I32,
+    I64,
+    Masked,
+    narrowed,
+    widened,
+)
 
 LANES = {types.float32: 16, types.float64: 8}
 
@@ -121,6 +130,18 @@ def _load(context: Any, builder: Any, p: Any, place: Any, mask: Any, fill: Any) 
     return value if exact else builder.select(mask, widened(builder, p.dtype, value), fill)
 
 
+def _unmasked(builder: Any, place: Any, tail: Any, n: int) -> Any:
+    """Which of the lanes from a place of a mask on take part."""
+    place = builder.bitcast(place, ir.VectorType(ir.IntType(8), n).as_pointer())
+    zeros = ir.Constant(place.type.pointee, None)
+    if tail is None:
+        found = builder.load(place, align=1)
+    else:
+        name = f"llvm.masked.load.{_suffix(zeros.type)}.p0"
+        found = call(builder, name, zeros.type, [place, I32(1), tail, zeros])
+    return builder.icmp_unsigned("!=", found, zeros)
+
+
 @intrinsic
 def read(typing, p, j, k, fill):
     """The vector from ``p[j]`` on, or its first `k` numbers and `fill` in the other lanes.
@@ -139,6 +160,13 @@ def read(typing, p, j, k, fill):
         at = builder.extract_value(at, 0) if per_vector else at
         mask = _first(builder, k_, n) if masked else None
         fill_ = converted(context, builder, kind, fill, fill_)
+        if isinstance(p, Masked):
+            x, bytes_ = (builder.extract_value(at, i) for i in range(2))
+            value = _load(context, builder, p, place_of(builder, x, j, n), mask, fill_)
+            counts = _unmasked(builder, builder.gep(bytes_, [j]), mask, n)
+            lowest = ir.Constant(value.type, [-math.inf] * n)
+            value = builder.select(counts, value, lowest)
+            return value if mask is None else builder.select(mask, value, fill_)
         if isinstance(source, types.CPointer) and not per_vector:
             return _load(context, builder, p, place_of(builder, at, j, n), mask, fill_)
         if isinstance(source, types.CPointer):
@@ -187,7 +215,8 @@ def _prefetching(is_write: int) -> Any:
             return types.void(p, types.intp, k), nothing
 
         def generate(context, builder, signature, args):
-            place = builder.bitcast(builder.gep(args[0], [args[1]]), ir.IntType(8).as_pointer())
+            at = builder.extract_value(args[0], 0) if isinstance(p, Masked) else args[0]
+            place = builder.bitcast(builder.gep(at, [args[1]]), ir.IntType(8).as_pointer())
             numbers = [I32(k) for k in (is_write, 3, 1)]  # to the first cache, as data
             call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *numbers])
             return context.get_dummy_value()

@@ -56,16 +56,17 @@ def _most(x: Any) -> Any:
 
 @lru_cache(64)
 def _starts(n: int, c: int) -> Any:
-    """Return the places where n rows of c entries start in the flat array."""
-    return np.arange(0, n * c, c)
+    """Return the places where n rows of c entries start in the flat array, a row each."""
+    return np.arange(0, n * c, c)[:, None]
 
 
 def _maxima(x: Any) -> tuple[Any, Any]:
-    """Return the places of the maxima in the flat array, and the maxima."""
+    """Return the places of the maxima in the flat array, and the maxima, a row each."""
     n, c = x.shape
-    at = x.argmax(1)
-    at += _starts(n, c)
-    return at, x.take(at)[:, None]  # NumPy 2.5 warns where a shape is set
+    at = x.argmax(1, keepdims=True)
+    if n > 1:
+        at += _starts(n, c)
+    return at, x.take(at)
 
 
 def _rest(x: Any, at: Any, m: Any) -> tuple[Any, Any]:
@@ -158,7 +159,7 @@ def losses(request: Request, *, with_grad: bool) -> Any:
         return None
     scale = 1.0 / n if reduction == "mean" else 1.0
     at, m = _maxima(rows)
-    label = labels.reshape(-1) + _starts(n, c)
+    label = labels.reshape(-1) + _starts(n, c).reshape(-1)
     loss = m.reshape(-1) - rows.take(label)
     grad = None
     if with_grad:
