@@ -43,7 +43,7 @@ def log_softmax(x: Any, axis: Axis = None) -> Any:
     --------
     >>> from portable_softmax.compat import scipy_special
     >>> print(scipy_special.log_softmax([30.0, 0.0, 0.0])[0])
-    -1.871524593768...e-13
+    -1.8715245937...e-13
     """
     return _softmax.log_softmax(as_array(x), axis=axis)
 

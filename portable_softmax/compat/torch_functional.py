@@ -52,7 +52,7 @@ def log_softmax(
     >>> import numpy as np
     >>> from portable_softmax.compat import torch_functional as F
     >>> print(F.log_softmax(np.asarray([30.0, 0.0, 0.0]), dim=0)[0])
-    -1.871524593768...e-13
+    -1.8715245937...e-13
     """
     return _softmax.log_softmax(
         input, axis=_axis("log_softmax", input, dim, _stacklevel), dtype=dtype
@@ -118,7 +118,7 @@ def cross_entropy(
     >>> import numpy as np
     >>> from portable_softmax.compat import torch_functional as F
     >>> print(F.cross_entropy(np.asarray([[30.0, 0.0, 0.0]] * 2), np.asarray([0, -100])))
-    1.871524593768...e-13
+    1.8715245937...e-13
     """
     no_index = target.ndim == input.ndim and ignore_index < 0  # a distribution: the default counts
     return _cross_entropy.cross_entropy(
