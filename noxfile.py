@@ -478,14 +478,16 @@ def fuzz(session: nox.Session, backend: str) -> None:
 
 @nox.session
 def conformance(session: nox.Session) -> None:
-    """Run SciPy's tests of the softmax family and torch's of CrossEntropyLoss on this package."""
+    """Run the tests of SciPy, torch and optax on `compat`, and compare arguments with theirs."""
     libraries = ("strict", "torch", "jax", "dask")
     install(session, *package(*libraries), *group("conformance"))
     folder = ROOT / "tests" / "conformance"
-    session.run("python", str(folder / "scipy_special.py"), *session.posargs)
-    backends = ("--backend", ",".join(["numpy", *libraries]))
-    torch = str(folder / "torch_cross_entropy.py")
-    session.run("python", "-m", "pytest", torch, *backends, *session.posargs)
+    for script in ("scipy_special.py", "optax_losses.py"):
+        session.run("python", str(folder / script), *session.posargs)
+    pytest = ("python", "-m", "pytest", *session.posargs)
+    session.run(*pytest, "tests/test_compat.py", "--backend", "numpy")
+    backends = ",".join(["numpy", *libraries])
+    session.run(*pytest, str(folder / "torch_modules.py"), "--backend", backends)
 
 
 @nox.session(python=PYPROJECT["project"]["requires-python"].removeprefix(">="))
@@ -509,10 +511,22 @@ def lint(session: nox.Session) -> None:
     session.run("repo-review", str(ROOT), "--show", "err", silent=True)
     workflows = str(ROOT / ".github")
     session.run("zizmor", "--offline", "--quiet", "--no-progress", workflows)
-    if shutil.which("actionlint"):  # no wheel on PyPI holds it
-        session.run("actionlint", external=True)
-    else:
-        session.log("actionlint is not installed: the workflows were checked by zizmor alone")
+    session.run("actionlint")
+    with tempfile.TemporaryDirectory() as folder:
+        wrong = Path(folder, "wrong.yml")
+        wrong.write_text(WRONG_WORKFLOW)
+        session.run("actionlint", str(wrong), success_codes=[1], silent=True)
+
+
+# There is no matrix: actionlint must report it, or it checks nothing.
+WRONG_WORKFLOW = """\
+on: push
+jobs:
+  wrong:
+    runs-on: ubuntu-latest
+    steps:
+      - run: echo "${{ matrix.part }}"
+"""
 
 
 @nox.session

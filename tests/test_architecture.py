@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import portable_softmax as ps
+from portable_softmax import compat
+from portable_softmax.compat import optax, scipy_special, torch_functional  # noqa: F401
 from portable_softmax.kernels import _table
 
 PACKAGE = Path(ps.__file__).parent
@@ -23,6 +25,7 @@ ROOMS = (
     "__main__",
     "_cli",
     "__init__",
+    "compat",
     "layers",
     "online",
     "_linear_cross_entropy",
@@ -150,7 +153,8 @@ def module(path: Path) -> str:
 
 
 def test_array_libraries_are_imported_when_used_only():
-    core = [p for p in MODULES if room(p) not in ("_cli", "__main__")]
+    torch_nn = PACKAGE / "compat" / "torch_nn.py"  # whose classes are torch's
+    core = [p for p in MODULES if room(p) not in ("_cli", "__main__") and p != torch_nn]
     for path in core:
         own = () if module(path) in ASKED else TECHNOLOGIES.get(path.parent.name, ())
         for name, at_import in imports(path):
@@ -190,6 +194,9 @@ ps.cross_entropy(x, x, label_smoothing=0.1), ps.SoftmaxWithLoss().forward(x, t)
 ps.textbook.SoftmaxWithLoss().forward(x, t)
 ps.linear_cross_entropy_value_and_grad(x, x, t[:3] * 0)
 ps.online.softmax(x, ps.online.merge(ps.online.fold(x), ps.online.identity(x)))
+from portable_softmax.compat import optax, scipy_special, torch_functional
+scipy_special.logsumexp([1.0], b=2), torch_functional.nll_loss(x, t)
+optax.softmax_cross_entropy(x, x, where=x == 0)
 """
 
 
@@ -207,7 +214,10 @@ def test_numpy_alone_is_loaded(code):
 
 PUBLIC = [
     pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")
-    for module in (ps, ps.online, ps.textbook, ps.kernels)
+    for module in (
+        *(ps, ps.online, ps.textbook, ps.kernels),
+        *(compat.optax, compat.scipy_special, compat.torch_functional),
+    )
     for name in module.__all__
 ]
 

@@ -1,6 +1,7 @@
 """The role of single backticks in docstrings: a link if they hold a public name, else code."""
 
 import inspect
+from importlib import import_module
 
 from docutils import nodes
 from sphinx.addnodes import pending_xref
@@ -8,6 +9,7 @@ from sphinx.addnodes import pending_xref
 import portable_softmax
 
 PACKAGE = portable_softmax.__name__
+COMPAT = f"{PACKAGE}.compat"  # whose modules are imported by name
 
 
 def public_names():
@@ -24,6 +26,8 @@ def public_names():
                 found.update(f"{full}.{method}" for method in ("forward", "backward"))
 
     walk(PACKAGE, portable_softmax)
+    for name in ("optax", "scipy_special", "torch_functional", "torch_nn"):
+        walk(f"{COMPAT}.{name}", import_module(f"{COMPAT}.{name}"))
     return found
 
 
@@ -32,7 +36,7 @@ def role(name, rawtext, text, lineno, inliner, options=None, content=None):
     context = inliner.document.settings.env.ref_context
     module, class_ = context.get("py:module", PACKAGE), context.get("py:class")
     places = [f"{module}.{class_}."] if class_ else []
-    places += [f"{module}.", f"{PACKAGE}.", ""]
+    places += [f"{module}.", f"{PACKAGE}.", f"{COMPAT}.", ""]
     code = nodes.literal(rawtext, text, classes=["xref", "py"])
     for place in places:
         if place + text in NAMES:

@@ -170,6 +170,15 @@ def cross_entropy_value_and_grad(
     return reduced(xp, loss, target, axis, options.reduction), grad
 
 
+def nll_loss(xp: Namespace, log_y: Any, target: Target, axis: int, options: Options) -> Any:
+    """Return the reduced loss -log_y of the labels, for log-probabilities."""
+    loss = -pick(xp, log_y, target.index, axis, log_y)
+    if target.weight is not None:
+        loss = times(xp, target.weight, loss)
+    loss = _of_valid_positions(xp, loss, target)
+    return reduced(xp, loss, target, axis, options.reduction)
+
+
 # --------------------------------------------------------------------------- one row
 
 
@@ -192,12 +201,17 @@ def _forward(
     else:
         rows = _distribution_rows(xp, inputs, x, target, axis, options)
         loss, state = _distribution_loss(xp, rows, axis, options)
+    return _of_valid_positions(xp, loss, target), state, rows
+
+
+def _of_valid_positions(xp: Namespace, loss: Any, target: Target) -> Any:
+    """Return the losses, nan where the label has no class and 0 where it is ignored."""
     if target.valid is not None:
         # A factor: `where` between two losses would multiply nan by the gradient 0.
         loss = loss * xp.where(target.valid, scalar(xp, 1.0, loss), scalar(xp, math.nan, loss))
     if target.counted is not None:
         loss = xp.where(target.counted, loss, scalar(xp, 0.0, loss))
-    return loss, state, rows
+    return loss
 
 
 def _conditioned(

@@ -1,10 +1,10 @@
-"""SciPy's own tests of logsumexp, softmax and log_softmax, run against this package.
+"""SciPy's own tests of logsumexp, softmax and log_softmax, run on `compat.scipy_special`.
 
     python tests/conformance/scipy_special.py [options of pytest]
 
 SciPy ships these tests in its wheel. They run where they lie, with SciPy's fixtures, on every array
 library that SciPy tests on: under jax.jit on JAX, and with any early compute forbidden on Dask.
-Only the three functions are replaced, by the adapters below. Nothing of SciPy's is copied here.
+Only the three functions are replaced. Nothing of SciPy's is copied here.
 """
 
 from __future__ import annotations
@@ -22,50 +22,16 @@ LIBRARIES = ["numpy", "array_api_strict", "torch", "jax.numpy", "dask.array"]
 os.environ.setdefault("SCIPY_ARRAY_API", json.dumps(LIBRARIES))
 
 import scipy.special  # noqa: E402 - after the variable
-from scipy._lib._array_api import (  # noqa: E402
-    array_namespace,
-    xp_capabilities_table,
-    xp_result_type,
-)
+from scipy._lib._array_api import xp_capabilities_table  # noqa: E402
 
-import portable_softmax  # noqa: E402
+from portable_softmax.compat import scipy_special  # noqa: E402
 
-# --- The adapters -------------------------------------------------------------------------------
-# They take what SciPy takes and this package refuses by design: lists and scalars, a positional
-# axis, `None` as the default axis, and weights of a wider dtype than the exponents, which here do
-# not change the dtype of the answer. They convert types; values and results they leave alone.
-
-
-def softmax(x, axis=None):
-    """Call ours as SciPy's."""
-    return portable_softmax.softmax(array_namespace(x).asarray(x), axis=axis)
-
-
-def log_softmax(x, axis=None):
-    """Call ours as SciPy's."""
-    return portable_softmax.log_softmax(array_namespace(x).asarray(x), axis=axis)
-
-
-def logsumexp(a, axis=None, b=None, keepdims=False, return_sign=False):
-    """Call ours as SciPy's."""
-    xp = array_namespace(a, b)
-    if b is None:
-        x = xp.asarray(a)
-    else:
-        x = xp.asarray(a, dtype=xp_result_type(a, b, force_floating=True, xp=xp))
-    return portable_softmax.logsumexp(x, axis=axis, b=b, keepdims=keepdims, return_sign=return_sign)
-
-
-ADAPTERS = (softmax, log_softmax, logsumexp)
+OURS = [getattr(scipy_special, name) for name in scipy_special.__all__]
 
 # --- The exceptions -----------------------------------------------------------------------------
 # Each is expected to fail, strictly: one that passes is an error, so the table stays true.
 
 EXCEPTIONS = {
-    r"test_logsumexp_b_shape\[": (
-        "b may not enlarge x: weights of shape (N, 1) beside x of shape (N,) would sum N * N "
-        "terms in silence; here they are a ValueError"
-    ),
     # An entry of -inf with an infinite imaginary part, whatever is beside it but inf + inf j,
     # whose exponential is nan everywhere.
     r"test_gh22601_infinite_elements\[jax\.numpy-(?!.*\(inf[+-]infj\)).*\(-inf[+-]infj\)": (
@@ -80,7 +46,7 @@ class Conformance:
 
     def pytest_sessionstart(self):
         """Replace the functions before the tests import them."""
-        for ours in ADAPTERS:
+        for ours in OURS:
             theirs = getattr(scipy.special, ours.__name__)
             # SciPy looks up here what its tests may ask of a function: everything.
             xp_capabilities_table[ours] = xp_capabilities_table[theirs]
@@ -93,7 +59,7 @@ class Conformance:
         config.hook.pytest_deselected(items=helpers)
         items[:] = [item for item in items if item.cls is not None]
         for item in items:
-            for ours in ADAPTERS:
+            for ours in OURS:
                 assert getattr(item.module, ours.__name__) is ours
             # SciPy's marks say where SciPy's own functions fail; ours are to pass there.
             item.own_markers = [m for m in item.own_markers if m.name != "xfail_xp_backends"]
