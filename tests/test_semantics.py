@@ -70,6 +70,8 @@ def test_0_d_input(xp):
             f(x, axis=0)
         with pytest.raises(IndexError, match="axis is 2, but the array has 2 dimensions"):
             f(xp.asarray(np.zeros((2, 2))), axis=2)
+        with pytest.raises(TypeError, match="axis is '0', expected an int"):
+            f(x, axis="0")
 
 
 def test_no_axis_at_all(xp):
