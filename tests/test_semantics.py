@@ -607,6 +607,18 @@ def test_label_out_of_range(xp, bad, dtype):
     assert not np.isnan(np.delete(grad.reshape(4, 3), 3, axis=0)).any()
 
 
+def test_negative_label_beside_many_classes(xp):
+    """-1 of int8 has the bits of 255, which names one of 300 classes."""
+    x, labels = xp.asarray(np.zeros((2, 300))), xp.asarray([5, -1], "int8")
+    if not xp.lazy:
+        with pytest.raises(IndexError, match=r"labels\[1\] is -1, outside \[0, 300\)"):
+            ps.cross_entropy(x, labels)
+    unchecked = {} if xp.lazy else {"check_labels": False}
+    loss, grad = ce(xp, x, labels, reduction="none", **unchecked)
+    np.testing.assert_allclose(loss, [np.log(300), NAN], rtol=1e-14)
+    assert np.isnan(grad[1]).all()
+
+
 def test_label_of_a_masked_class(xp):
     """label of a class that `where` masks out | an error like a label out of range"""
     x = xp.asarray(np.zeros((2, 3)))
