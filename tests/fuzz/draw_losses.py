@@ -38,7 +38,8 @@ def _distribution(
     r, n = folded
     t: np.ndarray
     if kind.startswith("one-hot"):
-        t = np.eye(n)[draw.rng.integers(n, size=r)]
+        t = np.zeros((r, n))
+        t[np.arange(r), draw.rng.integers(n, size=r)] = 1
     else:
         t = draw.rng.random((r, n))
         if kind == "sparse":
