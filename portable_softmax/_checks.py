@@ -248,7 +248,7 @@ def axes(axis: Any, ndim: int) -> tuple[int, ...]:
         return (axis % ndim,)
     given = axis if isinstance(axis, tuple) else (axis,)
     if ndim == 0 and given:
-        raise _axis_error(given[0], ndim, "pass axis=None")
+        raise _axis_error(_axis_number(given[0]), ndim, "pass axis=None")
     found = tuple(one_axis(a, ndim) for a in given)
     if len(set(found)) != len(found):
         raise ValueError(f"axis is {axis}, which names an axis twice: name each axis once")
@@ -257,18 +257,22 @@ def axes(axis: Any, ndim: int) -> tuple[int, ...]:
 
 def one_axis(axis: Any, ndim: int) -> int:
     """Return the int `axis` as a non-negative one."""
+    index = _axis_number(axis)
+    if not -ndim <= index < ndim:
+        raise _axis_error(index, ndim)
+    return index % ndim
+
+
+def _axis_number(axis: Any) -> int:
     try:
         if isinstance(axis, bool):
             raise TypeError
-        index = operator.index(axis)
+        return operator.index(axis)
     except TypeError:
         raise TypeError(
             f"axis is {axis!r}, expected an int, or where several are allowed a tuple of ints "
             "or None"
         ) from None
-    if not -ndim <= index < ndim:
-        raise _axis_error(index, ndim)
-    return index % ndim
 
 
 def _axis_error(axis: Any, ndim: int, remedy: str = "") -> Exception:

@@ -196,6 +196,20 @@ def test_the_label_entry_of_a_confident_gradient(xp, margin):
         assert_close(xp, loss, float(-mp.log(exact[0])), "float32", rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("others", [[], [-40.0, -50.0], [-3.0, -4.0, -3.5]])
+def test_the_label_entry_of_a_gradient_with_z_loss(xp, dtype, others):
+    """A = 1 + 2 z logsumexp keeps few digits of a small z, and A - 1 fewer."""
+    x = np.asarray([0.7, *others], dtype)
+    z, n = 1e-5, len(x)
+    one, row = [mpf(1)] * n, reference.exact(x)
+    _, slope = reference.cross_entropy_row(row, one[:1] + [mpf(0)] * (n - 1), one, 0, mpf(z), None,
+                                           [True] * n)  # fmt: skip
+    _, grad = ps.cross_entropy_value_and_grad(xp.asarray(x), xp.asarray(np.asarray(0)), z_loss=z)
+    actual = assert_like(xp, grad, (n,), dtype)
+    assert reference.ulps(actual[:1], slope[:1]) <= 16
+
+
 def test_the_gradient_is_that_of_the_sum_of_the_returned_loss(xp):
     x = np.random.default_rng(5).normal(size=(4, 3))
     labels = xp.asarray([0, 1, 2, 0])

@@ -70,6 +70,8 @@ def test_0_d_input(xp):
             f(x, axis=0)
         with pytest.raises(IndexError, match="axis is 2, but the array has 2 dimensions"):
             f(xp.asarray(np.zeros((2, 2))), axis=2)
+        with pytest.raises(TypeError, match="axis is '0', expected an int"):
+            f(x, axis="0")
 
 
 def test_no_axis_at_all(xp):
@@ -604,6 +606,18 @@ def test_label_out_of_range(xp, bad, dtype):
     np.testing.assert_allclose(loss, expected, rtol=1e-14)
     assert np.isnan(grad[1, 1]).all()
     assert not np.isnan(np.delete(grad.reshape(4, 3), 3, axis=0)).any()
+
+
+def test_negative_label_beside_many_classes(xp):
+    """-1 of int8 has the bits of 255, which names one of 300 classes."""
+    x, labels = xp.asarray(np.zeros((2, 300))), xp.asarray([5, -1], "int8")
+    if not xp.lazy:
+        with pytest.raises(IndexError, match=r"labels\[1\] is -1, outside \[0, 300\)"):
+            ps.cross_entropy(x, labels)
+    unchecked = {} if xp.lazy else {"check_labels": False}
+    loss, grad = ce(xp, x, labels, reduction="none", **unchecked)
+    np.testing.assert_allclose(loss, [np.log(300), NAN], rtol=1e-14)
+    assert np.isnan(grad[1]).all()
 
 
 def test_label_of_a_masked_class(xp):

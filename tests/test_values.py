@@ -83,6 +83,51 @@ def test_the_rounding_of_the_shift_is_put_back(xp):
     assert reference.ulps(actual, expected) <= 4
 
 
+@pytest.mark.parametrize("path", ["default", "portable"])
+def test_a_long_remainder_keeps_its_digits(xp, path):
+    """A sum of many equal terms, one after another or in short blocks, loses hundreds of units."""
+    x = np.full((2, 300_001), -16.3, np.float32)
+    x[:, 7] = 0
+    remainder = -mp.log1p(300_000 * mp.exp(float(x[0, 0])))
+    with kernels.portable() if path == "portable" else nullcontext():
+        y = xp.numpy(ps.log_softmax(xp.asarray(x)))
+        loss = xp.numpy(ps.cross_entropy(xp.asarray(x), xp.asarray([7, 7])))
+    assert reference.ulps(y[:, 7], [remainder] * 2) <= 8
+    assert reference.ulps(loss, [-remainder]) <= 8
+
+
+@pytest.mark.libraries("numpy", "torch", "array_api_strict")  # XLA takes them for 0, Dask is lazy
+@pytest.mark.parametrize("path", ["default", "portable"])
+@pytest.mark.parametrize(
+    ("dtype", "gap", "others", "rows"),
+    [
+        ("float32", 90.25, 64, 2),
+        ("float32", 95.3, 4096, 40),
+        ("float32", 99.7, 300_000, 1),
+        ("float64", 712.3, 200, 3),
+    ],
+)
+def test_a_remainder_of_subnormal_terms_keeps_its_digits(xp, path, dtype, gap, others, rows):
+    """The sum of many exponentials is a normal number where each of them is a subnormal one."""
+    x = np.full((rows, others + 1), -gap, dtype)
+    x[:, 7] = 0
+    labels = xp.asarray(np.full(rows, 7))
+    remainder = -mp.log1p(others * mp.exp(float(x[0, 0])))
+    with kernels.portable() if path == "portable" else nullcontext():
+        for temperature in (1.0, 0.5):
+            scaled = xp.asarray(x * np.asarray(temperature, dtype))
+            y = ps.log_softmax(scaled, temperature=temperature)
+            actual = assert_like(xp, y, x.shape, dtype)
+            assert reference.ulps(actual[:, 7], [remainder] * rows) <= 8
+        columns = ps.log_softmax(xp.asarray(np.ascontiguousarray(x.T)), axis=0)
+        actual = assert_like(xp, columns, x.T.shape, dtype)
+        assert reference.ulps(actual[7], [remainder] * rows) <= 8
+        loss, grad = ps.cross_entropy_value_and_grad(xp.asarray(x), labels, reduction="none")
+        assert reference.ulps(assert_like(xp, loss, (rows,), dtype), [-remainder] * rows) <= 8
+        actual = assert_like(xp, grad, x.shape, dtype)[:, 7]
+        assert reference.ulps(actual, [mp.expm1(remainder)] * rows) <= 8
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, (0, 2), (2, 0, 1), None])
 def test_axes(xp, axis):
     """Any axis is the last axis of the array with that axis moved there."""

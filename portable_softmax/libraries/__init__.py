@@ -46,6 +46,7 @@ __all__ = [
     "kind",
     "library_of",
     "longest_sum",
+    "looks_again",
     "namespace",
     "of",
     "quietly",
@@ -251,6 +252,11 @@ def iterate(xp: Namespace, step: Callable[[Any], tuple[Any, Any]], x: Any, most:
 def reads_values(xp: Namespace, x: Any) -> bool:
     """Return whether the values of `x` can be looked at now: not traced, lazy or abstract."""
     return of(xp).reads_values(x)
+
+
+def looks_again(xp: Namespace, x: Any) -> bool:
+    """Return whether a rare case that costs another pass is looked for in `x`."""
+    return of(xp).looks_again(x)
 
 
 def quietly(xp: Namespace, function: Callable[..., Any], *args: Any) -> Any:

@@ -81,6 +81,10 @@ class Jax(Library):
         """Return whether one is a tracer, of whichever transform."""
         return any(_is_traced(x) for x in values)
 
+    def looks_again(self, x: Any) -> bool:
+        """Return False: XLA takes subnormal numbers for 0."""
+        return False
+
     def tracing(self, *arrays: Any) -> str:
         """Return ``"traced"`` under jit, grad, vmap and so on."""
         return "traced" if any(_is_traced(x) for x in arrays) else ""

@@ -238,6 +238,13 @@ class Library:
         """Return whether the values of `x` can be looked at now: not traced, lazy or abstract."""
         return not compat.is_lazy_array(x)
 
+    def looks_again(self, x: Any) -> bool:
+        """Return whether a rare case that costs another pass is looked for in `x`.
+
+        Not where that waits for a device, nor where subnormal numbers are taken for 0 anyway.
+        """
+        return self.reads_values(x)
+
     def tracing(self, *arrays: Any) -> str:
         """Return what follows or replaces the values of these arrays; empty for ordinary ones.
 

@@ -155,6 +155,10 @@ class Torch(Library):
         # Inside a functional transform a tensor may be batched by vmap and has no single value.
         return self._interpreter is not None and self._interpreter() is None
 
+    def looks_again(self, x: Any) -> bool:
+        """Return whether `x` is on the CPU, and its values can be looked at now."""
+        return bool(x.is_cpu) and self.reads_values(x)
+
     def tracing(self, *arrays: Any) -> str:
         """Return what follows or replaces these tensors' values."""
         torch = self._torch

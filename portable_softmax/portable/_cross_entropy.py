@@ -375,8 +375,9 @@ def _gradient(
 ) -> Any:
     """p_j * A - q_j with A = Q + 2 * z_loss * u * logsumexp, without its cancellation.
 
-    With p_j = e_j / (1 + rest) this is ((e_j A - q_j) - q_j rest) / (1 + rest). At the label of
-    a confident row e_j A - q_j is an exact 0, and -q_j rest is minus the sum of the others.
+    With p_j = e_j / (1 + rest) this is ((e_j Q - q_j) - q_j rest + e_j (A - Q)) / (1 + rest). At
+    the label of a confident row e_j Q - q_j is an exact 0, and -q_j rest is minus the sum of the
+    others.
     """
     inverse = 1.0 / (1.0 + state.rest)
     u = scalar(xp, 1.0, state.exps) if rows.u is None else rows.u
@@ -384,13 +385,15 @@ def _gradient(
         q = a = u
     else:
         q, a = rows.q, total(xp, rows.q, (axis,))
-    if options.z_loss != 0.0:
-        a = a + times(xp, u, 2.0 * options.z_loss * (state.max + state.log))
     scaled = state.exps * a
-    if rows.q is not None:
-        return ((scaled - q) - q * state.rest) * inverse
-    label = classes(xp, state.exps, axis) == target.index
-    return xp.where(label, (scaled - q) - q * state.rest, scaled) * inverse
+    grad = (scaled - q) - q * state.rest
+    if rows.q is None:
+        label = classes(xp, state.exps, axis) == target.index
+        grad = xp.where(label, grad, scaled)
+    if options.z_loss != 0.0:
+        squared = times(xp, u, 2.0 * options.z_loss * (state.max + state.log))
+        grad = grad + state.exps * squared
+    return grad * inverse
 
 
 def mean_divisor(xp: Namespace, loss: Any, target: Target) -> Any:

@@ -18,11 +18,18 @@ from portable_softmax.libraries import (
     constant,
     device,
     is_chunked,
+    looks_again,
     namespace,
     reduce_chunks,
     scalar,
 )
-from portable_softmax.portable._divisor import Divisor, divisor, quotient_error, times_power_of_2
+from portable_softmax.portable._divisor import (
+    Divisor,
+    divisor,
+    ordinary,
+    quotient_error,
+    times_power_of_2,
+)
 from portable_softmax.portable._sums import total
 
 
@@ -91,6 +98,17 @@ def fold(
         is_max = xp.floor(constant(xp, exp_of_sink))
         rest, maxima = rest + (exp_of_sink - is_max), maxima + is_max
     rest = rest + (maxima - 1)
+    if looks_again(xp, rest):
+        n = math.prod([x.shape[a] for a in axes])
+        value = constant(xp, rest)
+        # Below this the terms of a sum are subnormal numbers, on average.
+        few = value < n * float(xp.finfo(x.dtype).smallest_normal)
+        if xp.any(few) and xp.any(few & (value > 0)):
+            again = _sum_of_subnormals(xp, x, m, by, axes)
+            if sink is not None:
+                again = again + _sum_of_subnormals(xp, sink, m, by, axes)
+            few = few & (value > 0)
+            rest = rest + xp.where(few, again - value, scalar(xp, 0.0, value))
     return State(m, rest, xp.log1p(rest), shifted, exps)
 
 
@@ -108,10 +126,37 @@ def from_maximum(xp: Namespace, x: Any, m: Any, temperature: float) -> Any:
     return difference if by.high == 1.0 else difference / by.high
 
 
+def _sum_of_subnormals(xp: Namespace, x: Any, m: Any, by: Divisor, axes: tuple[int, ...]) -> Any:
+    """Return the sum of the exponentials that are far below the maximum's, as a constant.
+
+    Each may be a subnormal number, of few digits, where their sum is a normal one. exp(d) as the
+    square of exp(d / 2), times a power of 2 for the sum, keeps its digits.
+    """
+    shifted, error = _differences(xp, constant(xp, x), m, by, None)
+    exponent = ordinary(xp, x.dtype)
+    root = xp.exp(0.5 * shifted)
+    terms = (2.0**exponent * root) * root * (1.0 + error)
+    below = (shifted < -1.0) & (root > 0)  # beside an infinity the error is nan
+    terms = xp.where(below, terms, scalar(xp, 0.0, terms))
+    return total(xp, terms, axes) * 2.0**-exponent
+
+
 def exponentials(
     xp: Namespace, x: Any, m: Any, by: Divisor, attach: Callable[[Any], Any] | None = None
 ) -> tuple[Any, Any]:
     """Return (x - m) / temperature, and exp of that with the rounding error put back."""
+    shifted, error = _differences(xp, x, m, by, attach)
+    exps = xp.exp(shifted)
+    # exps + exps * error would be the same, but XLA flushes a subnormal product to 0. Beside an
+    # infinity the error is nan and its term 0.
+    error = xp.where(constant(xp, exps) > 0, error, scalar(xp, 0.0, error))
+    return shifted, exps * (1.0 + error)
+
+
+def _differences(
+    xp: Namespace, x: Any, m: Any, by: Divisor, attach: Callable[[Any], Any] | None
+) -> tuple[Any, Any]:
+    """Return (x - m) / temperature, and what its rounding lost."""
     difference = x - m
     error = difference_error(xp, x, m, difference)
     shifted = times_power_of_2(xp, difference, -min(by.exponent, 0))
@@ -122,11 +167,7 @@ def exponentials(
         quotient = shifted / by.high
         error = error / by.high + quotient_error(xp, shifted, quotient, by)
         shifted = quotient
-    exps = xp.exp(shifted)
-    # exps + exps * error would be the same, but XLA flushes a subnormal product to 0. Beside an
-    # infinity the error is nan and its term 0.
-    error = xp.where(constant(xp, exps) > 0, error, scalar(xp, 0.0, error))
-    return shifted, exps * (1.0 + error)
+    return shifted, error
 
 
 def difference_error(xp: Namespace, x: Any, m: Any, difference: Any) -> Any:

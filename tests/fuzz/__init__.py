@@ -6,6 +6,5 @@
 A case is a function of the package with arrays and options, drawn from a seed and a number alone
 (`cases`). `paths` are the ways to compute it: by default, portable, each kernel, under autograd.
 `reference` and `losses` answer it from the documented formulas in extended precision, with the
-bound that the answer has to keep; where that is not exact enough, and wherever an answer seems
-wrong, they answer again with mpmath (`arithmetic`). `compare` judges values, dtypes and shapes.
+bound that the answer has to keep. `compare` judges values, dtypes and shapes.
 """

@@ -138,6 +138,7 @@ def _loss(
         z_loss=float(options.get("z_loss", 0.0)),
         softcap=None if options.get("softcap") is None else float(options["softcap"]),
         live=live,
+        masked=where is not None,
         reduction=options.get("reduction", "mean"),
     )
     loss, grad = losses.value_and_grad(rows.astype(compute), to, given, rounding)

@@ -26,6 +26,7 @@ class Options(NamedTuple):
     z_loss: float
     softcap: float | None
     live: np.ndarray
+    masked: bool
     reduction: str
 
 
@@ -54,7 +55,7 @@ def value_and_grad(
 
 
 def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) -> Any:
-    n, u, live = x.shape[1], rounding.compute.u, options.live
+    n, u, live, compute = x.shape[1], rounding.compute.u, options.live, rounding.compute
     harmless = ~live | to.ignored
     x = np.where(harmless, 0, x)
     cap, lost = options.softcap, L(0)
@@ -72,21 +73,27 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
     e = L(options.smoothing)
     t = np.where(live, to.t, 0)
     count = np.maximum(live.sum(axis=1, keepdims=True), 1)
-    share = (np.float64(options.smoothing) / count).astype(L)  # a Python number, as it is given
+    # A Python number as it is given; by a count of `where` in the dtype of the computation.
+    number = rounding.compute.dtype.type if options.masked else np.float64
+    share = (number(options.smoothing) / count.astype(number)).astype(L)
     named = np.where(t == 0, 0, w * t)
     q = named * L(1.0 - options.smoothing) + (np.where(live, w * share, 0) if e else 0)
     total_q, label_weight = q.sum(axis=1, keepdims=True), named.sum(axis=1, keepdims=True)
 
     z = L(options.z_loss)
+    underflow = compute.smallest_normal if rounding.flushes else compute.smallest
+    # A remainder that is no normal number has lost digits to underflow.
+    lost_rest = np.where(rows.rest < compute.smallest_normal, underflow * n, 0)
     terms = np.where(q == 0, 0, q * surprise)
     squared = np.where(label_weight == 0, 0, z * label_weight * lse * lse)
     loss = terms.sum(axis=1, keepdims=True) + squared
     sizes = np.abs(terms).sum(axis=1, keepdims=True)
     lse_error = u * (6 * np.abs(lse) + 4 * np.maximum(1, np.abs(np.where(rows.bad, 0, rows.max))))
-    units = 9 if to.index is not None and not e else 12
+    # Eight units of a row's loss are promised, and the weight is one rounding more.
+    rounded = 8 * rounding.ulp(sizes) if to.index is not None and not e else 24 * u * sizes
     error = (
-        units * 2 * u * sizes
-        + np.abs(q).sum(axis=1, keepdims=True) * lost
+        rounded
+        + np.abs(q).sum(axis=1, keepdims=True) * (lost + lost_rest)
         + np.abs(z * label_weight) * (2 * np.abs(lse) * (lse_error + lost) + 8 * u * lse * lse)
     )
 
@@ -102,30 +109,42 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
         )
     else:
         grad = p * slope - q
-        sizes = p * np.abs(slope) + np.abs(q)
+        # Weights of both signs may cancel in the sum of the coefficients.
+        terms_of_slope = np.abs(q).sum(axis=1, keepdims=True) + np.abs(slope - total_q)
+        sizes = p * terms_of_slope + np.abs(q)
     depth = np.minimum(rows.span, rounding.compute.depth)
     slack = u * (16 + 4 * depth) * sizes + np.where(p > 0, p * np.abs(slope), 0) * (4 * lost)
     slack = slack + p * np.abs(2 * z * label_weight) * lse_error
-    compute = rounding.compute
-    underflow = compute.smallest_normal if rounding.flushes else compute.smallest
-    slack = slack + underflow * np.abs(slope)  # of a probability that underflows
+    # Of a probability that underflows, or of an exponential that is a third of it.
+    slack = slack + 2 * underflow * np.abs(slope)
+    slack = slack + lost_rest * np.abs(q)
     if cap is not None:
-        derivative = 1 / np.cosh(np.minimum(np.abs(x / L(cap)), 5000)) ** 2
-        grad, slack = grad * derivative, slack * derivative
+        # Squared last, as cosh**2 overflows where its inverse is not 0 yet.
+        derivative = (1 / np.cosh(np.minimum(np.abs(x / L(cap)), 11_000))) ** 2
+        slack = slack * derivative + 3 * underflow * np.abs(grad)  # of a derivative that underflows
+        grad = grad * derivative
         slack = slack + np.abs(grad) * u * (16 + 8 * np.minimum(np.abs(x / L(cap)), 100))
+    # A product with a small weight may underflow before a mean divides by weights as small.
+    slack = slack + 2 * underflow
     grad = np.where(harmless, 0, grad)
 
     nan_row = np.isnan(np.where(harmless, 0, x)).any(axis=1, keepdims=True)
     unknown = rows.bad & ~to.ignored & ~nan_row | _unknown_weights(w, t, e, live)
-    # A difference from the maximum that is weighted may overflow before it is.
-    widest = np.max(np.where(q == 0, 0, gap), axis=1, keepdims=True, initial=0)
-    unsure = (widest >= rounding.compute.max / 8) & (widest < np.inf)
-    if cap is not None and cap > rounding.compute.max:  # as if there were none
+    # A difference from the maximum that is weighted may overflow before it is. Beside an infinite
+    # one that says nothing, unless the weights are of both signs.
+    counts = np.where(q == 0, 0, gap)
+    widest = np.max(np.where(np.isinf(counts), 0, counts), axis=1, keepdims=True, initial=0)
+    one_sign = ((q >= 0).all(axis=1) | (q <= 0).all(axis=1))[:, None]
+    unsure = (widest >= compute.max / 8) & ~(one_sign & np.isinf(counts).any(axis=1, keepdims=True))
+    if cap is not None and cap > compute.max:  # as if there were none
         unsure = unsure | np.isinf(x).any(axis=1, keepdims=True)
     loss = np.where(nan_row | to.wrong, L("nan"), loss)
     grad = np.where((nan_row | to.wrong) & live, L("nan"), grad)
     infinite = ~np.isfinite(np.where(harmless, 0, x)).all(axis=1, keepdims=True)
-    overflows = ~(np.abs(slope) < rounding.compute.max / 8)  # beside a probability of 0
+    # Beside a probability of 0, and before it is weighted.
+    overflows = ~(np.abs(slope) < compute.max / 8) | (
+        (label_weight != 0) & ~(np.abs(2 * z * lse) < compute.max / 8)
+    )
     unknown_grad = unknown | infinite & (cap is not None) | overflows
     loss, error = np.where(to.ignored, 0, loss), np.where(to.ignored, 0, error)
     grad = np.where(to.ignored, 0, grad)

@@ -78,8 +78,7 @@ def fold(x: np.ndarray, live: np.ndarray, temperature: float = 1.0) -> Rows:
     x = np.where(live, x.astype(L), -L("inf"))
     m = np.max(x, axis=1, keepdims=True, initial=-np.inf)
     bad = ~np.isfinite(m)
-    # The difference first: x / T may overflow where (x - max) / T does not.
-    d = np.where(np.isneginf(x), -L("inf"), x - np.where(bad, 0, m)) / L(temperature)
+    d = _scaled_differences(x, np.where(bad, 0, m), temperature)
     at = np.argmax(x, axis=1) if x.shape[1] else np.zeros(len(x), int)
     others = np.exp(np.where(bad, 0, d))
     if x.shape[1]:
@@ -98,8 +97,14 @@ def _units(rows: Rows, rounding: Rounding) -> np.ndarray:
 
 
 def _differences(rows: Rows, temperature: float) -> np.ndarray:
-    m = np.where(rows.bad, 0, rows.max)
-    return np.where(np.isneginf(rows.x), -L("inf"), rows.x - m) / L(temperature)
+    return _scaled_differences(rows.x, np.where(rows.bad, 0, rows.max), temperature)
+
+
+def _scaled_differences(x: np.ndarray, m: np.ndarray, temperature: float) -> np.ndarray:
+    # The difference first, as x / T may overflow where (x - max) / T does not; by halves, as in
+    # longdouble the difference may, too. A power of 2 costs no digits.
+    halves = (np.ldexp(x, -1) - np.ldexp(m, -1)) / L(temperature)
+    return np.where(np.isneginf(x), -L("inf"), np.ldexp(halves, 1))
 
 
 def softmax(x: Any, live: Any, rounding: Rounding, temperature: float) -> Answer:

@@ -290,20 +290,23 @@ def _summed(terms: Terms, values: list[Any], axis: int) -> Any:
 def _gradient(x: Any, m: Any, rest: Any, log: Any, terms: Terms, axis: int) -> Any:
     """p_j * A - q_j with A = Q + 2 * u * logsumexp, without its cancellation.
 
-    With p_j = e_j / (1 + rest) this is ((e_j A - q_j) - q_j rest) / (1 + rest). At the label of
-    a confident row e_j A - q_j is an exact 0, and -q_j rest is minus the sum of the others.
+    With p_j = e_j / (1 + rest) this is ((e_j Q - q_j) - q_j rest + e_j (A - Q)) / (1 + rest). At
+    the label of a confident row e_j Q - q_j is an exact 0, and -q_j rest is minus the sum of the
+    others.
     """
     m, rest, log = (wide(part, (axis,)) for part in (m, rest, log))
     sums = [] if terms.a is None else [terms.a]
     if terms.c is not None:
         sums.append(jnp.sum(terms.c, axis=axis, keepdims=True))
-    if terms.u is not None:
-        lse = jnp.where((terms.u == 0) & jnp.isinf(m), 0.0, m + log)
-        sums.append(2.0 * terms.u * lse)
-    scaled = jnp.exp(x - m) * sum(sums[1:], sums[0])
+    exps = jnp.exp(x - m)
+    scaled = exps * sum(sums[1:], sums[0])
     q = 0.0 if terms.c is None else terms.c
     if terms.a is not None:
         label = lax.broadcasted_iota(terms.index.dtype, x.shape, axis) == terms.index
         q = jnp.where(label, q + terms.a, q)
-    grad = ((scaled - q) - q * rest) * (1.0 / (1.0 + rest))
+    grad = (scaled - q) - q * rest
+    if terms.u is not None:
+        lse = jnp.where((terms.u == 0) & jnp.isinf(m), 0.0, m + log)
+        grad = grad + exps * (2.0 * terms.u * lse)
+    grad = grad * (1.0 / (1.0 + rest))
     return grad if terms.counted is None else jnp.where(terms.counted, grad, 0.0)

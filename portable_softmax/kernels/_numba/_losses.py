@@ -7,7 +7,8 @@ logsumexp and w_j the weights of the classes,
     grad_j = p_j A - q_j        A = sum_j q_j + 2 z u lse           q = u (1 - e) at y, + e/n w_j
 
 where a coefficient of 0 counts as 0 beside an infinity. The gradient is computed as
-((e_j A - q_j) - q_j rest) / (1 + rest), which keeps the digits of a confident label.
+((e_j A - q_j) - q_j rest) / (1 + rest), which keeps the digits of a confident label, and there
+without 2 z u lse, which is added to it.
 
 `options` holds e, z, the sum of the w_j and the factor of the gradient, and `c` what `constants`
 makes of them; `flags` says whether there are weights, whether some labels are ignored, and
@@ -149,12 +150,9 @@ def value(gap, log, spread, m, u, c):
 
 
 @function
-def slope(u, m, rest, c):
-    """A, which multiplies the probabilities in the gradient."""
-    a = u * c[0] + c[2]
-    if c[3] != 0:
-        a = a + times(u, (c[3] + c[3]) * (m + log1p(rest)))
-    return a
+def slope_of_square(u, m, rest, c):
+    """2 z u lse."""
+    return times(u, (c[3] + c[3]) * (m + log1p(rest)))
 
 
 def losses_of(layout):
@@ -238,15 +236,18 @@ def gradients_of(layout):
                 layout.get(values(workspace, REST, T), r),
             )
             u = layout.get(values(workspace, WEIGHT, T), r)
-            a, factor, q = slope(u, m, rest, c), c[4] / (one + rest), u * c[0]
+            a, factor, q = u * c[0] + c[2], c[4] / (one + rest), u * c[0]
             if share != 0:
                 q = q + layout.get(shares, r)
             term = compensated_exp_up(layout.get(values(workspace, LOGIT, T), r), m, 1) * typed(
                 w, DOWN
             )
-            layout.put(
-                values(workspace, LABEL_GRADIENT, T), r, gradient_entry(term, a, q, rest, factor)
-            )
+            at_label = gradient_entry(term, a, q, rest, factor)
+            if c[3] != 0:
+                squared = slope_of_square(u, m, rest, c)
+                at_label = at_label + term * squared * factor
+                a = a + squared
+            layout.put(values(workspace, LABEL_GRADIENT, T), r, at_label)
             layout.put(values(workspace, SLOPE, T), r, a if share != 0 else a * factor)
             layout.put(values(workspace, FACTOR, T), r, factor)
         if share == 0:

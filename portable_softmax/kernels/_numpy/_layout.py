@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -162,13 +163,26 @@ class Layout:
         numbered = list(enumerate(self.pieces))
         # Broadcasting a number a row copies it out to the size of the buffer, unless rows are
         # longer than that. The user's size is back when the caller's errstate ends.
-        if self.axis == 1 and self.x.shape[1] >= 256:
+        if self.axis == 1 and self.x.shape[1] >= 256 and _sums_are_whole():
             np.setbufsize(256)
         if self.x.nbytes < THREADED_BYTES:
             for piece in numbered:
                 one(piece)
         else:
             _threads.run(one, numbered, at_most=max(2, self.x.nbytes // _BYTES_A_THREAD))
+
+
+@cache
+def _sums_are_whole() -> bool:
+    """Return whether a sum along rows is pairwise whatever the size of the buffer.
+
+    NumPy 2.0 adds one buffer after another, which in short ones loses the digits of long rows.
+    """
+    terms = np.full(1 << 12, 0.1, np.float32)
+    whole = np.add.reduce(terms)
+    with np.errstate():
+        np.setbufsize(16)
+        return bool(np.add.reduce(terms) == whole)
 
 
 def layout(x: Any, axes: tuple[int, ...], compute: Any) -> Layout | None:

@@ -127,6 +127,10 @@ RANGES = {
     for t, far in ((np.float32, 48.0), (np.float64, 600.0))
 }
 
+_SMALLEST_NORMAL = {
+    np.dtype(t): float(np.finfo(t).smallest_normal) for t in (np.float32, np.float64)
+}
+
 # Below this maximum, exp(x) of a class underflows although its probability does not.
 LOW_FOR_PROBABILITIES = -1.0
 
@@ -223,6 +227,13 @@ def fold(x: Any, out: Any, axis: int, buffers: Buffers) -> Any:
     rest = _rest(x, m, out, axis, buffers, infinities=False)
     if np.isnan(rest).any():
         rest = _rest(x, m, out, axis, buffers, infinities=True)
+    # Below this the terms of a sum are subnormal numbers, on average.
+    least = x.shape[axis] * _SMALLEST_NORMAL[x.dtype]
+    few = (rest > 0.0) & (rest < least)
+    if few.any():
+        at = np.flatnonzero(few)
+        again = portable.fold_part(np, np.take(x, at, axis=1 - axis), (axis,))[1]
+        rest.reshape(-1)[at] = again.reshape(-1)
     return m, rest
 
 

@@ -23,8 +23,8 @@ _SHORT = 64
 
 _DTYPES = ("float32", "float64")
 
-# Seen as unsigned, a negative label is too large.
-_UNSIGNED = {np.dtype(f"i{n}"): np.dtype(f"u{n}") for n in (1, 2, 4, 8)}
+# Seen as unsigned, a negative label is at least the number beside it.
+_UNSIGNED = {np.dtype(f"i{n}"): (np.dtype(f"u{n}"), 1 << (8 * n - 1)) for n in (1, 2, 4, 8)}
 
 # NumPy's annotations know `keepdims` by its name only; by its place it costs less.
 _sum: Any = np.add.reduce
@@ -155,7 +155,8 @@ def losses(request: Request, *, with_grad: bool) -> Any:
     if rows is None or labels.dtype not in _UNSIGNED:
         return None
     n, c = rows.shape
-    if _most(labels.view(_UNSIGNED[labels.dtype])) >= c:
+    unsigned, negative = _UNSIGNED[labels.dtype]
+    if _most(labels.view(unsigned)) >= min(c, negative):
         return None
     scale = 1.0 / n if reduction == "mean" else 1.0
     at, m = _maxima(rows)

@@ -148,8 +148,9 @@ def general(
         tl.store(flags_ptr + lead * 0, lead.to(tl.int64) * 0 + 1, mask=row_mask & ~valid)
 
     if GRAD:
+        squared = u
         if Z:
-            a = a + times(u, 2.0 * z_loss * lse)
+            squared = times(u, 2.0 * z_loss * lse)
         scales = divisor_ptr + other * d_other + lead * d_lead
         factor = scale_of(rest, scales, positions, counted, DIVISOR)
         factor = tl.where(is_finite(m), factor, float("nan"))
@@ -157,7 +158,8 @@ def general(
         out = row_pointers(grad_ptr, other, lead, g_other, g_lead, UNIT, ALONG)
         if PASS == "registers":
             e = tl.where(x == m, 1.0, e * shift[2])
-            g = gradient(raw, e, q, a, rest, factor, valid, ignored, inside, cap, INDEX, CAPPED)
+            g = gradient(raw, e, q, a, squared, rest, factor, valid, ignored, inside, cap,
+                         INDEX, CAPPED, Z)  # fmt: skip
             tl.store(out + class_offsets(c, g_class, UNIT, ALONG),
                      rounded(g, grad_ptr.dtype.element_ty),
                      mask=row_mask & (c < classes))  # fmt: skip
@@ -171,6 +173,7 @@ def general(
                 e = tl.where(x == m, 1.0, e)  # exactly
                 q, _ = coefficients(t_rows, weight_ptr, label, c, t_class, inside, keep, spread,
                                     UNIT, ALONG, INDEX, WEIGHTED, SMOOTH, DTYPE)  # fmt: skip
-                g = gradient(raw, e, q, a, rest, factor, valid, ignored, inside, cap, INDEX, CAPPED)
+                g = gradient(raw, e, q, a, squared, rest, factor, valid, ignored, inside, cap,
+                             INDEX, CAPPED, Z)  # fmt: skip
                 tl.store(out + class_offsets(c, g_class, UNIT, ALONG),
                          rounded(g, grad_ptr.dtype.element_ty), mask=at)  # fmt: skip

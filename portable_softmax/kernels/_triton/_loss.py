@@ -96,16 +96,17 @@ def _finish_loss(m, rest, unscale, rows, label, valid, ignored, counted, first, 
         # All programs write the same 1.
         tl.store(flags_ptr + label * 0, label * 0 + 1, mask=first & ~valid & ~ignored)
     if GRAD:
-        a = u
-        if Z:
-            a = a + times(u, 2.0 * z_loss * lse)
         factor = scale_of(rest, scales, positions, counted, DIVISOR)
         factor = tl.where(valid & is_finite(m), factor, float("nan"))
         shift = shift_of(m, False, False)
         e = exponentials(x, shift, cap, False, False) * shift[2]
         e = tl.where(x == m, 1.0, e)  # exactly
-        # p_t a - u without cancellation.
-        at_label = ((e * a - u) - u * rest) * factor
+        # p_t a - u without cancellation, and without what is added to a.
+        a, at_label = u, (e * u - u) - u * rest
+        if Z:
+            squared = times(u, 2.0 * z_loss * lse)
+            a, at_label = u + squared, at_label + e * squared
+        at_label = at_label * factor
         factor = a * factor * unscale
         return tl.where(ignored, 0.0, factor), tl.where(ignored, 0.0, at_label)
     else:

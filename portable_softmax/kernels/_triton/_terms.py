@@ -136,10 +136,13 @@ def coefficients(t_rows, weight_ptr, label, c, t_class, inside, keep, spread, UN
 
 
 @triton.jit
-def gradient(raw, e, q, a, rest, factor, valid, ignored, inside, cap, INDEX: tl.constexpr,
-             CAPPED: tl.constexpr):  # fmt: skip
-    """p_j A - q_j of a tile, without cancellation, times the row's factor."""
-    g = ((e * a - q) - q * rest) * factor
+def gradient(raw, e, q, a, squared, rest, factor, valid, ignored, inside, cap,
+             INDEX: tl.constexpr, CAPPED: tl.constexpr, Z: tl.constexpr):  # fmt: skip
+    """p_j (Q + squared) - q_j of a tile, without cancellation, times the row's factor; a is Q."""
+    g = (e * a - q) - q * rest
+    if Z:
+        g = g + e * squared
+    g = g * factor
     if INDEX:
         g = tl.where(valid, g, float("nan"))
     if CAPPED:
