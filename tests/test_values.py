@@ -96,6 +96,18 @@ def test_a_long_remainder_keeps_its_digits(xp, path):
     assert reference.ulps(loss, [-remainder]) <= 8
 
 
+@pytest.mark.parametrize("path", ["default", "portable"])
+def test_a_remainder_over_several_axes_keeps_its_digits(xp, path):
+    """Sums that are short along each axis are long along all of them."""
+    gaps = np.linspace(20, 30, 20, dtype=np.float32)
+    x = np.repeat(-gaps[None], 16 * 15 * 15, axis=0).reshape(16, 15, 15, 20)
+    x[3, 2, 1] = 0
+    remainders = [-mp.log1p((x[..., 0].size - 1) * mp.exp(-float(gap))) for gap in gaps]
+    with kernels.portable() if path == "portable" else nullcontext():
+        y = xp.numpy(ps.log_softmax(xp.asarray(x), axis=(0, 1, 2)))
+    assert reference.ulps(y[3, 2, 1], remainders) <= 8
+
+
 @pytest.mark.libraries("numpy", "torch", "array_api_strict")  # XLA takes them for 0, Dask is lazy
 @pytest.mark.parametrize("path", ["default", "portable"])
 @pytest.mark.parametrize(

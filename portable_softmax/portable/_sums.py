@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from portable_softmax._typing import Namespace
@@ -24,9 +25,13 @@ def total(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Any:
     """
     if is_chunked(xp):
         return reduce_chunks(xp, x, axes, _total_of_a_chunk)
+    added = 1  # one after another, along the axes together
     for axis in axes:
         if is_known(xp, x.shape[axis]):
-            x = _halved(xp, x, axis, longest_sum(xp, x, axis))
+            longest = longest_sum(xp, x, axis)
+            x = _halved(xp, x, axis, max(1, longest / added))
+            if longest < math.inf:
+                added *= max(1, x.shape[axis])
     return xp.sum(x, axis=axes, keepdims=True)
 
 
