@@ -609,7 +609,7 @@ def test_label_out_of_range(xp, bad, dtype):
 
 
 def test_negative_label_beside_many_classes(xp):
-    """-1 of int8 has the bits of 255, which names one of 300 classes."""
+    """label -1 of a small integer dtype beside more classes than it holds | an error, as of any dtype"""
     x, labels = xp.asarray(np.zeros((2, 300))), xp.asarray([5, -1], "int8")
     if not xp.lazy:
         with pytest.raises(IndexError, match=r"labels\[1\] is -1, outside \[0, 300\)"):

@@ -108,7 +108,6 @@ def test_a_remainder_over_several_axes_keeps_its_digits(xp, path):
     assert reference.ulps(y[3, 2, 1], remainders) <= 8
 
 
-@pytest.mark.libraries("numpy", "torch", "array_api_strict")  # XLA takes them for 0, Dask is lazy
 @pytest.mark.parametrize("path", ["default", "portable"])
 @pytest.mark.parametrize(
     ("dtype", "gap", "others", "rows"),
@@ -121,6 +120,8 @@ def test_a_remainder_over_several_axes_keeps_its_digits(xp, path):
 )
 def test_a_remainder_of_subnormal_terms_keeps_its_digits(xp, path, dtype, gap, others, rows):
     """The sum of many exponentials is a normal number where each of them is a subnormal one."""
+    if xp.library not in ("numpy", "torch", "array_api_strict"):
+        pytest.skip("XLA takes them for 0; Dask and CuPy are not asked for their values")
     x = np.full((rows, others + 1), -gap, dtype)
     x[:, 7] = 0
     labels = xp.asarray(np.full(rows, 7))

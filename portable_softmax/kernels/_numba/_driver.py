@@ -51,8 +51,8 @@ class Loss(NamedTuple):
     ignore: int | None
     smoothing: float
     z: float
-    samples: Any  # of the computation's dtype, in the order of the rows, or None
-    mask: Any  # bytes, as softmax takes them, or None
+    samples: Any = None  # of the computation's dtype, in the order of the rows, or None
+    mask: Any = None  # bytes, as softmax takes them, or None
 
 
 class Plan(NamedTuple):
