@@ -24,10 +24,7 @@ from portable_softmax.libraries._torch import PRIVATE
 PATHS = {"torch": "numpy tiles", "torch-numba": "numba rows", "triton": "triton rows"}
 LABELS = [0, 3, 2]
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -531,7 +528,6 @@ def test_what_the_kernels_step_aside_for(torch, xp, ran):
     assert ran == ["cross_entropy"]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Converting a tensor")
 def test_a_traced_call_takes_no_kernel(torch, xp, ran):
     x = normal(xp)

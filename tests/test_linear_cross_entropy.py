@@ -13,9 +13,6 @@ from asserts import assert_close, assert_like
 import portable_softmax as ps
 from portable_softmax import kernels
 
-# torch's own: forward mode, vmap and compile use decompositions with it.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-
 INF, NAN = np.inf, np.nan
 
 RNG = np.random.default_rng(20261126)

@@ -17,9 +17,6 @@ from test_properties import arrays
 import portable_softmax as ps
 from portable_softmax import online
 
-# torch's own: forward mode, vmap and compile use decompositions with it.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-
 INF, NAN = np.inf, np.nan
 EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
 

@@ -13,9 +13,6 @@ import portable_softmax as ps
 
 INF, NAN = np.inf, np.nan
 
-# torch's own: forward mode and vmap compile decompositions with it.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-
 
 @pytest.fixture(autouse=True)
 def _only_torch(torch):

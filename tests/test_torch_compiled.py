@@ -8,9 +8,6 @@ import pytest
 import portable_softmax as ps
 from portable_softmax import kernels
 
-# torch's own, in inductor.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-
 VALUE, GRADIENT = "portable_softmax.value.default", "portable_softmax.gradient.default"
 ROWS = {"small": 16, "large": 1_100}  # of 60 classes: on either side of 65,536 elements
 

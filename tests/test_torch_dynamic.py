@@ -8,9 +8,6 @@ import pytest
 import portable_softmax as ps
 from portable_softmax import kernels
 
-# torch's own, in inductor.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-
 SIZES = (8, 16, 33, 64)
 
 OPTIONS = {

@@ -99,7 +99,6 @@ def test_they_are_off_unless_they_are_asked_for(xp, launches):
         assert kernels.explain("softmax", x).startswith(NAME)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 def test_transforms_step_aside(xp, launches):
     torch = xp.xp
     x = xp.asarray(RNG.normal(size=(3, 4)))
