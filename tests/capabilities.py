@@ -96,8 +96,8 @@ def kernels(library: str) -> str:
 
 def operations(kernel: _table.Kernel) -> str:
     named = {
-        (*OPERATIONS, *LINEAR): "all",
-        OPERATIONS: "all but linear_cross_entropy",
+        (*OPERATIONS, *LINEAR): "softmax family, cross_entropy, linear_cross_entropy",
+        OPERATIONS: "softmax family, cross_entropy",
         LINEAR: "linear_cross_entropy",
     }
     return named.get(kernel.operations) or ", ".join(kernel.operations)
