@@ -250,6 +250,7 @@ def test_losses_answer_in_float32_under_autocast(xp, torch):
         torch.testing.assert_close(through, grad, rtol=0.01, atol=0.0)
 
 
+@pytest.mark.slow("torch compiles each function")
 def test_torch_compiles_it(xp, torch):
     x, labels = xp.asarray(LOGITS, "bfloat16"), xp.asarray(LABELS)
     large = xp.asarray(np.tile(LOGITS, (6, 3000)), "bfloat16")  # kernels are operators there

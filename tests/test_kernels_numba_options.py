@@ -17,6 +17,7 @@ SHAPES = [
     *[((40, 300), -1), ((90, 30), -1), ((90, 3), -1), ((5, 7, 19), 1)],
     *[((4, 9000), -1), ((3000, 400), -1)],
 ]
+_SLOW = pytest.mark.slow("Numba compiles every kernel for this dtype")
 every_shape = pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 
 
@@ -109,7 +110,7 @@ def test_what_a_mask_leaves_of_rows_without_an_answer(shape, axis):
 
 
 @every_shape
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", pytest.param("float16", marks=_SLOW)])
 def test_the_loss_of_a_masked_row_is_that_of_the_row_without_those_classes(shape, axis, dtype):
     rng = np.random.default_rng(3)
     x = rng.standard_normal(shape).astype(dtype)

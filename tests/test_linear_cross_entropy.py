@@ -85,7 +85,7 @@ def cases(kind):
 @pytest.mark.slow("Triton interprets element by element", "triton")
 @pytest.mark.slow("a large graph for each option", "dask")
 @pytest.mark.slow("XLA compiles each option", "jax")
-@pytest.mark.slow("every option on each path", "torch-portable", "torch-numba")
+@pytest.mark.slow("every option on each path", "torch", "torch-portable", "torch-numba")
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("kind", ["index", "one-hot", "probabilities"])
@@ -460,7 +460,7 @@ TORCH_CASES = {
 
 @pytest.mark.parametrize("tile", [None, 3 * ROW, 16], ids=["one tile", "three rows", "two classes"])
 @pytest.mark.parametrize("name", TORCH_CASES)
-@pytest.mark.slow("difference quotients on each path", "torch-portable", "torch-numba")
+@pytest.mark.slow("difference quotients to the second order")
 def test_torch_differentiates_to_every_order(torch, xp, name, tile):
     function = torch_function(xp, LABELS, tile, **TORCH_CASES[name])
     hidden = HIDDEN / np.where(np.arange(N) == 2, 20, 1)[:, None]

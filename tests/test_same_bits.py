@@ -161,6 +161,7 @@ def test_what_was_called_before_changes_no_bit(library, arrays_of):
 @pytest.mark.numba
 @pytest.mark.parametrize("library", LIBRARY)
 @pytest.mark.parametrize("kernels", ["", "portable", "numba rows"])
+@pytest.mark.slow("a fresh process compiles every kernel", "torch")
 def test_the_number_of_threads_changes_no_bit(library, kernels, arrays_of):
     given = {"PORTABLE_SOFTMAX_KERNELS": kernels}
     one = show(library, "LARGE", OMP_NUM_THREADS="1", **given)
