@@ -161,7 +161,9 @@ def _solved(xp: Namespace, x: Any, axes: Axes, alpha: Any) -> tuple[Any, Any]:
     if isinstance(alpha, float):
         if alpha >= _ARGMAX:
             ties = cast(xp, d == 0, d.dtype)
-            return ties / total(xp, ties, axes), d  # nan where there is none
+            count = total(xp, ties, axes)
+            # XLA takes 0 / 0 for 0 where it knows that the first one is a 0 or a 1.
+            return xp.where(count == 0, scalar(xp, math.nan, d), ties / count), d
         if alpha > 2.0:
             return _sharp(xp, x, d, axes, alpha - 1.0)
         c = alpha - 1.0
