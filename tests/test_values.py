@@ -120,8 +120,8 @@ def test_a_remainder_over_several_axes_keeps_its_digits(xp, path):
 )
 def test_a_remainder_of_subnormal_terms_keeps_its_digits(xp, path, dtype, gap, others, rows):
     """The sum of many exponentials is a normal number where each of them is a subnormal one."""
-    if xp.library not in ("numpy", "torch", "array_api_strict"):
-        pytest.skip("XLA takes them for 0; Dask and CuPy are not asked for their values")
+    if xp.library not in ("numpy", "torch", "array_api_strict") or xp.name == "triton":
+        pytest.skip("XLA takes them for 0; devices and Dask are not asked whether there are any")
     x = np.full((rows, others + 1), -gap, dtype)
     x[:, 7] = 0
     labels = xp.asarray(np.full(rows, 7))

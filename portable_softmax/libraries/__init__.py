@@ -238,10 +238,13 @@ def reduce_chunks(
 
 
 def of_whole_rows(
-    xp: Namespace, x: Any, axes: tuple[int, ...], function: Callable[[Any], Any]
+    xp: Namespace, x: Any, axes: tuple[int, ...], function: Callable[..., Any], number: Any
 ) -> Any:
-    """Return what `function` makes of `x`, of the same shape and dtype, which needs whole rows."""
-    return of(xp).of_whole_rows(x, axes, function)
+    """Return what `function` makes of `x` and a number, of the shape and dtype of `x`.
+
+    It needs whole rows.
+    """
+    return of(xp).of_whole_rows(x, axes, function, number)
 
 
 def iterate(xp: Namespace, step: Callable[[Any], tuple[Any, Any]], x: Any, most: int) -> Any:

@@ -126,10 +126,13 @@ class Dask(Library):
             x, chunk=function, aggregate=function, axis=axes, keepdims=True, dtype=x.dtype
         )
 
-    def of_whole_rows(self, x: Any, axes: tuple[int, ...], function: Callable[[Any], Any]) -> Any:
-        """Return what `function` makes of `x`, in chunks that hold whole rows."""
+    def of_whole_rows(
+        self, x: Any, axes: tuple[int, ...], function: Callable[..., Any], number: Any
+    ) -> Any:
+        """Return what `function` makes of `x` and a number, in chunks that hold whole rows."""
         cut = {axis: -1 for axis in axes if len(x.chunks[axis]) > 1}
-        return (x.rechunk(cut) if cut else x).map_blocks(function, dtype=x.dtype, meta=x._meta)
+        x = x.rechunk(cut) if cut else x
+        return x.map_blocks(function, number, dtype=x.dtype, meta=x._meta)
 
 
 def _taken(take: Callable[[Any], Any] | None, chunk: Any, axis: Any, keepdims: bool) -> Any:

@@ -217,9 +217,14 @@ class Library:
         """
         return function(x, axis=axes, keepdims=True)
 
-    def of_whole_rows(self, x: Any, axes: tuple[int, ...], function: Callable[[Any], Any]) -> Any:
-        """Return what `function` makes of `x`, of its shape and dtype, which needs whole rows."""
-        return function(x)
+    def of_whole_rows(
+        self, x: Any, axes: tuple[int, ...], function: Callable[..., Any], number: Any
+    ) -> Any:
+        """Return what `function` makes of `x` and a number or 0-d array.
+
+        It is of the shape and dtype of `x`, and needs whole rows.
+        """
+        return function(x, number)
 
     def iterate(self, step: Callable[[Any], tuple[Any, Any]], x: Any, most: int) -> Any:
         """Return x after steps, each of which tells whether it changed anything; `most` at most.

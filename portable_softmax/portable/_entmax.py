@@ -153,8 +153,8 @@ def _is(alpha: Any, value: float) -> bool:
 def _solved(xp: Namespace, x: Any, axes: Axes, alpha: Any) -> tuple[Any, Any]:
     """Return the probabilities and w = d - s, both constants."""
     if is_chunked(xp):  # in whole rows, as the graph of the steps would be large
-        both = (partial(_part_of_rows, part=i, axes=axes, alpha=alpha) for i in (0, 1))
-        p, w = (of_whole_rows(xp, x, axes, function) for function in both)
+        both = (partial(_part_of_rows, part=i, axes=axes) for i in (0, 1))
+        p, w = (of_whole_rows(xp, x, axes, function, alpha) for function in both)
         return p, w
     x = constant(xp, x)
     d = x - maximum(xp, x, axes)
@@ -179,7 +179,7 @@ def _solved(xp: Namespace, x: Any, axes: Axes, alpha: Any) -> tuple[Any, Any]:
     return p, w
 
 
-def _part_of_rows(x: Any, *, part: int, axes: Axes, alpha: Any) -> Any:
+def _part_of_rows(x: Any, alpha: Any, *, part: int, axes: Axes) -> Any:
     """Return one of the two that `_solved` returns."""
     return _solved(namespace(x), x, axes, alpha)[part]
 

@@ -7,7 +7,7 @@ The classes of a part give a state (max, rest) and the sums ::
 with the coefficients q and u of `_cross_entropy`. They merge as the states do, and ::
 
     loss   = gap + Q log1p(rest) + z_loss u logsumexp^2
-    grad_j = p_j A - q_j                 A = Q + 2 z_loss u logsumexp
+    grad_j = p_j Q - q_j + p_j A         A = 2 z_loss u logsumexp
 
 The classes are the last of two axes.
 """
@@ -125,10 +125,10 @@ def merge_losses(xp: Namespace, parts: Sequence[Sums]) -> Sums:
 def finished_loss(xp: Namespace, sums: Sums, labels: Target, options: Options) -> tuple[Any, Any]:
     """Return the losses and A, of the positions' shape with the class axis of length 1."""
     log, z = cast(xp, xp.log1p(sums.rest), sums.gap.dtype), options.z_loss
-    loss, a, lse = sums.gap + times(xp, sums.q, log), sums.q, sums.max + log
+    loss, a, lse = sums.gap + times(xp, sums.q, log), xp.zeros_like(log), sums.max + log
     if z != 0.0:
         loss = loss + times(xp, sums.u, z * (lse * lse))
-        a = a + times(xp, sums.u, 2.0 * z * lse)
+        a = times(xp, sums.u, 2.0 * z * lse)
     if labels.valid is not None:
         factor = xp.where(labels.valid, scalar(xp, 1.0, loss), scalar(xp, math.nan, loss))
         loss, a = loss * factor, a * factor
@@ -140,10 +140,10 @@ def finished_loss(xp: Namespace, sums: Sums, labels: Target, options: Options) -
 def gradient_of_part(
     xp: Namespace, part: Part, sums: Sums, a: Any, options: Options, counted: Any
 ) -> Any:
-    """p_j * A - q_j, as `_cross_entropy` has it."""
+    """p_j Q - q_j, as `_cross_entropy` has it, and p_j A: added to Q it would lose its digits."""
     rest = cast(xp, sums.rest, part.x.dtype)
     _, exps = exponentials(xp, part.x, sums.max, Divisor(0, 1.0, 0.0))
-    g = ((exps * a - part.q) - part.q * rest) * (1.0 / (1.0 + rest))
+    g = (((exps * sums.q - part.q) - part.q * rest) + exps * a) * (1.0 / (1.0 + rest))
     zero = scalar(xp, 0.0, g)
     if options.softcap is not None:
         g = g * softcap_derivative(xp, part.inputs, options.softcap)
