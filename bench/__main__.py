@@ -16,6 +16,7 @@ from bench import (
     exact,
     gpu,
     memory,
+    options,
     places,
     plots,
     providers,
@@ -215,6 +216,22 @@ def run_thresholds(args: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
+def run_options(args: argparse.Namespace, argv: list[str]) -> int:
+    """Time calls with options beside the plain calls and the forms by hand."""
+    load = report.load()
+    rows = _followed(options.measure(_dtypes(args.dtypes), quick=args.quick))
+    document = {
+        "benchmark": "options",
+        **report.provenance(argv, load),
+        "rows": [asdict(row) for row in rows],
+    }
+    report.table("what options cost", options.HEADINGS, options.cells(rows))
+    for line in (options.LEGEND, report.busy(document)):
+        report.line(line)
+    _close(document, [], args.json)
+    return 1 if any(row.problem for row in rows) else 0
+
+
 def _followed(measured: Iterator[Any]) -> list[Any]:
     """Collect the measurements, and show the progress on a terminal."""
     found = []
@@ -260,6 +277,7 @@ COMMANDS = {
     "accuracy": run_accuracy,
     "plot": run_plot,
     "thresholds": run_thresholds,
+    "options": run_options,
 }
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from bench import memory, places, speed, thresholds, versus
+from bench import memory, options, places, speed, thresholds, versus
 from bench.errors import CommandError
 
 _PEERS_HELP = "those of every library on that kind of device, or of the backend's own library only"
@@ -31,7 +31,9 @@ def parser() -> argparse.ArgumentParser:
 
     top = _Parser(prog="python -m bench", description="Measure this package beside its peers.")
     commands = top.add_subparsers(
-        dest="command", required=True, metavar="speed|versus|memory|accuracy|plot|thresholds"
+        dest="command",
+        required=True,
+        metavar="COMMAND",
     )
     one = commands.add_parser("speed", parents=[output, where], help="time, and GB/s beside a copy")
     one.add_argument("--plot", type=Path, metavar="FOLDER", help="draw figures there")
@@ -68,4 +70,8 @@ def parser() -> argparse.ArgumentParser:
         "thresholds", parents=[output], help="both sides of the kernels' sizes"
     )
     sizes.add_argument("--dtypes", default=thresholds.DTYPES, help="comma list")
+    with_options = commands.add_parser(
+        "options", parents=[output], help="what masks, soft labels and weights cost, on NumPy"
+    )
+    with_options.add_argument("--dtypes", default=options.DTYPES, help="comma list")
     return top
