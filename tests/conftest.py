@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from pathlib import Path
 
 import pytest
 from backends import BACKENDS, LIBRARIES, Backend
@@ -102,6 +104,18 @@ def _path(request: pytest.FixtureRequest):
         switch = kernels.use(path)
     with switch:
         yield
+
+
+@pytest.fixture(autouse=True)
+def _room_for_programs(request: pytest.FixtureRequest):
+    """Forget what XLA has compiled before it takes all the pieces of memory of a process.
+
+    Linux maps 65,530 of them at most, and each program needs a few.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        sys.modules["jax"].clear_caches()
 
 
 # A test that asks for a library's module is a test of that library, as one that is marked so.

@@ -110,14 +110,15 @@ def test_option_product(xp, kind, reduction, axis):
         "probabilities": along(PROBABILITIES),
     }[kind]
     logits, labels = xp.asarray(along(LOGITS)), xp.asarray(labels)
-    for weighted, ignoring, smoothing, z, cap, masked in itertools.product(
+    every = itertools.product(
         (False, True),
         (False, True) if kind == "index" else (False,),
         (0.0, 0.1, 1.0),
         (0.0, 0.3),
         (None, 2.5),
         (False, True),
-    ):
+    )
+    for weighted, ignoring, smoothing, z, cap, masked in xp.some(every, axis + len(reduction)):
         options = {
             "axis": axis,
             "reduction": reduction,

@@ -95,7 +95,7 @@ def test_option_product(xp, kind, reduction, tile):
         pytest.skip("it has chunks of its own")
     arrays = xp.asarray(HIDDEN), xp.asarray(CLASSIFIER)
     # On a backend that is slow the product is spread over kinds, reductions and tiles.
-    step = {"jax": 13, "dask": 13, "array_api_strict": 5}.get(xp.library, 1)
+    step = {"jax": 41, "dask": 13, "array_api_strict": 5}.get(xp.library, 1)
     at = list(TILES.values()).index(tile) + 4 * len(reduction) + len(kind)
     some = slice(at % step, None, step)
     for labels, options in cases(kind)[some]:
