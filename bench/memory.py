@@ -30,7 +30,8 @@ QUICK_SHAPES = "16384x1024"
 DTYPES = "float32"
 
 # What a fused kernel may allocate, in units of the logits: little beyond its result. The portable
-# code has no ceiling, nor has autograd, which keeps what the backward pass needs.
+# code has no ceiling, nor has autograd, which keeps what the backward pass needs, nor have chunks,
+# which are put together at the end.
 _WITH_OUTPUT = 1.15
 _WITHOUT = 0.15
 CEILINGS = {
@@ -40,6 +41,8 @@ CEILINGS = {
     "cross_entropy": _WITHOUT,
     "cross_entropy_value_and_grad": _WITH_OUTPUT,
 }
+
+_NO_CEILING = ("", "portable", "dask chunks")
 
 # The memory of a process is known to a few hundred kilobytes, a hundredth of this.
 _SMALLEST = 64 * 10**6
@@ -107,7 +110,7 @@ def measure(
                         continue
                     cell = Cell(operation, shape, dtype, provider.name, provider.ours, size)
                     _fill(cell, _in_a_process(backend, cell))
-                    if provider.offer in (ours, ours_jitted) and cell.path not in ("", "portable"):
+                    if provider.offer in (ours, ours_jitted) and cell.path not in _NO_CEILING:
                         cell.ceiling = CEILINGS[operation]
                     way = provider.offer, cell.path
                     if not (cell.ours and way in seen):
