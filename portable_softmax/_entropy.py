@@ -118,7 +118,7 @@ def entropy_value_and_grad(logits: ArrayT, /, *, axis: Axis = -1) -> tuple[Array
     >>> import numpy as np
     >>> from portable_softmax import entropy_value_and_grad
     >>> print(entropy_value_and_grad(np.asarray([0.0, -40.0]))[1])
-    [-1.69934167e-16  1.69934167e-16]
+    [-1.6993417e-16  1.6993417e-16]
     """
     h, grad = _entropy("entropy_value_and_grad", logits, axis)
     return h, grad
@@ -258,9 +258,10 @@ def kl_divergence_value_and_grad(
     --------
     >>> import numpy as np
     >>> from portable_softmax import kl_divergence_value_and_grad
-    >>> x, y = np.asarray([[0.0, 0.0]]), np.asarray([[0.0, 1e-20]])
-    >>> print(kl_divergence_value_and_grad(x, y)[1][1])
-    [[-2.5e-21  2.5e-21]]
+    >>> x, y = np.asarray([[0.0, 0.0]]), np.asarray([[0.0, 2.0]])
+    >>> value, (by_p, by_q) = kl_divergence_value_and_grad(x, y)
+    >>> print(round(float(value), 6), by_q.round(6))
+    0.433781 [[-0.380797  0.380797]]
     """
     k, by_p, by_q = _divergence(
         "kl_divergence_value_and_grad", logits_p, logits_q, axis, temperature, distillation,
