@@ -8,6 +8,8 @@ import numpy as np
 
 from portable_softmax import libraries
 
+_HOST = (np.ndarray, np.generic)
+
 
 def is_array(x: Any) -> bool:
     """Return whether `x` is an array of some library, and no list, number or table."""
@@ -25,10 +27,8 @@ def as_array(x: Any) -> Any:
 
 def joined(*values: Any) -> tuple[Any, ...]:
     """Return arrays of NumPy as arrays of the other library among them, as JAX takes them."""
-    known = [libraries.library_of(x) for x in values if is_array(x)]
-    other = next((library for library in known if library.name != "numpy"), None)
+    other = next((x for x in values if is_array(x) and not isinstance(x, _HOST)), None)
     if other is None:
         return values
-    return tuple(
-        other.xp.asarray(x) if isinstance(x, np.ndarray | np.generic) else x for x in values
-    )
+    xp = libraries.library_of(other).xp
+    return tuple(xp.asarray(x) if isinstance(x, _HOST) else x for x in values)
