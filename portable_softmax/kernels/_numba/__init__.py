@@ -14,8 +14,6 @@ import numpy as np
 from portable_softmax.kernels._numba import _support
 from portable_softmax.kernels._request import LOSSES, Layout, Request
 
-# Rows of as many classes, or more, are worked on one by one: see SHORT in `_driver`.
-LONGEST_OF_BLOCKS = 256
 # Rows across memory are copied to a tile, which has to stay small.
 LONGEST_ACROSS = 1 << 14
 
@@ -126,7 +124,7 @@ def _mask(request: Request, layout: Layout) -> Any:
     # What is the same for each index of the first axes is not repeated, but for blocks, which
     # begin at any row.
     same = next((a for a, n in enumerate(lengths) if n > 1), len(shape))
-    in_blocks = layout.inner == 1 and layout.n < LONGEST_OF_BLOCKS
+    in_blocks = layout.inner == 1 and _compiled().in_groups(layout.n, request.compute_dtype)
     same = 0 if in_blocks else min(same, *axes)
     where = np.ascontiguousarray(np.broadcast_to(where.reshape(lengths[same:]), shape[same:]))
     where = where if where.flags.writeable else np.asarray(_Alias(where))

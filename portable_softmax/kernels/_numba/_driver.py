@@ -69,6 +69,11 @@ class Plan(NamedTuple):
         return -(-self.groups // self.step)
 
 
+def in_groups(n: int, compute: Any) -> bool:
+    """Return whether rows of n classes are worked on several at once: in blocks, or as columns."""
+    return n <= FEW or n * compute.itemsize < SHORT
+
+
 def plan(layout: Layout, dtype: Any, compute: Any, tiles: int) -> Plan:
     """Choose between rows one by one, in blocks and columns, and cut the work into pieces."""
     outer, n, inner = layout
@@ -83,7 +88,7 @@ def plan(layout: Layout, dtype: Any, compute: Any, tiles: int) -> Plan:
         height = VECTORS * lanes
         kernels, groups, size = NARROW, -(-outer // height), n * height
         inner, workspace = outer, tiles * size
-    elif n * compute.itemsize < SHORT:
+    elif in_groups(n, compute):
         height = VECTORS * lanes
         kernels, groups, size = BLOCKS, -(-outer // height), n * height
         inner, workspace = outer, height * lanes + (0 if exact else size)

@@ -26,7 +26,7 @@ from numba.extending import overload
 from portable_softmax.kernels._numba._compensation import added
 from portable_softmax.kernels._numba._exp import DOWN, compensated_exp_up, log1p
 from portable_softmax.kernels._numba._jit import INLINED, function
-from portable_softmax.kernels._numba._memory import ahead, fill, load, plus, store, typed
+from portable_softmax.kernels._numba._memory import ahead, fill, load, store, total, typed
 from portable_softmax.kernels._numba._passes import (
     gaps,
     gradient_elsewhere,
@@ -197,10 +197,7 @@ def losses_of(layout):
             for r in range(rows):
                 if labels[r] == ignore:
                     store(losses, r, typed(w, 0.0))
-        total = 0.0
-        for r in range(rows):
-            total = plus(total, float(load(losses, r)))
-        return total
+        return total(losses, rows)
 
     return write_losses
 

@@ -235,6 +235,15 @@ def fill(o, n, number):
         store(o, j, typed(o, number))
 
 
+@function
+def total(p, n):
+    """Return the sum of n numbers, in any order."""
+    s = 0.0
+    for j in range(n):
+        s = plus(s, float(load(p, j)))
+    return s
+
+
 @intrinsic
 def typed(typing, p, number):
     """Return a number in the dtype that ``p[j]`` is computed in."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from portable_softmax.kernels._numba._exp import DOWN, log1p
 from portable_softmax.kernels._numba._jit import function
-from portable_softmax.kernels._numba._memory import ahead, load, plus, typed
+from portable_softmax.kernels._numba._memory import ahead, total, typed
 from portable_softmax.kernels._numba._passes import gaps, soft_gradient, sums
 from portable_softmax.kernels._numba._values import (
     FACTOR,
@@ -50,10 +50,7 @@ def losses_of(layout):
             if z != 0:
                 v = v + z * ((m + v) * (m + v))
             layout.put(losses, r, layout.get(values(workspace, GAPS, T), r) + times(u, v))
-        total = 0.0
-        for r in range(rows):
-            total = plus(total, float(load(losses, r)))
-        return total
+        return total(losses, rows)
 
     return write_losses
 
