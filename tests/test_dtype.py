@@ -291,6 +291,7 @@ def test_torch_compiles_it(xp, torch):
         torch.compiler.reset()
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_jax_differentiates_through_it(xp, jax, name):
     f, jnp = FUNCTIONS[name], jax.numpy

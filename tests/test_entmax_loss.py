@@ -76,6 +76,7 @@ def test_alpha_1_is_cross_entropy(xp):
         np.testing.assert_allclose(xp.numpy(a), xp.numpy(e), rtol=1e-13, atol=1e-16)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0, 3.0, np.inf])
 def test_it_is_never_negative_and_0_at_its_own_probabilities(xp, alpha):
     rng = np.random.default_rng(71)

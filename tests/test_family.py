@@ -198,6 +198,7 @@ def test_logcumsumexp_along_any_axis(xp, axis):
     assert_close(xp, ps.logcumsumexp(xp.asarray(x), axis=axis), expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow("a large graph", "dask")
 @pytest.mark.slow("XLA compiles a tree of 20,000 entries", "jax")
 def test_a_long_running_sum_keeps_its_digits(xp):
     """One entry after the other, 20 000 in float32 lose hundreds of units."""

@@ -20,6 +20,7 @@ def some(arrays_of):
     return BACKENDS[arrays_of](), {"numpy": 400, "torch": 300, "strict": 300}.get(arrays_of, 40)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.slow("Numba compiles a kernel for each layout, dtype and option", "torch")
 def test_no_difference(some):
     backend, count = some

@@ -57,6 +57,7 @@ def test_hessian_of_a_logarithm_of_a_sum(jax, xp):
                 assert_allclose(compiled(xp.asarray(row)), expected, rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("f", [ps.logsumexp, ps.log_softmax, ps.cross_entropy])
 def test_hessian_of_a_scan(jax, xp, f):
     """Forward over reverse through a scan, for which JAX drops rules for derivatives inside."""

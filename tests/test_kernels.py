@@ -316,6 +316,7 @@ EXPLAIN = (
 )
 
 
+@pytest.mark.once
 def test_the_environment_variable():
     forced = run(EXPLAIN, "portable")
     assert forced.stdout.strip() == "portable: forced by PORTABLE_SOFTMAX_KERNELS=portable"

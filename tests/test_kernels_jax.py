@@ -122,6 +122,7 @@ def calls(jax, xp):
     )
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("path", ["kernels", "portable"])
 def test_debug_nans_raises_for_no_finite_input(jax, xp, path):
     x, functions = calls(jax, xp)
@@ -150,6 +151,7 @@ def test_nothing_is_transferred_implicitly(jax, xp):
             f(x)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("path", ["kernels", "portable"])
 @pytest.mark.parametrize("shape", ["b, 7", "4, c", "b, c"])
 def test_symbolic_shapes_are_exported(jax, xp, path, shape):

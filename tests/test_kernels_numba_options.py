@@ -42,7 +42,7 @@ def formula(operation, x):
 
 @every_shape
 @pytest.mark.parametrize("operation", ROWS)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=_SLOW)])
 def test_a_masked_row_is_the_row_without_those_classes(shape, axis, operation, dtype):
     rng = np.random.default_rng(0)
     x = (3 * rng.standard_normal(shape)).astype(dtype)
@@ -110,7 +110,9 @@ def test_what_a_mask_leaves_of_rows_without_an_answer(shape, axis):
 
 
 @every_shape
-@pytest.mark.parametrize("dtype", ["float32", "float64", pytest.param("float16", marks=_SLOW)])
+@pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(d, marks=_SLOW) for d in ("float64", "float16"))]
+)
 def test_the_loss_of_a_masked_row_is_that_of_the_row_without_those_classes(shape, axis, dtype):
     rng = np.random.default_rng(3)
     x = rng.standard_normal(shape).astype(dtype)

@@ -85,7 +85,8 @@ def cases(kind):
 @pytest.mark.slow("Triton interprets element by element", "triton")
 @pytest.mark.slow("a large graph for each option", "dask")
 @pytest.mark.slow("XLA compiles each option", "jax")
-@pytest.mark.slow("every option on each path", "torch", "torch-portable", "torch-numba")
+@pytest.mark.slow("every option on each path", "torch", "torch-portable", "torch-numba", "numba")
+@pytest.mark.slow("a library in Python, of thousands of steps", "strict")
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("kind", ["index", "one-hot", "probabilities"])
@@ -107,6 +108,7 @@ def test_option_product(xp, kind, reduction, tile):
         assert_close(xp, loss, xp.numpy(found[0]), rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_any_number_of_axes(xp, reduction, tile):

@@ -199,6 +199,7 @@ ROWS = {
 }
 
 
+@pytest.mark.slow("a large graph", "dask")
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_infinities_and_nan_in_any_part(xp, row):
     """As the whole row is answered, and no other row is touched."""

@@ -41,6 +41,7 @@ def expected(kind, weighted, ignoring, smoothing, z, cap, masked, reduction):
 
 @pytest.mark.slow("a large graph for each option", "dask")
 @pytest.mark.slow("XLA compiles each option", "jax")
+@pytest.mark.slow("Numba compiles each option", "numba", "torch-numba")
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("kind", TARGETS)

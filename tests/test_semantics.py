@@ -270,6 +270,7 @@ def longdouble(values):
     return high.astype(np.longdouble) + low
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("path", ["default", "portable"])
 def test_longdouble(path):
     """longdouble on NumPy | computed and answered in longdouble"""
@@ -390,6 +391,7 @@ def _frozen(a):
     return a
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(5, 7), (300, 700), (1, 9), (9, 1)])
 def test_strided_reversed_fortran_read_only_big_endian(layout, shape):
@@ -508,6 +510,7 @@ def with_jit(xp, function):
 EXTREMES = (5e-324, 1e-320, 1e-310, 1e-46, 1e-40, 1e39, 1e40, 1e300, 1.7e308)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("temperature", EXTREMES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_temperature_beyond_the_range(xp, dtype, temperature):
@@ -542,6 +545,7 @@ def test_a_row_that_spans_more_than_the_range(xp, dtype):
         assert_close(xp, log_y, expected, dtype)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("cap", [*EXTREMES, 1e30])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_softcap_beyond_the_range(xp, dtype, cap):
@@ -669,6 +673,7 @@ def test_ignore_index(xp):
             assert_array_equal(grad[1], 0.0)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("hidden", [NAN, INF, -INF])
 def test_a_position_of_weight_0(xp, hidden):
     """sample_weight 0 | the position is ignored: no effect on loss and mean, gradient exactly 0, whatever its logits and label"""  # noqa: E501
@@ -729,6 +734,7 @@ def test_an_ignored_row_holding_nan_or_inf(xp, hidden, smoothing):
 UPSTREAM = (INF, -INF, NAN)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("dout", UPSTREAM)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_an_ignored_row_with_an_infinite_or_nan_upstream_gradient(xp, reduction, dout):
@@ -770,6 +776,7 @@ def differentiated(xp, x, labels, upstream, **options):
     return xp.numpy(grad)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("odd", UPSTREAM)
 def test_an_infinite_or_nan_weight_of_a_class_that_no_label_names(xp, odd):
     """an infinite or nan weight of a class that no label names, without smoothing | no effect, loss and gradient finite"""  # noqa: E501
@@ -1035,6 +1042,7 @@ def test_a_sink_of_another_kind(xp):
             f(x, sink=[0.0])
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0, 3.0, INF])
 def test_entmax_of_infinities(xp, alpha):
     """entmax: -inf in a row; a row of -inf only, +inf or nan in a row; an empty axis | 0; nan; empty"""  # noqa: E501
@@ -1074,6 +1082,7 @@ def test_alpha_out_of_range(xp):
         ps.entmax(x, alpha=xp.asarray(np.asarray(2), "int64"))
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0, 3.0, INF])
 def test_entmax_loss_at_the_edges(xp, alpha):
     """entmax_loss: an ignored row holding nan; a label out of range; a label at -inf; no position | no effect, gradient 0; as cross_entropy; inf; mean nan"""  # noqa: E501

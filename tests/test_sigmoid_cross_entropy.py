@@ -114,6 +114,7 @@ def test_two_classes_are_a_softmax_of_two(xp):
     assert_close(xp, slope, xp.numpy(grad)[:, 1], rtol=1e-13)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 2.0, 5.0])
 @pytest.mark.parametrize("order", [1, 2])
 def test_derivatives_are_finite_at_the_ends(xp, gamma, order):

@@ -21,6 +21,7 @@ def exact(function, row, sink, t=1):
     return function([v / mpf(t) for v in [*reference.exact(row), mpf(sink)]])[:-1]
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", FINITE)
 def test_golden(xp, name, dtype):

@@ -411,7 +411,7 @@ def test_sums_keep_their_digits_in_every_layout(xp, layout, path):
     """
     if layout.startswith("columns") and xp.lazy:
         pytest.skip("a chunk of it is an ordinary array")
-    n = 200 if xp.name == "triton" else 20_000  # its interpreter takes program after program
+    n = 200 if xp.name == "triton" else 9_000  # its interpreter takes program after program
     values = np.random.default_rng(3).uniform(0, 1, size=(8, n)).astype(np.float32)
     for given in (values, np.asfortranarray(values)):
         x = LAYOUTS[layout](given)
@@ -420,12 +420,14 @@ def test_sums_keep_their_digits_in_every_layout(xp, layout, path):
             arrays.append(xp.from_numpy(np.ascontiguousarray(x.T)).T)
         for axis in range(x.ndim):
             exact = x.astype(np.longdouble)
-            lse = np.log(np.exp(exact).sum(axis=axis, keepdims=True))
+            terms = np.exp(exact)
+            total = terms.sum(axis=axis, keepdims=True)
+            lse = np.log(total)
             for array in arrays:
                 with kernels.portable() if path == "portable" else nullcontext():
                     y, log_y = (f(array, axis=axis) for f in (ps.softmax, ps.log_softmax))
                     value = ps.logsumexp(array, axis=axis, keepdims=True)
-                assert units(xp.numpy(y), np.exp(exact - lse)) <= (8 if BUFFERED else 6)
+                assert units(xp.numpy(y), terms / total) <= (8 if BUFFERED else 6)
                 assert units(xp.numpy(log_y), exact - lse) <= 8
                 assert units(xp.numpy(value), lse) <= 6
 
