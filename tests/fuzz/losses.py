@@ -130,10 +130,15 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
 
     nan_row = np.isnan(np.where(harmless, 0, x)).any(axis=1, keepdims=True)
     unknown = rows.bad & ~to.ignored & ~nan_row | _unknown_weights(w, t, e, live)
-    # A difference from the maximum that is weighted may overflow before it is. Beside an infinite
-    # one that says nothing, unless the weights are of both signs.
+    # A difference from the maximum that is weighted may overflow before it is, and so may a sum of
+    # them before its share of the smoothing is taken. Beside an infinite one that says nothing,
+    # unless the weights are of both signs.
     counts = np.where(q == 0, 0, gap)
-    widest = np.max(np.where(np.isinf(counts), 0, counts), axis=1, keepdims=True, initial=0)
+    finite_gap = np.where(np.isinf(counts), 0, counts)
+    widest = np.max(finite_gap, axis=1, keepdims=True, initial=0)
+    if e:
+        weights = np.where(np.isfinite(w), np.abs(w), 0)
+        widest = np.maximum(widest, np.sum(weights * finite_gap, axis=1, keepdims=True))
     one_sign = ((q >= 0).all(axis=1) | (q <= 0).all(axis=1))[:, None]
     unsure = (widest >= compute.max / 8) & ~(one_sign & np.isinf(counts).any(axis=1, keepdims=True))
     if cap is not None and cap > compute.max:  # as if there were none
