@@ -290,7 +290,9 @@ def test_what_is_left_to_the_next_kernel(every_size):
     assert why("softmax", x.astype(np.int32)) == "dtype int32"
     assert kernels.explain("softmax", x[:0]) == "portable: nothing to reduce"
     assert why("softmax_vjp", x, x.astype(float)) == "dtypes: float32 and float64"
-    assert why("cross_entropy", x[..., 0], t[:, 0], softcap=2.0) == "options: softcap"
+    assert why("cross_entropy", x[..., 0], t[:, 0], softcap=1e30) == "a softcap of 1e+30"
+    given = {"softcap": 2.0, "label_smoothing": 0.1, "axis": 2}
+    assert why("cross_entropy", x, t, **given) == "options together: label_smoothing, softcap"
     given = {"where": x > 0, "label_smoothing": 0.1, "axis": 2}
     assert why("cross_entropy", x, t, **given) == "options together: label_smoothing, where"
     assert why("cross_entropy", x, x, weight=x[0, 0]) == "probabilities with weight"

@@ -17,7 +17,7 @@ SHAPES = [
     *[((40, 300), -1), ((90, 30), -1), ((90, 3), -1), ((5, 7, 19), 1)],
     *[((4, 9000), -1), ((3000, 400), -1)],
 ]
-_SLOW = pytest.mark.slow("Numba compiles every kernel for this dtype")
+_SLOW = pytest.mark.slow("Numba compiles every kernel once more")
 every_shape = pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 
 
@@ -235,3 +235,75 @@ def test_what_is_too_low_to_count_is_an_exact_zero(dtype):
         y = ps.softmax(x)
         assert np.all(y[:, 0] == 1)
         assert not y[:, 1:].any()
+
+
+# --------------------------------------------------------------------------- softcap
+
+
+def bounded_loss(x, t, cap, mask, z):
+    """Return the losses and gradients of rows in longdouble, with 1 / cosh^2 as the slope."""
+    ratio = x.astype(np.longdouble) / cap
+    b = np.where(mask, cap * np.tanh(ratio), -np.inf)
+    at = np.arange(len(x)), t
+    gap = b - b.max(axis=1, keepdims=True)
+    e = np.exp(gap)
+    total = e.sum(axis=1, keepdims=True)
+    lse = np.log(total) + b.max(axis=1, keepdims=True)
+    p = e / total
+    others = p.copy()
+    others[at] = 0
+    grad = p.copy()
+    grad[at] = -others.sum(axis=1)
+    far = np.exp(-2 * np.abs(np.where(mask, ratio, np.inf)))
+    loss = (lse - b[at][:, None] + z * lse * lse)[:, 0]
+    return loss, (grad + 2 * z * lse * p) * 4 * far / (1 + far) ** 2
+
+
+@every_shape
+@pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(d, marks=_SLOW) for d in ("float64", "float16"))]
+)
+@pytest.mark.parametrize("masked", [False, pytest.param(True, marks=_SLOW)])
+def test_a_softcap_bounds_the_logits_and_slopes_the_gradient(shape, axis, dtype, masked):
+    rng, cap = np.random.default_rng(7), 11.0
+    x = (8 * rng.standard_normal(shape)).astype(dtype)
+    x.flat[:5] = np.inf, -np.inf, 0.0, -1e-7, 200.0
+    positions = np.delete(shape, axis % len(shape))
+    t, mask = rng.integers(shape[axis], size=positions), np.ones(shape, bool)
+    if masked:
+        mask = rng.random(shape) < 0.7
+        np.put_along_axis(mask, np.expand_dims(t, axis), True, axis=axis)
+        x[~mask] = rng.choice([np.nan, np.inf, -np.inf], size=np.count_nonzero(~mask))
+    for z in (0.0, 0.01):
+        given = {"axis": axis, "softcap": cap, "z_loss": z, "reduction": "none"}
+        given |= {"where": mask} if masked else {}
+        assert kernels.explain("cross_entropy", x, t, **given) == NAME
+        loss, grad = ps.cross_entropy_value_and_grad(x, t, **given)
+        with np.errstate(invalid="ignore"):
+            expected, slopes = bounded_loss(
+                as_rows(x, axis), t.reshape(-1), cap, as_rows(mask, axis), z
+            )
+        eps = np.finfo(dtype).eps
+        rtol = (1 if dtype == "float16" else 8) * eps
+        # A rounded bound of `cap` is off by its last digit, and exp(-2 x / cap) by 2 x / cap units.
+        atol = 2 * cap * np.finfo("float64" if dtype == "float64" else "float32").eps
+        np.testing.assert_allclose(loss.reshape(-1), expected, rtol=rtol, atol=atol)
+        wide = 100 * eps if dtype != "float16" else 2 * eps
+        tiny = float(np.finfo(dtype).smallest_subnormal) + (atol if z else 0)
+        np.testing.assert_allclose(as_rows(grad, axis), slopes, rtol=wide, atol=tiny)
+        np.testing.assert_array_equal(ps.cross_entropy(x, t, **given), loss)
+
+
+@pytest.mark.parametrize("cap", [2.0**-59, 1e-3, 1e6, 2.0**59])
+def test_a_softcap_of_any_size(cap):
+    """Far below the logits they are all the cap's, of no slope; far above it does nothing."""
+    x = np.asarray([[1.0, -2.0, 0.5, 3.0]] * 40, np.float32)
+    t = np.zeros(40, np.int64)
+    found = ps.cross_entropy_value_and_grad(x, t, softcap=cap)
+    assert kernels.explain("cross_entropy", x, t, softcap=cap) == NAME
+    if cap > 1:
+        wanted = ps.cross_entropy_value_and_grad(x, t)
+    else:
+        wanted = ps.cross_entropy(np.sign(x) * np.float32(cap), t), np.zeros_like(x)
+    for y, e in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(y, e, rtol=1e-5)

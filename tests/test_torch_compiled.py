@@ -21,7 +21,10 @@ CALLS = {
     "options": lambda x, t: ps.cross_entropy(
         x, t, ignore_index=1, label_smoothing=0.1, z_loss=0.01, reduction="none"
     ),
-    "softcap": lambda x, t: ps.cross_entropy(x, t, softcap=3.0),  # which Numba does not declare
+    "softcap": lambda x, t: ps.cross_entropy(x, t, softcap=3.0),
+    "softcap and smoothing": lambda x, t: ps.cross_entropy(  # which Numba declines
+        x, t, softcap=3.0, label_smoothing=0.1
+    ),
     "where": lambda x, t: ps.softmax(x, where=x > 0),
     "value and gradient": lambda x, t: ps.cross_entropy_value_and_grad(x.detach(), t)[1] * x,
     "transposed": lambda x, t: ps.softmax(x.T),

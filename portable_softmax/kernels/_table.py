@@ -82,10 +82,7 @@ _NUMBA = Kernel(
     why="one pass in cache",
     library="numpy",
     module=f"{_HERE}._numba",
-    options=(
-        *LABELS_AND_WEIGHTS,
-        *(SAMPLES, PROBABILITIES, "temperature", "label_smoothing", "z_loss", "dtype", "where"),
-    ),
+    options=(*LOSS_OPTIONS, SAMPLES, PROBABILITIES, "temperature", "dtype"),
     at_least=_SMALL + 1,
 )
 _TILES = Kernel(

@@ -54,14 +54,17 @@ def declines_options(request: Request) -> str:
         return ""
     # Each of these is a number for each class or position, and a pass reads one of them.
     read = [name for name in _READ if name in request.active]
-    if "label_smoothing" in request.active and {"where", "sample_weight"} & {*read}:
+    if "label_smoothing" in request.active and {"where", "sample_weight", "softcap"} & {*read}:
         return f"options together: {', '.join(read)}"
     if not request.indices and read:
         return f"probabilities with {', '.join(read)}"
+    cap = request.options.softcap
+    if cap is not None and not 2.0**-60 < cap < 2.0**60:
+        return f"a softcap of {cap}"
     return ""
 
 
-_READ = ("weight", "label_smoothing", "where", "sample_weight")
+_READ = ("weight", "label_smoothing", "where", "sample_weight", "softcap")
 
 
 def declines_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
@@ -194,6 +197,7 @@ def _loss(request: Request) -> Any:
                 options.z_loss,
                 samples,
                 _mask(request, layout),
+                options.softcap,
             ),
             *out,
         )

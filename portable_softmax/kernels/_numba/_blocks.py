@@ -20,6 +20,7 @@ from portable_softmax.kernels._numba._horizontal import (
 )
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, either, load, store, typed
+from portable_softmax.kernels._numba._softcap import seen_by, uncapped
 from portable_softmax.kernels._numba._values import COUNT, MAX, REST, SUM, after_values, values
 from portable_softmax.kernels._numba._vectors import (
     lanes,
@@ -179,9 +180,10 @@ def _compensated_exps(x, e, j, r, n, vectors, k, numbers):
 @function
 def _write_maxima(p, o, n, rows, T, workspace):
     L = lanes(workspace)
-    _maxima(p, o, n, rows, workspace, ())
+    _maxima(uncapped(p), o, n, rows, workspace, ())
     for r in range(0, T, L):
-        put(values(workspace, MAX, T), r, max_of_each(ahead(after_values(workspace, T), r * L)))
+        m = max_of_each(ahead(after_values(workspace, T), r * L))
+        put(values(workspace, MAX, T), r, seen_by(p, m))
 
 
 @function

@@ -53,6 +53,7 @@ class Loss(NamedTuple):
     z: float
     samples: Any = None  # of the computation's dtype, in the order of the rows, or None
     mask: Any = None  # bytes, as softmax takes them, or None
+    cap: float | None = None
 
 
 class Plan(NamedTuple):
@@ -201,7 +202,7 @@ def losses(
     planned = plan(layout, x.dtype, compute, 1 if grad is None else 2)
     sums = np.empty((planned.pieces, 3))
     arrays = (x, labels, each, w, options, sums, loss.mask, loss.samples)
-    numbers = (flags, ignore)
+    numbers = (flags, ignore, loss.cap)
     if grad is None:
         run("cross_entropy", arrays, numbers, planned, compute)
     else:

@@ -77,7 +77,7 @@ FORMATS = {
 }  # fmt: skip
 
 
-class _Writer:
+class Writer:
     """Writes instructions on numbers of one format, or on vectors of them."""
 
     def __init__(self, builder, x):
@@ -120,7 +120,12 @@ class _Writer:
         return self.b.bitcast(self.b.shl(shifted, self.integer(self.f.mantissa)), self.kind)
 
     def reduced(self, x, offset):
-        """Return exp(r) and bits that end in n + offset, for x = n * log(2) + r.
+        """Return exp(r) and bits that end in n + offset, for x = n * log(2) + r."""
+        e, bits = self.reduced_less_one(x, offset)
+        return self.b.fadd(e, self.number(1.0)), bits
+
+    def reduced_less_one(self, x, offset):
+        """The same with exp(r) - 1, to its own last digits.
 
         Adding a large number rounds to an integer and leaves it in the lowest bits.
         """
@@ -131,8 +136,21 @@ class _Writer:
         r = self.fma(n, self.number(-f.ln2[0]), x)
         r = self.fma(n, self.number(-f.ln2[1]), r)
         q = self.polynomial(f.exp, r)
-        e = b.fadd(self.fma(q, b.fmul(r, r), r), self.number(1.0))
-        return e, b.bitcast(t, self.bits)
+        return self.fma(q, b.fmul(r, r), r), b.bitcast(t, self.bits)
+
+    def tanh(self, x):
+        """-m / (2 + m) for m = exp(-2 |x|) - 1, which keeps the digits of a small x."""
+        f, b = self.f, self.b
+        u = self.at_least(-80.0, b.fmul(self.number(-2.0), self.size(x)))
+        m, n = self.reduced_less_one(u, f.bias)
+        scale = b.bitcast(b.shl(n, self.integer(f.mantissa)), self.kind)
+        m = self.fma(scale, m, b.fsub(scale, self.number(1.0)))
+        y = b.fdiv(m, b.fadd(m, self.number(2.0)))
+        return b.select(b.fcmp_ordered("<", x, self.number(0.0)), y, b.fneg(y))
+
+    def size(self, x):
+        """|x|."""
+        return self.b.select(self.b.fcmp_ordered("<", x, self.number(0.0)), self.b.fneg(x), x)
 
     def exp_up(self, x):
         f, b = self.f, self.b
@@ -187,25 +205,25 @@ def _rounded(value: float, mantissa: int) -> float:
 @elementwise
 def exp_up(builder, d):
     """2**64 * exp(d) for d <= 0."""
-    return _Writer(builder, d).exp_up(d)
+    return Writer(builder, d).exp_up(d)
 
 
 @elementwise
 def exp(builder, x):
     """exp(x) for any x."""
-    return _Writer(builder, x).exp(x)
+    return Writer(builder, x).exp(x)
 
 
 @elementwise
 def log1p(builder, x):
     """log(1 + x) for x >= 0."""
-    return _Writer(builder, x).log1p(x)
+    return Writer(builder, x).log1p(x)
 
 
 @elementwise
 def where_positive(builder, d, value):
     """`value`, 0 where d is so low that exp(d) is 0, -inf included."""
-    writer = _Writer(builder, d)
+    writer = Writer(builder, d)
     counts = builder.fcmp_unordered(">", d, writer.number(writer.f.lowest))  # or nan
     return builder.select(counts, value, writer.number(0.0))
 

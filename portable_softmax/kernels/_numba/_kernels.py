@@ -36,6 +36,7 @@ from portable_softmax.kernels._numba._memory import (
     take_next,
     typed,
 )
+from portable_softmax.kernels._numba._softcap import capped, slopes_of
 from portable_softmax.kernels._numba._values import LOGSUMEXP, LOSS, WEIGHT, values
 
 
@@ -134,16 +135,17 @@ def _cross_entropy(layout: ModuleType, gradient: bool) -> Any:
     or None, gradient or not)
 
     The sums of a piece are that of the losses, that of the labels' weights, and how many labels are
-    wrong. numbers = (flags, the index that is ignored).
+    wrong. numbers = (flags, the index that is ignored, the softcap or None).
     """
     write_losses, write_gradients = _losses.losses_of(layout), _losses.gradients_of(layout)
+    slopes = slopes_of(layout)
     write_zeros, leave_out = _losses.zeros_of(layout), leaving_out(layout, 0.0)
 
     def work(arrays, numbers, shape, workspace, lo, hi, piece):
         p, labels, each = pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2])
         w, totals = pointer(arrays[3]), pointer(arrays[5])
         n, inner, T = shape[0], shape[1], layout.height(workspace, shape[2])
-        c, (flags, ignore) = _losses.constants(w, n, arrays[4]), numbers
+        c, (flags, ignore, cap) = _losses.constants(w, n, arrays[4]), numbers
         losses = values(workspace, LOSS, T)
         loss, weight, wrong = _losses.no_sum(), _losses.no_sum(), 0
         for i in range(lo, hi):
@@ -166,11 +168,13 @@ def _cross_entropy(layout: ModuleType, gradient: bool) -> Any:
             else:
                 e = 0
             if ignored < rows:
-                x = layout.fetch(group, 0, workspace, T, n, inner, rows)
+                bounded = logits(capped(ahead(p, at), cap), arrays[6], at)
+                x = layout.fetch(bounded, 0, workspace, T, n, inner, rows)
                 value = write_losses(x, e, some, rows, T, workspace, w, n, c, flags, ignore)
                 loss = _losses.with_term(loss, value)
                 if gradient:
-                    write_gradients(e, y, some, rows, T, workspace, w, n, c, flags)
+                    d = slopes(group, cap, workspace, T, n, inner, rows)
+                    write_gradients(e, y, some, d, rows, T, workspace, w, n, c, flags)
             else:  # nothing of them is read
                 fill(losses, rows, 0.0)
             if gradient:

@@ -16,6 +16,7 @@ from portable_softmax.kernels._numba._horizontal import max_of_all, sum_of_all
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, load, store, typed
 from portable_softmax.kernels._numba._passes import exps, maxima
+from portable_softmax.kernels._numba._softcap import seen_by, uncapped
 from portable_softmax.kernels._numba._vectors import larger
 
 # Classes of a part.
@@ -45,7 +46,7 @@ def sum_of_exps(p, e, n, t, factors):
             ahead(e, start),
             factor_of(factors, start),
         )
-        m = larger(m, max_of_all(maxima(x, k)))
+        m = larger(m, seen_by(p, max_of_all(maxima(uncapped(x), k))))
         if m == -math.inf:  # nothing yet, or a nan
             s = sum_of_all(exps(x, y, ahead(x, k), k, zero, t))
             store(own, 1, s - s)

@@ -217,12 +217,15 @@ def gradients_of(layout):
         )
         return a, rest, layout.value(values(workspace, FACTOR, T), r)
 
-    write_elsewhere = layout.writing(gradient_elsewhere, slope_of)
+    write_elsewhere = layout.writing(gradient_elsewhere, slope_of, True)
     write_with_share = layout.writing(gradient_with_share, state_of)
 
     @function
-    def write_gradients(e, o, labels, rows, T, workspace, w, n, c, flags):
-        """Write them to `o` from the exps at `e`, which may be the same place."""
+    def write_gradients(e, o, labels, slopes, rows, T, workspace, w, n, c, flags):
+        """Write them to `o` from the exps at `e`, which may be the same place.
+
+        `slopes` are those of what was done to the logits, 1 where nothing was.
+        """
         one, share, shares = typed(w, 1.0), c[1], values(workspace, SHARE, T)
         if share != 0:
             for r in range(rows):
@@ -248,12 +251,12 @@ def gradients_of(layout):
             layout.put(values(workspace, SLOPE, T), r, a if share != 0 else a * factor)
             layout.put(values(workspace, FACTOR, T), r, factor)
         if share == 0:
-            write_elsewhere(e, 0.0, o, n, rows, T, workspace, (DOWN,))
+            write_elsewhere(e, slopes, o, n, rows, T, workspace, (DOWN,))
         else:
             write_with_share(e, w, o, n, rows, T, workspace, (DOWN, share))
         for r in range(rows):
             at = layout.element(workspace, r, class_of(labels[r], n), n)
-            store(o, at, load(values(workspace, LABEL_GRADIENT, T), r))
+            store(o, at, load(values(workspace, LABEL_GRADIENT, T), r) * load(slopes, at))
 
     return write_gradients
 

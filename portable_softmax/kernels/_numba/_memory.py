@@ -35,34 +35,67 @@ I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 # --------------------------------------------------------------------------- pointers
 
 
-class Masked(types.Type):
-    """Logits and their mask: those that it leaves out read as -inf.
+class View(types.Type):
+    """Logits that read otherwise than they are stored: `pointer` and what else it takes.
 
-    It stands wherever a pointer to logits does, so that no pass knows of masks.
+    It stands wherever a pointer to logits does, so that no pass knows of options.
     """
 
     def __init__(self, pointer: Any) -> None:
         self.pointer = pointer
         self.dtype = pointer.dtype
-        super().__init__(name=f"Masked({pointer})")
+        super().__init__(name=f"{type(self).__name__}({pointer})")
+
+    def other(self) -> Any:
+        """The type of what else it takes."""
+        raise TypeError("a view says what")
+
+    def seen(self, builder: Any, other: Any, x: Any) -> Any:
+        """What a number or vector of the logits reads as."""
+        raise TypeError("a view says how")
 
 
-@register_model(Masked)
-class _MaskedModel(models.StructModel):  # type: ignore[misc]
+class Masked(View):
+    """Logits and their mask: those that it leaves out read as -inf."""
+
+    def other(self) -> Any:
+        return types.CPointer(types.uint8)
+
+
+class ViewModel(models.StructModel):  # type: ignore[misc]
     def __init__(self, manager: Any, kind: Any) -> None:
-        members = [("logits", kind.pointer), ("mask", types.CPointer(types.uint8))]
+        members = [("logits", kind.pointer), ("other", kind.other())]
         super().__init__(manager, kind, members)
+
+
+register_model(Masked)(ViewModel)
+
+
+def moved(builder: Any, p: Any, at: Any, n: Any) -> Any:
+    """A pointer, or a view with its pointers, n places ahead."""
+    if not isinstance(p, View):
+        return builder.gep(at, [n])
+    logits, other = (builder.extract_value(at, i) for i in range(2))
+    other = builder.gep(other, [n]) if isinstance(p.other(), types.CPointer) else other
+    return struct_of(builder, at.type, (moved(builder, p.pointer, logits, n), other))
+
+
+def stored(builder: Any, p: Any, at: Any) -> Any:
+    """The pointer within a view."""
+    while isinstance(p, View):
+        p, at = p.pointer, builder.extract_value(at, 0)
+    return at
 
 
 @intrinsic
 def _masked(typing, p, mask):
     def generate(context, builder, signature, args):
-        return _struct(builder, context.get_value_type(signature.return_type), args)
+        return struct_of(builder, context.get_value_type(signature.return_type), args)
 
     return Masked(p)(p, mask), generate
 
 
-def _struct(builder, kind, members):
+def struct_of(builder, kind, members):
     value = ir.Constant(kind, ir.Undefined)
     for i, member in enumerate(members):
         value = builder.insert_value(value, member, i)
@@ -117,13 +150,7 @@ def ahead(typing, p, n):
     if isinstance(p, (types.Integer, types.Float)):
         return p(p, types.intp), lambda context, builder, signature, args: args[0]
 
-    def generate(context, builder, signature, args):
-        if not isinstance(p, Masked):
-            return builder.gep(args[0], [args[1]])
-        members = [builder.gep(builder.extract_value(args[0], i), [args[1]]) for i in range(2)]
-        return _struct(builder, args[0].type, members)
-
-    return p(p, types.intp), generate
+    return p(p, types.intp), lambda context, builder, sig, args: moved(builder, p, *args)
 
 
 @intrinsic
@@ -195,17 +222,23 @@ def _constant(value, scalar, number):
 
 @intrinsic
 def load(typing, p, j):
-    """``p[j]``, in the dtype of the computation."""
+    """``p[j]``, in the dtype of the computation; a number is an array of equal ones."""
+    if isinstance(p, types.Float):
+        return p(p, types.intp), lambda context, builder, signature, args: args[0]
 
-    def generate(context, builder, signature, args):
-        at, j = args
-        place = builder.extract_value(at, 0) if isinstance(p, Masked) else at
-        value = widened(builder, p.dtype, builder.load(builder.gep(place, [j])))
+    def number(builder, p, at, j):
+        if not isinstance(p, View):
+            return widened(builder, p.dtype, builder.load(builder.gep(at, [j])))
+        logits, other = (builder.extract_value(at, i) for i in range(2))
+        value = number(builder, p.pointer, logits, j)
         if not isinstance(p, Masked):
-            return value
-        counts = builder.load(builder.gep(builder.extract_value(at, 1), [j]))
+            return p.seen(builder, other, value)
+        counts = builder.load(builder.gep(other, [j]))
         counts = builder.icmp_unsigned("!=", counts, ir.Constant(counts.type, 0))
         return builder.select(counts, value, ir.Constant(value.type, -math.inf))
+
+    def generate(context, builder, signature, args):
+        return number(builder, p, *args)
 
     return COMPUTE[p.dtype](p, types.intp), generate
 

@@ -224,10 +224,10 @@ def log_probability(x, _, numbers):
 
 
 @function
-def gradient_elsewhere(e, _, numbers):
-    """The gradient of a loss at a class that is not the label: p A."""
-    factor, slope, down = numbers
-    return e * factor * down * slope
+def gradient_elsewhere(e, d, numbers):
+    """The gradient of a loss at a class that is not the label: p A, times the slope `d`."""
+    factor, a, down = numbers
+    return e * factor * down * a * d
 
 
 @function

@@ -23,6 +23,7 @@ from portable_softmax.kernels._numba._passes import (
     maxima,
     row_writing,
 )
+from portable_softmax.kernels._numba._softcap import seen_by, uncapped
 from portable_softmax.kernels._numba._values import MAX, REST, SUM, after_values, values
 
 # --------------------------------------------------------------------------- where rows are
@@ -159,7 +160,7 @@ def _sum_of_exps(p, e, n, t, factors):
     """Return the maximum and the sum of the exps; these go to `e`, but for the parts' factors."""
     if n > PART:
         return _long.sum_of_exps(p, e, n, t, factors)
-    m = max_of_all(maxima(p, n))
+    m = seen_by(p, max_of_all(maxima(uncapped(p), n)))
     return m, sum_of_all(exps(p, e, ahead(p, n), n, m, t))
 
 

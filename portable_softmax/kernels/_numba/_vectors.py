@@ -21,7 +21,9 @@ from portable_softmax.kernels._numba._memory import (
     I32,
     I64,
     Masked,
+    View,
     narrowed,
+    stored,
     widened,
 )
 
@@ -130,6 +132,21 @@ def _load(context: Any, builder: Any, p: Any, place: Any, mask: Any, fill: Any) 
     return value if exact else builder.select(mask, widened(builder, p.dtype, value), fill)
 
 
+def _vector(context: Any, builder: Any, p: Any, at: Any, j: Any, mask: Any, fill: Any) -> Any:
+    """The vector from ``p[j]`` on; `fill` where the mask of a tail is not set."""
+    n = fill.type.count
+    if not isinstance(p, View):
+        return _load(context, builder, p, place_of(builder, at, j, n), mask, fill)
+    logits, other = (builder.extract_value(at, i) for i in range(2))
+    value = _vector(context, builder, p.pointer, logits, j, mask, fill)
+    if isinstance(p, Masked):
+        counts = _unmasked(builder, builder.gep(other, [j]), mask, n)
+        value = builder.select(counts, value, ir.Constant(value.type, [-math.inf] * n))
+    else:
+        value = p.seen(builder, _splat(builder, other, n), value)
+    return value if mask is None else builder.select(mask, value, fill)
+
+
 def _unmasked(builder: Any, place: Any, tail: Any, n: int) -> Any:
     """Which of the lanes from a place of a mask on take part."""
     place = builder.bitcast(place, ir.VectorType(ir.IntType(8), n).as_pointer())
@@ -160,15 +177,8 @@ def read(typing, p, j, k, fill):
         at = builder.extract_value(at, 0) if per_vector else at
         mask = _first(builder, k_, n) if masked else None
         fill_ = converted(context, builder, kind, fill, fill_)
-        if isinstance(p, Masked):
-            x, bytes_ = (builder.extract_value(at, i) for i in range(2))
-            value = _load(context, builder, p, place_of(builder, x, j, n), mask, fill_)
-            counts = _unmasked(builder, builder.gep(bytes_, [j]), mask, n)
-            lowest = ir.Constant(value.type, [-math.inf] * n)
-            value = builder.select(counts, value, lowest)
-            return value if mask is None else builder.select(mask, value, fill_)
-        if isinstance(source, types.CPointer) and not per_vector:
-            return _load(context, builder, p, place_of(builder, at, j, n), mask, fill_)
+        if isinstance(source, types.CPointer | View) and not per_vector:
+            return _vector(context, builder, p, at, j, mask, fill_)
         if isinstance(source, types.CPointer):
             at = builder.load(builder.gep(at, [builder.sdiv(j, I64(n))]))
         value = _splat(builder, at, n)
@@ -215,8 +225,8 @@ def _prefetching(is_write: int) -> Any:
             return types.void(p, types.intp, k), nothing
 
         def generate(context, builder, signature, args):
-            at = builder.extract_value(args[0], 0) if isinstance(p, Masked) else args[0]
-            place = builder.bitcast(builder.gep(at, [args[1]]), ir.IntType(8).as_pointer())
+            place = builder.gep(stored(builder, p, args[0]), [args[1]])
+            place = builder.bitcast(place, ir.IntType(8).as_pointer())
             numbers = [I32(k) for k in (is_write, 3, 1)]  # to the first cache, as data
             call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *numbers])
             return context.get_dummy_value()
