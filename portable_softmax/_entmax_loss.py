@@ -189,6 +189,7 @@ def _answer(
     compute_dtype, dtype, more = loss_dtype(library, logits, None, compute_dtype, result_dtype)
     arrays = [logits, labels]
     if sample_weight is not None:
+        _checks.companion("sample_weight", sample_weight, "logits", logits, library)
         _checks.sample_weight(sample_weight, logits, at, library)
         sample_weight = library.quietly(library.cast, sample_weight, compute_dtype)
         arrays.append(sample_weight)

@@ -66,6 +66,11 @@ class LinearOptions(NamedTuple):
     loss: LossOptions
     elements: float  # of a tile of logits
 
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the loss, where that is not the usual one."""
+        return self.loss.dtype
+
 
 PLAIN_ROWS = RowOptions()
 PLAIN_LOSS = LossOptions()
@@ -196,7 +201,7 @@ class Request(NamedTuple):
     def linear(self) -> portable.Linear:
         """Return a linear layer with a loss, its positions in one axis."""
         classifier, bias, options, _ = self.options
-        hidden, labels, where = self.x, self.labels, options.where
+        hidden, labels, where, sample = self.x, self.labels, options.where, options.sample_weight
         if where is not None and where.ndim > 1:
             where = _flat(self.xp, where, hidden.shape[:-1])
         if hidden.ndim != 2:
@@ -205,7 +210,8 @@ class Request(NamedTuple):
             hidden = self.xp.reshape(hidden, (n, hidden.shape[-1]))
             shape = (n,) if self.indices else (n, labels.shape[-1])
             labels = self.xp.reshape(labels, shape)
-        options = options._replace(where=where)
+            sample = None if sample is None else self.xp.reshape(sample, (n,))
+        options = options._replace(where=where, sample_weight=sample)
         return portable.Linear(
             hidden, classifier, bias, labels, self.indices, options, self.compute_dtype
         )

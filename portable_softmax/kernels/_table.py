@@ -111,7 +111,7 @@ _LINEAR = Kernel(
     library="numpy",
     module=f"{_HERE}._linear",
     operations=LINEAR,
-    options=(*LOSS_OPTIONS, PROBABILITIES),
+    options=(*LOSS_OPTIONS, PROBABILITIES, "dtype", OTHER_DTYPE, SAMPLES),
 )
 
 # For each library the first one that takes a call has it. Small arrays come to the tiles at once.

@@ -161,9 +161,7 @@ class Loss(NamedTuple):
     def target(self, xp: Any, given: dict[str, Any]) -> portable.Target:
         """Return what the labels ask for, as far as it is the same for each part of a row."""
         labels, sample = given.get("labels"), given.get("sample_weight")
-        counted = portable.not_ignored(xp, labels, self.options.ignore_index)
-        if sample is not None:
-            counted = (sample != 0) if counted is None else counted & (sample != 0)
+        counted = portable.counted_positions(xp, labels, self.options.ignore_index, sample)
         index = None
         if self.indices:
             index = libraries.cast(xp, labels, libraries.default_int(xp, labels))

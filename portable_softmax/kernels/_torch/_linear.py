@@ -43,14 +43,14 @@ def _inputs(request: Request) -> tuple[Tensor | None, ...]:
 
 def _constants(request: Request) -> tuple[Tensor | None, ...]:
     loss = request.options.loss
-    return request.labels, loss.weight, loss.where
+    return request.labels, loss.weight, loss.where, loss.sample_weight
 
 
 def _with(request: Request, tensors: tuple[Tensor | None, ...]) -> Request:
     """Return a request with these in place of its tensors."""
-    hidden, classifier, bias, labels, weight, where = tensors
+    hidden, classifier, bias, labels, weight, where, sample = tensors
     options = request.options
-    loss = options.loss._replace(weight=weight, where=where)
+    loss = options.loss._replace(weight=weight, where=where, sample_weight=sample)
     options = options._replace(classifier=classifier, bias=bias, loss=loss)
     return request._replace(x=hidden, labels=labels, options=options)
 
@@ -66,7 +66,7 @@ class _Linear(torch.autograd.Function):
         loss, grads = engine.answer(request, nothing if ctx.each else wanted)
         ctx.engine, ctx.wanted = engine, wanted
         ctx.save_for_backward(*tensors, *grads)
-        ctx.request = _with(request._replace(check_labels=False), (None,) * 6)
+        ctx.request = _with(request._replace(check_labels=False), (None,) * 7)
         return loss
 
     @staticmethod
@@ -87,7 +87,7 @@ class _Linear(torch.autograd.Function):
             g if g is None else g.to(like.dtype).reshape(like.shape)
             for g, like in zip(grads, tensors, strict=False)
         ]
-        return None, None, *found, None, None, None
+        return None, None, *found, None, None, None, None
 
 
 def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _by_formula(request: Request, wanted: Any, upstream: Tensor) -> list[Tensor 
         ]
         problem = _with(request, (*inputs, *_constants(request))).linear()
         loss = portable.linear_cross_entropy(request.xp, problem, request.options.elements)
-        loss = loss.to(request.result_dtype).reshape(upstream.shape)
+        loss = loss.to(request.answer_dtype).reshape(upstream.shape)
         asked = [t for t, want in zip(inputs, wanted, strict=True) if want]
         found = iter(torch.autograd.grad(loss, asked, upstream, create_graph=again))
     return [next(found) if want else None for want in wanted]
