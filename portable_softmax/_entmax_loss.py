@@ -181,8 +181,9 @@ def _answer(
 ) -> Any:
     """Check everything that can be checked without reading values, and answer."""
     library, found = _checks.array("logits", logits)
-    _checks.companion("labels", labels, "logits", logits, library)
     at = _checks.one_axis(axis, logits.ndim)
+    labels = library.adopt(labels, logits, at)
+    _checks.companion("labels", labels, "logits", logits, library)
     indices = _checks.labels_are_indices(logits, labels, at, library)
     _checks.known_length("logits", logits, at)
     compute_dtype, result_dtype = found.computed or library.compute_dtype(logits)

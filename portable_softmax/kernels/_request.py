@@ -13,6 +13,20 @@ ROWS = ("softmax", "log_softmax", "logsumexp")
 VJPS = ("softmax_vjp", "log_softmax_vjp")
 LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
 OPERATIONS = (*ROWS, *VJPS, *LOSSES)
+FAMILY = (
+    "entmax",
+    "sparsemax",
+    "entmax_vjp",
+    "entmax_loss",
+    "entmax_loss_value_and_grad",
+    "entropy",
+    "entropy_value_and_grad",
+    "kl_divergence",
+    "kl_divergence_value_and_grad",
+    "logmeanexp",
+    "logcumsumexp",
+    "logcumsumexp_vjp",
+)
 LINEAR = ("linear_cross_entropy", "linear_cross_entropy_value_and_grad")
 
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from portable_softmax.kernels._request import (
     EXTREME,
+    FAMILY,
     LINEAR,
     OPERATIONS,
     OTHER_DTYPE,
@@ -152,7 +153,7 @@ TABLE = (
         why="each chunk by the kernel of its own library",
         library="dask",
         module=f"{_HERE}._dask",
-        operations=(*OPERATIONS, *LINEAR),
+        operations=(*OPERATIONS, *LINEAR, *FAMILY),
         dtypes=(*FLOATS, *INTEGERS, "complex64", "complex128", "float128"),
         options=(
             *LOSS_OPTIONS,
@@ -165,6 +166,8 @@ TABLE = (
             "sink",
             "b",
             "return_sign",
+            "alpha",
+            "distillation",
         ),
         tracing=("lazy",),
     ),
