@@ -690,6 +690,62 @@ def test_torch_compiles(torch, xp):
         torch.testing.assert_close(grad, slope, rtol=1e-10, atol=1e-12)
 
 
+COMPILED = {
+    "mean": {},
+    "none": {"reduction": "none", "z_loss": 0.1, "ignore_index": 3},
+    "weights": {"sample_weight": np.linspace(0, 2, 300), "label_smoothing": 0.1, "softcap": 3.0},
+    "dtype": {"dtype": "float64", "where": np.arange(400) < 390, "reduction": "sum"},
+}
+
+
+@pytest.mark.slow("torch.compile traces", "torch", "torch-portable", "torch-numba", "triton")
+@pytest.mark.parametrize("name", COMPILED)
+def test_torch_compiles_one_operator_that_keeps_no_logits(torch, xp, name):
+    """Nothing that waits for the backward pass is larger than a gradient."""
+    if xp.path == "portable":
+        pytest.skip("torch's own operations keep the logits")
+    n, classes, h = 300, 400, 8
+    options, rng = dict(COMPILED[name]), np.random.default_rng(0)
+    dtype = "float32" if options.get("dtype") else "float64"
+    options = {**on(xp, options), "dtype": getattr(torch, options.get("dtype", dtype))}
+    labels = xp.asarray(rng.integers(390, size=n))
+    arrays = [
+        xp.asarray(rng.normal(size=size), dtype).requires_grad_()
+        for size in ((n, h), (classes, h), classes)
+    ]
+    called, kept = [], []
+
+    def function(hidden, classifier, bias):
+        return ps.linear_cross_entropy(
+            hidden, classifier, labels, bias=bias, tile=1 << 16, check_labels=False, **options
+        )
+
+    def backend(module, _):
+        called.extend(node.target for node in module.graph.nodes)
+        return module
+
+    torch.compiler.reset()  # each case is a new function of the same code
+    torch.compile(function, fullgraph=True, backend=backend)(*arrays)
+    assert torch.ops.portable_softmax.linear.default in called
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
+        loss = compiled(*arrays)
+    assert 0 < max(kept) <= classes * h
+    want = function(*arrays)
+    torch.testing.assert_close(loss, want)
+    upstream = torch.linspace(-1, 2, want.numel(), dtype=want.dtype).reshape(want.shape)
+    for one, other in zip(
+        torch.autograd.grad(loss, arrays, upstream),
+        torch.autograd.grad(want, arrays, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*arrays), want.detach())
+
+
 # --------------------------------------------------------------------------- JAX
 
 

@@ -173,7 +173,7 @@ TABLE = (
     ),
     _LINEAR,
     _LINEAR._replace(library="cupy"),
-    _LINEAR._replace(library="torch", adapter=f"{_TORCH}._linear"),
+    _LINEAR._replace(library="torch", adapter=f"{_TORCH}._linear", tracing=("torch.compile",)),
 )
 
 NAMES = tuple(dict.fromkeys(kernel.name for kernel in TABLE))
