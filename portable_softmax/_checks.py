@@ -516,8 +516,7 @@ def real_weights(name: str, x: Any, library: Library) -> None:
 
 
 def sample_weight(weight: Any, logits: Any, axis: int, library: Library) -> None:
-    """Check the array of one weight a position."""
-    companion("sample_weight", weight, "logits", logits, library)
+    """Check the array of one weight a position, of the library and device of the logits."""
     real_weights("sample_weight", weight, library)
     positions = (*logits.shape[:axis], *logits.shape[axis + 1 :])
     if not _same_shape(weight.shape, positions):
@@ -528,7 +527,7 @@ def sample_weight(weight: Any, logits: Any, axis: int, library: Library) -> None
 
 
 def class_weight(weight: Any, logits: Any, axis: int, library: Library) -> None:
-    """Check the array of one weight a class, which is of the library and device of the logits."""
+    """Check the array of one weight a class, of the library and device of the logits."""
     real_weights("weight", weight, library)
     n = logits.shape[axis]
     if tuple(weight.shape) != (n,):

@@ -292,6 +292,7 @@ def _options(
         _checks.class_weight(weight, logits, axis, library)
         weight = library.quietly(library.cast, weight, compute_dtype)
     if sample_weight is not None:
+        _checks.companion("sample_weight", sample_weight, "logits", logits, library)
         _checks.sample_weight(sample_weight, logits, axis, library)
         sample_weight = library.quietly(library.cast, sample_weight, compute_dtype)
     if where is not None:

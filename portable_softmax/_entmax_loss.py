@@ -181,14 +181,16 @@ def _answer(
 ) -> Any:
     """Check everything that can be checked without reading values, and answer."""
     library, found = _checks.array("logits", logits)
-    _checks.companion("labels", labels, "logits", logits, library)
     at = _checks.one_axis(axis, logits.ndim)
+    labels = library.adopt(labels, logits, at)
+    _checks.companion("labels", labels, "logits", logits, library)
     indices = _checks.labels_are_indices(logits, labels, at, library)
     _checks.known_length("logits", logits, at)
     compute_dtype, result_dtype = found.computed or library.compute_dtype(logits)
     compute_dtype, dtype, more = loss_dtype(library, logits, None, compute_dtype, result_dtype)
     arrays = [logits, labels]
     if sample_weight is not None:
+        _checks.companion("sample_weight", sample_weight, "logits", logits, library)
         _checks.sample_weight(sample_weight, logits, at, library)
         sample_weight = library.quietly(library.cast, sample_weight, compute_dtype)
         arrays.append(sample_weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from portable_softmax import _checks, portable
-from portable_softmax._softmax import dropped, with_an_axis
+from portable_softmax._softmax import with_an_axis
 from portable_softmax._typing import Array, ArrayT, Axis
 from portable_softmax.kernels._decide import operation, run
 from portable_softmax.kernels._request import (
@@ -283,10 +283,9 @@ def _entropy(operation: str, logits: Any, axis: Any) -> Any:
         library.tracing(logits),
     )  # fmt: skip
     answer = run(request, _portable_entropy)
-    if type(answer) is not tuple:
-        return dropped(library, answer, axes, keepdims=False)
-    h, grad = answer
-    return dropped(library, h, axes, keepdims=False), library.scalar_if_0d(grad)
+    if type(answer) is tuple:
+        return tuple(map(library.scalar_if_0d, answer))
+    return library.scalar_if_0d(answer)
 
 
 def _divergence(
@@ -332,7 +331,7 @@ def _divergence(
 
 
 def _portable_entropy(request: Request) -> Any:
-    """Return the entropy, the reduced axes kept with length 1, and the gradient if it is asked."""
+    """Return the entropy, and the gradient if it is asked for."""
     library, x, axes = request.library, request.x, request.axes
     xp = library.xp
     if not axes:
@@ -343,8 +342,9 @@ def _portable_entropy(request: Request) -> Any:
     parts = answer if type(answer) is tuple else (answer,)
     if not axes:
         parts = tuple(xp.squeeze(part, axis=-1) for part in parts)
-    found = tuple(library.cast(part, request.result_dtype) for part in parts)
-    return found if type(answer) is tuple else found[0]
+    h, *grad = (library.cast(part, request.result_dtype) for part in parts)
+    h = library.squeeze(h, axes) if axes else h
+    return (h, *grad) if grad else h
 
 
 def _portable_divergence(request: Request) -> Any:

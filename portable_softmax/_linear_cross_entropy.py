@@ -15,6 +15,7 @@ from portable_softmax.kernels._request import (
     LossOptions,
     Request,
     active,
+    loss_dtype,
 )
 from portable_softmax.libraries import Library
 
@@ -41,6 +42,8 @@ def linear_cross_entropy(
     where: Array | None = None,
     reduction: str = "mean",
     check_labels: bool = True,
+    dtype: Any = None,
+    sample_weight: Array | None = None,
     tile: int | None = None,
 ) -> ArrayT:
     r"""Return the cross-entropy of the logits of a linear layer, without storing the logits.
@@ -64,13 +67,16 @@ def linear_cross_entropy(
         Class indices of shape (...), integer, or a distribution of shape (..., C).
     bias
         Array of shape (C,) and of the dtype of `hidden`.
-    weight, ignore_index, label_smoothing, z_loss, softcap, reduction, check_labels
-        As in `cross_entropy`. Where labels can be read, a position with an ignored one costs no
-        product.
+    weight, ignore_index, label_smoothing, z_loss, softcap, reduction, check_labels, sample_weight
+        As in `cross_entropy`. Where labels and weights can be read, a position with an ignored
+        label or of weight 0 costs no product.
     where
         Boolean array that broadcasts to the shape of the logits, (..., C). Classes where it is
         False take no part, whatever the classifier holds for them: the padding of a vocabulary has
         the shape (C,).
+    dtype
+        The floating dtype of the loss, one of the library's; None for that of `hidden`. What is
+        multiplied and summed in is never narrower. Gradients keep the dtype of `hidden`.
     tile
         The largest number of bytes of a tile of logits. It holds the logits of some positions, or
         if a single position needs more, of some classes. Without it, 64 MiB.
@@ -79,12 +85,14 @@ def linear_cross_entropy(
     -------
     array
         0-d, or one loss for each position with ``reduction="none"``; of the library, device and
-        dtype of `hidden`. Half types are multiplied and summed in float32 and rounded once.
+        dtype of `hidden`, unless `dtype` names another. Half types are multiplied and summed in
+        float32 and rounded once. Under ``torch.autocast`` their loss stays in float32.
 
     Raises
     ------
     TypeError
-        If an argument is no array or of the wrong dtype, or arrays of two libraries meet.
+        If an argument is no array or of the wrong dtype, or arrays of two libraries meet; if
+        `dtype` is no floating dtype.
     ValueError
         If shapes or devices do not fit, a number is outside its range, `reduction` is unknown, or
         `ignore_index` is given with a distribution.
@@ -97,8 +105,9 @@ def linear_cross_entropy(
     `cross_entropy` takes. The hidden vector of an ignored position may hold infinities and nans:
     its gradient is 0, and it adds nothing to the others. torch differentiates: the gradients are
     made together with the loss, so that the logits are made once; with ``reduction="none"`` the
-    backward pass makes them again. JAX does the same in a scan. Derivatives of higher order, and of
-    what torch.func and torch.compile trace, keep the logits. Dask multiplies its own chunks.
+    backward pass makes them again. JAX does the same in a scan, and torch.compile calls it as one
+    operator, from 65,536 logits on. Derivatives of higher order, and those of torch.func, keep the
+    logits. Dask multiplies its own chunks.
 
     The tiles of logits: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models";
     Hsu et al. 2024 (Liger Kernel).
@@ -119,7 +128,8 @@ def linear_cross_entropy(
     """
     loss, _ = _answer(
         "linear_cross_entropy", hidden, classifier, labels, bias, weight, ignore_index,
-        label_smoothing, z_loss, softcap, where, reduction, check_labels, tile,
+        label_smoothing, z_loss, softcap, where, reduction, check_labels, dtype, sample_weight,
+        tile,
     )  # fmt: skip
     found: ArrayT = loss
     return found
@@ -141,6 +151,8 @@ def linear_cross_entropy_value_and_grad(
     where: Array | None = None,
     reduction: str = "mean",
     check_labels: bool = True,
+    dtype: Any = None,
+    sample_weight: Array | None = None,
     tile: int | None = None,
 ) -> tuple[ArrayT, tuple[ArrayT, ArrayT, ArrayT | None]]:
     r"""Return the cross-entropy of a linear layer and its gradients.
@@ -155,7 +167,7 @@ def linear_cross_entropy_value_and_grad(
 
     Parameters
     ----------
-    hidden, classifier, labels, bias, weight, ignore_index, label_smoothing, z_loss, softcap, where, reduction, check_labels, tile
+    hidden, classifier, labels, bias, weight, ignore_index, label_smoothing, z_loss, softcap, where, reduction, check_labels, dtype, sample_weight, tile
         As in `linear_cross_entropy`.
 
     Returns
@@ -188,7 +200,8 @@ def linear_cross_entropy_value_and_grad(
     """  # noqa: E501 - numpydoc wants the names on one line
     loss, grads = _answer(
         "linear_cross_entropy_value_and_grad", hidden, classifier, labels, bias, weight,
-        ignore_index, label_smoothing, z_loss, softcap, where, reduction, check_labels, tile,
+        ignore_index, label_smoothing, z_loss, softcap, where, reduction, check_labels, dtype,
+        sample_weight, tile,
     )  # fmt: skip
     return loss, grads
 
@@ -217,10 +230,12 @@ def _answer(
     where: Any,
     reduction: Any,
     check_labels: bool,
+    dtype: Any,
+    sample_weight: Any,
     tile: Any,
 ) -> Any:
     """Check everything that can be checked without reading values, and answer."""
-    library, dtype = _checks.array("hidden", hidden)
+    library, found = _checks.array("hidden", hidden)
     _checks.floating("hidden", hidden, library)
     for name, array in (("classifier", classifier), ("bias", bias)):
         if name == "classifier" or array is not None:
@@ -231,12 +246,17 @@ def _answer(
     logits = _Logits((*hidden.shape[:-1], classifier.shape[0]))
     axis = logits.ndim - 1
     indices = _checks.labels_are_indices(logits, labels, axis, library)
-    assert dtype.computed is not None  # it is floating
-    compute_dtype, result_dtype = dtype.computed
+    assert found.computed is not None  # it is floating
+    compute_dtype, dtype, more = loss_dtype(library, hidden, dtype, *found.computed)
+    result_dtype = found.computed[1]
     if weight is not None:
         _checks.companion("weight", weight, "hidden", hidden, library)
         _checks.class_weight(weight, logits, axis, library)
         weight = library.quietly(library.cast, weight, compute_dtype)
+    if sample_weight is not None:
+        _checks.companion("sample_weight", sample_weight, "hidden", hidden, library)
+        _checks.sample_weight(sample_weight, logits, axis, library)
+        sample_weight = library.quietly(library.cast, sample_weight, compute_dtype)
     if where is not None:
         _checks.companion("where", where, "hidden", hidden, library)
         _checks.mask_of_shape(where, "the logits", logits.shape, library)
@@ -250,22 +270,24 @@ def _answer(
         softcap=softcap,
         where=where,
         reduction=_checks.reduction(reduction),
+        dtype=dtype,
+        sample_weight=sample_weight,
     )
     size = library.xp.finfo(compute_dtype).bits // 8
     elements = max(1, (TILE if tile is None else _checks.tile(tile)) // size)
-    given = active(options, PLAIN_LOSS)
-    arrays = (hidden, classifier, bias, labels, weight, where)
+    given = (*active(options, PLAIN_LOSS), *more)
+    arrays = (hidden, classifier, bias, labels, weight, where, sample_weight)
     request = Request(
-        operation, library, hidden, dtype.name, (hidden.ndim - 1,), compute_dtype, result_dtype,
+        operation, library, hidden, found.name, (hidden.ndim - 1,), compute_dtype, result_dtype,
         library.tracing(*[a for a in arrays if a is not None]),
         LinearOptions(classifier, bias, options, elements),
         given if indices else (*given, PROBABILITIES), None, labels, indices, check_labels,
     )  # fmt: skip
-    found = run(request, _portable)
-    loss, grads = found if isinstance(found, tuple) else (found, None)
+    answer = run(request, _portable)
+    loss, grads = answer if isinstance(answer, tuple) else (answer, None)
     if options.reduction == "none" and hidden.ndim != 2:
         loss = library.xp.reshape(loss, hidden.shape[:-1])
-    loss = library.scalar_if_0d(library.cast(loss, result_dtype))
+    loss = library.scalar_if_0d(library.cast(loss, request.answer_dtype))
     if grads is None:
         return loss, None
     d_hidden = library.cast(grads.hidden, result_dtype)

@@ -211,14 +211,8 @@ class SoftmaxWithLoss(Generic[ArrayT]):
     def _counted(self, xp: Namespace, axis: int) -> Any:
         """Return which positions are neither ignored nor of weight 0, or None if all are."""
         ignore_index, sample = self.options.get("ignore_index"), self.options.get("sample_weight")
-        counted = None
-        if ignore_index is not None:
-            labels = portable.with_class_axis(self.t, axis)
-            counted = portable.not_ignored(xp, labels, ignore_index)
-        if sample is None:
-            return counted
-        weighs = portable.with_class_axis(sample, axis) != 0
-        return weighs if counted is None else counted & weighs
+        counted = portable.counted_positions(xp, self.t, ignore_index, sample)
+        return None if counted is None else portable.with_class_axis(counted, axis)
 
     def _probabilities(self, x: Any) -> Any:
         axis, where = self.options.get("axis", -1), self.options.get("where")

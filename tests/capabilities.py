@@ -21,7 +21,7 @@ from backends import BACKENDS, LIBRARIES
 import portable_softmax
 from portable_softmax import libraries
 from portable_softmax.kernels import _table
-from portable_softmax.kernels._request import LINEAR, OPERATIONS
+from portable_softmax.kernels._request import FAMILY, LINEAR, OPERATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,6 +97,8 @@ def kernels(library: str) -> str:
 def operations(kernel: _table.Kernel) -> str:
     named = {
         (*OPERATIONS, *LINEAR): "softmax family, cross_entropy, linear_cross_entropy",
+        (*OPERATIONS, *LINEAR, *FAMILY): "softmax family, entmax, entropy, cross_entropy, "
+        "linear_cross_entropy",
         OPERATIONS: "softmax family, cross_entropy",
         LINEAR: "linear_cross_entropy",
     }

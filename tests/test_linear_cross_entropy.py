@@ -23,6 +23,7 @@ LABELS = np.asarray([0, 3, 4, 1, 2, 3, 0])
 IGNORED = 3
 PROBABILITIES = RNG.random((N, C)) * (RNG.random((N, C)) < 0.7)
 WEIGHT = np.asarray([0.5, 1.0, 2.0, 1.25, 0.75])
+SAMPLES = np.asarray([0.5, 2.0, 1.25, 0.0, 3.0, 0.75, 1.0])
 MASK = RNG.random((N, C)) < 0.7
 MASK[np.arange(N), LABELS] = True
 CLASS_MASK = np.asarray([True, True, False, True, True])
@@ -153,6 +154,61 @@ def test_half_types_are_summed_in_float32(xp, dtype, tile):
         np.testing.assert_allclose(values, expected, rtol=rtol, atol=scale * 1e-2)
 
 
+def given_in(xp, dtype):
+    """The layer in a dtype, and what that dtype holds of it."""
+    arrays = [xp.asarray(a, dtype) for a in (HIDDEN, CLASSIFIER, BIAS)]
+    return arrays, [xp.numpy(a).astype(np.float64) for a in arrays]
+
+
+def layer_in(xp, arrays, **options):
+    h, w, b = arrays
+    return ps.linear_cross_entropy_value_and_grad(h, w, xp.asarray(LABELS), bias=b, **options)
+
+
+@pytest.mark.parametrize("tile", [None, 16], ids=["one tile", "two classes"])
+def test_the_float32_loss_of_half_types_is_not_rounded_again(xp, tile):
+    """Nor do the gradients change, which keep the dtype of the layer."""
+    if xp.lazy and tile:
+        pytest.skip("it has chunks of its own")
+    for dtype in xp.halves:
+        arrays, (h, w, b) = given_in(xp, dtype)
+        options = {"reduction": "none", "tile": tile}
+        loss, grads = layer_in(xp, arrays, dtype=dtype_of(xp, "float32"), **options)
+        want, _ = stored(h, w, LABELS, b, reduction="none")
+        assert_close(xp, loss, want, "float32", rtol=1e-5, atol=1e-4)
+        rounded, same = layer_in(xp, arrays, **options)
+        np.testing.assert_array_equal(
+            xp.numpy(xp.asarray(xp.numpy(loss), dtype)), xp.numpy(rounded)
+        )
+        for grad, other in zip(grads, same, strict=True):
+            np.testing.assert_array_equal(
+                assert_like(xp, grad, tuple(grad.shape), dtype), xp.numpy(other)
+            )
+
+
+def test_a_dtype_that_is_wider_is_multiplied_and_summed_in(xp):
+    arrays, (h, w, b) = given_in(xp, "float32")
+    loss, grads = layer_in(xp, arrays, dtype=dtype_of(xp, "float64"), weight=xp.asarray(WEIGHT))
+    want, slopes = stored(h, w, LABELS, b, weight=WEIGHT)
+    assert_close(xp, loss, want, "float64", rtol=1e-13)
+    for grad, slope in zip(grads, slopes, strict=True):
+        assert_close(xp, grad, slope.astype(np.float32), "float32", rtol=2**-22, atol=1e-12)
+    narrow, _ = layer_in(xp, [xp.asarray(a) for a in (h, w, b)], dtype=dtype_of(xp, "float32"))
+    assert_close(xp, narrow, stored(h, w, LABELS, b)[0].astype(np.float32), "float32", rtol=2**-22)
+
+
+def test_what_is_no_floating_dtype(xp):
+    arrays, _ = given_in(xp, "float64")
+    for name in ("int64", "bool"):
+        with pytest.raises(TypeError, match=r"dtype is .*expected a real floating dtype of "):
+            layer_in(xp, arrays, dtype=dtype_of(xp, name))
+
+
+def dtype_of(xp, name):
+    """Return a dtype by its name, as arrays of the backend have it."""
+    return xp.asarray(np.zeros(()), name).dtype
+
+
 def test_a_classifier_that_is_cast_in_blocks(xp):
     """More classes than one block holds, in a half type."""
     if "float16" not in xp.halves or xp.lazy:
@@ -166,6 +222,74 @@ def test_a_classifier_that_is_cast_in_blocks(xp):
         )
         want = stored(h.astype(np.float64), w.astype(np.float64), labels)
         check(xp, found, want, rtol=1e-3, atol=1e-6, dtype="float16")
+
+
+# --------------------------------------------------------------------------- weights of positions
+
+
+SAMPLED = {
+    "indices": (LABELS, {"weight": WEIGHT, "ignore_index": IGNORED}),
+    "probabilities": (PROBABILITIES, {}),
+    "each": (LABELS, {"reduction": "none", "label_smoothing": 0.1, "z_loss": 0.3, "where": MASK}),
+    "masked classes": (PROBABILITIES, {"where": CLASS_MASK, "weight": WEIGHT, "softcap": 2.5}),
+}
+
+
+@pytest.mark.slow("XLA compiles each option", "jax")
+@pytest.mark.parametrize("tile", [None, 3 * ROW, 16], ids=["one tile", "three rows", "two classes"])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_each_position_has_a_weight(xp, name, tile):
+    """As with stored logits; one of weight 0 may hold anything."""
+    if xp.lazy and tile:
+        pytest.skip("it has chunks of its own")
+    (labels, options), hidden = SAMPLED[name], HIDDEN.copy()
+    options = {**options, "sample_weight": SAMPLES}
+    want = stored(hidden, CLASSIFIER, labels, BIAS, **options)
+    hidden[SAMPLES == 0] = NAN
+    if labels is LABELS:
+        labels = np.where(SAMPLES == 0, C + 3, LABELS)
+    found = ps.linear_cross_entropy_value_and_grad(
+        *map(xp.asarray, (hidden, CLASSIFIER, labels)), bias=xp.asarray(BIAS), tile=tile,
+        **on(xp, options),
+    )  # fmt: skip
+    check(xp, found, want, rtol=1e-12, atol=1e-13)
+    assert (xp.numpy(found[1][0])[SAMPLES == 0] == 0).all()
+
+
+def test_a_whole_weight_repeats_its_position(xp):
+    times = np.asarray([3, 1, 0, 2, 1, 0, 1])
+    for labels in (LABELS, PROBABILITIES):
+        loss, (d_hidden, *grads) = ps.linear_cross_entropy_value_and_grad(
+            *map(xp.asarray, (HIDDEN, CLASSIFIER, labels)), sample_weight=xp.asarray(times)
+        )
+        many = np.repeat(HIDDEN, times, axis=0), CLASSIFIER, np.repeat(labels, times, axis=0)
+        want, (slope, *slopes) = stored(*many)
+        summed = np.zeros_like(HIDDEN)
+        np.add.at(summed, np.repeat(np.arange(N), times), slope)
+        check(xp, (loss, (d_hidden, *grads)), (want, (summed, *slopes)), rtol=1e-12, atol=1e-14)
+
+
+def test_the_loss_of_a_position_is_the_derivative_of_its_weight(xp):
+    """Of the sum; where the library differentiates."""
+    if not xp.differentiates:
+        pytest.skip(f"{xp.name} does not differentiate")
+    arrays = [xp.asarray(a) for a in (HIDDEN, CLASSIFIER, LABELS)]
+
+    def total(s):
+        return ps.linear_cross_entropy(*arrays, sample_weight=s, reduction="sum", tile=3 * ROW)
+
+    s = xp.asarray(SAMPLES)
+    if xp.library == "torch":
+        import torch
+
+        (slope,) = torch.autograd.grad(total(s.requires_grad_()), s)
+    else:
+        import jax
+
+        slope = jax.grad(total)(s)
+    losses = stored(HIDDEN, CLASSIFIER, LABELS, reduction="none")[0]
+    # A position of weight 0 is ignored.
+    np.testing.assert_allclose(xp.numpy(slope), np.where(SAMPLES == 0, 0, losses), rtol=1e-12)
 
 
 # --------------------------------------------------------------------------- faults of others
@@ -348,6 +472,10 @@ def test_errors_name_the_argument_and_the_remedy(xp):
         f(h, w, t, bias=xp.asarray(np.zeros(3)))
     with pytest.raises(ValueError, match=r"weight has shape \(3,\), expected \(5,\)"):
         f(h, w, t, weight=xp.asarray(np.zeros(3)))
+    with pytest.raises(ValueError, match=r"sample_weight has shape \(5,\), expected \(7,\)"):
+        f(h, w, t, sample_weight=xp.asarray(WEIGHT))
+    with pytest.raises(TypeError, match="sample_weight has dtype bool"):
+        f(h, w, t, sample_weight=xp.asarray(np.ones(N, bool)))
     with pytest.raises(ValueError, match=r"where has shape \(3,\).*broadcast"):
         f(h, w, t, where=xp.asarray(np.ones(3, bool)))
     with pytest.raises(TypeError, match="where has dtype float64, expected bool"):
@@ -381,7 +509,8 @@ def test_errors_name_the_argument_and_the_remedy(xp):
 
 def test_explain(xp):
     arrays = xp.asarray(HIDDEN), xp.asarray(CLASSIFIER), xp.asarray(LABELS)
-    why = kernels.explain("linear_cross_entropy", *arrays, label_smoothing=0.1)
+    options = {"label_smoothing": 0.1, "sample_weight": xp.asarray(SAMPLES)}
+    why = kernels.explain("linear_cross_entropy", *arrays, dtype=arrays[0].dtype, **options)
     expected = {"numpy": "linear tiles", "torch": "linear tiles"}
     expected |= {"jax": "jax rules", "dask": "dask chunks"}
     path = "portable" if xp.path == "portable" else expected.get(xp.library, "portable")
@@ -389,7 +518,7 @@ def test_explain(xp):
 
 
 @pytest.mark.libraries("numpy", "torch")
-def test_ignored_labels_cost_no_product(xp, monkeypatch):
+def test_what_is_ignored_costs_no_product(xp, monkeypatch):
     if xp.path == "portable":
         pytest.skip("a property of the kernel")
     from portable_softmax import libraries
@@ -403,10 +532,14 @@ def test_ignored_labels_cost_no_product(xp, monkeypatch):
         return real(self, a, b, out)
 
     monkeypatch.setattr(type(library), "product", product)
-    ps.linear_cross_entropy(
-        xp.asarray(HIDDEN), xp.asarray(CLASSIFIER), xp.asarray(LABELS), ignore_index=IGNORED
-    )
-    assert sum(seen) == (LABELS != IGNORED).sum()
+    for labels in (LABELS, PROBABILITIES):
+        arrays = [xp.asarray(a) for a in (HIDDEN, CLASSIFIER, labels)]
+        if labels is LABELS:
+            ps.linear_cross_entropy(*arrays, ignore_index=IGNORED)
+            assert sum(seen) == (LABELS != IGNORED).sum()
+        del seen[:]
+        ps.linear_cross_entropy(*arrays, sample_weight=xp.asarray(SAMPLES))
+        assert sum(seen) == (SAMPLES != 0).sum()
 
 
 @pytest.mark.once
@@ -457,6 +590,7 @@ TORCH_CASES = {
     "mean": {},
     "none": {"reduction": "none", "z_loss": 0.1},
     "options": {"ignore_index": IGNORED, "weight": WEIGHT, "label_smoothing": 0.1, "softcap": 3.0},
+    "weights": {"sample_weight": SAMPLES, "z_loss": 0.1},
     "where": {"where": MASK, "reduction": "sum"},
 }
 
@@ -520,6 +654,20 @@ def test_autocast_changes_nothing(torch, xp):
         assert torch.equal(one, other)
 
 
+def test_losses_answer_in_float32_under_autocast(torch, xp):
+    """As torch's own do; the gradients keep the dtype of the layer."""
+    if xp.path == "portable":
+        pytest.skip("torch's own operations are under autocast")
+    given = [xp.asarray(a, "bfloat16").requires_grad_() for a in (HIDDEN, CLASSIFIER)]
+    want = ps.linear_cross_entropy(*given, xp.asarray(LABELS), dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ps.linear_cross_entropy(*given, xp.asarray(LABELS))
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, want)
+    for grad in torch.autograd.grad(loss, given):
+        assert grad.dtype == torch.bfloat16
+
+
 def test_torch_notices_what_was_changed_in_place(torch, xp):
     if xp.path == "portable":
         pytest.skip("torch's own operations keep what they need of it")
@@ -544,6 +692,62 @@ def test_torch_compiles(torch, xp):
         torch.testing.assert_close(grad, slope, rtol=1e-10, atol=1e-12)
 
 
+COMPILED = {
+    "mean": {},
+    "none": {"reduction": "none", "z_loss": 0.1, "ignore_index": 3},
+    "weights": {"sample_weight": np.linspace(0, 2, 300), "label_smoothing": 0.1, "softcap": 3.0},
+    "dtype": {"dtype": "float64", "where": np.arange(400) < 390, "reduction": "sum"},
+}
+
+
+@pytest.mark.slow("torch.compile traces", "torch", "torch-portable", "torch-numba", "triton")
+@pytest.mark.parametrize("name", COMPILED)
+def test_torch_compiles_one_operator_that_keeps_no_logits(torch, xp, name):
+    """Nothing that waits for the backward pass is larger than a gradient."""
+    if xp.path == "portable":
+        pytest.skip("torch's own operations keep the logits")
+    n, classes, h = 300, 400, 8
+    options, rng = dict(COMPILED[name]), np.random.default_rng(0)
+    dtype = "float32" if options.get("dtype") else "float64"
+    options = {**on(xp, options), "dtype": getattr(torch, options.get("dtype", dtype))}
+    labels = xp.asarray(rng.integers(390, size=n))
+    arrays = [
+        xp.asarray(rng.normal(size=size), dtype).requires_grad_()
+        for size in ((n, h), (classes, h), classes)
+    ]
+    called, kept = [], []
+
+    def function(hidden, classifier, bias):
+        return ps.linear_cross_entropy(
+            hidden, classifier, labels, bias=bias, tile=1 << 16, check_labels=False, **options
+        )
+
+    def backend(module, _):
+        called.extend(node.target for node in module.graph.nodes)
+        return module
+
+    torch.compiler.reset()  # each case is a new function of the same code
+    torch.compile(function, fullgraph=True, backend=backend)(*arrays)
+    assert torch.ops.portable_softmax.linear.default in called
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
+        loss = compiled(*arrays)
+    assert 0 < max(kept) <= classes * h
+    want = function(*arrays)
+    torch.testing.assert_close(loss, want)
+    upstream = torch.linspace(-1, 2, want.numel(), dtype=want.dtype).reshape(want.shape)
+    for one, other in zip(
+        torch.autograd.grad(loss, arrays, upstream),
+        torch.autograd.grad(want, arrays, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*arrays), want.detach())
+
+
 # --------------------------------------------------------------------------- JAX
 
 
@@ -554,6 +758,7 @@ def test_jax_differentiates_in_every_mode(jax, xp, reduction, tile):
     """As stored logits: to the second order, forward and in reverse; weights of classes too."""
     labels, upstream = xp.asarray(LABELS), np.linspace(-1.0, 2.0, N) if reduction == "none" else 2.0
     options = {"ignore_index": IGNORED, "z_loss": 0.1, "reduction": reduction}
+    options["sample_weight"] = xp.asarray(SAMPLES)
 
     def found(hidden, classifier, bias, weight):
         loss = ps.linear_cross_entropy(
@@ -636,9 +841,14 @@ def test_dask_chunks(da, chunks, tile):
         (LABELS, BIAS, {"reduction": "none", "where": MASK, **ODD}),
         (LABELS, BIAS, {"where": CLASS_MASK[None], "ignore_index": 2, "z_loss": 0.1}),
         (LABELS, BIAS, {"weight": WEIGHT, "ignore_index": IGNORED, **ODD}),
+        (LABELS, BIAS, {"weight": WEIGHT, "sample_weight": SAMPLES, "ignore_index": 2}),
         (PROBABILITIES, None, ODD),
+        (PROBABILITIES, BIAS, {"sample_weight": SAMPLES, **ODD}),
     ):
         expected, slopes = stored(HIDDEN, CLASSIFIER, labels, bias, **options)
+        hidden = HIDDEN
+        if "sample_weight" in options:
+            hidden = np.where((SAMPLES == 0)[:, None], NAN, HIDDEN)
         options = {**options, "bias": bias}
         given = {
             name: da.from_array(value, 2) if isinstance(value, np.ndarray) else value
@@ -646,7 +856,7 @@ def test_dask_chunks(da, chunks, tile):
         }
         arrays = [
             da.from_array(array, cut)
-            for array, cut in ((HIDDEN, (n, h)), (CLASSIFIER, (c, h)), (labels, 4))
+            for array, cut in ((hidden, (n, h)), (CLASSIFIER, (c, h)), (labels, 4))
         ]
         both = ps.linear_cross_entropy_value_and_grad(*arrays, **given, tile=tile)
         alone = ps.linear_cross_entropy(*arrays, **given, tile=tile)

@@ -104,11 +104,8 @@ def _of(weight: Any) -> portable.Target:
 
 
 def _kept(library: Library, problem: portable.Linear) -> Any:
-    """Return which positions have a label that counts, None if they all do."""
-    if not problem.indices:
-        return None
-    ignore = problem.options.ignore_index
-    counted = portable.not_ignored(library.xp, problem.labels, ignore)
+    """Return the positions that count, None if they all do."""
+    counted = portable.kept_positions(library.xp, problem)
     if counted is None or bool(library.xp.all(counted)):
         return None
     return library.xp.nonzero(counted)[0]
@@ -193,7 +190,7 @@ def _rows(
     request: Request, problem: portable.Linear, x: Any, *, with_gradient: bool
 ) -> tuple[Any, Any]:
     """Return the losses of a tile of rows and their gradient, by the kernel that takes them."""
-    options = problem.options._replace(reduction="none")
+    options = problem.options._replace(reduction="none", dtype=None)
     given = active(options, PLAIN_LOSS)
     if not request.indices:
         given = (*given, PROBABILITIES)

@@ -13,6 +13,20 @@ ROWS = ("softmax", "log_softmax", "logsumexp")
 VJPS = ("softmax_vjp", "log_softmax_vjp")
 LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
 OPERATIONS = (*ROWS, *VJPS, *LOSSES)
+FAMILY = (
+    "entmax",
+    "sparsemax",
+    "entmax_vjp",
+    "entmax_loss",
+    "entmax_loss_value_and_grad",
+    "entropy",
+    "entropy_value_and_grad",
+    "kl_divergence",
+    "kl_divergence_value_and_grad",
+    "logmeanexp",
+    "logcumsumexp",
+    "logcumsumexp_vjp",
+)
 LINEAR = ("linear_cross_entropy", "linear_cross_entropy_value_and_grad")
 
 
@@ -65,6 +79,11 @@ class LinearOptions(NamedTuple):
     bias: Any
     loss: LossOptions
     elements: float  # of a tile of logits
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the loss, where that is not the usual one."""
+        return self.loss.dtype
 
 
 PLAIN_ROWS = RowOptions()
@@ -196,7 +215,7 @@ class Request(NamedTuple):
     def linear(self) -> portable.Linear:
         """Return a linear layer with a loss, its positions in one axis."""
         classifier, bias, options, _ = self.options
-        hidden, labels, where = self.x, self.labels, options.where
+        hidden, labels, where, sample = self.x, self.labels, options.where, options.sample_weight
         if where is not None and where.ndim > 1:
             where = _flat(self.xp, where, hidden.shape[:-1])
         if hidden.ndim != 2:
@@ -205,7 +224,8 @@ class Request(NamedTuple):
             hidden = self.xp.reshape(hidden, (n, hidden.shape[-1]))
             shape = (n,) if self.indices else (n, labels.shape[-1])
             labels = self.xp.reshape(labels, shape)
-        options = options._replace(where=where)
+            sample = None if sample is None else self.xp.reshape(sample, (n,))
+        options = options._replace(where=where, sample_weight=sample)
         return portable.Linear(
             hidden, classifier, bias, labels, self.indices, options, self.compute_dtype
         )

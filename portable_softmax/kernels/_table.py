@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from portable_softmax.kernels._request import (
     EXTREME,
+    FAMILY,
     LINEAR,
     OPERATIONS,
     OTHER_DTYPE,
@@ -108,7 +109,7 @@ _LINEAR = Kernel(
     library="numpy",
     module=f"{_HERE}._linear",
     operations=LINEAR,
-    options=(*LOSS_OPTIONS, PROBABILITIES),
+    options=(*LOSS_OPTIONS, PROBABILITIES, "dtype", OTHER_DTYPE, SAMPLES),
 )
 
 # For each library the first one that takes a call has it. Small arrays come to the tiles at once.
@@ -149,7 +150,7 @@ TABLE = (
         why="each chunk by the kernel of its own library",
         library="dask",
         module=f"{_HERE}._dask",
-        operations=(*OPERATIONS, *LINEAR),
+        operations=(*OPERATIONS, *LINEAR, *FAMILY),
         dtypes=(*FLOATS, *INTEGERS, "complex64", "complex128", "float128"),
         options=(
             *LOSS_OPTIONS,
@@ -162,12 +163,14 @@ TABLE = (
             "sink",
             "b",
             "return_sign",
+            "alpha",
+            "distillation",
         ),
         tracing=("lazy",),
     ),
     _LINEAR,
     _LINEAR._replace(library="cupy"),
-    _LINEAR._replace(library="torch", adapter=f"{_TORCH}._linear"),
+    _LINEAR._replace(library="torch", adapter=f"{_TORCH}._linear", tracing=("torch.compile",)),
 )
 
 NAMES = tuple(dict.fromkeys(kernel.name for kernel in TABLE))

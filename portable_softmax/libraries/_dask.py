@@ -61,6 +61,12 @@ class Dask(Library):
         }
         return x.rechunk(new) if new else x
 
+    def squeeze(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """Return `x` without these axes of length 1, in the tasks that made it."""
+        every = range(x.ndim)
+        kept = [a for a in every if a not in axes]
+        return self.each_chunk(partial(_squeezed, axes), kept, (x, every), dtype=x.dtype)
+
     def numbers_along(self, x: Any, axis: int) -> Any:
         """Return 0, 1, ... in chunks as those of an axis of `x`."""
         return self.xp.arange(x.shape[axis], chunks=(x.chunks[axis],))
@@ -119,6 +125,39 @@ class Dask(Library):
             concatenate=False, split_every=dict.fromkeys(axes, 8), dtype=dtype, meta=meta,
         )  # fmt: skip
 
+    def of_all_chunks(
+        self,
+        function: Callable[..., Any],
+        merge: Callable[[list[Any]], Any],
+        *given: tuple[Any, Sequence[int]],
+        dtype: Any,
+    ) -> Any:
+        """Return the merge of ``function(*chunks)`` over the chunks that belong together, a number.
+
+        The arrays come with their axes, of which the first has all that are cut, into the same
+        chunks. They are small: a task has eight chunks, where `reduction` begins with one.
+        """
+        first, axes = given[0]
+        token = sys.modules["dask.base"].tokenize(function, merge, [(a.name, n) for a, n in given])
+        name = f"counted-{token}"
+        cells = [dict(zip(axes, index, strict=True)) for index in np.ndindex(*first.numblocks)]
+        level: list[Any] = [
+            [(a.name, *(cell.get(axis, 0) for axis in own)) for a, own in given] for cell in cells
+        ]
+        graph: dict[Any, Any] = {}
+        task: tuple[Any, ...] = (_merge_of_each, function, merge)
+        depth = 0
+        while len(level) > 8:
+            groups = [level[i : i + 8] for i in range(0, len(level), 8)]
+            level = [(name, depth, i) for i in range(len(groups))]
+            graph |= {key: (*task, group) for key, group in zip(level, groups, strict=True)}
+            task, depth = (merge,), depth + 1
+        graph[(name,)] = (*task, level)
+        graphs = sys.modules["dask.highlevelgraph"].HighLevelGraph
+        graph = graphs.from_collections(name, graph, dependencies=[a for a, _ in given])
+        meta = sys.modules["dask.array.utils"].meta_from_array(first._meta, ndim=0, dtype=dtype)
+        return sys.modules["dask.array"].Array(graph, name, (), meta=meta)
+
     def reduce_chunks(self, x: Any, axes: tuple[int, ...], function: Callable[..., Any]) -> Any:
         """Fold each chunk, then merge what chunks gave in a tree."""
         reduction = sys.modules["dask.array"].reduction
@@ -137,6 +176,16 @@ class Dask(Library):
 
 def _taken(take: Callable[[Any], Any] | None, chunk: Any, axis: Any, keepdims: bool) -> Any:
     return chunk if take is None else take(chunk)
+
+
+def _squeezed(axes: tuple[int, ...], chunk: Any) -> Any:
+    while isinstance(chunk, list):  # those along axes that the answer does not have
+        (chunk,) = chunk
+    return chunk.reshape([n for a, n in enumerate(chunk.shape) if a not in axes])
+
+
+def _merge_of_each(function: Any, merge: Any, groups: list[list[Any]]) -> Any:
+    return merge([function(*chunks) for chunks in groups])
 
 
 def _merged(merge: Any, finish: Any, parts: Any, axis: Any, keepdims: bool) -> Any:

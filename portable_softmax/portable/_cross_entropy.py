@@ -87,7 +87,6 @@ def index_target(
 ) -> Target:
     """Return the target of class indices, with the weights of the labels in `dtype`."""
     labels = with_class_axis(labels, axis)
-    counted = not_ignored(xp, labels, options.ignore_index)
     index = cast(xp, labels, default_int(xp, x))
     n = x.shape[axis]
     valid = (index >= 0) & (index < n)
@@ -97,11 +96,25 @@ def index_target(
     weight = None
     if options.weight is not None:
         weight = pick(xp, _along(xp, options.weight, x, axis), index, axis, x)
+    return weighted_target(xp, labels, index, valid, weight, axis, options, dtype)
+
+
+def weighted_target(
+    xp: Namespace,
+    labels: Any,
+    index: Any,
+    valid: Any,
+    weight: Any,
+    axis: int,
+    options: Options,
+    dtype: Any,
+) -> Target:
+    """Return the target of class indices, from the weights of their classes or None."""
     sample = options.sample_weight
     if sample is not None:
         sample = with_class_axis(sample, axis)
         weight = sample if weight is None else weight * sample
-        counted = (sample != 0) if counted is None else counted & (sample != 0)
+    counted = counted_positions(xp, labels, options.ignore_index, sample)
     if counted is not None:
         valid = valid | ~counted
         if weight is None:
@@ -118,6 +131,14 @@ def distribution_target(distribution: Any, axis: int, options: Options) -> Targe
         return Target(None, distribution, None, None)
     sample = with_class_axis(sample, axis)
     return Target(None, distribution, sample != 0, None, sample, sample)
+
+
+def counted_positions(xp: Namespace, labels: Any, ignore_index: int | None, sample: Any) -> Any:
+    """Return which positions are neither ignored nor of weight 0, None where every one counts."""
+    counted = not_ignored(xp, labels, ignore_index)
+    if sample is not None:
+        counted = (sample != 0) if counted is None else counted & (sample != 0)
+    return counted
 
 
 def not_ignored(xp: Namespace, labels: Any, ignore_index: int | None) -> Any:

@@ -20,14 +20,16 @@ from portable_softmax.libraries import cast, default_int, device, scalar
 from portable_softmax.portable._cross_entropy import (
     Options,
     Target,
+    counted_positions,
     cross_entropy,
     cross_entropy_value_and_grad,
+    distribution_target,
     index_target,
     mean_divisor,
-    not_ignored,
     nothing_to_inf,
     pick,
     reduced,
+    weighted_target,
 )
 from portable_softmax.portable._loss_in_parts import (
     Part,
@@ -50,7 +52,8 @@ class Linear(NamedTuple):
     bias: Any  # (C,), or None
     labels: Any  # (N,) class indices, or (N, C) a distribution
     indices: bool
-    options: Options  # `where` has the shape (C,), or (1, C), (N, C), (1, 1) or (N, 1)
+    # `where` has the shape (C,), (1, C), (N, C), (1, 1) or (N, 1), and `sample_weight` (N,)
+    options: Options
     dtype: Any  # what is computed in
 
     @property
@@ -87,14 +90,15 @@ def tiles(problem: Linear, elements: int) -> tuple[int, int]:
 
 def at_positions(problem: Linear, rows: Any) -> Linear:
     """Return the part of a problem at some positions."""
-    where = problem.options.where
+    where, sample = problem.options.where, problem.options.sample_weight
     if where is not None and where.ndim == 2 and where.shape[0] != 1:
         where = where[rows, :]
+    sample = None if sample is None else sample[rows]
     labels = problem.labels[rows] if problem.indices else problem.labels[rows, :]
     return problem._replace(
         hidden=problem.hidden[rows, :],
         labels=labels,
-        options=problem.options._replace(where=where),
+        options=problem.options._replace(where=where, sample_weight=sample),
     )
 
 
@@ -102,7 +106,13 @@ def target_of(xp: Namespace, x: Any, problem: Linear) -> Target:
     """Return what the labels of a tile of whole rows ask for."""
     if problem.indices:
         return index_target(xp, x, problem.labels, 1, problem.options, problem.dtype)
-    return Target(None, cast(xp, problem.labels, problem.dtype), None, None)
+    return distribution_target(cast(xp, problem.labels, problem.dtype), 1, problem.options)
+
+
+def kept_positions(xp: Namespace, problem: Linear) -> Any:
+    """Return which positions are neither ignored nor of weight 0, None where every one counts."""
+    options = problem.options
+    return counted_positions(xp, problem.labels, options.ignore_index, options.sample_weight)
 
 
 def sound(xp: Namespace, problem: Linear) -> Linear:
@@ -113,11 +123,9 @@ def sound(xp: Namespace, problem: Linear) -> Linear:
     """
     options = problem.options
     zero = scalar(xp, 0.0, problem.hidden)
-    counted = None
-    if problem.indices:
-        counted = not_ignored(xp, problem.labels, options.ignore_index)
-    if counted is not None:
-        problem = problem._replace(hidden=xp.where(counted[:, None], problem.hidden, zero))
+    kept = kept_positions(xp, problem)
+    if kept is not None:
+        problem = problem._replace(hidden=xp.where(kept[:, None], problem.hidden, zero))
     taken = classes_taken(options.where, problem.classes)
     if taken is not None:
         problem = problem._replace(
@@ -288,9 +296,8 @@ def label_target(xp: Namespace, problem: Linear) -> Target:
     """Return the labels as a target, without logits of their shape."""
     options, n = problem.options, problem.classes
     if not problem.indices:
-        return Target(None, problem.labels, None, None)
+        return distribution_target(problem.labels, 1, options)
     labels = problem.labels[:, None]
-    counted = not_ignored(xp, labels, options.ignore_index)
     index = cast(xp, labels, default_int(xp, problem.hidden))
     valid = (index >= 0) & (index < n)
     index = xp.where(valid, index, xp.zeros_like(index))
@@ -300,13 +307,7 @@ def label_target(xp: Namespace, problem: Linear) -> Target:
     weight = None
     if options.weight is not None:
         weight = xp.take(options.weight, flat, axis=0)[:, None]
-    if counted is not None:
-        valid = valid | ~counted
-        if weight is None:
-            weight = cast(xp, counted, problem.dtype)
-        else:
-            weight = xp.where(counted, weight, scalar(xp, 0.0, weight))
-    return Target(index, None, counted, valid, weight)
+    return weighted_target(xp, labels, index, valid, weight, 1, options, problem.dtype)
 
 
 def _at_label(xp: Namespace, where: Any, index: Any) -> Any:

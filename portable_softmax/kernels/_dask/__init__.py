@@ -43,7 +43,7 @@ def _rows(request: Request) -> Any:
     if not _calls.whole_rows(request):
         return _parts.rows(request)
     given, dtype = _calls.numbers(request), request.answer_dtype
-    if request.operation != "logsumexp":
+    if request.operation in ("softmax", "log_softmax"):
         return _calls.on_each(request, every, given, dtype=dtype)
     found = _calls.on_each(request, every, {**given, "keepdims": True}, dtype=dtype, ones=axes)
     if not request.options.return_sign:
@@ -54,24 +54,50 @@ def _rows(request: Request) -> Any:
 
 
 def _vjps(request: Request) -> Any:
-    if not _calls.whole_rows(request):
-        return _parts.vjps(request)
-    given, dtype = {"axis": request.axes}, request.result_dtype
-    return _calls.on_each(request, _calls.every(request), given, dtype=dtype)
+    return _alike(request) if _calls.whole_rows(request) else _parts.vjps(request)
 
 
-softmax = log_softmax = logsumexp = _rows
+def _alike(request: Request) -> Any:
+    """Return what has the shape of `x`."""
+    given = _calls.numbers(request)
+    if request.operation == "sparsemax":
+        del given["alpha"]
+    return _calls.on_each(request, _calls.every(request), given, dtype=request.result_dtype)
+
+
+softmax = log_softmax = logsumexp = logmeanexp = _rows
 softmax_vjp = log_softmax_vjp = _vjps
+entmax = sparsemax = entmax_vjp = logcumsumexp = logcumsumexp_vjp = _alike
 
 
-def cross_entropy(request: Request) -> Any:
-    """Return the reduced loss."""
-    return cross_entropy_value_and_grad(request)[0]
+def entropy(request: Request) -> Any:
+    """Return the entropy."""
+    out, given = _calls.positions(request), _calls.numbers(request)
+    return _calls.on_each(request, out, given, dtype=request.result_dtype)
 
 
-def cross_entropy_value_and_grad(request: Request) -> tuple[Any, Any]:
-    """Return the reduced loss and its gradient, if the operation asks for it."""
-    return _losses.whole(request) if _calls.whole_rows(request) else _losses.in_parts(request)
+def entropy_value_and_grad(request: Request) -> tuple[Any, Any]:
+    """Return the entropy and its gradient."""
+    library: Any = request.library
+    every, dtype = _calls.every(request), request.result_dtype
+    both = _calls.on_each(request, every, _calls.numbers(request), dtype=dtype)
+    value = library.each_chunk(_value, _calls.positions(request), (both, every), dtype=dtype)
+    return value, library.each_chunk(itemgetter(1), every, (both, every), dtype=dtype)
+
+
+def _value(both: Any) -> Any:
+    return _calls.chunk(both)[0]
+
+
+def _loss(request: Request) -> Any:
+    """Return the reduced loss, and its gradients if the operation asks for them."""
+    whole = _calls.whole_rows(request)
+    found = _losses.whole(request) if whole else _losses.in_parts(request)
+    return found if request.operation.endswith("_grad") else found[0]
+
+
+cross_entropy = entmax_loss = kl_divergence = _loss
+cross_entropy_value_and_grad = entmax_loss_value_and_grad = kl_divergence_value_and_grad = _loss
 
 
 def linear_cross_entropy(request: Request) -> Any:

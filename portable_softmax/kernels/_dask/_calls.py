@@ -93,7 +93,7 @@ def numbers(request: Request) -> dict[str, Any]:
         for name, value in options._asdict().items()
         if not hasattr(value, "chunks") and value != neutral.get(name)
     }
-    return {**given, "axis": request.axes}
+    return {**given, "axis": request.axes if len(request.axes) > 1 else request.axis}
 
 
 def on_each(request: Request, out: Axes, given: dict[str, Any], **more: Any) -> Any:

@@ -38,7 +38,7 @@ def answer(request: Request) -> tuple[Any, Any]:
         places = _calls.arrays(rows)
         mean = problem.options.reduction == "mean"
         given = {
-            **_calls.numbers(rows), "check_labels": False,
+            **_calls.numbers(rows), "check_labels": False, "dtype": compute,
             "tile": request.options.elements * library.xp.finfo(compute).bits // 8,
         } | ({"reduction": "sum"} if mean else {})  # fmt: skip
         del given["axis"]
@@ -113,7 +113,9 @@ class _Layer(NamedTuple):
         def problem(hidden: Any, *given: Any) -> portable.Linear:
             named = dict(zip(loss.names, given, strict=True))
             labels = named["labels"][:, 0] if loss.indices else named["labels"]
-            options = loss.options._replace(where=named.get("where"))
+            sample = named.get("sample_weight")
+            sample = None if sample is None else sample[:, 0]
+            options = loss.options._replace(where=named.get("where"), sample_weight=sample)
             found = portable.Linear(
                 hidden, classifier, bias, labels, loss.indices, options, loss.compute
             )

@@ -11,50 +11,69 @@ from portable_softmax import libraries, portable
 from portable_softmax.kernels._dask import _calls
 from portable_softmax.kernels._dask._calls import Axes, Placed
 from portable_softmax.kernels._dask._parts import tiled, with_axes
-from portable_softmax.kernels._request import LossOptions, Request
+from portable_softmax.kernels._request import LOSSES, PLAIN_LOSS, LossOptions, Request
 from portable_softmax.libraries import Library
 
 
-def whole(request: Request) -> tuple[Any, Any]:
-    """Return the reduced loss, and its gradient or None, where chunks hold whole rows."""
+def whole(request: Request) -> tuple[Any, ...]:
+    """Return the reduced loss, and its gradients if they are asked for, of chunks of whole rows."""
     library: Any = request.library
     x, every, reduction = request.x, _calls.every(request), request.options.reduction
-    wants_gradient = request.operation == "cross_entropy_value_and_grad"
-    given = {**_calls.numbers(request), "axis": request.axis, "check_labels": False}
-    if reduction == "none":
-        if not wants_gradient:
-            out = _calls.positions(request)
-            return _calls.on_each(request, out, given, dtype=request.answer_dtype), None
-    else:  # the sum of a mean is in the dtype of the computation
-        given |= {"reduction": "sum", "dtype": request.compute_dtype}
-    places, divisor = _calls.arrays(request), divisor_of(request)
+    compute, answers = request.compute_dtype, [request.result_dtype]
+    wants_gradients, mean = request.operation.endswith("_grad"), reduction == "mean"
+    given, casts = _calls.numbers(request), mean and wants_gradients
+    counts = request
+    if request.labels is None:  # two arrays of logits
+        options = PLAIN_LOSS._replace(reduction=reduction)
+        counts = request._replace(labels=x, indices=False, options=options)
+        answers.append(library.compute_dtype(request.dy)[1])
+    else:
+        given["check_labels"] = False
+    if reduction != "none":  # the sum of a mean is in the dtype of the computation
+        given["reduction"] = "sum"
+        if request.operation in LOSSES:
+            given["dtype"] = compute
+        else:
+            casts = True
+    elif not wants_gradients:
+        out = _calls.positions(request)
+        return (_calls.on_each(request, out, given, dtype=request.answer_dtype),)
+    places, divisor = _calls.arrays(request), divisor_of(counts)
     call = _calls.call_of(request.operation, [name for name, *_ in places], given)
     both = library.each_chunk(
-        partial(_both, call, reduction, request.compute_dtype, request.result_dtype),
-        every, (divisor, ()), (x, every), *[place[1:] for place in places],
-        dtype=request.result_dtype,
+        partial(_both, call, casts, mean, compute, answers), every, (divisor, ()), (x, every),
+        *[place[1:] for place in places], dtype=request.result_dtype,
     )  # fmt: skip
     loss = value(request, both, divisor)
-    if not wants_gradient:
-        return loss, None
-    return loss, library.each_chunk(itemgetter(1), every, (both, every), dtype=request.result_dtype)
+    if not wants_gradients:
+        return (loss,)
+    grads = [
+        library.each_chunk(itemgetter(i), every, (both, every), dtype=answer)
+        for i, answer in enumerate(answers, 1)
+    ]
+    return loss, *grads
 
 
 def _both(
-    call: _calls.Call, reduction: str, compute: Any, answer: Any, divisor: Any, x: Any,
-    *arrays: Any,
-) -> tuple[Any, Any]:  # fmt: skip
-    """Return the loss and the gradient of a chunk, which is divided before it is rounded."""
+    call: _calls.Call, casts: bool, mean: bool, compute: Any, answers: list[Any], divisor: Any,
+    x: Any, *arrays: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Return the loss and the gradients of a chunk, which are divided before they are rounded."""
     library = libraries.library_of(x)
-    mean, found = reduction == "mean", call(x, *arrays)
+    found = call(library.cast(x, compute) if casts else x, *arrays)
     if not isinstance(found, tuple):
-        return found, None
-    if mean and found[1].dtype != compute:
-        found = call(library.cast(x, compute), *arrays)
-    loss, grad = found
+        return (found,)
+    loss, grads = found
+    grads = grads if isinstance(grads, tuple) else (grads,)
     if mean:
-        grad /= library.quietly(portable.nothing_to_inf, library.xp, library.cast(divisor, compute))
-    return loss, library.cast(grad, answer)
+        divisor = library.cast(divisor, compute)
+        divisor = library.quietly(portable.nothing_to_inf, library.xp, divisor)
+    rounded = []
+    for grad, answer in zip(grads, answers, strict=True):
+        if mean:
+            grad /= divisor
+        rounded.append(library.cast(grad, answer))
+    return loss, *rounded
 
 
 # --------------------------------------------------------------------------- reductions
@@ -106,21 +125,19 @@ def divisor_of(request: Request) -> Any:
         return library.xp.asarray(n if n == n else 1, dtype=compute)
     places: Placed = []
     if request.indices or sample is None:
-        places.append(("labels", labels, positions if request.indices else _calls.every(request)))
+        own = positions if request.indices else _calls.every(request)
+        places.append(("labels", library.aligned(labels, request.x, own), own))
     if sample is not None:
         places.append(("sample", library.aligned(sample, request.x, positions), positions))
     if weight is not None:
         places.append(("weight", library.whole(weight), request.axes))
     kind = tuple(p[0] for p in places), request.axis, request.indices, options.ignore_index, compute
-    out = places[0][2]
-    found = library.each_chunk(
-        partial(_counted, *kind), out, *[place[1:] for place in places], dtype=compute
+    found = library.of_all_chunks(
+        partial(_counted, *kind), _calls.added, *[place[1:] for place in places], dtype=compute
     )
-    if out:
-        axes = range(found.ndim)
-        found = library.merge_chunks(found, axes, _calls.added, keepdims=False, dtype=compute)
     # A distribution counts its positions in each chunk of a row.
-    return found if out == positions else found / library.chunks_along(labels, request.axes)
+    in_rows = places[0][2] != positions
+    return found / library.chunks_along(places[0][1], request.axes) if in_rows else found
 
 
 def _counted(
@@ -161,9 +178,7 @@ class Loss(NamedTuple):
     def target(self, xp: Any, given: dict[str, Any]) -> portable.Target:
         """Return what the labels ask for, as far as it is the same for each part of a row."""
         labels, sample = given.get("labels"), given.get("sample_weight")
-        counted = portable.not_ignored(xp, labels, self.options.ignore_index)
-        if sample is not None:
-            counted = (sample != 0) if counted is None else counted & (sample != 0)
+        counted = portable.counted_positions(xp, labels, self.options.ignore_index, sample)
         index = None
         if self.indices:
             index = libraries.cast(xp, labels, libraries.default_int(xp, labels))

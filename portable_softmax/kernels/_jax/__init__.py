@@ -117,10 +117,11 @@ def _layer(request: Request) -> tuple[Any, Any, Any]:
     of_a_tile = _module("_losses").Form(
         1, "none", request.indices, True, options.ignore_index, *[request.compute_dtype] * 3
     )
+    weights = _module("_losses").Weights(options.weight, options.sample_weight)
     form = linear.Form(of_a_tile, options.reduction, height)
     return (
         linear.Layer(*problem[:3]),
-        linear.Rest(problem.labels, options.weight, options.where, _numbers(request, options)),
+        linear.Rest(problem.labels, weights, options.where, _numbers(request, options)),
         form,
     )
 

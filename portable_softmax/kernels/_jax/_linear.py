@@ -31,7 +31,7 @@ class Rest(NamedTuple):
     """The other arrays."""
 
     labels: Any  # (N,), or (N, C)
-    weight: Any
+    weights: _losses.Weights
     where: Any  # (C,), or with one row, or N of them
     numbers: _losses.Numbers
 
@@ -76,22 +76,36 @@ def _mean(total: Any, divisor: Any) -> Any:
 def _divisor(layer: Layer, rest: Rest, form: Form) -> Any:
     """Return the weights of the labels that count, or the number of positions."""
     dtype = form.loss.compute
-    if not form.loss.indices:
+    if not form.loss.indices and rest.weights.samples is None:
         return jnp.asarray(layer.hidden.shape[0], dtype)
-    index, counted = _losses.indices(rest.labels, 1, form.loss.ignore_index)
-    each = jnp.ones(index.shape, dtype)
-    if rest.weight is not None:
-        each = jnp.take(rest.weight.astype(dtype), index, mode="clip")
+    weight, sample = rest.weights
+    counted = _counted(rest, form)
+    each = jnp.ones((layer.hidden.shape[0], 1), dtype)
+    if form.loss.indices and weight is not None:
+        index, _ = _losses.indices(rest.labels, 1, None)
+        each = jnp.take(weight.astype(dtype), index, mode="clip")
+    if sample is not None:
+        each = each * sample[:, None].astype(dtype)
     return jnp.sum(each if counted is None else jnp.where(counted, each, 0.0))
+
+
+def _counted(rest: Rest, form: Form) -> Any:
+    """Return which positions are neither ignored nor of weight 0, None where every one counts."""
+    counted, sample = None, rest.weights.samples
+    if form.loss.indices:
+        _, counted = _losses.indices(rest.labels, 1, form.loss.ignore_index)
+    if sample is not None:
+        weighs = sample[:, None] != 0
+        counted = weighs if counted is None else counted & weighs
+    return counted
 
 
 def _sound(layer: Layer, rest: Rest, form: Form) -> tuple[Layer, Rest]:
     """Put 0 in place of what is left out, as 0 times nan would be nan."""
     hidden, classifier, bias = layer
-    if form.loss.indices:
-        _, counted = _losses.indices(rest.labels, 1, form.loss.ignore_index)
-        if counted is not None:
-            hidden = jnp.where(counted, hidden, 0)
+    counted = _counted(rest, form)
+    if counted is not None:
+        hidden = jnp.where(counted, hidden, 0)
     where = rest.where
     if where is not None and where.shape[-1] == classifier.shape[0]:
         if where.ndim == 2 and where.shape[0] == 1:
@@ -108,6 +122,7 @@ def _sound(layer: Layer, rest: Rest, form: Form) -> tuple[Layer, Rest]:
 class _Tile(NamedTuple):
     hidden: Any
     labels: Any
+    samples: Any
     where: Any  # None where it is the same for every tile
     live: Any  # whether a position is none that fills the last tile; None if all are
 
@@ -124,7 +139,8 @@ def _tiles(layer: Layer, rest: Rest, form: Form) -> _Tile:
 
     where = rest.where if _has_rows(rest) else None
     live = cut(jnp.ones(n, bool)) if short else None
-    return _Tile(cut(layer.hidden), cut(rest.labels), None if where is None else cut(where), live)
+    samples, where = (None if a is None else cut(a) for a in (rest.weights.samples, where))
+    return _Tile(cut(layer.hidden), cut(rest.labels), samples, where, live)
 
 
 def _has_rows(rest: Rest) -> bool:
@@ -140,9 +156,8 @@ def _losses_of(x: Any, tile: _Tile, rest: Rest, form: Form) -> Any:
     where = rest.where if tile.where is None else tile.where
     if tile.live is not None:
         x = jnp.where(tile.live[:, None], x, 0.0)
-    loss = _losses.reduced(
-        x, tile.labels, _losses.Weights(rest.weight, None), where, rest.numbers, form.loss
-    )
+    weights = rest.weights._replace(samples=tile.samples)
+    loss = _losses.reduced(x, tile.labels, weights, where, rest.numbers, form.loss)
     return loss if tile.live is None else jnp.where(tile.live, loss, 0.0)
 
 

@@ -7,18 +7,24 @@ its own operations takes over.
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeAlias
 
 import torch
 
 from portable_softmax import portable
 from portable_softmax.kernels._request import Request
+from portable_softmax.kernels._torch import _linear_operator
 
 Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
+_FEW = 1 << 16  # logits that the compiler keeps: an operator would cost more
+
 
 def declines(engine: Any, request: Request, asked: bool) -> str:
-    """Return what is not differentiated here; empty if all is."""
+    """Return what is not differentiated or traced here; empty if all is."""
+    if request.tracing and (why := _not_traced(request, asked)):
+        return why
     if not torch.is_grad_enabled():
         return ""
     if any(t is not None and t.requires_grad for t in _constants(request)):
@@ -29,9 +35,31 @@ def declines(engine: Any, request: Request, asked: bool) -> str:
     return ""
 
 
+def _not_traced(request: Request, asked: bool) -> str:
+    loss, positions = request.options.loss, request.x.shape[:-1]
+    numbers = loss.label_smoothing, loss.z_loss, loss.softcap
+    if not all(request.library.is_known(n) for n in numbers if n is not None):
+        return "a number that may be another one in the next call"
+    if loss.ignore_index is not None and loss.ignore_index >= 2**63:
+        return "an ignore_index of 64 bits"
+    few = math.prod(positions) * request.options.classifier.shape[0] < _FEW
+    return "too few logits" if few and not asked else ""
+
+
 def answer(engine: Any, request: Request) -> Any:
     """Return the answer of a call, with its derivatives where torch asks for them."""
     inputs = _inputs(request)
+    if request.tracing:
+        value_and_grad = request.operation == "linear_cross_entropy_value_and_grad"
+        follows = torch.is_grad_enabled()
+        wanted = tuple(
+            t is not None and (value_and_grad or (follows and t.requires_grad)) for t in inputs
+        )
+        loss, *grads = _linear_operator.answer(engine.__name__, request, wanted)
+        if not value_and_grad:
+            return loss
+        made = [g if want else None for g, want in zip(grads, wanted, strict=True)]
+        return loss, portable.Gradients(*made)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Linear.apply(engine, request, *inputs, *_constants(request))
     return getattr(engine, request.operation)(request)
@@ -43,14 +71,14 @@ def _inputs(request: Request) -> tuple[Tensor | None, ...]:
 
 def _constants(request: Request) -> tuple[Tensor | None, ...]:
     loss = request.options.loss
-    return request.labels, loss.weight, loss.where
+    return request.labels, loss.weight, loss.where, loss.sample_weight
 
 
 def _with(request: Request, tensors: tuple[Tensor | None, ...]) -> Request:
     """Return a request with these in place of its tensors."""
-    hidden, classifier, bias, labels, weight, where = tensors
+    hidden, classifier, bias, labels, weight, where, sample = tensors
     options = request.options
-    loss = options.loss._replace(weight=weight, where=where)
+    loss = options.loss._replace(weight=weight, where=where, sample_weight=sample)
     options = options._replace(classifier=classifier, bias=bias, loss=loss)
     return request._replace(x=hidden, labels=labels, options=options)
 
@@ -66,7 +94,7 @@ class _Linear(torch.autograd.Function):
         loss, grads = engine.answer(request, nothing if ctx.each else wanted)
         ctx.engine, ctx.wanted = engine, wanted
         ctx.save_for_backward(*tensors, *grads)
-        ctx.request = _with(request._replace(check_labels=False), (None,) * 6)
+        ctx.request = _with(request._replace(check_labels=False), (None,) * 7)
         return loss
 
     @staticmethod
@@ -87,7 +115,7 @@ class _Linear(torch.autograd.Function):
             g if g is None else g.to(like.dtype).reshape(like.shape)
             for g, like in zip(grads, tensors, strict=False)
         ]
-        return None, None, *found, None, None, None
+        return None, None, *found, None, None, None, None
 
 
 def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
@@ -106,7 +134,7 @@ def _by_formula(request: Request, wanted: Any, upstream: Tensor) -> list[Tensor 
         ]
         problem = _with(request, (*inputs, *_constants(request))).linear()
         loss = portable.linear_cross_entropy(request.xp, problem, request.options.elements)
-        loss = loss.to(request.result_dtype).reshape(upstream.shape)
+        loss = loss.to(request.answer_dtype).reshape(upstream.shape)
         asked = [t for t, want in zip(inputs, wanted, strict=True) if want]
         found = iter(torch.autograd.grad(loss, asked, upstream, create_graph=again))
     return [next(found) if want else None for want in wanted]
