@@ -146,6 +146,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_slow(item: pytest.Item, backend: str | None) -> bool:
+    if backend and (quick := BACKENDS[backend].quick) and item.path.stem not in quick:
+        return True
     for mark in item.iter_markers("slow"):
         why, *only_on = mark.args
         assert " " in why, f"{item.nodeid}: a slow test says why first, then the backends if any"

@@ -90,18 +90,20 @@ def test_a_row_has_the_same_bits_beside_any_other(xp, other):
 
 def test_explain_says_what_is_left_to_the_portable_form(jax, xp):
     x, t = xp.asarray(np.zeros((2, 3))), xp.asarray([0, 1])
-    name = "jax rules: one compiled call, without a branch"
+    name = "jax rules: one compiled call, without a branch; not numba rows: switched off"
     for operation in ("softmax", "log_softmax", "logsumexp"):
-        assert kernels.explain(operation, x) == name
-    assert kernels.explain("softmax_vjp", x, x) == name
+        assert kernels.explain(operation, x).startswith(name)
+    assert kernels.explain("softmax_vjp", x, x).startswith(name)
     for options in ({}, {"z_loss": 0.1, "softcap": 2.0}, {"label_smoothing": 0.1, "where": x == 0}):
-        assert kernels.explain("cross_entropy", x, t, **options) == name
-    assert kernels.explain("cross_entropy", x, x) == name
-    assert kernels.explain("logsumexp", x, b=x) == "portable: not jax rules: options: b"
+        assert kernels.explain("cross_entropy", x, t, **options).startswith(name)
+    assert kernels.explain("cross_entropy", x, x).startswith(name)
+    explained = kernels.explain("logsumexp", x, b=x)
+    assert explained.startswith("portable: ")
+    assert explained.endswith("not jax rules: options: b")
     assert kernels.explain("log_softmax", x[:0]) == "portable: nothing to reduce"
     seen = []
     jax.jit(lambda x: seen.append(kernels.explain("logsumexp", x)))(x)
-    assert seen == [name]
+    assert seen[0].startswith(name)
 
 
 # --------------------------------------------------------------------------- what peers pass
