@@ -54,7 +54,14 @@ def test_every_row_is_exact(xp, name, dtype):
         assert reference.ulps(xp.numpy(grad)[i], p) <= max(8, 4 + 2 * np.ptp(row))
 
 
-def test_no_branch_looks_at_the_values(jax, xp):
+@pytest.fixture
+def by_xla():
+    """Take the path of the rules on the other backend, too."""
+    with kernels.without("numba rows"):
+        yield
+
+
+def test_no_branch_looks_at_the_values(jax, xp, by_xla):
     """One program for every row: under vmap a branch would be computed on both sides."""
     x, t = xp.asarray(np.zeros((4, 8))), xp.asarray([0, 1, 2, 3])
     for f in (
@@ -88,7 +95,7 @@ def test_a_row_has_the_same_bits_beside_any_other(xp, other):
             np.testing.assert_array_equal(xp.numpy(f(alone))[0], xp.numpy(f(together))[0])
 
 
-def test_explain_says_what_is_left_to_the_portable_form(jax, xp):
+def test_explain_says_what_is_left_to_the_portable_form(jax, xp, by_xla):
     x, t = xp.asarray(np.zeros((2, 3))), xp.asarray([0, 1])
     name = "jax rules: one compiled call, without a branch; not numba rows: switched off"
     for operation in ("softmax", "log_softmax", "logsumexp"):

@@ -208,6 +208,11 @@ def test_a_batch_of_labels_and_of_logits(jax, xp):
     close(found, [np.stack(part) for part in zip(*want, strict=True)])
 
 
+def test_an_empty_batch_has_no_rows(jax, xp):
+    found = jax.vmap(ps.softmax)(xp.asarray(np.zeros((0, *ROWS)), "float32"))
+    assert found.shape == (0, *ROWS)
+
+
 @pytest.mark.slow("two compilers work on two handlers, for each dtype of labels")
 def test_a_label_without_a_class_is_nan_where_nobody_can_look(jax, xp):
     x, _ = draw(xp, 4, 3)

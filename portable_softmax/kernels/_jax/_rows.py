@@ -229,6 +229,10 @@ def _logsumexp_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
 def _loss_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
     """Make the gradient beside the loss."""
     loss, grad = rows.bind(*leaves, call=call._replace(operation="cross_entropy_value_and_grad"))
+    if call.form.ignore_index is not None:  # an ignored row takes no upstream gradient
+        labels = call.arrays(leaves)[1]
+        _, counted = _losses.indices(labels, call.axes[0], call.form.ignore_index)
+        t = t if counted is None else jnp.where(counted, t, 0.0)
     axes = call.axes if call.form.reduction == "none" else range(call.batch, t.ndim)
     return loss, jnp.sum(grad * t, axis=tuple(axes)).astype(loss.dtype)
 
@@ -324,7 +328,8 @@ def _register(name: str, address: int) -> None:
 
 
 def _lowered(context: Any, *values: Any, call: Call, on_cpu: bool) -> Any:
-    function = _by_handler if on_cpu and _is_alone(context.module_context) else _by_xla
+    native = on_cpu and _is_alone(context.module_context) and 0 not in context.avals_in[0].shape
+    function = _by_handler if native else _by_xla
     lower = mlir.lower_fun(partial(function, call=call), multiple_results=True)
     return lower(context, *values)
 
