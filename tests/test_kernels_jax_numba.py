@@ -262,6 +262,7 @@ def soak(jax, xp, f, shapes, calls, threads=8):
     """Call from several threads, several shapes in turn; return what was wrong."""
     given = [draw(xp, *shape, dtype="float32", seed=i) for i, shape in enumerate(shapes)]
     f = jax.jit(f)
+    assert "portable_softmax.ffi" in f.lower(*given[0]).as_text()
     want = [[np.asarray(a) for a in jax.tree.leaves(f(*arrays))] for arrays in given]
     wrong: list[object] = []
 
