@@ -336,9 +336,9 @@ def test(session: nox.Session, backend: str) -> None:
     run = runs[backend] = Run()
     must_run = required(session)
     more = f"test-{backend}" if f"test-{backend}" in PYPROJECT["dependency-groups"] else "test"
-    extras = ("demo", "numba") if backend == "torch" else ("demo",)
+    extras = ("demo", "numba") if backend in ("torch", "jax") else ("demo",)
     install_backend(session, backend, *extras, also=group(more))
-    names = [backend]
+    names = [backend, "jax-numba"] if backend == "jax" else [backend]
     if backend == "torch":
         names += ["torch-portable", "torch-numba"]
         ask = "import torch; print(torch.cuda.is_available())"

@@ -25,6 +25,7 @@ _COLOURS = {
     "ours, autograd": "#7c3aed",
     "ours, jit, vjp": "#7c3aed",
     "ours, Numba": "#312e81",
+    "ours, jit, Numba": "#312e81",
     "ours, no Numba": "#5b84ee",
     "ours, Triton": "#0f766e",
     "ours, portable": "#a9c2f8",

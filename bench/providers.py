@@ -100,6 +100,7 @@ PATHS = (
         slow_start=True,
     ),
     Path("ours, jit", ("jax",), ours_jitted),
+    Path("ours, jit, Numba", ("jax",), ours_jitted, switch=("use", "numba rows")),
     Path("ours, jit, portable", ("jax",), ours_jitted, switch=("portable",)),
     Path("ours, jit, vjp", ("jax",), lambda *o: peers.jitted(peers.jax_autograd(ours(*o)))),
 )

@@ -31,6 +31,10 @@ class Backend:
     device: Any = None
     path = "without numba"
     """Which kernels the tests run on: all but Numba's, which `numba` tests, or one by name."""
+    quick: tuple[str, ...] = ()
+    """The modules whose tests are not slow on this backend; all if none is named."""
+    others: tuple[str, ...] = ()
+    """Beside those, the modules that it runs, as slow tests."""
 
     def __repr__(self) -> str:
         return self.name
@@ -255,6 +259,25 @@ class Jax(Backend):
         return isinstance(array, jax.Array)
 
 
+class JaxNumba(Jax):
+    """JAX's arrays on the CPU, of any size, through handlers compiled by Numba.
+
+    Two compilers take their time for each call: it runs the tests of values.
+    """
+
+    name = "jax-numba"
+    path = "numba rows"
+    quick = ("test_kernels_jax_numba",)
+    others = ("test_values",)
+
+    @classmethod
+    def missing(cls):
+        return super().missing() or Numba.missing()
+
+    def version(self):
+        return f"{super().version()}, numba {importlib.import_module('numba').__version__}"
+
+
 class Dask(Backend):
     name = library = "dask"
     halves = ("float16",)
@@ -315,7 +338,7 @@ BACKENDS: dict[str, type[Backend]] = {
     cls.name: cls
     for cls in (
         *(NumPy, Numba, Strict, Torch, TorchPortable, TorchNumba, TorchCuda, Triton),
-        *(Jax, Dask, Cupy),
+        *(Jax, JaxNumba, Dask, Cupy),
     )
 }
 

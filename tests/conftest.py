@@ -134,6 +134,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         elsewhere = name is not None and wanted and BACKENDS[name].library not in wanted
         if "arrays_of" in getattr(item, "fixturenames", ()):
             elsewhere = elsewhere or name not in LIBRARIES
+        if name is not None and (quick := BACKENDS[name].quick):
+            elsewhere = elsewhere or item.path.stem not in (*quick, *BACKENDS[name].others)
         if elsewhere or (item.get_closest_marker("once") and "numpy" not in config.stash[_KEY]):
             foreign.append(item)
         elif slow if part == "fast" else part == "slow" and not (slow or _has_examples(item)):
@@ -146,6 +148,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_slow(item: pytest.Item, backend: str | None) -> bool:
+    if backend and (quick := BACKENDS[backend].quick) and item.path.stem not in quick:
+        return True
     for mark in item.iter_markers("slow"):
         why, *only_on = mark.args
         assert " " in why, f"{item.nodeid}: a slow test says why first, then the backends if any"

@@ -147,7 +147,8 @@ def test_the_usual_dtype_changes_nothing(xp):
 def test_which_kernels_take_it(xp):
     float32, float64 = dtype_of(xp, "float32"), dtype_of(xp, "float64")
     taken = {"numpy": "numpy tiles", "torch": "numpy tiles", "jax": "jax rules"}
-    taken |= {"numba": "numba rows", "torch-numba": "numba rows", "dask": "dask chunks"}
+    taken |= dict.fromkeys(("numba", "torch-numba", "jax-numba"), "numba rows")
+    taken["dask"] = "dask chunks"
     for dtype in xp.halves:
         x, labels = xp.asarray(LOGITS, dtype), xp.asarray(LABELS)
         explained = kernels.explain("cross_entropy", x, labels, dtype=float32)
@@ -155,7 +156,7 @@ def test_which_kernels_take_it(xp):
         # No array of the logits' size in another dtype but by those that compile it away.
         explained = kernels.explain("cross_entropy", x, labels, dtype=float64)
         # A chunk is an array of its own, whatever becomes of it.
-        others = {name: taken[name] for name in ("jax", "dask")}
+        others = {"jax": "jax rules", "jax-numba": "jax rules", "dask": "dask chunks"}
         assert explained.partition(":")[0] == others.get(xp.name, "portable")
 
 

@@ -54,7 +54,14 @@ def test_every_row_is_exact(xp, name, dtype):
         assert reference.ulps(xp.numpy(grad)[i], p) <= max(8, 4 + 2 * np.ptp(row))
 
 
-def test_no_branch_looks_at_the_values(jax, xp):
+@pytest.fixture
+def by_xla():
+    """Take the path of the rules on the other backend, too."""
+    with kernels.without("numba rows"):
+        yield
+
+
+def test_no_branch_looks_at_the_values(jax, xp, by_xla):
     """One program for every row: under vmap a branch would be computed on both sides."""
     x, t = xp.asarray(np.zeros((4, 8))), xp.asarray([0, 1, 2, 3])
     for f in (
@@ -88,20 +95,22 @@ def test_a_row_has_the_same_bits_beside_any_other(xp, other):
             np.testing.assert_array_equal(xp.numpy(f(alone))[0], xp.numpy(f(together))[0])
 
 
-def test_explain_says_what_is_left_to_the_portable_form(jax, xp):
+def test_explain_says_what_is_left_to_the_portable_form(jax, xp, by_xla):
     x, t = xp.asarray(np.zeros((2, 3))), xp.asarray([0, 1])
-    name = "jax rules: one compiled call, without a branch"
+    name = "jax rules: one compiled call, without a branch; not numba rows: switched off"
     for operation in ("softmax", "log_softmax", "logsumexp"):
-        assert kernels.explain(operation, x) == name
-    assert kernels.explain("softmax_vjp", x, x) == name
+        assert kernels.explain(operation, x).startswith(name)
+    assert kernels.explain("softmax_vjp", x, x).startswith(name)
     for options in ({}, {"z_loss": 0.1, "softcap": 2.0}, {"label_smoothing": 0.1, "where": x == 0}):
-        assert kernels.explain("cross_entropy", x, t, **options) == name
-    assert kernels.explain("cross_entropy", x, x) == name
-    assert kernels.explain("logsumexp", x, b=x) == "portable: not jax rules: options: b"
+        assert kernels.explain("cross_entropy", x, t, **options).startswith(name)
+    assert kernels.explain("cross_entropy", x, x).startswith(name)
+    explained = kernels.explain("logsumexp", x, b=x)
+    assert explained.startswith("portable: ")
+    assert explained.endswith("not jax rules: options: b")
     assert kernels.explain("log_softmax", x[:0]) == "portable: nothing to reduce"
     seen = []
     jax.jit(lambda x: seen.append(kernels.explain("logsumexp", x)))(x)
-    assert seen == [name]
+    assert seen[0].startswith(name)
 
 
 # --------------------------------------------------------------------------- what peers pass

@@ -120,6 +120,14 @@ TABLE = (
     _TILES._replace(**_LENT, at_most=_SMALL),
     _NUMBA._replace(**_TRACED),
     _TILES._replace(**_TRACED),
+    _NUMBA._replace(
+        library="jax",
+        adapter=f"{_HERE}._jax._rows",
+        devices=("cpu",),
+        options=("ignore_index", "reduction", "dtype"),
+        tracing=("traced",),
+        on_by_default=False,  # few options yet, and a first use compiles for seconds
+    ),
     Kernel(
         name="jax rules",
         why="one compiled call, without a branch",

@@ -20,8 +20,10 @@ class Jax(Library):
         return None
 
     def device_type(self, x: Any) -> str:
-        """Return the platform; empty for a tracer, which has no device yet."""
-        return "" if _is_traced(x) else str(next(iter(x.devices())).platform)
+        """Return the platform; for a tracer, which has no device yet, that of the default one."""
+        if _is_traced(x):
+            return str(sys.modules["jax"].default_backend())
+        return str(next(iter(x.devices())).platform)
 
     def same_device(self, x: Any, other: Any) -> bool:
         """Return whether both live on the same devices; JAX moves uncommitted arrays itself."""

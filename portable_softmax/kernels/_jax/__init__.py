@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from portable_softmax import portable
-from portable_softmax.kernels._request import LINEAR, Request
+from portable_softmax.kernels._request import LINEAR, LOSSES, VJPS, Request
 
 
 def missing() -> str:
@@ -53,33 +53,28 @@ def _dtypes(request: Request) -> tuple[Any, Any]:
     return request.compute_dtype, request.answer_dtype
 
 
-def _with_temperature(request: Request) -> Any:
-    """softmax reads the array twice and writes it; log_softmax likewise."""
-    function = getattr(_module("_rules"), request.operation)
-    x, where = request.x, request.options.where
-    return function(x, where, _scale(request), request.axes, *_dtypes(request))
+class Program(NamedTuple):
+    """A function of `_rules` or `_losses`, its arrays and what it is compiled for."""
+
+    function: Any
+    arrays: tuple[Any, ...]
+    static: tuple[Any, ...]
 
 
-softmax = log_softmax = _with_temperature
+def program(request: Request) -> Program:
+    """Return what answers a call but that of a linear layer."""
+    operation, x, where = request.operation, request.x, request.options.where
+    if operation in LOSSES:
+        return _loss(request)
+    function, static = getattr(_module("_rules"), operation), (request.axes, *_dtypes(request))
+    if operation == "logsumexp":
+        return Program(function, (x, where), static)
+    if operation in VJPS:
+        return Program(function, (x, request.dy), static)
+    return Program(function, (x, where, _scale(request)), static)
 
 
-def logsumexp(request: Request) -> Any:
-    """Max + log1p(rest), the axes kept with length 1: reads the array."""
-    x, where = request.x, request.options.where
-    return _module("_rules").logsumexp(x, where, request.axes, *_dtypes(request))
-
-
-def _vjp(request: Request) -> Any:
-    """softmax_vjp or log_softmax_vjp: reads both arrays and writes one."""
-    function = getattr(_module("_rules"), request.operation)
-    return function(request.x, request.dy, request.axes, *_dtypes(request))
-
-
-softmax_vjp = log_softmax_vjp = _vjp
-
-
-def _loss(request: Request) -> Any:
-    """Return the reduced loss, and its gradient if that is asked for."""
+def _loss(request: Request) -> Program:
     losses, options = _module("_losses"), request.options
     numbers = _numbers(request, options)
     form = losses.Form(
@@ -88,10 +83,19 @@ def _loss(request: Request) -> Any:
     )  # fmt: skip
     function = getattr(losses, request.operation)
     coefficients = losses.Weights(options.weight, options.sample_weight)
-    return function(request.x, request.labels, coefficients, options.where, numbers, form)
+    return Program(
+        function, (request.x, request.labels, coefficients, options.where, numbers), (form,)
+    )
 
 
-cross_entropy = cross_entropy_value_and_grad = _loss
+def _run(request: Request) -> Any:
+    """Answer by one compiled function."""
+    function, arrays, static = program(request)
+    return function(*arrays, *static)
+
+
+softmax = log_softmax = logsumexp = softmax_vjp = log_softmax_vjp = _run
+cross_entropy = cross_entropy_value_and_grad = _run
 
 
 def linear_cross_entropy(request: Request) -> Any:

@@ -169,7 +169,7 @@ def take_next(typing, counter):
     """Add 1 to the integer at `counter`, which other threads add to as well; return it before."""
 
     def generate(context, builder, signature, args):
-        return builder.atomic_rmw("add", args[0], I64(1), "monotonic")
+        return builder.atomic_rmw("add", args[0], I64(1), "acq_rel")
 
     return types.int64(counter), generate
 

@@ -1,0 +1,397 @@
+"""JAX on a CPU through the handlers that Numba compiles: which calls, transforms, threads, ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import portable_softmax as ps
+from portable_softmax import kernels
+
+NAME = "numba rows: one pass in cache"
+
+
+@pytest.fixture(autouse=True)
+def _only_handlers(jax, xp):
+    if xp.path != "numba rows":
+        pytest.skip("no handlers on this backend")
+
+
+def draw(xp, *shape, dtype="float64", seed=0):
+    """Return logits and labels for the last axis."""
+    rng = np.random.default_rng(seed)
+    x, labels = 3 * rng.standard_normal(shape), rng.integers(shape[-1], size=shape[:-1])
+    return xp.asarray(x, dtype), xp.asarray(labels)
+
+
+# What is not slow here needs one handler: softmax of long rows of float32. Each takes a compiler
+# some seconds, once.
+ROWS = (7, 300)
+
+
+def close(found, want):
+    import jax
+
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        tolerance = {"rtol": 1e-12, "atol": 1e-13}
+        if a.dtype == np.float32:
+            tolerance = {"rtol": 1e-5, "atol": 1e-6}
+        np.testing.assert_allclose(a, b, **tolerance)
+
+
+def same_bits(found, want):
+    import jax
+
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+# --------------------------------------------------------------------------- which calls
+
+
+def reason(*args, **kwargs):
+    explained = kernels.explain(*args, **kwargs)
+    assert not explained.startswith("numba rows")
+    return explained.partition("not numba rows: ")[2].partition("; not ")[0]
+
+
+def test_explain_names_the_path_or_why_not(jax, xp):
+    x, t = draw(xp, 4, 3)
+    for operation in ("softmax", "log_softmax", "logsumexp"):
+        assert kernels.explain(operation, x, axis=1) == NAME
+    assert kernels.explain("softmax_vjp", x, x) == NAME
+    assert kernels.explain("cross_entropy", x, t, ignore_index=-1, reduction="sum") == NAME
+    seen = []
+    jax.vmap(jax.jit(lambda x: seen.append(kernels.explain("logsumexp", x))))(x)
+    assert seen == [NAME]
+    assert reason("softmax", x, temperature=2.0) == "options: temperature"
+    assert reason("cross_entropy", x, x) == "options: probabilities"
+    assert reason("softmax", xp.asarray(np.arange(3))) == "dtype int64"
+    three = xp.asarray(np.zeros((2, 3, 4)))
+    assert reason("softmax", three, axis=(0, 2)) == "axes apart from each other"
+    assert reason("softmax_vjp", x, x.astype("float32")) == "dtypes: float64 and float32"
+
+
+def test_they_are_off_unless_asked_for(xp):
+    x, _ = draw(xp, 512, 512)
+    now = kernels._switches.switched(asked=(), off=())
+    with now:
+        assert reason("softmax", x) == "off by default, see kernels.use('numba rows')"
+
+
+def test_another_jax_is_left_to_xla(jax, xp, monkeypatch):
+    """With another frame, without `jax.ffi`, on Windows: each says so before a handler is made."""
+    from portable_softmax.kernels._jax import _rows
+    from portable_softmax.kernels._numba import _ffi
+
+    why = _rows._no_handlers.__wrapped__
+    engine = "portable_softmax.kernels._numba"
+    assert why(engine) == ""
+    with monkeypatch.context() as m:
+        m.setattr(_ffi, "API", (0, 99))
+        assert "handlers that of (0, 99)" in why(engine)
+    with monkeypatch.context() as m:
+        m.setattr(_rows.sys, "platform", "win32")
+        assert "POSIX" in why(engine)
+    with monkeypatch.context() as m:
+        m.setattr(_rows, "jax", SimpleNamespace(__version__="0.4"))
+        assert why(engine) == "jax 0.4 has no jax.ffi"
+
+
+def test_only_programs_for_one_cpu_call_a_handler(jax, xp):
+    x, _ = draw(xp, *ROWS, dtype="float32")
+    f = jax.jit(lambda x: ps.softmax(x))
+    assert "portable_softmax.ffi" in f.lower(x).as_text()
+    for platform in ("cuda", "tpu"):
+        assert "custom_call" not in f.trace(x).lower(lowering_platforms=(platform,)).as_text()
+    exported = jax.export.export(f)(x)
+    assert "custom_call" not in exported.mlir_module()
+    close(exported.call(x), f(x))
+
+
+# --------------------------------------------------------------------------- transforms
+
+
+def every_operation(x, t):
+    """Return the answers of all operations, so that one program has them all."""
+    found = {
+        "softmax": ps.softmax(x),
+        "log_softmax": ps.log_softmax(x),
+        "across": ps.softmax(x, axis=0),
+        "logsumexp": ps.logsumexp(x, axis=1),
+        "softmax_vjp": ps.softmax_vjp(x, x + 1),
+        "log_softmax_vjp": ps.log_softmax_vjp(x, x + 1),
+    }
+    for reduction in ("none", "sum", "mean"):
+        for ignore in (None, 3):
+            options = {"reduction": reduction, "ignore_index": ignore}
+            found[f"loss, {options}"] = ps.cross_entropy(x, t, **options)
+            found[f"gradient, {options}"] = ps.cross_entropy_value_and_grad(x, t, **options)
+    return found
+
+
+def summed(jax, tree):
+    return sum(jax.numpy.sum(jax.numpy.sin(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def transforms(jax):
+    """Functions of an operation on logits and labels, and of both."""
+
+    def of(f):
+        return lambda x, t: summed(jax, f(x, t))
+
+    def batched(f, axis):
+        return lambda x, t: jax.vmap(f, in_axes=(axis, None))(
+            jax.numpy.stack([x, 2 * x, x - 1], axis=axis), t
+        )
+
+    return {
+        "jit": lambda f: jax.jit(f),
+        "grad": lambda f: jax.jit(jax.grad(of(f))),
+        "jvp": lambda f: lambda x, t: jax.jvp(lambda x: f(x, t), (x,), (jax.numpy.cos(x),)),
+        "vmap": lambda f: jax.jit(batched(f, 0)),
+        "vmap of grad": lambda f: jax.jit(batched(jax.grad(of(f)), 2)),
+        "grad of vmap": lambda f: jax.jit(jax.grad(of(batched(f, 1)))),
+        "hessian": lambda f: jax.jit(
+            lambda x, t: jax.jvp(jax.grad(lambda x: of(f)(x, t)), (x,), (jax.numpy.cos(x),))[1]
+        ),
+        "checkpoint": lambda f: jax.jit(jax.grad(of(jax.checkpoint(f)))),
+        "scan": lambda f: jax.jit(
+            jax.grad(
+                lambda x, t: jax.lax.scan(
+                    lambda c, _: (c + 0.01 * jax.numpy.sin(summed(jax, f(c, t))), None), x, None, 3
+                )[0].sum()
+            )
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["jit", "grad", "vmap of grad", "hessian"])
+def test_transforms_of_softmax(jax, xp, name):
+    check(jax, name, lambda x, _: ps.softmax(x), *draw(xp, *ROWS, dtype="float32"))
+
+
+@pytest.mark.slow("two compilers work on all operations")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("jit", "grad", "jvp", "vmap", "vmap of grad", "grad of vmap", "hessian"),
+        *("checkpoint", "scan"),
+    ],
+)
+def test_transforms_of_every_operation(jax, xp, name):
+    check(jax, name, every_operation, *draw(xp, 6, 5))
+
+
+def check(jax, name, f, x, t):
+    """Compare with what XLA answers alone."""
+    transform = transforms(jax)[name]
+    found = transform(lambda x, t: f(x, t))(x, t)
+    with kernels.without("numba rows"):
+        want = transform(lambda x, t: f(x, t))(x, t)
+    close(found, want)
+
+
+@pytest.mark.slow("two compilers work on three handlers")
+def test_a_batch_of_labels_and_of_logits(jax, xp):
+    x, t = draw(xp, 6, 5)
+    many = xp.asarray(np.stack([xp.numpy(t), (xp.numpy(t) + 1) % 5, xp.numpy(t) * 0]))
+    found = jax.vmap(lambda t: ps.cross_entropy_value_and_grad(x, t, ignore_index=0))(many)
+    want = [ps.cross_entropy_value_and_grad(x, labels, ignore_index=0) for labels in many]
+    close(found, [np.stack(part) for part in zip(*want, strict=True)])
+
+
+def test_an_empty_batch_has_no_rows(jax, xp):
+    found = jax.vmap(ps.softmax)(xp.asarray(np.zeros((0, *ROWS)), "float32"))
+    assert found.shape == (0, *ROWS)
+
+
+@pytest.mark.slow("two compilers work on two handlers, for each dtype of labels")
+def test_a_label_without_a_class_is_nan_where_nobody_can_look(jax, xp):
+    x, _ = draw(xp, 4, 3)
+    with pytest.raises(IndexError, match=r"labels\[2\] is 3"):
+        ps.cross_entropy(x, xp.asarray([0, 1, 3, 2]))
+    for dtype, wrong in (("int32", -1), ("int64", 2**32), ("uint8", 255), ("uint32", 2**32 - 1)):
+        t = xp.asarray(np.asarray([0, 1, wrong, 2]), dtype)
+        loss, grad = jax.jit(lambda x, t: ps.cross_entropy_value_and_grad(x, t, reduction="none"))(
+            x, t
+        )
+        assert np.isnan(np.asarray(loss)).tolist() == [False, False, True, False], dtype
+        assert np.isnan(np.asarray(grad)).any(axis=1).tolist() == [False, False, True, False]
+
+
+# --------------------------------------------------------------------------- bits and threads
+
+LARGE = (5000, 300)  # more than one piece
+
+
+def softmax(x, t):
+    return ps.softmax(x)
+
+
+def two_operations(x, t):
+    return ps.log_softmax(x), ps.cross_entropy_value_and_grad(x, t)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        softmax,
+        pytest.param(two_operations, marks=pytest.mark.slow("two compilers, two handlers")),
+    ],
+)
+def test_the_same_call_gives_the_same_bits(jax, xp, f):
+    x, t = draw(xp, *LARGE, dtype="float32")
+    compiled = jax.jit(f)
+    want = compiled(x, t)
+    same_bits(f(x, t), want)
+    for _ in range(20):
+        same_bits(compiled(x, t), want)
+    if f is softmax:  # nor do the rows beside a row count
+        same_bits(f(x[:7], t), want[:7])
+
+
+def soak(jax, xp, f, shapes, calls, threads=8):
+    """Call from several threads, several shapes in turn; return what was wrong."""
+    given = [draw(xp, *shape, dtype="float32", seed=i) for i, shape in enumerate(shapes)]
+    f = jax.jit(f)
+    assert "portable_softmax.ffi" in f.lower(*given[0]).as_text()
+    want = [[np.asarray(a) for a in jax.tree.leaves(f(*arrays))] for arrays in given]
+    wrong: list[object] = []
+
+    def work(first):
+        try:
+            with kernels.use("numba rows"):
+                for i in range(calls // threads):
+                    at = (i + first) % len(given)
+                    found = jax.tree.leaves(f(*given[at]))
+                    if not all(map(np.array_equal, found, want[at])):
+                        wrong.append((first, i))
+        except BaseException as error:
+            wrong.append(error)
+
+    every = [threading.Thread(target=work, args=(k,)) for k in range(threads)]
+    for thread in every:
+        thread.start()
+    for thread in every:
+        thread.join()
+    return wrong
+
+
+def test_calls_from_several_threads(jax, xp):
+    assert soak(jax, xp, softmax, (ROWS, LARGE), 80) == []
+
+
+@pytest.mark.slow("20,000 calls from 8 threads")
+def test_soak(jax, xp):
+    shapes = ((3, 5), (512, 64), (9000, 16), (7, 60000), LARGE)
+    assert soak(jax, xp, two_operations, shapes, 20_000) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"plan": np.zeros(3, np.int64)}, "another plan"),
+        ({"plan": np.zeros(20, np.int32)}, "another plan"),
+        ({"other": np.zeros(20, np.int64)}, "another call frame"),
+        ({"shape": (3, 3)}, "another buffer"),
+        ({"dtype": np.int64}, "another buffer"),
+    ],
+)
+def test_what_was_not_planned_is_an_error(jax, xp, change, message):
+    """The handler looks at all it is given before it works; the process goes on."""
+    from portable_softmax.kernels._jax import _rows
+    from portable_softmax.kernels._numba import _ffi
+
+    x, _ = draw(xp, *ROWS, dtype="float32")
+    ps.softmax(x)  # registers the handler
+    sizes = [x.size, x.size]
+    target = _ffi.target(_rows._register, "softmax", "float32", (*ROWS, 1), sizes, None)
+    attributes = {"plan": target.plan, **change}
+    like = jax.ShapeDtypeStruct(attributes.pop("shape", x.shape), attributes.pop("dtype", x.dtype))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"portable_softmax: {message}"):
+        jax.block_until_ready(jax.ffi.ffi_call(target.name, like)(x, **attributes))
+    close(ps.softmax(x), jax.nn.softmax(x))
+
+
+# --------------------------------------------------------------------------- processes
+
+BEGIN = """
+import os, sys, numpy as np, jax
+import portable_softmax as ps
+x = jax.numpy.asarray(np.random.default_rng(0).standard_normal((5000, 300), np.float32))
+t = jax.numpy.zeros(5000, "int32")
+step = jax.jit(lambda x: ps.cross_entropy_value_and_grad(x, t))
+assert "portable_softmax.ffi" in step.lower(x).as_text()
+
+def check():
+    loss, grad = step(x)
+    want = jax.value_and_grad(lambda x: -jax.nn.log_softmax(x)[:, 0].mean())(x)
+    np.testing.assert_allclose(loss, want[0], rtol=1e-5)
+    np.testing.assert_allclose(grad, want[1], rtol=1e-4, atol=1e-9)
+"""
+
+ENDS = {
+    # Two calls at once in a pool of one thread: neither waits for a task in the queue.
+    "one core": """
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(4) as pool:
+    for done in [pool.submit(check) for _ in range(40)]:
+        done.result()
+""",
+    "leaving with calls in flight": """
+check()
+for _ in range(40):
+    step(x)
+""",
+    "spawned": """
+import multiprocessing
+if __name__ == "__main__":
+    check()
+    context = multiprocessing.get_context("spawn")
+    every = [context.Process(target=check) for _ in range(2)]
+    for process in every: process.start()
+    for process in every: process.join()
+    assert [process.exitcode for process in every] == [0, 0]
+""",
+    "forked before the first call": """
+pid = os.fork()
+check()
+if pid:
+    assert os.waitpid(pid, 0)[1] == 0
+""",
+    "memory stays": """
+import resource
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(200): jax.block_until_ready(step(x))
+before = peak()
+for _ in range(2000): jax.block_until_ready(step(x))
+assert peak() - before < 20_000, (before, peak())
+""",
+}
+
+
+@pytest.mark.slow("each is a process, or more, of its own")
+@pytest.mark.parametrize("name", ENDS)
+def test_processes(jax, tmp_path, name):
+    begin = BEGIN
+    if name == "one core":  # before XLA counts them
+        begin = "import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n" + BEGIN
+    if name == "forked before the first call":  # XLA's threads do not live on in a child
+        begin = BEGIN.replace("x = jax", "pid = os.fork()\nx = jax")
+    script = tmp_path / "script.py"
+    script.write_text(begin + ENDS[name].replace("pid = os.fork()\n", "") + "\nprint('end')\n")
+    environment = {**os.environ, "PORTABLE_SOFTMAX_KERNELS": "numba rows", "JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run(
+        [sys.executable, script], env=environment, text=True, capture_output=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "end" in ran.stdout
