@@ -23,6 +23,7 @@ from portable_softmax.kernels._request import (
     OPERATIONS,
     PLAIN_LOSS,
     PLAIN_ROWS,
+    SPARSE,
     LossOptions,
     Request,
     RowOptions,
@@ -72,7 +73,7 @@ def test_every_kernel_of_the_table_exists():
     for kernel in _table.TABLE:
         module = importlib.import_module(kernel.module)
         for operation in kernel.operations:
-            assert operation in (*OPERATIONS, *LINEAR)
+            assert operation in (*OPERATIONS, *LINEAR, *SPARSE)
             assert callable(getattr(module, operation))
         if not module.missing():
             assert kernels.available()[kernel.name] == kernel.operations
