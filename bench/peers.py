@@ -47,6 +47,11 @@ FAMILY = {
     "cross_entropy_in_float32": LABELS,
 }
 FOCAL_GAMMA = 2.0
+# What `speed` times beside OPERATIONS, where it is asked to.
+TIMED = (
+    *(name for name, second in FAMILY.items() if second != WEIGHTED and "float32" not in name),
+    *BACKWARD_OF_SPARSE,
+)
 
 NUMPY_BY_HAND = "numpy by hand"
 SCIPY = "scipy.special"
