@@ -292,7 +292,8 @@ def tables(cells: list[Cell]) -> Iterator[tuple[str, list[str], list[list[str]]]
         some = [cell for cell in cells if cell.operation == operation]
         offered = {cell.provider for cell in some if cell.problem != NOT_OFFERED}
         some = [cell for cell in some if cell.provider in offered]
-        names = list(dict.fromkeys(cell.provider for cell in some))
+        first = sorted(some, key=lambda cell: not cell.ours)  # a path may be missing for some rows
+        names = list(dict.fromkeys(cell.provider for cell in first))
         lines: dict[tuple[str, str], list[Cell]] = {}
         for cell in some:
             lines.setdefault((cell.family, cell.dtype), []).append(cell)
