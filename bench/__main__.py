@@ -6,11 +6,13 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from bench import (
     accuracy,
+    accuracy_family,
     arguments,
     comparison,
     exact,
@@ -144,7 +146,8 @@ def run_accuracy(args: argparse.Namespace, argv: list[str]) -> int:
     dtypes, left_out = _judged_dtypes(args.dtypes)
     backends = args.backend.split(",") if args.backend else accuracy.installed()
     columns, missing = accuracy.columns(list(dict.fromkeys(backends)))
-    cells = _followed(accuracy.measure(columns, dtypes, quick=args.quick))
+    rest = accuracy_family.measure(columns, dtypes, quick=args.quick)
+    cells = _followed(chain(accuracy.measure(columns, dtypes, quick=args.quick), rest))
     document = {
         "benchmark": "accuracy",
         **report.provenance(argv, load),
@@ -152,10 +155,11 @@ def run_accuracy(args: argparse.Namespace, argv: list[str]) -> int:
     }
     for title, headings, rows in accuracy.tables(cells):
         report.table(title, headings, rows)
-    report.line(accuracy.LEGEND)
+    legend = f"{accuracy.LEGEND} {accuracy_family.LEGEND}"
+    report.line(legend)
     _close(document, missing + left_out, args.json)
     if args.markdown:
-        report.write_markdown(args.markdown, document, accuracy.LEGEND, accuracy.tables(cells))
+        report.write_markdown(args.markdown, document, legend, accuracy.tables(cells))
     broken = sum(cell.ours and not cell.held for cell in cells)
     report.line(f"{broken} bounds broken" if broken else "every bound held")
     return 1 if broken else 0

@@ -7,25 +7,26 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
 from bench import exact, families, places
 from bench.errors import one_line
-from bench.peers import Offer
+from bench.peers import ENTMAX, OPTAX, SCIPY, TORCH, Offer
 from bench.places import Place
-from bench.providers import Provider, our_providers, peers_at
+from bench.providers import Provider, our_providers, path_taken, peers_at
 
 OPERATIONS = ("softmax", "log_softmax", "logsumexp", "cross_entropy")
 LABEL_GRADIENT = "label gradient"
+NOT_OFFERED = "-"
 
 # The backends on which ours is measured, and the peers, if installed.
 BACKENDS = ("numpy", "torch", "jax")
-PEERS = ("scipy.special", "torch", "jax.nn, jit")
+PEERS = (SCIPY, TORCH, "jax.nn, jit", ENTMAX, OPTAX)
 
-_HALF_BOUND = 0.51
+HALF_BOUND = 0.51
 _LABEL_GRADIENT_BOUND = 1e-5
 
 
@@ -125,10 +126,25 @@ def measure(providers: list[Column], dtypes: list[str], *, quick: bool) -> Itera
     """Yield a cell for each operation, family, dtype and provider."""
     for case in _cases(dtypes, quick=quick):
         for operation in OPERATIONS:
-            yield from _judged([_cell(case, operation, column) for column in providers])
+            some = distinct(providers, operation, case, case.labels)
+            yield from _judged([_cell(case, operation, column) for column in some])
     if "float32" in dtypes:
         for case in _margins():
-            yield from (_label_gradient(case, column) for column in providers)
+            some = distinct(providers, "cross_entropy_value_and_grad", case, case.labels)
+            yield from (_label_gradient(case, column) for column in some)
+
+
+def distinct(columns: list[Column], operation: str, case: Any, labels: Any) -> Iterator[Column]:
+    """Yield the columns but those of ours that take the same path as an earlier one."""
+    seen = set()
+    for column in columns:
+        if column.ours and case.dtype in column.dtypes:
+            there = partial(places.put, column.place)
+            taken = path_taken(column, operation, there(case.x), there(labels), case.axis)
+            if (column.place, taken) in seen:
+                continue
+            seen.add((column.place, taken))
+        yield column
 
 
 def _cases(dtypes: list[str], *, quick: bool) -> Iterator[Case]:
@@ -156,10 +172,10 @@ def _case(name: str, dtype: str, axis: int, rows: np.ndarray, rng: np.random.Gen
 def _cell(case: Case, operation: str, column: Column) -> Cell:
     answer = getattr(case.exact, operation)
     unit, bound = _unit_and_bound(case, operation, answer)
-    cell = _empty(case, operation, column, float(np.max(bound)))
-    result = _compute(case, operation, column, cell)
+    cell = empty(case, operation, column, float(np.max(bound)))
+    result = compute(case, operation, column, cell, case.labels)
     if result is not None:
-        error = _distance(result, answer) / unit
+        error = distance(result, answer) / unit
         counted = _counted(case, operation, answer, column.place)
         cell.counted = int(counted.sum())
         cell.error = float(np.max(error, where=counted, initial=0))
@@ -168,27 +184,32 @@ def _cell(case: Case, operation: str, column: Column) -> Cell:
 
 
 def _label_gradient(case: Case, column: Column) -> Cell:
-    cell = _empty(case, LABEL_GRADIENT, column, _LABEL_GRADIENT_BOUND)
-    result = _compute(case, "cross_entropy_value_and_grad", column, cell)
+    cell = empty(case, LABEL_GRADIENT, column, _LABEL_GRADIENT_BOUND)
+    result = compute(case, "cross_entropy_value_and_grad", column, cell, case.labels)
     if result is not None:
         answer = case.exact.label_gradient
         gradient = result[np.arange(len(answer)), case.labels]
         cell.counted = len(answer)
-        cell.error = float(np.max(_distance(gradient, answer) / np.abs(answer)))
+        cell.error = float(np.max(distance(gradient, answer) / np.abs(answer)))
         cell.held = cell.error <= cell.bound
     return cell
 
 
-def _empty(case: Case, operation: str, column: Column, bound: float) -> Cell:
+def empty(case: Any, operation: str, column: Column, bound: float) -> Cell:
     names = (operation, case.family, case.dtype, column.name)
     return Cell(*names, ours=column.ours, error=np.nan, bound=bound, held=False)
 
 
-def _compute(case: Case, operation: str, column: Column, cell: Cell) -> np.ndarray | None:
-    """Return the result with the classes last, in extended precision; None if it failed."""
+def compute(
+    case: Any, operation: str, column: Column, cell: Cell, second: Any
+) -> np.ndarray | None:
+    """Return the result with the classes last, in extended precision; None if it failed.
+
+    `second` is what the call takes beside x: an array, or a tuple of them.
+    """
     place, call = column.place, column.offer(case.axis, "none").get(operation)
     if call is None or case.dtype not in column.dtypes:
-        cell.problem, cell.held = "-", True
+        cell.problem, cell.held = NOT_OFFERED, True
         return None
     try:
         with (
@@ -196,7 +217,9 @@ def _compute(case: Case, operation: str, column: Column, cell: Cell) -> np.ndarr
             np.errstate(all="ignore"),
             column.context(),
         ):
-            result = call(places.put(place, case.x), places.put(place, case.labels))
+            there = partial(places.put, place)
+            second = tuple(map(there, second)) if isinstance(second, tuple) else there(second)
+            result = call(there(case.x), second)
             if operation == "cross_entropy_value_and_grad":
                 _, result = result
             result = places.get(place, result).astype(np.longdouble)
@@ -206,7 +229,7 @@ def _compute(case: Case, operation: str, column: Column, cell: Cell) -> np.ndarr
     return np.moveaxis(result, case.axis, -1) if result.ndim == case.x.ndim else result
 
 
-def _distance(result: np.ndarray, answer: np.ndarray) -> np.ndarray:
+def distance(result: np.ndarray, answer: np.ndarray) -> np.ndarray:
     distance = np.abs(result - answer)
     return np.where(np.isnan(distance), np.inf, distance)
 
@@ -214,7 +237,7 @@ def _distance(result: np.ndarray, answer: np.ndarray) -> np.ndarray:
 def _unit_and_bound(case: Case, operation: str, answer: np.ndarray) -> tuple[Any, Any]:
     unit = exact.unit(answer, case.dtype)
     if case.dtype in families.HALVES:
-        return unit, _HALF_BOUND
+        return unit, HALF_BOUND
     if operation == "softmax":
         return unit, np.maximum(6, 2 + 2 * np.ptp(case.rows, axis=-1, keepdims=True))
     if operation == "logsumexp":
@@ -267,7 +290,10 @@ def tables(cells: list[Cell]) -> Iterator[tuple[str, list[str], list[list[str]]]
     """Yield a title, column names and rows of text for each operation."""
     for operation in dict.fromkeys(cell.operation for cell in cells):
         some = [cell for cell in cells if cell.operation == operation]
-        names = list(dict.fromkeys(cell.provider for cell in some))
+        offered = {cell.provider for cell in some if cell.problem != NOT_OFFERED}
+        some = [cell for cell in some if cell.provider in offered]
+        first = sorted(some, key=lambda cell: not cell.ours)  # a path may be missing for some rows
+        names = list(dict.fromkeys(cell.provider for cell in first))
         lines: dict[tuple[str, str], list[Cell]] = {}
         for cell in some:
             lines.setdefault((cell.family, cell.dtype), []).append(cell)
@@ -276,13 +302,19 @@ def tables(cells: list[Cell]) -> Iterator[tuple[str, list[str], list[list[str]]]
             [
                 family,
                 dtype,
-                *(cell.problem or f"{cell.error:.3g}" for cell in line),
+                *(_text(by_provider.get(name)) for name in names),
                 f"{max(cell.bound for cell in line):.3g}",
                 "yes" if all(cell.held for cell in line if cell.ours) else "NO",
             ]
             for (family, dtype), line in lines.items()
+            for by_provider in [{cell.provider: cell for cell in line}]
         ]
         yield f"{operation}, {unit}", ["rows", "dtype", *names, "bound", "ours within"], rows
+
+
+def _text(cell: Cell | None) -> str:
+    """Return a cell as text; one that is missing takes the path of an earlier one."""
+    return "" if cell is None else cell.problem or f"{cell.error:.3g}"
 
 
 LEGEND = (

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.peers import BACKWARD
+from bench.peers import BACKWARD, FOCAL_GAMMA, TIMED
 
 # The largest relative and absolute error of a correct result. A probability that is subnormal in
 # float16 may be off by a unit in the last place.
@@ -52,7 +52,8 @@ class Answers:
             if shape:
                 actual = actual[self._rows]
             size = np.abs(answer)
-            if i and operation in BACKWARD:  # a difference, which cancels somewhere
+            # A difference, which cancels somewhere, or a probability that is 0.
+            if (i and operation in BACKWARD) or operation in TIMED:
                 size = np.maximum(size, size.max())
             error = np.max((np.abs(actual.astype(np.float64) - answer) - absolute) / size)
             if not error <= relative:  # so that nan is wrong
@@ -63,6 +64,8 @@ class Answers:
         """Return the shape of each result, and its compared rows."""
         forward, _, backward = operation.partition("+")
         picked = self._rows
+        if operation in TIMED:
+            return self._of_the_rest(forward, second, bool(backward))
         lse = self._logsumexp[picked]
         log_y = self.x[picked].astype(np.float64) - lse[:, None]
         if forward.startswith("cross_entropy"):
@@ -82,6 +85,79 @@ class Answers:
             return [(shape, value)]
         dy = second[picked].astype(np.float64)
         return [(shape, value), (self.x.shape, _VJP[forward](np.exp(log_y), dy))]
+
+    def _of_the_rest(
+        self, name: str, second: np.ndarray, backward: bool
+    ) -> list[tuple[tuple[int, ...], Any]]:
+        """Return the same of an operation of the rest of the family."""
+        rows, classes = self.x.shape
+        if name in _LOSSES:  # a mean over all rows
+            step = max(1, _BLOCK // classes)
+            cuts = [slice(i, i + step) for i in range(0, rows, step)]
+            found = [_LOSSES[name](self.x[c].astype(np.float64), second[c]) for c in cuts]
+            return [((), np.concatenate(found).mean())]
+        value = _VALUES[name](self.x[self._rows].astype(np.float64))
+        shape = self.x.shape[: value.ndim]
+        if not backward:
+            return [(shape, value)]
+        dy, g = second[self._rows].astype(np.float64), value ** (2 - _ALPHA[name]) * (value > 0)
+        mean = (g * dy).sum(axis=1, keepdims=True) / g.sum(axis=1, keepdims=True)
+        return [(shape, value), (shape, g * (dy - mean))]
+
+
+# --------------------------------------------------------------------------- the rest
+
+_ALPHA = {"entmax": 1.5, "sparsemax": 2.0}
+
+
+def _sparse(x: np.ndarray, alpha: float) -> np.ndarray:
+    """Return entmax by bisection for the threshold."""
+    z = (alpha - 1) * (x - x.max(axis=1, keepdims=True))
+    low, high = np.full((len(x), 1), -1.0), np.zeros((len(x), 1))
+    for _ in range(60):
+        tau = (low + high) / 2
+        p = np.maximum(z - tau, 0) ** (1 / (alpha - 1))
+        more = p.sum(axis=1, keepdims=True) >= 1
+        low, high = np.where(more, tau, low), np.where(more, high, tau)
+    return p / p.sum(axis=1, keepdims=True)
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    return x - _logsumexp(x)[:, None]
+
+
+def _fenchel_young(x: np.ndarray, labels: np.ndarray, alpha: float) -> np.ndarray:
+    p = _sparse(x, alpha)
+    tsallis = (1 - (p**alpha).sum(axis=1)) / (alpha * (alpha - 1))
+    return (p * x).sum(axis=1) - x[np.arange(len(x)), labels] + tsallis
+
+
+def _binary(x: np.ndarray, yes: np.ndarray, gamma: float) -> np.ndarray:
+    z = np.where(yes > 0, -x, x)
+    loss = np.logaddexp(0, z)
+    return loss * np.exp(gamma * (z - loss))
+
+
+def _divergence(x: np.ndarray, other: np.ndarray) -> np.ndarray:
+    log_p = _log_softmax(x)
+    return (np.exp(log_p) * (log_p - _log_softmax(other.astype(np.float64)))).sum(axis=1)
+
+
+_VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "softmax_with_sink": lambda x: np.exp(x - np.logaddexp(0, _logsumexp(x))[:, None]),
+    "entmax": lambda x: _sparse(x, 1.5),
+    "sparsemax": lambda x: _sparse(x, 2.0),
+    "entropy": lambda x: -(np.exp(_log_softmax(x)) * _log_softmax(x)).sum(axis=1),
+    "logmeanexp": lambda x: _logsumexp(x) - np.log(x.shape[1]),
+    "logcumsumexp": lambda x: np.logaddexp.accumulate(x, axis=1),
+}
+_LOSSES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "entmax_loss": lambda x, t: _fenchel_young(x, t, 1.5),
+    "sparsemax_loss": lambda x, t: _fenchel_young(x, t, 2.0),
+    "sigmoid_cross_entropy": lambda x, t: _binary(x, t, 0.0),
+    "sigmoid_focal": lambda x, t: _binary(x, t, FOCAL_GAMMA),
+    "kl_divergence": _divergence,
+}
 
 
 def _logsumexp(x: np.ndarray) -> np.ndarray:

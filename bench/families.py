@@ -83,6 +83,20 @@ FAMILIES = (
 )
 MARGINS = (5, 20, 40, 80)
 
+SPARSE = "N(0,1), V=128000"  # what is never 0 would take mpmath a minute
+_CONFIDENT_OF_REST = "margins 20..80, V=10"
+# Fewer and shorter rows, as each exact answer takes long.
+REST = (
+    Family("N(0,1), V=10", _normal((100, 10))),
+    Family("N(0,1), V=1000", _normal((4, 1000))),
+    Family("U(-80,0), V=100", lambda rng, dtype: _spread(rng, dtype)[:10, :100]),
+    Family("1e4 + N(0,1), V=100", _normal((10, 100), offset=1e4)),
+    Family("near ties, V=100", lambda rng, dtype: _near_ties(rng, dtype)[:10, :100]),
+    Family(_CONFIDENT_OF_REST, lambda rng, dtype: confident(rng, np.linspace(20, 80, 61))),
+    Family(SPARSE, _normal((1, 128_000))),
+    Family("N(0,1), V=1000", _normal((4, 1000)), HALVES),
+)
+
 
 def labels(rng: np.random.Generator, x: np.ndarray, axis: int) -> np.ndarray:
     """Return the likeliest class for every second position, any class for the others.
@@ -97,3 +111,8 @@ def labels(rng: np.random.Generator, x: np.ndarray, axis: int) -> np.ndarray:
 def chosen(*, quick: bool) -> list[Family]:
     """Return the families, or an easy and a hard one of short rows."""
     return [f for f in FAMILIES if not quick or f.name in ("N(0,1), V=10", _CONFIDENT)]
+
+
+def chosen_of_rest(*, quick: bool) -> list[Family]:
+    """Return the families of the rest of the family of functions, or two as above."""
+    return [f for f in REST if not quick or f.name in ("N(0,1), V=10", _CONFIDENT_OF_REST)]

@@ -8,6 +8,7 @@ its table. A library is imported by its own functions only.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 import sys
@@ -22,14 +23,41 @@ Call = Callable[[Any, Any], Any]
 Offer = Mapping[str, Call]
 
 FORWARD = ("softmax", "log_softmax", "logsumexp")
+SPARSE = ("entmax", "sparsemax")
 LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
 # The result, and the gradient of its product with an upstream gradient.
 BACKWARD = tuple(f"{operation}+backward" for operation in FORWARD)
+BACKWARD_OF_SPARSE = tuple(f"{operation}+backward" for operation in SPARSE)
 OPERATIONS = (*FORWARD, *LOSSES, *BACKWARD)
+# The rest of the family, and what an operation takes beside x.
+LABELS, WEIGHTED, YES_OR_NO, LOGITS = "labels", "labels and weights", "yes or no", "logits"
+FAMILY = {
+    "softmax_with_sink": "",
+    "entmax": "",
+    "sparsemax": "",
+    "entmax_loss": LABELS,
+    "sparsemax_loss": LABELS,
+    "sigmoid_cross_entropy": YES_OR_NO,
+    "sigmoid_focal": YES_OR_NO,
+    "kl_divergence": LOGITS,
+    "entropy": "",
+    "logmeanexp": "",
+    "logcumsumexp": "",
+    "cross_entropy_weighted": WEIGHTED,
+    "cross_entropy_in_float32": LABELS,
+}
+FOCAL_GAMMA = 2.0
+# What `speed` times beside OPERATIONS, where it is asked to.
+TIMED = (
+    *(name for name, second in FAMILY.items() if second != WEIGHTED and "float32" not in name),
+    *BACKWARD_OF_SPARSE,
+)
 
 NUMPY_BY_HAND = "numpy by hand"
 SCIPY = "scipy.special"
 TORCH = "torch"
+ENTMAX = "entmax"
+OPTAX = "optax, jit"
 
 
 def numpy_by_hand(axis: int, reduction: str) -> Offer:
@@ -96,11 +124,20 @@ def scipy_special(axis: int, reduction: str) -> Offer:
         loss = -np.take_along_axis(log_p, np.expand_dims(t, axis), axis).squeeze(axis)
         return loss.mean() if reduction == "mean" else loss
 
+    def kl_divergence(x, y):
+        p, q = special.softmax(x, axis=axis), special.softmax(y, axis=axis)
+        each = special.rel_entr(p, q).sum(axis)
+        return each.mean() if reduction == "mean" else each
+
     return {
         "softmax": lambda x, _: special.softmax(x, axis=axis),
         "log_softmax": lambda x, _: special.log_softmax(x, axis=axis),
         "logsumexp": lambda x, _: special.logsumexp(x, axis=axis),
         "cross_entropy": cross_entropy,
+        "cross_entropy_in_float32": lambda x, t: cross_entropy(x.astype(np.float32), t),
+        "kl_divergence": kl_divergence,
+        "entropy": lambda x, _: special.entr(special.softmax(x, axis=axis)).sum(axis),
+        "logmeanexp": lambda x, _: special.logsumexp(x, axis=axis) - np.log(x.shape[axis]),
     }
 
 
@@ -121,15 +158,21 @@ def torch_autograd(offer: Offer) -> Offer:
         (grad,) = torch.autograd.grad(y, x, upstream(y))
         return y.detach(), grad
 
-    return {
-        "cross_entropy_value_and_grad": lambda x, t: through(
-            offer["cross_entropy"], x, t, torch.ones_like
-        ),
-        **{
-            f"{name}+backward": lambda x, dy, name=name: through(offer[name], x, None, lambda _: dy)
-            for name in FORWARD
-        },
+    return _both_ways(offer, through, torch.ones_like)
+
+
+def _both_ways(offer: Offer, through: Callable[..., Any], ones: Callable[[Any], Any]) -> Offer:
+    """Return forward and backward of what an offer has, by `through`."""
+    found: dict[str, Call] = {
+        f"{name}+backward": lambda x, dy, name=name: through(offer[name], x, None, lambda _: dy)
+        for name in (*FORWARD, *SPARSE)
+        if name in offer
     }
+    if "cross_entropy" in offer:
+        found["cross_entropy_value_and_grad"] = lambda x, t: through(
+            offer["cross_entropy"], x, t, ones
+        )
+    return found
 
 
 def torch_eager(axis: int, reduction: str) -> Offer:
@@ -148,14 +191,74 @@ def _torch(axis: int, reduction: str) -> dict[str, Call]:
     import torch
     from torch.nn import functional
 
+    def cross_entropy(x, t):
+        return functional.cross_entropy(x.movedim(axis, -1), t, reduction=reduction)
+
+    def reduced(each):
+        return each.mean() if reduction == "mean" else each
+
+    def with_sink(x, _):
+        sink = torch.zeros_like(x.narrow(axis, 0, 1))
+        return torch.softmax(torch.cat([x, sink], axis), axis).narrow(axis, 0, x.shape[axis])
+
+    def binary(x, t):
+        return functional.binary_cross_entropy_with_logits(x, t, reduction=reduction)
+
+    def focal(x, t):  # as torchvision's
+        p, each = torch.sigmoid(x), functional.binary_cross_entropy_with_logits
+        missed = 1 - (p * t + (1 - p) * (1 - t))
+        return reduced(each(x, t, reduction="none") * missed**FOCAL_GAMMA)
+
+    def kl_divergence(x, y):
+        logs = torch.log_softmax(y, axis), torch.log_softmax(x, axis)
+        return reduced(functional.kl_div(*logs, reduction="none", log_target=True).sum(axis))
+
+    def weighted(x, both):
+        t, w = both
+        return functional.cross_entropy(x.movedim(axis, -1), t, reduction="none") * w
+
     return {
         "softmax": lambda x, _: torch.softmax(x, axis),
         "log_softmax": lambda x, _: torch.log_softmax(x, axis),
         "logsumexp": lambda x, _: torch.logsumexp(x, axis),
-        "cross_entropy": lambda x, t: functional.cross_entropy(
-            x.movedim(axis, -1), t, reduction=reduction
-        ),
+        "cross_entropy": cross_entropy,
+        "softmax_with_sink": with_sink,
+        "sigmoid_cross_entropy": binary,
+        "sigmoid_focal": focal,
+        "kl_divergence": kl_divergence,
+        "entropy": lambda x, _: torch.special.entr(torch.softmax(x, axis)).sum(axis),
+        "logmeanexp": lambda x, _: torch.logsumexp(x, axis) - math.log(x.shape[axis]),
+        "logcumsumexp": lambda x, _: torch.logcumsumexp(x, axis),
+        "cross_entropy_weighted": weighted,
+        "cross_entropy_in_float32": lambda x, t: cross_entropy(x.float(), t),
     }
+
+
+def entmax_package(axis: int, reduction: str) -> Offer:
+    """Return what the package entmax computes by sorting."""
+    import entmax
+
+    def loss(each):
+        return lambda x, t: each(x, t).mean() if reduction == "mean" else each(x, t)
+
+    offer = {
+        "entmax": lambda x, _: entmax.entmax15(x, axis),
+        "sparsemax": lambda x, _: entmax.sparsemax(x, axis),
+        "entmax_loss": loss(entmax.entmax15_loss),
+        "sparsemax_loss": loss(entmax.sparsemax_loss),
+    }
+    return offer | torch_autograd(offer)
+
+
+def entmax_of_top_classes(axis: int, reduction: str) -> Offer:
+    """Return the same with the first guess that its documentation offers for many classes."""
+    import entmax
+
+    offer = {
+        "entmax": lambda x, _: entmax.entmax15(x, axis, k=100),
+        "sparsemax": lambda x, _: entmax.sparsemax(x, axis, k=100),
+    }
+    return offer | torch_autograd(offer)
 
 
 def compiled(offer: Offer) -> dict[str, Call]:
@@ -182,16 +285,7 @@ def jax_autograd(offer: Offer) -> Offer:
         y, vjp = jax.vjp(lambda x: call(x, second), x)
         return y, vjp(upstream(y))[0]
 
-    return {
-        "cross_entropy_value_and_grad": lambda x, t: through(
-            offer["cross_entropy"], x, t, jnp.ones_like
-        ),
-        **{
-            f"{name}+backward": lambda x, dy, name=name: through(offer[name], x, None, lambda _: dy)
-            for name in FORWARD
-            if name in offer
-        },
-    }
+    return _both_ways(offer, through, jnp.ones_like)
 
 
 def jax_nn(axis: int, reduction: str) -> Offer:
@@ -209,19 +303,38 @@ def jax_nn(axis: int, reduction: str) -> Offer:
         "log_softmax": lambda x, _: jax.nn.log_softmax(x, axis=axis),
         "logsumexp": lambda x, _: jax.nn.logsumexp(x, axis=axis),
         "cross_entropy": cross_entropy,
+        "entropy": lambda x, _: jax.scipy.special.entr(jax.nn.softmax(x, axis=axis)).sum(axis),
+        "logmeanexp": lambda x, _: jax.nn.logmeanexp(x, axis=axis),
+        "logcumsumexp": lambda x, _: jax.lax.cumlogsumexp(x, axis % x.ndim),
+        "cross_entropy_in_float32": lambda x, t: cross_entropy(x.astype(jnp.float32), t),
     }
     return jitted(offer | jax_autograd(offer))
 
 
 def optax_losses(axis: int, reduction: str) -> Offer:
     """Return optax's loss under jit."""
+    import jax
     import optax
 
-    def cross_entropy(x, t):
-        loss = optax.softmax_cross_entropy_with_integer_labels(x, t, axis=axis)
-        return loss.mean() if reduction == "mean" else loss
+    def reduced(each):
+        return each.mean() if reduction == "mean" else each
 
-    offer = {"cross_entropy": cross_entropy}
+    def kl_divergence(x, y):
+        log_q = jax.nn.log_softmax(y, axis=axis)
+        return reduced(optax.losses.kl_divergence(log_q, jax.nn.softmax(x, axis=axis), axis=axis))
+
+    offer = {
+        "cross_entropy": lambda x, t: reduced(
+            optax.softmax_cross_entropy_with_integer_labels(x, t, axis=axis)
+        ),
+        "sigmoid_cross_entropy": lambda x, t: reduced(optax.sigmoid_binary_cross_entropy(x, t)),
+        "sigmoid_focal": lambda x, t: reduced(optax.sigmoid_focal_loss(x, t, gamma=FOCAL_GAMMA)),
+        "kl_divergence": kl_divergence,
+    }
+    if axis == -1:
+        project = jax.vmap(optax.projections.projection_simplex)
+        offer["sparsemax"] = lambda x, _: project(x)
+        offer["sparsemax_loss"] = lambda x, t: reduced(optax.losses.multiclass_sparsemax_loss(x, t))
     return jitted(offer | jax_autograd(offer))
 
 
@@ -262,6 +375,8 @@ PEERS = (
     Peer(TORCH, "torch", "torch", torch_eager),
     Peer("torch, compiled", "torch", "torch", torch_compiled, why_not_compiled, slow_start=True),
     Peer("jax.nn, jit", "jax", "jax", jax_nn),
-    Peer("optax, jit", "jax", "optax", optax_losses),
+    Peer(ENTMAX, "torch", "entmax", entmax_package),
+    Peer("entmax, k=100", "torch", "entmax", entmax_of_top_classes),
+    Peer(OPTAX, "jax", "optax", optax_losses),
     Peer("cupyx.scipy", "cupy", "scipy", cupyx_special),  # cupyx.scipy imports scipy
 )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
+
+import numpy as np
 
 import portable_softmax as ps
 from bench import peers, places
@@ -52,7 +55,72 @@ def ours(axis: int, reduction: str) -> Offer:
         ),
         "softmax+backward": softmax_backward,
         "log_softmax+backward": log_softmax_backward,
+        **_family(axis, reduction),
     }
+
+
+def _family(axis: int, reduction: str) -> Offer:
+    """Return the rest of the family, as far as the package has it: it may be an earlier one."""
+    places_of = {"axis": axis, "reduction": reduction}
+    found: dict[str, peers.Call] = {}
+    for name, (function, takes, options) in FAMILY.items():
+        if not hasattr(ps, function):
+            continue
+        call = partial(_called, name, {k: places_of[k] for k in takes} | options)
+        found[name] = call
+        if name in peers.SPARSE:
+            alpha = 2.0 if name == "sparsemax" else 1.5
+            found[f"{name}+backward"] = partial(_sparse_backward, call, alpha, axis)
+    return found
+
+
+def _called(name: str, options: dict[str, Any], x: Any, second: Any) -> Any:
+    function = getattr(ps, FAMILY[name].function)
+    kind = peers.FAMILY[name]
+    if kind == peers.WEIGHTED:
+        labels, weights = second
+        return function(x, labels, sample_weight=weights, **options)
+    if name == "cross_entropy_in_float32":
+        options = options | {"dtype": _dtype_of(x, "float32")}
+    return function(x, second, **options) if kind else function(x, **options)
+
+
+def _dtype_of(x: Any, name: str) -> Any:
+    """Return a dtype of the library of an array, by name."""
+    return getattr(sys.modules[type(x).__module__.partition(".")[0]], name, np.dtype(name))
+
+
+def _sparse_backward(call: peers.Call, alpha: float, axis: int, x: Any, dy: Any) -> Any:
+    y = call(x, None)
+    return y, ps.entmax_vjp(y, dy, alpha=alpha, axis=axis)
+
+
+class Member(NamedTuple):
+    """How an operation of the rest of the family is called."""
+
+    function: str
+    takes: tuple[str, ...] = ("axis",)
+    options: dict[str, Any] = {}  # noqa: RUF012 - never changed
+
+
+_BOTH = ("axis", "reduction")
+FAMILY = {
+    "softmax_with_sink": Member("softmax", options={"sink": 0.0}),
+    "entmax": Member("entmax"),
+    "sparsemax": Member("sparsemax"),
+    "entmax_loss": Member("entmax_loss", _BOTH),
+    "sparsemax_loss": Member("entmax_loss", _BOTH, {"alpha": 2.0}),
+    "sigmoid_cross_entropy": Member("sigmoid_cross_entropy", ("reduction",)),
+    "sigmoid_focal": Member(
+        "sigmoid_cross_entropy", ("reduction",), {"focal_gamma": peers.FOCAL_GAMMA}
+    ),
+    "kl_divergence": Member("kl_divergence", _BOTH),
+    "entropy": Member("entropy"),
+    "logmeanexp": Member("logmeanexp"),
+    "logcumsumexp": Member("logcumsumexp"),
+    "cross_entropy_weighted": Member("cross_entropy", _BOTH),
+    "cross_entropy_in_float32": Member("cross_entropy", _BOTH),
+}
 
 
 def ours_jitted(axis: int, reduction: str) -> Offer:
@@ -122,11 +190,16 @@ def our_providers(place: Place, *, slow_starts: bool = True) -> list[Provider]:
     ]
 
 
-def path_taken(provider: Provider, operation: str, x: Any, second: Any) -> str:
+def path_taken(provider: Any, operation: str, x: Any, second: Any, axis: int = -1) -> str:
     """Return the kernel that a call of ours takes, or "portable"."""
-    arguments = (x, second) if operation in peers.LOSSES else (x,)
+    forward = operation.partition("+")[0]
+    takes_two = forward in peers.LOSSES or peers.FAMILY.get(forward)
+    arguments = (x, second) if takes_two else (x,)
+    function, takes, options = FAMILY.get(forward, Member(forward))
     with provider.context():
-        said = kernels.explain(operation.partition("+")[0], *arguments, axis=-1)
+        said = kernels.explain(
+            function, *arguments, **({"axis": axis} if "axis" in takes else {}), **options
+        )
     return said.partition(":")[0]
 
 

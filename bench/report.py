@@ -22,7 +22,7 @@ from bench.errors import CommandError
 ROOT = Path(__file__).resolve().parent.parent
 _LIBRARIES = (
     "numpy", "scipy", "numba", "torch", "triton", "jax", "optax", "dask", "cupy", "sklearn",
-    "array_api_strict", "ml_dtypes", "threadpoolctl",
+    "array_api_strict", "ml_dtypes", "threadpoolctl", "entmax", "mpmath",
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from bench import copies, gpu, places, providers
 from bench.answers import Answers
 from bench.errors import CommandError, one_line
-from bench.peers import BACKWARD, OPERATIONS
+from bench.peers import BACKWARD, FAMILY, LOGITS, OPERATIONS, TIMED, YES_OR_NO
 from bench.places import Place
 from bench.providers import Provider
 
@@ -42,6 +42,19 @@ _TOUCHES = {
     "softmax+backward": 4,
     "log_softmax+backward": 4,
     "logsumexp+backward": 2,
+    "softmax_with_sink": 2,
+    "entmax": 2,
+    "sparsemax": 2,
+    "entmax_loss": 1,
+    "sparsemax_loss": 1,
+    "sigmoid_cross_entropy": 2,
+    "sigmoid_focal": 2,
+    "kl_divergence": 2,
+    "entropy": 1,
+    "logmeanexp": 1,
+    "logcumsumexp": 2,
+    "entmax+backward": 4,
+    "sparsemax+backward": 4,
 }
 
 # The threads of a library spin for a while after a call and would take a core from the next turn:
@@ -154,13 +167,15 @@ class Problem:
 
     def second(self, operation: str) -> str:
         """Return the name of what an operation takes beside x."""
-        if operation not in BACKWARD:
+        kind = FAMILY.get(operation, "")
+        if not (kind in (LOGITS, YES_OR_NO) or operation.endswith("+backward")):
             return "labels"
-        name, shape = "upstream", self.shape
+        name, shape = kind or "upstream", self.shape
         if operation.startswith("logsumexp"):
             name, shape = "upstream of rows", self.shape[:1]
         if name not in self.arrays:
-            self.arrays[name] = self._draw(shape)
+            drawn = self._draw(shape)
+            self.arrays[name] = (drawn > 0).astype(drawn.dtype) if kind == YES_OR_NO else drawn
         return name
 
     def at(self, place: Place, name: str) -> Any:
@@ -283,8 +298,9 @@ def _fill(row: Row, times: list[float], clock: gpu.Clock) -> None:
 def parse_operations(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
-        if name not in OPERATIONS:
-            raise CommandError(f"unknown operation {name!r}; choose from {', '.join(OPERATIONS)}")
+        if name not in (*OPERATIONS, *TIMED):
+            known = ", ".join((*OPERATIONS, *TIMED))
+            raise CommandError(f"unknown operation {name!r}; choose from {known}")
     return names
 
 

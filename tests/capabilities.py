@@ -21,7 +21,7 @@ from backends import BACKENDS, LIBRARIES
 import portable_softmax
 from portable_softmax import libraries
 from portable_softmax.kernels import _table
-from portable_softmax.kernels._request import FAMILY, LINEAR, OPERATIONS
+from portable_softmax.kernels._request import FAMILY, LINEAR, OPERATIONS, SPARSE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,6 +101,7 @@ def operations(kernel: _table.Kernel) -> str:
         "linear_cross_entropy",
         OPERATIONS: "softmax family, cross_entropy",
         LINEAR: "linear_cross_entropy",
+        SPARSE: "entmax, sparsemax",
     }
     return named.get(kernel.operations) or ", ".join(kernel.operations)
 

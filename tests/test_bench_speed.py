@@ -92,6 +92,16 @@ def test_each_operation_moves_what_it_must():
     }
 
 
+@pytest.mark.once
+def test_the_rest_of_the_family_is_timed_where_it_is_right():
+    rows = _measured([_numpy("ours", **providers.ours(-1, "mean"))], *peers.TIMED)
+    found = {row.operation: row.problem for row in rows if row.role == speed.PEER}
+    assert found == dict.fromkeys(peers.TIMED, "")
+    wrong = {name: lambda x, _: x for name in peers.TIMED}
+    rows = _measured([_numpy("wrong", **wrong)], *peers.TIMED)
+    assert all(row.problem.startswith("wrong: ") for row in rows if row.role == speed.PEER)
+
+
 def test_threads_are_those_of_the_libraries_and_of_the_variables(monkeypatch):
     library = type("Library", (), {"get_num_threads": lambda: 7})
     monkeypatch.setitem(sys.modules, "numba", library)

@@ -89,6 +89,15 @@ def test_divergence(xp, name, dtype):
         assert actual == 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_divergence_of_equal_rows_is_0_however_they_lie_in_memory(xp, dtype):
+    x = (np.random.default_rng(31).normal(size=(40, 31)) * 0.01).astype(dtype)
+    wide = xp.asarray(np.concatenate([x, x], axis=1))[:, :31]
+    for p, q in ((xp.asarray(np.asfortranarray(x)), wide), (xp.asarray(x.T.copy()).T, wide)):
+        each = ps.kl_divergence(p, q, reduction="none")
+        assert_close(xp, each, np.zeros(40), dtype, rtol=0.0)
+
+
 def test_divergence_of_random_rows_is_never_negative(xp):
     rng = np.random.default_rng(31)
     p = rng.normal(size=(200, 5)).astype(np.float32)

@@ -13,10 +13,9 @@ ROWS = ("softmax", "log_softmax", "logsumexp")
 VJPS = ("softmax_vjp", "log_softmax_vjp")
 LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
 OPERATIONS = (*ROWS, *VJPS, *LOSSES)
+SPARSE = ("entmax", "sparsemax", "entmax_vjp")
 FAMILY = (
-    "entmax",
-    "sparsemax",
-    "entmax_vjp",
+    *SPARSE,
     "entmax_loss",
     "entmax_loss_value_and_grad",
     "entropy",
@@ -46,9 +45,10 @@ SigmoidOptions = portable.SigmoidOptions
 
 
 class EntmaxOptions(NamedTuple):
-    """The options of entmax and its relatives, with their neutral values."""
+    """The options of entmax and its relatives, with their neutral values; no call has the last."""
 
     alpha: float = 1.5
+    dtype: Any = None
 
 
 class EntmaxLossOptions(NamedTuple):

@@ -29,6 +29,7 @@ from portable_softmax.kernels._request import (
     OPERATIONS,
     OTHER_DTYPE,
     PROBABILITIES,
+    SPARSE,
 )
 
 Names = tuple[str, ...]  # torch.compile cannot look into sets that it takes for constants
@@ -94,6 +95,13 @@ _TILES = Kernel(
     dtypes=(*FLOATS, *INTEGERS),
     options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", EXTREME, "dtype", SAMPLES),
 )
+_PACKED = _TILES._replace(
+    name="packed rows",
+    why="only the entries near the maximum",
+    operations=SPARSE,
+    options=("alpha",),
+    at_least=1 << 15,  # below it, the rows' packing costs more than their numbers
+)
 _LENT: dict[str, Any] = {
     "library": "torch",
     "adapter": _TORCH,
@@ -128,6 +136,8 @@ TABLE = (
         tracing=("traced",),
         on_by_default=False,  # few options yet, and a first use compiles for seconds
     ),
+    _PACKED,
+    _PACKED._replace(**_LENT),
     Kernel(
         name="jax rules",
         why="one compiled call, without a branch",

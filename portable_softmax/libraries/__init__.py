@@ -32,6 +32,7 @@ __all__ = [
     "TENSORS",
     "Dtype",
     "Library",
+    "alike",
     "cast",
     "compute_dtype",
     "constant",
@@ -188,6 +189,11 @@ def wider_dtype(xp: Namespace, x: Any) -> Any:
 def cast(xp: Namespace, x: Any, dtype: Any) -> Any:
     """Return `x` in `dtype`, itself where it has that already."""
     return of(xp).cast(x, dtype)
+
+
+def alike(xp: Namespace, x: Any, y: Any) -> tuple[Any, Any]:
+    """Return two arrays of one shape, lying in memory alike: equal rows have equal sums then."""
+    return of(xp).alike(x, y)
 
 
 def scalar(xp: Namespace, value: float, like: Any) -> Any:

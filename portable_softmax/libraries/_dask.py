@@ -165,6 +165,13 @@ class Dask(Library):
             x, chunk=function, aggregate=function, axis=axes, keepdims=True, dtype=x.dtype
         )
 
+    def alike(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Return both in the same chunks, and each of these as a new array lies in memory."""
+        axes = tuple(range(x.ndim))
+        _, both = sys.modules["dask.array"].unify_chunks(x, axes, y, axes)
+        x, y = (a.map_blocks(_in_order, dtype=a.dtype, meta=a._meta) for a in both)
+        return x, y
+
     def of_whole_rows(
         self, x: Any, axes: tuple[int, ...], function: Callable[..., Any], number: Any
     ) -> Any:
@@ -172,6 +179,10 @@ class Dask(Library):
         cut = {axis: -1 for axis in axes if len(x.chunks[axis]) > 1}
         x = x.rechunk(cut) if cut else x
         return x.map_blocks(function, number, dtype=x.dtype, meta=x._meta)
+
+
+def _in_order(chunk: Any) -> Any:
+    return chunk.reshape(-1).reshape(chunk.shape)
 
 
 def _taken(take: Callable[[Any], Any] | None, chunk: Any, axis: Any, keepdims: bool) -> Any:

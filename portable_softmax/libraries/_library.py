@@ -167,6 +167,11 @@ class Library:
 
     # ----------------------------------------------------------------------- building blocks
 
+    def alike(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Return both as new arrays lie in memory, themselves where they do so already."""
+        x, y = (self.xp.reshape(self.xp.reshape(a, (-1,)), a.shape) for a in (x, y))
+        return x, y
+
     def cast(self, x: Any, dtype: Any) -> Any:
         """Return `x` in `dtype`, itself where it has that already."""
         return x if x.dtype == dtype else self.xp.astype(x, dtype)

@@ -4,22 +4,23 @@ The portable mathematics walks an array once for each operation, which is fine i
 in memory. `_layout` cuts an array into tiles, `_rows`, `_vjps` and `_losses` work on them in place
 with `_maths`, in scratch that is made once a thread. `_small` answers for small arrays, where the
 calls cost more than the numbers, and `_general` runs the portable functions on tiles for the rest.
+`_sparse` packs what entmax may leave above 0.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from portable_softmax.kernels._numpy import _general, _losses, _rows, _small, _vjps
+from portable_softmax.kernels._numpy import _general, _losses, _rows, _small, _sparse, _vjps
 from portable_softmax.kernels._numpy._layout import Layout, layout
-from portable_softmax.kernels._request import LOSSES, ROWS, VJPS, Request
+from portable_softmax.kernels._request import LOSSES, ROWS, SPARSE, VJPS, Request
 
 # From here on tiles of a vector-Jacobian product win, measured on rows of 1000:
 # timeit softmax_vjp with and without kernels.portable().
 _VJP_BYTES = 1 << 23
 
 TENSORS = False  # kernels on NumPy's arrays
-ANY_LAYOUT = (*ROWS, *LOSSES)  # the operations that are never declined
+ANY_LAYOUT = (*ROWS, *LOSSES, *SPARSE)  # the operations that are never declined
 
 
 def missing() -> str:
@@ -95,6 +96,21 @@ def log_softmax_vjp(request: Request, masked: bool = True) -> Any:
     if dy is None:
         return _vjps.log_softmax_vjp(request, *(_both(request) or ()), masked=masked)
     return _small.log_softmax_vjp(request, dy, masked)
+
+
+def entmax(request: Request) -> Any:
+    """Probabilities of which many are exactly 0."""
+    return _sparse.entmax(request)
+
+
+def sparsemax(request: Request) -> Any:
+    """Probabilities that are nearest to the logits: an alpha of 2."""
+    return _sparse.entmax(request)
+
+
+def entmax_vjp(request: Request) -> Any:
+    """g * (dy - sum(g * dy) / sum(g))."""
+    return _sparse.entmax_vjp(request)
 
 
 def _both(request: Request) -> tuple[Layout, Layout] | None:

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from portable_softmax.kernels._request import Request
+from portable_softmax.kernels._request import SPARSE, Request
 from portable_softmax.kernels._torch import _autograd, _gradients, _lending, _operators
 
 
 def declines(engine: Any, request: Request, asked: bool) -> str:
     """Return why a call is not for a kernel; empty if it is."""
     if request.labels is not None and (why := _not_a_kernels(request)):
+        return why
+    if request.operation in SPARSE and (why := _not_of_numbers(request)):
         return why
     if request.tracing and not _are_numbers(request):
         return "a number that may be another one in the next call"
@@ -33,6 +35,16 @@ def _are_numbers(request: Request) -> bool:
     """Return whether no option is a symbol of the compiler; operators take numbers."""
     given = [getattr(request.options, name, None) for name in request.active]
     return all(request.library.is_known(v) for v in given if isinstance(v, float))
+
+
+def _not_of_numbers(request: Request) -> str:
+    """Return why an entmax is torch's to follow."""
+    if isinstance(request.options.alpha, torch.Tensor):
+        return "an alpha in a tensor"
+    given = (request.x, request.dy)
+    if request.dy is not None and torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return "a gradient that is differentiated again"
+    return ""
 
 
 def _not_a_kernels(request: Request) -> str:

@@ -1,8 +1,9 @@
 """Values by a kernel; gradients by a kernel, or by the portable formula in torch's operations.
 
 A gradient starts from what the forward pass kept (`kept`), which is at most what torch's own
-functions keep: softmax its output; log_softmax its output, or its input where that is of a half
-type, from which the output is computed again with all its digits; logsumexp and the loss the input.
+functions keep: softmax and entmax their output; log_softmax its output, or its input where that is
+of a half type, from which the output is computed again with all its digits; logsumexp and the loss
+the input.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from portable_softmax import portable
-from portable_softmax.kernels._request import Request
+from portable_softmax.kernels._request import SPARSE, Request
 from portable_softmax.kernels._torch._lending import NUMPY, on_numpy, taken
 from portable_softmax.libraries import dtype_name
 
@@ -37,7 +38,7 @@ def value(engine: Any, request: Request) -> Any:
 
 def kept(request: Request, y: Tensor) -> Tensor:
     """Return what the gradient of a call with the answer `y` starts from."""
-    from_output = request.operation == "softmax" or (
+    from_output = request.operation in ("softmax", *SPARSE) or (
         request.operation == "log_softmax" and request.dtype not in _HALVES
     )
     return y if from_output else request.x
@@ -104,7 +105,14 @@ def _loss(engine: Any, request: Request, dy: Tensor) -> Tensor:
     return _masked(request, grad.mul_(_upstream(request, dy)))
 
 
+def _entmax(engine: Any, request: Request, dy: Tensor) -> Tensor:
+    vjp = on_numpy(request._replace(operation="entmax_vjp", dy=dy))
+    return taken(NUMPY.quietly(engine.entmax_vjp, vjp), request.x.dtype)
+
+
 _GRADIENTS = {
+    "entmax": _entmax,
+    "sparsemax": _entmax,
     "softmax": _softmax,
     "log_softmax": _log_softmax,
     "logsumexp": _logsumexp,
@@ -161,6 +169,8 @@ def formula(request: Request, dy: Tensor) -> Tensor:
             xp, x, request.target(), request.axis, options
         )
         return _masked(request, dx * _upstream(request, dy)).to(request.result_dtype)
+    if request.operation in SPARSE:
+        return portable.entmax_vjp(xp, x, dy, axes, alpha=options.alpha).to(request.result_dtype)
     where, temperature = options.where, options.temperature
     if request.operation == "logsumexp":
         infinite = _infinite(request)
