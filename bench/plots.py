@@ -37,6 +37,8 @@ _COLOURS = {
     "jax.nn, jit": "#15803d",
     "optax, jit": "#86c99a",
     "cupyx.scipy": "#f59e0b",
+    "entmax": "#be123c",
+    "entmax, k=100": "#fda4af",
     COPY: "#9aa7b4",
 }
 _SPARE = ("#db2777", "#65a30d", "#be185d", "#a16207")

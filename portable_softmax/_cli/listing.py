@@ -80,8 +80,8 @@ def _kernels(place: Place) -> dict[str, list[str]]:
 
 def _others(operation: str, x: Any, labels: Any) -> tuple[Any, ...]:
     """Return what an operation takes beside its first array."""
-    if operation.endswith("vjp"):
+    if operation.endswith("vjp") or operation.startswith("kl_divergence"):
         return (x,)
     if operation.startswith("linear"):
         return x, labels
-    return (labels,) if operation.startswith("cross") else ()
+    return (labels,) if operation.startswith(("cross_entropy", "entmax_loss")) else ()
