@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.fuzz import losses, reference
-from tests.fuzz.cases import LOSSES, Case, Refused
+from tests.fuzz import family, losses, reference
+from tests.fuzz.cases import FAMILY, LOSSES, Case, Refused
 from tests.fuzz.draw import Traits, from_rows, to_rows
 from tests.fuzz.reference import Answer, Rounding
 from tests.fuzz.values import FORMATS, name_of
@@ -39,7 +39,7 @@ def expected(
     with np.errstate(all="ignore"):
         if case.function in LOSSES:
             return _loss(case, x, dtype, rounding, reads_labels)
-        found = _rows(case, x, rounding)
+        found = (_family if case.function in FAMILY else _rows)(case, x, rounding)
     dtypes = (dtype,) if len(found) == 1 else (rounding.result.name, dtype)
     return Expected(found, dtypes)
 
@@ -67,6 +67,31 @@ def _rows(case: Case, x: np.ndarray, rounding: Rounding) -> tuple[Answer, ...]:
         answer = getattr(reference, case.function)(rows, live, rounding, temperature)
         return (_whole(answer, shape, axes),)
     return tuple(_sums(case, rows, live, rounding, shape))
+
+
+def _family(case: Case, x: np.ndarray, rounding: Rounding) -> tuple[Answer, ...]:
+    """Return the answer of a function of the rest of the family."""
+    axes, shape, options = case.axes, x.shape, case.options
+    rows = to_rows(x, axes).astype(rounding.compute.dtype)
+    if case.function in ("entmax", "sparsemax"):
+        answer = family.entmax(rows, float(options.get("alpha", 2.0)), rounding)
+        return (_whole(answer, shape, axes),)
+    if case.function == "logcumsumexp":
+        return (_whole(family.logcumsumexp(rows, rounding), shape, axes),)
+    if case.function == "entropy":
+        answer = family.entropy(rows, rounding)
+    elif case.function == "logmeanexp":
+        where = case.values("where")
+        live = to_rows(np.broadcast_to(True if where is None else where, shape), axes)
+        answer = family.logmeanexp(rows, live, rounding)
+    else:
+        other = case.values("other")
+        assert other is not None
+        other = to_rows(other, axes).astype(rounding.compute.dtype)
+        answer = family.kl_divergence(rows, other, float(options.get("temperature", 1)), rounding)
+    keep = options.get("keepdims", False)
+    kept = [1 if a in axes else n for a, n in enumerate(shape) if keep or a not in axes]
+    return (Answer(*(part.reshape(kept) for part in answer)),)
 
 
 def _sums(case: Case, rows: Any, live: Any, rounding: Rounding, shape: tuple[int, ...]) -> Any:

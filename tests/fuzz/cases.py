@@ -21,11 +21,20 @@ FUNCTIONS = {
     "softmax_jacobian": 4,
     "cross_entropy": 12,
     "cross_entropy_value_and_grad": 24,
+    "entmax": 6,
+    "sparsemax": 3,
+    "entropy": 4,
+    "logmeanexp": 4,
+    "logcumsumexp": 4,
+    "kl_divergence": 5,
 }
 LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
+FAMILY = ("entmax", "sparsemax", "entropy", "logmeanexp", "logcumsumexp", "kl_divergence")
 VJPS = ("softmax_vjp", "log_softmax_vjp")
 
-POSITIONAL = ("x", "y", "log_y", "logits", "labels", "dy")
+SUMS = ("logsumexp", "logmeanexp")  # all axes by default
+
+POSITIONAL = ("x", "other", "y", "log_y", "logits", "labels", "dy")
 
 
 class Refused(NamedTuple):
@@ -53,7 +62,7 @@ class Case:
     @property
     def axes(self) -> tuple[int, ...]:
         """The reduced axes, non-negative and in order."""
-        default = None if self.function == "logsumexp" else -1
+        default = None if self.function in SUMS else -1
         axis = self.options.get("axis", default)
         ndim = self.first.ndim
         if axis is None:
@@ -76,19 +85,21 @@ def make(traits: Traits, seed: int, number: int, functions: tuple[str, ...] = ()
     draw = Draw(traits, seed, number)
     chosen = {f: w for f, w in FUNCTIONS.items() if not functions or f in functions}
     function = draw.weighted(chosen)
-    one_axis = function in (*LOSSES, "softmax_jacobian")
+    one_axis = function in (*LOSSES, "softmax_jacobian", "logcumsumexp", "kl_divergence")
     dtype = _dtype(draw, function)
     shape, axis = shape_and_axis(draw, dtype, one_axis=one_axis)
     if function == "softmax_jacobian":
         shape = tuple(min(n, 20) for n in shape)
     case = Case(seed, number, function, {}, {})
-    default = None if function == "logsumexp" else -1
+    default = None if function in SUMS else -1
     if axis != default or draw.chance() < 0.3:
         case.options["axis"] = axis
     if function in LOSSES:
         draw_losses.fill(draw, case, shape, axis, dtype)
     elif function in VJPS or function == "softmax_jacobian":
         _fill_from_output(draw, case, shape, axis, dtype)
+    elif function in FAMILY:
+        _fill_family(draw, case, shape, axis, dtype)
     else:
         _fill_rows(draw, case, shape, axis, dtype)
     return wrong.spoil(draw, case) if draw.chance() < 0.03 else case
@@ -131,6 +142,33 @@ def _fill_rows(draw: Draw, case: Case, shape: tuple[int, ...], axis: Any, dtype:
                 case.options[option] = draw.one_of((True, True, False))
     elif draw.chance() < 0.3:
         case.options["temperature"] = draw.one_of(TEMPERATURES)
+
+
+ALPHAS = (1, 1.0, 1 + 1e-12, 1.001, 1.1, 1.25, 1.5, 1.5, 1.75, 2, 2.0, 2.5, 3.0, 7, 1e3, np.inf)
+
+
+def _fill_family(draw: Draw, case: Case, shape: tuple[int, ...], axis: Any, dtype: str) -> None:
+    """Give a case of the rest of the family its logits and options."""
+    axes, folded = rows_of(shape, axis)
+    x = from_rows(values.rows(draw.random, draw.rng, folded, dtype), shape, axes)
+    case.arrays["x"] = draw.argument(draw.in_byte_order(x))
+    if case.function == "entmax":
+        case.options["alpha"] = draw.one_of(ALPHAS)
+    elif case.function == "logmeanexp":
+        if draw.chance() < 0.3:
+            case.arrays["where"] = draw.argument(mask(draw, shape))
+        if draw.chance() < 0.3:
+            case.options["keepdims"] = draw.one_of((True, True, False))
+    elif case.function == "kl_divergence":
+        other = from_rows(values.rows(draw.random, draw.rng, folded, dtype), shape, axes)
+        if dtype in values.FORMATS and draw.chance() < 0.5:  # close to each other
+            scale = draw.one_of((0.0, 1e-6, 1e-3, 0.1))
+            near = x.astype(np.longdouble) * (1 + scale * draw.rng.standard_normal(shape))
+            other = np.asarray(near).astype(x.dtype)
+        case.arrays["other"] = draw.argument(draw.in_byte_order(other))
+        case.options["reduction"] = "none"
+        if draw.chance() < 0.3:
+            case.options["temperature"] = draw.one_of((0.5, 2.0, 3, 10.0))
 
 
 def _weights(draw: Draw, shape: tuple[int, ...], dtype: str) -> np.ndarray:

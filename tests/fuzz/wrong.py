@@ -23,7 +23,7 @@ _NO_NUMBERS = (True, "1", 1j, (1.0,), np.ones(1))
 
 def spoil(draw: Draw, case: Case) -> Case:
     """Replace one argument of a case by one that has to be refused."""
-    from tests.fuzz.cases import LOSSES, VJPS, Refused
+    from tests.fuzz.cases import FAMILY, LOSSES, VJPS, Refused
 
     is_loss = case.function in LOSSES
     names = ["axis", "dtype"]
@@ -35,7 +35,7 @@ def spoil(draw: Draw, case: Case) -> Case:
         names += ["temperature"] * 2
     if case.function in VJPS:
         names += ["dy"] * 2
-    if not (case.function in VJPS or case.function == "softmax_jacobian"):
+    if not (case.function in (*VJPS, *FAMILY) or case.function == "softmax_jacobian"):
         names.append("where")
     name = draw.one_of(names)
     shape, first = case.first.shape, next(iter(case.arrays))

@@ -1,0 +1,153 @@
+"""The rest of the family in extended precision, as `reference` has the softmax family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tests.fuzz.reference import ANY, Answer, L, Rounding, fold
+
+
+def entmax(x: Any, alpha: float, rounding: Rounding) -> Answer:
+    """Probabilities by bisection, of the threshold or, where the power is steep, of the least one.
+
+    What 4 units of the threshold move an entry by is its slope, p^(2 - alpha), times these.
+    """
+    x, c = x.astype(L), L(alpha) - 1
+    m = np.max(x, axis=1, keepdims=True, initial=-np.inf)
+    bad = ~np.isfinite(m)
+    d = np.where(bad, 0, x - np.where(bad, 0, m))
+    u, tiny = rounding.compute.u, rounding.compute.smallest_normal
+    span = -np.min(np.where(np.isfinite(d), d, 0), axis=1, keepdims=True, initial=0)
+    if not np.isfinite(c):
+        p = (d == 0) / np.maximum((d == 0).sum(axis=1, keepdims=True), 1)
+        slack: Any = np.zeros(p.shape)
+    elif c == 0:
+        e = np.exp(d)
+        p = e / e.sum(axis=1, keepdims=True)
+        slack = u * (12 + 4 * np.minimum(span, rounding.compute.depth)) * p
+    elif c <= 1:
+        s = _bisected(lambda s: _power(d - s, c), d)
+        p = _power(d - s, c)
+        slope = np.where(p > 0, p, 1) ** (1 - c) * (p > 0)
+        span = np.minimum(span, 1 / c)
+        slack = u * (16 * slope + (8 + 4 * np.minimum(span, rounding.compute.depth)) * p)
+        # At the threshold an entry may be as large as its power makes of a few units.
+        slack = slack + np.where(d - s > -(1 + 64 * u) / c, (64 * u) ** (1 / c), 0)
+    else:
+        p, slack = _steep(d, c, u)
+    slack = slack + 4 * tiny * (1 if rounding.flushes else 0)
+    p = np.where(bad, L("nan"), p)
+    return Answer(p, rounding.tolerance(p, 2, slack))
+
+
+def _power(w: Any, c: Any) -> Any:
+    inside = c * w > -1
+    return np.where(inside, np.exp(np.log1p(np.where(inside, c * w, 0)) / c), 0)
+
+
+def _bisected(p_of: Any, d: Any) -> Any:
+    """Return where the sum of probabilities is 1: it is at least that at 0."""
+    low = np.zeros((len(d), 1), L)
+    high = np.full((len(d), 1), L(2) + np.log(L(max(d.shape[1], 1))))
+    for _ in range(90):
+        middle = (low + high) / 2
+        more = p_of(middle).sum(axis=1, keepdims=True) >= 1
+        low, high = np.where(more, middle, low), np.where(more, high, middle)
+    return low
+
+
+def _steep(d: Any, c: Any, u: Any) -> tuple[Any, Any]:
+    """Return probabilities for c > 1 and what is lost: by the least one above 0."""
+    depth = np.where(np.isfinite(d), -d, L("inf"))
+
+    def powers(base: Any, p: Any) -> Any:
+        inside = depth <= base
+        z = np.where(inside, p**c + c * (base - np.where(inside, depth, 0)), 0)
+        return np.where(inside, z ** (1 / c), 0)
+
+    base = np.zeros((len(d), 1), L)
+    for j in np.argsort(-depth, axis=1).T if d.shape[1] else ():
+        at = np.take_along_axis(depth, j[:, None], axis=1)
+        fits = np.isfinite(at) & (
+            powers(np.where(np.isfinite(at), at, 0), L(0)).sum(axis=1, keepdims=True) < 1
+        )
+        base = np.maximum(base, np.where(fits, at, 0))
+    low, high = np.zeros((len(d), 1), L), np.ones((len(d), 1), L)
+    for _ in range(90):
+        middle = (low + high) / 2
+        more = powers(base, middle).sum(axis=1, keepdims=True) >= 1
+        low, high = np.where(more, low, middle), np.where(more, middle, high)
+    p = powers(base, low)
+    # Near the threshold the probability is a steep function of it: it is not judged there.
+    unsure = np.abs(c * (base - depth)) + low**c < 1e4 * u
+    return p, np.where(
+        unsure | (np.abs(c * (depth - base)) < 1e4 * u), ANY, 64 * u * np.ones(p.shape)
+    )
+
+
+def entropy(x: Any, rounding: Rounding) -> Answer:
+    rows = fold(x, np.ones(x.shape, bool))
+    d = np.where(rows.bad, 0, np.where(np.isneginf(rows.x), 0, rows.max - rows.x))
+    p = np.where(np.isneginf(rows.x), 0, np.exp(-d)) / (1 + rows.rest)
+    h = rows.log + (p * d).sum(axis=1, keepdims=True)
+    if not x.shape[1]:
+        return Answer(np.zeros(h.shape), np.zeros(h.shape))
+    h = np.where(rows.bad, L("nan"), h)
+    lost = np.where(h < 64 * rounding.compute.smallest_normal, 64, 2) * x.shape[1]
+    slack = lost * rounding.compute.smallest * (1 + rounding.compute.depth)
+    return Answer(h, rounding.tolerance(h, 8, slack))
+
+
+def logmeanexp(x: Any, live: Any, rounding: Rounding) -> Answer:
+    rows = fold(x, live)
+    n = live.sum(axis=1, keepdims=True)
+    infinite = np.isinf(rows.max)
+    value = np.where(infinite, rows.max, rows.max + (rows.log - np.log(np.maximum(n, 1).astype(L))))
+    value = np.where(n == 0, L("nan"), value)
+    size = np.where(np.isfinite(rows.max), np.maximum(1, np.abs(rows.max)), 1)
+    return Answer(value, rounding.tolerance(value, 6, 4 * rounding.compute.u * size))
+
+
+def logcumsumexp(x: Any, rounding: Rounding) -> Answer:
+    x = x.astype(L)
+    value, size = np.empty(x.shape, L), np.empty(x.shape, L)
+    for i in range(x.shape[1]):
+        rows = fold(x[:, : i + 1], np.ones((len(x), i + 1), bool))
+        top = rows.max[:, 0]
+        value[:, i] = np.where(np.isfinite(top), top + rows.log[:, 0], top)
+        size[:, i] = np.where(np.isfinite(top), np.maximum(1, np.abs(top)), 1)
+    return Answer(value, rounding.tolerance(value, 6, 4 * rounding.compute.u * size))
+
+
+def kl_divergence(x: Any, y: Any, temperature: float, rounding: Rounding) -> Answer:
+    """The documented bound: 8 u K + 4 u (1 + D) sqrt(2 K)."""
+    ones = np.ones(x.shape, bool)
+    by_p, by_q = fold(x, ones, temperature), fold(y, ones, temperature)
+
+    def logs(rows: Any) -> Any:
+        d = (rows.x - np.where(rows.bad, 0, rows.max)) / L(temperature)
+        return np.where(rows.bad, 0, d) - np.where(rows.bad, 0, rows.log)
+
+    p, q = logs(by_p), logs(by_q)
+    # A probability that the dtype does not hold is none.
+    gone = np.exp(p) < rounding.compute.smallest
+    u = np.where(gone, 0, np.where(gone, 0, q) - np.where(gone, 0, p))
+    e = np.where(gone, 0, np.exp(p))
+    small = np.abs(u) < 1e-3
+    series = u * u * (L(1) / 2 + u * (L(1) / 6 + u * (L(1) / 24 + u / 120)))
+    terms = e * np.where(small, series, np.expm1(np.where(small, 0, u)) - np.where(small, 0, u))
+    k = np.where(gone, np.exp(q), terms).sum(axis=1, keepdims=True)
+    deep = np.maximum(np.abs(np.where(gone, 0, p)), np.abs(np.where(gone | np.isinf(q), 0, q)))
+    depth = np.max(deep, axis=1, keepdims=True, initial=0)
+    bad = by_p.bad | by_q.bad
+    k = np.where(bad & (x.shape[1] > 0), L("nan"), k)
+    finite = np.where(np.isfinite(k), np.abs(k), 0)
+    unit = rounding.compute.u
+    slack = 8 * unit * finite + 4 * unit * (1 + depth) * np.sqrt(2 * finite)
+    slack = slack + 16 * rounding.compute.smallest_normal * x.shape[1]
+    # Logits that nearly overflow may do so here as well.
+    largest = np.max(np.where(np.isfinite(x), np.abs(x), 0), axis=1, keepdims=True, initial=0)
+    unsure = np.maximum(largest, np.maximum(finite, depth)) > rounding.compute.max / 16
+    return Answer(k, np.where(unsure, ANY, rounding.tolerance(k, 1, slack)))
