@@ -137,7 +137,10 @@ def kl_divergence(x: Any, y: Any, temperature: float, rounding: Rounding) -> Ans
     e = np.where(gone, 0, np.exp(p))
     small = np.abs(u) < 1e-3
     series = u * u * (L(1) / 2 + u * (L(1) / 6 + u * (L(1) / 24 + u / 120)))
-    terms = e * np.where(small, series, np.expm1(np.where(small, 0, u)) - np.where(small, 0, u))
+    far = u > 64  # where exp(u) may overflow
+    mild = np.where(small | far, 0, u)
+    terms = e * np.where(small, series, np.expm1(mild) - mild)
+    terms = np.where(far, np.exp(q) - e * (1 + u), terms)
     k = np.where(gone, np.exp(q), terms).sum(axis=1, keepdims=True)
     deep = np.maximum(np.abs(np.where(gone, 0, p)), np.abs(np.where(gone | np.isinf(q), 0, q)))
     depth = np.max(deep, axis=1, keepdims=True, initial=0)
