@@ -574,8 +574,12 @@ def downstream(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build sdist and wheel, the same bytes twice; run README.md's first example on the wheel."""
+    """Build sdist and wheel, the same bytes twice; run README.md's first example on the wheel.
+
+    The recipe of the conda package is rendered, which finds what does not fit its schema.
+    """
     install(session, *group("build"))
+    session.run("python", "-c", RENDER, str(ROOT / "conda" / "recipe.yaml"))
     dist, again = HOME / "dist", HOME / "dist-again"
     for folder in (dist, again):
         shutil.rmtree(folder, ignore_errors=True)
@@ -606,3 +610,11 @@ def build(session: nox.Session) -> None:
         Path("example.txt").write_text(example[1])
         options = ("-o", "ELLIPSIS", "-o", "NORMALIZE_WHITESPACE")
         session.run(python, "-I", "-m", "doctest", *options, "example.txt", external=True)
+
+
+RENDER = """\
+import sys
+from rattler_build import Stage0Recipe, VariantConfig
+(package,) = Stage0Recipe.from_file(sys.argv[1]).render(VariantConfig())
+print(package)
+"""

@@ -92,8 +92,6 @@ def _path(request: pytest.FixtureRequest):
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     path = BACKENDS[params["backend_name"]].path if "backend_name" in params else "without numba"
     if request.node.get_closest_marker("numba"):
-        if why := BACKENDS["numba"].missing():
-            pytest.skip(why)
         yield
         return
     if path == "portable":
@@ -122,6 +120,10 @@ def _room_for_programs(request: pytest.FixtureRequest):
 _LIBRARY_FIXTURES = {"torch": "torch", "jax": "jax", "da": "dask"}
 
 
+# The backend that runs the tests with a mark, of those that take none.
+_RUN_BY = {"once": "numpy", "numba": "numba"}
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what no chosen backend runs, and the tests of the other part."""
     part = config.getoption("--part")
@@ -136,7 +138,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             elsewhere = elsewhere or name not in LIBRARIES
         if name is not None and (quick := BACKENDS[name].quick):
             elsewhere = elsewhere or item.path.stem not in (*quick, *BACKENDS[name].others)
-        if elsewhere or (item.get_closest_marker("once") and "numpy" not in config.stash[_KEY]):
+        for mark, backend in _RUN_BY.items():
+            marked = item.get_closest_marker(mark) is not None
+            elsewhere = elsewhere or (marked and backend not in config.stash[_KEY])
+        if elsewhere:
             foreign.append(item)
         elif slow if part == "fast" else part == "slow" and not (slow or _has_examples(item)):
             left.append(item)

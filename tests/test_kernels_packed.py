@@ -30,7 +30,7 @@ def rows(dtype="float64", classes=700):
     return x.astype(dtype)
 
 
-def test_which_path_is_taken_on_both_sides_of_the_size(xp):
+def test_which_path_is_taken_on_both_sides_of_the_size(xp, arrays_of):
     n = PACKED.at_least
     for operation in ("entmax", "sparsemax"):
         for size, path in ((n, "packed rows"), (n - 1, "portable")):

@@ -141,16 +141,7 @@ def show(library: str, shapes: str, before: str = "", **environment: str) -> dic
     return dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
 
 
-LIBRARY = [
-    pytest.param(NUMPY, id="numpy", marks=pytest.mark.libraries("numpy")),
-    pytest.param(TORCH, id="torch", marks=pytest.mark.libraries("torch")),
-]
-
-
-@pytest.mark.numba
-@pytest.mark.slow("a fresh process compiles every kernel", "torch")
-@pytest.mark.parametrize("library", LIBRARY)
-def test_what_was_called_before_changes_no_bit(library, arrays_of):
+def same_after_other_calls(library):
     """Small arrays after large calls of every operation and dtype, in the order that is worst."""
     fresh = show(library, "SMALL")
     after = show(library, "SMALL", before="digest(as_array, LARGE, DTYPES[::-1])")
@@ -158,13 +149,37 @@ def test_what_was_called_before_changes_no_bit(library, arrays_of):
     assert len(fresh) == 15
 
 
-@pytest.mark.numba
-@pytest.mark.parametrize("library", LIBRARY)
-@pytest.mark.parametrize("kernels", ["", "portable", "numba rows"])
-@pytest.mark.slow("a fresh process compiles every kernel", "torch")
-def test_the_number_of_threads_changes_no_bit(library, kernels, arrays_of):
+def same_on_two_threads(library, kernels):
     given = {"PORTABLE_SOFTMAX_KERNELS": kernels}
     one = show(library, "LARGE", OMP_NUM_THREADS="1", **given)
     two = show(library, "LARGE", OMP_NUM_THREADS="2", **given)
     assert one == two
     assert len(one) == 12
+
+
+SLOW = pytest.mark.slow("a fresh process compiles every kernel")
+every_switch = pytest.mark.parametrize("kernels", ["", "portable", "numba rows"])
+
+
+@pytest.mark.numba
+@SLOW
+def test_what_was_called_before_changes_no_bit():
+    same_after_other_calls(NUMPY)
+
+
+@SLOW
+def test_what_was_called_before_changes_no_bit_of_a_tensor(torch, arrays_of):
+    same_after_other_calls(TORCH)
+
+
+@pytest.mark.numba
+@SLOW
+@every_switch
+def test_the_number_of_threads_changes_no_bit(kernels):
+    same_on_two_threads(NUMPY, kernels)
+
+
+@SLOW
+@every_switch
+def test_the_number_of_threads_changes_no_bit_of_a_tensor(torch, arrays_of, kernels):
+    same_on_two_threads(TORCH, kernels)
