@@ -26,9 +26,11 @@ FEW = 4
 # So many columns are worked on side by side, in vectors of 64 bytes, while a tile of them stays in
 # the second cache; if not, one vector.
 VECTORS, TILE = 4, 1 << 18
-# So many bytes are one piece of work. Smaller arrays than THREADED are left to one thread: to wake
-# another takes as long as half of that (`python -m bench thresholds`).
-PIECE = 1 << 18
+# A piece of work is a part of the array, of so many bytes at least and at most: threads that take
+# one after the other share small arrays evenly, and write long stretches of large ones. Smaller
+# arrays than THREADED are left to one thread: to wake another takes as long as half of that
+# (`python -m bench thresholds`).
+PART_OF_ALL, SMALLEST, LARGEST = 16, 1 << 18, 1 << 21
 THREADED = 1 << 22
 
 
@@ -97,9 +99,10 @@ def plan(layout: Layout, dtype: Any, compute: Any, tiles: int) -> Plan:
         kernels, groups, size, height, inner = ROWS, outer, n, 1, outer
         workspace = _long.space.py_func(n) + (0 if exact else n)
     workspace += size_of_values.py_func(height) + lanes  # the last ones to align it
-    step = groups
-    if groups * size * dtype.itemsize >= THREADED:
-        step = max(1, PIECE // (size * dtype.itemsize))
+    step, everything = groups, groups * size * dtype.itemsize
+    if everything >= THREADED:
+        piece = min(max(SMALLEST, everything // PART_OF_ALL), LARGEST)
+        step = max(1, piece // (size * dtype.itemsize))
     return Plan(kernels, (n, inner, height), workspace, step, groups)
 
 
