@@ -32,6 +32,7 @@ def _numpy(name, **offer):
 # --------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow("every operation and its peers are compiled", "torch", "jax")
 def test_speed_runs_on_every_backend(arrays_of, tmp_path, capsys):
     path = tmp_path / "speed.json"
     assert _speed("--backend", arrays_of, "--peers", "own", "--json", str(path)) == 0

@@ -183,6 +183,7 @@ def taken(monkeypatch):
     return seen
 
 
+@pytest.mark.slow("XLA compiles each call", "jax")
 @pytest.mark.parametrize("call", CALLS)
 def test_explain_names_what_ran(xp, taken, call):
     """For every option of every function: the same decision is explained and carried out."""

@@ -21,6 +21,17 @@ _SLOW = pytest.mark.slow("Numba compiles every kernel once more")
 every_shape = pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 
 
+def shapes_and(names, first, others, fast=SHAPES):
+    """Return every shape with the first values, and two of them with each of the others."""
+    cases = [(*case, *first) for case in SHAPES]
+    cases += [(*SHAPES[i], *values) for values in others for i in (0, 3)]
+    return pytest.mark.parametrize(
+        ("shape", "axis", *names),
+        [pytest.param(*c, marks=() if c in [(*f, *first) for f in fast] else _SLOW) for c in cases],
+        ids=str,
+    )
+
+
 @pytest.fixture(autouse=True)
 def _every_size():
     with kernels.use("numba rows"):
@@ -109,10 +120,7 @@ def test_what_a_mask_leaves_of_rows_without_an_answer(shape, axis):
     np.testing.assert_array_equal(y[:4], [-np.inf, np.nan, np.inf, -np.inf])
 
 
-@every_shape
-@pytest.mark.parametrize(
-    "dtype", ["float32", *(pytest.param(d, marks=_SLOW) for d in ("float64", "float16"))]
-)
+@shapes_and(("dtype",), ("float32",), [("float64",), ("float16",)])
 def test_the_loss_of_a_masked_row_is_that_of_the_row_without_those_classes(shape, axis, dtype):
     rng = np.random.default_rng(3)
     x = rng.standard_normal(shape).astype(dtype)
@@ -259,11 +267,12 @@ def bounded_loss(x, t, cap, mask, z):
     return loss, (grad + 2 * z * lse * p) * 4 * far / (1 + far) ** 2
 
 
-@every_shape
-@pytest.mark.parametrize(
-    "dtype", ["float32", *(pytest.param(d, marks=_SLOW) for d in ("float64", "float16"))]
+@shapes_and(
+    ("dtype", "masked"),
+    ("float32", False),
+    [("float64", False), ("float32", True), ("float16", True)],
+    fast=(SHAPES[0], SHAPES[3]),
 )
-@pytest.mark.parametrize("masked", [False, pytest.param(True, marks=_SLOW)])
 def test_a_softcap_bounds_the_logits_and_slopes_the_gradient(shape, axis, dtype, masked):
     rng, cap = np.random.default_rng(7), 11.0
     x = (8 * rng.standard_normal(shape)).astype(dtype)

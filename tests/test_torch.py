@@ -196,6 +196,7 @@ def test_a_derivative_is_taken_for_those_that_ask(torch, xp, call):
         asking.requires_grad_(False)
 
 
+@pytest.mark.slow("each call on each path", "torch-portable", "torch-numba")
 @every_call
 def test_inference_mode_and_autocast_change_no_bit(torch, xp, call):
     function, arrays = call.on(xp.from_numpy)
@@ -248,7 +249,7 @@ def test_labels_of_every_integer_dtype(torch, xp, dtype):
 
 
 @every_call
-def test_meta_and_fake_tensors_give_the_shape_and_dtype(torch, xp, call):
+def test_meta_and_fake_tensors_give_the_shape_and_dtype(torch, xp, arrays_of, call):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     expected = call.outputs(xp.from_numpy)
@@ -315,6 +316,7 @@ def test_a_compiled_function_takes_other_lengths(torch, xp, compiled):
         torch.testing.assert_close(step(x, labels), ps.cross_entropy(x, labels))
 
 
+@pytest.mark.slow("torch.compile compiles C++")
 def test_inductor_keeps_the_digits_of_a_confident_row(torch, xp, compiled):
     x = xp.asarray([[30.0, 0.0, 0.0], [0.0, 1.0, 2.0]], "float32")
     labels = xp.asarray([0, 3])  # the second is out of range: nan, since no value can be read

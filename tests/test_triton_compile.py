@@ -17,6 +17,12 @@ if importlib.util.find_spec("torch") is None:
 
 import triton_compile as tc
 
+_SLOW = pytest.mark.slow("Triton compiles every kernel once more")
+EVERY_DTYPE = [
+    pytest.param(dtype, marks=() if dtype in ("float32", "bfloat16") else _SLOW)
+    for dtype in tc.DTYPES
+]
+
 # A pass and a layout of each kernel, and of some two.
 PASSES = (
     ("softmax", "registers", "classes"),
@@ -38,7 +44,10 @@ def one(name: str, way: str, along: str, dtype: str) -> tc.Case:
 
 
 @pytest.mark.parametrize(("name", "way", "along"), PASSES)
-@pytest.mark.parametrize("dtype", tc.DTYPES)
+@pytest.mark.parametrize(
+    "dtype",
+    [d if d in ("float32", "bfloat16") else pytest.param(d, marks=_SLOW) for d in tc.DTYPES],
+)
 def test_sixteen_bytes_at_a_time(name, way, along, dtype):
     """Contiguous aligned rows are loaded and stored 128 bits wide, and nothing spills."""
     kernel = tc.compiled(one(name, way, along, dtype), 90)
@@ -104,16 +113,16 @@ def test_a_relay_publishes_what_it_has_stored(name):
     assert "ld.global.cg" not in ptx[:acquired]
 
 
-@pytest.mark.parametrize("arch", tc.ARCHS)
+@pytest.mark.parametrize("arch", [a if a == 90 else pytest.param(a, marks=_SLOW) for a in tc.ARCHS])
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
         ("softmax", "float32"),
-        ("log_softmax", "bfloat16"),
-        ("logsumexp, backward", "float64"),
-        ("softmax_vjp", "float32"),
+        pytest.param("log_softmax", "bfloat16", marks=_SLOW),
+        pytest.param("logsumexp, backward", "float64", marks=_SLOW),
+        pytest.param("softmax_vjp", "float32", marks=_SLOW),
         ("cross_entropy_value_and_grad", "bfloat16"),
-        ("cross_entropy_value_and_grad, every option", "float64"),
+        pytest.param("cross_entropy_value_and_grad, every option", "float64", marks=_SLOW),
     ],
 )
 def test_a_relay_with_its_fallback_spills_nothing(name, dtype, arch):

@@ -83,6 +83,7 @@ def test_the_rounding_of_the_shift_is_put_back(xp):
     assert reference.ulps(actual, expected) <= 4
 
 
+@pytest.mark.slow("Triton interprets element by element", "triton")
 @pytest.mark.parametrize("path", ["default", "portable"])
 def test_a_long_remainder_keeps_its_digits(xp, path):
     """A sum of many equal terms, one after another or in short blocks, loses hundreds of units."""
@@ -401,6 +402,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow("Triton interprets element by element", "triton")
 @pytest.mark.parametrize("path", ["default", "portable"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sums_keep_their_digits_in_every_layout(xp, layout, path):
