@@ -395,3 +395,27 @@ def test_processes(jax, tmp_path, name):
     )
     assert ran.returncode == 0, ran.stderr
     assert "end" in ran.stdout
+
+
+COUNTED_ANEW = """
+import itertools
+import jax, numpy as np
+from numba.core.bytecode import FunctionIdentity
+import portable_softmax as ps
+x = np.random.default_rng(0).standard_normal((7, 300)).astype(np.float32)
+ps.kernels.explain("softmax", x)
+for function in (ps.softmax, ps.log_softmax):
+    FunctionIdentity._unique_ids = itertools.count(10_000)
+    function(x)
+np.testing.assert_array_equal(ps.softmax(jax.numpy.asarray(x)), ps.softmax(x))
+"""
+
+
+@pytest.mark.slow("a fresh process compiles two kernels and a handler")
+def test_kernels_that_two_processes_have_compiled_are_told_apart(jax, tmp_path):
+    """Numba counts functions anew in each process, and names their machine code by the count."""
+    environment = {"PORTABLE_SOFTMAX_KERNELS": "numba rows", "NUMBA_CACHE_DIR": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", COUNTED_ANEW], env={**os.environ, **environment}, timeout=300
+    )
+    assert ran.returncode == 0

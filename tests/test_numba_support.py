@@ -131,6 +131,36 @@ def test_the_private_names_of_numba():
     assert hasattr(njit(lambda x: x), "_cache")
 
 
+def test_what_is_inlined_has_no_machine_code(monkeypatch):
+    """Without a name of Numba's code libraries every function is compiled by itself."""
+    from numba import njit
+
+    from portable_softmax.kernels._numba import _inlined
+
+    def has_code():
+        inner = njit(**options, **_inlined.pipeline())(lambda x: x + 1)
+        assert njit(lambda x: 2 * inner(x))(3) == 8
+        (found,) = inner.overloads.values()
+        return found.library._codegen._engine.is_symbol_defined(found.fndesc.mangled_name)
+
+    options = dict.fromkeys(("forceinline", "no_cpython_wrapper", "no_cfunc_wrapper"), True)
+    assert not has_code()
+    for owner, names in _inlined.PRIVATE.items():
+        with monkeypatch.context() as m:
+            m.setitem(_inlined.PRIVATE, owner, (*names, "of_another_version"))
+            assert _inlined.pipeline() == {}
+            assert has_code()
+
+
+def test_each_kernel_has_a_name_of_its_own():
+    """The linker takes functions of one name for the same, whatever process compiled them."""
+    from portable_softmax.kernels._numba import _kernels
+
+    layouts = _kernels.ROWS, _kernels.BLOCKS, _kernels.COLUMNS, _kernels.NARROW
+    names = [kernel.py_func.__qualname__ for found in layouts for kernel in found.values()]
+    assert len({*names}) == len(names)
+
+
 # --------------------------------------------------------------------------- on disk
 
 LARGE = """

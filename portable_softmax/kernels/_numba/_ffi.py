@@ -50,7 +50,7 @@ def _compiled(name: str, *parts: str) -> Any:
 
     XLA's threads may be in it while the interpreter ends.
     """
-    handle: Any = _handlers.handler(*parts)  # type: ignore[no-untyped-call]
+    handle: Any = _handlers.handler(name, *parts)  # type: ignore[no-untyped-call]
     made: Any = CFunc(handle, ((types.int64,), types.int64), {}, {"error_model": "numpy"})
     if _jit.folder() is not None:
         made._cache = _jit._cache_class()(handle, name)

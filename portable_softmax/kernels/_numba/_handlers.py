@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from portable_softmax.kernels._numba._compensation import compensated
-from portable_softmax.kernels._numba._jit import function
+from portable_softmax.kernels._numba._jit import function, named
 from portable_softmax.kernels._numba._kernels import BLOCKS, COLUMNS, NARROW, ROWS, scan
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, no_sum, with_term
 from portable_softmax.kernels._numba._memory import I64
@@ -155,6 +155,13 @@ free = types.ExternalFunction("free", types.void(types.int64))
 yield_to_others = types.ExternalFunction("sched_yield", types.int32())
 
 _compiled = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+def task(name):
+    """Return the decorator of what a handler calls and does not inline."""
+    return lambda f: _compiled(named(f, f"{name}.{f.__name__}"))
+
+
 VERSION_WORD = API[0] | API[1] << 32
 
 
@@ -310,12 +317,12 @@ def is_as_planned(buffer, code, size):
     return low_half(word(buffer, DTYPE)) == code and elements == size
 
 
-def _handler(body, prepare, finish, compute, arguments, results):
+def _handler(name, body, prepare, finish, compute, arguments, results):
     """Return the C function; the last two are the codes of the buffers' dtypes."""
     item, first_result = compute.bitwidth // 8, len(arguments)
     codes, buffers = arguments + results, len(arguments) + len(results)
 
-    @_compiled
+    @task(name)
     def work(job):
         """Take pieces until there are none left; return whether there was memory for it."""
         size = word(job, PLAN + WORKSPACE)
@@ -326,12 +333,12 @@ def _handler(body, prepare, finish, compute, arguments, results):
         free(memory)
         return True
 
-    @_compiled
+    @task(name)
     def leave(job):
         if add(job, HOLDERS, -1) == 1:
             free(job)
 
-    @_compiled
+    @task(name)
     def help_out(job):
         add(job, WORKING, 1)
         work(job)
@@ -403,24 +410,24 @@ def _handler(body, prepare, finish, compute, arguments, results):
             return failure(frame, OUT_OF_MEMORY, text("portable_softmax: no memory for a row"))
         return 0
 
-    return handle
+    return named(handle, name)
 
 
 LAYOUTS = {"rows": ROWS, "blocks": BLOCKS, "columns": COLUMNS, "narrow": NARROW}
 
 
-def handler(operation, layout, dtype):
-    """Return the handler of an operation, to be compiled."""
+def handler(name, operation, layout, dtype):
+    """Return the handler of an operation, to be compiled; `name` is unique among them."""
     run, stored = LAYOUTS[layout][operation], STORED[dtype]
     compute = types.float64 if dtype == "float64" else types.float32
     one, computed = CODES[dtype], CODES[str(compute)]
     if operation in ("softmax", "log_softmax", "logsumexp"):
         body = _row_by_row(run, stored, 1 if operation == "logsumexp" else (1, 1))
-        return _handler(body, *_nothing(), compute, (one,), (one,))
+        return _handler(name, body, *_nothing(), compute, (one,), (one,))
     if operation in ("softmax_vjp", "log_softmax_vjp"):
         number = integer_of if operation == "softmax_vjp" else infinity_of
-        return _handler(_vjp(run, stored, number), *_nothing(), compute, (one, one), (one,))
+        return _handler(name, _vjp(run, stored, number), *_nothing(), compute, (one, one), (one,))
     gradient = operation == "cross_entropy_value_and_grad"
     body = _loss(run, stored, compute, gradient)
     results = (computed, one) if gradient else (computed,)
-    return _handler(body, *_of_a_loss(compute), compute, (one, CODES["int32"]), results)
+    return _handler(name, body, *_of_a_loss(compute), compute, (one, CODES["int32"]), results)

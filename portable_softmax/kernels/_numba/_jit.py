@@ -23,24 +23,44 @@ from typing import Any
 from numba import njit
 from numba.core import caching, config
 
+from portable_softmax.kernels._numba import _inlined
+
 HERE = Path(__file__).resolve().parent
 
-INLINED = {"nogil": True, "error_model": "numpy", "forceinline": True}
-# Python calls none of these itself: without wrappers for it they compile faster.
-function = njit(**INLINED, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+INLINED = {
+    "nogil": True,
+    "error_model": "numpy",
+    "forceinline": True,
+    # Python calls none of these itself: they need no wrappers for it, and no machine code.
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    **_inlined.pipeline(),
+}
+function = njit(**INLINED)
 
 
 def kernel(name: str) -> Callable[[Any], Any]:
     """Return the decorator of a function that Python calls; `name` is unique among them."""
 
     def compiled(python_function: Any) -> Any:
-        dispatcher = njit(nogil=True, error_model="numpy")(python_function)
+        dispatcher = njit(nogil=True, error_model="numpy")(named(python_function, name))
         with suppress(AttributeError, TypeError, NotImplementedError):
             if folder() is not None:
                 dispatcher._cache = _cache_class()(python_function, name)
         return dispatcher
 
     return compiled
+
+
+def named(python_function: Any, name: str) -> Any:
+    """Let the machine code of a function bear a name of its own.
+
+    Numba names it by the function's qualified name and a number that begins anew in each process.
+    So kernels of one factory that two processes have left in the cache may bear the same name, and
+    the linker takes one for the other.
+    """
+    python_function.__qualname__ = name
+    return python_function
 
 
 @cache

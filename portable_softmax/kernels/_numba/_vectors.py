@@ -13,7 +13,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, models, overload, register_model
+from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 from portable_softmax.kernels._numba._memory import (
     COMPUTE,
@@ -267,17 +267,6 @@ def elementwise(generate: Any) -> Any:
     return intrinsic(found)
 
 
-@overload(operator.neg)
-def _negated(a):
-    return (lambda a: negated(a)) if isinstance(a, Vector) else None
-
-
-@elementwise
-def negated(builder, a):
-    """``-a``."""
-    return builder.fneg(a)
-
-
 @elementwise
 def product(builder, a, b):
     """``a * b`` in the dtype of `a`."""
@@ -285,16 +274,29 @@ def product(builder, a, b):
 
 
 def _operator(symbol: Any, name: str) -> None:
-    both = elementwise(lambda builder, a, b: getattr(builder, name)(a, b))
+    """Let an operator take vectors, or a vector and a number, without compiling a function."""
 
-    @overload(symbol)
-    def choose(a, b):
-        if isinstance(a, Vector) or isinstance(b, Vector):
-            return lambda a, b: both(a, b)
-        return None
+    @type_callable(symbol)
+    def typed(context):
+        def result(*given):
+            return next((a for a in given if isinstance(a, Vector)), None)
+
+        return (lambda a: result(a)) if symbol is operator.neg else (lambda a, b: result(a, b))
+
+    def instructions(context, builder, signature, args):
+        kind, pairs = signature.return_type, zip(signature.args, args, strict=True)
+        operands = (converted(context, builder, kind, *pair) for pair in pairs)
+        return getattr(builder, name)(*operands)
+
+    if symbol is operator.neg:
+        lower_builtin(symbol, Vector)(instructions)
+        return
+    for given in ((Vector, Vector), (Vector, types.Number), (types.Number, Vector)):
+        lower_builtin(symbol, *given)(instructions)
 
 
 for _symbol, _name in (
+    (operator.neg, "fneg"),
     (operator.add, "fadd"),
     (operator.sub, "fsub"),
     (operator.mul, "fmul"),
