@@ -397,6 +397,17 @@ def test_processes(jax, tmp_path, name):
     assert "end" in ran.stdout
 
 
+def test_a_half_types_gradient_is_rounded_once_under_vmap(jax, xp):
+    """Each batch has a divisor of its own: its gradient is divided before it is rounded."""
+    x, _ = draw(xp, 5, 30, dtype="float16")
+    labels = np.random.default_rng(1).integers(3, size=(4, 5))
+    f = jax.vmap(lambda t: ps.cross_entropy_value_and_grad(x, t, ignore_index=0)[1])
+    for grad, t in zip(np.asarray(f(xp.asarray(labels))), labels, strict=True):
+        _, exact = ps.cross_entropy_value_and_grad(np.asarray(x, np.float64), t, ignore_index=0)
+        unit = np.spacing(np.abs(exact).astype(np.float16)).astype(np.float64)
+        assert np.all(np.abs(grad - exact) <= 0.51 * unit)
+
+
 COUNTED_ANEW = """
 import itertools
 import jax, numpy as np

@@ -272,6 +272,8 @@ def _loss(call: Call, layout: tuple[int, int, int], leaves: Arrays) -> list[Any]
     per_sum = math.prod(positions[call.batch :])
     divisors = None
     if form.reduction == "mean" and call.batch and ignore is not None:
+        if call.operation != "cross_entropy" and x.dtype != form.compute:
+            return _by_xla(*leaves, call=call)  # a half type is divided before it is rounded
         counted = (labels != ignore).reshape(*positions[: call.batch], -1)
         divisors = jnp.sum(counted, axis=-1).astype(form.compute)
     mean = form.reduction == "mean" and divisors is None

@@ -32,6 +32,12 @@ VECTORS, TILE = 4, 1 << 18
 # (`python -m bench thresholds`).
 PART_OF_ALL, SMALLEST, LARGEST = 16, 1 << 18, 1 << 21
 THREADED = 1 << 22
+# Arrays of which a group is in the workspace at once, where that is more than one.
+TILES = {
+    **dict.fromkeys(("softmax_vjp", "log_softmax_vjp", "cross_entropy_value_and_grad"), 2),
+    "soft_cross_entropy": 2,
+    "soft_cross_entropy_value_and_grad": 3,
+}
 
 
 class Layout(NamedTuple):
@@ -77,9 +83,9 @@ def in_groups(n: int, compute: Any) -> bool:
     return n <= FEW or n * compute.itemsize < SHORT
 
 
-def plan(layout: Layout, dtype: Any, compute: Any, tiles: int) -> Plan:
+def plan(operation: str, layout: Layout, dtype: Any, compute: Any) -> Plan:
     """Choose between rows one by one, in blocks and columns, and cut the work into pieces."""
-    outer, n, inner = layout
+    (outer, n, inner), tiles = layout, TILES.get(operation, 1)
     lanes = 64 // compute.itemsize
     exact = dtype.itemsize == compute.itemsize
     if inner > 1:
@@ -133,12 +139,10 @@ def run(
     _threads.run(work, [planned.groups] * min(planned.pieces, _threads.limit()))
 
 
-def _run(
-    operation: str, arrays: tuple[Any, ...], number: Any, layout: Layout, tiles: int = 1
-) -> None:
+def _run(operation: str, arrays: tuple[Any, ...], number: Any, layout: Layout) -> None:
     dtype = arrays[0].dtype
     compute = compute_dtype(dtype)
-    run(operation, arrays, (number,), plan(layout, dtype, compute, tiles), compute)
+    run(operation, arrays, (number,), plan(operation, layout, dtype, compute), compute)
 
 
 def softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0, mask: Any = None) -> None:
@@ -165,13 +169,13 @@ def logsumexp(x: Any, out: Any, layout: Layout, mask: Any = None) -> None:
 
 def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout) -> None:
     """Two reads and one write."""
-    _run("softmax_vjp", (y, dy, out), 0, layout, tiles=2)
+    _run("softmax_vjp", (y, dy, out), 0, layout)
 
 
 def log_softmax_vjp(log_y: Any, dy: Any, out: Any, layout: Layout, masked: bool = True) -> None:
     """Two reads and one write. What a mask left at -inf passes no gradient on; a logit does."""
     left_out = math.inf if masked else math.nan  # which nothing is equal to
-    _run("log_softmax_vjp", (log_y, dy, out), left_out, layout, tiles=2)
+    _run("log_softmax_vjp", (log_y, dy, out), left_out, layout)
 
 
 def losses(
@@ -202,14 +206,12 @@ def losses(
     classes = float(np.sum(w, dtype=np.float64)) if loss.smoothing else 0.0
     options = np.asarray([loss.smoothing, loss.z, classes, scale])
     each = np.empty(1, compute) if each is None else each
-    planned = plan(layout, x.dtype, compute, 1 if grad is None else 2)
+    operation = "cross_entropy" if grad is None else "cross_entropy_value_and_grad"
+    planned = plan(operation, layout, x.dtype, compute)
     sums = np.empty((planned.pieces, 3))
-    arrays = (x, labels, each, w, options, sums, loss.mask, loss.samples)
-    numbers = (flags, ignore, loss.cap)
-    if grad is None:
-        run("cross_entropy", arrays, numbers, planned, compute)
-    else:
-        run("cross_entropy_value_and_grad", (*arrays, grad), numbers, planned, compute)
+    arrays: tuple[Any, ...] = (x, labels, each, w, options, sums, loss.mask, loss.samples)
+    arrays = arrays if grad is None else (*arrays, grad)
+    run(operation, arrays, (flags, ignore, loss.cap), planned, compute)
     if len(sums) == 1:
         total, weight, wrong = sums[0].tolist()
         return total, weight, int(wrong)
@@ -225,15 +227,14 @@ def soft_losses(
     are None. One read of both arrays, and a write of the gradient's size.
     """
     compute = compute_dtype(x.dtype)
-    planned = plan(layout, x.dtype, compute, 2 if grad is None else 3)
+    operation = "soft_cross_entropy" if grad is None else "soft_cross_entropy_value_and_grad"
+    planned = plan(operation, layout, x.dtype, compute)
     sums, flags = np.empty(planned.pieces), EACH * (each is not None)
     each = np.empty(1, compute) if each is None else each
     options = np.asarray([z, 1.0 / layout.rows if mean else 1.0])
-    arrays = (x, t, each, options, sums)
-    if grad is None:
-        run("soft_cross_entropy", arrays, (flags,), planned, compute)
-    else:
-        run("soft_cross_entropy_value_and_grad", (*arrays, grad), (flags,), planned, compute)
+    arrays: tuple[Any, ...] = (x, t, each, options, sums)
+    arrays = arrays if grad is None else (*arrays, grad)
+    run(operation, arrays, (flags,), planned, compute)
     return _sum(sums)
 
 

@@ -20,7 +20,6 @@ from portable_softmax.kernels._numba import _driver, _handlers, _jit
 from portable_softmax.kernels._numba._losses import EACH, IGNORING
 
 API = _handlers.API
-_TILES = {"softmax_vjp": 2, "log_softmax_vjp": 2, "cross_entropy_value_and_grad": 2}
 
 
 class Target(NamedTuple):
@@ -91,7 +90,7 @@ def target(
     stored = np.dtype({"float16": "u2", "bfloat16": "i2"}.get(dtype, dtype))
     compute = _driver.compute_dtype(stored)
     flat = _driver.Layout(*layout)
-    planned = _driver.plan(flat, stored, compute, _TILES.get(operation, 1))
+    planned = _driver.plan(operation, flat, stored, compute)
     kind = next(name for name, found in _handlers.LAYOUTS.items() if found is planned.kernels)
     plan = np.zeros(_handlers.WORDS, np.int64)
     plan[: _handlers.PIECES + 1] = (
