@@ -141,6 +141,26 @@ def like_dtype(name: str, x: Any, of: str, like: Any) -> None:
         )
 
 
+def output(
+    name: str, out: Any, of: str, x: Any, dtype: Any, library: Library, *inputs: Any
+) -> None:
+    """Check that an answer of the shape of `x` and of `dtype` can be written to `out`."""
+    if not library.writes:
+        raise TypeError(
+            f"{name} is given, but arrays of {library.name} are not written to: leave it out and "
+            "use what is returned"
+        )
+    companion(name, out, of, x, library)
+    like_shape(name, out, of, x)
+    if out.dtype != dtype:
+        raise TypeError(
+            f"{name} has dtype {dtype_name(out.dtype)}, expected {dtype_name(dtype)}, the dtype of "
+            "the result: pass an array of that dtype"
+        )
+    if why := library.unwritable(out, x, *(a for a in inputs if a is not None)):
+        raise ValueError(f"{name} cannot be written: {why}, or leave it out")
+
+
 def state(name: str, value: Any, cls: type[tuple[Any, ...]]) -> Library:
     """Check that `value` is a state of `online`, and return its library."""
     if not isinstance(value, cls):

@@ -13,7 +13,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
 
-from portable_softmax.kernels._request import Request
+from portable_softmax.kernels._request import OUT, Request
 from portable_softmax.kernels._switches import Switches, switched, switches
 from portable_softmax.kernels._table import TABLE, Kernel
 from portable_softmax.libraries import traced_as_constant
@@ -132,7 +132,8 @@ def _route(
 def decide(request: Request, switch: Switches | None) -> Decision:
     """Return the one path that a call takes."""
     library, x, tracing = request.library, request.x, request.tracing
-    call = library.name, request.operation, request.dtype, request.active, tracing
+    active = request.active if request.out is None else (*request.active, OUT)
+    call = library.name, request.operation, request.dtype, active, tracing
     if switch is None:
         # A traced call would be guarded by the whole of `_ROUTES`.
         known = None if tracing else _ROUTES.get(call)
@@ -168,7 +169,9 @@ def decide(request: Request, switch: Switches | None) -> Decision:
 
 def run(request: Request, portable: Callable[[Request], Any]) -> Any:
     """Decide, then answer by the kernel, or by `portable`."""
-    switch = switches()
+    switch, out = switches(), request.out
+    if out is not None and request.overlaps():
+        request = request._replace(out=None)
     decision = decide(request, switch)
     if switch is not None and switch.explaining:
         raise _Decided(decision)
@@ -180,7 +183,18 @@ def run(request: Request, portable: Callable[[Request], Any]) -> Any:
         return adapter.answer(module, request)
     else:
         answer = taken.answer
+    if out is not None:
+        answer = partial(_written, answer, out)
     return request.library.quietly(answer, request)
+
+
+def _written(answer: Callable[[Request], Any], out: Any, request: Request) -> Any:
+    """Answer in `out`, where the path has not done so: memory with other entries of an input."""
+    found = answer(request)
+    value = found[1] if type(found) is tuple else found
+    if value is not out:
+        request.library.write(out, value)
+    return (found[0], out) if type(found) is tuple else out
 
 
 # --------------------------------------------------------------------------- explain

@@ -28,12 +28,21 @@ def value(engine: Any, request: Request) -> Any:
     function = getattr(engine, request.operation)
     if engine.TENSORS:
         return function(request)
-    found = NUMPY.quietly(function, on_numpy(request))
+    lent = on_numpy(request)
+    found = NUMPY.quietly(function, lent)
     dtype, options = request.result_dtype, request.options
     answer = dtype if options is None or options.dtype is None else options.dtype
     if type(found) is tuple:
-        return taken(found[0], answer), taken(found[1], dtype)
-    return taken(found, answer)
+        return taken(found[0], answer), _own(request, lent, found[1], dtype)
+    return _own(request, lent, found, answer)
+
+
+def _own(request: Request, lent: Request, found: Any, dtype: Any) -> Tensor:
+    """Return what a kernel has found as a tensor: the one whose memory it was given to write."""
+    if request.out is None or found is not lent.out:
+        return taken(found, dtype)
+    request.out[:0].zero_()  # torch counts the change, for graphs that keep the tensor
+    return request.out
 
 
 def kept(request: Request, y: Tensor) -> Tensor:
