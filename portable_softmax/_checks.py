@@ -37,7 +37,8 @@ _REMEDIES = {
 
 def array(name: str, x: Any, *, complex_too: bool = False) -> tuple[Library, Dtype]:
     """Return the library and the dtype of `x`, a real (or complex) array."""
-    library = _library(name, x)
+    cls = type(x)
+    library = libraries.TENSORS.get(cls) or libraries.BY_TYPE.get(cls) or _library(name, x)
     dtype = library.dtype(x.dtype)
     if dtype.kind not in (_COMPLEX if complex_too else _REAL):
         raise TypeError(_dtype_message(name, x.dtype, dtype.kind, complex_too))

@@ -520,7 +520,7 @@ def _row_by_row(
         _checks.output("out", out, "x", x, answer_dtype, library, *arrays)
     request = Request(
         operation, library, x, found.name, axes, compute_dtype, result_dtype,
-        tracing, options, given, out=out,
+        tracing, options, given, None, None, True, True, out,
     )  # fmt: skip
     return run(request, _portable_rows)
 
@@ -538,7 +538,7 @@ def _vjp(operation: str, name: str, y: ArrayT, dy: Array, axis: Axis, out: Any) 
         _checks.output("out", out, name, y, result_dtype, library, dy)
     request = Request(
         operation, library, y, dtype.name, axes, compute_dtype, result_dtype,
-        library.tracing(y, dy), dy=dy, out=out,
+        library.tracing(y, dy), PLAIN_ROWS, NONE_GIVEN, dy, None, True, True, out,
     )  # fmt: skip
     dx: ArrayT = run(request, _portable_vjp)
     return dx

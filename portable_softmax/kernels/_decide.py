@@ -77,6 +77,7 @@ class Route(NamedTuple):
 
     open: tuple[Open, ...]  # in order
     otherwise: Decision  # the portable path, and why the other kernels are closed
+    up_to: float = 0  # arrays with so many elements are the first kernel's, whatever else they are
 
 
 _ROUTES: dict[Any, Route] = {}
@@ -126,7 +127,11 @@ def _route(
         decision = Decision(candidate, kernel.why, tuple(closed))
         sizes = (0, math.inf) if first else (kernel.at_least, kernel.at_most)
         found.append(Open(candidate, decision, kernel.devices, *sizes, first, candidate.always))
-    return Route(tuple(found), Decision(None, "", tuple(closed)))
+    up_to = 0.0
+    for head in found[:1]:
+        if head.always and not head.devices and not head.at_least:
+            up_to = head.at_most
+    return Route(tuple(found), Decision(None, "", tuple(closed)), up_to)
 
 
 def decide(request: Request, switch: Switches | None) -> Decision:
@@ -137,9 +142,11 @@ def decide(request: Request, switch: Switches | None) -> Decision:
     if switch is None:
         # A traced call would be guarded by the whole of `_ROUTES`.
         known = None if tracing else _ROUTES.get(call)
-        found, otherwise = known or route(*call)
+        found, otherwise, up_to = known or route(*call)
+        if up_to and request.axes and 0 < library.size(x) <= up_to:
+            return found[0].decision
     else:
-        found, otherwise = route(*call, switch.portable, switch.asked, switch.off)
+        found, otherwise, _ = route(*call, switch.portable, switch.asked, switch.off)
     if found and (not request.axes or 0 in x.shape):
         return Decision(None, "nothing to reduce")
     more: tuple[tuple[str, str], ...] = ()

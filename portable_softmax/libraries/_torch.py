@@ -58,6 +58,7 @@ class Torch(Library):
         super().__init__(xp, name)
         torch: Any = sys.modules["torch"]  # somebody has imported it to make a tensor
         self._torch = torch
+        self._own_types = (torch.Tensor, torch.nn.Parameter)
         for dtype in vars(torch).values():
             if isinstance(dtype, torch.dtype):
                 self.dtype(dtype)  # torch.compile would trace a call again once it is known
@@ -116,7 +117,7 @@ class Torch(Library):
 
     def same_device(self, x: Any, other: Any) -> bool:
         """Return whether both live on one device."""
-        return bool(x.device == other.device)
+        return (x.is_cpu and other.is_cpu) or bool(x.device == other.device)
 
     def size(self, x: Any) -> int:
         """Return the number of elements."""
@@ -196,9 +197,8 @@ class Torch(Library):
         if self._lacks:
             return self._lacks
         for x in arrays:
-            kind = type(x)
-            if kind is not torch.Tensor and kind is not torch.nn.Parameter:
-                return f"a {kind.__name__}"
+            if type(x) not in self._own_types:
+                return f"a {type(x).__name__}"
             if x.layout is not torch.strided:
                 return f"layout {x.layout}"
             if self._is_batched(x):

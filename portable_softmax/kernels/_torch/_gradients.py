@@ -16,7 +16,6 @@ import torch
 from portable_softmax import portable
 from portable_softmax.kernels._request import SPARSE, Request
 from portable_softmax.kernels._torch._lending import NUMPY, on_numpy, taken
-from portable_softmax.libraries import dtype_name
 
 Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
@@ -81,9 +80,10 @@ def _from_output(engine: Any, request: Request, y: Tensor, dy: Tensor, *masked: 
         dy = torch.where(request.options.where, dy, 0.0)
     y_dtype = y.dtype
     vjp = on_numpy(
-        request._replace(
-            operation=f"{request.operation}_vjp", x=y, dtype=dtype_name(y_dtype),
-            dy=dy.contiguous(), options=None, active=(),
+        Request(
+            f"{request.operation}_vjp", request.library, y, request.library.dtype(y_dtype).name,
+            request.axes, request.compute_dtype, request.result_dtype, "", None, (),
+            dy.contiguous(),
         )
     )  # fmt: skip
     if engine.declines(vjp, False):
@@ -104,7 +104,10 @@ def _logsumexp(engine: Any, request: Request, dy: Tensor) -> Tensor:
 
 def _loss(engine: Any, request: Request, dy: Tensor) -> Tensor:
     request = _in_float32(request)
-    _, grad = value(engine, request._replace(operation="cross_entropy_value_and_grad"))
+    again = request.on(
+        request.x, None, request.labels, request.options, "cross_entropy_value_and_grad"
+    )
+    _, grad = value(engine, again)
     if dy.ndim == 0 and request.options.reduction != "none":
         factor = dy.item()
         if factor == 1.0:
