@@ -269,7 +269,11 @@ def explain(operation: str, /, *args: Any, **kwargs: Any) -> str:
     >>> kernels.explain("softmax", np.ones(3), axis=0).partition(":")[0]
     'numpy tiles'
     """
-    return str(decision_for(operation, *args, **kwargs))
+    decision = decision_for(operation, *args, **kwargs)
+    if decision.taken is None:
+        return str(decision)
+    remark = getattr(import_module(decision.taken.kernel.module), "remark", str)()
+    return f"{decision}; {remark}" if remark else str(decision)
 
 
 def available() -> dict[str, tuple[str, ...]]:

@@ -31,6 +31,15 @@ ANY_LAYOUT = ()  # the operations that are never declined
 missing = _support.missing
 
 
+def remark() -> str:
+    """Return what `explain` says of where compiled kernels are kept; empty if all is well."""
+    found = import_module("portable_softmax.kernels._numba._folders").folders()
+    said = [f"{why}: no compiled code is loaded from there" for why in found.refused]
+    if found.written is None and not found.read:
+        said.append("compiled in each process, for seconds, as no folder can keep it")
+    return "; ".join(said)
+
+
 def declines(request: Request, asked: bool) -> str:
     """Return why a call is left to the next kernel."""
     x = request.x
