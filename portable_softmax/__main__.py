@@ -1,4 +1,4 @@
-"""The command line: ``python -m portable_softmax demo`` and ``... backends``."""
+"""The command line: ``python -m portable_softmax demo``, ``... backends`` and ``... warm``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from portable_softmax._cli import demo, listing
+from portable_softmax._cli import demo, listing, warm
 from portable_softmax._cli.backends import TRAINABLE
 from portable_softmax._cli.errors import CommandError
 from portable_softmax._cli.report import choose
@@ -43,6 +43,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     report = choose(plain=args.plain, json=args.json)
     if args.command == "backends":
         return listing.run(report=report)
+    if args.command == "warm":
+        return warm.run(operations=args.operations, dtypes=args.dtypes, report=report)
     return demo.run(
         backend=args.backend,
         device=args.device,
@@ -73,10 +75,21 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
     parser = _Parser(prog=PROGRAM, description="Softmax and cross-entropy on any array library.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|backends")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|backends|warm")
     commands.add_parser(
         "backends", parents=[output], help="which libraries, devices, dtypes and kernels are here"
     )
+    first = commands.add_parser(
+        "warm", parents=[output], help="compile the Numba kernels once, for all processes to load"
+    )
+    first.add_argument(
+        "--operations", type=_names(warm.OPERATIONS), default=warm.OPERATIONS, metavar="NAME,...",
+        help="all by default",
+    )  # fmt: skip
+    first.add_argument(
+        "--dtypes", type=_names(warm.DTYPES), default=("float32",), metavar="NAME,...",
+        help=f"of {', '.join(warm.DTYPES)}, float32 by default",
+    )  # fmt: skip
     learn = commands.add_parser(
         "demo", parents=[output], help="train a softmax classifier on handwritten digits"
     )
@@ -96,6 +109,17 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path(), metavar="DIR", help="for the figure, here by default"
     )
     return parser
+
+
+def _names(known: Sequence[str]) -> Any:
+    def names(text: str) -> tuple[str, ...]:
+        given = tuple(part.strip() for part in text.split(","))
+        for name in given:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"expected of {', '.join(known)}, not {name!r}")
+        return given
+
+    return names
 
 
 def _whole(least: int) -> Any:

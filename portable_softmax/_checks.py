@@ -37,7 +37,8 @@ _REMEDIES = {
 
 def array(name: str, x: Any, *, complex_too: bool = False) -> tuple[Library, Dtype]:
     """Return the library and the dtype of `x`, a real (or complex) array."""
-    library = _library(name, x)
+    cls = type(x)
+    library = libraries.TENSORS.get(cls) or libraries.BY_TYPE.get(cls) or _library(name, x)
     dtype = library.dtype(x.dtype)
     if dtype.kind not in (_COMPLEX if complex_too else _REAL):
         raise TypeError(_dtype_message(name, x.dtype, dtype.kind, complex_too))
@@ -139,6 +140,26 @@ def like_dtype(name: str, x: Any, of: str, like: Any) -> None:
             f"{name} has dtype {dtype_name(x.dtype)}, expected {dtype_name(like.dtype)}, as {of}: "
             "fold arrays of one dtype, cast to it first"
         )
+
+
+def output(
+    name: str, out: Any, of: str, x: Any, dtype: Any, library: Library, *inputs: Any
+) -> None:
+    """Check that an answer of the shape of `x` and of `dtype` can be written to `out`."""
+    if not library.writes:
+        raise TypeError(
+            f"{name} is given, but arrays of {library.name} are not written to: leave it out and "
+            "use what is returned"
+        )
+    companion(name, out, of, x, library)
+    like_shape(name, out, of, x)
+    if out.dtype != dtype:
+        raise TypeError(
+            f"{name} has dtype {dtype_name(out.dtype)}, expected {dtype_name(dtype)}, the dtype of "
+            "the result: pass an array of that dtype"
+        )
+    if why := library.unwritable(out, x, *(a for a in inputs if a is not None)):
+        raise ValueError(f"{name} cannot be written: {why}, or leave it out")
 
 
 def state(name: str, value: Any, cls: type[tuple[Any, ...]]) -> Library:

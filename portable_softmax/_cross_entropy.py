@@ -164,6 +164,7 @@ def cross_entropy_value_and_grad(
     check_labels: bool = True,
     dtype: Any = None,
     sample_weight: Array | None = None,
+    grad_out: ArrayT | None = None,
 ) -> tuple[ArrayT, ArrayT]:
     r"""Return the cross-entropy and its gradient with respect to the logits.
 
@@ -179,18 +180,23 @@ def cross_entropy_value_and_grad(
     ----------
     logits, labels, axis, weight, ignore_index, label_smoothing, z_loss, softcap, where, reduction, check_labels, dtype, sample_weight
         As in `cross_entropy`.
+    grad_out
+        Where the gradient is written, an array of the shape of `logits` and the dtype of the
+        gradient, in any memory order: `logits` itself for one in place. For NumPy, CuPy, and torch
+        where it records no gradient. After an IndexError its content is undefined, unless it is
+        `logits`.
 
     Returns
     -------
     loss : array
         As `cross_entropy` returns it.
     grad : array
-        Of the shape, library, device and floating dtype of `logits`.
+        `grad_out` if that is given. Of the shape, library, device and floating dtype of `logits`.
 
     Raises
     ------
     TypeError, ValueError, IndexError
-        As `cross_entropy`.
+        As `cross_entropy`; for `grad_out` as `softmax` for its `out`.
 
     See Also
     --------
@@ -206,7 +212,7 @@ def cross_entropy_value_and_grad(
     """  # noqa: E501 - numpydoc wants the names on one line
     loss, grad = _answer(
         "cross_entropy_value_and_grad", logits, labels, axis, weight, ignore_index, label_smoothing,
-        z_loss, softcap, where, reduction, check_labels, dtype, sample_weight,
+        z_loss, softcap, where, reduction, check_labels, dtype, sample_weight, grad_out,
     )  # fmt: skip
     return loss, grad
 
@@ -230,6 +236,7 @@ def _answer(
     check_labels: bool,
     dtype: Any,
     sample_weight: Any,
+    grad_out: Any = None,
 ) -> Any:
     """Check everything that can be checked without reading values, and answer."""
     library, found = _checks.array("logits", logits)
@@ -259,9 +266,12 @@ def _answer(
         tracing = tracing or library.tracing(*arrays)
     if not indices:
         given = (*given, PROBABILITIES)
+    if grad_out is not None:
+        given_too = labels, options.weight, options.where, options.sample_weight
+        _checks.output("grad_out", grad_out, "logits", logits, result_dtype, library, *given_too)
     request = Request(
         operation, library, logits, found.name, (at,), compute_dtype, result_dtype, tracing,
-        options, given, None, labels, indices, check_labels,
+        options, given, None, labels, indices, check_labels, grad_out,
     )  # fmt: skip
     answer = run(request, _portable_loss)
     if type(answer) is tuple:

@@ -39,6 +39,7 @@ def softmax(
     temperature: float = 1.0,
     dtype: Any = None,
     sink: float | Array | None = None,
+    out: ArrayT | None = None,
 ) -> ArrayT:
     r"""Turn logits into probabilities that are positive and sum to one.
 
@@ -72,23 +73,29 @@ def softmax(
         exp(s / T), and the probabilities sum to less than one. A number below inf, or an array that
         broadcasts to the shape of `x` with length 1 along the reduced axes, such as one sink for
         each attention head. ``sink=0.0`` is "softmax1", which may attend to nothing.
+    out
+        Where the result is written, an array of the shape of `x` and the dtype of the result, in
+        any memory order: `x` itself for a softmax in place. For NumPy, CuPy, and torch where it
+        records no gradient.
 
     Returns
     -------
     array
-        Of the shape, library and device of `x`, and of its dtype if that is floating, else of the
-        library's default floating dtype, unless `dtype` names another. Half types are computed in
-        float32 and rounded once.
+        `out` if that is given. Of the shape, library and device of `x`, and of its dtype if that is
+        floating, else of the library's default floating dtype, unless `dtype` names another. Half
+        types are computed in float32 and rounded once.
 
     Raises
     ------
     TypeError
         If `x` is no array, or is bool, complex or of another dtype; if `where` is not boolean or
-        of another library; if `temperature` is no Python number, or `dtype` no floating dtype.
+        of another library; if `temperature` is no Python number, or `dtype` no floating dtype; if
+        `out` is of another library or dtype, or of one that writes to no array.
     ValueError
         If `axis` is out of range, `where` does not broadcast or lives on another device, or
         `temperature` is not positive and finite; if `sink` is a number that is nan or inf, or an
-        array that does not broadcast.
+        array that does not broadcast; if `out` is of another shape or device, read-only or followed
+        by torch.
 
     Notes
     -----
@@ -113,8 +120,11 @@ def softmax(
     array([0.2689, 0.7311, 0.    ])
     >>> softmax(np.asarray([0.0, -1000.0]), sink=0.0)
     array([0.5, 0. ])
+    >>> x = np.zeros(2)
+    >>> softmax(x, out=x) is x
+    True
     """
-    y: ArrayT = _row_by_row("softmax", x, axis, where, temperature, dtype, sink)
+    y: ArrayT = _row_by_row("softmax", x, axis, where, temperature, dtype, sink, out)
     return y
 
 
@@ -128,6 +138,7 @@ def log_softmax(
     temperature: float = 1.0,
     dtype: Any = None,
     sink: float | Array | None = None,
+    out: ArrayT | None = None,
 ) -> ArrayT:
     r"""Return the logarithms of the softmax probabilities, to the last digits.
 
@@ -156,12 +167,14 @@ def log_softmax(
     sink
         One more logit of every row, a number or an array, that gets no probability, as in
         `softmax`. Its gradient is -(1 - sum(exp(y))) * sum(dy) / T.
+    out
+        Where the result is written, as in `softmax`.
 
     Returns
     -------
     array
-        Of the shape, library and device of `x`, and of its dtype if that is floating, else of the
-        library's default floating dtype, unless `dtype` names another.
+        `out` if that is given. Of the shape, library and device of `x`, and of its dtype if that is
+        floating, else of the library's default floating dtype, unless `dtype` names another.
 
     Raises
     ------
@@ -187,7 +200,7 @@ def log_softmax(
     >>> print(f"{log_softmax(np.asarray([30.0, 0.0, 0.0]))[0]:.12e}")
     -1.871524593768e-13
     """
-    y: ArrayT = _row_by_row("log_softmax", x, axis, where, temperature, dtype, sink)
+    y: ArrayT = _row_by_row("log_softmax", x, axis, where, temperature, dtype, sink, out)
     return y
 
 
@@ -309,7 +322,7 @@ def dropped(library: Library, y: Any, axes: tuple[int, ...], keepdims: bool) -> 
 
 
 @operation
-def softmax_vjp(y: ArrayT, dy: ArrayT, /, *, axis: Axis = -1) -> ArrayT:
+def softmax_vjp(y: ArrayT, dy: ArrayT, /, *, axis: Axis = -1, out: ArrayT | None = None) -> ArrayT:
     r"""Return the gradient through a softmax, from its output.
 
     Let y = softmax(x) and dy be the gradient of a loss with respect to y; the gradient with
@@ -328,18 +341,21 @@ def softmax_vjp(y: ArrayT, dy: ArrayT, /, *, axis: Axis = -1) -> ArrayT:
         Upstream gradient, an array of the shape, library and device of `y`.
     axis
         The axis or axes that the softmax was taken over.
+    out
+        Where the result is written, as in `softmax`; `y` or `dy` itself for one in place.
 
     Returns
     -------
     array
-        Of the shape, library, device and dtype of `y`.
+        `out` if that is given. Of the shape, library, device and dtype of `y`.
 
     Raises
     ------
     TypeError
-        If an argument is no floating array, or they belong to different libraries.
+        If an argument is no floating array, or they belong to different libraries; for `out` as
+        in `softmax`.
     ValueError
-        If the shapes or devices differ, or `axis` is out of range.
+        If the shapes or devices differ, or `axis` is out of range; for `out` as in `softmax`.
 
     Notes
     -----
@@ -359,11 +375,13 @@ def softmax_vjp(y: ArrayT, dy: ArrayT, /, *, axis: Axis = -1) -> ArrayT:
     >>> softmax_vjp(y, np.asarray([1.0, 0.0]))
     array([ 0.25, -0.25])
     """
-    return _vjp("softmax_vjp", "y", y, dy, axis)
+    return _vjp("softmax_vjp", "y", y, dy, axis, out)
 
 
 @operation
-def log_softmax_vjp(log_y: ArrayT, dy: ArrayT, /, *, axis: Axis = -1) -> ArrayT:
+def log_softmax_vjp(
+    log_y: ArrayT, dy: ArrayT, /, *, axis: Axis = -1, out: ArrayT | None = None
+) -> ArrayT:
     r"""Return the gradient through a log_softmax, from its output.
 
     Let log_y = log_softmax(x) and dy be the gradient of a loss with respect to it; the gradient
@@ -379,11 +397,13 @@ def log_softmax_vjp(log_y: ArrayT, dy: ArrayT, /, *, axis: Axis = -1) -> ArrayT:
         Upstream gradient, an array of the shape, library and device of `log_y`.
     axis
         The axis or axes that the log_softmax was taken over.
+    out
+        Where the result is written, as in `softmax`; `log_y` or `dy` itself for one in place.
 
     Returns
     -------
     array
-        Of the shape, library, device and dtype of `log_y`.
+        `out` if that is given. Of the shape, library, device and dtype of `log_y`.
 
     Raises
     ------
@@ -407,7 +427,7 @@ def log_softmax_vjp(log_y: ArrayT, dy: ArrayT, /, *, axis: Axis = -1) -> ArrayT:
     >>> log_softmax_vjp(log_y, np.asarray([1.0, 0.0]))
     array([ 0.5, -0.5])
     """
-    return _vjp("log_softmax_vjp", "log_y", log_y, dy, axis)
+    return _vjp("log_softmax_vjp", "log_y", log_y, dy, axis, out)
 
 
 @operation
@@ -470,7 +490,7 @@ def softmax_jacobian(y: ArrayT, /, *, axis: int = -1) -> ArrayT:
 
 
 def _row_by_row(
-    operation: str, x: Any, axis: Axis, where: Any, temperature: Any, dtype: Any, sink: Any
+    operation: str, x: Any, axis: Any, where: Any, temperature: Any, dtype: Any, sink: Any, out: Any
 ) -> Any:
     """Check the arguments of softmax or log_softmax and answer."""
     library, found = _checks.array("x", x)
@@ -494,14 +514,18 @@ def _row_by_row(
         given = (*active(options, PLAIN_ROWS), *more)
         if is_extreme(library, options.temperature, compute_dtype):
             given = (*given, EXTREME)
+    if out is not None:
+        answer_dtype = result_dtype if options.dtype is None else options.dtype
+        arrays = where, None if isinstance(sink, float) else sink
+        _checks.output("out", out, "x", x, answer_dtype, library, *arrays)
     request = Request(
         operation, library, x, found.name, axes, compute_dtype, result_dtype,
-        tracing, options, given,
+        tracing, options, given, None, None, True, True, out,
     )  # fmt: skip
     return run(request, _portable_rows)
 
 
-def _vjp(operation: str, name: str, y: ArrayT, dy: Array, axis: Axis) -> ArrayT:
+def _vjp(operation: str, name: str, y: ArrayT, dy: Array, axis: Axis, out: Any) -> ArrayT:
     """Check the arguments of a vector-Jacobian product and answer."""
     library, dtype = _checks.array(name, y)
     _checks.floating(name, y, library)
@@ -510,9 +534,11 @@ def _vjp(operation: str, name: str, y: ArrayT, dy: Array, axis: Axis) -> ArrayT:
     _checks.like_shape("dy", dy, name, y)
     axes = _checks.axes(axis, y.ndim)
     compute_dtype, result_dtype = dtype.computed or library.compute_dtype(y)
+    if out is not None:
+        _checks.output("out", out, name, y, result_dtype, library, dy)
     request = Request(
         operation, library, y, dtype.name, axes, compute_dtype, result_dtype,
-        library.tracing(y, dy), dy=dy,
+        library.tracing(y, dy), PLAIN_ROWS, NONE_GIVEN, dy, None, True, True, out,
     )  # fmt: skip
     dx: ArrayT = run(request, _portable_vjp)
     return dx

@@ -169,6 +169,7 @@ class SoftmaxWithLoss(Generic[ArrayT]):
 
     def forward(self, x: ArrayT, t: Array) -> ArrayT:
         """Return the loss of the logits `x` for the labels `t`, keeping what backward needs."""
+        loss: ArrayT
         loss, self._dx = cross_entropy_value_and_grad(x, t, **self.options)
         self._loss_shape = loss.shape
         self.y = self._probabilities(x)

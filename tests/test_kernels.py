@@ -126,8 +126,11 @@ def test_a_library_that_no_kernel_declares_takes_the_portable_path():
 
 
 def test_options_of_the_public_functions_are_all_known_to_requests():
-    """Each option is a field of the request's options, and so active and refused when it is new."""
-    shared = {"axis", "keepdims", "check_labels"}
+    """Each option is a field of the request's options, and so active and refused when it is new.
+
+    `out` is the request's own, and declared as an option: see test_out.py.
+    """
+    shared = {"axis", "keepdims", "check_labels", "out", "grad_out"}
     for name, options in (
         *((name, RowOptions) for name in FAMILY),
         *((name, LossOptions) for name in LOSSES),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -121,11 +122,12 @@ def test_features_that_are_set(monkeypatch, undecided, an_x86):
 def test_the_private_names_of_numba():
     """Without one of them nothing is kept on disk: see `_jit`."""
     from numba import njit
-    from numba.core import caching
+    from numba.core import caching, runtime
 
     assert isinstance(caching._CacheLocator, type)
     assert isinstance(caching.FunctionCache._impl_class, type)
-    for name in ("load_overload", "save_overload", "_index_key", "flush"):
+    assert callable(runtime.rtsys.initialize)
+    for name in ("_load_overload", "save_overload", "_index_key", "flush"):
         assert callable(getattr(caching.FunctionCache, name))
     assert callable(caching.FunctionCache._impl_class.get_filename_base)
     assert hasattr(njit(lambda x: x), "_cache")
@@ -229,6 +231,94 @@ def test_folders_that_cannot_be_written(copied, tmp_path):
     assert list(home.rglob("*.nbi"))
     here["XDG_CACHE_HOME"] = str(beside)
     in_a_fresh_process(LARGE, copied, **here)
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A folder with a file of a kernel, that this user alone can write."""
+    folder = tmp_path / "kept"
+    folder.mkdir(mode=0o755)
+    (folder / "portable_softmax.rows.softmax.nbc").write_bytes(b"")
+    (folder / "portable_softmax.rows.softmax.nbc").chmod(0o644)
+    return folder
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="modes tell nothing here")
+def test_folders_and_files_that_others_can_write_are_refused(kept, monkeypatch):
+    from portable_softmax.kernels._numba import _folders
+
+    (file,) = kept.iterdir()
+    assert _folders.refusal(kept) == ""
+    for path in (file, kept, kept.parent):
+        mode = path.stat().st_mode
+        path.chmod(0o777)
+        assert _folders.refusal(kept) == f"{path} can be written by every user"
+        path.chmod(mode)
+    kept.parent.chmod(0o1777)  # as /tmp: nobody replaces what others have in it
+    assert _folders.refusal(kept) == ""
+    kept.chmod(0o1777)
+    assert _folders.refusal(kept) == f"{kept} can be written by every user"
+    kept.chmod(0o775)
+    monkeypatch.setattr(_folders, "_is_private", lambda gid: False)
+    assert _folders.refusal(kept) == f"{kept} can be written by a group"
+    monkeypatch.setattr(_folders, "_is_private", lambda gid: True)
+    assert _folders.refusal(kept) == ""
+    theirs = os.geteuid() + 1
+    monkeypatch.setattr(_folders, "_is_private", lambda gid: True)
+    monkeypatch.setattr(os, "geteuid", lambda: theirs)
+    if kept.stat().st_uid:  # root's are everybody's to read
+        assert _folders.refusal(kept) == f"{kept} belongs to another user"
+
+
+EXPLAINED = """
+import numpy as np
+from portable_softmax import kernels
+print(kernels.explain("softmax", np.zeros((300, 300), np.float32)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="modes tell nothing here")
+def test_a_refused_folder_is_explained(tmp_path):
+    folder = tmp_path / "kept" / "portable_softmax"
+    folder.mkdir(parents=True)
+    here = {"NUMBA_CACHE_DIR": str(folder.parent)}
+    assert "written" not in in_a_fresh_process(EXPLAINED, HERE, **here)
+    folder.chmod(0o777)
+    found = in_a_fresh_process(EXPLAINED, HERE, **here)
+    assert f"{folder} can be written by every user: no compiled code is loaded from there" in found
+    assert "compiled in each process, for seconds, as no folder can keep it" in found
+
+
+def test_a_folder_that_cannot_be_written_is_read(kept, monkeypatch):
+    """Root can write everywhere: that it is forbidden is pretended."""
+    from portable_softmax.kernels._numba import _folders
+
+    def forbidden(dir):
+        raise PermissionError(dir)
+
+    monkeypatch.setattr(_folders, "BESIDE", kept)
+    monkeypatch.setattr(_folders.config, "CACHE_DIR", "")
+    monkeypatch.setattr(_folders.tempfile, "TemporaryFile", forbidden)
+    _folders.folders.cache_clear()
+    assert kept not in _folders.folders().read
+    (kept / "portable_softmax.rows.softmax.nbi").write_bytes(b"")
+    _folders.folders.cache_clear()
+    found = _folders.folders()
+    _folders.folders.cache_clear()
+    assert found.written is None
+    assert found.read[0] == kept
+
+
+@pytest.mark.slow("fresh processes compile kernels")
+def test_warm_compiles_what_other_processes_load(tmp_path):
+    here = {"NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+    warm = "from portable_softmax.__main__ import main; main(['warm', '--json', {}])"
+    warm = warm.format("'--operations', 'softmax'")
+    first = json.loads(in_a_fresh_process(warm, HERE, **here))
+    assert (first["compiled"], first["loaded"]) == (4, 0)
+    second = json.loads(in_a_fresh_process(warm, HERE, **here))
+    assert (second["compiled"], second["loaded"]) == (0, 4)
+    assert in_a_fresh_process(LARGE, HERE, **here) == "1 0"
 
 
 def test_kernels_work_without_a_cache(tmp_path):

@@ -418,6 +418,31 @@ def test_strided_reversed_fortran_read_only_big_endian(layout, shape):
     assert (x.tobytes(), labels.tobytes()) == before
 
 
+WRITTEN = ("numpy", "torch", "cupy")  # the libraries whose arrays are written to
+
+
+def test_out(xp):
+    """out: the input itself; part of its memory; another shape, dtype or library | in place; right all the same; ValueError; TypeError; TypeError"""  # noqa: E501
+    values = np.random.default_rng(3).normal(size=(4, 5))
+    x = xp.asarray(values.copy())
+    if xp.library not in WRITTEN:
+        with pytest.raises(TypeError, match=r"^out is given, but arrays of .* leave it out"):
+            ps.softmax(x, out=x)
+        return
+    expected = xp.numpy(ps.softmax(x))
+    assert ps.softmax(x, out=x) is x
+    np.testing.assert_array_equal(xp.numpy(x), expected)
+    both = xp.asarray(np.concatenate([values, values[:1]]))
+    ps.softmax(both[:4], out=both[1:])
+    np.testing.assert_array_equal(xp.numpy(both[1:]), expected)
+    with pytest.raises(ValueError, match=r"^out has shape \(5, 5\), expected \(4, 5\)"):
+        ps.softmax(x, out=both)
+    with pytest.raises(TypeError, match=r"^out has dtype float32, expected float64"):
+        ps.softmax(x, out=xp.asarray(values, "float32"))
+    with pytest.raises(TypeError, match=r"^out is a list"):
+        ps.softmax(x, out=values.tolist())
+
+
 def test_torch_and_jax_views_and_inputs(xp):
     """transposed views and inputs of every library | right answer; inputs never change"""
     rng = np.random.default_rng(2)

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import count
 from typing import Protocol
 
 from portable_softmax._cli.training import Epoch
@@ -29,6 +30,9 @@ class Report(Protocol):
 
         `brief` is for a training that only repeats another: a log needs no lines of it.
         """
+
+    def steps(self, what: str, number: int) -> AbstractContextManager[Callable[[str], None]]:
+        """Follow some steps: call what the context gives with the name of each that begins."""
 
 
 def choose(*, plain: bool, json: bool) -> Report:
@@ -54,6 +58,10 @@ class Silent:
         self, where: str, epochs: int, *, brief: bool = False
     ) -> Iterator[Callable[[Epoch], None]]:
         yield lambda epoch: None
+
+    @contextmanager
+    def steps(self, what: str, number: int) -> Iterator[Callable[[str], None]]:
+        yield lambda name: None
 
 
 class Plain:
@@ -86,6 +94,11 @@ class Plain:
 
         print(f"Training on {where}", flush=True)
         yield show
+
+    @contextmanager
+    def steps(self, what: str, number: int) -> Iterator[Callable[[str], None]]:
+        numbers = count(1)
+        yield lambda name: print(f"{what} {next(numbers)}/{number}: {name}", flush=True)
 
 
 class Rich:
@@ -127,3 +140,16 @@ class Rich:
             yield lambda epoch: progress.update(
                 task, completed=epoch.number, accuracy=epoch.accuracy
             )
+
+    @contextmanager
+    def steps(self, what: str, number: int) -> Iterator[Callable[[str], None]]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        columns = (BarColumn(bar_width=18), MofNCompleteColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(what, total=number)
+            begun = count()
+            yield lambda name: progress.update(
+                task, completed=next(begun), description=f"{what} {name}"
+            )
+            progress.update(task, completed=number, description=what)

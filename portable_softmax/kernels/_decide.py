@@ -13,7 +13,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
 
-from portable_softmax.kernels._request import Request
+from portable_softmax.kernels._request import OUT, Request
 from portable_softmax.kernels._switches import Switches, switched, switches
 from portable_softmax.kernels._table import TABLE, Kernel
 from portable_softmax.libraries import traced_as_constant
@@ -77,6 +77,7 @@ class Route(NamedTuple):
 
     open: tuple[Open, ...]  # in order
     otherwise: Decision  # the portable path, and why the other kernels are closed
+    up_to: float = 0  # arrays with so many elements are the first kernel's, whatever else they are
 
 
 _ROUTES: dict[Any, Route] = {}
@@ -126,19 +127,26 @@ def _route(
         decision = Decision(candidate, kernel.why, tuple(closed))
         sizes = (0, math.inf) if first else (kernel.at_least, kernel.at_most)
         found.append(Open(candidate, decision, kernel.devices, *sizes, first, candidate.always))
-    return Route(tuple(found), Decision(None, "", tuple(closed)))
+    up_to = 0.0
+    for head in found[:1]:
+        if head.always and not head.devices and not head.at_least:
+            up_to = head.at_most
+    return Route(tuple(found), Decision(None, "", tuple(closed)), up_to)
 
 
 def decide(request: Request, switch: Switches | None) -> Decision:
     """Return the one path that a call takes."""
     library, x, tracing = request.library, request.x, request.tracing
-    call = library.name, request.operation, request.dtype, request.active, tracing
+    active = request.active if request.out is None else (*request.active, OUT)
+    call = library.name, request.operation, request.dtype, active, tracing
     if switch is None:
         # A traced call would be guarded by the whole of `_ROUTES`.
         known = None if tracing else _ROUTES.get(call)
-        found, otherwise = known or route(*call)
+        found, otherwise, up_to = known or route(*call)
+        if up_to and request.axes and 0 < library.size(x) <= up_to:
+            return found[0].decision
     else:
-        found, otherwise = route(*call, switch.portable, switch.asked, switch.off)
+        found, otherwise, _ = route(*call, switch.portable, switch.asked, switch.off)
     if found and (not request.axes or 0 in x.shape):
         return Decision(None, "nothing to reduce")
     more: tuple[tuple[str, str], ...] = ()
@@ -168,7 +176,9 @@ def decide(request: Request, switch: Switches | None) -> Decision:
 
 def run(request: Request, portable: Callable[[Request], Any]) -> Any:
     """Decide, then answer by the kernel, or by `portable`."""
-    switch = switches()
+    switch, out = switches(), request.out
+    if out is not None and request.overlaps():
+        request = request._replace(out=None)
     decision = decide(request, switch)
     if switch is not None and switch.explaining:
         raise _Decided(decision)
@@ -180,7 +190,18 @@ def run(request: Request, portable: Callable[[Request], Any]) -> Any:
         return adapter.answer(module, request)
     else:
         answer = taken.answer
+    if out is not None:
+        answer = partial(_written, answer, out)
     return request.library.quietly(answer, request)
+
+
+def _written(answer: Callable[[Request], Any], out: Any, request: Request) -> Any:
+    """Answer in `out`, where the path has not done so: memory with other entries of an input."""
+    found = answer(request)
+    value = found[1] if type(found) is tuple else found
+    if value is not out:
+        request.library.write(out, value)
+    return (found[0], out) if type(found) is tuple else out
 
 
 # --------------------------------------------------------------------------- explain
@@ -248,7 +269,11 @@ def explain(operation: str, /, *args: Any, **kwargs: Any) -> str:
     >>> kernels.explain("softmax", np.ones(3), axis=0).partition(":")[0]
     'numpy tiles'
     """
-    return str(decision_for(operation, *args, **kwargs))
+    decision = decision_for(operation, *args, **kwargs)
+    if decision.taken is None:
+        return str(decision)
+    remark = getattr(import_module(decision.taken.kernel.module), "remark", str)()
+    return f"{decision}; {remark}" if remark else str(decision)
 
 
 def available() -> dict[str, tuple[str, ...]]:

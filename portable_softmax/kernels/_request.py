@@ -98,6 +98,7 @@ NONE_GIVEN: tuple[str, ...] = ()
 PROBABILITIES = "probabilities"  # labels that are no indices
 EXTREME = "extreme temperature"  # one that the compute dtype, or its inverse, does not hold well
 OTHER_DTYPE = "dtype other than the computation's"
+OUT = "out"  # not among the active options, but of a request that has it
 
 
 def active(options: Any, neutral: Any) -> tuple[str, ...]:
@@ -179,6 +180,9 @@ class Request(NamedTuple):
     labels: Any = None
     indices: bool = True  # class indices, or else probabilities
     check_labels: bool = True
+    out: Any = None
+    """Where the answer goes, or the gradient of a loss. A kernel that takes it returns it, or a new
+    array, and finds in it `x` or `dy`, entry by entry, or no memory of what is given."""
 
     @property
     def xp(self) -> Namespace:
@@ -195,6 +199,29 @@ class Request(NamedTuple):
     def axis(self) -> int:
         """The class axis of a loss."""
         return self.axes[0]
+
+    def on(self, x: Any, dy: Any, labels: Any, options: Any, operation: str = "") -> Request:
+        """Return the same on other arrays, their labels known to be good.
+
+        `_replace` takes three times as long, which counts beside a small array.
+        """
+        return Request(
+            operation or self.operation, self.library, x, self.dtype, self.axes,
+            self.compute_dtype, self.result_dtype, self.tracing, options, self.active, dy, labels,
+            self.indices, False,
+        )  # fmt: skip
+
+    def in_place(self) -> bool:
+        """Return whether `out` shares memory with `x` or `dy`."""
+        shares, out = self.library.may_share_memory, self.out
+        return out is not None and any(a is not None and shares(out, a) for a in (self.x, self.dy))
+
+    def overlaps(self) -> bool:
+        """Return whether `out` may share memory with an array whose other entries are read."""
+        library, out = self.library, self.out
+        own = [a for a in (self.x, self.dy) if a is not None and not library.same_entries(out, a)]
+        others = [a for a in (self.labels, *self.options) if hasattr(a, "ndim")]
+        return any(library.may_share_memory(out, a) for a in (*own, *others))
 
     def layout(self) -> Layout | None:
         """Return how `x` is folded, None where the reduced axes are no neighbours."""

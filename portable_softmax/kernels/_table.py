@@ -28,6 +28,7 @@ from portable_softmax.kernels._request import (
     LINEAR,
     OPERATIONS,
     OTHER_DTYPE,
+    OUT,
     PROBABILITIES,
     SPARSE,
 )
@@ -84,7 +85,7 @@ _NUMBA = Kernel(
     why="one pass in cache",
     library="numpy",
     module=f"{_HERE}._numba",
-    options=(*LOSS_OPTIONS, SAMPLES, PROBABILITIES, "temperature", "dtype"),
+    options=(*LOSS_OPTIONS, SAMPLES, PROBABILITIES, "temperature", "dtype", OUT),
     at_least=_SMALL + 1,
 )
 _TILES = Kernel(
@@ -93,7 +94,7 @@ _TILES = Kernel(
     library="numpy",
     module=f"{_HERE}._numpy",
     dtypes=(*FLOATS, *INTEGERS),
-    options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", EXTREME, "dtype", SAMPLES),
+    options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", EXTREME, "dtype", SAMPLES, OUT),
 )
 _PACKED = _TILES._replace(
     name="packed rows",

@@ -11,6 +11,7 @@ class CuPy(Library):
     """On CUDA devices; reading a value waits for the device."""
 
     gathers = True
+    writes = True
 
     def product(self, a: Any, b: Any, out: Any = None) -> Any:
         """Return a @ b, in `out`."""

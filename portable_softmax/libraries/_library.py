@@ -23,6 +23,24 @@ class Dtype(NamedTuple):
     """What is computed in and what is answered in; None for an integer, see `compute_dtype`."""
 
 
+REPEATED = "its entries may share memory; pass an array without repeated or interleaved axes"
+
+
+def is_one_to_one(shape: Any, strides: Any, size: int) -> bool:
+    """Return whether no two entries of an array share memory, given strides and an entry's size.
+
+    Arrays whose axes interleave are not among these, though some could be.
+    """
+    last = size - 1
+    if 0 in shape:
+        return True
+    for stride, n in sorted((abs(s), n) for s, n in zip(strides, shape, strict=True) if n != 1):
+        if stride <= last:
+            return False
+        last += stride * (n - 1)
+    return True
+
+
 # A running sum of n equal terms is off by about n/16 units in the last place (measured on NumPy,
 # axis 0, float32); up to this length that stays under one unit.
 RUNNING_SUM = 16
@@ -51,6 +69,8 @@ class Library:
     """Whether picking one entry a row costs less than a masked sum over the row."""
     chunked = False
     """Whether arrays are split into chunks, so that slicing one adds to a task graph."""
+    writes = False
+    """Whether an answer can be written to an array that is given."""
 
     def __init__(self, xp: Namespace, name: str) -> None:
         self.xp = xp
@@ -59,6 +79,24 @@ class Library:
 
     def __repr__(self) -> str:
         return f"<{self.name}>"
+
+    # ----------------------------------------------------------------------- writing
+
+    def unwritable(self, out: Any, *inputs: Any) -> str:
+        """Return why the answer of a call with these inputs cannot go to `out`; empty if it can."""
+        return "" if is_one_to_one(out.shape, out.strides, out.itemsize) else REPEATED
+
+    def write(self, out: Any, answer: Any) -> None:
+        """Copy an answer to `out`."""
+        out[...] = answer
+
+    def may_share_memory(self, x: Any, y: Any) -> bool:
+        """Return whether two arrays may have memory in common."""
+        return True
+
+    def same_entries(self, x: Any, y: Any) -> bool:
+        """Return whether two arrays are the same entries of the same memory."""
+        return False
 
     # ----------------------------------------------------------------------- devices
 

@@ -49,6 +49,20 @@ class NumPy(Library):
     """NumPy 2 is a namespace of the standard itself: array_api_compat.numpy is slow to import."""
 
     gathers = True
+    writes = True
+
+    def unwritable(self, out: Any, *inputs: Any) -> str:
+        """Return why `out` cannot be written: it is read-only, or repeats itself."""
+        return super().unwritable(out) if out.flags.writeable else "it is read-only; pass a copy"
+
+    def may_share_memory(self, x: Any, y: Any) -> bool:
+        """Return whether the bounds of their memory overlap."""
+        return np.may_share_memory(x, y)
+
+    def same_entries(self, x: Any, y: Any) -> bool:
+        """Return whether address, dtype and strides are the same, of arrays of one shape."""
+        here, there = (a.__array_interface__["data"][0] for a in (x, y))
+        return bool(here == there and x.dtype == y.dtype and x.strides == y.strides)
 
     def device(self, x: Any) -> Any:
         """Return None: there is one device."""

@@ -14,7 +14,7 @@ from functools import reduce
 from typing import Any, TypeVar
 
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries._library import RUNNING_SUM, Library
+from portable_softmax.libraries._library import REPEATED, RUNNING_SUM, Library, is_one_to_one
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -52,11 +52,13 @@ class Torch(Library):
 
     differentiates = True
     gathers = True
+    writes = True
 
     def __init__(self, xp: Namespace, name: str) -> None:
         super().__init__(xp, name)
         torch: Any = sys.modules["torch"]  # somebody has imported it to make a tensor
         self._torch = torch
+        self._own_types = (torch.Tensor, torch.nn.Parameter)
         for dtype in vars(torch).values():
             if isinstance(dtype, torch.dtype):
                 self.dtype(dtype)  # torch.compile would trace a call again once it is known
@@ -72,6 +74,31 @@ class Torch(Library):
             if found is None:
                 path = PRIVATE[what]
                 self._lacks = f"torch {torch.__version__} has no torch.{path}: it tells of {what}"
+
+    def unwritable(self, out: Any, *inputs: Any) -> str:
+        """Return why the answer cannot go to `out`: torch follows the call, or forbids to write."""
+        torch, tensors = self._torch, (out, *inputs)
+        if why := self.tracing(*tensors):
+            return f"torch follows the call ({why}); call outside of that"
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return "torch records a gradient; call under torch.no_grad(), detach the arguments"
+        if out.is_inference() and not torch.is_inference_mode_enabled():
+            return "it was made under torch.inference_mode(); call there too, pass its clone"
+        return "" if is_one_to_one(out.shape, out.stride(), 1) else REPEATED
+
+    def write(self, out: Any, answer: Any) -> None:
+        """Copy an answer to `out`."""
+        out.copy_(answer)
+
+    def may_share_memory(self, x: Any, y: Any) -> bool:
+        """Return whether the bounds of their memory overlap."""
+        (x0, x1), (y0, y1) = _bounds(x), _bounds(y)
+        return x0 < y1 and y0 < x1
+
+    def same_entries(self, x: Any, y: Any) -> bool:
+        """Return whether address, dtype and strides are the same, of tensors of one shape."""
+        same = x.data_ptr() == y.data_ptr() and x.dtype == y.dtype
+        return bool(same and x.stride() == y.stride())
 
     def device(self, x: Any) -> Any:
         """Return the device."""
@@ -90,7 +117,7 @@ class Torch(Library):
 
     def same_device(self, x: Any, other: Any) -> bool:
         """Return whether both live on one device."""
-        return bool(x.device == other.device)
+        return (x.is_cpu and other.is_cpu) or bool(x.device == other.device)
 
     def size(self, x: Any) -> int:
         """Return the number of elements."""
@@ -170,9 +197,8 @@ class Torch(Library):
         if self._lacks:
             return self._lacks
         for x in arrays:
-            kind = type(x)
-            if kind is not torch.Tensor and kind is not torch.nn.Parameter:
-                return f"a {kind.__name__}"
+            if type(x) not in self._own_types:
+                return f"a {type(x).__name__}"
             if x.layout is not torch.strided:
                 return f"layout {x.layout}"
             if self._is_batched(x):
@@ -214,6 +240,13 @@ def raw_stream() -> Callable[[int], int]:
     found: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     # The public way costs a launch several times as much.
     return found or (lambda device: int(torch.cuda.current_stream(device).cuda_stream))
+
+
+def _bounds(x: Any) -> tuple[int, int]:
+    """Return the addresses where a tensor begins and ends."""
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    start: int = x.data_ptr()
+    return start, start + (last + 1) * x.element_size() * bool(x.numel())
 
 
 def _private(torch: Any, path: str) -> Any:

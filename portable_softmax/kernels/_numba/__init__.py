@@ -31,16 +31,27 @@ ANY_LAYOUT = ()  # the operations that are never declined
 missing = _support.missing
 
 
+def remark() -> str:
+    """Return what `explain` says of where compiled kernels are kept; empty if all is well."""
+    found = import_module("portable_softmax.kernels._numba._folders").folders()
+    said = [f"{why}: no compiled code is loaded from there" for why in found.refused]
+    if found.written is None and not found.read:
+        said.append("compiled in each process, for seconds, as no folder can keep it")
+    return "; ".join(said)
+
+
 def declines(request: Request, asked: bool) -> str:
     """Return why a call is left to the next kernel."""
     x = request.x
     if why := declines_options(request):
         return why
-    arrays = (x,) if request.dy is None else (x, request.dy)
+    arrays = [a for a in (x, request.dy, request.out) if a is not None]
     if not all(a.flags.c_contiguous and a.flags.aligned for a in arrays):
         return "not in C order"
     if request.dy is not None and request.dy.dtype != x.dtype:
         return f"dtypes: {x.dtype} and {request.dy.dtype}"
+    if request.operation in LOSSES and request.in_place():
+        return "a gradient in the place of the logits"  # which are read again after the exps
     if request.labels is not None and not request.labels.dtype.isnative:
         return f"dtype of labels: {request.labels.dtype}"
     return declines_shape(x.shape, request.axes)
@@ -118,6 +129,11 @@ def _layout(request: Request) -> Layout:
     return found
 
 
+def _out(request: Request) -> Any:
+    """Return the array that an answer of the shape of `x` is written to."""
+    return np.empty(request.x.shape, request.result_dtype) if request.out is None else request.out
+
+
 def _mask(request: Request, layout: Layout) -> Any:
     """Return the mask as bytes in one axis that repeat along the logits, None without a mask."""
     where, shape, axes = request.options.where, request.x.shape, request.axes
@@ -137,7 +153,7 @@ def _mask(request: Request, layout: Layout) -> Any:
 def _row_by_row(request: Request) -> Any:
     """softmax or log_softmax over the axes."""
     drive, layout, x = _compiled(), _layout(request), request.x
-    out = np.empty(x.shape, request.result_dtype)
+    out = _out(request)
     function, temperature = getattr(drive, request.operation), request.options.temperature
     arrays = _handed(x, layout), _handed(out, layout)
     function(*arrays, drive.Layout(*layout), temperature, _mask(request, layout))
@@ -162,7 +178,7 @@ def _from_output(request: Request, *masked: bool) -> Any:
     `masked` tells the latter whether an entry of -inf is a masked one.
     """
     drive, layout, x = _compiled(), _layout(request), request.x
-    out = np.empty(x.shape, request.result_dtype)
+    out = _out(request)
     arrays = (_handed(a, layout) for a in (x, request.dy, out))
     getattr(drive, request.operation)(*arrays, drive.Layout(*layout), *masked)
     return out
@@ -174,11 +190,11 @@ softmax_vjp = log_softmax_vjp = _from_output
 def _loss(request: Request) -> Any:
     """Return the reduced loss; with it the gradient if that is asked for."""
     drive, layout, x, options = _compiled(), _layout(request), request.x, request.options
-    compute_dtype, result_dtype = request.compute_dtype, request.result_dtype
+    compute_dtype = request.compute_dtype
     positions = (*x.shape[: request.axis], *x.shape[request.axis + 1 :])
     each = np.empty(positions, compute_dtype) if options.reduction == "none" else None
     wants_gradient = request.operation == "cross_entropy_value_and_grad"
-    grad = np.empty(x.shape, result_dtype) if wants_gradient else None
+    grad = _out(request) if wants_gradient else None
     out = (
         None if each is None else each.reshape(-1),
         None if grad is None else _handed(grad, layout),

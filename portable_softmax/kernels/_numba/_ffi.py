@@ -51,8 +51,8 @@ def _compiled(name: str, *parts: str) -> Any:
     """
     handle: Any = _handlers.handler(name, *parts)  # type: ignore[no-untyped-call]
     made: Any = CFunc(handle, ((types.int64,), types.int64), {}, {"error_model": "numpy"})
-    if _jit.folder() is not None:
-        made._cache = _jit._cache_class()(handle, name)
+    if (files := _jit.kept(handle, name)) is not None:
+        made._cache = files
     made.compile()
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
     return made

@@ -2,9 +2,8 @@
 
 `function` is for what is inlined into a kernel, `kernel` for what Python calls. Numba's own cache
 looks at the file of the compiled function alone. A kernel is made of all files of this folder, and
-is cached with a digest of them all. A folder that cannot be written is passed over for the user's
-own; without one either, kernels are compiled in each process. An unreadable or broken file counts
-as missing.
+is cached with a digest of them all, in the folders that `_folders` names; without one kernels are
+compiled in each process. An unreadable or broken file counts as missing.
 
 Numba's cache classes are not public: their names stand in `_cache_class` and nowhere else. Where
 one is missing, kernels are not cached.
@@ -13,19 +12,16 @@ one is missing, kernels are not cached.
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from numba import njit
-from numba.core import caching, config
+from numba.core import caching, runtime
 
 from portable_softmax.kernels._numba import _inlined
-
-HERE = Path(__file__).resolve().parent
+from portable_softmax.kernels._numba._folders import HERE, folders
 
 INLINED = {
     "nogil": True,
@@ -45,8 +41,8 @@ def kernel(name: str) -> Callable[[Any], Any]:
     def compiled(python_function: Any) -> Any:
         dispatcher = njit(nogil=True, error_model="numpy")(named(python_function, name))
         with suppress(AttributeError, TypeError, NotImplementedError):
-            if folder() is not None:
-                dispatcher._cache = _cache_class()(python_function, name)
+            if (files := kept(python_function, name)) is not None:
+                dispatcher._cache = files
         return dispatcher
 
     return compiled
@@ -63,6 +59,16 @@ def named(python_function: Any, name: str) -> Any:
     return python_function
 
 
+def kept(python_function: Any, name: str) -> Any:
+    """Return Numba's cache of one function in the folders in use, None without a folder."""
+    found = folders()
+    places = [*found.read] if found.written is None else [found.written, *found.read]
+    others: list[Any] = []
+    for folder in reversed(places):
+        others = [_cache_class()(python_function, name, str(folder), others), *others]
+    return others[0] if others else None
+
+
 @cache
 def stamp() -> str:
     """Return a digest of every source file here; Numba adds its own version and the CPU."""
@@ -73,32 +79,15 @@ def stamp() -> str:
 
 
 @cache
-def folder() -> str | None:
-    """Return the first folder that can be written."""
-    candidates = [HERE / "__pycache__"]
-    if config.CACHE_DIR:
-        candidates = [Path(config.CACHE_DIR) / "portable_softmax"]
-    elif hasattr(caching, "AppDirs"):
-        candidates += [
-            Path(caching.AppDirs("numba", appauthor=False).user_cache_dir, "portable_softmax")
-        ]
-    else:
-        candidates += [Path.home() / ".cache" / "portable_softmax"]
-    for path in candidates:
-        with suppress(OSError):
-            path.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path).close()
-            return str(path)
-    return None
-
-
-@cache
 def _cache_class() -> Any:
     """Return Numba's cache of one function, stamped as above."""
 
     class Locator(caching._CacheLocator):  # type: ignore[misc]
+        def __init__(self, folder: str) -> None:
+            self._folder = folder
+
         def get_cache_path(self) -> str:
-            return folder() or ""
+            return self._folder
 
         def get_source_stamp(self) -> str:
             return stamp()
@@ -107,14 +96,16 @@ def _cache_class() -> Any:
             return "kernel"
 
     class Files(caching.FunctionCache):  # type: ignore[misc]
-        def __init__(self, python_function: Any, name: str) -> None:
+        def __init__(
+            self, python_function: Any, name: str, folder: str, others: Sequence[Any] = ()
+        ) -> None:
             class Implementation(caching.FunctionCache._impl_class):  # type: ignore[misc]
                 def __init__(self, _: Any) -> None:
-                    self._locator = Locator()
+                    self._locator = Locator(folder)
                     self._lineno = 0
                     self._filename_base = self.get_filename_base(name, "")
 
-            self._impl_class = Implementation
+            self._impl_class, self._others = Implementation, tuple(others)
             super().__init__(python_function)
 
         def _index_key(self, sig: Any, codegen: Any) -> Any:
@@ -122,10 +113,14 @@ def _cache_class() -> Any:
             return sig, codegen.magic_tuple()
 
         def load_overload(self, sig: Any, target_context: Any) -> Any:
-            try:
-                return super().load_overload(sig, target_context)
-            except Exception:  # whatever a file of another version or half a file may raise
-                return None
+            # Numba's own way imports all that it needs to compile, which takes longer than to load.
+            runtime.rtsys.initialize(target_context)
+            for files in (self, *self._others):
+                # Whatever a file of another version or half a file may raise.
+                with suppress(Exception):
+                    if (found := files._load_overload(sig, target_context)) is not None:
+                        return found
+            return None
 
         def save_overload(self, sig: Any, data: Any) -> None:
             try:

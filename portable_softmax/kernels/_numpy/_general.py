@@ -27,7 +27,7 @@ def rows(request: Request) -> Any:
     )
     kept = request.operation != "logsumexp"
     shape = [n if kept or a not in axes else 1 for a, n in enumerate(x.shape)]
-    out = np.empty(shape, request.answer_dtype)
+    out = np.empty(shape, request.answer_dtype) if request.out is None else request.out
 
     def work(cut: Cut) -> None:
         tile = x[cut].astype(compute, order="C", copy=False)
@@ -49,7 +49,9 @@ def losses(request: Request) -> tuple[Any, Any]:
     with_grad = request.operation == "cross_entropy_value_and_grad"
     where = None if options.where is None else np.broadcast_to(options.where, x.shape)
     loss = np.empty([1 if a == axis else n for a, n in enumerate(x.shape)], compute)
-    grad = np.empty(x.shape, request.result_dtype) if with_grad else None
+    grad = request.out
+    if with_grad and grad is None:
+        grad = np.empty(x.shape, request.result_dtype)
     divisor = None
     if options.reduction == "mean":
         divisor = portable.nothing_to_inf(np, portable.mean_divisor(np, loss, target))

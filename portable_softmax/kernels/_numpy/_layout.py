@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from portable_softmax.kernels import _threads
+from portable_softmax.kernels._request import Request
 
 # Half of a common 1 MB L2 cache: smaller tiles spend more on the calls, and threads on taking turns
 # between them.
@@ -95,6 +96,21 @@ class Layout:
             step = min(after, max(_RUN, elements // n))
             cuts = [slice(i, i + step) for i in range(0, after, step)]
             self.pieces = [(a, cut) for a in range(before) for cut in cuts]
+
+    def answers(self, request: Request, dtype: Any) -> tuple[Any, Any]:
+        """Return an array for the answer, and the same as it is cut.
+
+        Tiles are copies where it is also what is read, or lies as no new array does: the sums of
+        what was written to it would have other bits.
+        """
+        out = request.out
+        if out is None:
+            out = np.empty(request.x.shape, dtype)
+            return out, out.reshape(self.x.shape)
+        if not out.flags.carray or request.in_place():
+            self.copies = True
+        cut = out.reshape(self.x.shape)
+        return (out if np.may_share_memory(cut, out) else cut.reshape(out.shape)), cut
 
     def view(self, array: Any, piece: Any) -> Any:
         """Return a piece of an array of this shape, with the classes along `axis`."""

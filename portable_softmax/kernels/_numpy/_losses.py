@@ -84,8 +84,7 @@ def losses(request: Request, layout: Layout, labels: Any, *, with_grad: bool) ->
     samples = _samples_of(request, layout)
     grad = gradients = None
     if with_grad:
-        grad = np.empty(request.x.shape, request.result_dtype)
-        gradients = grad.reshape(layout.x.shape)
+        grad, gradients = layout.answers(request, request.result_dtype)
 
     def work(i: int, piece: Any, buffers: Buffers) -> None:
         x = layout.read(piece, buffers)

@@ -18,8 +18,7 @@ from portable_softmax.kernels._request import Request
 
 def softmax(request: Request, layout: Layout) -> Any:
     """exp(x - max) / sum(exp(x - max))."""
-    out = np.empty(request.x.shape, request.answer_dtype)
-    answers, axis = out.reshape(layout.x.shape), layout.axis
+    (out, answers), axis = layout.answers(request, request.answer_dtype), layout.axis
 
     def work(_: int, piece: Any, buffers: Buffers) -> None:
         x, target = layout.read(piece, buffers), layout.view(answers, piece)
@@ -36,8 +35,7 @@ def log_softmax(request: Request, layout: Layout) -> Any:
     """(x - max) - log1p(rest)."""
     if request.options.temperature != 1.0:
         return _log_softmax_with_temperature(request, layout)
-    out = np.empty(request.x.shape, request.answer_dtype)
-    answers, axis = out.reshape(layout.x.shape), layout.axis
+    (out, answers), axis = layout.answers(request, request.answer_dtype), layout.axis
 
     def precise(x: Any, y: Any, buffers: Buffers) -> None:
         m, rest = _maths.fold(x, None, axis, buffers)
@@ -61,12 +59,8 @@ def log_softmax(request: Request, layout: Layout) -> Any:
 
 def _log_softmax_with_temperature(request: Request, layout: Layout) -> Any:
     """d - log(sum exp d) with d = (x - max) / temperature, and the portable form in some rows."""
-    out = np.empty(request.x.shape, request.answer_dtype)
-    answers, axis, temperature = (
-        out.reshape(layout.x.shape),
-        layout.axis,
-        request.options.temperature,
-    )
+    (out, answers), axis = layout.answers(request, request.answer_dtype), layout.axis
+    temperature = request.options.temperature
     # From a sum of 2 on the maximum's 1 costs no digits. Of 1 + C exp(-7) at most 1/e comes from
     # below -8, where the rounding errors of d count.
     enough = 1.0 + max(1.0, layout.x.shape[1] * math.exp(-7.0))

@@ -17,8 +17,7 @@ from portable_softmax.kernels._request import Request
 
 def softmax_vjp(request: Request, layout: Layout, upstream: Layout) -> Any:
     """y * (dy - sum(y * dy))."""
-    out = np.empty(request.x.shape, request.result_dtype)
-    answers, axis = out.reshape(layout.x.shape), layout.axis
+    (out, answers), axis = layout.answers(request, request.result_dtype), layout.axis
 
     def work(_: int, piece: Any, buffers: Buffers) -> None:
         y, target = layout.read(piece, buffers), layout.view(answers, piece)
@@ -43,8 +42,7 @@ def log_softmax_vjp(
     request: Request, layout: Layout, upstream: Layout, *, masked: bool = True
 ) -> Any:
     """dy - exp(log_y) * sum(dy), and if entries are masked where log_y is not -inf."""
-    out = np.empty(request.x.shape, request.result_dtype)
-    answers, axis = out.reshape(layout.x.shape), layout.axis
+    (out, answers), axis = layout.answers(request, request.result_dtype), layout.axis
 
     def work(_: int, piece: Any, buffers: Buffers) -> None:
         log_y, target = layout.read(piece, buffers), layout.view(answers, piece)

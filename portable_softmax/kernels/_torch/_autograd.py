@@ -21,14 +21,14 @@ Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is install
 
 def answer(engine: Any, request: Request) -> Any:
     """Return the answer of a call that is differentiated."""
-    return _Kernel.apply(engine, request, *tensors(request))
+    return _Kernel.apply(engine, request, request.x, request.dy)
 
 
 class _Kernel(torch.autograd.Function):
     """A call, differentiable with respect to `x` and `dy`."""
 
     @staticmethod
-    def forward(ctx: Any, engine: Any, request: Request, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, engine: Any, request: Request, *_: Tensor | None) -> Any:
         found = _gradients.value(engine, request)
         keep(ctx, request, found[0] if type(found) is tuple else found)
         ctx.engine = engine
@@ -40,7 +40,7 @@ class _Kernel(torch.autograd.Function):
         dx, ddy = pulled_back(
             request, upstream, request.library.tracing, partial(_gradients.gradient, ctx.engine)
         )
-        return None, None, dx, ddy, None, None, None, None
+        return None, None, dx, ddy
 
 
 # --------------------------------------------------------------------------- shared with operators
@@ -56,17 +56,15 @@ def tensors(request: Request) -> tuple[Tensor | None, ...]:
 
 def keep(ctx: Any, request: Request, y: Tensor) -> None:
     """Save what the backward pass needs: tensors as such, so that torch sees them."""
-    _, *others = tensors(request)
-    ctx.save_for_backward(_gradients.kept(request, y), *others)
-    ctx.set_materialize_grads(False)
-    options = request.options
+    saved, options = [_gradients.kept(request, y), request.dy, request.labels], request.options
     if request.active:
+        saved += [getattr(options, name, None) for name in _ARRAY_OPTIONS]
         options = options._replace(
             **{name: None for name in _ARRAY_OPTIONS if name in options._fields}
         )
-    ctx.request = request._replace(
-        x=None, dy=None, labels=None, options=options, check_labels=False
-    )
+    ctx.save_for_backward(*saved)
+    ctx.set_materialize_grads(False)
+    ctx.request = request.on(None, None, None, options)
 
 
 def restored(ctx: Any) -> Request:
@@ -77,7 +75,7 @@ def restored(ctx: Any) -> Request:
     if request.active:
         given = zip(_ARRAY_OPTIONS, arrays, strict=True)
         options = options._replace(**{name: t for name, t in given if t is not None})
-    return request._replace(x=x, dy=dy, labels=labels, options=options)
+    return request.on(x, dy, labels, options)
 
 
 def pulled_back(

@@ -16,7 +16,6 @@ import torch
 from portable_softmax import portable
 from portable_softmax.kernels._request import SPARSE, Request
 from portable_softmax.kernels._torch._lending import NUMPY, on_numpy, taken
-from portable_softmax.libraries import dtype_name
 
 Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
@@ -28,12 +27,21 @@ def value(engine: Any, request: Request) -> Any:
     function = getattr(engine, request.operation)
     if engine.TENSORS:
         return function(request)
-    found = NUMPY.quietly(function, on_numpy(request))
+    lent = on_numpy(request)
+    found = NUMPY.quietly(function, lent)
     dtype, options = request.result_dtype, request.options
     answer = dtype if options is None or options.dtype is None else options.dtype
     if type(found) is tuple:
-        return taken(found[0], answer), taken(found[1], dtype)
-    return taken(found, answer)
+        return taken(found[0], answer), _own(request, lent, found[1], dtype)
+    return _own(request, lent, found, answer)
+
+
+def _own(request: Request, lent: Request, found: Any, dtype: Any) -> Tensor:
+    """Return what a kernel has found as a tensor: the one whose memory it was given to write."""
+    if request.out is None or found is not lent.out:
+        return taken(found, dtype)
+    request.out[:0].zero_()  # torch counts the change, for graphs that keep the tensor
+    return request.out
 
 
 def kept(request: Request, y: Tensor) -> Tensor:
@@ -72,9 +80,10 @@ def _from_output(engine: Any, request: Request, y: Tensor, dy: Tensor, *masked: 
         dy = torch.where(request.options.where, dy, 0.0)
     y_dtype = y.dtype
     vjp = on_numpy(
-        request._replace(
-            operation=f"{request.operation}_vjp", x=y, dtype=dtype_name(y_dtype),
-            dy=dy.contiguous(), options=None, active=(),
+        Request(
+            f"{request.operation}_vjp", request.library, y, request.library.dtype(y_dtype).name,
+            request.axes, request.compute_dtype, request.result_dtype, "", None, (),
+            dy.contiguous(),
         )
     )  # fmt: skip
     if engine.declines(vjp, False):
@@ -95,7 +104,10 @@ def _logsumexp(engine: Any, request: Request, dy: Tensor) -> Tensor:
 
 def _loss(engine: Any, request: Request, dy: Tensor) -> Tensor:
     request = _in_float32(request)
-    _, grad = value(engine, request._replace(operation="cross_entropy_value_and_grad"))
+    again = request.on(
+        request.x, None, request.labels, request.options, "cross_entropy_value_and_grad"
+    )
+    _, grad = value(engine, again)
     if dy.ndim == 0 and request.options.reduction != "none":
         factor = dy.item()
         if factor == 1.0:

@@ -74,4 +74,5 @@ def on_numpy(request: Request) -> Request:
         request.operation, NUMPY, x, request.dtype, request.axes, _COMPUTE_DTYPE[request.dtype],
         x.dtype, "", options, request.active, None if dy is None else lent(dy),
         None if labels is None else lent(labels), request.indices, request.check_labels,
+        None if request.out is None else lent(request.out),
     )  # fmt: skip

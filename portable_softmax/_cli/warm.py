@@ -1,0 +1,72 @@
+"""``warm``: compile the Numba kernels of plain calls, so that other processes load them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from itertools import product
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from portable_softmax import kernels
+from portable_softmax._cli.errors import CommandError
+from portable_softmax._cli.report import Report
+from portable_softmax.kernels._decide import public
+from portable_softmax.kernels._numba import _support
+from portable_softmax.kernels._request import LOSSES, OPERATIONS, VJPS
+
+__all__ = ["DTYPES", "OPERATIONS", "run"]
+
+DTYPES = ("float32", "float64", "float16")
+
+# An array of each layout: long rows, short rows, few classes, and classes that are not last.
+LAYOUTS = (((2, 1000), 1), ((2, 100), 1), ((2, 3), 1), ((2, 5, 7), 1))
+
+
+def run(*, operations: tuple[str, ...], dtypes: tuple[str, ...], report: Report) -> dict[str, Any]:
+    """Call each operation once for each dtype and layout, and say what was compiled."""
+    if why := _support.refusal():
+        raise CommandError(why)
+    folders = import_module("portable_softmax.kernels._numba._folders").folders()
+    if folders.written is None:
+        why = "; ".join(folders.refused) or "there is no folder that can be written"
+        raise CommandError(f"{why}: set NUMBA_CACHE_DIR to a folder of your own")
+    calls = list(product(operations, dtypes, LAYOUTS))
+    began, before = perf_counter(), _counts()
+    with report.steps("kernel", len(calls)) as step, kernels.use("numba rows"):
+        for operation, dtype, (shape, axis) in calls:
+            step(f"{operation}, {dtype}, {'x'.join(map(str, shape))}")
+            _call(operation, np.zeros(shape, dtype), axis)
+    loaded, compiled = (now - then for now, then in zip(_counts(), before, strict=True))
+    seconds = perf_counter() - began
+    report.line(
+        f"{compiled} kernels compiled and {loaded} loaded in {seconds:.1f} s, kept in "
+        f"{folders.written}"
+    )
+    return {
+        "compiled": compiled,
+        "loaded": loaded,
+        "seconds": seconds,
+        "folder": str(folders.written),
+    }
+
+
+def _call(operation: str, x: Any, axis: int) -> None:
+    arrays: tuple[Any, ...] = (x,)
+    if operation in VJPS:
+        arrays = (x, x)
+    elif operation in LOSSES:
+        arrays = (x, np.zeros([n for a, n in enumerate(x.shape) if a != axis], np.int64))
+    public(operation)(*arrays, axis=axis)
+
+
+def _counts() -> tuple[int, int]:
+    """Return how many kernels this process has loaded and compiled."""
+    driver = import_module("portable_softmax.kernels._numba._driver")
+    layouts = driver.ROWS, driver.BLOCKS, driver.COLUMNS, driver.NARROW
+    stats = [kernel.stats for layout in layouts for kernel in layout.values()]
+    return (
+        sum(sum(s.cache_hits.values()) for s in stats),
+        sum(sum(s.cache_misses.values()) for s in stats),
+    )
