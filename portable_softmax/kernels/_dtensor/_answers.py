@@ -1,0 +1,70 @@
+"""The answer of a call on DTensors, by what each rank holds: whole rows, or parts of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from portable_softmax.kernels._decide import public
+from portable_softmax.kernels._dtensor import _losses, _rows
+from portable_softmax.kernels._dtensor._mesh import Axes, Place, constant, place_of
+from portable_softmax.kernels._request import LINEAR, LOSSES, Request
+
+
+def declines(module: Any, request: Request, asked: bool) -> str:
+    """Return what is neither differentiated nor reduced here; empty if all is."""
+    if torch.is_grad_enabled() and any(a.requires_grad for a in _constants(request)):
+        return "labels, weights or other options that require gradients"
+    return ""
+
+
+def _constants(request: Request) -> list[Any]:
+    """Return the tensors whose derivative nobody may ask for."""
+    options = request.options
+    loss = options.loss if request.operation in LINEAR else options
+    found = [request.labels, request.dy, *(loss or ())]
+    if request.operation.endswith(("_vjp", "_grad")):
+        found += [request.x, *(options or ())]
+    return [a for a in found if isinstance(a, torch.Tensor)]
+
+
+def answer(module: Any, request: Request) -> Any:
+    """Return the answer, whose shards lie as those of the first array."""
+    place = place_of("the first array", request.x)
+    if request.operation in LINEAR:
+        return _losses.linear(request, place)
+    if request.operation in LOSSES:
+        return _losses.plain(request, place)
+    if place.dims(request.axes):
+        return _rows.in_parts(request, place)
+    return _whole(request, place)
+
+
+def _whole(request: Request, place: Place) -> Any:
+    """Return the call of each rank on its own rows."""
+    axes, every = request.axes, tuple(range(request.x.ndim))
+    given = options_here(request, place, every)
+    arrays = [request.x.to_local()]
+    if request.dy is not None:
+        arrays.append(constant("dy", request.dy, place, every))
+    reduces = request.operation == "logsumexp"
+    if reduces:
+        given["keepdims"] = True
+    found = public(request.operation)(*arrays, axis=axes, **given)
+    shape = [1 if reduces and a in axes else n for a, n in enumerate(place.shape)]
+    there = place.along(every, shape)
+    return tuple(map(there.holds, found)) if isinstance(found, tuple) else there.holds(found)
+
+
+def options_here(request: Request, place: Place, every: Axes) -> dict[str, Any]:
+    """Return the options that are not neutral, of arrays the part of this rank."""
+    if request.options is None:
+        return {}
+    given = {}
+    for name, value in request.options._asdict().items():
+        if isinstance(value, torch.Tensor):
+            given[name] = constant(name, value, place, every[len(every) - value.ndim :])
+        elif value != request.options._field_defaults[name]:
+            given[name] = value
+    return given
