@@ -176,7 +176,8 @@ def run(request: Request, portable: Callable[[Request], Any]) -> Any:
     taken = decision.taken
     if taken is None:
         if request.library.sharded:
-            raise _checks.not_of_shards(request.operation, decision.why)
+            why = [decision.why, *[why for _, why in decision.passed_over]]
+            raise _checks.not_of_shards(request.operation, "; ".join(filter(None, why)))
         answer = portable
     elif request.tracing and taken.kernel.adapter:
         adapter, module = taken.traced()

@@ -168,15 +168,16 @@ def _flat(here: _Here) -> _Here:
     """Return a call on one axis of positions, and the classes."""
     *batch, n = here.shape
     labels, where, sample = here.labels, here.options.where, here.options.sample_weight
-    labels = labels.reshape(-1) if here.request.indices else labels.reshape(-1, n)
+    m = math.prod(batch)
+    labels = labels.reshape((m,) if here.request.indices else (m, n))
     if where is not None and where.ndim > 1:
         width = where.shape[-1]
         where = (
             where.reshape(1, width)
             if all(k == 1 for k in where.shape[:-1])
-            else where.expand(*batch, width).reshape(-1, width)
+            else where.expand(*batch, width).reshape(m, width)
         )
-    sample = None if sample is None else sample.reshape(-1)
+    sample = None if sample is None else sample.reshape(m)
     options = here.options._replace(where=where, sample_weight=sample)
     return here._replace(request=here.request._replace(axes=(1,)), labels=labels, options=options)
 
@@ -279,7 +280,9 @@ def _prepared(here: _Here, like: Tensor, n: int | None = None) -> tuple[Loss, li
     where = options.where
     if where is not None and options.label_smoothing != 0.0:
         at = axis - len(here.shape if n is None else (0, 0)) + where.ndim
-        if at >= 0 and where.shape[at] == length:
+        # All ranks ask the whole array, so that they all add or none does.
+        whole = getattr(request.options, "loss", request.options).where
+        if at >= 0 and whole.shape[class_axis - len(place.shape) + whole.ndim] != 1:
             count = where.to(request.compute_dtype).sum(dim=at, keepdim=True)
             count = place.reduce(place.dims((class_axis,)))(count, "sum")
             named["count"] = torch.where(count == 0, 1.0, count)
