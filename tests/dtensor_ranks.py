@@ -242,7 +242,15 @@ def refusals(mesh, placements):
     x, t = sharded(LOGITS, mesh, placements), sharded(LABELS, mesh, placements, (0,))
     raises(TypeError, "both must come from one library", ps.cross_entropy, x, LABELS)
     raises(TypeError, "redistribute", ps.logsumexp, x, b=x) if CLASSES in placements else None
-    raises(TypeError, "full_tensor", ps.entmax, x)
+    raises(TypeError, "full_tensor", ps.entropy, x)
+    if CLASSES in placements:
+        raises(TypeError, "redistribute", ps.entmax, x)
+    else:
+        close(ps.entmax(x), ps.entmax(LOGITS), x)
+        close(ps.logmeanexp(x, axis=1), ps.logmeanexp(LOGITS, axis=1))
+        close(ps.logcumsumexp(x), ps.logcumsumexp(LOGITS), x)
+    value_and_grad = ps.cross_entropy_value_and_grad
+    raises(TypeError, "no_grad", value_and_grad, x.detach().requires_grad_(), t)
     sums = DTensor.from_local(LOGITS, mesh, [Partial()] * mesh.ndim, run_check=False)
     raises(TypeError, "redistribute it first", ps.softmax, sums)
     with ps.kernels.portable():

@@ -29,6 +29,7 @@ from portable_softmax.kernels._request import (
     OPERATIONS,
     OTHER_DTYPE,
     PROBABILITIES,
+    RUNNING,
     SPARSE,
 )
 
@@ -192,7 +193,7 @@ TABLE = (
         library="dtensor",
         module=f"{_HERE}._dtensor",
         adapter=f"{_HERE}._dtensor._answers",
-        operations=(*OPERATIONS, *LINEAR),
+        operations=(*OPERATIONS, *LINEAR, *SPARSE, *RUNNING, "logmeanexp"),
         dtypes=(*FLOATS, *INTEGERS, "complex64", "complex128"),
         options=(
             *LOSS_OPTIONS,
@@ -205,6 +206,7 @@ TABLE = (
             "sink",
             "b",
             "return_sign",
+            "alpha",
         ),
     ),
     _LINEAR,

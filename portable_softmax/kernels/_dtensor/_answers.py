@@ -6,27 +6,29 @@ from typing import Any
 
 import torch
 
+from portable_softmax import _checks
 from portable_softmax.kernels._decide import public
 from portable_softmax.kernels._dtensor import _losses, _rows
 from portable_softmax.kernels._dtensor._mesh import Axes, Place, constant, place_of
-from portable_softmax.kernels._request import LINEAR, LOSSES, Request
+from portable_softmax.kernels._request import LINEAR, LOSSES, ROWS, VJPS, Request
 
 
 def declines(module: Any, request: Request, asked: bool) -> str:
     """Return what is neither differentiated nor reduced here; empty if all is."""
-    if torch.is_grad_enabled() and any(a.requires_grad for a in _constants(request)):
+    if not torch.is_grad_enabled():
+        return ""
+    options = request.options
+    loss = options.loss if request.operation in LINEAR else options
+    if _require_gradients(request.labels, *(loss or ())):
         return "labels, weights or other options that require gradients"
+    is_gradient = request.operation.endswith(("_vjp", "_grad"))
+    if is_gradient and _require_gradients(request.x, request.dy, *(options or ())):
+        return "gradients that are differentiated again, which torch.no_grad() would prevent"
     return ""
 
 
-def _constants(request: Request) -> list[Any]:
-    """Return the tensors whose derivative nobody may ask for."""
-    options = request.options
-    loss = options.loss if request.operation in LINEAR else options
-    found = [request.labels, request.dy, *(loss or ())]
-    if request.operation.endswith(("_vjp", "_grad")):
-        found += [request.x, *(options or ())]
-    return [a for a in found if isinstance(a, torch.Tensor)]
+def _require_gradients(*given: Any) -> bool:
+    return any(isinstance(a, torch.Tensor) and a.requires_grad for a in given)
 
 
 def answer(module: Any, request: Request) -> Any:
@@ -36,9 +38,14 @@ def answer(module: Any, request: Request) -> Any:
         return _losses.linear(request, place)
     if request.operation in LOSSES:
         return _losses.plain(request, place)
-    if place.dims(request.axes):
+    if not place.dims(request.axes):
+        return _whole(request, place)
+    if request.operation in (*ROWS, *VJPS):
         return _rows.in_parts(request, place)
-    return _whole(request, place)
+    raise _checks.shards(
+        "the first array", request.x, f"which cut the rows along {request.axes}",
+        "redistribute it first, so that other axes are cut",
+    )  # fmt: skip
 
 
 def _whole(request: Request, place: Place) -> Any:
@@ -48,10 +55,13 @@ def _whole(request: Request, place: Place) -> Any:
     arrays = [request.x.to_local()]
     if request.dy is not None:
         arrays.append(constant("dy", request.dy, place, every))
-    reduces = request.operation == "logsumexp"
+    reduces = request.operation in ("logsumexp", "logmeanexp")
     if reduces:
         given["keepdims"] = True
-    found = public(request.operation)(*arrays, axis=axes, **given)
+    if request.operation == "sparsemax":
+        given.pop("alpha")
+    axis = axes[0] if len(axes) == 1 else axes
+    found = public(request.operation)(*arrays, axis=axis, **given)
     shape = [1 if reduces and a in axes else n for a, n in enumerate(place.shape)]
     there = place.along(every, shape)
     return tuple(map(there.holds, found)) if isinstance(found, tuple) else there.holds(found)

@@ -68,6 +68,10 @@ class Place(NamedTuple):
 
 def place_of(name: str, x: Any, mesh: Any = None) -> Place:
     """Return where an array is; TypeError if it is no array of shards and replicas."""
+    if x.device_mesh.get_coordinate() is None:
+        raise TypeError(
+            f"{name} is on {x.device_mesh}, which this rank is not part of: leave it out"
+        )
     if any(type(p) not in (Shard, Replicate) for p in x.placements):
         raise _checks.shards(name, x, "of which this takes Shard and Replicate", _REDISTRIBUTE)
     if mesh is not None and x.device_mesh != mesh:
@@ -101,11 +105,12 @@ def constant(name: str, x: Any, place: Place, axes: Sequence[int]) -> Tensor:
 
 
 def _all_reduced(mesh: Any, dims: Axes, x: Tensor, op: str) -> Tensor:
-    if not dims:
-        return x
-    placements = [Partial(op) if i in dims else Replicate() for i in range(mesh.ndim)]
-    parts = DTensor.from_local(x, mesh, placements, run_check=False)
-    return parts.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
+    whole = [Replicate()] * mesh.ndim
+    for i in dims:
+        parts = [*whole[:i], Partial(op), *whole[i + 1 :]]
+        x = DTensor.from_local(x, mesh, parts, run_check=False).redistribute(placements=whole)
+        x = x.to_local()
+    return x
 
 
 def merged(
