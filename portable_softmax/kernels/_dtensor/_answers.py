@@ -10,6 +10,7 @@ from portable_softmax import _checks
 from portable_softmax.kernels._decide import public
 from portable_softmax.kernels._dtensor import _losses, _rows
 from portable_softmax.kernels._dtensor._mesh import Axes, Place, constant, place_of
+from portable_softmax.kernels._dtensor._watch import watched
 from portable_softmax.kernels._request import LINEAR, LOSSES, ROWS, VJPS, Request
 
 
@@ -52,7 +53,7 @@ def _whole(request: Request, place: Place) -> Any:
     """Return the call of each rank on its own rows."""
     axes, every = request.axes, tuple(range(request.x.ndim))
     given = options_here(request, place, every)
-    arrays = [request.x.to_local()]
+    arrays = [watched(request.x.to_local(), request)]
     if request.dy is not None:
         arrays.append(constant("dy", request.dy, place, every))
     reduces = request.operation in ("logsumexp", "logmeanexp")

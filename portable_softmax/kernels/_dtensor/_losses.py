@@ -20,6 +20,7 @@ from portable_softmax.kernels._dtensor._mesh import (
     place_of,
     shard,
 )
+from portable_softmax.kernels._dtensor._watch import watched
 from portable_softmax.kernels._in_parts import Layer, Loss, scaled, tiled
 from portable_softmax.kernels._request import LossOptions, Request
 
@@ -74,7 +75,7 @@ def plain(request: Request, place: Place) -> Any:
     """cross_entropy, and its gradient if that is asked for."""
     here, compute = _here(request, place, request.options), request.compute_dtype
     wants_gradient = request.operation.endswith("_grad")
-    x = request.x.to_local()
+    x = watched(request.x.to_local(), request)
     if not place.dims(request.axes):
         if wants_gradient:
             x = libraries.library_of(x).cast(x, compute)  # divided before it is rounded
@@ -108,7 +109,7 @@ def linear(request: Request, hidden_place: Place) -> Any:
     # What ranks add to a gradient is summed by the backward pass of `redistribute`.
     partly = [p.partly(dims) for p, dims in zip(places, (classes, batch, batch), strict=False)]
     inputs = [
-        a.redistribute(placements=p.placements).to_local(grad_placements=to)
+        watched(a.redistribute(placements=p.placements).to_local(grad_placements=to), request)
         for a, p, to in zip(arrays, places, partly, strict=True)
     ]
     if not classes:

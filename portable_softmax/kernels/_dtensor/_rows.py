@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from portable_softmax import _checks, libraries, portable
 from portable_softmax.kernels._dtensor._mesh import Axes, Place, Reduce, constant, merged
+from portable_softmax.kernels._dtensor._watch import watched
 from portable_softmax.kernels._in_parts import tiled, with_axes
 from portable_softmax.kernels._request import VJPS, Request
 
@@ -39,7 +40,7 @@ def in_parts(request: Request, place: Place) -> Any:
         request.operation, axes, float(options.temperature), request.compute_dtype,
         request.answer_dtype, number, reduce,
     )  # fmt: skip
-    y = _Rows.apply(call, request.x.to_local(), where, sink)
+    y = _Rows.apply(call, watched(request.x.to_local(), request), where, sink)
     ones = axes if request.operation == "logsumexp" else ()
     shape = [1 if a in ones else n for a, n in enumerate(place.shape)]
     return place.along(every, shape).holds(y)
