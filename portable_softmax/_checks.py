@@ -258,6 +258,19 @@ def sink(value: Any, x: Any, axes: tuple[int, ...], library: Library) -> Any:
     return value
 
 
+def not_of_shards(operation: str, why: str) -> TypeError:
+    """Return the error for a call on a DTensor that no kernel takes."""
+    return TypeError(
+        f"{operation} takes no DTensor here ({why}): pass x.to_local(), the shard of this rank, or "
+        "x.full_tensor()"
+    )
+
+
+def shards(name: str, x: Any, problem: str, remedy: str) -> TypeError:
+    """Return the error for a DTensor that does not lie as a call needs it."""
+    return TypeError(f"{name} has the placements {tuple(x.placements)}, {problem}: {remedy}")
+
+
 # --------------------------------------------------------------------------- axes and numbers
 
 
@@ -492,14 +505,26 @@ def _label_shape_message(logits: Any, labels: Any, axis: int, positions: tuple[i
     return f"{message}: reshape labels"
 
 
-def label_values(xp: Namespace, labels: Any, valid: Any, axis: int, n: int, where: Any) -> None:
-    """Raise for the first label without a class; `valid` says which have one."""
+def label_values(
+    xp: Namespace,
+    labels: Any,
+    valid: Any,
+    axis: int,
+    n: int,
+    where: Any,
+    start: tuple[int, ...] = (),
+) -> None:
+    """Raise for the first label without a class; `valid` says which have one.
+
+    `start` is where a shard of the labels begins.
+    """
     if bool(xp.all(valid)):
         return
     valid = xp.squeeze(valid, axis=axis)
     flat = xp.reshape(libraries.cast(xp, ~valid, xp.int8), (-1,))
     position = np.unravel_index(int(xp.argmax(flat)), tuple(valid.shape))
-    at = ", ".join(str(int(i)) for i in position)
+    starts = start or (0,) * len(position)
+    at = ", ".join(str(int(i) + first) for i, first in zip(position, starts, strict=True))
     value = int(labels[tuple(int(i) for i in position)])
     label = f"labels[{at}] is {value}" if at else f"the label is {value}"
     if 0 <= value < n and where is not None:

@@ -21,7 +21,7 @@ from backends import BACKENDS, LIBRARIES
 import portable_softmax
 from portable_softmax import libraries
 from portable_softmax.kernels import _table
-from portable_softmax.kernels._request import FAMILY, LINEAR, OPERATIONS, SPARSE
+from portable_softmax.kernels._request import FAMILY, LINEAR, OPERATIONS, RUNNING, SPARSE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,6 +99,8 @@ def operations(kernel: _table.Kernel) -> str:
         (*OPERATIONS, *LINEAR): "softmax family, cross_entropy, linear_cross_entropy",
         (*OPERATIONS, *LINEAR, *FAMILY): "softmax family, entmax, entropy, cross_entropy, "
         "linear_cross_entropy",
+        (*OPERATIONS, *LINEAR, *SPARSE, *RUNNING, "logmeanexp"): "softmax family, entmax, "
+        "logmeanexp, logcumsumexp, cross_entropy, linear_cross_entropy",
         OPERATIONS: "softmax family, cross_entropy",
         LINEAR: "linear_cross_entropy",
         SPARSE: "entmax, sparsemax",

@@ -104,15 +104,15 @@ def test_textbook_stands_on_the_namespace_lookup_alone():
     assert "portable_softmax.libraries.namespace" in ours
 
 
-SHARED_BY_KERNELS = ("_request", "_threads")
+SHARED_BY_KERNELS = ("_in_parts", "_request", "_threads")
 
 
 def test_kernels_do_not_import_each_other():
     """Each technology, a file or a folder, stands on what they share alone."""
     for path in (PACKAGE / "kernels").rglob("*.py"):
         own = path.relative_to(PACKAGE / "kernels").parts[0].removesuffix(".py")
-        # Tiles of a linear layer, and chunks, are calls of their own, which the table sends on.
-        if own in ("__init__", "_dask", "_decide", "_linear", "_switches", "_table"):
+        # Tiles of a linear layer, chunks and shards are calls of their own, for the table.
+        if own in ("__init__", "_dask", "_decide", "_dtensor", "_linear", "_switches", "_table"):
             continue
         for name, _ in imports(path):
             if name.startswith("portable_softmax.kernels"):
@@ -139,6 +139,7 @@ def test_portable_names_no_library():
 # an adapter is imported for an array of its library.
 TECHNOLOGIES = {
     "_numba": ("numba",),
+    "_dtensor": ("torch",),
     "_torch": ("torch",),
     "_jax": ("jax",),
     "_triton": ("triton", "torch", "cupy"),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+PROGRAM = Path(__file__).with_name("jax_sharded.py")
 
 SETUP = """
 import re
@@ -90,3 +93,16 @@ def test_on_four_devices(jax, script):
         [sys.executable, "-c", SETUP + script], env=environment, text=True, capture_output=True
     )
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.slow("another process compiles each call for four devices")
+def test_collectives_of_compiled_calls(jax):
+    """One all-reduce where the batch is cut and two where the classes are, and the same values."""
+    if not (hasattr(jax, "shard_map") and hasattr(jax, "set_mesh")):
+        pytest.skip("this version of JAX has no jax.shard_map or jax.set_mesh")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run(
+        [sys.executable, str(PROGRAM)], env=environment, text=True, capture_output=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "done\n"

@@ -72,7 +72,9 @@ def test_every_kernel_of_the_table_exists():
         module = importlib.import_module(kernel.module)
         for operation in kernel.operations:
             assert operation in ps.__all__
-            assert callable(getattr(module, operation))
+            # One function for all operations is an adapter of the kernel's own.
+            own = kernel.adapter.startswith(f"{kernel.module}.")
+            assert own or callable(getattr(module, operation))
         if not module.missing():
             assert kernels.available()[kernel.name] == kernel.operations
 

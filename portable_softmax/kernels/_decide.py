@@ -13,6 +13,7 @@ from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
 
+from portable_softmax import _checks
 from portable_softmax.kernels._request import OUT, Request
 from portable_softmax.kernels._switches import Switches, switched, switches
 from portable_softmax.kernels._table import TABLE, Kernel
@@ -147,7 +148,7 @@ def decide(request: Request, switch: Switches | None) -> Decision:
             return found[0].decision
     else:
         found, otherwise, _ = route(*call, switch.portable, switch.asked, switch.off)
-    if found and (not request.axes or 0 in x.shape):
+    if found and (not request.axes or 0 in x.shape) and not library.sharded:
         return Decision(None, "nothing to reduce")
     more: tuple[tuple[str, str], ...] = ()
     for candidate, decision, devices, at_least, at_most, asked, always in found:
@@ -184,6 +185,9 @@ def run(request: Request, portable: Callable[[Request], Any]) -> Any:
         raise _Decided(decision)
     taken = decision.taken
     if taken is None:
+        if request.library.sharded:
+            why = [decision.why, *[why for _, why in decision.passed_over]]
+            raise _checks.not_of_shards(request.operation, "; ".join(filter(None, why)))
         answer = portable
     elif request.tracing and taken.kernel.adapter:
         adapter, module = taken.traced()

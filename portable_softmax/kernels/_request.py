@@ -14,6 +14,7 @@ VJPS = ("softmax_vjp", "log_softmax_vjp")
 LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
 OPERATIONS = (*ROWS, *VJPS, *LOSSES)
 SPARSE = ("entmax", "sparsemax", "entmax_vjp")
+RUNNING = ("logcumsumexp", "logcumsumexp_vjp")
 FAMILY = (
     *SPARSE,
     "entmax_loss",
@@ -23,8 +24,7 @@ FAMILY = (
     "kl_divergence",
     "kl_divergence_value_and_grad",
     "logmeanexp",
-    "logcumsumexp",
-    "logcumsumexp_vjp",
+    *RUNNING,
 )
 LINEAR = ("linear_cross_entropy", "linear_cross_entropy_value_and_grad")
 

@@ -20,6 +20,8 @@ import numpy as np
 from portable_softmax._typing import Namespace
 from portable_softmax.libraries._cupy import CuPy
 from portable_softmax.libraries._dask import Dask
+from portable_softmax.libraries._dtensor import NAME as _SHARDED
+from portable_softmax.libraries._dtensor import DTensors
 from portable_softmax.libraries._jax import Jax
 from portable_softmax.libraries._library import Dtype, Library, dtype_name
 from portable_softmax.libraries._numpy import NumPy
@@ -97,7 +99,9 @@ def library_of(array: Any) -> Library:
     if found is None:
         if name := _tensor_namespace(cls):
             found = _BY_NAMESPACE[name]
-            if found.tracing(array) != "torch.compile":
+            if found.sharded:
+                BY_TYPE[cls] = found
+            elif found.tracing(array) != "torch.compile":
                 _know_tensors(found)
             return found
         if compat.is_numpy_array(array):
@@ -123,7 +127,12 @@ def _tensor_namespace(cls: type) -> str:
         return ""
     xp = import_module("array_api_compat.torch")
     of(xp)
-    return xp.__name__
+    tensors = sys.modules.get(_SHARDED)
+    if tensors is None or not issubclass(cls, tensors.DTensor):
+        return xp.__name__
+    if _SHARDED not in _BY_NAMESPACE:
+        _BY_NAMESPACE[_SHARDED] = DTensors(xp, "dtensor")
+    return _SHARDED
 
 
 def _know_tensors(library: Library) -> None:

@@ -67,6 +67,8 @@ class Library:
     """Whether the library may differentiate through what is computed."""
     gathers = False
     """Whether picking one entry a row costs less than a masked sum over the row."""
+    sharded = False
+    """Whether an array is one shard a rank, so that a call needs a kernel that knows the ranks."""
     chunked = False
     """Whether arrays are split into chunks, so that slicing one adds to a task graph."""
     writes = False

@@ -54,6 +54,7 @@ from portable_softmax.portable._loss_in_parts import (
     Sums,
     finished_loss,
     fold_part_of_loss,
+    gap_toward,
     gradient_of_part,
     merge_losses,
     part_of_loss,
@@ -66,6 +67,7 @@ from portable_softmax.portable._online import (
     merge,
     of_nothing,
     softmax_of,
+    toward,
 )
 from portable_softmax.portable._sigmoid import (
     SigmoidOptions,
@@ -113,6 +115,7 @@ __all__ = [
     "finished_loss",
     "fold_part",
     "fold_part_of_loss",
+    "gap_toward",
     "gradient_of_part",
     "gradients_of",
     "index_target",
@@ -157,5 +160,6 @@ __all__ = [
     "tiles",
     "times_power_of_2",
     "total",
+    "toward",
     "with_class_axis",
 ]

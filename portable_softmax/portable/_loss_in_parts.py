@@ -113,11 +113,15 @@ def fold_part_of_loss(xp: Namespace, part: Part) -> Sums:
     return Sums(m, rest, gap, total(xp, part.q, (1,)), part.u)
 
 
+def gap_toward(xp: Namespace, sums: Sums, m: Any) -> Any:
+    """Return the gap of a part, from a maximum m of all parts."""
+    return sums.gap + _gap(xp, sums.q, _finite(xp, m) - _finite(xp, sums.max))
+
+
 def merge_losses(xp: Namespace, parts: Sequence[Sums]) -> Sums:
     """Return the sums of all parts."""
     m, rest = merge(xp, [(s.max, s.rest) for s in parts])
-    top = _finite(xp, m)
-    gaps = [s.gap + _gap(xp, s.q, top - _finite(xp, s.max)) for s in parts]
+    gaps = [gap_toward(xp, s, m) for s in parts]
     sums = (gaps, [s.q for s in parts], [s.u for s in parts])
     return Sums(m, rest, *[reduce(lambda a, b: a + b, each) for each in sums])
 

@@ -70,23 +70,33 @@ def of_nothing(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Folded:
 
 def merge(xp: Namespace, states: Sequence[Folded], temperature: float = 1.0) -> Folded:
     """Return the state of all parts, each read once."""
-    m, wide = states[0][0], states[0][1].dtype
+    m = states[0][0]
     for other, _ in states[1:]:
         m = xp.maximum(m, other)
     m = constant(xp, m)  # nothing depends on what is subtracted; the rest has the derivatives
-    shift = cast(xp, m, wide)
-    shift = xp.where(xp.isinf(shift), scalar(xp, 0.0, shift), shift)
-    terms, maxima = [], scalar(xp, -1.0, shift)
-    for part, rest in states:
-        is_max = cast(xp, constant(xp, part) == m, wide)
-        exps = _moved(xp, cast(xp, part, wide), shift, temperature)
-        # (1 + rest) exps, where 1 - 1 is left out as a constant, so that its derivative stays.
-        terms.append(rest * exps + (exps - is_max))
+    terms, maxima = [], scalar(xp, -1.0, states[0][1])
+    for state in states:
+        term, is_max = toward(xp, state, m, temperature)
+        terms.append(term)
         maxima = maxima + is_max
     while len(terms) > 1:  # in pairs
         odd = terms[-1:] if len(terms) % 2 else []
         terms = [a + b for a, b in zip(terms[::2], terms[1::2], strict=False)] + odd
     return m, terms[0] + maxima
+
+
+def toward(xp: Namespace, state: Folded, m: Any, temperature: float = 1.0) -> tuple[Any, Any]:
+    """Return (1 + rest) exp(max - m) of a part without its maximum, and whether that is m.
+
+    The rest of all parts is the sum of both, minus 1.
+    """
+    part, rest = state
+    shift = cast(xp, m, rest.dtype)
+    shift = xp.where(xp.isinf(shift), scalar(xp, 0.0, shift), shift)
+    is_max = cast(xp, constant(xp, part) == m, rest.dtype)
+    exps = _moved(xp, cast(xp, part, rest.dtype), shift, temperature)
+    # (1 + rest) exps, where 1 - 1 is left out as a constant, so that its derivative stays.
+    return rest * exps + (exps - is_max), is_max
 
 
 def _moved(xp: Namespace, m: Any, shift: Any, temperature: float) -> Any:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from functools import partial
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 from portable_softmax import libraries, portable
 from portable_softmax.kernels._dask import _calls, _losses
-from portable_softmax.kernels._dask._parts import tiled
+from portable_softmax.kernels._in_parts import Layer
 from portable_softmax.kernels._request import Request
 
 
@@ -50,12 +50,19 @@ def answer(request: Request) -> tuple[Any, Any]:
         losses = found
     else:
         loss, pairs = _losses.prepared(rows)
-        layer = _Layer(loss, bias, int(request.options.elements))
-        folded = library.each_chunk(layer.fold, (0, 1), *source, *pairs, dtype=compute, ones=(1,))
+        layer = Layer(loss, bias, int(request.options.elements))
+        folded = library.each_chunk(
+            partial(_of_chunks, layer.fold), (0, 1), *source, *pairs, dtype=compute, ones=(1,)
+        )
         losses = _losses.finished(rows, loss, pairs, folded)
         if wants_gradients:
             found = library.each_chunk(
-                layer.gradients, (0, 1), (losses, (0, 1)), *source, *pairs, dtype=compute
+                partial(_of_chunks, layer.gradients),
+                (0, 1),
+                (losses, (0, 1)),
+                *source,
+                *pairs,
+                dtype=compute,
             )
     value = _losses.value(rows, losses, divisor)
     if not wants_gradients:
@@ -73,6 +80,10 @@ def answer(request: Request) -> tuple[Any, Any]:
             )
         )
     return value, portable.Gradients(*grads, *(() if bias else (None,)))
+
+
+def _of_chunks(function: Any, *arrays: Any) -> Any:
+    return function(*map(_calls.chunk, arrays))
 
 
 def _never(*chunks: Any) -> Any:
@@ -94,65 +105,3 @@ def _call(call: _calls.Call, compute: Any, n: int, *arrays: Any) -> tuple[Any, .
     hidden, *others = (*(library.cast(a, compute) for a in arrays[:n]), *arrays[n:])
     found = call(hidden, *others)
     return (found[0], *found[1]) if isinstance(found, tuple) else (found, None)
-
-
-class _Layer(NamedTuple):
-    """A linear layer with a loss, the same for each pair of chunks."""
-
-    loss: _losses.Loss
-    bias: bool
-    elements: int  # of a tile of logits
-
-    def _problems(self, *arrays: Any) -> tuple[Any, int, Any, list[Any]]:
-        """Return what makes the problem of a tile, its length, and the arrays that are cut."""
-        hidden, classifier, *given = map(_calls.chunk, arrays)
-        bias = given.pop(0) if self.bias else None
-        loss, xp = self.loss, libraries.namespace(hidden)
-        step = max(1, self.elements // max(classifier.shape[0], 1))
-
-        def problem(hidden: Any, *given: Any) -> portable.Linear:
-            named = dict(zip(loss.names, given, strict=True))
-            labels = named["labels"][:, 0] if loss.indices else named["labels"]
-            sample = named.get("sample_weight")
-            sample = None if sample is None else sample[:, 0]
-            options = loss.options._replace(where=named.get("where"), sample_weight=sample)
-            found = portable.Linear(
-                hidden, classifier, bias, labels, loss.indices, options, loss.compute
-            )
-            return portable.sound(xp, found)
-
-        return problem, step, hidden, loss.arrays(hidden, *given)
-
-    def fold(self, *arrays: Any) -> Any:
-        """Return the sums of a pair of chunks."""
-        problem, step, hidden, given = self._problems(*arrays)
-        xp = libraries.namespace(hidden)
-
-        def fold(hidden: Any, *given: Any) -> Any:
-            return self.loss.fold_tile(portable.logits_of(xp, problem(hidden, *given)), *given)
-
-        return tiled(fold, (1,), hidden, *given, step=step)
-
-    def gradients(self, finished: Any, *arrays: Any) -> Any:
-        """Return None and what a pair of chunks adds to the gradients."""
-        problem, step, hidden, given = self._problems(*arrays)
-        library = libraries.library_of(hidden)
-
-        def gradients(hidden: Any, *given: Any) -> portable.Gradients:
-            n = len(self.loss.names)
-            here = problem(hidden, *given[:n])
-            logits = portable.logits_of(library.xp, here)
-            g = self.loss.gradient_tile(given[n:], logits, *given[:n])
-            return portable.gradients_of(library.xp, here, g)
-
-        hiddens: list[Any] = []
-        others: list[Any] = []
-        for rows in portable.cuts(hidden.shape[0], step):
-            parts = [a if a.shape[0] == 1 else a[rows] for a in (hidden, *given, *finished[1:])]
-            d_hidden, *more = library.quietly(gradients, *parts)
-            hiddens.append(d_hidden)
-            for so_far, new in zip(others, more, strict=False):
-                if so_far is not None:
-                    so_far += new
-            others = others or more
-        return None, library.xp.concat(hiddens, axis=0), *others

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from functools import partial, reduce
+from functools import partial
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 from portable_softmax import libraries, portable
 from portable_softmax.kernels._dask import _calls
 from portable_softmax.kernels._dask._calls import Axes, Placed
-from portable_softmax.kernels._dask._parts import tiled, with_axes
+from portable_softmax.kernels._in_parts import Loss, merged
 from portable_softmax.kernels._request import LOSSES, PLAIN_LOSS, LossOptions, Request
-from portable_softmax.libraries import Library
 
 
 def whole(request: Request) -> tuple[Any, ...]:
@@ -163,122 +162,6 @@ def _counted(
 
 
 # --------------------------------------------------------------------------- parts of rows
-
-
-class Loss(NamedTuple):
-    """A loss but for its arrays, the same for each chunk."""
-
-    names: tuple[str, ...]  # of the arrays after the logits
-    axis: int
-    indices: bool
-    options: LossOptions  # without arrays
-    classes: int  # of a whole row
-    compute: Any
-
-    def target(self, xp: Any, given: dict[str, Any]) -> portable.Target:
-        """Return what the labels ask for, as far as it is the same for each part of a row."""
-        labels, sample = given.get("labels"), given.get("sample_weight")
-        counted = portable.counted_positions(xp, labels, self.options.ignore_index, sample)
-        index = None
-        if self.indices:
-            index = libraries.cast(xp, labels, libraries.default_int(xp, labels))
-        return portable.Target(index, None, counted, None, None, sample)
-
-    def arrays(self, x: Any, *arrays: Any) -> list[Any]:
-        """Return the named arrays with as many axes as `x` has."""
-        found = []
-        for name, a in zip(self.names, arrays, strict=True):
-            if name == "sample_weight" or (name == "labels" and self.indices):
-                a = portable.with_class_axis(a, self.axis)
-            elif name in ("weight", "numbers"):
-                a = a[(..., *(None,) * (x.ndim - 1 - self.axis))]
-            found.append(with_axes(a, x.ndim))
-        return found
-
-    def part(self, library: Library, x: Any, *arrays: Any) -> tuple[Any, Any, Any]:
-        """Return a tile's part of the loss, its target, and which labels are among its classes."""
-        xp, given = library.xp, dict(zip(self.names, arrays, strict=True))
-        flat = {}
-        for name, a in given.items():
-            shape = (*x.shape[: self.axis], a.shape[self.axis], *x.shape[self.axis + 1 :])
-            alone = name in ("weight", "numbers")
-            flat[name] = self.flat(xp, a if alone else xp.broadcast_to(a, shape))
-        target, mask, hit = self.target(xp, flat), flat.get("where"), None
-        there = library.cast(flat["labels"], self.compute)
-        if self.indices:
-            there = flat["numbers"]
-            hit = there == target.index
-            hit = xp.any(hit if mask is None else hit & mask, axis=1, keepdims=True)
-        part = portable.part_of_loss(
-            xp, library.cast(self.flat(xp, x), self.compute), there, target, mask,
-            flat.get("weight"), flat.get("count", self.classes), self.options,
-        )  # fmt: skip
-        return part, target, hit
-
-    def flat(self, xp: Any, a: Any) -> Any:
-        """Return an array with its classes last and its positions in one axis."""
-        a = xp.moveaxis(a, self.axis, -1)
-        return xp.reshape(a, (math.prod(a.shape[:-1]), a.shape[-1]))
-
-    def back(self, xp: Any, a: Any, shape: tuple[int, ...]) -> Any:
-        """Undo `flat`, for a `shape` of which the class axis does not count."""
-        positions = shape[: self.axis] + shape[self.axis + 1 :]
-        return xp.moveaxis(xp.reshape(a, (*positions, a.shape[-1])), -1, self.axis)
-
-    def fold_tile(self, x: Any, *arrays: Any) -> tuple[Any, ...]:
-        """Return the sums of a tile, and which labels are among its classes."""
-        library = libraries.library_of(x)
-        part, _, hit = self.part(library, x, *arrays)
-        sums = portable.fold_part_of_loss(library.xp, part)
-        found = sums if hit is None else (*sums, hit)
-        return tuple(self.back(library.xp, a, x.shape) for a in found)
-
-    def fold(self, x: Any, *arrays: Any) -> Any:
-        """Return the same of a chunk."""
-        return tiled(self.fold_tile, (self.axis,), x, *self.arrays(x, *arrays))
-
-    def finish(self, sums: Any, *arrays: Any) -> Any:
-        """Return the losses of positions, and what their gradients need."""
-        library = libraries.library_of(sums[0])
-        given = dict(zip(self.names, self.arrays(sums[0], *arrays), strict=True))
-        target = self.target(library.xp, given)
-        if self.indices:
-            *sums, hit = sums
-            valid = hit if target.counted is None else hit | ~target.counted
-            target = target._replace(valid=valid)
-        sums = portable.Sums(*sums)
-        finished = portable.finished_loss
-        return *library.quietly(finished, library.xp, sums, target, self.options), *sums
-
-    def gradient_tile(self, finished: tuple[Any, ...], x: Any, *arrays: Any) -> Any:
-        """Return the gradient of a tile of logits."""
-        library = libraries.library_of(x)
-        xp = library.xp
-        part, target, _ = self.part(library, x, *arrays)
-        a, *more = (self.flat(xp, s) for s in finished)
-        sums = portable.Sums(*more)
-        g = portable.gradient_of_part(xp, part, sums, a, self.options, target.counted)
-        return self.back(xp, g, x.shape)
-
-    def gradient(self, dtype: Any, divisor: Any, x: Any, finished: Any, *arrays: Any) -> Any:
-        """Return the gradient of a chunk."""
-        library = libraries.library_of(x)
-        mean, more = self.options.reduction == "mean", self.arrays(x, *arrays)
-        divisor = portable.nothing_to_inf(library.xp, library.cast(divisor, self.compute))
-
-        def gradient(x: Any, *given: Any) -> Any:
-            g = self.gradient_tile(given[len(more) :], x, *given[: len(more)])
-            return library.cast(g / divisor if mean else g, dtype)
-
-        return tiled(gradient, (self.axis,), x, *more, *finished[1:])
-
-
-def merged(parts: list[Any]) -> Any:
-    """Return the sums of all parts, and which labels are in one of them."""
-    library, n = libraries.library_of(parts[0][0]), len(portable.Sums._fields)
-    sums = [portable.Sums(*part[:n]) for part in parts]
-    hits = [reduce(library.xp.logical_or, hit) for hit in zip(*[p[n:] for p in parts], strict=True)]
-    return *library.quietly(portable.merge_losses, library.xp, sums), *hits
 
 
 def prepared(request: Request) -> tuple[Loss, list[tuple[Any, Axes]]]:

@@ -3,61 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from portable_softmax import libraries, portable
-from portable_softmax.kernels import _threads
 from portable_softmax.kernels._dask import _calls
 from portable_softmax.kernels._dask._calls import Axes
+from portable_softmax.kernels._in_parts import tiled, with_axes
 from portable_softmax.kernels._request import Request
-
-_TILE = 1 << 18  # elements
-
-
-def tiled(
-    function: Callable[..., Any],
-    axes: Axes,
-    x: Any,
-    *others: Any,
-    merge: Callable[[list[Any]], Any] | None = None,
-    step: int = 0,
-) -> Any:
-    """Return ``function(x, *others)`` of a chunk, made in tiles along its longest axis.
-
-    The others have as many axes as `x` has, some of length 1, or are None. Answers are joined along
-    that axis, or merged where it is one of `axes`; without `merge` it is none of them. `step` is
-    the length of a tile, if that is not to fit in cache.
-    """
-    library = libraries.library_of(x)
-    candidates = [a for a in range(x.ndim) if merge is not None or a not in axes]
-    axis = max(candidates, key=lambda a: x.shape[a], default=0)
-    n = x.shape[axis]
-    step = step or max(1, _TILE * n // max(math.prod(x.shape), 1))
-    if step >= n or not candidates:
-        return library.quietly(function, x, *others)
-    cuts = portable.cuts(n, step)
-    found: list[Any] = [None] * len(cuts)
-
-    def work(i: int) -> None:
-        at = (*(slice(None),) * axis, cuts[i])
-        parts = [a if a is None or a.shape[axis] == 1 else a[at] for a in (x, *others)]
-        found[i] = library.quietly(function, *parts)
-
-    _threads.run(work, range(len(cuts)))
-    if axis in axes:
-        assert merge is not None
-        return merge(found)
-    if not isinstance(found[0], tuple):
-        return library.xp.concat(found, axis=axis)
-    return tuple(library.xp.concat(parts, axis=axis) for parts in zip(*found, strict=True))
-
-
-def with_axes(a: Any, ndim: int) -> Any:
-    """Return an array with axes of length 1 in front, as many as are missing; None as it is."""
-    return None if a is None else a[(*(None,) * (ndim - a.ndim), ...)]
-
 
 # --------------------------------------------------------------------------- the softmax family
 

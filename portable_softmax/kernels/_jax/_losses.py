@@ -235,7 +235,8 @@ def _capped_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 def _losses(x: Any, terms: Terms, axis: int) -> Any:
     """Return the loss of each position."""
     m, rest = fold(x, None, (axis,))
-    return _summed(terms, _multiplied(x, m, jnp.log1p(rest), terms, axis), axis)
+    log = jnp.log1p(rest)
+    return _summed(terms, _multiplied(x, m, log, terms, axis), wide(log, (axis,)), axis)
 
 
 @partial(_losses.defjvp, symbolic_zeros=True)
@@ -244,7 +245,8 @@ def _losses_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
     m, rest = fold(x, None, (axis,))
     log = jnp.log1p(rest)
     values = _multiplied(x, m, log, terms, axis)
-    loss = _summed(terms, values, axis)
+    logs = wide(log, (axis,))
+    loss = _summed(terms, values, logs, axis)
     change = jnp.zeros_like(loss)
     if not isinstance(t, SymbolicZero):
         grad = _gradient(x, m, rest, log, terms, axis)
@@ -254,7 +256,8 @@ def _losses_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
     if any(part is not None for part in (a, c, u)):
         if terms.counted is not None:  # what an ignored row holds would multiply a 0
             values = [v if v is None else jnp.where(terms.counted, v, 0.0) for v in values]
-        change = change + _summed(terms._replace(a=a, c=c, u=u), values, axis)
+            logs = jnp.where(terms.counted, logs, 0.0)
+        change = change + _summed(terms._replace(a=a, c=c, u=u), values, logs, axis)
     return loss, change
 
 
@@ -266,7 +269,7 @@ def _multiplied(x: Any, m: Any, log: Any, terms: Terms, axis: int) -> list[Any]:
         label = wide((m - jnp.squeeze(label, axis=axis)) + log, (axis,))
     m, log = wide(m, (axis,)), wide(log, (axis,))
     if terms.c is not None:
-        every = (m - x) + log
+        every = m - x if _same_everywhere(terms.c, axis) else (m - x) + log
     if terms.u is not None:
         square = (m + log) * (m + log)
     return [
@@ -275,13 +278,24 @@ def _multiplied(x: Any, m: Any, log: Any, terms: Terms, axis: int) -> list[Any]:
     ]
 
 
-def _summed(terms: Terms, values: list[Any], axis: int) -> Any:
+def _same_everywhere(c: Any, axis: int) -> bool:
+    """Return whether each position has the same coefficients.
+
+    Their sum then multiplies log, so that no sum over the classes has to wait for another: where
+    they are cut, one all-reduce has both.
+    """
+    return all(n == 1 for a, n in enumerate(c.shape) if a != axis)
+
+
+def _summed(terms: Terms, values: list[Any], log: Any, axis: int) -> Any:
     label, every, square = values
     parts = []
     if terms.a is not None:
         parts.append(terms.a * label)
     if terms.c is not None:
         parts.append(jnp.sum(terms.c * every, axis=axis, keepdims=True))
+        if _same_everywhere(terms.c, axis):
+            parts.append(jnp.sum(terms.c, axis=axis, keepdims=True) * log)
     if terms.u is not None:
         parts.append(terms.u * square)
     return sum(parts[1:], parts[0])

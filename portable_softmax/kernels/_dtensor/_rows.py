@@ -1,0 +1,149 @@
+"""softmax, log_softmax and logsumexp of rows that are cut, and gradients through the first two."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from portable_softmax import _checks, libraries, portable
+from portable_softmax.kernels._dtensor._mesh import Axes, Place, Reduce, constant, merged
+from portable_softmax.kernels._dtensor._watch import watched
+from portable_softmax.kernels._in_parts import tiled, with_axes
+from portable_softmax.kernels._request import VJPS, Request
+
+Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
+
+
+def in_parts(request: Request, place: Place) -> Any:
+    """Return the answer, of the same placements where it has an entry for each of `x`."""
+    options, axes, every = request.options, request.axes, tuple(range(request.x.ndim))
+    complex_too = request.library.dtype(request.compute_dtype).kind == "complex"
+    if complex_too or (options is not None and (options.b is not None or options.return_sign)):
+        raise _checks.shards(
+            "x", request.x, f"which cut the axes {axes} of complex or signed terms",
+            "redistribute it first, so that other axes are cut",
+        )  # fmt: skip
+    reduce = place.reduce(place.dims(axes))
+    if request.operation in VJPS:
+        dy = constant("dy", request.dy, place, every)
+        return place.holds(_vjp(request, reduce, request.x.to_local(), dy))
+    where, sink = (
+        None if not isinstance(a, torch.Tensor) else constant(n, a, place, every[-a.ndim :])
+        for n, a in (("where", options.where), ("sink", options.sink))
+    )
+    number = options.sink if isinstance(options.sink, float) else None
+    call = _Call(
+        request.operation, axes, float(options.temperature), request.compute_dtype,
+        request.answer_dtype, number, reduce,
+    )  # fmt: skip
+    y = _Rows.apply(call, watched(request.x.to_local(), request), where, sink)
+    ones = axes if request.operation == "logsumexp" else ()
+    shape = [1 if a in ones else n for a, n in enumerate(place.shape)]
+    return place.along(every, shape).holds(y)
+
+
+class _Call(NamedTuple):
+    """A call but for its arrays."""
+
+    operation: str
+    axes: Axes
+    temperature: float
+    compute: Any
+    answer: Any
+    sink: float | None
+    reduce: Reduce
+
+    def state(self, x: Tensor, where: Tensor | None, sink: Tensor | None) -> tuple[Any, Any]:
+        """Return the state of whole rows."""
+        library = libraries.library_of(x)
+        xp, axes, temperature = library.xp, self.axes, self.temperature
+
+        def fold(x: Any, where: Any) -> Any:
+            x = library.cast(x, self.compute)
+            return portable.fold_part(
+                xp, x, axes, where=where, temperature=temperature, divide=False
+            )
+
+        def join(parts: list[Any]) -> Any:
+            return portable.merge(xp, parts, temperature)
+
+        m, rest = tiled(fold, axes, x, where, merge=join)
+        m, rest = merged(m, rest, self.reduce, temperature=temperature)
+        if self.sink is not None or sink is not None:
+            more = torch.full_like(m, self.sink) if sink is None else sink.to(m.dtype).expand_as(m)
+            m, rest = join([(m, rest), (more, torch.zeros_like(rest))])
+        return m, rest
+
+
+class _Rows(torch.autograd.Function):
+    """A call on a shard, differentiable with respect to it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: _Call, x: Tensor, where: Tensor | None, sink: Tensor | None
+    ) -> Tensor:
+        x, xp = x.detach(), libraries.namespace(x)
+        where = with_axes(where, x.ndim)
+        m, rest = call.state(x, where, sink)
+        ctx.call = call
+        ctx.save_for_backward(x, where, m, rest)
+        if call.operation == "logsumexp":
+            return portable.logsumexp_of(xp, m, rest).to(call.answer)
+        masked = -math.inf if call.operation == "log_softmax" else 0.0
+        function = getattr(portable, f"{call.operation}_of")
+
+        def finish(x: Any, m: Any, rest: Any, where: Any) -> Any:
+            y = function(xp, x.to(call.compute), m, rest, call.temperature)
+            return (y if where is None else torch.where(where, y, masked)).to(call.answer)
+
+        return tiled(finish, (), x, m, rest, where)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, where, m, rest = ctx.saved_tensors
+        call: _Call = ctx.call
+        axes, xp = call.axes, libraries.namespace(x)
+
+        def gradient(x: Any, dy: Any, m: Any, rest: Any, where: Any, sums: Any) -> Any:
+            p = portable.softmax_of(xp, x.to(call.compute), m, rest, call.temperature)
+            dy = dy.to(call.compute)
+            if where is not None:
+                p, dy = torch.where(where, p, 0.0), torch.where(where, dy, 0.0)
+            if call.operation == "logsumexp":
+                found = torch.where(torch.isinf(m), 0.0, p * dy)
+            elif sums is None:
+                each = p * dy if call.operation == "softmax" else dy
+                return portable.total(xp, each, axes)
+            else:
+                found = p * (dy - sums) if call.operation == "softmax" else dy - p * sums
+            found = found if call.temperature == 1.0 else found / call.temperature
+            return (found if where is None else torch.where(where, found, 0.0)).to(x.dtype)
+
+        sums = None
+        if call.operation != "logsumexp":
+            sums = tiled(gradient, axes, x, dy, m, rest, where, None, merge=_added)
+            sums = call.reduce(sums, "sum")
+        return None, tiled(gradient, (), x, dy, m, rest, where, sums), None, None
+
+
+def _added(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).sum(0)
+
+
+def _vjp(request: Request, reduce: Reduce, y: Tensor, dy: Tensor) -> Tensor:
+    """Return softmax_vjp or log_softmax_vjp of a shard."""
+    xp, axes, c = libraries.namespace(y), request.axes, request.compute_dtype
+    summed = getattr(portable, f"{request.operation}_sum")
+    function = getattr(portable, f"{request.operation}_of")
+    sums = tiled(lambda y, dy: summed(xp, y.to(c), dy.to(c), axes), axes, y, dy, merge=_added)
+    finish = partial(_finished, function, xp, c, request.result_dtype)
+    return tiled(finish, (), y, dy, reduce(sums, "sum"))
+
+
+def _finished(function: Any, xp: Any, c: Any, answer: Any, y: Any, dy: Any, sums: Any) -> Any:
+    return function(xp, y.to(c), dy.to(c), sums).to(answer)

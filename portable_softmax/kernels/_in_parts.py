@@ -1,0 +1,254 @@
+"""Parts of rows, in tiles that fit in cache: what a chunk of Dask and a shard of a rank share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import reduce
+from typing import Any, NamedTuple
+
+from portable_softmax import libraries, portable
+from portable_softmax.kernels import _threads
+from portable_softmax.kernels._request import LossOptions
+from portable_softmax.libraries import Library
+
+_TILE = 1 << 18  # elements
+
+
+def tiled(
+    function: Callable[..., Any],
+    axes: tuple[int, ...],
+    x: Any,
+    *others: Any,
+    merge: Callable[[list[Any]], Any] | None = None,
+    step: int = 0,
+) -> Any:
+    """Return ``function(x, *others)`` of a part, made in tiles along its longest axis.
+
+    The others have as many axes as `x` has, some of length 1, or are None. Answers are joined along
+    that axis, or merged where it is one of `axes`; without `merge` it is none of them. `step` is
+    the length of a tile, if that is not to fit in cache.
+    """
+    library = libraries.library_of(x)
+    candidates = [a for a in range(x.ndim) if merge is not None or a not in axes]
+    axis = max(candidates, key=lambda a: x.shape[a], default=0)
+    n = x.shape[axis]
+    step = step or max(1, _TILE * n // max(math.prod(x.shape), 1))
+    if step >= n or not candidates:
+        return library.quietly(function, x, *others)
+    cuts = portable.cuts(n, step)
+    found: list[Any] = [None] * len(cuts)
+
+    def work(i: int) -> None:
+        at = (*(slice(None),) * axis, cuts[i])
+        parts = [a if a is None or a.shape[axis] == 1 else a[at] for a in (x, *others)]
+        found[i] = library.quietly(function, *parts)
+
+    _threads.run(work, range(len(cuts)))
+    if axis in axes:
+        assert merge is not None
+        return merge(found)
+    if not isinstance(found[0], tuple):
+        return library.xp.concat(found, axis=axis)
+    return tuple(library.xp.concat(parts, axis=axis) for parts in zip(*found, strict=True))
+
+
+def with_axes(a: Any, ndim: int) -> Any:
+    """Return an array with axes of length 1 in front, as many as are missing; None as it is."""
+    return None if a is None else a[(*(None,) * (ndim - a.ndim), ...)]
+
+
+# --------------------------------------------------------------------------- losses
+
+
+class Loss(NamedTuple):
+    """A loss but for its arrays, the same for each part."""
+
+    names: tuple[str, ...]  # of the arrays after the logits
+    axis: int
+    indices: bool
+    options: LossOptions  # without arrays
+    classes: int  # of a whole row
+    compute: Any
+
+    def target(self, xp: Any, given: dict[str, Any]) -> portable.Target:
+        """Return what the labels ask for, as far as it is the same for each part of a row."""
+        labels, sample = given.get("labels"), given.get("sample_weight")
+        counted = portable.counted_positions(xp, labels, self.options.ignore_index, sample)
+        index = None
+        if self.indices:
+            index = libraries.cast(xp, labels, libraries.default_int(xp, labels))
+        return portable.Target(index, None, counted, None, None, sample)
+
+    def arrays(self, x: Any, *arrays: Any) -> list[Any]:
+        """Return the named arrays with as many axes as `x` has."""
+        found = []
+        for name, a in zip(self.names, arrays, strict=True):
+            if name == "sample_weight" or (name == "labels" and self.indices):
+                a = portable.with_class_axis(a, self.axis)
+            elif name in ("weight", "numbers"):
+                a = a[(..., *(None,) * (x.ndim - 1 - self.axis))]
+            found.append(with_axes(a, x.ndim))
+        return found
+
+    def part(self, library: Library, x: Any, *arrays: Any) -> tuple[Any, Any, Any]:
+        """Return a tile's part of the loss, its target, and which labels are among its classes."""
+        xp, given = library.xp, dict(zip(self.names, arrays, strict=True))
+        flat = {}
+        for name, a in given.items():
+            shape = (*x.shape[: self.axis], a.shape[self.axis], *x.shape[self.axis + 1 :])
+            alone = name in ("weight", "numbers")
+            flat[name] = self.flat(xp, a if alone else xp.broadcast_to(a, shape))
+        target, mask, hit = self.target(xp, flat), flat.get("where"), None
+        there = library.cast(flat["labels"], self.compute)
+        if self.indices:
+            there = flat["numbers"]
+            hit = there == target.index
+            hit = xp.any(hit if mask is None else hit & mask, axis=1, keepdims=True)
+        part = portable.part_of_loss(
+            xp, library.cast(self.flat(xp, x), self.compute), there, target, mask,
+            flat.get("weight"), flat.get("count", self.classes), self.options,
+        )  # fmt: skip
+        return part, target, hit
+
+    def flat(self, xp: Any, a: Any) -> Any:
+        """Return an array with its classes last and its positions in one axis."""
+        a = xp.moveaxis(a, self.axis, -1)
+        return xp.reshape(a, (math.prod(a.shape[:-1]), a.shape[-1]))
+
+    def back(self, xp: Any, a: Any, shape: tuple[int, ...]) -> Any:
+        """Undo `flat`, for a `shape` of which the class axis does not count."""
+        positions = shape[: self.axis] + shape[self.axis + 1 :]
+        return xp.moveaxis(xp.reshape(a, (*positions, a.shape[-1])), -1, self.axis)
+
+    def fold_tile(self, x: Any, *arrays: Any) -> tuple[Any, ...]:
+        """Return the sums of a tile, and which labels are among its classes."""
+        library = libraries.library_of(x)
+        part, _, hit = self.part(library, x, *arrays)
+        sums = portable.fold_part_of_loss(library.xp, part)
+        found = sums if hit is None else (*sums, hit)
+        return tuple(self.back(library.xp, a, x.shape) for a in found)
+
+    def fold(self, x: Any, *arrays: Any) -> Any:
+        """Return the same of a part."""
+        return tiled(self.fold_tile, (self.axis,), x, *self.arrays(x, *arrays))
+
+    def finish(self, sums: Any, *arrays: Any) -> Any:
+        """Return the losses of positions, and what their gradients need."""
+        library = libraries.library_of(sums[0])
+        given = dict(zip(self.names, self.arrays(sums[0], *arrays), strict=True))
+        target = self.target(library.xp, given)
+        if self.indices:
+            *sums, hit = sums
+            valid = hit if target.counted is None else hit | ~target.counted
+            target = target._replace(valid=valid)
+        sums = portable.Sums(*sums)
+        finished = portable.finished_loss
+        return *library.quietly(finished, library.xp, sums, target, self.options), *sums
+
+    def gradient_tile(self, finished: tuple[Any, ...], x: Any, *arrays: Any) -> Any:
+        """Return the gradient of a tile of logits."""
+        library = libraries.library_of(x)
+        xp = library.xp
+        part, target, _ = self.part(library, x, *arrays)
+        a, *more = (self.flat(xp, s) for s in finished)
+        sums = portable.Sums(*more)
+        g = portable.gradient_of_part(xp, part, sums, a, self.options, target.counted)
+        return self.back(xp, g, x.shape)
+
+    def gradient(self, dtype: Any, divisor: Any, x: Any, finished: Any, *arrays: Any) -> Any:
+        """Return the gradient of a part."""
+        library = libraries.library_of(x)
+        mean, more = self.options.reduction == "mean", self.arrays(x, *arrays)
+        divisor = portable.nothing_to_inf(library.xp, library.cast(divisor, self.compute))
+
+        def gradient(x: Any, *given: Any) -> Any:
+            g = self.gradient_tile(given[len(more) :], x, *given[: len(more)])
+            return library.cast(g / divisor if mean else g, dtype)
+
+        return tiled(gradient, (self.axis,), x, *more, *finished[1:])
+
+
+def scaled(xp: Any, g: Any, upstream: Any) -> Any:
+    """Return g * upstream, 0 where g is, whatever comes from upstream."""
+    return xp.where(g == 0, g, g * upstream)
+
+
+def merged(parts: list[Any]) -> Any:
+    """Return the sums of all parts, and which labels are in one of them."""
+    library, n = libraries.library_of(parts[0][0]), len(portable.Sums._fields)
+    sums = [portable.Sums(*part[:n]) for part in parts]
+    hits = [reduce(library.xp.logical_or, hit) for hit in zip(*[p[n:] for p in parts], strict=True)]
+    return *library.quietly(portable.merge_losses, library.xp, sums), *hits
+
+
+# --------------------------------------------------------------------------- linear layers
+
+
+class Layer(NamedTuple):
+    """A linear layer with a loss, the same for each part of its logits."""
+
+    loss: Loss
+    bias: bool
+    elements: int  # of a tile of logits
+
+    def _problems(self, *arrays: Any) -> tuple[Any, int, Any, list[Any]]:
+        """Return what makes the problem of a tile, its length, and the arrays that are cut."""
+        hidden, classifier, *given = arrays
+        bias = given.pop(0) if self.bias else None
+        loss, xp = self.loss, libraries.namespace(hidden)
+        step = max(1, self.elements // max(classifier.shape[0], 1))
+
+        def problem(hidden: Any, *given: Any) -> portable.Linear:
+            named = dict(zip(loss.names, given, strict=True))
+            labels = named["labels"][:, 0] if loss.indices else named["labels"]
+            sample = named.get("sample_weight")
+            sample = None if sample is None else sample[:, 0]
+            options = loss.options._replace(where=named.get("where"), sample_weight=sample)
+            found = portable.Linear(
+                hidden, classifier, bias, labels, loss.indices, options, loss.compute
+            )
+            return portable.sound(xp, found)
+
+        return problem, step, hidden, loss.arrays(hidden, *given)
+
+    def fold(self, *arrays: Any) -> Any:
+        """Return the sums of a part."""
+        problem, step, hidden, given = self._problems(*arrays)
+        xp = libraries.namespace(hidden)
+
+        def fold(hidden: Any, *given: Any) -> Any:
+            return self.loss.fold_tile(portable.logits_of(xp, problem(hidden, *given)), *given)
+
+        return tiled(fold, (1,), hidden, *given, step=step)
+
+    def gradients(self, finished: Any, *arrays: Any, upstream: Any = None) -> Any:
+        """Return None and what a part adds to the gradients.
+
+        `upstream` multiplies the gradient of each position, of which there is then one.
+        """
+        problem, step, hidden, given = self._problems(*arrays)
+        library = libraries.library_of(hidden)
+
+        def gradients(hidden: Any, *given: Any) -> portable.Gradients:
+            n = len(self.loss.names)
+            here = problem(hidden, *given[:n])
+            logits = portable.logits_of(library.xp, here)
+            end = n + len(finished) - 1
+            g = self.loss.gradient_tile(given[n:end], logits, *given[:n])
+            if upstream is not None:
+                g = scaled(library.xp, g, given[end])
+            return portable.gradients_of(library.xp, here, g)
+
+        more = finished[1:] if upstream is None else (*finished[1:], upstream)
+        hiddens: list[Any] = []
+        others: list[Any] = []
+        for rows in portable.cuts(hidden.shape[0], step):
+            parts = [a if a.shape[0] == 1 else a[rows] for a in (hidden, *given, *more)]
+            d_hidden, *new = library.quietly(gradients, *parts)
+            hiddens.append(d_hidden)
+            for so_far, part in zip(others, new, strict=False):
+                if so_far is not None:
+                    so_far += part
+            others = others or new
+        return None, library.xp.concat(hiddens, axis=0), *others

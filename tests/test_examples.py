@@ -1,0 +1,42 @@
+"""The programs under examples/, on little data."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import portable_softmax as ps
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def program(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow("it starts a cluster")
+def test_score_files(da, xp, tmp_path, capfd):
+    """The losses of a file, from workers in this process, are those of the array."""
+    pytest.importorskip("distributed", reason="the group test-dask has it")
+    rng = np.random.default_rng(0)
+    x, t = rng.standard_normal((50, 7)), rng.integers(7, size=50)
+    paths = [tmp_path / name for name in ("logits.npy", "labels.npy", "losses.npy")]
+    np.save(paths[0], x)
+    np.save(paths[1], t)
+    score_files = program("score_files")
+    lazy = score_files.score(*paths[:2], block=800)  # 14 rows each
+    assert lazy.chunks == ((14, 14, 14, 8),)
+    found = score_files.main(
+        [*map(str, paths[:2]), "--out", str(paths[2])], processes=False, dashboard_address=None
+    )
+    expected = ps.cross_entropy(x, t, reduction="none")
+    np.testing.assert_allclose(lazy.compute(scheduler="sync"), expected, rtol=1e-12)
+    np.testing.assert_allclose(np.load(paths[2]), expected, rtol=1e-12)
+    np.testing.assert_allclose(found, expected.mean(), rtol=1e-12)
+    assert "mean loss of 50 positions" in capfd.readouterr().out
