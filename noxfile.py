@@ -108,7 +108,12 @@ BACKENDS = {
     "jax": "jax",
     "dask": "dask",
     "cupy": "cuda",
+    "ndonnx": "ndonnx",
+    "mlx": "mlx",
+    "cubed": "cubed",
 }
+# Those with tests and no more: no demo, no fuzz, no benchmark.
+TESTED_ONLY = ("ndonnx", "mlx", "cubed")
 # The backends whose tests together must cover the package, line and branch.
 COVERED = ("numpy", "numba", "torch", "jax")
 PYPROJECT = load_toml(ROOT / "pyproject.toml")
@@ -208,7 +213,7 @@ def for_each_backend(name: str, without: tuple[str, ...] = ()):
 
 
 # A lazy library has nothing to gain from small steps, nor have kernels for large arrays.
-@for_each_backend("demo", without=("dask", "numba"))
+@for_each_backend("demo", without=("dask", "numba", *TESTED_ONLY))
 def demo(session: nox.Session, backend: str) -> None:
     """Train a softmax classifier on handwritten digits with BACKEND."""
     install_backend(session, backend, "demo")
@@ -216,7 +221,7 @@ def demo(session: nox.Session, backend: str) -> None:
     session.run(*command, *session.posargs)
 
 
-@for_each_backend("bench", without=("numba",))  # numpy brings it
+@for_each_backend("bench", without=("numba", *TESTED_ONLY))  # numpy brings Numba
 def bench(session: nox.Session, backend: str) -> None:
     """Measure speed on BACKEND beside the peers of every library and a copy."""
     install_backend(session, backend, "bench", None if backend == "cupy" else "peers")
@@ -461,7 +466,8 @@ def table(rows) -> str:
     )
 
 
-@for_each_backend("fuzz", without=("numba", "cupy"))  # numpy and torch bring Numba's kernels
+# numpy and torch bring Numba's kernels.
+@for_each_backend("fuzz", without=("numba", "cupy", *TESTED_ONLY))
 def fuzz(session: nox.Session, backend: str) -> None:
     """Search for differences on BACKEND: random calls against exact answers; no part of CI.
 

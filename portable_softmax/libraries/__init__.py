@@ -18,10 +18,13 @@ import array_api_compat as compat
 import numpy as np
 
 from portable_softmax._typing import Namespace
+from portable_softmax.libraries._cubed import Cubed
 from portable_softmax.libraries._cupy import CuPy
 from portable_softmax.libraries._dask import Dask
 from portable_softmax.libraries._jax import Jax
 from portable_softmax.libraries._library import Dtype, Library, dtype_name
+from portable_softmax.libraries._mlx import Mlx
+from portable_softmax.libraries._ndonnx import Ndonnx
 from portable_softmax.libraries._numpy import NumPy
 from portable_softmax.libraries._strict import Strict
 from portable_softmax.libraries._torch import Torch, traced_as_constant
@@ -68,6 +71,9 @@ CLASSES: dict[str, type[Library]] = {
     "dask": Dask,
     "cupy": CuPy,
     "array_api_strict": Strict,
+    "ndonnx": Ndonnx,
+    "mlx": Mlx,
+    "cubed": Cubed,
 }
 
 _NUMPY = NumPy(np, "numpy")
