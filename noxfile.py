@@ -111,9 +111,12 @@ BACKENDS = {
     "ndonnx": "ndonnx",
     "mlx": "mlx",
     "cubed": "cubed",
+    "dpnp": "dpnp",
 }
 # Those with tests and no more: no demo, no fuzz, no benchmark.
-TESTED_ONLY = ("ndonnx", "mlx", "cubed")
+TESTED_ONLY = ("ndonnx", "mlx", "cubed", "dpnp")
+# Those that `tests` and `tests-slow` leave out: their libraries take long to install.
+BY_NAME = ("dpnp",)
 # The backends whose tests together must cover the package, line and branch.
 COVERED = ("numpy", "numba", "torch", "jax")
 PYPROJECT = load_toml(ROOT / "pyproject.toml")
@@ -294,7 +297,7 @@ def coverage(session: nox.Session) -> None:
     start(session, "fast", COVERED)
 
 
-EVERYTHING = (*BACKENDS, "triton", "triton-compiled")
+EVERYTHING = (*(b for b in BACKENDS if b not in BY_NAME), "triton", "triton-compiled")
 # What XLA compiles is kept for the other processes and for the next run.
 COMPILED_ONCE = {
     "JAX_COMPILATION_CACHE_DIR": str(HOME / "jax-cache"),

@@ -6,10 +6,12 @@ import importlib.metadata
 import importlib.util
 import itertools
 import os
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -478,11 +480,53 @@ class Cubed(Backend):
         return isinstance(array, self.cubed.Array)
 
 
+class Dpnp(Backend):
+    """Arrays of dpnp on the OpenCL device that the CPU is with `intel-opencl-rt`."""
+
+    name = library = "dpnp"
+    halves = ("float16",)
+    quick = ("test_dpnp", "test_semantics", "test_cross_entropy::test_golden")
+    others = MATRIX
+
+    def __init__(self):
+        import dpctl
+        import dpnp
+
+        self.xp, self.queue = dpnp, dpctl.SyclQueue("cpu")
+        self.device = "opencl:cpu"
+
+    @classmethod
+    def missing(cls):
+        if why := super().missing():
+            return why
+        # What pip installs is known to no loader of OpenCL.
+        driver = Path(sys.prefix, "lib", "libintelocl.so")
+        if driver.exists():
+            os.environ.setdefault("OCL_ICD_FILENAMES", str(driver))
+        import dpctl
+
+        return "" if dpctl.has_cpu_devices() else "no SYCL device for the CPU"
+
+    def from_numpy(self, array):
+        return self.xp.asarray(array, sycl_queue=self.queue)
+
+    def numpy(self, array):
+        return self.xp.asnumpy(array)
+
+    def is_ours(self, array):
+        return isinstance(array, self.xp.ndarray) and array.sycl_queue == self.queue
+
+    def other_device(self, array):
+        import dpctl
+
+        return self.xp.asarray(array, sycl_queue=dpctl.SyclQueue("cpu", property="in_order"))
+
+
 BACKENDS: dict[str, type[Backend]] = {
     cls.name: cls
     for cls in (
         *(NumPy, Numba, Strict, Torch, TorchPortable, TorchNumba, TorchCuda, Triton),
-        *(Jax, JaxNumba, Dask, Cupy, Ndonnx, Mlx, Cubed),
+        *(Jax, JaxNumba, Dask, Cupy, Ndonnx, Mlx, Cubed, Dpnp),
     )
 }
 

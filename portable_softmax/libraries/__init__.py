@@ -21,6 +21,7 @@ from portable_softmax._typing import Namespace
 from portable_softmax.libraries._cubed import Cubed
 from portable_softmax.libraries._cupy import CuPy
 from portable_softmax.libraries._dask import Dask
+from portable_softmax.libraries._dpnp import Dpnp
 from portable_softmax.libraries._jax import Jax
 from portable_softmax.libraries._library import Dtype, Library, dtype_name
 from portable_softmax.libraries._mlx import Mlx
@@ -74,6 +75,7 @@ CLASSES: dict[str, type[Library]] = {
     "ndonnx": Ndonnx,
     "mlx": Mlx,
     "cubed": Cubed,
+    "dpnp": Dpnp,
 }
 
 _NUMPY = NumPy(np, "numpy")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries._library import Library
+from portable_softmax.libraries._library import RUNNING_SUM, Library
 from portable_softmax.libraries._namespace import Adapted
 
 _OF_E = 5.3182377066058915e-17  # mpmath: e / mpf(math.e) - 1
@@ -51,6 +51,10 @@ class Mlx(Library):
         if not isinstance(dtype, self.xp.Dtype):
             raise TypeError(dtype)
         return dtype
+
+    def longest_sum(self, x: Any, axis: int) -> float:
+        """Return that of a running sum, which MLX's is along any axis."""
+        return RUNNING_SUM
 
     def constant(self, x: Any) -> Any:
         """Return `x` with its derivative cut off."""
