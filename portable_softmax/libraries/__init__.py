@@ -18,6 +18,7 @@ import array_api_compat as compat
 import numpy as np
 
 from portable_softmax._typing import Namespace
+from portable_softmax.libraries import _probe
 from portable_softmax.libraries._cubed import Cubed
 from portable_softmax.libraries._cupy import CuPy
 from portable_softmax.libraries._dask import Dask
@@ -115,8 +116,19 @@ def library_of(array: Any) -> Library:
             found = of(sys.modules["jax"].numpy)
         else:
             found = of(compat.array_namespace(array))
+        if found.refused or (type(found) is Library and _is_refused(found)):
+            return found
         BY_TYPE[cls] = found
     return found
+
+
+def _is_refused(library: Library) -> bool:
+    """Try a library that nobody has tested, once."""
+    if not library.probed:
+        library.refused = _probe.of_rows(library.xp)
+        library.refused_labels = library.refused or _probe.of_labels(library.xp)
+        library.probed = True
+    return bool(library.refused)
 
 
 @traced_as_constant

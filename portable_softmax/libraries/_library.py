@@ -52,6 +52,13 @@ class Library:
     chunked = False
     """Whether arrays are split into chunks, so that slicing one adds to a task graph."""
 
+    probed = False
+    """Whether a library of which no class is known has been tried."""
+    refused = ""
+    """Why the library cannot give the right answers."""
+    refused_labels = ""
+    """Why it cannot give those of losses of class indices."""
+
     def __init__(self, xp: Namespace, name: str) -> None:
         self.xp = xp
         self.name = name
