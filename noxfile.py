@@ -485,6 +485,13 @@ def fuzz(session: nox.Session, backend: str) -> None:
         session.run("python", "-m", "pytest", "tests/test_properties.py", *options)
 
 
+@nox.session(name="export-onnx")
+def export_onnx(session: nox.Session) -> None:
+    """Write a trained classifier, its loss and gradient to digits.onnx, and run it there."""
+    install(session, *package(BACKENDS["ndonnx"]))
+    session.run("python", str(ROOT / "examples" / "export_onnx.py"), *session.posargs)
+
+
 @nox.session
 def conformance(session: nox.Session) -> None:
     """Run the tests of SciPy, torch and optax on `compat`, and compare arguments with theirs."""

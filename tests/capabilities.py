@@ -65,7 +65,7 @@ def row(name: str, extra: str | None) -> tuple[str, ...]:
         yes("bfloat16" in backend.halves),
         yes(library.differentiates),
         compiler(name),
-        yes(library.chunked),
+        yes(library.lazy),
         kernels(name),
         tested(name, extra),
     )

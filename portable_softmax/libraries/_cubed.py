@@ -17,7 +17,7 @@ from portable_softmax.libraries._namespace import Adapted
 class Cubed(Library):
     """What is made beside an array needs its Spec, which therefore stands for its device."""
 
-    chunked = True
+    lazy = chunked = True
 
     def __init__(self, xp: Namespace, name: str) -> None:
         super().__init__(Adapted(sys.modules["cubed.array_api"], "spec"), name)

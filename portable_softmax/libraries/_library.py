@@ -49,6 +49,8 @@ class Library:
     """Whether the library may differentiate through what is computed."""
     gathers = False
     """Whether picking one entry a row costs less than a masked sum over the row."""
+    lazy = False
+    """Whether nothing is computed, nor a value to be read, before it is asked for."""
     chunked = False
     """Whether arrays are split into chunks, so that slicing one adds to a task graph."""
 

@@ -10,6 +10,8 @@ from portable_softmax.libraries._library import Library
 class Ndonnx(Library):
     """An array has a dtype and a shape, of which lengths may be open, and no values."""
 
+    lazy = True
+
     def device(self, x: Any) -> Any:
         """Return None: what runs the graph decides."""
         return None
