@@ -19,5 +19,5 @@ def test_export_onnx(arrays_of, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "1797 digits, 94." in done.stdout
-    assert "gradient included" in done.stdout
+    assert "with the gradient: " in done.stdout
     assert target.stat().st_size < 200_000
