@@ -138,6 +138,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             elsewhere = elsewhere or name not in LIBRARIES
         if name is not None:
             elsewhere = elsewhere or not BACKENDS[name].runs(item.path.stem, item.originalname)
+        elif all(BACKENDS[chosen].quick for chosen in config.stash[_KEY]):
+            elsewhere = True  # these run a part of the matrix, and what takes no backend elsewhere
         for mark, backend in _RUN_BY.items():
             marked = item.get_closest_marker(mark) is not None
             elsewhere = elsewhere or (marked and backend not in config.stash[_KEY])
