@@ -38,6 +38,15 @@ class Cubed(Library):
         """Return whether both have one Spec, as cubed asks for."""
         return bool(x.spec == other.spec)
 
+    def adopt(self, labels: Any, logits: Any, axis: int) -> Any:
+        """Return `labels`, cut as logits without a class are: cubed cannot cut those anew."""
+        if type(labels) is not type(logits) or 0 not in logits.shape or 0 in labels.shape:
+            return labels
+        axes = [a for a in range(logits.ndim) if a != axis]
+        if labels.shape != tuple(logits.shape[a] for a in axes):
+            return labels
+        return labels.rechunk(tuple(logits.chunksize[a] for a in axes))
+
     def reads_values(self, x: Any) -> bool:
         """Return False: cubed computes when it is told to."""
         return False
