@@ -108,7 +108,15 @@ BACKENDS = {
     "jax": "jax",
     "dask": "dask",
     "cupy": "cuda",
+    "ndonnx": "ndonnx",
+    "mlx": "mlx",
+    "cubed": "cubed",
+    "dpnp": "dpnp",
 }
+# Those with tests and no more: no demo, no fuzz, no benchmark.
+TESTED_ONLY = ("ndonnx", "mlx", "cubed", "dpnp")
+# Those that `tests` and `tests-slow` leave out: their libraries take long to install.
+BY_NAME = ("dpnp",)
 # The backends whose tests together must cover the package, line and branch.
 COVERED = ("numpy", "numba", "torch", "jax")
 PYPROJECT = load_toml(ROOT / "pyproject.toml")
@@ -208,7 +216,7 @@ def for_each_backend(name: str, without: tuple[str, ...] = ()):
 
 
 # A lazy library has nothing to gain from small steps, nor have kernels for large arrays.
-@for_each_backend("demo", without=("dask", "numba"))
+@for_each_backend("demo", without=("dask", "numba", *TESTED_ONLY))
 def demo(session: nox.Session, backend: str) -> None:
     """Train a softmax classifier on handwritten digits with BACKEND."""
     install_backend(session, backend, "demo")
@@ -216,7 +224,7 @@ def demo(session: nox.Session, backend: str) -> None:
     session.run(*command, *session.posargs)
 
 
-@for_each_backend("bench", without=("numba",))  # numpy brings it
+@for_each_backend("bench", without=("numba", *TESTED_ONLY))  # numpy brings Numba
 def bench(session: nox.Session, backend: str) -> None:
     """Measure speed on BACKEND beside the peers of every library and a copy."""
     install_backend(session, backend, "bench", None if backend == "cupy" else "peers")
@@ -289,7 +297,7 @@ def coverage(session: nox.Session) -> None:
     start(session, "fast", COVERED)
 
 
-EVERYTHING = (*BACKENDS, "triton", "triton-compiled")
+EVERYTHING = (*(b for b in BACKENDS if b not in BY_NAME), "triton", "triton-compiled")
 # What XLA compiles is kept for the other processes and for the next run.
 COMPILED_ONCE = {
     "JAX_COMPILATION_CACHE_DIR": str(HOME / "jax-cache"),
@@ -461,7 +469,8 @@ def table(rows) -> str:
     )
 
 
-@for_each_backend("fuzz", without=("numba", "cupy"))  # numpy and torch bring Numba's kernels
+# numpy and torch bring Numba's kernels.
+@for_each_backend("fuzz", without=("numba", "cupy", *TESTED_ONLY))
 def fuzz(session: nox.Session, backend: str) -> None:
     """Search for differences on BACKEND: random calls against exact answers; no part of CI.
 
@@ -474,6 +483,13 @@ def fuzz(session: nox.Session, backend: str) -> None:
     if not session.posargs:
         options = ("--backend", backend, "--hypothesis-profile", "thorough")
         session.run("python", "-m", "pytest", "tests/test_properties.py", *options)
+
+
+@nox.session(name="export-onnx")
+def export_onnx(session: nox.Session) -> None:
+    """Write a trained classifier, its loss and gradient to digits.onnx, and run it there."""
+    install(session, *package(BACKENDS["ndonnx"]))
+    session.run("python", str(ROOT / "examples" / "export_onnx.py"), *session.posargs)
 
 
 @nox.session

@@ -31,6 +31,9 @@ _REMEDIES = {
     "numpy.ma": "pass x.filled(...) or x.data, with where=~x.mask",
 }
 
+# How an array is converted that NumPy does not take as it stands.
+_DENSE = {"sparse": "such as x.todense(), which takes the memory of all entries"}
+
 
 # --------------------------------------------------------------------------- arrays
 
@@ -81,13 +84,25 @@ def _library(name: str, x: Any) -> Library:
         remedy = _foreign(cls).replace("x.", f"{name}.")
     if not remedy:
         try:
-            return libraries.library_of(x)
+            library = libraries.library_of(x)
         except TypeError:
             remedy = "pass an array of a library that follows the array API standard"
+        else:
+            if library.refused:
+                raise TypeError(_refusal(name, library, library.refused))
+            return library
     raise TypeError(
         f"{name} is a {cls.__module__}.{cls.__qualname__}, which is no array: {remedy}".replace(
             "builtins.", ""
         )
+    )
+
+
+def _refusal(name: str, library: Library, why: str) -> str:
+    remedy = _DENSE.get(library.name, f"such as numpy.asarray({name})").replace("x.", f"{name}.")
+    return (
+        f"{name} is an array of {library.name}, which cannot give the right answer: {why}; "
+        f"convert {name} to an array of a library that follows the array API standard, {remedy}"
     )
 
 
@@ -459,6 +474,8 @@ def tile(value: Any) -> int:
 
 def labels_are_indices(logits: Any, labels: Any, axis: int, library: Library) -> bool:
     """Return whether `labels` are class indices, or else a distribution over the classes."""
+    if library.refused_labels:
+        raise TypeError(_refusal("logits", library, library.refused_labels))
     kind = library.dtype(labels.dtype).kind
     shape = logits.shape
     positions = shape[:axis] + shape[axis + 1 :]

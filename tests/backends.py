@@ -6,10 +6,16 @@ import importlib.metadata
 import importlib.util
 import itertools
 import os
+import sys
+import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 try:
     import ml_dtypes
@@ -18,6 +24,10 @@ except ImportError:  # only bfloat16 on NumPy needs it
 
 FLOATS = ("float32", "float64")
 HALVES = ("float16", "bfloat16")
+# What shows that the answers of a library are right: semantics, golden values, each function.
+MATRIX = ("test_semantics", "test_values", "test_cross_entropy", "test_family", "test_layers")
+# Rows of the table of semantics that cost a slow library little.
+CHEAP = ("reduced_axis*", "0_d*", "a_row_of*", "plus_inf*", "integers", "arrays_of*", "options*")
 
 
 class Backend:
@@ -26,15 +36,16 @@ class Backend:
     name: str
     library: str
     halves: tuple[str, ...] = HALVES
+    default_float = "float64"
     differentiates = False
     lazy = False
     device: Any = None
     path = "without numba"
     """Which kernels the tests run on: all but Numba's, which `numba` tests, or one by name."""
     quick: tuple[str, ...] = ()
-    """The modules whose tests are not slow on this backend; all if none is named."""
+    """What is not slow on this backend, as patterns: module, or module::test; all if empty."""
     others: tuple[str, ...] = ()
-    """Beside those, the modules that it runs, as slow tests."""
+    """Beside those, what it runs as slow tests."""
 
     def __repr__(self) -> str:
         return self.name
@@ -43,6 +54,16 @@ class Backend:
         """Return all cases; of a library that compiles each, a fifth that depends on `number`."""
         step = 5 if self.library == "jax" else 1
         return itertools.islice(every, number % step, None, step)
+
+    @classmethod
+    def runs(cls, module: str, test: str) -> bool:
+        """Whether it runs a test of those that take a backend."""
+        return not cls.quick or _named(module, test, (*cls.quick, *cls.others))
+
+    @classmethod
+    def is_quick(cls, module: str, test: str) -> bool:
+        """Whether it runs such a test among those that are not slow."""
+        return not cls.quick or _named(module, test, cls.quick)
 
     @classmethod
     def missing(cls) -> str:
@@ -78,6 +99,10 @@ class Backend:
     def other_device(self, array: Any) -> Any:
         """Return the array on another device of the library, or None where there is no other."""
         return None
+
+
+def _named(module: str, test: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(module, p) or fnmatch(f"{module}::{test}", p) for p in patterns)
 
 
 def np_dtype(name: str) -> np.dtype:
@@ -144,6 +169,7 @@ class Strict(Backend):
 
 class Torch(Backend):
     name = library = "torch"
+    default_float = "float32"
     differentiates = True
     place = "cpu"
 
@@ -334,11 +360,180 @@ class Cupy(Backend):
         return isinstance(array, self.xp.ndarray)
 
 
+class Ndonnx(Backend):
+    """Arguments of an ONNX graph, which ONNX Runtime computes when a value is asked for."""
+
+    name = library = "ndonnx"
+    halves = ("float16",)
+    lazy = True
+    quick = ("test_ndonnx", "test_examples", *(f"test_semantics::test_{name}" for name in CHEAP))
+    others = ("test_semantics", "test_cross_entropy::test_golden")
+
+    def __init__(self):
+        import ndonnx
+        import onnxruntime
+        from spox import _future as spox
+
+        # ndonnx evaluates its constants as it goes: a session of ONNX Runtime for each, 30 ms.
+        spox.set_value_prop_backend(spox.ValuePropBackend.REFERENCE)
+        self.xp, self.runtime = ndonnx, onnxruntime
+        self.device = "cpu"
+        self.given: deque[tuple[str, Any, np.ndarray]] = deque(maxlen=256)  # more than a test has
+        self.names = map("input{}".format, itertools.count())
+
+    @classmethod
+    def missing(cls):
+        wanted = ("ndonnx", "onnxruntime")
+        absent = [name for name in wanted if importlib.util.find_spec(name) is None]
+        return f"{absent[0]} is not installed" if absent else ""
+
+    def version(self):
+        return f"{self.xp.__version__}, onnxruntime {self.runtime.__version__}"
+
+    def from_numpy(self, array):
+        if array.dtype.kind == "c":
+            pytest.skip("ndonnx has no complex dtype")
+        dtype = self.xp.asarray(np.empty(0, array.dtype)).dtype
+        made = self.xp.argument(shape=array.shape, dtype=dtype)
+        self.given.append((next(self.names), made, array.copy()))
+        return made
+
+    def numpy(self, array):
+        inputs = {name: made for name, made, _ in self.given}
+        values = {name: value for name, _, value in self.given}
+        model = self.xp.build(inputs, {"answer": array}, drop_unused=True)
+        options = self.runtime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = self.runtime.InferenceSession(model.SerializeToString(), options)
+        used = {one.name: values[one.name] for one in session.get_inputs()}
+        return np.asarray(session.run(None, used)[0])
+
+    def is_ours(self, array):
+        return isinstance(array, self.xp.Array)
+
+
+class Mlx(Backend):
+    """Arrays of MLX on the CPU, where it has float64."""
+
+    name = library = "mlx"
+    differentiates = True
+    default_float = "float32"
+    device = "cpu"
+    halves = HALVES
+    quick = ("test_mlx", "test_semantics", "test_cross_entropy::test_golden")
+    others = MATRIX
+
+    def __init__(self):
+        import mlx.core as mx
+
+        mx.set_default_device(mx.cpu)
+        self.xp = mx
+
+    def version(self):
+        return importlib.metadata.version("mlx")
+
+    def from_numpy(self, array):
+        if array.dtype.kind == "c" and array.dtype.itemsize > 8:
+            pytest.skip("MLX has no complex128")
+        if array.dtype.name == "bfloat16":
+            return self.xp.array(array.astype(np.float32)).astype(self.xp.bfloat16)
+        wide = {"dtype": self.xp.float64} if array.dtype.name == "float64" else {}
+        return self.xp.array(array.copy(), **wide)  # float32 unless told otherwise
+
+    def numpy(self, array):
+        if array.dtype == self.xp.bfloat16:
+            array = array.astype(self.xp.float32)
+        return np.array(array)
+
+    def is_ours(self, array):
+        return isinstance(array, self.xp.array)
+
+
+class Cubed(Backend):
+    """Arrays of cubed in two chunks along every axis, so that each reduction has to merge."""
+
+    name = library = "cubed"
+    device = "cpu"
+    halves = ("float16",)
+    lazy = True
+    quick = ("test_cubed", *(f"test_semantics::test_{name}" for name in CHEAP))
+    others = ("test_semantics",)  # each value takes it tenths of a second
+
+    def __init__(self):
+        import cubed
+
+        self.cubed, self.xp = cubed, importlib.import_module("cubed.array_api")
+        self.executor = importlib.import_module("cubed.runtime.create").create_executor(
+            "single-threaded"
+        )
+        self.folder = tempfile.TemporaryDirectory(prefix="cubed-")
+        self.spec = cubed.Spec(work_dir=self.folder.name, allowed_mem="100MB")
+
+    def from_numpy(self, array):
+        # Of an empty array cubed cannot change the chunks.
+        whole = 0 in array.shape
+        chunks = tuple(max(1, n if whole else -(-n // 2)) for n in array.shape)
+        return self.xp.asarray(array.copy(), chunks=chunks, spec=self.spec)
+
+    def numpy(self, array):
+        with np.errstate(all="ignore"):  # of this thread
+            return np.asarray(array.compute(executor=self.executor))
+
+    def is_ours(self, array):
+        return isinstance(array, self.cubed.Array)
+
+    def other_device(self, array):
+        spec = self.cubed.Spec(work_dir=self.folder.name, allowed_mem="99MB")
+        return self.xp.asarray(self.numpy(array), spec=spec)
+
+
+class Dpnp(Backend):
+    """Arrays of dpnp on the OpenCL device that the CPU is with `intel-opencl-rt`."""
+
+    name = library = "dpnp"
+    halves = ("float16",)
+    quick = ("test_dpnp", "test_semantics", "test_cross_entropy::test_golden")
+    others = MATRIX
+
+    def __init__(self):
+        import dpctl
+        import dpnp
+
+        self.xp, self.queue = dpnp, dpctl.SyclQueue("cpu")
+        self.device = "opencl:cpu"
+
+    @classmethod
+    def missing(cls):
+        if why := super().missing():
+            return why
+        # What pip installs is known to no loader of OpenCL.
+        driver = Path(sys.prefix, "lib", "libintelocl.so")
+        if driver.exists():
+            os.environ.setdefault("OCL_ICD_FILENAMES", str(driver))
+        import dpctl
+
+        return "" if dpctl.has_cpu_devices() else "no SYCL device for the CPU"
+
+    def from_numpy(self, array):
+        return self.xp.asarray(array, sycl_queue=self.queue)
+
+    def numpy(self, array):
+        return self.xp.asnumpy(array)
+
+    def is_ours(self, array):
+        return isinstance(array, self.xp.ndarray) and array.sycl_queue == self.queue
+
+    def other_device(self, array):
+        import dpctl
+
+        return self.xp.asarray(array, sycl_queue=dpctl.SyclQueue("cpu", property="in_order"))
+
+
 BACKENDS: dict[str, type[Backend]] = {
     cls.name: cls
     for cls in (
         *(NumPy, Numba, Strict, Torch, TorchPortable, TorchNumba, TorchCuda, Triton),
-        *(Jax, JaxNumba, Dask, Cupy),
+        *(Jax, JaxNumba, Dask, Cupy, Ndonnx, Mlx, Cubed, Dpnp),
     )
 }
 

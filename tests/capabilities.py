@@ -14,7 +14,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from backends import BACKENDS, LIBRARIES
 
@@ -26,7 +26,7 @@ from portable_softmax.kernels._request import FAMILY, LINEAR, OPERATIONS, RUNNIN
 ROOT = Path(__file__).resolve().parent.parent
 
 # What compiles or traces a function of a library, and is tested in tests/test_LIBRARY.py.
-COMPILERS = {"torch": "torch.compile", "jax": "jax.jit"}
+COMPILERS = {"torch": "torch.compile", "jax": "jax.jit", "mlx": "mx.compile"}
 
 HEADINGS = (
     "backend", "extra", "float16", "bfloat16", "autodiff", "compiled", "lazy", "fused kernels",
@@ -42,12 +42,16 @@ def table() -> str:
 
 def sessions() -> dict[str, str | None]:
     """Return the libraries of BACKENDS in noxfile.py, which has their tests: name to extra."""
+    return {name: extra for name, extra in assigned("BACKENDS").items() if name in LIBRARIES}
+
+
+def assigned(name: str) -> Any:
+    """Return a constant of noxfile.py, which needs nox to be imported."""
     tree = ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8"))
     for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "BACKENDS":
-            found = ast.literal_eval(node.value)
-            return {name: extra for name, extra in found.items() if name in LIBRARIES}
-    raise SystemExit("noxfile.py has no BACKENDS")
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return ast.literal_eval(node.value)
+    raise SystemExit(f"noxfile.py has no {name}")
 
 
 def row(name: str, extra: str | None) -> tuple[str, ...]:
@@ -61,11 +65,18 @@ def row(name: str, extra: str | None) -> tuple[str, ...]:
         yes("bfloat16" in backend.halves),
         yes(library.differentiates),
         compiler(name),
-        yes(library.chunked),
+        yes(library.lazy),
         kernels(name),
-        # CuPy's extra stands for one for each CUDA generation.
-        "where there is a CUDA device" if extra == "cuda" else "in every run",
+        tested(name, extra),
     )
+
+
+def tested(name: str, extra: str | None) -> str:
+    """Return when the tests of a backend run."""
+    if name in assigned("BY_NAME"):
+        return f"by `tests-{name}`"
+    # CuPy's extra stands for one for each CUDA generation.
+    return "where there is a CUDA device" if extra == "cuda" else "in every run"
 
 
 def yes(is_true: bool) -> str:

@@ -136,8 +136,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         elsewhere = name is not None and wanted and BACKENDS[name].library not in wanted
         if "arrays_of" in getattr(item, "fixturenames", ()):
             elsewhere = elsewhere or name not in LIBRARIES
-        if name is not None and (quick := BACKENDS[name].quick):
-            elsewhere = elsewhere or item.path.stem not in (*quick, *BACKENDS[name].others)
+        if name is not None:
+            elsewhere = elsewhere or not BACKENDS[name].runs(item.path.stem, item.originalname)
+        elif all(BACKENDS[chosen].quick for chosen in config.stash[_KEY]):
+            elsewhere = True  # these run a part of the matrix, and what takes no backend elsewhere
         for mark, backend in _RUN_BY.items():
             marked = item.get_closest_marker(mark) is not None
             elsewhere = elsewhere or (marked and backend not in config.stash[_KEY])
@@ -153,7 +155,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_slow(item: pytest.Item, backend: str | None) -> bool:
-    if backend and (quick := BACKENDS[backend].quick) and item.path.stem not in quick:
+    if backend and not BACKENDS[backend].is_quick(item.path.stem, item.originalname):
         return True
     for mark in item.iter_markers("slow"):
         why, *only_on = mark.args

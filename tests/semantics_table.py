@@ -35,7 +35,8 @@ This file is generated, after `python3 noxfile.py -s tests`, by
     python tests/semantics_table.py .nox/reports docs/semantics.md
 
 - *passed*: in each of its variants. A number in parentheses is the reason why it was skipped.
-- *not run*: that backend left no report, since its library or its device was not at hand.
+- *not run*: that backend left no report of it, since its library or its device was not at hand, or
+  since the test takes long there, and that run left it to `tests-slow`.
 - *NumPy only*: the case is about NumPy's own arrays or types, and is tested on those.
 
 What holds for one library alone has tests of its own: autograd, `torch.func` and `torch.compile`

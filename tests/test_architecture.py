@@ -50,6 +50,7 @@ LIBRARIES = (
     "dask",
     "cupy",
     "array_api_strict",
+    *("ndonnx", "mlx", "cubed", "dpnp"),
     "numba",
     "triton",
     "scipy",

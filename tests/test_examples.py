@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +42,15 @@ def test_score_files(da, xp, tmp_path, capfd):
     np.testing.assert_allclose(np.load(paths[2]), expected, rtol=1e-12)
     np.testing.assert_allclose(found, expected.mean(), rtol=1e-12)
     assert "mean loss of 50 positions" in capfd.readouterr().out
+
+
+@pytest.mark.libraries("ndonnx")
+def test_export_onnx(arrays_of, tmp_path):
+    """It compares its own answers, and fails where one is off by more than 8 units."""
+    script, target = EXAMPLES / "export_onnx.py", tmp_path / "digits.onnx"
+    command = [sys.executable, str(script), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "1797 digits, 94." in done.stdout
+    assert "with the gradient: " in done.stdout
+    assert target.stat().st_size < 200_000

@@ -288,6 +288,9 @@ def gradient(xp, f, *arrays):
 
         given = [xp.asarray(a).requires_grad_() for a in arrays]
         return [xp.numpy(g) for g in torch.autograd.grad(f(*given), given)]
+    if xp.library == "mlx":
+        given = [xp.asarray(a) for a in arrays]
+        return [xp.numpy(g) for g in xp.xp.vjp(f, given, [xp.asarray(1.0)])[1]]
     import jax
 
     found = jax.grad(f, argnums=tuple(range(len(arrays))))(*map(xp.asarray, arrays))

@@ -42,6 +42,7 @@ def cells(line: str) -> list[str]:
     [
         ("python3 noxfile.py", "README.md"),
         ("python3 noxfile.py -s tests", "README.md"),
+        ("python3 noxfile.py -s export-onnx", "README.md"),
         ("python3 noxfile.py -s bench-numpy", "docs/results/speed.md"),
         ("python -m bench accuracy --markdown docs/accuracy.md", "docs/results/accuracy.md"),
         ("python -m bench memory", "docs/results/speed.md"),

@@ -18,12 +18,17 @@ import array_api_compat as compat
 import numpy as np
 
 from portable_softmax._typing import Namespace
+from portable_softmax.libraries import _probe
+from portable_softmax.libraries._cubed import Cubed
 from portable_softmax.libraries._cupy import CuPy
 from portable_softmax.libraries._dask import Dask
+from portable_softmax.libraries._dpnp import Dpnp
 from portable_softmax.libraries._dtensor import NAME as _SHARDED
 from portable_softmax.libraries._dtensor import DTensors
 from portable_softmax.libraries._jax import Jax
 from portable_softmax.libraries._library import Dtype, Library, dtype_name
+from portable_softmax.libraries._mlx import Mlx
+from portable_softmax.libraries._ndonnx import Ndonnx
 from portable_softmax.libraries._numpy import NumPy
 from portable_softmax.libraries._strict import Strict
 from portable_softmax.libraries._torch import Torch, traced_as_constant
@@ -70,6 +75,10 @@ CLASSES: dict[str, type[Library]] = {
     "dask": Dask,
     "cupy": CuPy,
     "array_api_strict": Strict,
+    "ndonnx": Ndonnx,
+    "mlx": Mlx,
+    "cubed": Cubed,
+    "dpnp": Dpnp,
 }
 
 _NUMPY = NumPy(np, "numpy")
@@ -111,8 +120,19 @@ def library_of(array: Any) -> Library:
             found = of(sys.modules["jax"].numpy)
         else:
             found = of(compat.array_namespace(array))
+        if found.refused or (type(found) is Library and _is_refused(found)):
+            return found
         BY_TYPE[cls] = found
     return found
+
+
+def _is_refused(library: Library) -> bool:
+    """Try a library that nobody has tested, once."""
+    if not library.probed:
+        library.refused = _probe.of_rows(library.xp)
+        library.refused_labels = library.refused or _probe.of_labels(library.xp)
+        library.probed = True
+    return bool(library.refused)
 
 
 @traced_as_constant

@@ -16,7 +16,7 @@ from portable_softmax.libraries._library import Library, numpy_dtype
 class Dask(Library):
     """It has no gather, and reads no value before compute()."""
 
-    chunked = True
+    lazy = chunked = True
 
     def own_dtype(self, dtype: Any) -> Any:
         """Return whatever NumPy takes for a dtype as one."""

@@ -69,10 +69,19 @@ class Library:
     """Whether picking one entry a row costs less than a masked sum over the row."""
     sharded = False
     """Whether an array is one shard a rank, so that a call needs a kernel that knows the ranks."""
+    lazy = False
+    """Whether nothing is computed, nor a value to be read, before it is asked for."""
     chunked = False
     """Whether arrays are split into chunks, so that slicing one adds to a task graph."""
     writes = False
     """Whether an answer can be written to an array that is given."""
+
+    probed = False
+    """Whether a library of which no class is known has been tried."""
+    refused = ""
+    """Why the library cannot give the right answers."""
+    refused_labels = ""
+    """Why it cannot give those of losses of class indices."""
 
     def __init__(self, xp: Namespace, name: str) -> None:
         self.xp = xp

@@ -421,10 +421,10 @@ def mean_divisor(xp: Namespace, loss: Any, target: Target) -> Any:
     """Return the divisor of the mean: the weights that count, or the number of positions."""
     if target.weight is not None:
         return xp.sum(total(xp, target.weight, tuple(range(loss.ndim))))
-    positions = math.prod(loss.shape)
-    if positions != positions:  # nan: chunks of unknown length
+    # None: an open length of a graph; nan: chunks of unknown length.
+    if any(n is None or n != n for n in loss.shape):
         return xp.sum(xp.ones_like(loss))
-    return scalar(xp, positions, loss)
+    return scalar(xp, math.prod(loss.shape), loss)
 
 
 def nothing_to_inf(xp: Namespace, divisor: Any) -> Any:

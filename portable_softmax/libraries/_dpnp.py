@@ -1,0 +1,33 @@
+"""dpnp: arrays in the memory of a SYCL queue, which they never leave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from portable_softmax.libraries._library import Library, numpy_dtype
+
+
+class Dpnp(Library):
+    """On any device of SYCL; reading a value waits for the device."""
+
+    gathers = True
+
+    def own_dtype(self, dtype: Any) -> Any:
+        """Return whatever NumPy takes for a dtype as one."""
+        return numpy_dtype(dtype)
+
+    def device_type(self, x: Any) -> str:
+        """Return ``"cpu"``, ``"gpu"`` or another kind of SYCL's devices."""
+        return str(x.sycl_device.device_type.name)
+
+    def wider_dtype(self, x: Any) -> Any:
+        """Return float64 where the device has it."""
+        return super().wider_dtype(x) if x.sycl_device.has_aspect_fp64 else x.dtype
+
+    def reads_values(self, x: Any) -> bool:
+        """Return True."""
+        return True
+
+    def looks_again(self, x: Any) -> bool:
+        """Return False: that waits for the device."""
+        return False

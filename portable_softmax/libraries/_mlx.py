@@ -1,0 +1,95 @@
+"""MLX: the standard's functions without its devices."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from portable_softmax._typing import Namespace
+from portable_softmax.libraries._library import RUNNING_SUM, Library
+from portable_softmax.libraries._namespace import Adapted
+
+_OF_E = 5.3182377066058915e-17  # mpmath: e / mpf(math.e) - 1
+_LN2_HIGH = 0.693359375  # nine bits, so that n times it is exact
+_LN2_LOW = -2.1219444005469058e-4  # mpmath: log(2) - mpf(_LN2_HIGH)
+
+
+class Mlx(Library):
+    """Lazy, but each value can be read; memory is shared by all devices of a machine."""
+
+    differentiates = True
+    gathers = True
+
+    def __init__(self, xp: Namespace, name: str) -> None:
+        super().__init__(_Namespace(xp), name)
+
+    def device(self, x: Any) -> Any:
+        """Return None: an array is on no device, an operation is."""
+        return None
+
+    def device_type(self, x: Any) -> str:
+        """Return ``"cpu"`` or ``"gpu"``, where operations run unless told otherwise."""
+        return str(self.xp.default_device().type).rpartition(".")[2]
+
+    def same_device(self, x: Any, other: Any) -> bool:
+        """Return True."""
+        return True
+
+    def wider_dtype(self, x: Any) -> Any:
+        """Return float64 on the CPU, which alone has it."""
+        return super().wider_dtype(x) if self.device_type(x) == "cpu" else x.dtype
+
+    def scalar(self, value: float, like: Any) -> Any:
+        """Return a 0-d array; MLX takes no Python int beyond int64."""
+        unsigned = isinstance(value, int) and value >= 2**63
+        return self.xp.asarray(np.uint64(value) if unsigned else value, dtype=like.dtype)
+
+    def own_dtype(self, dtype: Any) -> Any:
+        """Return one of MLX's own dtypes."""
+        if not isinstance(dtype, self.xp.Dtype):
+            raise TypeError(dtype)
+        return dtype
+
+    def longest_sum(self, x: Any, axis: int) -> float:
+        """Return that of a running sum, which MLX's is along any axis."""
+        return RUNNING_SUM
+
+    def constant(self, x: Any) -> Any:
+        """Return `x` with its derivative cut off."""
+        return self.xp.stop_gradient(x)
+
+    def reads_values(self, x: Any) -> bool:
+        """Return True; a value that is read inside of a transform raises an error of MLX."""
+        return True
+
+    def looks_again(self, x: Any) -> bool:
+        """Return False: its exp takes subnormal numbers for 0."""
+        return False
+
+
+class _Namespace(Adapted):
+    """mlx.core, whose exp keeps the digits."""
+
+    def __init__(self, xp: Namespace) -> None:
+        super().__init__(xp)
+        self.bool = xp.bool_
+
+    def exp(self, x: Any) -> Any:
+        """Return exp(x), to a unit in the last place.
+
+        On the CPU that of MLX 0.32 is off by 60 units at -80, and computes float64 in float32.
+        """
+        xp = self._xp
+        if x.dtype == xp.float64:
+            y = xp.power(math.e, x)
+            return y + y * (xp.maximum(x, -1000.0) * _OF_E)
+        if x.dtype != xp.float32:
+            return xp.exp(x)
+        # exp(x) = 2**n exp(r), the power in two halves as either alone may overflow.
+        x = xp.where(x < -104.0, xp.full((), -104.0), xp.where(x > 89.0, xp.full((), 89.0), x))
+        n = xp.floor(x * (1 / math.log(2)) + 0.5)
+        r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+        half = xp.floor(n * 0.5)
+        return (1.0 + xp.expm1(r)) * xp.power(2.0, half) * xp.power(2.0, n - half)
