@@ -274,6 +274,12 @@ def test_providers_take_turns_and_slow_ones_have_fewer_rounds():
     assert len({tuple(first_rounds[i : i + 3]) for i in (0, 3, 6)}) == 3
 
 
+def test_two_rounds_of_a_call_that_takes_seconds_are_enough():
+    turns = {"slow": speed.Timed(lambda: ("slow", 0.6), _Clock(), providers.nullcontext)}
+    effort = speed.Effort(seconds=0.3, rounds=5, most=10, enough_s=1.0)
+    assert len(speed._interleaved(turns, effort)["slow"]) == 2
+
+
 def test_a_short_call_is_repeated():
     clock = _Clock()
     timed = speed.Timed(lambda: ("short", 1e-5), clock, providers.nullcontext)
