@@ -968,6 +968,7 @@ def flat(answers):
 
 @pytest.mark.slow("XLA compiles many programs", "jax", "jax-numba")
 @pytest.mark.slow("Numba compiles every kernel for two half types", "numba", "torch-numba")
+@pytest.mark.slow("a graph for each call and dtype", "dask")
 def test_half_types_of_probabilities_and_gradients(xp):
     """entmax, sparsemax, entmax_loss, a sink, sample_weight, and all gradients of the family, of float16, bfloat16 | computed in float32, rounded once"""  # noqa: E501
     if not xp.halves:
