@@ -1019,6 +1019,7 @@ def test_integers_of_the_family(xp):
             f(x, x)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax", "jax-numba")
 def test_ties_of_the_family(xp):
     """entmax, entmax_vjp, entropy, kl_divergence, logcumsumexp: ties | share alike; gradients alike; log n; 0; log i"""  # noqa: E501
     x = xp.asarray([[2.0, -60.0, 2.0], [5.0, 5.0, 5.0]])
@@ -1045,6 +1046,7 @@ def test_gradients_of_running_sums_at_the_edges(xp):
         assert_like(xp, ps.logcumsumexp_vjp(empty, empty), shape, "float64")
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax", "jax-numba")
 def test_entmax_loss_of_nothing_and_of_weights(xp):
     """entmax_loss: no class, every position ignored; sample_weight 0 beside nan; weights summing to 0 | mean nan, gradient empty; no effect, gradient 0; mean nan, sum 0"""  # noqa: E501
     f = ps.entmax_loss_value_and_grad
