@@ -133,6 +133,8 @@ def measure(
     shapes: list[tuple[int, int]],
     dtypes: list[str],
     effort: Effort,
+    *,
+    cpu_time: bool = False,
 ) -> Iterator[Row]:
     """Yield a row for each operation, array and provider, and for the copies."""
     for provider in all_providers:
@@ -141,7 +143,9 @@ def measure(
             if dtype not in has:
                 raise CommandError(f"{provider.place.name} has no {dtype} here: {', '.join(has)}")
     taken = copies.of(list(dict.fromkeys(provider.place for provider in all_providers)))
-    clocks = {one.place: gpu.clock(one.place) for one in (*all_providers, *taken)}
+    clocks = {
+        one.place: gpu.clock(one.place, cpu_time=cpu_time) for one in (*all_providers, *taken)
+    }
     for dtype in dtypes:
         for shape in shapes:
             places.forget_compiled()
