@@ -61,7 +61,9 @@ def run_speed(args: argparse.Namespace, argv: list[str]) -> int:
     all_providers, missing = providers.all_providers(place, args.peers, slow_starts=not args.quick)
     before = gpu.state(place)
     effort = speed.QUICK if args.quick else speed.THOROUGH
-    rows = _followed(speed.measure(all_providers, operations, shapes, dtypes, effort))
+    rows = _followed(
+        speed.measure(all_providers, operations, shapes, dtypes, effort, cpu_time=args.cpu_time)
+    )
     document = {
         "benchmark": "speed",
         **report.provenance(argv, load),

@@ -40,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--compare", type=Path, metavar="OLD", help="the --json of an earlier run")
     one.add_argument("--peers", default="all", choices=("all", "own"), help=_PEERS_HELP)
     one.add_argument("--ops", default="", help="comma list")
+    one.add_argument(
+        "--cpu-time", action="store_true", help="what all threads work, for a machine that is busy"
+    )
     one.add_argument("--dtypes", default="", help="comma list")
     draw = commands.add_parser("plot", help="the figures of an earlier run of speed")
     draw.add_argument("file", type=Path, help="its --json")

@@ -13,7 +13,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import perf_counter
+from functools import partial
+from time import perf_counter, process_time
 from typing import Any, Protocol
 
 from bench import places
@@ -86,11 +87,15 @@ class EventClock:
         return min(_MOST_FLUSHES, 1 + int(2 * (self.now() - began) / busy))
 
 
-def clock(place: Place) -> Clock:
-    """Return the clock of a place: events where its library has them, the host's elsewhere."""
+def clock(place: Place, *, cpu_time: bool = False) -> Clock:
+    """Return the clock of a place: events where its library has them, the host's elsewhere.
+
+    That of the process counts what its threads work, and not what they wait for others.
+    """
     if places.is_gpu(place) and place.name in _EVENTS:
         return _EVENTS[place.name](sys.modules[place.name], place.device)
-    return HostClock(lambda result: places.finish(place, result))
+    finish = partial(places.finish, place)
+    return HostClock(finish, process_time, "process_time") if cpu_time else HostClock(finish)
 
 
 def _torch_events(torch: Any, device: Any) -> EventClock:

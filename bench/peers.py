@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -241,24 +242,38 @@ def entmax_package(axis: int, reduction: str) -> Offer:
     def loss(each):
         return lambda x, t: each(x, t).mean() if reduction == "mean" else each(x, t)
 
-    offer = {
-        "entmax": lambda x, _: entmax.entmax15(x, axis),
-        "sparsemax": lambda x, _: entmax.sparsemax(x, axis),
+    losses = {
         "entmax_loss": loss(entmax.entmax15_loss),
         "sparsemax_loss": loss(entmax.sparsemax_loss),
     }
-    return offer | torch_autograd(offer)
+    return _sparse(entmax.entmax15, entmax.sparsemax, axis) | losses
 
 
 def entmax_of_top_classes(axis: int, reduction: str) -> Offer:
     """Return the same with the first guess that its documentation offers for many classes."""
     import entmax
 
-    offer = {
-        "entmax": lambda x, _: entmax.entmax15(x, axis, k=100),
-        "sparsemax": lambda x, _: entmax.sparsemax(x, axis, k=100),
+    return _sparse(entmax.entmax15, entmax.sparsemax, axis, k=100)
+
+
+def entmax_by_bisection(axis: int, reduction: str) -> Offer:
+    """Return what the package entmax computes by bisection, of any alpha."""
+    import entmax
+
+    return _sparse(partial(entmax.entmax_bisect, alpha=1.5), entmax.sparsemax_bisect, axis)
+
+
+def _sparse(entmax: Call, sparsemax: Call, axis: int, **options: Any) -> dict[str, Call]:
+    """Return two functions of the package, forward and backward, that say what they are."""
+    offer: dict[str, Call] = {
+        name: lambda x, _, function=function: function(x, dim=axis, **options)
+        for name, function in (("entmax", entmax), ("sparsemax", sparsemax))
     }
-    return offer | torch_autograd(offer)
+    both = {**offer, **torch_autograd(offer)}
+    for name, call in both.items():
+        function = entmax if name.startswith("entmax") else sparsemax
+        call.of = getattr(function, "func", function).__name__  # type: ignore[attr-defined]
+    return both
 
 
 def compiled(offer: Offer) -> dict[str, Call]:
@@ -377,6 +392,7 @@ PEERS = (
     Peer("jax.nn, jit", "jax", "jax", jax_nn),
     Peer(ENTMAX, "torch", "entmax", entmax_package),
     Peer("entmax, k=100", "torch", "entmax", entmax_of_top_classes),
+    Peer("entmax, bisection", "torch", "entmax", entmax_by_bisection),
     Peer(OPTAX, "jax", "optax", optax_losses),
     Peer("cupyx.scipy", "cupy", "scipy", cupyx_special),  # cupyx.scipy imports scipy
 )

@@ -39,6 +39,7 @@ _COLOURS = {
     "cupyx.scipy": "#f59e0b",
     "entmax": "#be123c",
     "entmax, k=100": "#fda4af",
+    "entmax, bisection": "#881337",
     COPY: "#9aa7b4",
 }
 _SPARE = ("#db2777", "#65a30d", "#be185d", "#a16207")

@@ -78,7 +78,7 @@ class Row:
     """Ours, a peer, or a copy."""
     bytes_moved: int
     path: str = ""
-    """The kernel that ours takes."""
+    """The kernel that ours takes, or the function of a peer that has several."""
     clock: str = ""
     problem: str = ""
     """Why it was not timed: a wrong result, or an exception."""
@@ -103,10 +103,13 @@ class Effort:
     """Rounds at most: more would lower the minimum of the fast ones only."""
     slice_s: float = 1e-3
     """A faster call is repeated until a round takes this long."""
+    enough_s: float = math.inf
+    """Two rounds of a provider that have taken this long are enough."""
 
 
-# Five rounds of the slowest peer decide how long a full run takes: some 10 minutes on 2 cores.
-THOROUGH = Effort(seconds=0.3, rounds=5, most=40)
+# The slowest peers decide how long a full run takes: some 10 minutes on 2 cores. A sort, or fifty
+# bisections, of 128,000 classes take seconds a call.
+THOROUGH = Effort(seconds=0.3, rounds=5, most=40, enough_s=1.0)
 QUICK = Effort(seconds=0.01, rounds=3, most=10, slice_s=1e-4)
 
 
@@ -130,6 +133,8 @@ def measure(
     shapes: list[tuple[int, int]],
     dtypes: list[str],
     effort: Effort,
+    *,
+    cpu_time: bool = False,
 ) -> Iterator[Row]:
     """Yield a row for each operation, array and provider, and for the copies."""
     for provider in all_providers:
@@ -138,7 +143,9 @@ def measure(
             if dtype not in has:
                 raise CommandError(f"{provider.place.name} has no {dtype} here: {', '.join(has)}")
     taken = copies.of(list(dict.fromkeys(provider.place for provider in all_providers)))
-    clocks = {one.place: gpu.clock(one.place) for one in (*all_providers, *taken)}
+    clocks = {
+        one.place: gpu.clock(one.place, cpu_time=cpu_time) for one in (*all_providers, *taken)
+    }
     for dtype in dtypes:
         for shape in shapes:
             places.forget_compiled()
@@ -212,6 +219,8 @@ def _compare(
             if (provider.offer, row.path) in seen:
                 continue
             seen.add((provider.offer, row.path))
+        else:
+            row.path = getattr(call, "of", "")
         rows[provider.name] = row
         timed = Timed(bound(call, *arrays), clocks[place], provider.context)
         row.problem = wrong(problem, place, operation, problem.arrays[second], timed)
@@ -253,6 +262,8 @@ def _interleaved(turns: Mapping[str, Timed], effort: Effort) -> dict[str, list[f
     def goes_on(name: str) -> bool:
         taken = times[name]
         spent = sum(taken) * calls[name]
+        if len(taken) > 1 and spent >= effort.enough_s:
+            return False
         return len(taken) < effort.rounds or (spent < effort.seconds and len(taken) < effort.most)
 
     names = list(turns)

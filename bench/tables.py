@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from bench.speed import OURS, Row
+from bench.speed import OURS, PEER, Row
 
 HEADINGS = (
     "operation", "shape", "dtype", "provider", "min", "median", "GB/s", "of copy", "/ ours",
@@ -41,7 +41,10 @@ def cells(rows: list[Row]) -> list[list[str]]:
                 f"{row.min_s / ours.get(what, math.nan):5.2f}",
             ]
         )
-        lines.append([row.operation, shape(row.shape), row.dtype, row.provider, *numbers])
+        name = row.provider
+        if row.role == PEER and row.path:
+            name += f" ({row.path})"
+        lines.append([row.operation, shape(row.shape), row.dtype, name, *numbers])
     return lines
 
 

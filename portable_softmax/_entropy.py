@@ -182,8 +182,9 @@ def kl_divergence(
     Notes
     -----
     It is never negative. With u the unit roundoff of what is computed in, D the largest
-    ``|log p_j|`` or ``|log q_j|`` that counts and K the divergence, the error is at most
-    ``8 u K + 4 u (1 + D) sqrt(2 K)``: the latter counts where p and q are close to each other.
+    ``|log p_j|`` or ``|log q_j|`` that counts, ``e = 4 u (1 + D)`` and K the divergence, the error
+    is at most ``8 u K + e sqrt(2 K) + e^2 / 2``: what is after 8 u K counts where p and q are close
+    to each other.
 
     Where p is 0, as at a logit of -inf, the term is 0, and so is the gradient with respect to
     `logits_p`; a q of 0 beside it is no infinity. Where q is 0 and p is not, the divergence is inf.

@@ -41,7 +41,10 @@ class Call(NamedTuple):
 
 
 def as_tuple(outputs: Any) -> tuple[Any, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    """Return one output, or all of several; those of a pair of gradients one by one."""
+    if not isinstance(outputs, tuple):
+        return (outputs,)
+    return tuple(one for output in outputs for one in as_tuple(output))
 
 
 def _calls() -> dict[str, Call]:
@@ -106,8 +109,9 @@ def _calls() -> dict[str, Call]:
     for f in (ps.entropy, ps.entropy_value_and_grad):
         call(f, x)
         call(f, x, axis=(0, 2))
-    call(ps.kl_divergence, x, other)
-    call(ps.kl_divergence, x, other, axis=1, temperature=2.0, distillation=True, reduction="none")
+    for f in (ps.kl_divergence, ps.kl_divergence_value_and_grad):
+        call(f, x, other)
+        call(f, x, other, axis=1, temperature=2.0, distillation=True, reduction="none")
     call(ps.logmeanexp, x)
     call(ps.logmeanexp, x, axis=(0, 2), keepdims=True, where=mask)
     call(ps.logcumsumexp, x, axis=1)

@@ -4,11 +4,12 @@ import importlib.util
 import json
 import sys
 from contextlib import contextmanager
+from time import sleep
 
 import numpy as np
 import pytest
 
-from bench import copies, peers, places, providers, report, speed, tables
+from bench import copies, gpu, peers, places, providers, report, speed, tables
 from bench.__main__ import main
 from portable_softmax import kernels
 
@@ -273,6 +274,18 @@ def test_providers_take_turns_and_slow_ones_have_fewer_rounds():
     first_rounds = clock.order[3:12]  # after one call each to count repeats
     assert [set(first_rounds[i : i + 3]) for i in (0, 3, 6)] == [set(turns)] * 3
     assert len({tuple(first_rounds[i : i + 3]) for i in (0, 3, 6)}) == 3
+
+
+def test_two_rounds_of_a_call_that_takes_seconds_are_enough():
+    turns = {"slow": speed.Timed(lambda: ("slow", 0.6), _Clock(), providers.nullcontext)}
+    effort = speed.Effort(seconds=0.3, rounds=5, most=10, enough_s=1.0)
+    assert len(speed._interleaved(turns, effort)["slow"]) == 2
+
+
+def test_cpu_time_does_not_count_what_a_call_waits():
+    clock = gpu.clock(places.open_backend("numpy"), cpu_time=True)
+    assert clock.name == "process_time"
+    assert clock.seconds(lambda: sleep(0.05), 1) < 0.04
 
 
 def test_a_short_call_is_repeated():

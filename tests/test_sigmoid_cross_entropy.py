@@ -84,6 +84,18 @@ def test_confident_logits_keep_their_digits(xp, dtype, gamma):
         assert (value >= 0).all()
 
 
+@pytest.mark.parametrize("smoothing", [1e-6, 0.3, 1.0])
+def test_a_little_smoothing_keeps_its_digits(xp, smoothing):
+    """1 - (1 - e / 2) in float32 has few digits of e / 2, which a confident logit multiplies."""
+    z, t = np.asarray([30.0, -30.0, 60.0], np.float32), np.asarray([1, 0, 1])
+    options = {"label_smoothing": smoothing, "reduction": "none"}
+    arguments = xp.asarray(z, "float32"), xp.asarray(t)
+    both = ps.sigmoid_cross_entropy_value_and_grad(*arguments, **options)
+    found = [exact(float(v), int(k), e=smoothing) for v, k in zip(z, t, strict=True)]
+    for actual, expected in zip(both, zip(*found, strict=True), strict=True):
+        assert reference.ulps(assert_like(xp, actual, z.shape, "float32"), expected) <= 8
+
+
 @pytest.mark.parametrize("kind", ["bool", "int8", "uint8", "int64", "float32"])
 def test_labels_of_each_kind(xp, kind):
     labels = np.asarray([[1, 0, 1], [0, 0, 1], [1, 1, 0]])

@@ -56,6 +56,15 @@ def speed(library):
     return f"`{document['command']}`\n\n{described(document)}\n\n{table}\n\n{summary.LEGEND}"
 
 
+def cells(name):
+    """Return each cell of a kept run."""
+    document, rows = _document(name), _rows(name)
+    clock = {"process_time": "Seconds that all threads worked.", "perf_counter": ""}[rows[0].clock]
+    lines = [tables.HEADINGS, ["---"] * len(tables.HEADINGS), *tables.cells(rows)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"`{document['command']}`\n\n{described(document)}\n\n{table}\n\n{clock}"
+
+
 def slower(library):
     """Return the cells of a kept run in which a peer is faster than every path of ours."""
     cells = {}
@@ -83,7 +92,7 @@ def figures(library):
     )
 
 
-MAKERS = {f.__name__: f for f in (backends_of, backends, kernels, speed, slower, figures)}
+MAKERS = {f.__name__: f for f in (backends_of, backends, kernels, speed, cells, slower, figures)}
 
 
 class Generated(SphinxDirective):

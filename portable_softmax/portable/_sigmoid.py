@@ -67,10 +67,10 @@ def _losses(xp: Namespace, z: Any, t: Any, options: SigmoidOptions) -> Any:
 
 def _coefficients(xp: Namespace, t: Any, options: SigmoidOptions) -> tuple[Any, Any]:
     """Return what the two logarithms are multiplied by."""
-    smoothing = options.label_smoothing
+    yes, no, smoothing = t, 1.0 - t, options.label_smoothing
     if smoothing != 0.0:
-        t = (1.0 - smoothing) * t + smoothing / 2.0
-    yes, no = t, 1.0 - t
+        # Of both: 1 - (1 - smoothing / 2) would have few digits.
+        yes, no = ((1.0 - smoothing) * each + smoothing / 2.0 for each in (yes, no))
     if options.pos_weight is not None:
         yes = _weighted(xp, yes, options.pos_weight)
     if options.weight is not None:

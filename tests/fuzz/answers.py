@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.fuzz import family, losses, reference
-from tests.fuzz.cases import FAMILY, LOSSES, Case, Refused
+from tests.fuzz import binary, family, losses, reference
+from tests.fuzz.cases import BINARY, FAMILY, LOSSES, Case, Refused
 from tests.fuzz.draw import Traits, from_rows, to_rows
 from tests.fuzz.reference import Answer, Rounding
 from tests.fuzz.values import FORMATS, name_of
@@ -27,7 +27,7 @@ def expected(
     """Return what a case should answer."""
     if case.refused:
         return case.refused
-    x = case.first
+    x, given = case.first, case.first
     dtype = name_of(x.dtype) if x.dtype.kind != "c" else x.dtype.name
     if dtype in ("complex64", "complex128"):
         rounding = Rounding.of({"complex64": "float32"}.get(dtype, "float64"), flushes=flushes)
@@ -36,11 +36,19 @@ def expected(
             dtype = traits.default_float
             x = x.astype(dtype)
         rounding = Rounding.of(dtype, flushes=flushes)
+    own, answer = rounding, case.options.get("dtype")
+    if answer is not None:
+        rounding = rounding.answered_in(answer)
+        if given.dtype.kind in "iu":
+            x = given.astype(rounding.compute.dtype)
     with np.errstate(all="ignore"):
         if case.function in LOSSES:
-            return _loss(case, x, dtype, rounding, reads_labels)
+            return _loss(case, x, rounding, own.result.name, reads_labels)
+        if case.function in BINARY:
+            return _binary(case, x, dtype, rounding)
         found = (_family if case.function in FAMILY else _rows)(case, x, rounding)
-    dtypes = (dtype,) if len(found) == 1 else (rounding.result.name, dtype)
+    last = dtype if given.dtype.kind == "c" else rounding.result.name
+    dtypes = (last,) if len(found) == 1 else (rounding.result.name, last)
     return Expected(found, dtypes)
 
 
@@ -64,7 +72,15 @@ def _rows(case: Case, x: np.ndarray, rounding: Rounding) -> tuple[Answer, ...]:
     live = to_rows(live, axes)
     if case.function in ("softmax", "log_softmax"):
         temperature = float(options.get("temperature", 1.0))
+        sink = options.get("sink", case.values("sink"))
+        if sink is not None:  # one entry of each row more
+            kept = tuple(1 if a in axes else n for a, n in enumerate(shape))
+            sink = np.broadcast_to(np.asarray(sink).astype(rounding.compute.dtype), kept)
+            rows = np.concatenate([rows.astype(np.longdouble), to_rows(sink, axes)], axis=1)
+            live = np.concatenate([live, np.ones((len(live), 1), bool)], axis=1)
         answer = getattr(reference, case.function)(rows, live, rounding, temperature)
+        if sink is not None:
+            answer = Answer(*(part[:, :-1] for part in answer))
         return (_whole(answer, shape, axes),)
     return tuple(_sums(case, rows, live, rounding, shape))
 
@@ -141,7 +157,7 @@ def _classes(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
 
 
 def _loss(
-    case: Case, x: np.ndarray, dtype: str, rounding: Rounding, reads_labels: bool
+    case: Case, x: np.ndarray, rounding: Rounding, own: str, reads_labels: bool
 ) -> Expected | Refused:
     axes, shape, options = case.axes, x.shape, case.options
     rows = to_rows(x, axes)
@@ -155,8 +171,13 @@ def _loss(
         to = losses.Target(t, None, none, none)
     else:
         to = losses.target(labels, shape[axes[0]], live, options.get("ignore_index"))
-        if to.wrong.any() and options.get("check_labels", True) and reads_labels:
-            return Refused(IndexError, "label")
+    samples = case.values("sample_weight")
+    if samples is not None:
+        samples = samples.astype(compute).astype(np.longdouble).reshape(-1, 1)
+        to = to._replace(ignored=to.ignored | (samples == 0), wrong=to.wrong & (samples != 0))
+    raises = to.wrong.any() and options.get("check_labels", True)
+    if raises and to.index is not None and reads_labels:
+        return Refused(IndexError, "label")
     given = losses.Options(
         weight=None if weight is None else weight.astype(compute)[None, :],
         smoothing=float(options.get("label_smoothing", 0.0)),
@@ -165,12 +186,29 @@ def _loss(
         live=live,
         masked=where is not None,
         reduction=options.get("reduction", "mean"),
+        samples=samples,
     )
-    loss, grad = losses.value_and_grad(rows.astype(compute), to, given, rounding)
+    loss, grad = losses.value_and_grad(rows.astype(compute), to, given, rounding, FORMATS[own])
     if given.reduction == "none":
         positions = [n for a, n in enumerate(shape) if a not in axes]
         loss = Answer(*(part.reshape(positions) for part in loss))
     grad = _whole(grad, shape, axes)
     if case.function == "cross_entropy":
-        return Expected((loss,), (dtype,))
-    return Expected((loss, grad), (dtype, dtype))
+        return Expected((loss,), (rounding.result.name,))
+    return Expected((loss, grad), (rounding.result.name, own))
+
+
+def _binary(case: Case, z: np.ndarray, dtype: str, rounding: Rounding) -> Expected:
+    """Return the answers of the loss of yes-or-no labels."""
+    compute, options = rounding.compute.dtype, case.options
+    arrays = [case.values(name) for name in ("labels", "weight", "pos_weight")]
+    labels, *weights = (None if a is None else a.astype(compute) for a in arrays)
+    given = binary.Options(
+        *weights,
+        gamma=float(options.get("focal_gamma", 0.0)),
+        smoothing=float(options.get("label_smoothing", 0.0)),
+        reduction=options.get("reduction", "mean"),
+    )
+    both = binary.value_and_grad(z.astype(compute), labels, given, rounding)
+    count = 2 if case.function.endswith("grad") else 1
+    return Expected(both[:count], (dtype,) * count)

@@ -9,7 +9,16 @@ import numpy as np
 
 from tests.backends import np_dtype
 from tests.fuzz import draw_losses, values, wrong
-from tests.fuzz.draw import Argument, Draw, Traits, from_rows, mask, rows_of, shape_and_axis
+from tests.fuzz.draw import (
+    Argument,
+    Draw,
+    Traits,
+    answer_dtype,
+    from_rows,
+    mask,
+    rows_of,
+    shape_and_axis,
+)
 
 # How often each function is drawn.
 FUNCTIONS = {
@@ -27,9 +36,12 @@ FUNCTIONS = {
     "logmeanexp": 4,
     "logcumsumexp": 4,
     "kl_divergence": 5,
+    "sigmoid_cross_entropy": 3,
+    "sigmoid_cross_entropy_value_and_grad": 6,
 }
 LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
 FAMILY = ("entmax", "sparsemax", "entropy", "logmeanexp", "logcumsumexp", "kl_divergence")
+BINARY = ("sigmoid_cross_entropy", "sigmoid_cross_entropy_value_and_grad")
 VJPS = ("softmax_vjp", "log_softmax_vjp")
 
 SUMS = ("logsumexp", "logmeanexp")  # all axes by default
@@ -92,9 +104,11 @@ def make(traits: Traits, seed: int, number: int, functions: tuple[str, ...] = ()
         shape = tuple(min(n, 20) for n in shape)
     case = Case(seed, number, function, {}, {})
     default = None if function in SUMS else -1
-    if axis != default or draw.chance() < 0.3:
+    if function not in BINARY and (axis != default or draw.chance() < 0.3):
         case.options["axis"] = axis
-    if function in LOSSES:
+    if function in BINARY:
+        draw_losses.fill_binary(draw, case, shape, axis, dtype)
+    elif function in LOSSES:
         draw_losses.fill(draw, case, shape, axis, dtype)
     elif function in VJPS or function == "softmax_jacobian":
         _fill_from_output(draw, case, shape, axis, dtype)
@@ -140,8 +154,29 @@ def _fill_rows(draw: Draw, case: Case, shape: tuple[int, ...], axis: Any, dtype:
         for option in ("keepdims", "return_sign"):
             if draw.chance() < 0.3:
                 case.options[option] = draw.one_of((True, True, False))
-    elif draw.chance() < 0.3:
-        case.options["temperature"] = draw.one_of(TEMPERATURES)
+    else:
+        if draw.chance() < 0.3:
+            case.options["temperature"] = draw.one_of(TEMPERATURES)
+        if draw.chance() < 0.25:
+            _sink(draw, case, shape, axes, dtype)
+    answer_dtype(draw, case)
+
+
+SINKS = (0.0, 0, -3.5, 2, 60.0, -90.0, 1e5, -np.inf)
+
+
+def _sink(draw: Draw, case: Case, shape: tuple[int, ...], axes: Any, dtype: str) -> None:
+    """Give a case a sink, a number or one a row."""
+    if draw.chance() < 0.5:
+        case.options["sink"] = draw.one_of(SINKS)
+        return
+    kept = [1 if a in axes or draw.chance() < 0.2 else n for a, n in enumerate(shape)]
+    sink = np.asarray(draw.rng.standard_normal(kept) * draw.one_of((1.0, 30.0)))
+    if draw.chance() < 0.2:
+        sink = np.where(draw.rng.random(kept) < 0.3, -np.inf, sink)
+    own = dtype if dtype in values.FORMATS else draw.traits.default_float
+    name = own if draw.chance() < 0.8 else draw.one_of(draw.traits.floats)
+    case.arrays["sink"] = draw.argument(np.asarray(sink).astype(np_dtype(name)))
 
 
 ALPHAS = (1, 1.0, 1 + 1e-12, 1.001, 1.1, 1.25, 1.5, 1.5, 1.75, 2, 2.0, 2.5, 3.0, 7, 1e3, np.inf)

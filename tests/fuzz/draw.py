@@ -169,6 +169,12 @@ def to_rows(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     return array.transpose((*kept, *axes)).reshape(r, n)
 
 
+def answer_dtype(draw: Draw, case: Any) -> None:
+    """Ask for an answer in a dtype at times, by its name."""
+    if case.first.dtype.kind != "c" and draw.chance() < 0.12:
+        case.options["dtype"] = draw.one_of(draw.traits.floats)
+
+
 def mask(draw: Draw, shape: tuple[int, ...]) -> np.ndarray:
     """Draw a boolean array that broadcasts to the shape."""
     smaller = [1 if draw.chance() < 0.2 else n for n in shape]

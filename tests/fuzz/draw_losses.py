@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.backends import np_dtype
 from tests.fuzz import values
-from tests.fuzz.draw import Draw, from_rows, mask, rows_of
+from tests.fuzz.draw import Draw, answer_dtype, from_rows, mask, rows_of
 
 if TYPE_CHECKING:
     from tests.fuzz.cases import Case
@@ -29,6 +29,46 @@ def fill(draw: Draw, case: Case, shape: tuple[int, ...], axis: Any, dtype: str) 
         _indices(draw, case, (*shape[:at], *shape[at + 1 :]), n, likely)
     case.arrays.update(_arrays(draw, case, shape, n, dtype))
     case.options.update(_numbers(draw))
+    if draw.chance() < 0.2:
+        samples = _samples(draw, (*shape[:at], *shape[at + 1 :]), dtype)
+        case.arrays["sample_weight"] = draw.argument(samples)
+    answer_dtype(draw, case)
+
+
+def fill_binary(draw: Draw, case: Case, shape: tuple[int, ...], axis: Any, dtype: str) -> None:
+    """Give a case logits, yes-or-no labels and options."""
+    axes, folded = rows_of(shape, axis)
+    z = from_rows(values.rows(draw.random, draw.rng, folded, dtype), shape, axes)
+    case.arrays["logits"] = draw.argument(draw.in_byte_order(z))
+    own = dtype if dtype in values.FORMATS else draw.traits.default_float
+    t = np.asarray(draw.rng.random(shape))
+    name = draw.one_of((own, own, "bool", draw.one_of(draw.traits.labels), "probabilities"))
+    if name == "probabilities":
+        name = own
+    else:
+        t = np.asarray(t < 0.5)
+    case.arrays["labels"] = draw.argument(np.asarray(t.astype(np_dtype(name))))
+    for name in ("weight", "pos_weight"):
+        if draw.chance() < 0.25:
+            smaller = [1 if draw.chance() < 0.3 else n for n in shape]
+            smaller = smaller[draw.random.randint(0, len(shape)) :]
+            case.arrays[name] = draw.argument(_samples(draw, tuple(smaller), dtype))
+    if draw.chance() < 0.5:
+        case.options["focal_gamma"] = draw.one_of((0, 0.0, 0.5, 1, 2.0, 2.0, 3.7, 5.0))
+    if draw.chance() < 0.3:
+        case.options["label_smoothing"] = draw.one_of((0.1, 0.0, 1, 1e-6, 0.9))
+    if draw.chance() < 0.75:
+        case.options["reduction"] = draw.one_of(("none", "sum", "mean"))
+
+
+def _samples(draw: Draw, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Return weights of positions or entries, of which some may be 0."""
+    weight = np.asarray(draw.rng.choice([0.5, 1.0, 2.0, 0.25, 3.0, 100.0], size=shape))
+    weight = weight * (draw.rng.random(shape) >= draw.one_of((0.0, 0.3, 0.3, 1.0)))
+    name = dtype if dtype in values.FORMATS else draw.traits.default_float
+    if draw.chance() < 0.2:
+        name = draw.one_of((*draw.traits.floats, "int64"))
+    return np.asarray(weight).astype(np_dtype(name))
 
 
 def _distribution(

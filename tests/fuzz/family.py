@@ -32,7 +32,10 @@ def entmax(x: Any, alpha: float, rounding: Rounding) -> Answer:
         p = _power(d - s, c)
         slope = np.where(p > 0, p, 1) ** (1 - c) * (p > 0)
         span = np.minimum(span, 1 / c)
-        slack = u * (16 * slope + (8 + 4 * np.minimum(span, rounding.compute.depth)) * p)
+        # The difference from the maximum is rounded itself.
+        slack = u * (
+            (16 + 2 * span) * slope + (8 + 4 * np.minimum(span, rounding.compute.depth)) * p
+        )
         # At the threshold an entry may be as large as its power makes of a few units.
         slack = slack + np.where(d - s > -(1 + 64 * u) / c, (64 * u) ** (1 / c), 0)
     else:
@@ -122,7 +125,7 @@ def logcumsumexp(x: Any, rounding: Rounding) -> Answer:
 
 
 def kl_divergence(x: Any, y: Any, temperature: float, rounding: Rounding) -> Answer:
-    """The documented bound: 8 u K + 4 u (1 + D) sqrt(2 K)."""
+    """The documented bound: 8 u K + e sqrt(2 K) + e^2 / 2 with e = 4 u (1 + D)."""
     ones = np.ones(x.shape, bool)
     by_p, by_q = fold(x, ones, temperature), fold(y, ones, temperature)
 
@@ -148,7 +151,8 @@ def kl_divergence(x: Any, y: Any, temperature: float, rounding: Rounding) -> Ans
     k = np.where(bad & (x.shape[1] > 0), L("nan"), k)
     finite = np.where(np.isfinite(k), np.abs(k), 0)
     unit = rounding.compute.u
-    slack = 8 * unit * finite + 4 * unit * (1 + depth) * np.sqrt(2 * finite)
+    error = 4 * unit * np.where(np.isfinite(depth), 1 + depth, 0)
+    slack = 8 * unit * finite + error * np.sqrt(2 * finite) + error * error / 2
     slack = slack + 16 * rounding.compute.smallest_normal * x.shape[1]
     # Logits that nearly overflow may do so here as well.
     largest = np.max(np.where(np.isfinite(x), np.abs(x), 0), axis=1, keepdims=True, initial=0)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tests.fuzz.reference import ANY, Answer, L, Rounding, fold
+from tests.fuzz.values import Format
 
 
 class Target(NamedTuple):
@@ -28,6 +29,7 @@ class Options(NamedTuple):
     live: np.ndarray
     masked: bool
     reduction: str
+    samples: np.ndarray | None = None
 
 
 def target(labels: np.ndarray, n: int, live: np.ndarray, ignore: int | None) -> Target:
@@ -47,11 +49,12 @@ def target(labels: np.ndarray, n: int, live: np.ndarray, ignore: int | None) -> 
 
 
 def value_and_grad(
-    x: np.ndarray, to: Target, options: Options, rounding: Rounding
+    x: np.ndarray, to: Target, options: Options, rounding: Rounding, own: Format
 ) -> tuple[Answer, Answer]:
-    """Return the reduced loss and the gradient of its sum."""
+    """Return the reduced loss and the gradient of its sum, which is of the logits' own dtype."""
     with np.errstate(all="ignore"):
-        return _value_and_grad(x.astype(L), to, options, rounding)
+        loss, grad, slack = _value_and_grad(x.astype(L), to, options, rounding)
+    return loss, Answer(grad, rounding._replace(result=own).tolerance(grad, 1, slack))
 
 
 def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) -> Any:
@@ -70,6 +73,8 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
     lse = np.where(rows.bad, 0, rows.max) + rows.log
 
     w = np.ones((1, n), L) if options.weight is None else options.weight.astype(L)
+    if options.samples is not None:
+        w = np.where(options.samples == 0, w, w * options.samples)
     e = L(options.smoothing)
     t = np.where(live, to.t, 0)
     count = np.maximum(live.sum(axis=1, keepdims=True), 1)
@@ -91,6 +96,8 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
     lse_error = u * (6 * np.abs(lse) + 4 * np.maximum(1, np.abs(np.where(rows.bad, 0, rows.max))))
     # Eight units of a row's loss are promised, and the weight is one rounding more.
     rounded = 8 * rounding.ulp(sizes) if to.index is not None and not e else 24 * u * sizes
+    if options.samples is not None:
+        rounded = rounded + 2 * u * sizes
     error = (
         rounded
         + np.abs(q).sum(axis=1, keepdims=True) * (lost + lost_rest)
@@ -176,7 +183,7 @@ def _unknown_weights(w: Any, t: Any, e: Any, live: Any) -> np.ndarray:
 def _reduced(
     loss: Any, error: Any, grad: Any, slack: Any, to: Target, weight: Any, options: Options,
     rounding: Rounding,
-) -> tuple[Answer, Answer]:  # fmt: skip
+) -> tuple[Answer, Any, Any]:  # fmt: skip
     u = rounding.compute.u
     if options.reduction == "none":
         values, tolerance = loss[:, 0], error[:, 0]
@@ -187,8 +194,10 @@ def _reduced(
         )
     if options.reduction == "mean":
         counted = np.where(to.ignored, 0, weight)
-        if to.index is None:
+        if to.index is None and options.samples is None:
             divisor = size = L(len(loss))
+        elif to.index is None:
+            divisor = size = np.where(to.ignored, 0, options.samples).sum()
         else:
             divisor, size = counted.sum(), np.abs(counted).sum()
         if to.wrong.any() or not np.isfinite(divisor):
@@ -214,7 +223,4 @@ def _reduced(
     size = np.abs(loss).max(initial=0) if options.reduction == "none" else np.abs(loss).sum()
     huge = bool(rounding.compute.max / 8 <= size < np.inf)
     tolerance = np.where(huge, ANY, tolerance)
-    return (
-        Answer(values, rounding.tolerance(values, 1, tolerance)),
-        Answer(grad, rounding.tolerance(grad, 1, slack)),
-    )
+    return Answer(values, rounding.tolerance(values, 1, tolerance)), grad, slack

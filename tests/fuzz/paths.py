@@ -11,7 +11,7 @@ import numpy as np
 
 import portable_softmax as ps
 from portable_softmax import kernels
-from tests.backends import Backend
+from tests.backends import Backend, np_dtype
 from tests.fuzz import layouts
 from tests.fuzz.cases import POSITIONAL, Case
 
@@ -55,6 +55,8 @@ def prepared(case: Case, backend: Backend) -> Prepared:
         {n: backend.numpy(a).tobytes() for n, a in arrays.items()} if case.refused is None else {}
     )
     keyword = {**case.options, **{n: a for n, a in arrays.items() if n not in POSITIONAL}}
+    if "dtype" in keyword:
+        keyword["dtype"] = backend.from_numpy(np.zeros(1, np_dtype(keyword["dtype"]))).dtype
     return Prepared(tuple(a for n, a in arrays.items() if n in POSITIONAL), keyword, before)
 
 

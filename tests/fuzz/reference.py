@@ -37,6 +37,13 @@ class Rounding(NamedTuple):
         result = FORMATS[dtype]
         return cls(FORMATS[result.compute], result, flushes)
 
+    def answered_in(self, name: str) -> Rounding:
+        """Return the same with the answer in another dtype, and nothing narrower computed in."""
+        result, compute = FORMATS[name], self.compute
+        if result.compute == name and result.bits > compute.bits:
+            compute = result
+        return self._replace(compute=compute, result=result)
+
     def ulp(self, values: np.ndarray, format: Format | None = None) -> np.ndarray:
         """Return the units in the last place of values, in the compute dtype by default."""
         format = format or self.compute
@@ -50,7 +57,7 @@ class Rounding(NamedTuple):
         # spans may take more.
         found = units * self.ulp(values) + extra + 2 * self.compute.smallest
         if self.flushes:
-            found = found + self.compute.smallest_normal
+            found = found + max(self.compute, self.result, key=_smallest).smallest_normal
         if self.result is not self.compute:
             found = found + L("0.505") * self.ulp(values, self.result)
         if self.compute.name == "longdouble":
@@ -58,6 +65,11 @@ class Rounding(NamedTuple):
             # exponentials of long spans are off by thousands of units.
             found = found * max(1000, self.compute.depth)
         return found
+
+
+def _smallest(format: Format) -> Any:
+    """Return a format's least normal number; half types are not flushed."""
+    return format.smallest_normal if format.name == format.compute else 0
 
 
 class Rows(NamedTuple):

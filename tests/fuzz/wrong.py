@@ -16,26 +16,32 @@ _NUMBERS = {
     "label_smoothing": (-0.1, 1.5, np.nan, np.inf, -(10**400)),
     "z_loss": (-1.0, np.inf, np.nan, 10**400),
     "softcap": (0.0, -3, np.inf, np.nan, 10**400),
+    "focal_gamma": (-0.5, np.inf, np.nan, 10**400),
+    "sink": (np.inf, np.nan, 10**400),
     "reduction": ("avg", None, "MEAN"),
 }
-_NO_NUMBERS = (True, "1", 1j, (1.0,), np.ones(1))
+_NO_NUMBERS = (True, "1", 1j, (1.0,))
 
 
 def spoil(draw: Draw, case: Case) -> Case:
     """Replace one argument of a case by one that has to be refused."""
-    from tests.fuzz.cases import FAMILY, LOSSES, VJPS, Refused
+    from tests.fuzz.cases import BINARY, FAMILY, LOSSES, VJPS, Refused
 
-    is_loss = case.function in LOSSES
-    names = ["axis", "dtype"]
+    is_loss, is_binary = case.function in LOSSES, case.function in BINARY
+    names = ["dtype"] if is_binary else ["axis", "dtype"]
     if is_loss:
         names += ["label_smoothing", "z_loss", "softcap", "reduction", "labels", "weight"]
+        names += ["sample_weight"]
         if case.arrays["labels"].values.shape == case.first.shape:
             names.append("ignore_index")
+    elif is_binary:
+        names += ["label_smoothing", "focal_gamma", "reduction", "labels"]
     elif case.function in ("softmax", "log_softmax"):
-        names += ["temperature"] * 2
+        names += ["temperature"] * 2 + ["sink"]
+        case.arrays.pop("sink", None)
     if case.function in VJPS:
         names += ["dy"] * 2
-    if not (case.function in (*VJPS, *FAMILY) or case.function == "softmax_jacobian"):
+    if not (case.function in (*VJPS, *FAMILY, *BINARY) or case.function == "softmax_jacobian"):
         names.append("where")
     name = draw.one_of(names)
     shape, first = case.first.shape, next(iter(case.arrays))
@@ -62,7 +68,7 @@ def spoil(draw: Draw, case: Case) -> Case:
         name, error = first, TypeError
     elif name == "labels":
         old = case.arrays["labels"].values
-        if old.shape != shape and draw.chance() < 0.5:
+        if is_loss and old.shape != shape and draw.chance() < 0.5:
             bad, error = old.astype("float32"), TypeError
         else:
             bad, error = np.zeros((*shape, 2), "int64"), ValueError
@@ -70,6 +76,7 @@ def spoil(draw: Draw, case: Case) -> Case:
     else:
         bad, error = {
             "where": (np.ones(shape, "int64"), TypeError),
+            "sample_weight": (np.ones((*shape, 2)), ValueError),
             "weight": (np.ones((shape[case.axes[0]] if case.axes else 0) + 1), ValueError),
             "dy": draw.one_of((
                 (np.ones((*shape, 2), case.first.dtype), ValueError),
