@@ -541,6 +541,8 @@ def docs(session: nox.Session) -> None:
     examples = ("--doctest-modules", "portable_softmax", "--doctest-glob=*.md", "README.md")
     needs_triton = "--ignore-glob=*/kernels/_triton/_[!_]*.py"  # which is not installed here
     session.run("python", "-m", "pytest", *examples, *pages, needs_triton, *session.posargs)
+    programs = "tests/test_example_scikit_learn.py"
+    session.run("python", "-m", "pytest", programs, "--backend", "numpy", *session.posargs)
     shutil.rmtree(SITE, ignore_errors=True)
     session.run(
         *("python", "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet"),
@@ -570,6 +572,15 @@ def downstream(session: nox.Session) -> None:
         shutil.copy(ROOT / "tests" / "typed_use.py", folder)
         session.run("mypy", "--strict", "typed_use.py")
         session.run("pyright", "typed_use.py")
+
+
+@nox.session(name="downstream-sklearn")
+def downstream_sklearn(session: nox.Session) -> None:
+    """Run scikit-learn's own tests with its softmax, logsumexp and loss replaced by ours."""
+    install(session, *package("strict", "torch", "demo"), *group("downstream-sklearn"))
+    script = str(ROOT / "tests" / "conformance" / "scikit_learn.py")
+    for suite in ("array_api", "scipy_special"):
+        session.run("python", script, suite, *session.posargs)
 
 
 @nox.session
