@@ -478,7 +478,10 @@ def fuzz(session: nox.Session, backend: str) -> None:
 
 @nox.session
 def conformance(session: nox.Session) -> None:
-    """Run the tests of SciPy, torch and optax on `compat`, and compare arguments with theirs."""
+    """Run the tests of SciPy, torch and optax on `compat`, and compare arguments with theirs.
+
+    Then faults that were reported upstream, on ours and on the peers: docs/reported.md.
+    """
     libraries = ("strict", "torch", "jax", "dask")
     install(session, *package(*libraries), *group("conformance"))
     folder = ROOT / "tests" / "conformance"
@@ -488,6 +491,11 @@ def conformance(session: nox.Session) -> None:
     session.run(*pytest, "tests/test_compat.py", "--backend", "numpy")
     backends = ",".join(["numpy", *libraries])
     session.run(*pytest, str(folder / "torch_modules.py"), "--backend", backends)
+    found = str(HOME / "reported.xml")
+    report = (str(folder / "reported.py"), "--backend", backends, f"--junitxml={found}")
+    session.run(*pytest, *report)
+    table = str(ROOT / "docs" / "reported.md")
+    session.run("python", str(ROOT / "tests" / "reported_table.py"), found, table)
 
 
 @nox.session(python=PYPROJECT["project"]["requires-python"].removeprefix(">="))

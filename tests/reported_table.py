@@ -61,7 +61,7 @@ def document(run: Run) -> str:
     """Return docs/reported.md."""
     lines = ["| report | what | expected | this package | the library |", "|---|---|---|---|---|"]
     lines += [_row(report, run) for report in REPORTS]
-    ratios = ", ".join(f"{ratio} times as fast on {b}" for b, ratio in run.ratios.items())
+    ratios = ", ".join(f"1/{ratio} of it on {b}" for b, ratio in run.ratios.items())
     name, link, what, expected = SLOWER[:4]
     lines.append(f"| [{name}]({link}) | {what} | {expected} | {ratios or 'not run'} | |")
     why = [f"- {name}: {reason}." for name, reason in UNTESTED.items()]

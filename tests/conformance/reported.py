@@ -334,7 +334,7 @@ SLOWER = Report(
     "scipy 23670",
     "https://github.com/scipy/scipy/issues/23670",
     "logsumexp of SciPy 1.16 takes longer than that of 1.15, reported on torch with CUDA",
-    "no longer than scipy.special.logsumexp, on the CPU",
+    "no more processor time than scipy.special.logsumexp, for 2,000 x 500 in float64",
     lambda xp: None,
     None,
     "scipy",
@@ -342,11 +342,12 @@ SLOWER = Report(
 
 
 def shortest(function: Callable[[], Any]) -> float:
+    """Return the least processor time of nine calls."""
     times = []
     for _ in range(9):
-        start = time.perf_counter()
+        start = time.process_time()  # of all threads: what else the machine does is left out
         function()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 
