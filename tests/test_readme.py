@@ -23,7 +23,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
 # The links of the site's pages are checked where it is built.
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/semantics.md", "docs/accuracy.md",
-         "docs/triton_resources.md")  # fmt: skip
+         "docs/reported.md", "docs/triton_resources.md")  # fmt: skip
 
 
 SPEED = (ROOT / "docs" / "results" / "speed.md").read_text(encoding="utf-8")
