@@ -494,7 +494,10 @@ def export_onnx(session: nox.Session) -> None:
 
 @nox.session
 def conformance(session: nox.Session) -> None:
-    """Run the tests of SciPy, torch and optax on `compat`, and compare arguments with theirs."""
+    """Run the tests of SciPy, torch and optax on `compat`, and compare arguments with theirs.
+
+    Then faults that were reported upstream, on ours and on the peers: docs/reported.md.
+    """
     libraries = ("strict", "torch", "jax", "dask")
     install(session, *package(*libraries), *group("conformance"))
     folder = ROOT / "tests" / "conformance"
@@ -504,6 +507,11 @@ def conformance(session: nox.Session) -> None:
     session.run(*pytest, "tests/test_compat.py", "--backend", "numpy")
     backends = ",".join(["numpy", *libraries])
     session.run(*pytest, str(folder / "torch_modules.py"), "--backend", backends)
+    found = str(HOME / "reported.xml")
+    report = (str(folder / "reported.py"), "--backend", backends, f"--junitxml={found}")
+    session.run(*pytest, *report)
+    table = str(ROOT / "docs" / "reported.md")
+    session.run("python", str(ROOT / "tests" / "reported_table.py"), found, table)
 
 
 @nox.session(python=PYPROJECT["project"]["requires-python"].removeprefix(">="))
@@ -557,6 +565,8 @@ def docs(session: nox.Session) -> None:
     examples = ("--doctest-modules", "portable_softmax", "--doctest-glob=*.md", "README.md")
     needs_triton = "--ignore-glob=*/kernels/_triton/_[!_]*.py"  # which is not installed here
     session.run("python", "-m", "pytest", *examples, *pages, needs_triton, *session.posargs)
+    programs = "tests/test_example_scikit_learn.py"
+    session.run("python", "-m", "pytest", programs, "--backend", "numpy", *session.posargs)
     shutil.rmtree(SITE, ignore_errors=True)
     session.run(
         *("python", "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet"),
@@ -586,6 +596,15 @@ def downstream(session: nox.Session) -> None:
         shutil.copy(ROOT / "tests" / "typed_use.py", folder)
         session.run("mypy", "--strict", "typed_use.py")
         session.run("pyright", "typed_use.py")
+
+
+@nox.session(name="downstream-sklearn")
+def downstream_sklearn(session: nox.Session) -> None:
+    """Run scikit-learn's own tests with its softmax, logsumexp and loss replaced by ours."""
+    install(session, *package("strict", "torch", "demo"), *group("downstream-sklearn"))
+    script = str(ROOT / "tests" / "conformance" / "scikit_learn.py")
+    for suite in ("array_api", "scipy_special"):
+        session.run("python", script, suite, *session.posargs)
 
 
 @nox.session

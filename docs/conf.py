@@ -26,7 +26,7 @@ extensions = [
     "generated",
 ]
 # Results that are generated: the pages in results/ include them.
-exclude_patterns = ["_build", "accuracy.md", "semantics.md", "triton_resources.md"]
+exclude_patterns = ["_build", "accuracy.md", "reported.md", "semantics.md", "triton_resources.md"]
 nitpicky = True
 default_role = "name"
 

@@ -26,6 +26,7 @@ ROOMS = (
     "_cli",
     "__init__",
     "compat",
+    "testing",
     "layers",
     "online",
     "_linear_cross_entropy",

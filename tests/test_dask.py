@@ -42,6 +42,15 @@ def test_nothing_is_computed_before_it_is_asked_for(da, xp, computes_nothing, ca
         outputs[0].compute()
 
 
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+def test_a_complex_sum_is_declared_as_a_real_logarithm_and_a_sign(da, dtype):
+    x = np.asarray([[1 + 2j, 0.5], [-3j, 1 - 1j]], dtype)
+    outputs = ps.logsumexp(da.asarray(x), axis=1, return_sign=True)
+    for y, e in zip(outputs, ps.logsumexp(x, axis=1, return_sign=True), strict=True):
+        assert (y.dtype, y._meta.dtype, y.compute().dtype) == (e.dtype,) * 3
+        assert_allclose(y.compute(), e, rtol=1e-6)
+
+
 CHUNKS = {"batch": (2, 12), "classes": (8, 5), "both": (3, 4), "one": (8, 12), "single": (1, 1)}
 TABLE = np.random.default_rng(0).normal(size=(8, 12))
 LABELS = np.arange(8) % 12

@@ -23,7 +23,7 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
 # The links of the site's pages are checked where it is built.
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/semantics.md", "docs/accuracy.md",
-         "docs/triton_resources.md")  # fmt: skip
+         "docs/reported.md", "docs/triton_resources.md")  # fmt: skip
 
 
 SPEED = (ROOT / "docs" / "results" / "speed.md").read_text(encoding="utf-8")
@@ -59,9 +59,9 @@ def test_the_readme_is_short():
 def test_every_option_of_the_benchmark_is_described():
     """And no other: what has a parser of its own is asked for its options."""
     source = (ROOT / "bench" / "arguments.py").read_text(encoding="utf-8")
-    assert set(re.findall(r"`(--[\w]+)", SPEED)) <= set(re.findall(r'"(--[\w]+)"', source))
-    in_speed = re.findall(r'    one\.add_argument\("(--\w+)"', source)
-    assert {*in_speed, "--quick", "--json", "--shapes"} <= set(re.findall(r"`(--\w+)", SPEED))
+    assert set(re.findall(r"`(--[\w-]+)", SPEED)) <= set(re.findall(r'"(--[\w-]+)"', source))
+    in_speed = re.findall(r'    one\.add_argument\("(--[\w-]+)"', source)
+    assert {*in_speed, "--quick", "--json", "--shapes"} <= set(re.findall(r"`(--[\w-]+)", SPEED))
 
 
 @pytest.mark.parametrize("name", ["capabilities", "semantics_table"])

@@ -116,6 +116,7 @@ FILES = {"contributing": "CONTRIBUTING.md", "changes": "CHANGELOG.md"}
 LINKS = {
     "CHANGELOG.md": "changes.md",
     "docs/accuracy.md": "results/accuracy.md",
+    "docs/reported.md": "results/reported.md",
     "docs/semantics.md": "results/semantics.md",
     "docs/triton_resources.md": "results/triton.md",
 }

@@ -26,6 +26,7 @@ def public_names():
                 found.update(f"{full}.{method}" for method in ("forward", "backward"))
 
     walk(PACKAGE, portable_softmax)
+    walk(f"{PACKAGE}.testing", import_module(f"{PACKAGE}.testing"))
     for name in ("optax", "scipy_special", "torch_functional", "torch_nn"):
         walk(f"{COMPAT}.{name}", import_module(f"{COMPAT}.{name}"))
     return found

@@ -2,7 +2,8 @@
 
 This room is the only importer of array_api_compat. A library is recognised by the type of its
 array and never imported for it: an array can only exist after somebody else has imported the
-library that made it. A library that is not in `CLASSES` is taken as one of the standard.
+library that made it. A library that is not in `CLASSES` has the class that an installed package
+registers for it, or is taken as one of the standard.
 
 The functions below ask the class of a namespace: mathematics that takes `xp` needs no more.
 """
@@ -97,8 +98,28 @@ def of(xp: Namespace) -> Library:
         parts = xp.__name__.split(".")
         package = parts[1] if parts[0] == "array_api_compat" else parts[0]
         name = {"array_api_strict": "strict"}.get(package, package)
-        found = _BY_NAMESPACE[xp.__name__] = CLASSES.get(package, Library)(xp, name)
+        cls = CLASSES.get(package) or _registered(package) or Library
+        found = _BY_NAMESPACE[xp.__name__] = cls(xp, name)
     return found
+
+
+def _registered(package: str) -> type[Library] | None:
+    """Return the class that an installed package registers for a library, or None."""
+    from importlib.metadata import entry_points  # only a library that is not ours needs it
+
+    found = entry_points(group="portable_softmax.libraries", name=package)
+    if not found:
+        return None
+    if len(found) > 1:
+        named = ", ".join(sorted(one.value for one in found))
+        raise RuntimeError(f"several packages register {package}: {named}; uninstall all but one")
+    cls = next(iter(found)).load()
+    if not (isinstance(cls, type) and issubclass(cls, Library)):
+        raise TypeError(
+            f"the entry point {package} is {cls!r}; expected a subclass of "
+            "portable_softmax.libraries.Library"
+        )
+    return cls
 
 
 def library_of(array: Any) -> Library:

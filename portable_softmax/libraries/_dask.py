@@ -87,7 +87,7 @@ class Dask(Library):
         among `ones`, and each array comes with its own. Of an axis that the answer does not have a
         function gets its chunks in a list; `new` axes that no array has come with their length.
         """
-        like = given[-1][0]._meta
+        like = given[-1][0]._meta.real  # to cast complex numbers to real ones would warn
         meta = sys.modules["dask.array.utils"].meta_from_array(like, ndim=len(out), dtype=dtype)
         parts = [part for array, axes in given for part in (array, tuple(axes))]
         return sys.modules["dask.array"].blockwise(

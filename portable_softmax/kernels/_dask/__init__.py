@@ -48,8 +48,10 @@ def _rows(request: Request) -> Any:
     found = _calls.on_each(request, every, {**given, "keepdims": True}, dtype=dtype, ones=axes)
     if not request.options.return_sign:
         return found
+    real = library.xp.finfo(dtype).dtype  # the logarithm of a complex sum's absolute value
     return tuple(
-        library.each_chunk(itemgetter(i), every, (found, every), dtype=dtype) for i in (0, 1)
+        library.each_chunk(itemgetter(i), every, (found, every), dtype=one)
+        for i, one in enumerate((real, dtype))
     )
 
 

@@ -1,0 +1,34 @@
+"""What differs between shelf and the standard: a package of its own, unknown to both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from portable_softmax.libraries import Library
+
+
+class Shelf(Library):
+    """shelf's arrays have no attribute `device`, and their sums along any axis are NumPy's."""
+
+    def device(self, x: Any) -> None:
+        """Return None: no function of shelf takes a device."""
+
+    def device_type(self, x: Any) -> str:
+        """Return the one kind of device."""
+        return "cpu"
+
+    def same_device(self, x: Any, other: Any) -> bool:
+        """Return that any two arrays may be computed with together."""
+        return True
+
+    def longest_sum(self, x: Any, axis: int) -> float:
+        """Return the length up to which a running sum keeps its digits."""
+        return 16
+
+    def quietly(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call ``function(*args)`` without NumPy's warnings."""
+        with np.errstate(all="ignore"):
+            return function(*args)

@@ -1,0 +1,361 @@
+"""Faults reported upstream: what ours answers on every backend, and what the installed peer does.
+
+    python -m pytest tests/conformance/reported.py [--backend numpy,torch]
+
+Each report is a line of `REPORTS`, in our own words, with the exact answer. A test of a peer is
+expected to fail, strictly, where the peer of today answers as reported: a peer that is mended fails
+the test, and its mark goes. `tests/reported_table.py` writes docs/reported.md from a run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from backends import Backend
+from mpmath import mp, mpf
+
+import portable_softmax as ps
+
+# The logit of the reports of September 2026: 1 - exp(-Z) rounds to 1 in float64.
+Z = 37.42994775023705
+# The derivative of the sigmoid there, which is a normal number.
+TAIL = float(1 / (1 + mp.exp(mpf(Z))))
+SLOPE = float(1 / (1 + mp.exp(mpf(Z))) / (1 + mp.exp(-mpf(Z))))
+INF = np.inf
+
+
+class Report(NamedTuple):
+    """One fault."""
+
+    name: str
+    link: str
+    what: str
+    expected: Any
+    ours: Callable[[Backend], Any]
+    peer: Callable[[], Any] | None
+    library: str
+    """The distribution that the peer is part of."""
+    rtol: float = 1e-15
+    peer_fails: bool = True
+    ours_fail: str = ""
+    """Why ours is expected to fail too."""
+
+
+# --- What is asked of ours ----------------------------------------------------------------------
+
+
+def cross_entropy_gradient(xp: Backend) -> Any:
+    labels = xp.asarray(np.asarray([0]))
+    return ps.cross_entropy_value_and_grad(xp.asarray([[Z, 0.0]]), labels)[1]
+
+
+def cross_entropy_gradient_of_a_distribution(xp: Backend) -> Any:
+    labels = xp.asarray([[1.0, 0.0]])
+    return ps.cross_entropy_value_and_grad(xp.asarray([[Z, 0.0]]), labels)[1]
+
+
+def sigmoid_cross_entropy_gradient(xp: Backend) -> Any:
+    logits, labels = xp.asarray([Z, -Z]), xp.asarray([1.0, 0.0])
+    return ps.sigmoid_cross_entropy_value_and_grad(logits, labels, reduction="sum")[1]
+
+
+def jacobian(xp: Backend) -> Any:
+    return ps.softmax_jacobian(ps.softmax(xp.asarray([Z, 0.0])))
+
+
+def softmax_vjp(xp: Backend) -> Any:
+    return ps.softmax_vjp(ps.softmax(xp.asarray([Z, 0.0])), xp.asarray([1.0, 0.0]))
+
+
+def log_softmax_vjp(xp: Backend) -> Any:
+    return ps.log_softmax_vjp(ps.log_softmax(xp.asarray([Z, 0.0])), xp.asarray([1.0, 0.0]))
+
+
+def masked_cross_entropy_gradient(xp: Backend) -> Any:
+    logits, labels = xp.asarray([-INF, 0.0, 0.0]), xp.asarray([0.0, 1.0, 0.0])
+    if xp.library == "jax":  # in forward mode, as reported
+        return importlib.import_module("jax").jacfwd(ps.cross_entropy)(logits, labels)
+    return ps.cross_entropy_value_and_grad(logits, labels)[1]
+
+
+def masked_divergence(xp: Backend) -> Any:
+    return ps.kl_divergence(xp.asarray([[-INF, 0.0, 1.0]]), xp.asarray([[-INF, 1.0, 0.0]]))
+
+
+def shifted_cross_entropy(xp: Backend) -> Any:
+    logits = xp.asarray(np.full((1, 3), 1e8, np.float32))
+    return ps.cross_entropy(logits, xp.asarray(np.asarray([0])))
+
+
+# --- What is asked of the peers -----------------------------------------------------------------
+
+
+def torch_gradient(function: Callable[..., Any], logits: Any, upstream: Any = None) -> Any:
+    """Return the gradient of a function of torch's at float64 logits."""
+    torch = importlib.import_module("torch")
+    x = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
+    y = function(torch, x)
+    if upstream is not None:
+        y = (y * torch.tensor(upstream, dtype=torch.float64)).sum()
+    return torch.autograd.grad(y, x)[0].numpy()
+
+
+def torch_cross_entropy() -> Any:
+    def loss(torch, x):
+        return torch.nn.functional.cross_entropy(x, torch.tensor([0]))
+
+    return torch_gradient(loss, [[Z, 0.0]])
+
+
+def torch_sigmoid_cross_entropy() -> Any:
+    def loss(torch, x):
+        labels = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        function = torch.nn.functional.binary_cross_entropy_with_logits
+        return function(x, labels, reduction="sum")
+
+    return torch_gradient(loss, [Z, -Z])
+
+
+def torch_sigmoid() -> Any:
+    return torch_gradient(lambda torch, x: torch.sigmoid(x), Z)
+
+
+def torch_logsigmoid() -> Any:
+    def slope(torch, x):
+        y = torch.nn.functional.logsigmoid(x)
+        return torch.autograd.grad(y, x, create_graph=True)[0]
+
+    return torch_gradient(slope, Z)
+
+
+def torch_softmax() -> Any:
+    return torch_gradient(lambda torch, x: torch.softmax(x, -1), [Z, 0.0], [1.0, 0.0])
+
+
+def torch_log_softmax() -> Any:
+    return torch_gradient(lambda torch, x: torch.log_softmax(x, -1), [Z, 0.0], [1.0, 0.0])
+
+
+def tensorflow_cross_entropy() -> Any:
+    tf = importlib.import_module("tensorflow")
+    x = tf.Variable([[Z, 0.0]], dtype=tf.float64)
+    labels = tf.constant([[1.0, 0.0]], dtype=tf.float64)
+    with tf.GradientTape() as tape:
+        loss = tf.nn.softmax_cross_entropy_with_logits(labels=labels, logits=x)
+    return tape.gradient(loss, x).numpy()
+
+
+def optax_masked() -> Any:
+    jax, optax = importlib.import_module("jax"), importlib.import_module("optax")
+    logits, labels = jax.numpy.asarray([-INF, 0.0, 0.0]), jax.numpy.asarray([0.0, 1.0, 0.0])
+    return jax.jacfwd(optax.safe_softmax_cross_entropy)(logits, labels)
+
+
+def optax_divergence() -> Any:
+    jax, optax = importlib.import_module("jax"), importlib.import_module("optax")
+    log_q = jax.nn.log_softmax(jax.numpy.asarray([-INF, 1.0, 0.0]))
+    return optax.losses.kl_divergence(log_q, jax.nn.softmax(jax.numpy.asarray([-INF, 0.0, 1.0])))
+
+
+def optax_shifted() -> Any:
+    jnp, optax = importlib.import_module("jax.numpy"), importlib.import_module("optax")
+    logits = jnp.full((1, 3), 1e8, jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray([0])).mean()
+
+
+# --- The reports --------------------------------------------------------------------------------
+
+TORCH = "https://github.com/pytorch/pytorch/issues/"
+OPTAX = "https://github.com/google-deepmind/optax/pull/"
+FROM_THE_OUTPUT = (
+    "a gradient that is given the rounded output 1 and no logits: the losses and softmax_jacobian, "
+    "which are not, keep the digits"
+)
+REPORTS = (
+    Report(
+        "pytorch 195677",
+        f"{TORCH}195677",
+        "the gradient of a confident binary cross-entropy is 0 at the label 1",
+        [-TAIL, TAIL],
+        sigmoid_cross_entropy_gradient,
+        torch_sigmoid_cross_entropy,
+        "torch",
+    ),
+    Report(
+        "pytorch 195678",
+        f"{TORCH}195678",
+        "the gradient of a confident cross-entropy is 0 at its label",
+        [[-TAIL, TAIL]],
+        cross_entropy_gradient,
+        torch_cross_entropy,
+        "torch",
+    ),
+    Report(
+        "pytorch 195679",
+        f"{TORCH}195679",
+        "the second derivative of logsigmoid is 0 for a large logit; with the sign changed, it is "
+        "an entry of the Jacobian of the softmax of [x, 0]",
+        -SLOPE,
+        lambda xp: -jacobian(xp)[0, 0],
+        torch_logsigmoid,
+        "torch",
+    ),
+    Report(
+        "pytorch 195680",
+        f"{TORCH}195680",
+        "the gradient through a confident log_softmax is 0 at the maximum",
+        [TAIL, -TAIL],
+        log_softmax_vjp,
+        torch_log_softmax,
+        "torch",
+        ours_fail=FROM_THE_OUTPUT,
+    ),
+    Report(
+        "pytorch 195681",
+        f"{TORCH}195681",
+        "the derivative of the sigmoid is 0 for a large logit; it is an entry of the Jacobian of "
+        "the softmax of [x, 0]",
+        SLOPE,
+        lambda xp: jacobian(xp)[0, 0],
+        torch_sigmoid,
+        "torch",
+    ),
+    Report(
+        "pytorch 195684",
+        f"{TORCH}195684",
+        "the gradient through a confident softmax is 0 at the maximum: by softmax_vjp",
+        [SLOPE, -SLOPE],
+        softmax_vjp,
+        torch_softmax,
+        "torch",
+        ours_fail=FROM_THE_OUTPUT,
+    ),
+    Report(
+        "pytorch 195684, Jacobian",
+        f"{TORCH}195684",
+        "the same gradient, a row of softmax_jacobian",
+        [SLOPE, -SLOPE],
+        lambda xp: jacobian(xp)[0, :],
+        torch_softmax,
+        "torch",
+    ),
+    Report(
+        "tensorflow 126634",
+        "https://github.com/tensorflow/tensorflow/issues/126634",
+        "the gradient of a confident cross-entropy with a distribution is 0 at its class",
+        [[-TAIL, TAIL]],
+        cross_entropy_gradient_of_a_distribution,
+        tensorflow_cross_entropy,
+        "tensorflow",
+    ),
+    Report(
+        "optax 1762",
+        f"{OPTAX}1762",
+        "the derivative in forward mode is nan where a logit of -inf has the probability 0",
+        [0.0, -0.5, 0.5],
+        masked_cross_entropy_gradient,
+        optax_masked,
+        "optax",
+    ),
+    Report(
+        "optax 1786",
+        f"{OPTAX}1786",
+        "the divergence of two distributions is nan where both give a class the probability 0",
+        float(mp.tanh(mpf(1) / 2)),
+        masked_divergence,
+        optax_divergence,
+        "optax",
+    ),
+    Report(
+        "optax 1792",
+        f"{OPTAX}1792",
+        "the loss of three equal logits of 1e8 in float32 is 0",
+        float(mp.log(3)),
+        shifted_cross_entropy,
+        optax_shifted,
+        "optax",
+        rtol=1e-6,
+    ),
+)
+
+# Named beside these, and no test here: why.
+UNTESTED = {
+    "pytorch 195682": "the second derivative of SiLU, which is no function of this family",
+    "pytorch 195683": "its text was not at hand",
+    "Liger-Kernel 1329": "its text was not at hand",
+}
+
+
+def by_name(report: Report, *marks: pytest.MarkDecorator) -> Any:
+    return pytest.param(report, id=report.name, marks=marks)
+
+
+def fails(report: Report) -> tuple[pytest.MarkDecorator, ...]:
+    if not report.ours_fail:
+        return ()
+    return (pytest.mark.xfail(reason=report.ours_fail, strict=True, raises=AssertionError),)
+
+
+def check(answer: Any, report: Report) -> None:
+    answer = np.asarray(answer)
+    expected = np.asarray(report.expected, answer.dtype)
+    np.testing.assert_allclose(answer, expected, rtol=report.rtol, atol=0, strict=True)
+
+
+@pytest.mark.parametrize("report", [by_name(r, *fails(r)) for r in REPORTS])
+def test_ours(xp, report):
+    check(xp.numpy(report.ours(xp)), report)
+
+
+@pytest.mark.parametrize("report", [by_name(r) for r in REPORTS])
+def test_peer(report, request, record_property):
+    if importlib.util.find_spec(report.library) is None:
+        pytest.skip(f"{report.library} is not installed")
+    answer = np.asarray(report.peer())
+    version = importlib.metadata.version(report.library)
+    record_property("peer", f"{report.library} {version}")
+    record_property("answer", np.array2string(answer, precision=4, separator=", "))
+    if report.peer_fails:
+        reason = f"{report.library} answers as reported"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True, raises=AssertionError))
+    check(answer, report)
+
+
+# --- Speed --------------------------------------------------------------------------------------
+
+SLOWER = Report(
+    "scipy 23670",
+    "https://github.com/scipy/scipy/issues/23670",
+    "logsumexp of SciPy 1.16 takes longer than that of 1.15, reported on torch with CUDA",
+    "no more processor time than scipy.special.logsumexp, for 2,000 x 500 in float64",
+    lambda xp: None,
+    None,
+    "scipy",
+)
+
+
+def shortest(function: Callable[[], Any]) -> float:
+    """Return the least processor time of nine calls."""
+    times = []
+    for _ in range(9):
+        start = time.process_time()  # of all threads: what else the machine does is left out
+        function()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+@pytest.mark.libraries("numpy", "torch")
+def test_faster_than_scipy(xp, record_property):
+    special = pytest.importorskip("scipy.special")
+    x = xp.asarray(np.random.default_rng(0).random((2_000, 500)))
+    theirs = shortest(lambda: special.logsumexp(x, axis=1))
+    ours = shortest(lambda: ps.logsumexp(x, axis=1))
+    record_property("ratio", f"{theirs / ours:.1f}")
+    assert ours <= theirs

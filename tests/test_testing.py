@@ -1,0 +1,171 @@
+"""`check_library` passes right libraries and finds wrong ones; adapters are found if installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from portable_softmax import libraries
+from portable_softmax.testing import CASES, RTOL, Report, check_library
+
+ADAPTER = Path(__file__).parent / "adapter"
+strict_only = pytest.mark.libraries("array_api_strict")
+
+
+@pytest.mark.slow("XLA compiles each case", "jax")
+def test_a_right_library_passes(xp, arrays_of):
+    namespace = libraries.library_of(xp.asarray([0.0])).xp
+    report = check_library(namespace, asarray=xp.from_numpy, to_numpy=xp.numpy)
+    assert report.ok, str(report)
+    assert len(report.passed) == len(CASES) * len(RTOL)
+    assert not report.skipped
+
+
+@pytest.mark.once
+def test_the_defaults_read_and_make_arrays():
+    report = check_library(np, skip={"axes and shapes, float32": "known"})
+    assert report.ok, str(report)
+    assert [str(one) for one in report.skipped] == ["axes and shapes, float32: known"]
+    assert str(report).startswith("numpy: right. 35 cases passed, 0 failed, 1 skipped.")
+    assert not Report("none", (), (), ()).ok
+    with pytest.raises(ValueError, match="skip names no case: softmaxes"):
+        check_library(np, skip={"softmaxes": "no such case"})
+
+
+@pytest.fixture
+def shelf(xp, monkeypatch):
+    """A library in an array class of its own, with the adapter that it needs."""
+    monkeypatch.syspath_prepend(ADAPTER)
+    shelf = importlib.import_module("shelf")
+    adapter = importlib.import_module("shelf_adapter")
+    monkeypatch.setattr(libraries, "_registered", lambda package: adapter.Shelf)
+    yield shelf
+    for cls in [cls for cls in libraries.BY_TYPE if cls.__module__ == "shelf"]:
+        del libraries.BY_TYPE[cls]
+
+
+def too_large(real):
+    return lambda *args, **kwargs: real(*args, **kwargs) * 1.001
+
+
+def of_the_first(real):
+    return lambda x, *args, **kwargs: real(x[:1, ...] if x.ndim else x, *args, **kwargs)
+
+
+def in_float32(real):
+    import array_api_strict as strict
+
+    def function(x, *args, **kwargs):
+        y = real(x, *args, **kwargs)
+        return strict.astype(strict.astype(y, strict.float32), y.dtype)
+
+    return function
+
+
+@strict_only
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("sum", too_large), ("exp", too_large), ("exp", in_float32), ("max", of_the_first)],
+    ids=lambda one: one if isinstance(one, str) else one.__name__,
+)
+def test_a_wrong_library_is_found_out(shelf, name, wrong):
+    library = shelf.library(f"wrong_{name}_{wrong.__name__}", {name: wrong})
+    report = check_library(library)
+    assert not report.ok
+    found = {one.case: one for one in report.failed}
+    first = found["softmax, log_softmax and logsumexp, float64"]
+    assert first.expected != first.got
+    assert f"WRONG. {len(report.passed)} cases passed, {len(found)} failed" in str(report)
+    assert str(first) in str(report)
+    # What does not compute passes nonetheless: the report says where it is wrong.
+    assert "arguments that are refused, float64" in report.passed
+
+
+@strict_only
+def test_a_library_without_float64_skips_it(shelf):
+    report = check_library(shelf.library("narrow", {}), asarray=None, skip=None)
+    assert report.ok
+    library = shelf.library("narrow_alone", {})
+    library.float64 = library.float32
+    report = check_library(library)
+    assert report.ok
+    assert {one.reason for one in report.skipped} == {"float64 became float32"}
+    assert len(report.skipped) == len(CASES)
+
+
+# --- Adapters that an installed package registers -----------------------------------------------
+
+REPORT = "import shelf; from portable_softmax.testing import check_library as c; print(c(shelf))"
+
+
+@strict_only
+def test_an_installed_adapter_is_found(xp, tmp_path):
+    """The files that `pip install` of such a package leaves, in a folder on the path."""
+    for name in ("shelf.py", "shelf_adapter.py"):
+        shutil.copy(ADAPTER / name, tmp_path)
+    path = os.pathsep.join([str(tmp_path), str(Path(libraries.__file__).parents[2])])
+    command = [sys.executable, "-c", REPORT]
+
+    def printed():
+        options = {"env": {**os.environ, "PYTHONPATH": path}, "cwd": tmp_path, "text": True}
+        return subprocess.run(command, stdout=subprocess.PIPE, check=True, **options).stdout
+
+    assert "has no attribute 'device'" in printed()
+    info = tmp_path / "shelf_adapter-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shelf-adapter\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[portable_softmax.libraries]\nshelf = shelf_adapter:Shelf\n"
+    )
+    assert re.match(r"shelf: right\. \d+ cases passed, 0 failed, 0 skipped\.", printed())
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Make the entry points of the group these; a namespace is looked up anew."""
+    monkeypatch.setattr(libraries, "_BY_NAMESPACE", {})
+
+    def these(*values: str) -> None:
+        found = EntryPoints(EntryPoint("json", v, "portable_softmax.libraries") for v in values)
+        monkeypatch.setattr(
+            importlib.metadata, "entry_points", lambda **wanted: found.select(**wanted)
+        )
+
+    return these
+
+
+@pytest.mark.once
+def test_entry_points_of_a_library_that_is_not_ours(registered):
+    import json  # stands for a library: any module has a name
+
+    registered()
+    assert type(libraries.of(json)) is libraries.Library
+    libraries._BY_NAMESPACE.clear()
+    registered("portable_softmax.libraries._numpy:NumPy")
+    assert type(libraries.of(json)) is libraries.CLASSES["numpy"]
+    libraries._BY_NAMESPACE.clear()
+    registered("builtins:dict")
+    with pytest.raises(TypeError, match="expected a subclass of portable_softmax"):
+        libraries.of(json)
+    registered("a:A", "b:B")
+    with pytest.raises(RuntimeError, match="several packages register json: a:A, b:B; uninstall"):
+        libraries.of(json)
+
+
+@pytest.mark.once
+def test_entry_points_are_not_looked_at_for_a_library_of_ours(registered, monkeypatch):
+    def never(**wanted):
+        raise AssertionError(wanted)
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", never)
+    assert type(libraries.of(np)) is libraries.CLASSES["numpy"]
