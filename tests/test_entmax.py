@@ -79,6 +79,23 @@ def test_golden(xp, alpha, dtype):
                 assert (np.abs(got - expected) <= bound + np.finfo(dtype).tiny).all(), name
 
 
+@pytest.mark.parametrize("alpha", [1.5, 2.0])
+def test_a_large_entry_does_not_pay_for_many_small_ones(xp, alpha):
+    """Small entries are rounded alike, and their sum is off by what all of them have lost."""
+    n, h = 255, float(np.float32(0.91051114))
+    x = np.full(n, -h, np.float32)
+    x[41] = 0.0
+    if alpha == 2.0:  # p - h is the probability of the others
+        largest = (1 + (n - 1) * h) / n
+        small = largest - h
+    else:  # a^2, and (a - h/2)^2
+        a = ((n - 1) * h + np.sqrt((n - 1) ** 2 * h**2 - n * ((n - 1) * h**2 - 4))) / (2 * n)
+        largest, small = a * a, (a - h / 2) ** 2
+    y = xp.numpy(ps.entmax(xp.asarray(x), alpha=alpha))
+    assert abs(y[41] - largest) <= 4 * 2.0**-24
+    np.testing.assert_allclose(np.delete(y, 41), small, atol=4 * 2.0**-24)
+
+
 def test_zeros_are_exact(xp):
     x = np.asarray([3.0, 2.9, 0.9, -50.0, 2.5])
     for alpha in (1.5, 1.75, 2.0, 3.0):

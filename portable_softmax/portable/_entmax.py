@@ -172,8 +172,13 @@ def _solved(xp: Namespace, x: Any, axes: Axes, alpha: Any) -> tuple[Any, Any]:
         least = scalar(xp, _LEAST, alpha)
         c = xp.where(alpha - 1.0 > least, alpha - 1.0, least)
     w = d - _from_the_left(xp, d, axes, c)
-    p, _ = _power(xp, w, c)
-    p = p / total(xp, p, axes)  # what rounding has left over is shared
+    p, slope = _power(xp, w, c)
+    # The sum is not 1 yet by what the threshold is off and what many small entries were rounded by.
+    # A last step of the threshold mends both: a large entry would take a share that is not its own.
+    left_over = 1.0 - total(xp, p, axes)
+    share = slope / total(xp, slope, axes)
+    p = p + left_over * xp.where(p > 0, share, scalar(xp, 0.0, p))  # all nan where the sum is nan
+    p = xp.where(p < 0, scalar(xp, 0.0, p), p)
     if not isinstance(alpha, float):
         p = xp.where((alpha >= 1.0) & (alpha <= 2.0), p, scalar(xp, math.nan, p))
     return p, w

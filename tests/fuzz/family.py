@@ -33,9 +33,9 @@ def entmax(x: Any, alpha: float, rounding: Rounding) -> Answer:
         slope = np.where(p > 0, p, 1) ** (1 - c) * (p > 0)
         span = np.minimum(span, 1 / c)
         # The difference from the maximum is rounded itself.
-        slack = u * (
-            (16 + 2 * span) * slope + (8 + 4 * np.minimum(span, rounding.compute.depth)) * p
-        )
+        # So is the argument of the last exponential.
+        log_p = -np.log(np.where(p > 0, p, 1))
+        slack = u * ((16 + 2 * span) * slope + (8 + 4 * log_p) * p)
         # At the threshold an entry may be as large as its power makes of a few units.
         slack = slack + np.where(d - s > -(1 + 64 * u) / c, (64 * u) ** (1 / c), 0)
     else:
