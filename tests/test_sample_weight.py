@@ -99,6 +99,19 @@ def test_a_whole_weight_repeats_its_position(xp, reduction):
         assert_close(xp, weighted[1], summed, rtol=1e-12, atol=1e-16)
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.5])
+def test_the_weight_of_a_single_sample(xp, weight):
+    """It has no axis, as the label has none; an ignored sample may hold what it likes."""
+    row = np.asarray([np.nan, 1.0, 2.0]) if weight == 0 else np.asarray([0.5, 1.0, 2.0])
+    options = {"sample_weight": xp.asarray(weight, "float64"), "reduction": "sum"}
+    loss, grad = ps.cross_entropy_value_and_grad(xp.asarray(row), xp.asarray(1), **options)
+    exact = np.exp(row) / np.exp(row).sum()
+    want = weight * -np.log(exact[1]) if weight else 0.0
+    assert_close(xp, loss, want, rtol=1e-14)
+    slope = weight * (exact - [0, 1, 0]) if weight else np.zeros(3)
+    assert_close(xp, grad, slope, rtol=1e-14)
+
+
 def test_the_weight_of_its_class_is_the_weight_of_a_position(xp):
     rng = np.random.default_rng(22)
     x, labels, weight = rng.normal(size=(6, 4)), rng.integers(4, size=6), rng.uniform(size=4)

@@ -255,15 +255,14 @@ def _labels(request: Request) -> tuple[Any, int | None, Any]:
             ignore = n + 1
         labels = np.where(beyond, np.uint64(n), labels)
     if samples is not None:
-        samples = np.ascontiguousarray(samples)
+        samples = np.ascontiguousarray(samples).reshape(-1)
         unweighted = samples == 0
         if unweighted.any():
-            labels = labels.astype(np.int64)
+            labels = labels.reshape(-1).astype(np.int64)
             if ignore is None:
                 ignore = np.iinfo(np.int64).min
                 labels[labels == ignore] = n
             labels[unweighted] = ignore
-        samples = samples.reshape(-1)
         samples = samples if samples.flags.writeable else samples.copy()
     labels = np.ascontiguousarray(labels, np.int64).reshape(-1)
     return (labels if labels.flags.writeable else labels.copy()), ignore, samples
