@@ -224,6 +224,7 @@ def collected(*arguments: str) -> set[str]:
     return {line for line in done.stdout.splitlines() if "::" in line}
 
 
+@pytest.mark.slow("it collects all tests three times")
 def test_the_two_parts_are_all_the_tests():
     """What is left out of the fast part runs in the slow one, and only properties run in both."""
     fast, slow = (collected("--backend", "jax", "--part", part) for part in ("fast", "slow"))

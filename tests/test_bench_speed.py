@@ -173,6 +173,7 @@ def test_a_line_in_the_table_adds_a_path(monkeypatch):
     assert {*entered} == {"numpy tiles"}
 
 
+@pytest.mark.slow("XLA compiles every operation", "jax")
 @pytest.mark.libraries("torch", "jax")
 def test_backward_is_timed_where_there_is_autograd(arrays_of):
     place = places.open_backend(arrays_of)

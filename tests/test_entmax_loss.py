@@ -46,6 +46,7 @@ def targets(kind):
     return t, t
 
 
+@pytest.mark.slow("a graph for each loss", "dask")
 @pytest.mark.slow("XLA compiles each loss with its gradient", "jax")
 @pytest.mark.parametrize("kind", ["index", "one-hot", "probabilities"])
 @pytest.mark.parametrize("alpha", ALPHAS)

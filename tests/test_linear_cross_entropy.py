@@ -87,7 +87,7 @@ def cases(kind):
 @pytest.mark.slow("Triton interprets element by element", "triton")
 @pytest.mark.slow("a large graph for each option", "dask")
 @pytest.mark.slow("XLA compiles each option", "jax")
-@pytest.mark.slow("every option on each path", "torch", "torch-portable", "torch-numba", "numba")
+@pytest.mark.slow("every option", "numpy", "torch", "torch-portable", "torch-numba", "numba")
 @pytest.mark.slow("a library in Python, of thousands of steps", "strict")
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -109,6 +109,7 @@ def test_a_remainder_over_several_axes_keeps_its_digits(xp, path):
     assert reference.ulps(y[3, 2, 1], remainders) <= 8
 
 
+@pytest.mark.slow("Numba compiles columns and long rows", "numba", "torch-numba")
 @pytest.mark.parametrize("path", ["default", "portable"])
 @pytest.mark.parametrize(
     ("dtype", "gap", "others", "rows"),
