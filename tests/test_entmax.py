@@ -96,6 +96,15 @@ def test_a_large_entry_does_not_pay_for_many_small_ones(xp, alpha):
     np.testing.assert_allclose(np.delete(y, 41), small, atol=4 * 2.0**-24)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
+@pytest.mark.parametrize("alpha", [1.2, 1.5, 2.0])
+def test_many_probabilities_sum_to_1(xp, alpha):
+    x = 0.01 * np.random.default_rng(4).standard_normal((3, 3000))
+    y = xp.numpy(ps.entmax(xp.asarray(x, "float32"), alpha=alpha))
+    assert np.count_nonzero(y) > 300
+    np.testing.assert_allclose(y.sum(axis=1, dtype=np.float64), 1.0, rtol=0, atol=2 * 2.0**-23)
+
+
 def test_zeros_are_exact(xp):
     x = np.asarray([3.0, 2.9, 0.9, -50.0, 2.5])
     for alpha in (1.5, 1.75, 2.0, 3.0):

@@ -24,6 +24,7 @@ from portable_softmax.libraries import (
     namespace,
     of_whole_rows,
     scalar,
+    wider_dtype,
 )
 from portable_softmax.portable._cross_entropy import (
     Target,
@@ -175,7 +176,7 @@ def _solved(xp: Namespace, x: Any, axes: Axes, alpha: Any) -> tuple[Any, Any]:
     p, slope = _power(xp, w, c)
     # The sum is not 1 yet by what the threshold is off and what many small entries were rounded by.
     # A last step of the threshold mends both: a large entry would take a share that is not its own.
-    left_over = 1.0 - total(xp, p, axes)
+    left_over = cast(xp, 1.0 - total(xp, cast(xp, p, wider_dtype(xp, p)), axes), p.dtype)
     share = slope / total(xp, slope, axes)
     p = p + left_over * xp.where(p > 0, share, scalar(xp, 0.0, p))  # all nan where the sum is nan
     p = xp.where(p < 0, scalar(xp, 0.0, p), p)
