@@ -456,8 +456,8 @@ class Cubed(Backend):
     device = "cpu"
     halves = ("float16",)
     lazy = True
+    # Each value takes it tenths of a second: all semantics take minutes.
     quick = ("test_cubed", *(f"test_semantics::test_{name}" for name in CHEAP))
-    others = ("test_semantics",)  # each value takes it tenths of a second
 
     def __init__(self):
         import cubed

@@ -44,7 +44,8 @@ def _nothing():
 @pytest.mark.parametrize(("call", "expected"), [(_mapped, 80), (_by_a_thread, 80), (_nothing, 0)])
 def test_the_peak_holds_what_any_allocator_and_thread_took(call, expected):
     gauge = memory_cell.gauge(places.open_backend("numpy"))
-    peak = memory_cell.peak_of(call, lambda result: None, gauge)
+    # Beside other work less than all may be seen to be resident, never more.
+    peak = max(memory_cell.peak_of(call, lambda result: None, gauge) for _ in range(3))
     assert peak / MB == pytest.approx(expected, abs=4)
 
 

@@ -77,6 +77,8 @@ def logcumsumexp_vjp(xp: Namespace, x: Any, dy: Any, axis: int) -> Any:
 
     Each round adds to the sum over the next 1, 2, 4, ... entries that over as many behind them.
     """
+    if 0 in x.shape:
+        return xp.zeros_like(x)
     y = logcumsumexp(xp, x, axis)
     n, step = x.shape[axis], 1
     before, zero = (slice(None),) * axis, scalar(xp, 0.0, x)
