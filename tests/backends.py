@@ -46,6 +46,8 @@ class Backend:
     """What is not slow on this backend, as patterns: module, or module::test; all if empty."""
     others: tuple[str, ...] = ()
     """Beside those, what it runs as slow tests."""
+    alone: tuple[str, ...] = ()
+    """Beside those, what takes minutes: it runs where no part of the tests is asked for."""
 
     def __repr__(self) -> str:
         return self.name
@@ -56,9 +58,10 @@ class Backend:
         return itertools.islice(every, number % step, None, step)
 
     @classmethod
-    def runs(cls, module: str, test: str) -> bool:
-        """Whether it runs a test of those that take a backend."""
-        return not cls.quick or _named(module, test, (*cls.quick, *cls.others))
+    def runs(cls, module: str, test: str, part: str | None) -> bool:
+        """Whether it runs a test of those that take a backend, in a part or in everything."""
+        alone = () if part else cls.alone
+        return not cls.quick or _named(module, test, (*cls.quick, *cls.others, *alone))
 
     @classmethod
     def is_quick(cls, module: str, test: str) -> bool:
@@ -456,8 +459,8 @@ class Cubed(Backend):
     device = "cpu"
     halves = ("float16",)
     lazy = True
-    # Each value takes it tenths of a second: all semantics take minutes.
     quick = ("test_cubed", *(f"test_semantics::test_{name}" for name in CHEAP))
+    alone = ("test_semantics",)  # each value takes it tenths of a second
 
     def __init__(self):
         import cubed

@@ -137,7 +137,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "arrays_of" in getattr(item, "fixturenames", ()):
             elsewhere = elsewhere or name not in LIBRARIES
         if name is not None:
-            elsewhere = elsewhere or not BACKENDS[name].runs(item.path.stem, item.originalname)
+            elsewhere = elsewhere or not BACKENDS[name].runs(
+                item.path.stem, item.originalname, part
+            )
         elif all(BACKENDS[chosen].quick for chosen in config.stash[_KEY]):
             elsewhere = True  # these run a part of the matrix, and what takes no backend elsewhere
         for mark, backend in _RUN_BY.items():

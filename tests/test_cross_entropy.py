@@ -19,6 +19,19 @@ GOLDEN = json.loads(Path(__file__).with_name("cross_entropy_golden.json").read_t
 SOURCES = sorted({case["source"] for case in GOLDEN})
 
 
+def golden(xp, case):
+    """Check the loss and gradient of a case; return its arguments and options."""
+    options = dict(case["kwargs"], axis=case["axis"])
+    if "weight" in options:
+        options["weight"] = xp.asarray(options["weight"], "float64")
+    dtype = "int64" if case["target_kind"] == "index" else "float64"
+    arguments = (xp.asarray(case["logits"], "float64"), xp.asarray(case["target"], dtype))
+    loss, grad = ps.cross_entropy_value_and_grad(*arguments, **options)
+    assert_close(xp, loss, case["loss"], rtol=1e-12, atol=1e-12)
+    assert_close(xp, grad, case["grad"], rtol=1e-12, atol=1e-12)
+    return arguments, options
+
+
 @pytest.mark.slow("a large graph for each case", "dask")
 @pytest.mark.slow("XLA compiles each operation for each case", "jax")
 @pytest.mark.parametrize("source", SOURCES)
@@ -27,14 +40,7 @@ def test_golden(xp, source):
     for case in GOLDEN:
         if case["source"] != source:
             continue
-        options = dict(case["kwargs"], axis=case["axis"])
-        if "weight" in options:
-            options["weight"] = xp.asarray(options["weight"], "float64")
-        dtype = "int64" if case["target_kind"] == "index" else "float64"
-        arguments = (xp.asarray(case["logits"], "float64"), xp.asarray(case["target"], dtype))
-        loss, grad = ps.cross_entropy_value_and_grad(*arguments, **options)
-        assert_close(xp, loss, case["loss"], rtol=1e-12, atol=1e-12)
-        assert_close(xp, grad, case["grad"], rtol=1e-12, atol=1e-12)
+        arguments, options = golden(xp, case)
         alone = ps.cross_entropy(*arguments, **options)
         assert_close(xp, alone, case["loss"], rtol=1e-12, atol=1e-12)
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 from asserts import assert_close
+from test_cross_entropy import GOLDEN, golden
 
 import portable_softmax as ps
 
 pytestmark = pytest.mark.libraries("cubed")
 
 MEGABYTE = 1_000_000
-GOLDEN = json.loads(Path(__file__).with_name("cross_entropy_golden.json").read_text())
 
 
 def zeros(xp, shape, chunks, allowed):
@@ -57,15 +54,7 @@ def test_loss_and_gradient_in_chunks_are_those_of_the_whole(xp):
 @pytest.mark.parametrize("number", range(0, len(GOLDEN), 9))
 def test_golden_cases(xp, number):
     """Some of those that test_cross_entropy.py runs on the other backends."""
-    case = GOLDEN[number]
-    options = dict(case["kwargs"], axis=case["axis"])
-    if "weight" in options:
-        options["weight"] = xp.asarray(options["weight"], "float64")
-    dtype = "int64" if case["target_kind"] == "index" else "float64"
-    arguments = (xp.asarray(case["logits"], "float64"), xp.asarray(case["target"], dtype))
-    loss, grad = ps.cross_entropy_value_and_grad(*arguments, **options)
-    assert_close(xp, loss, case["loss"], rtol=1e-12, atol=1e-12)
-    assert_close(xp, grad, case["grad"], rtol=1e-12, atol=1e-12)
+    golden(xp, GOLDEN[number])
 
 
 def test_arrays_of_two_specs_are_refused(xp):

@@ -81,6 +81,11 @@ _HERE = "portable_softmax.kernels"
 _TORCH = f"{_HERE}._torch"
 _SMALL = (1 << 16) - 1  # not worth a compilation, nor a second thread
 
+# What calls on chunks and on shards pass on to the kernels of their parts.
+_OF_PARTS = (
+    *(*LOSS_OPTIONS, PROBABILITIES, "temperature", EXTREME, "dtype", OTHER_DTYPE, SAMPLES),
+    *("sink", "b", "return_sign", "alpha"),
+)
 _NUMBA = Kernel(
     name="numba rows",
     why="one pass in cache",
@@ -172,20 +177,7 @@ TABLE = (
         module=f"{_HERE}._dask",
         operations=(*OPERATIONS, *LINEAR, *FAMILY),
         dtypes=(*FLOATS, *INTEGERS, "complex64", "complex128", "float128"),
-        options=(
-            *LOSS_OPTIONS,
-            PROBABILITIES,
-            "temperature",
-            EXTREME,
-            "dtype",
-            OTHER_DTYPE,
-            SAMPLES,
-            "sink",
-            "b",
-            "return_sign",
-            "alpha",
-            "distillation",
-        ),
+        options=(*_OF_PARTS, "distillation"),
         tracing=("lazy",),
     ),
     Kernel(
@@ -196,19 +188,7 @@ TABLE = (
         adapter=f"{_HERE}._dtensor._answers",
         operations=(*OPERATIONS, *LINEAR, *SPARSE, *RUNNING, "logmeanexp"),
         dtypes=(*FLOATS, *INTEGERS, "complex64", "complex128"),
-        options=(
-            *LOSS_OPTIONS,
-            PROBABILITIES,
-            "temperature",
-            EXTREME,
-            "dtype",
-            OTHER_DTYPE,
-            SAMPLES,
-            "sink",
-            "b",
-            "return_sign",
-            "alpha",
-        ),
+        options=_OF_PARTS,
     ),
     _LINEAR,
     _LINEAR._replace(library="cupy"),
