@@ -43,7 +43,8 @@ def _nothing():
 
 
 def _peak(call):
-    return memory_cell.peak_of(call, lambda result: None, memory_cell.gauge(places.open_backend("numpy")))
+    gauge = memory_cell.gauge(places.open_backend("numpy"))
+    return memory_cell.peak_of(call, lambda result: None, gauge)
 
 
 @pytest.mark.once
