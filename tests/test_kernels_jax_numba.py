@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -475,6 +476,24 @@ def test_what_was_not_planned_is_an_error(jax, xp, change, message):
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"portable_softmax: {message}"):
         jax.block_until_ready(jax.ffi.ffi_call(target.name, like)(x, **attributes))
     close(ps.softmax(x), jax.nn.softmax(x))
+
+
+def test_a_large_result_comes_in_large_pages(jax, xp):
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not pages.exists() or "[never]" in pages.read_text():
+        pytest.skip("no large pages here")
+    import resource
+
+    x, _ = draw(xp, 5000, 3000, dtype="float32")  # which malloc gives back to the system
+    f = jax.jit(ps.softmax)
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        jax.block_until_ready(f(x))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert min(faults() for _ in range(10)) < x.nbytes / resource.getpagesize() / 4
 
 
 # --------------------------------------------------------------------------- processes
