@@ -414,6 +414,29 @@ def test_the_same_call_gives_the_same_bits(jax, xp, f):
         same_bits(f(x[:7], t), want[:7])
 
 
+@pytest.mark.slow("two compilers work on four handlers")
+def test_options_on_more_than_one_piece(jax, xp):
+    """Each piece finds its part of a mask, of the weights of positions and of distributions."""
+    x, t = draw(xp, *LARGE, dtype="float32")
+    rng = np.random.default_rng(1)
+    mask = xp.asarray(rng.random(LARGE) < 0.7) | jax.nn.one_hot(t, LARGE[1], dtype=bool)
+    samples = xp.asarray(rng.random(LARGE[0]), "float32")
+    grad = ps.cross_entropy_value_and_grad
+
+    def f(x):
+        return (
+            ps.softmax(x, where=mask, temperature=0.5),
+            ps.softmax(x, where=mask[0], temperature=2.0),
+            grad(x, t, where=mask, sample_weight=samples, weight=samples[: LARGE[1]]),
+            grad(x, jax.nn.softmax(x[::-1]), z_loss=0.01, reduction="sum"),
+            grad(x, t, label_smoothing=0.1, z_loss=0.01, ignore_index=3),
+        )
+
+    found = jax.jit(f)(x)
+    with kernels.without("numba rows"):
+        close(found, jax.jit(lambda x: f(x))(x))
+
+
 def soak(jax, xp, f, shapes, calls, threads=8):
     """Call from several threads, several shapes in turn; return what was wrong."""
     given = [draw(xp, *shape, dtype="float32", seed=i) for i, shape in enumerate(shapes)]
