@@ -15,6 +15,7 @@ from bench import (
     accuracy_family,
     arguments,
     comparison,
+    compilation,
     exact,
     gpu,
     memory,
@@ -27,6 +28,7 @@ from bench import (
     summary,
     tables,
     thresholds,
+    transforms,
     versus,
 )
 from bench.errors import CommandError
@@ -238,6 +240,44 @@ def run_options(args: argparse.Namespace, argv: list[str]) -> int:
     return 1 if any(row.problem for row in rows) else 0
 
 
+def run_jax(args: argparse.Namespace, argv: list[str]) -> int:
+    """Time JAX's transforms of ours beside those of the peers."""
+    load = report.load()
+    default = transforms.QUICK_SHAPES if args.quick else transforms.SHAPES
+    shapes, place = speed.parse_shapes(args.shapes or default), places.open_backend("jax")
+    effort = speed.QUICK if args.quick else speed.THOROUGH
+    rows = _followed(transforms.measure(place, shapes, effort))
+    document = {
+        "benchmark": "jax",
+        **report.provenance(argv, load),
+        "device": place.device_name,
+        "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
+    }
+    report.table(f"transforms on {place}", transforms.HEADINGS, transforms.cells(rows))
+    report.line(transforms.LEGEND)
+    report.table("over the faster peer", transforms.SUMMARY, transforms.summary(rows))
+    report.line(report.busy(document))
+    _close(document, [], args.json)
+    return 1 if any(row.problem for row in rows) else 0
+
+
+def run_compile(args: argparse.Namespace, argv: list[str]) -> int:
+    """Compare how long XLA compiles, and how large the programs are, with the peers'."""
+    load, place = report.load(), places.open_backend("jax")
+    rows = _followed(compilation.measure(place, quick=args.quick))
+    document = {
+        "benchmark": "compile",
+        **report.provenance(argv, load),
+        "device": place.device_name,
+        "rows": [asdict(row) | {"ratios": row.ratios} for row in rows],
+    }
+    report.table(f"compiling on {place}", compilation.HEADINGS, compilation.cells(rows))
+    report.line(compilation.LEGEND)
+    report.line(report.busy(document))
+    _close(document, [], args.json)
+    return 0
+
+
 def _followed(measured: Iterator[Any]) -> list[Any]:
     """Collect the measurements, and show the progress on a terminal."""
     found = []
@@ -284,6 +324,8 @@ COMMANDS = {
     "plot": run_plot,
     "thresholds": run_thresholds,
     "options": run_options,
+    "jax": run_jax,
+    "compile": run_compile,
 }
 
 if __name__ == "__main__":

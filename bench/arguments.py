@@ -77,4 +77,11 @@ def parser() -> argparse.ArgumentParser:
         "options", parents=[output], help="what masks, soft labels and weights cost, on NumPy"
     )
     with_options.add_argument("--dtypes", default=options.DTYPES, help="comma list")
+    followed = commands.add_parser(
+        "jax", parents=[output], help="JAX's jit, vmap and autodiff beside jax.nn and optax"
+    )
+    followed.add_argument("--shapes", default="", metavar="ROWSxCLASSES,...", help="comma list")
+    commands.add_parser(
+        "compile", parents=[output], help="how long XLA compiles, and the size of programs"
+    )
     return top

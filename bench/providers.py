@@ -169,6 +169,7 @@ PATHS = (
     ),
     Path("ours, jit", ("jax",), ours_jitted),
     Path("ours, jit, Numba", ("jax",), ours_jitted, switch=("use", "numba rows")),
+    Path("ours, jit, XLA", ("jax",), ours_jitted, switch=("without", "numba rows")),
     Path("ours, jit, portable", ("jax",), ours_jitted, switch=("portable",)),
     Path("ours, jit, vjp", ("jax",), lambda *o: peers.jitted(peers.jax_autograd(ours(*o)))),
 )

@@ -230,7 +230,7 @@ def _compare(
         rows[copy.name] = Row(*what, copy.name, COPY, 2 * x.nbytes)
         call = bound(copy.call, problem.at(copy.place, "x"))
         turns[copy.name] = Timed(call, clocks[copy.place], providers.nullcontext)
-    for name, times in _interleaved(turns, effort).items():
+    for name, times in interleaved(turns, effort).items():
         _fill(rows[name], times, turns[name].clock)
     best = max(row.gb_per_s for row in rows.values() if row.role == COPY)
     for row in rows.values():
@@ -254,7 +254,7 @@ def wrong(problem: Problem, place: Place, operation: str, second: np.ndarray, ti
     return problem.answers.problem(operation, second, arrays)
 
 
-def _interleaved(turns: Mapping[str, Timed], effort: Effort) -> dict[str, list[float]]:
+def interleaved(turns: Mapping[str, Timed], effort: Effort) -> dict[str, list[float]]:
     """Return the seconds of a call for each name and round; in a round each takes a turn."""
     calls = {name: repeats(timed, effort.slice_s) for name, timed in turns.items()}
     times: dict[str, list[float]] = {name: [] for name in turns}

@@ -44,7 +44,12 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     if args.command == "backends":
         return listing.run(report=report)
     if args.command == "warm":
-        return warm.run(operations=args.operations, dtypes=args.dtypes, report=report)
+        return warm.run(
+            operations=args.operations,
+            dtypes=args.dtypes,
+            libraries=args.libraries,
+            report=report,
+        )
     return demo.run(
         backend=args.backend,
         device=args.device,
@@ -89,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     first.add_argument(
         "--dtypes", type=_names(warm.DTYPES), default=("float32",), metavar="NAME,...",
         help=f"of {', '.join(warm.DTYPES)}, float32 by default",
+    )  # fmt: skip
+    first.add_argument(
+        "--libraries", type=_names(warm.LIBRARIES), default=("numpy",), metavar="NAME,...",
+        help="numpy, also for torch, by default; jax: what XLA calls",
     )  # fmt: skip
     learn = commands.add_parser(
         "demo", parents=[output], help="train a softmax classifier on handwritten digits"

@@ -266,7 +266,7 @@ def test_providers_take_turns_and_slow_ones_have_fewer_rounds():
         name: speed.Timed(lambda name=name, s=s: (name, s), clock, providers.nullcontext)
         for name, s in {"slow": 1.0, "middle": 0.3, "fast": 0.01}.items()
     }
-    times = speed._interleaved(turns, speed.Effort(seconds=1.5, rounds=3, most=10, slice_s=0.001))
+    times = speed.interleaved(turns, speed.Effort(seconds=1.5, rounds=3, most=10, slice_s=0.001))
     assert {name: len(taken) for name, taken in times.items()} == {
         "slow": 3,
         "middle": 5,
@@ -280,7 +280,7 @@ def test_providers_take_turns_and_slow_ones_have_fewer_rounds():
 def test_two_rounds_of_a_call_that_takes_seconds_are_enough():
     turns = {"slow": speed.Timed(lambda: ("slow", 0.6), _Clock(), providers.nullcontext)}
     effort = speed.Effort(seconds=0.3, rounds=5, most=10, enough_s=1.0)
-    assert len(speed._interleaved(turns, effort)["slow"]) == 2
+    assert len(speed.interleaved(turns, effort)["slow"]) == 2
 
 
 def test_cpu_time_does_not_count_what_a_call_waits():

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,19 +72,39 @@ def test_explain_names_the_path_or_why_not(jax, xp):
     seen = []
     jax.vmap(jax.jit(lambda x: seen.append(kernels.explain("logsumexp", x))))(x)
     assert seen == [NAME]
-    assert reason("softmax", x, temperature=2.0) == "options: temperature"
-    assert reason("cross_entropy", x, x) == "options: probabilities"
+    mask = x > 0
+    assert kernels.explain("softmax", x, temperature=2.0, where=mask) == NAME
+    for options in (
+        {"weight": x[0], "label_smoothing": 0.1, "z_loss": 0.1, "ignore_index": 1},
+        {"where": mask, "softcap": 3.0, "sample_weight": x[:, 0] ** 2},
+    ):
+        assert kernels.explain("cross_entropy", x, t, **options) == NAME
+    assert kernels.explain("cross_entropy", x, mask / 1.0, z_loss=0.1) == NAME
+    assert reason("softmax", x, temperature=1e-300) == "options: extreme temperature"
+    assert reason("logsumexp", x, b=x) == "options: b"
+    assert reason("cross_entropy", x, mask / 1.0, weight=x[0]) == "probabilities with weight"
     assert reason("softmax", xp.asarray(np.arange(3))) == "dtype int64"
     three = xp.asarray(np.zeros((2, 3, 4)))
     assert reason("softmax", three, axis=(0, 2)) == "axes apart from each other"
     assert reason("softmax_vjp", x, x.astype("float32")) == "dtypes: float64 and float32"
 
 
-def test_they_are_off_unless_asked_for(xp):
-    x, _ = draw(xp, 512, 512)
-    now = kernels._switches.switched(asked=(), off=())
-    with now:
-        assert reason("softmax", x) == "off by default, see kernels.use('numba rows')"
+def test_a_small_array_is_left_to_xla_unless_they_are_asked_for(jax, xp):
+    large, small = (jax.ShapeDtypeStruct(shape, np.float32) for shape in ((256, 256), (255, 256)))
+    symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape("a, 256"), np.float32)
+    said = []
+
+    def f(x):
+        said.append(kernels.explain("softmax", x))
+        return x
+
+    with kernels._switches.switched(asked=(), off=()):
+        for x in (large, small, symbolic):
+            jax.eval_shape(f, x)
+    assert said[0] == NAME
+    for why, explained in zip(("too few elements", "symbolic shapes"), said[1:], strict=True):
+        assert explained.startswith("jax rules: ")
+        assert explained.endswith(f"not numba rows: {why}")
 
 
 def test_another_jax_is_left_to_xla(jax, xp, monkeypatch):
@@ -134,6 +155,69 @@ def every_operation(x, t):
             options = {"reduction": reduction, "ignore_index": ignore}
             found[f"loss, {options}"] = ps.cross_entropy(x, t, **options)
             found[f"gradient, {options}"] = ps.cross_entropy_value_and_grad(x, t, **options)
+    return found
+
+
+def numbers(x, t):
+    """Return answers with a temperature, and with what multiplies the terms of a loss."""
+    weight = np.linspace(0.0, 2.0, x.shape[-1])
+    found = {
+        "softmax": ps.softmax(x, temperature=0.7),
+        "log_softmax": ps.log_softmax(x, axis=0, temperature=3.0),
+    }
+    for options in (
+        {"weight": weight, "reduction": "none"},
+        {"weight": weight, "ignore_index": 3},
+        {"label_smoothing": 0.1, "reduction": "sum"},
+        {"label_smoothing": 0.1, "weight": weight, "z_loss": 0.01, "ignore_index": 3},
+        {"z_loss": 0.01},
+    ):
+        options = {k: weight_like(x, v) if k == "weight" else v for k, v in options.items()}
+        found[f"loss, {[*options]}"] = ps.cross_entropy(x, t, **options)
+        found[f"gradient, {[*options]}"] = ps.cross_entropy_value_and_grad(x, t, **options)
+    return found
+
+
+def weight_like(x, weight):
+    import jax
+
+    return jax.numpy.asarray(weight, x.dtype)
+
+
+def distributions(x, t):
+    """Return losses of distributions, which are one-hot but for what each class gets."""
+    import jax
+
+    q = 0.9 * jax.nn.one_hot(t, x.shape[-1], dtype=x.dtype) + 0.02
+    found = {}
+    for options in ({"reduction": "none"}, {"reduction": "sum", "z_loss": 0.01}, {}):
+        found[f"loss, {options}"] = ps.cross_entropy(x, q, **options)
+        found[f"gradient, {options}"] = ps.cross_entropy_value_and_grad(x, q, **options)
+    return found
+
+
+def masks(x, t):
+    """Return answers with a mask, a softcap and weights of positions."""
+    import jax
+
+    n = x.shape[-1]
+    mask = (jax.numpy.arange(n) % 3 != 1) | jax.nn.one_hot(t, n, dtype=bool)
+    few = jax.numpy.arange(n) % 3 != 1  # the same for each row
+    samples = jax.numpy.linspace(0.0, 2.0, x.shape[0])
+    found = {
+        "softmax": ps.softmax(x, where=mask),
+        "across": ps.softmax(x, axis=0, where=mask, temperature=2.0),
+        "log_softmax": jax.numpy.where(few, ps.log_softmax(x, where=few), 0.0),
+        "logsumexp": ps.logsumexp(x, axis=-1, where=few),
+    }
+    for options in (
+        {"where": mask},
+        {"where": mask, "softcap": 3.0, "sample_weight": samples, "ignore_index": 3},
+        {"sample_weight": samples, "reduction": "sum"},
+        {"softcap": 3.0, "reduction": "none"},
+    ):
+        found[f"loss, {[*options]}"] = ps.cross_entropy(x, t, **options)
+        found[f"gradient, {[*options]}"] = ps.cross_entropy_value_and_grad(x, t, **options)
     return found
 
 
@@ -190,6 +274,15 @@ def test_transforms_of_every_operation(jax, xp, name):
     check(jax, name, every_operation, *draw(xp, 6, 5))
 
 
+@pytest.mark.slow("two compilers work on all options")
+@pytest.mark.parametrize("f", [numbers, distributions, masks])
+@pytest.mark.parametrize(
+    "name", ["jit", "grad", "jvp", "vmap", "vmap of grad", "grad of vmap", "hessian"]
+)
+def test_transforms_with_options(jax, xp, name, f):
+    check(jax, name, f, *draw(xp, 6, 5))
+
+
 def check(jax, name, f, x, t):
     """Compare with what XLA answers alone."""
     transform = transforms(jax)[name]
@@ -206,6 +299,69 @@ def test_a_batch_of_labels_and_of_logits(jax, xp):
     found = jax.vmap(lambda t: ps.cross_entropy_value_and_grad(x, t, ignore_index=0))(many)
     want = [ps.cross_entropy_value_and_grad(x, labels, ignore_index=0) for labels in many]
     close(found, [np.stack(part) for part in zip(*want, strict=True)])
+
+
+@pytest.mark.slow("two compilers work on four handlers")
+def test_a_batch_of_what_belongs_to_rows(jax, xp):
+    """Logits, masks and weights of positions: each batched, or the same for the whole batch."""
+    x, t = draw(xp, 3, 6, 5)
+    mask = jax.numpy.abs(x) < 3
+    samples = jax.numpy.abs(x[..., 0])
+    grad = ps.cross_entropy_value_and_grad
+    for f, arrays in (
+        (lambda x, mask: ps.softmax(x, where=mask), (x, mask)),
+        (lambda x, mask: ps.logsumexp(x, axis=-1, where=mask), (x, mask)),
+        (lambda x, w: grad(x, t[0], sample_weight=w), (x, samples)),
+        (lambda x, w: grad(x, t[0], sample_weight=w, reduction="sum", softcap=2.0), (x, samples)),
+    ):
+        for some in ((0, 0), (0, None), (None, 0)):
+            given = [a if i == 0 else a[0] for a, i in zip(arrays, some, strict=True)]
+            found = jax.vmap(f, in_axes=some)(*given)
+            each = [
+                f(*[a if i == 0 else b[0] for a, b, i in zip(part, arrays, some, strict=True)])
+                for part in zip(*arrays, strict=True)
+            ]
+            close(found, jax.tree.map(lambda *parts: np.stack(parts), *each))
+    # A batch of batches, of which the mask has the outer one only.
+    many = jax.numpy.stack([x, x + 1])
+    found = jax.vmap(lambda x, m: jax.vmap(lambda x: ps.softmax(x, where=m))(x))(many, mask[:2])
+    close(found, jax.nn.softmax(many, where=mask[:2, None]))
+
+
+@pytest.mark.slow("two compilers work on a handler")
+def test_a_batch_of_weights_is_left_to_xla(jax, xp):
+    x, t = draw(xp, 6, 5)
+    weights = jax.numpy.asarray(np.random.default_rng(1).random((2, 5)))
+    f = jax.jit(jax.vmap(lambda w: ps.cross_entropy(x, t, weight=w)))
+    assert "custom_call" not in f.lower(weights).as_text()
+    close(f(weights), np.stack([ps.cross_entropy(x, t, weight=w) for w in weights]))
+
+
+@pytest.mark.slow("two compilers work on two handlers")
+def test_derivatives_of_weights_and_distributions(jax, xp):
+    x, t = draw(xp, 6, 5)
+    q = jax.nn.softmax(x[::-1])
+    for f, at in (
+        (lambda q: ps.cross_entropy(x, q, z_loss=0.1), q),
+        (lambda w: ps.cross_entropy(x, t, weight=w, label_smoothing=0.1), q[0]),
+        (lambda w: ps.cross_entropy(x, t, sample_weight=w, reduction="sum"), q[:, 0]),
+    ):
+        found = jax.grad(f)(at)
+        with kernels.without("numba rows"):
+            close(found, jax.grad(f)(at))
+
+
+@pytest.mark.slow("two compilers work on a handler")
+def test_no_temperature_is_compiled_in(jax, xp):
+    from portable_softmax.kernels._jax import _rows
+
+    x, _ = draw(xp, 6, 5)
+    ps.softmax(x, temperature=2.0)
+    before = _rows._compiled._cache_size()
+    for temperature in (0.5, 3.0, 1e9):
+        y = ps.softmax(x, temperature=temperature)
+        close(y, jax.nn.softmax(x / temperature))
+    assert _rows._compiled._cache_size() == before
 
 
 def test_an_empty_batch_has_no_rows(jax, xp):
@@ -258,6 +414,29 @@ def test_the_same_call_gives_the_same_bits(jax, xp, f):
         same_bits(f(x[:7], t), want[:7])
 
 
+@pytest.mark.slow("two compilers work on four handlers")
+def test_options_on_more_than_one_piece(jax, xp):
+    """Each piece finds its part of a mask, of the weights of positions and of distributions."""
+    x, t = draw(xp, *LARGE, dtype="float32")
+    rng = np.random.default_rng(1)
+    mask = xp.asarray(rng.random(LARGE) < 0.7) | jax.nn.one_hot(t, LARGE[1], dtype=bool)
+    samples = xp.asarray(rng.random(LARGE[0]), "float32")
+    grad = ps.cross_entropy_value_and_grad
+
+    def f(x):
+        return (
+            ps.softmax(x, where=mask, temperature=0.5),
+            ps.softmax(x, where=mask[0], temperature=2.0),
+            grad(x, t, where=mask, sample_weight=samples, weight=samples[: LARGE[1]]),
+            grad(x, jax.nn.softmax(x[::-1]), z_loss=0.01, reduction="sum"),
+            grad(x, t, label_smoothing=0.1, z_loss=0.01, ignore_index=3),
+        )
+
+    found = jax.jit(f)(x)
+    with kernels.without("numba rows"):
+        close(found, jax.jit(lambda x: f(x))(x))
+
+
 def soak(jax, xp, f, shapes, calls, threads=8):
     """Call from several threads, several shapes in turn; return what was wrong."""
     given = [draw(xp, *shape, dtype="float32", seed=i) for i, shape in enumerate(shapes)]
@@ -299,8 +478,9 @@ def test_soak(jax, xp):
     ("change", "message"),
     [
         ({"plan": np.zeros(3, np.int64)}, "another plan"),
-        ({"plan": np.zeros(20, np.int32)}, "another plan"),
-        ({"other": np.zeros(20, np.int64)}, "another call frame"),
+        ({"plan": np.zeros(31, np.int32)}, "another plan"),
+        ({"plan": np.zeros(31, np.int64)}, "another call frame"),
+        ({"other": np.zeros(31, np.int64)}, "another call frame"),
         ({"shape": (3, 3)}, "another buffer"),
         ({"dtype": np.int64}, "another buffer"),
     ],
@@ -312,13 +492,31 @@ def test_what_was_not_planned_is_an_error(jax, xp, change, message):
 
     x, _ = draw(xp, *ROWS, dtype="float32")
     ps.softmax(x)  # registers the handler
-    sizes = [x.size, x.size]
-    target = _ffi.target(_rows._register, "softmax", "float32", (*ROWS, 1), sizes, None)
+    buffers = {"x": x, "out": x}
+    target = _ffi.target(_rows._register, "softmax", (*ROWS, 1), buffers, None)
     attributes = {"plan": target.plan, **change}
     like = jax.ShapeDtypeStruct(attributes.pop("shape", x.shape), attributes.pop("dtype", x.dtype))
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"portable_softmax: {message}"):
         jax.block_until_ready(jax.ffi.ffi_call(target.name, like)(x, **attributes))
     close(ps.softmax(x), jax.nn.softmax(x))
+
+
+def test_a_large_result_comes_in_large_pages(jax, xp):
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not pages.exists() or "[never]" in pages.read_text():
+        pytest.skip("no large pages here")
+    import resource
+
+    x, _ = draw(xp, 5000, 3000, dtype="float32")  # which malloc gives back to the system
+    f = jax.jit(ps.softmax)
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        jax.block_until_ready(f(x))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert min(faults() for _ in range(10)) < x.nbytes / resource.getpagesize() / 4
 
 
 # --------------------------------------------------------------------------- processes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from itertools import product
 from time import perf_counter
@@ -16,28 +17,35 @@ from portable_softmax.kernels._decide import public
 from portable_softmax.kernels._numba import _support
 from portable_softmax.kernels._request import LOSSES, OPERATIONS, VJPS
 
-__all__ = ["DTYPES", "OPERATIONS", "run"]
+__all__ = ["DTYPES", "LIBRARIES", "OPERATIONS", "run"]
 
 DTYPES = ("float32", "float64", "float16")
+LIBRARIES = ("numpy", "jax")  # torch takes the kernels of NumPy's arrays
 
 # An array of each layout: long rows, short rows, few classes, and classes that are not last.
 LAYOUTS = (((2, 1000), 1), ((2, 100), 1), ((2, 3), 1), ((2, 5, 7), 1))
 
 
-def run(*, operations: tuple[str, ...], dtypes: tuple[str, ...], report: Report) -> dict[str, Any]:
-    """Call each operation once for each dtype and layout, and say what was compiled."""
+def run(
+    *,
+    operations: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    libraries: tuple[str, ...],
+    report: Report,
+) -> dict[str, Any]:
+    """Compile each operation for each library, dtype and layout, and say what was compiled."""
     if why := _support.refusal():
         raise CommandError(why)
     folders = import_module("portable_softmax.kernels._numba._folders").folders()
     if folders.written is None:
         why = "; ".join(folders.refused) or "there is no folder that can be written"
         raise CommandError(f"{why}: set NUMBA_CACHE_DIR to a folder of your own")
-    calls = list(product(operations, dtypes, LAYOUTS))
+    calls = list(product(libraries, operations, dtypes, LAYOUTS))
     began, before = perf_counter(), _counts()
     with report.steps("kernel", len(calls)) as step, kernels.use("numba rows"):
-        for operation, dtype, (shape, axis) in calls:
+        for library, operation, dtype, (shape, axis) in calls:
             step(f"{operation}, {dtype}, {'x'.join(map(str, shape))}")
-            _call(operation, np.zeros(shape, dtype), axis)
+            _COMPILED[library](operation, np.zeros(shape, dtype), axis)
     loaded, compiled = (now - then for now, then in zip(_counts(), before, strict=True))
     seconds = perf_counter() - began
     report.line(
@@ -61,12 +69,33 @@ def _call(operation: str, x: Any, axis: int) -> None:
     public(operation)(*arrays, axis=axis)
 
 
+def _make_handler(operation: str, x: Any, axis: int) -> None:
+    """Compile what XLA would call; nothing of JAX is needed for that."""
+    ffi, (outer, n) = import_module("portable_softmax.kernels._numba._ffi"), x.shape[: axis + 1]
+    few = np.zeros((outer, *x.shape[axis + 1 :]), x.dtype)
+    buffers, loss = {"x": x, "out": few if operation == "logsumexp" else x}, None
+    if operation in VJPS:
+        buffers["second"] = x
+    elif operation in LOSSES:
+        loss = ffi.Loss(True, True, False, None, 1.0, False, False)
+        compute = few.astype(np.result_type(x.dtype, np.float32))
+        buffers |= {"second": few.astype(np.int32), "out": compute}
+        buffers |= {"grad": x} if operation != "cross_entropy" else {}
+    layout = outer, n, math.prod(x.shape[axis + 1 :])
+    ffi.target(lambda name, address: None, operation, layout, buffers, loss)
+
+
+_COMPILED = {"numpy": _call, "jax": _make_handler}
+
+
 def _counts() -> tuple[int, int]:
     """Return how many kernels this process has loaded and compiled."""
     driver = import_module("portable_softmax.kernels._numba._driver")
     layouts = driver.ROWS, driver.BLOCKS, driver.COLUMNS, driver.NARROW
     stats = [kernel.stats for layout in layouts for kernel in layout.values()]
+    handlers = import_module("portable_softmax.kernels._numba._ffi").made()
+    loaded = sum(handler.cache_hits for handler in handlers)
     return (
-        sum(sum(s.cache_hits.values()) for s in stats),
-        sum(sum(s.cache_misses.values()) for s in stats),
+        sum(sum(s.cache_hits.values()) for s in stats) + loaded,
+        sum(sum(s.cache_misses.values()) for s in stats) + len(handlers) - loaded,
     )

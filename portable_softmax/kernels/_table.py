@@ -139,9 +139,8 @@ TABLE = (
         library="jax",
         adapter=f"{_HERE}._jax._rows",
         devices=("cpu",),
-        options=("ignore_index", "reduction", "dtype"),
+        options=(*LOSS_OPTIONS, SAMPLES, PROBABILITIES, "temperature", "dtype"),
         tracing=("traced",),
-        on_by_default=False,  # few options yet, and a first use compiles for seconds
     ),
     _PACKED,
     _PACKED._replace(**_LENT),

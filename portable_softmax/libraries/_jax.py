@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from functools import cache, partial
@@ -30,6 +31,10 @@ class Jax(Library):
         if not all(self.reads_values(a) and a.committed for a in (x, other)):
             return True
         return bool(x.devices() == other.devices())
+
+    def size(self, x: Any) -> Any:
+        """Return the number of elements; nan where the shape is symbolic."""
+        return math.prod(x.shape) if all(map(self.is_known, x.shape)) else math.nan
 
     def wider_dtype(self, x: Any) -> Any:
         """Return float64 where 64 bits are enabled."""

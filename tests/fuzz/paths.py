@@ -29,7 +29,8 @@ def paths(library: str) -> list[Path]:
     found = [Path("default", nullcontext)]
     if library in ("numpy", "torch", "jax"):
         found.append(Path("portable", kernels.portable, "portable"))
-    names = {"numpy": ("numpy tiles", "numba rows"), "torch": ("numpy tiles", "numba rows")}
+    both = ("numpy tiles", "numba rows")
+    names = {"numpy": both, "torch": both, "jax": both[1:]}
     here = [name for name in names.get(library, ()) if name in kernels.available()]
     return found + [Path(name, partial(kernels.use, name), name) for name in here]
 

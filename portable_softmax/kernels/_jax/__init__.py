@@ -35,7 +35,7 @@ def _module(name: str) -> Any:
     return import_module(f"{__name__}.{name}")
 
 
-def _put(request: Request, value: Any) -> Any:
+def put(request: Request, value: Any) -> Any:
     """Return numbers of the host as an array of the compute dtype, so that no value is compiled in.
 
     They are moved explicitly: JAX's transfer guard forbids the implicit transfer of an argument.
@@ -46,7 +46,7 @@ def _put(request: Request, value: Any) -> Any:
 
 def _scale(request: Request) -> Any:
     scale = _module("_fold").scale_of(request.options.temperature, request.compute_dtype)
-    return None if scale is None else _put(request, scale)
+    return None if scale is None else put(request, scale)
 
 
 def _dtypes(request: Request) -> tuple[Any, Any]:
@@ -136,9 +136,9 @@ def _numbers(request: Request, options: Any) -> Any:
         info = request.xp.finfo(request.compute_dtype)
         cap = min(max(cap, float(info.tiny)), float(info.max))
     return _module("_losses").Numbers(
-        None if options.label_smoothing == 0.0 else _put(request, options.label_smoothing),
-        None if options.z_loss == 0.0 else _put(request, options.z_loss),
-        None if cap is None else _put(request, cap),
+        None if options.label_smoothing == 0.0 else put(request, options.label_smoothing),
+        None if options.z_loss == 0.0 else put(request, options.z_loss),
+        None if cap is None else put(request, cap),
     )
 
 

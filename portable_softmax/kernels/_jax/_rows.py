@@ -23,10 +23,14 @@ from jax import numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
 from portable_softmax.kernels import _jax
-from portable_softmax.kernels._jax import _losses, _rules
-from portable_softmax.kernels._request import LOSSES, Request
+from portable_softmax.kernels._jax import _fold, _losses, _rules
+from portable_softmax.kernels._request import LOSSES, VJPS, Layout, Request
 
 Arrays = tuple[Any, ...]
+
+# What starts from an output; the last two are the derivative of log_softmax and its transpose.
+_OF_AN_OUTPUT = (*VJPS, "log_softmax_jvp", "log_softmax_pullback")
+_TRANSPOSE = {"softmax_vjp": "softmax_vjp", "log_softmax_jvp": "log_softmax_pullback"}
 
 
 class Call(NamedTuple):
@@ -34,7 +38,7 @@ class Call(NamedTuple):
 
     engine: str  # the module that has the handlers
     operation: str
-    tree: Any  # of the arrays
+    tree: Any  # of the arrays of a `_jax.Program`, and of what handlers alone take
     static: tuple[Any, ...]  # of a `_jax.Program`
     batch: int = 0  # axes that vmap has put before those of the logits, labels and gradients
 
@@ -49,9 +53,26 @@ class Call(NamedTuple):
         axes = (self.form.axis,) if self.operation in LOSSES else self.static[0]
         return tuple(a + self.batch for a in axes)
 
+    @property
+    def compute(self) -> Any:
+        """What it is computed in."""
+        return jnp.dtype(self.form.compute if self.operation in LOSSES else self.static[1])
+
     def arrays(self, leaves: Arrays) -> Any:
         """Return the arrays as the function takes them."""
-        return jax.tree.unflatten(self.tree, leaves)
+        return jax.tree.unflatten(self.tree, leaves)[0]
+
+    def numbers(self, leaves: Arrays) -> Any:
+        """Return a temperature as the kernels take it; None for none."""
+        return jax.tree.unflatten(self.tree, leaves)[1]
+
+    def where(self, leaves: Arrays) -> Any:
+        """Return the mask with as many axes as the logits, or None."""
+        arrays = self.arrays(leaves)
+        if self.operation in _OF_AN_OUTPUT:
+            return None
+        where = arrays[3 if self.operation in LOSSES else 1]
+        return None if where is None else _rules.mask_like(where, arrays[0].ndim)
 
 
 # --------------------------------------------------------------------------- what is taken
@@ -105,9 +126,18 @@ def _handlers(engine: str) -> Any:
 def answer(engine: Any, request: Request) -> Any:
     """Answer by the primitive, in one compiled call."""
     _, arrays, static = _jax.program(request)
-    leaves, tree = jax.tree.flatten(arrays)
+    leaves, tree = jax.tree.flatten((arrays, _temperature(engine.__name__, request)))
     found = _compiled(*leaves, call=Call(engine.__name__, request.operation, tree, static))
     return tuple(found) if len(found) > 1 else found[0]
+
+
+def _temperature(engine: str, request: Request) -> Any:
+    """Return a temperature as the kernels take it, so that no value is compiled in."""
+    value = 1.0 if request.operation in LOSSES else request.options.temperature
+    if value == 1.0:
+        return None
+    dtype = jnp.dtype(request.compute_dtype).type
+    return _jax.put(request, _handlers(engine).temperature(value, dtype))
 
 
 rows = import_module("jax.extend.core").Primitive("portable_softmax_rows")
@@ -133,17 +163,31 @@ def _by_xla(*leaves: Any, call: Call) -> list[Any]:
         found = function(*call.arrays(leaves), *call.static)
         return list(found) if isinstance(found, tuple) else [found]
 
-    batched = tuple(0 if own else None for own in _of_rows(call))
+    own, mask = _of_rows(call)
+    batch = leaves[0].shape[: call.batch]
+    leaves = tuple(
+        jnp.broadcast_to(a, batch + a.shape[call.batch :]) if i == mask else a
+        for i, a in enumerate(leaves)
+    )
     for _ in range(call.batch):
-        one = jax.vmap(one, in_axes=batched)
+        one = jax.vmap(one, in_axes=tuple(0 if i in own else None for i in range(len(leaves))))
     return one(*leaves)
 
 
-def _of_rows(call: Call) -> tuple[bool, ...]:
-    """Return which leaves belong to the rows: the logits, and labels or an upstream gradient."""
-    names = call.tree.unflatten(range(call.tree.num_leaves))
-    second = names[1] if call.operation in LOSSES or call.operation.endswith("_vjp") else None
-    return tuple(i in (0, second) for i in range(call.tree.num_leaves))
+def _of_rows(call: Call) -> tuple[tuple[int, ...], int | None]:
+    """Return which leaves belong to the rows, and which of them is a mask.
+
+    What belongs to the rows has an axis for each batch. That of a mask may be of length 1.
+    """
+    arrays, _ = call.tree.unflatten(range(call.tree.num_leaves))
+    if call.operation in _OF_AN_OUTPUT:
+        return arrays, None
+    if call.operation not in LOSSES:
+        own, mask = arrays[:1], arrays[1]
+    else:
+        (x, labels, weights, mask, _) = arrays
+        own = x, labels, weights.samples
+    return tuple(i for i in (*own, mask) if i is not None), mask
 
 
 def _shapes(x: Any, *others: Any, call: Call) -> list[Any]:
@@ -167,19 +211,22 @@ rows.def_abstract_eval(_shapes)
 
 
 def _vmap(leaves: Arrays, axes: Arrays, *, call: Call) -> tuple[list[Any], list[int]]:
-    own = _of_rows(call)
+    own, mask = _of_rows(call)
     size = next(a.shape[i] for a, i in zip(leaves, axes, strict=True) if i is not None)
-    if any(i is not None for i, mine in zip(axes, own, strict=True) if not mine):
+    if any(axis is not None and i not in own for i, axis in enumerate(axes)):
         found = jax.vmap(partial(_by_xla, call=call), in_axes=tuple(axes))(*leaves)
         return found, [0] * len(found)
-    leaves = tuple(
-        a
-        if not mine
-        else jnp.broadcast_to(a, (size, *a.shape))
-        if i is None
-        else jnp.moveaxis(a, i, 0)
-        for a, i, mine in zip(leaves, axes, own, strict=True)
-    )
+    ndim = leaves[0].ndim + (axes[0] is None)
+
+    def batched(i: int, a: Any, axis: int | None) -> Any:
+        if i not in own:
+            return a
+        a = jnp.expand_dims(a, 0) if axis is None else jnp.moveaxis(a, axis, 0)
+        if i == mask:
+            return jnp.expand_dims(a, tuple(range(1, 1 + ndim - a.ndim)))
+        return jnp.broadcast_to(a, (size, *a.shape[1:])) if axis is None else a
+
+    leaves = tuple(batched(i, a, axes[i]) for i, a in enumerate(leaves))
     found = rows.bind(*leaves, call=call._replace(batch=call.batch + 1))
     return found, [0] * len(found)
 
@@ -190,9 +237,10 @@ batching.primitive_batchers[rows] = _vmap
 def _jvp(primals: Arrays, tangents: Arrays, *, call: Call) -> tuple[list[Any], list[Any]]:
     moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
     x, rule = primals[0], _FIRST.get(call.operation)
-    compute = call.form.compute if call.operation in LOSSES else call.static[1]
-    if rule is not None and moving == [0] and x.dtype == compute:
-        found, change = rule(primals, tangents[0], call)
+    if rule is not None and moving == [0] and x.dtype == call.compute:
+        t, where = tangents[0], call.where(primals)
+        t = t if where is None else jnp.where(where, t, 0.0)  # the others' may be infinite
+        found, change = rule(primals, t, call)
         return [found], [change]
 
     def some(*moved: Any) -> list[Any]:
@@ -210,18 +258,44 @@ ad.primitive_jvps[rows] = _jvp
 
 def _softmax_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
     (y,) = rows.bind(*leaves, call=call)
-    return y, y * (t - jnp.sum(y * t, axis=call.axes, keepdims=True))
+    return y, _over_temperature(_of_output("softmax_vjp", y, t, call), call.arrays(leaves)[2])
 
 
 def _log_softmax_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
     (y,) = rows.bind(*leaves, call=call)
-    return y, t - jnp.sum(jnp.exp(y) * t, axis=call.axes, keepdims=True)
+    change = _of_output("log_softmax_jvp", y, t, call)
+    where = call.where(leaves)
+    change = change if where is None else jnp.where(where, change, 0.0)
+    return y, _over_temperature(change, call.arrays(leaves)[2])
+
+
+def _of_output(operation: str, y: Any, t: Any, call: Call) -> Any:
+    """Return a function of an output that is linear in `t`."""
+    tree = jax.tree.structure(((y, t), None))
+    (found,) = rows.bind(y, t, call=call._replace(operation=operation, tree=tree))
+    return found
+
+
+def _transposed(cotangents: list[Any], y: Any, t: Any, *, call: Call) -> list[Any]:
+    """Transpose such a function."""
+    (ct,) = cotangents
+    if type(ct) is ad.Zero:
+        return [None, ad.Zero(t.aval)]
+    return [None, _of_output(_TRANSPOSE[call.operation], y, ct, call)]
+
+
+ad.primitive_transposes[rows] = _transposed
+
+
+def _over_temperature(change: Any, scale: Any) -> Any:
+    return change if scale is None else change * _fold.inverse_temperature(scale)
 
 
 def _logsumexp_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
     """Its derivative is softmax; a row of an infinite maximum has the derivative 0."""
+    tree = jax.tree.structure(((*call.arrays(leaves), None), None))
     (y,) = rows.bind(*leaves, call=call)
-    (p,) = rows.bind(*leaves, call=call._replace(operation="softmax"))
+    (p,) = rows.bind(*leaves, call=call._replace(operation="softmax", tree=tree))
     p = jnp.where(jnp.isinf(y), 0.0, p)
     return y, jnp.sum(p * t, axis=call.axes, keepdims=True)
 
@@ -229,9 +303,14 @@ def _logsumexp_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
 def _loss_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
     """Make the gradient beside the loss."""
     loss, grad = rows.bind(*leaves, call=call._replace(operation="cross_entropy_value_and_grad"))
-    if call.form.ignore_index is not None:  # an ignored row takes no upstream gradient
-        labels = call.arrays(leaves)[1]
-        _, counted = _losses.indices(labels, call.axes[0], call.form.ignore_index)
+    _, labels, weights, _, _ = call.arrays(leaves)
+    (axis,) = call.axes
+    parts = []  # an ignored row takes no upstream gradient
+    if call.form.ignore_index is not None:
+        parts.append(_losses.indices(labels, axis, call.form.ignore_index)[1])
+    if weights.samples is not None:
+        parts.append(jnp.expand_dims(weights.samples != 0, axis))
+    for counted in parts:
         t = t if counted is None else jnp.where(counted, t, 0.0)
     axes = call.axes if call.form.reduction == "none" else range(call.batch, t.ndim)
     return loss, jnp.sum(grad * t, axis=tuple(axes)).astype(loss.dtype)
@@ -251,77 +330,124 @@ _FIRST: dict[str, Callable[..., tuple[Any, Any]]] = {
 def _by_handler(*leaves: Any, call: Call) -> list[Any]:
     """Answer by a handler."""
     x, axes = leaves[0], call.axes
-    outer, n, inner = (
-        math.prod(part)
-        for part in (x.shape[: min(axes)], [x.shape[a] for a in axes], x.shape[max(axes) + 1 :])
+    layout = Layout(
+        math.prod(x.shape[: min(axes)]),
+        math.prod([x.shape[a] for a in axes]),
+        math.prod(x.shape[max(axes) + 1 :]),
     )
-    layout, like = (outer, n, inner), jax.ShapeDtypeStruct
-    if call.operation not in LOSSES:
-        (out,) = _shapes(*leaves, call=call)
-        return _handled(call, layout, leaves, [like(out.shape, out.dtype)], None)
-    return _loss(call, layout, leaves)
+    if call.operation in LOSSES:
+        return _loss(call, layout, leaves)
+    buffers = {"x": x, "numbers": call.numbers(leaves), "mask": _mask(call, layout, leaves)}
+    if call.operation in _OF_AN_OUTPUT:
+        buffers["second"] = call.arrays(leaves)[1]
+    (out,) = _shapes(*leaves, call=call)
+    return _handled(call, layout, buffers, {"out": out}, None)
 
 
-def _loss(call: Call, layout: tuple[int, int, int], leaves: Arrays) -> list[Any]:
+def _mask(call: Call, layout: Layout, leaves: Arrays) -> Any:
+    """Return the mask in one axis that repeats along the logits, or None."""
+    where, shape = call.where(leaves), leaves[0].shape
+    if where is None:
+        return None
+    engine = import_module(call.engine)
+    same = engine.repeated(where.shape, call.axes, layout, call.compute)
+    return jnp.broadcast_to(where.reshape(where.shape[same:]), shape[same:]).reshape(-1)
+
+
+def _loss(call: Call, layout: Layout, leaves: Arrays) -> list[Any]:
     """Let XLA add the losses where vmap asks for several sums, else the handler."""
-    (x, labels, *_), form, like = call.arrays(leaves), call.form, jax.ShapeDtypeStruct
-    (axis,) = call.axes
-    labels, ignore = _labels(labels, layout[1], form.ignore_index)
+    (x, labels, weights, _, numbers), form = call.arrays(leaves), call.form
+    (axis,), compute, like = call.axes, call.compute, jax.ShapeDtypeStruct
+    weight, samples = (a if a is None else a.astype(compute) for a in weights)
+    ignore = None
+    if form.indices:
+        labels, ignore = _labels(labels, layout.n, form.ignore_index, samples)
+    else:
+        labels = labels.astype(compute)
     each = form.reduction == "none" or call.batch > 0
     positions = x.shape[:axis] + x.shape[axis + 1 :]
     per_sum = math.prod(positions[call.batch :])
     divisors = None
-    if form.reduction == "mean" and call.batch and ignore is not None:
-        if call.operation != "cross_entropy" and x.dtype != form.compute:
+    uneven = any(part is not None for part in (weight, samples, ignore))
+    if form.reduction == "mean" and call.batch and uneven:
+        if call.operation != "cross_entropy" and x.dtype != compute:
             return _by_xla(*leaves, call=call)  # a half type is divided before it is rounded
-        counted = (labels != ignore).reshape(*positions[: call.batch], -1)
-        divisors = jnp.sum(counted, axis=-1).astype(form.compute)
+        counted = _counted(labels, weight, samples, ignore).reshape(*positions[: call.batch], -1)
+        divisors = jnp.sum(counted, axis=-1).astype(compute)
     mean = form.reduction == "mean" and divisors is None
-    results = [like(positions if each else (), form.compute)]
+    if weight is None and numbers.label_smoothing is not None:
+        weight = jnp.ones(layout.n, compute)
+    given = {
+        "x": x, "second": labels, "mask": _mask(call, layout, leaves), "weight": weight,
+        "samples": samples, "numbers": _stacked(numbers, compute),
+    }  # fmt: skip
+    results = {"out": like(positions if each else (), compute)}
     if call.operation == "cross_entropy_value_and_grad":
-        results.append(like(x.shape, x.dtype))
-    handlers = _handlers(call.engine)
-    loss = handlers.Loss(each, mean, ignore, 1.0 / per_sum if mean else 1.0)
-    value, *grad = _handled(call, layout, (x, labels), results, loss)
+        results["grad"] = like(x.shape, x.dtype)
+    loss = _handlers(call.engine).Loss(
+        form.indices, each, mean, ignore, 1.0 / per_sum if mean else 1.0,
+        weights.classes is not None, numbers.softcap is not None,
+    )  # fmt: skip
+    value, *grad = _handled(call, layout, given, results, loss)
     if each and form.reduction != "none":
         value = jnp.sum(value, axis=tuple(range(call.batch, value.ndim)))
         if mean:
             value = value / per_sum
     if divisors is not None:
-        value = value / divisors
-        scale = jnp.where(divisors == 0, 0.0, 1.0 / jnp.where(divisors == 0, 1.0, divisors))
-        scale = scale.reshape(scale.shape + (1,) * (x.ndim - call.batch))
-        grad = [(g.astype(form.compute) * scale).astype(g.dtype) for g in grad]
+        none = divisors == 0
+        value = jnp.where(none, jnp.nan, value / jnp.where(none, 1.0, divisors))
+        scale = jnp.where(none, 0.0, 1.0 / jnp.where(none, 1.0, divisors))
+        scale = jnp.expand_dims(scale, tuple(range(call.batch, x.ndim)))
+        grad = [(g.astype(compute) * scale).astype(g.dtype) for g in grad]
     return [value.astype(form.answer), *grad]
 
 
-def _labels(labels: Any, n: int, ignore_index: int | None) -> tuple[Any, int | None]:
+def _stacked(numbers: Any, compute: Any) -> Any:
+    """Return smoothing, z and softcap in one array; None where there is none."""
+    if all(number is None for number in numbers):
+        return None
+    return jnp.stack([jnp.zeros((), compute) if a is None else a for a in numbers])
+
+
+def _labels(labels: Any, n: int, ignore_index: int | None, samples: Any) -> tuple[Any, int | None]:
     """Return the labels as int32, and what is ignored among them.
 
-    Of another dtype, a label without a class becomes n, and one that is ignored -1.
+    If they are of another dtype, or positions have weights, a label without a class becomes n, and
+    one that is ignored, or whose position has the weight 0, -1.
     """
     limits = jnp.iinfo(labels.dtype)
     ignores = ignore_index is not None and limits.min <= ignore_index <= limits.max
-    if labels.dtype == jnp.int32:
+    if labels.dtype == jnp.int32 and samples is None:
         return labels, ignore_index if ignores else None
     has_class = labels >= 0
     if n <= limits.max:
         has_class &= labels < n
     found = jnp.where(has_class, jnp.where(has_class, labels, 0).astype(jnp.int32), n)
-    if not ignores:
-        return found, None
-    return jnp.where(labels == jnp.asarray(ignore_index, labels.dtype), -1, found), -1
+    if ignores:
+        found = jnp.where(labels == jnp.asarray(ignore_index, labels.dtype), -1, found)
+    if samples is not None:
+        found = jnp.where(samples == 0, -1, found)
+    return found, -1 if ignores or samples is not None else None
+
+
+def _counted(labels: Any, weight: Any, samples: Any, ignore: int | None) -> Any:
+    """Return what each label counts in the mean."""
+    counted = jnp.ones(labels.shape, bool) if ignore is None else labels != ignore
+    if weight is not None:
+        counted = jnp.where(counted, jnp.take(weight, labels, mode="clip"), 0.0)
+    return counted if samples is None else jnp.where(counted != 0, counted * samples, 0.0)
 
 
 def _handled(
-    call: Call, layout: tuple[int, int, int], arrays: Arrays, results: list[Any], loss: Any
+    call: Call, layout: Layout, given: dict[str, Any], results: dict[str, Any], loss: Any
 ) -> list[Any]:
     """Call a handler."""
-    sizes = [math.prod(a.shape) for a in (*arrays, *results)]
-    target = _handlers(call.engine).target(
-        _register, call.operation, arrays[0].dtype.name, layout, sizes, loss
-    )
-    return list(jax.ffi.ffi_call(target.name, results)(*arrays, plan=target.plan))
+    handlers, buffers = _handlers(call.engine), {**given, **results}
+    used = {role: buffers[role] for role in handlers.ROLES if buffers.get(role) is not None}
+    target = handlers.target(_register, call.operation, layout, used, loss)
+    arguments = [a for role, a in used.items() if role not in results]
+    out = [jax.ShapeDtypeStruct(a.shape, a.dtype) for r, a in used.items() if r in results]
+    return list(jax.ffi.ffi_call(target.name, out)(*arguments, plan=target.plan))
 
 
 def _register(name: str, address: int) -> None:
@@ -331,6 +457,7 @@ def _register(name: str, address: int) -> None:
 
 def _lowered(context: Any, *values: Any, call: Call, on_cpu: bool) -> Any:
     native = on_cpu and _is_alone(context.module_context) and 0 not in context.avals_in[0].shape
+    native = native and call.operation != "log_softmax_jvp"
     function = _by_handler if native else _by_xla
     lower = mlir.lower_fun(partial(function, call=call), multiple_results=True)
     return lower(context, *values)

@@ -99,6 +99,20 @@ def softmax_vjp(y: Any, dy: Any, axes: Axes, compute: Any, answer: Any) -> Any:
 
 
 @jit
+def log_softmax_jvp(log_y: Any, t: Any, axes: Axes, compute: Any, answer: Any) -> Any:
+    """t - sum(exp(log_y) * t)."""
+    log_y, t = log_y.astype(compute), t.astype(compute)
+    return (t - jnp.sum(jnp.exp(log_y) * t, axis=axes, keepdims=True)).astype(answer)
+
+
+@jit
+def log_softmax_pullback(log_y: Any, dy: Any, axes: Axes, compute: Any, answer: Any) -> Any:
+    """dy - exp(log_y) * sum(dy), which is the transpose of `log_softmax_jvp`."""
+    log_y, dy = log_y.astype(compute), dy.astype(compute)
+    return (dy - jnp.exp(log_y) * jnp.sum(dy, axis=axes, keepdims=True)).astype(answer)
+
+
+@jit
 def log_softmax_vjp(log_y: Any, dy: Any, axes: Axes, compute: Any, answer: Any) -> Any:
     """dy - exp(log_y) * sum(dy), and 0 at a masked entry."""
     log_y, dy = log_y.astype(compute), dy.astype(compute)

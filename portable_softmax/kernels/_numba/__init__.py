@@ -136,18 +136,27 @@ def _out(request: Request) -> Any:
 
 def _mask(request: Request, layout: Layout) -> Any:
     """Return the mask as bytes in one axis that repeat along the logits, None without a mask."""
-    where, shape, axes = request.options.where, request.x.shape, request.axes
+    where, shape = request.options.where, request.x.shape
     if where is None:
         return None
     lengths = (1,) * (len(shape) - where.ndim) + where.shape
-    # What is the same for each index of the first axes is not repeated, but for blocks, which
-    # begin at any row.
-    same = next((a for a, n in enumerate(lengths) if n > 1), len(shape))
-    in_blocks = layout.inner == 1 and _compiled().in_groups(layout.n, request.compute_dtype)
-    same = 0 if in_blocks else min(same, *axes)
+    same = repeated(lengths, request.axes, layout, request.compute_dtype)
     where = np.ascontiguousarray(np.broadcast_to(where.reshape(lengths[same:]), shape[same:]))
     where = where if where.flags.writeable else np.asarray(_Alias(where))
     return where.view(np.uint8).reshape(-1)
+
+
+def repeated(
+    lengths: tuple[int, ...], axes: tuple[int, ...], layout: Layout, compute_dtype: Any
+) -> int:
+    """Return for how many of the first axes a mask need not be repeated.
+
+    It is the same for each index of them. Blocks begin at any row: for these there are none.
+    """
+    if layout.inner == 1 and _compiled().in_groups(layout.n, compute_dtype):
+        return 0
+    same = next((a for a, n in enumerate(lengths) if n > 1), len(lengths))
+    return min(same, *axes)
 
 
 def _row_by_row(request: Request) -> Any:

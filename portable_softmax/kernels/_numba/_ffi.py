@@ -1,12 +1,13 @@
 """Which handler of XLA's FFI a call takes, and what it is called with; see `_handlers`.
 
-A handler is made once for each operation, layout and dtype, is cached on disk as kernels are, and
-stays for the life of the process.
+A handler is made once for each operation, layout, dtype and variant, is cached on disk as kernels
+are, and stays for the life of the process.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -17,9 +18,16 @@ from numba import types
 from numba.core.ccallback import CFunc
 
 from portable_softmax.kernels._numba import _driver, _handlers, _jit
-from portable_softmax.kernels._numba._losses import EACH, IGNORING
+from portable_softmax.kernels._numba._exp import temperature
+from portable_softmax.kernels._numba._losses import EACH, IGNORING, SAMPLED, WEIGHTED
 
-API = _handlers.API
+__all__ = ["API", "ROLES", "Loss", "Target", "made", "target", "temperature"]
+
+API, ROLES = _handlers.API, _handlers.ROLES
+
+
+# The vector-Jacobian product of log_softmax where a logit of -inf passes its gradient on.
+PULLBACK = "log_softmax_pullback"
 
 
 class Target(NamedTuple):
@@ -69,40 +77,60 @@ def _registered(register: Register, *parts: str) -> str:
     return f"portable_softmax.{name}"
 
 
+def made() -> list[Any]:
+    """Return the handlers that this process has made."""
+    return list(_made.values())
+
+
 class Loss(NamedTuple):
     """What a plan holds of a loss."""
 
+    indices: bool
     each: bool
     mean: bool
     ignore: int | None
     scale: float  # of the gradient
+    weighted: bool  # by weights of the classes that are not all 1
+    capped: bool
 
 
 def target(
     register: Register,
     operation: str,
-    dtype: str,
     layout: tuple[int, int, int],
-    sizes: list[int],
+    buffers: dict[str, Any],
     loss: Loss | None,
 ) -> Target:
-    """Return the handler of a call; `sizes` are the elements of its buffers."""
+    """Return the handler of a call; `buffers` are its arrays by their roles, and the results."""
+    dtype = buffers["x"].dtype.name
     stored = np.dtype({"float16": "u2", "bfloat16": "i2"}.get(dtype, dtype))
-    compute = _driver.compute_dtype(stored)
     flat = _driver.Layout(*layout)
-    planned = _driver.plan(operation, flat, stored, compute)
-    kind = next(name for name, found in _handlers.LAYOUTS.items() if found is planned.kernels)
     plan = np.zeros(_handlers.WORDS, np.int64)
+    variants = [name for role, name in _VARIANTS.items() if role in buffers]
+    if loss is None:
+        plan[_handlers.FLAGS] = operation in ("softmax", "log_softmax", PULLBACK)
+        operation = "log_softmax_vjp" if operation == PULLBACK else operation
+        variants += ["temperature"] * ("numbers" in buffers)
+    else:
+        operation = operation if loss.indices else f"soft_{operation}"
+        variants += ["softcap"] * loss.capped
+        flags = EACH * loss.each | IGNORING * (loss.ignore is not None)
+        flags |= WEIGHTED * loss.weighted | SAMPLED * ("samples" in buffers)
+        plan[_handlers.FLAGS], plan[_handlers.IGNORE] = flags, loss.ignore or 0
+        plan[_handlers.LENGTH], plan[_handlers.MEAN] = flat.rows, loss.mean
+        plan.view(np.float64)[_handlers.SCALE] = loss.scale
+    planned = _driver.plan(operation, flat, stored, _driver.compute_dtype(stored))
+    kind = next(name for name, found in _handlers.LAYOUTS.items() if found is planned.kernels)
     plan[: _handlers.PIECES + 1] = (
         *(*planned.shape, planned.workspace),
         *(planned.step, planned.groups, planned.pieces),
     )
-    if loss is None:
-        plan[_handlers.FLAGS] = operation in ("softmax", "log_softmax")
-    else:
-        plan[_handlers.FLAGS] = EACH * loss.each | IGNORING * (loss.ignore is not None)
-        plan[_handlers.IGNORE] = loss.ignore or 0
-        plan[_handlers.LENGTH], plan[_handlers.MEAN] = flat.rows, loss.mean
-        plan.view(np.float64)[_handlers.SCALE] = loss.scale
-    plan[_handlers.SIZES : _handlers.SIZES + len(sizes)] = sizes
-    return Target(_registered(register, operation, kind, dtype), plan)
+    for role, array in buffers.items():
+        i = _handlers.ROLES.index(role)
+        plan[_handlers.KINDS + i] = _handlers.CODES[array.dtype.name]
+        plan[_handlers.SIZES + i] = math.prod(array.shape)
+    return Target(_registered(register, operation, kind, dtype, *variants), plan)
+
+
+# What a kernel is compiled for, by the buffer that holds it.
+_VARIANTS = {"mask": "where", "samples": "sample_weight"}

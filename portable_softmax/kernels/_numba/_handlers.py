@@ -10,19 +10,30 @@ one finds no piece when it comes. Whoever leaves a job last frees it.
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 
+import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from portable_softmax.kernels._numba._compensation import compensated
-from portable_softmax.kernels._numba._jit import function, named
+from portable_softmax.kernels._numba._jit import INLINED, function, named
 from portable_softmax.kernels._numba._kernels import BLOCKS, COLUMNS, NARROW, ROWS, scan
-from portable_softmax.kernels._numba._losses import EACH, IGNORING, no_sum, with_term
+from portable_softmax.kernels._numba._losses import (
+    EACH,
+    IGNORING,
+    SAMPLED,
+    WEIGHTED,
+    no_sum,
+    with_term,
+)
 from portable_softmax.kernels._numba._memory import I64
 
 API = (0, 3)  # of the frame that is read here
+IS_LINUX = sys.platform == "linux"
 
 # Words of the frame, of its API, of a buffer, of an attribute that is an array, of an extension.
 EXTENSION, API_TABLE, CONTEXT, STAGE = 1, 2, 3, 4
@@ -35,7 +46,8 @@ EXECUTE, IS_METADATA, IS_ARRAY, INT64 = 3, 1, 1, 5
 INVALID_ARGUMENT, OUT_OF_MEMORY = 3, 8
 
 # What the frame calls dtypes, and as what the kernels read them.
-CODES = {"float16": 10, "float32": 11, "float64": 12, "bfloat16": 16, "int32": 4}
+CODES = {"bool": 1, "int32": 4, "float16": 10, "float32": 11, "float64": 12, "bfloat16": 16}
+SINGLE, DOUBLE = CODES["float32"], CODES["float64"]
 STORED = {
     "float16": types.uint16,
     "bfloat16": types.int16,
@@ -43,14 +55,20 @@ STORED = {
     "float64": types.float64,
 }
 
-# Words of a plan: `_driver.Plan`, then what a loss needs, then the elements of each buffer.
+# What buffers hold, arguments first. `second` is labels, a distribution or an upstream gradient;
+# `numbers` are those of a temperature, or the smoothing, z and softcap of a loss.
+ROLES = ("x", "second", "mask", "weight", "samples", "numbers", "out", "grad")
+X, SECOND, MASK, WEIGHT, SAMPLES, NUMBERS, OUT, GRAD = range(8)
+
+# Words of a plan: `_driver.Plan`, then what a loss needs, then the code of each buffer's dtype, 0
+# for one that a call does without, and its elements.
 N, INNER, HEIGHT, WORKSPACE, STEP, GROUPS, PIECES = range(7)
 FLAGS, IGNORE, LENGTH, MEAN = 7, 8, 9, 10  # FLAGS is the kernel's number if that is no loss
 SMOOTHING, Z, CLASSES, SCALE = 11, 12, 13, 14  # float64
-SIZES, WORDS = 15, 20
+KINDS, SIZES, WORDS = 15, 23, 31
 # Words of a job: where the pieces stand, who is at work, who holds it, how many threads there are;
 # the plan; where the buffers are; a 1 of the computation's dtype; the sums of the pieces.
-COUNTER, WORKING, HOLDERS, THREADS, PLAN, BUFFERS, ONE, SUMS = 0, 1, 2, 3, 4, 24, 29, 30
+COUNTER, WORKING, HOLDERS, THREADS, PLAN, BUFFERS, ONE, SUMS = 0, 1, 2, 3, 4, 35, 43, 44
 
 
 # --------------------------------------------------------------------------- memory and calls
@@ -154,12 +172,13 @@ malloc = types.ExternalFunction("malloc", types.int64(types.int64))
 free = types.ExternalFunction("free", types.void(types.int64))
 yield_to_others = types.ExternalFunction("sched_yield", types.int32())
 
-_compiled = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+# What is called and not inlined, neither: LLVM sees all of it in the handler, once.
+_called = njit(**{**INLINED, "forceinline": False})
 
 
 def task(name):
     """Return the decorator of what a handler calls and does not inline."""
-    return lambda f: _compiled(named(f, f"{name}.{f.__name__}"))
+    return lambda f: _called(named(f, f"{name}.{f.__name__}"))
 
 
 VERSION_WORD = API[0] | API[1] << 32
@@ -176,112 +195,144 @@ def shape_of(job):
 
 
 @function
+def pieces_of(job):
+    return carray(at(job + 8 * COUNTER, types.int64), 1)
+
+
+@function
 def integer_of(job):
     """Return the kernel's number: a literal would be a type of its own."""
     return word(job, PLAN + FLAGS)
 
 
 @function
-def infinity_of(job):
-    return math.inf
+def left_out_of(job):
+    """Return what a mask leaves out of the answer of log_softmax; a nan is equal to nothing."""
+    return math.nan if integer_of(job) else math.inf
 
 
 @function
-def counter_of(job):
-    return carray(at(job + 8 * COUNTER, types.int64), 1)
+def nothing(job):
+    return None
 
 
-def _row_by_row(run, stored, shape):
-    """softmax, log_softmax and logsumexp; `shape` is that of the result."""
+def _rows_of(role, dtype):
+    """Return the function that returns a buffer of rows."""
+
+    @function
+    def rows_of(job):
+        return carray(at(word(job, BUFFERS + role), dtype), (1, 1))
+
+    return rows_of
+
+
+def _flat(role, dtype):
+    """Return the function that returns a buffer with its elements in one axis."""
+
+    @function
+    def array_of(job):
+        return carray(at(word(job, BUFFERS + role), dtype), word(job, PLAN + SIZES + role))
+
+    return array_of
+
+
+def _temperature(compute):
+    numbers_of = _flat(NUMBERS, compute)
+
+    @function
+    def temperature_of(job):
+        t = numbers_of(job)
+        return np.float64(t[0]), np.float64(t[1]), np.float64(t[2])
+
+    return temperature_of
+
+
+def _three(run, number_of, first_of, second_of, third_of):
+    """Return what runs a kernel of three arrays and a number."""
 
     @function
     def body(job, workspace):
-        x = carray(at(word(job, BUFFERS), stored), (1, 1))
-        out = carray(at(word(job, BUFFERS + 1), stored), shape)
+        arrays, numbers = (first_of(job), second_of(job), third_of(job)), (number_of(job),)
         step, groups = word(job, PLAN + STEP), word(job, PLAN + GROUPS)
-        numbers = (integer_of(job),)
-        run((x, out, None), numbers, shape_of(job), workspace, counter_of(job), step, groups)
+        run(arrays, numbers, shape_of(job), workspace, pieces_of(job), step, groups)
 
     return body
 
 
-def _vjp(run, stored, number):
-    @function
-    def body(job, workspace):
-        y = carray(at(word(job, BUFFERS), stored), (1, 1))
-        dy = carray(at(word(job, BUFFERS + 1), stored), (1, 1))
-        out = carray(at(word(job, BUFFERS + 2), stored), (1, 1))
-        step, groups = word(job, PLAN + STEP), word(job, PLAN + GROUPS)
-        numbers = (number(job),)
-        run((y, dy, out), numbers, shape_of(job), workspace, counter_of(job), step, groups)
-
-    return body
-
-
-def _loss(run, stored, compute, gradient):
-    """Each loss goes to the first result, if its flag is set."""
-
-    @function
-    def arrays_of(job):
-        return (
-            carray(at(word(job, BUFFERS), stored), (1, 1)),
-            carray(at(word(job, BUFFERS + 1), types.int32), 1),
-            carray(at(word(job, BUFFERS + 2), compute), 1),
-            carray(at(job + 8 * ONE, compute), 1),
-            carray(at(job + 8 * (PLAN + SMOOTHING), types.float64), 4),
-            carray(at(job + 8 * SUMS, types.float64), (1, 3)),
-            None,
-            None,
-        )
+def _with_gradient(run, arrays_of, numbers_of, stored, gradient):
+    """Return what runs a kernel of a loss, its gradient the last of the arrays."""
+    grad_of = _rows_of(GRAD, stored)
 
     if gradient:
 
         @function
-        def body(job, workspace):
-            grad = carray(at(word(job, BUFFERS + 3), stored), (1, 1))
-            arrays = arrays_of(job) + (grad,)  # noqa: RUF005 - Numba unpacks none
-            numbers = word(job, PLAN + FLAGS), word(job, PLAN + IGNORE), None
-            step, groups = word(job, PLAN + STEP), word(job, PLAN + GROUPS)
-            run(arrays, numbers, shape_of(job), workspace, counter_of(job), step, groups)
+        def every(job):
+            return arrays_of(job) + (grad_of(job),)  # noqa: RUF005 - Numba unpacks none
 
     else:
+        every = arrays_of
 
-        @function
-        def body(job, workspace):
-            arrays = arrays_of(job)
-            numbers = word(job, PLAN + FLAGS), word(job, PLAN + IGNORE), None
-            step, groups = word(job, PLAN + STEP), word(job, PLAN + GROUPS)
-            run(arrays, numbers, shape_of(job), workspace, counter_of(job), step, groups)
+    @function
+    def body(job, workspace):
+        step, groups = word(job, PLAN + STEP), word(job, PLAN + GROUPS)
+        numbers = numbers_of(job)
+        run(every(job), numbers, shape_of(job), workspace, pieces_of(job), step, groups)
 
     return body
 
 
-def _nothing():
+@function
+def options_of(job):
+    return carray(at(job + 8 * (PLAN + SMOOTHING), types.float64), 4)
+
+
+def _loss(run, stored, compute, gradient, variants):
+    """Each loss goes to the first result, if its flag is set."""
+    x_of, labels_of = _rows_of(X, stored), _flat(SECOND, types.int32)
+    losses_of, weight_of = _flat(OUT, compute), _flat(WEIGHT, compute)
+    mask_of = _flat(MASK, types.uint8) if "where" in variants else nothing
+    samples_of = _flat(SAMPLES, compute) if "sample_weight" in variants else nothing
+    cap_of, given = nothing, _flat(NUMBERS, compute)
+    if "softcap" in variants:
+
+        @function
+        def cap_of(job):
+            return np.float64(given(job)[2])
+
     @function
-    def nothing(job):
-        pass
+    def arrays_of(job):
+        sums = carray(at(job + 8 * SUMS, types.float64), (1, 3))
+        return (
+            x_of(job), labels_of(job), losses_of(job), weight_of(job), options_of(job), sums,
+            mask_of(job), samples_of(job),
+        )  # fmt: skip
 
-    return nothing, nothing
-
-
-def _of_a_loss(compute):
-    """What is done before the pieces of a loss, and after them."""
+    @function
+    def numbers_of(job):
+        return word(job, PLAN + FLAGS), word(job, PLAN + IGNORE), cap_of(job)
 
     @function
     def prepare(job):
         carray(at(job + 8 * ONE, compute), 1)[0] = 1
-        if word(job, PLAN + MEAN) and word(job, PLAN + FLAGS) & IGNORING:
-            labels = carray(at(word(job, BUFFERS + 1), types.int32), word(job, PLAN + LENGTH))
-            w = carray(at(job + 8 * ONE, compute), 1)
-            flags, ignore = word(job, PLAN + FLAGS), word(job, PLAN + IGNORE)
-            total = scan(labels, w, None, word(job, PLAN + N), flags, ignore)
-            scale = 1.0 / total if total != 0 else 0.0
-            carray(at(job + 8 * (PLAN + SCALE), types.float64), 1)[0] = scale
+        if word(job, BUFFERS + WEIGHT) == 0:
+            put(job, BUFFERS + WEIGHT, job + 8 * ONE)
+        n, flags, w, options = word(job, PLAN + N), integer_of(job), weight_of(job), options_of(job)
+        if word(job, BUFFERS + NUMBERS) != 0:
+            options[0], options[1] = given(job)[0], given(job)[1]
+        if options[0] != 0:
+            total = no_sum()
+            for i in range(n):
+                total = with_term(total, np.float64(w[i]))
+            options[2] = compensated(total[0], total[1])
+        if word(job, PLAN + MEAN) and flags & (IGNORING | WEIGHTED | SAMPLED):
+            ignore = word(job, PLAN + IGNORE)
+            divisor = scan(labels_of(job), w, samples_of(job), n, flags, ignore)
+            options[3] = 1.0 / divisor if divisor != 0 else 0.0
 
     @function
     def finish(job):
         """Write the sum or the mean, unless each loss is asked for."""
-        if word(job, PLAN + FLAGS) & EACH:
+        if integer_of(job) & EACH:
             return
         sums = carray(at(job + 8 * SUMS, types.float64), (word(job, PLAN + PIECES), 3))
         loss, weight = no_sum(), no_sum()
@@ -289,10 +340,48 @@ def _of_a_loss(compute):
             loss, weight = with_term(loss, sums[i, 0]), with_term(weight, sums[i, 1])
         result = compensated(loss[0], loss[1])
         if word(job, PLAN + MEAN):
-            result = result / compensated(weight[0], weight[1])
-        carray(at(word(job, BUFFERS + 2), compute), 1)[0] = result
+            divisor = compensated(weight[0], weight[1])
+            result = result / divisor if divisor != 0 else math.nan
+        losses_of(job)[0] = result
 
-    return prepare, finish
+    return _with_gradient(run, arrays_of, numbers_of, stored, gradient), prepare, finish
+
+
+def _soft_loss(run, stored, compute, gradient):
+    x_of, t_of, losses_of = _rows_of(X, stored), _rows_of(SECOND, compute), _flat(OUT, compute)
+    given = _flat(NUMBERS, compute)
+
+    @function
+    def sums_of(job):
+        return carray(at(job + 8 * SUMS, types.float64), word(job, PLAN + PIECES))
+
+    @function
+    def arrays_of(job):
+        return x_of(job), t_of(job), losses_of(job), options_of(job), sums_of(job)
+
+    @function
+    def numbers_of(job):
+        return (integer_of(job),)
+
+    @function
+    def prepare(job):
+        """The options are z and the factor of the gradient."""
+        options = options_of(job)
+        options[0], options[1] = 0.0, options[3]
+        if word(job, BUFFERS + NUMBERS) != 0:
+            options[0] = given(job)[1]
+
+    @function
+    def finish(job):
+        if integer_of(job) & EACH:
+            return
+        sums, loss = sums_of(job), no_sum()
+        for i in range(word(job, PLAN + PIECES)):
+            loss = with_term(loss, sums[i])
+        result = compensated(loss[0], loss[1])
+        losses_of(job)[0] = result / word(job, PLAN + LENGTH) if word(job, PLAN + MEAN) else result
+
+    return _with_gradient(run, arrays_of, numbers_of, stored, gradient), prepare, finish
 
 
 # --------------------------------------------------------------------------- the handler
@@ -317,10 +406,58 @@ def is_as_planned(buffer, code, size):
     return low_half(word(buffer, DTYPE)) == code and elements == size
 
 
-def _handler(name, body, prepare, finish, compute, arguments, results):
-    """Return the C function; the last two are the codes of the buffers' dtypes."""
-    item, first_result = compute.bitwidth // 8, len(arguments)
-    codes, buffers = arguments + results, len(arguments) + len(results)
+@function
+def number_of_buffers(plan, first, end):
+    found = 0
+    for role in range(first, end):
+        found += word(plan, KINDS + role) != 0
+    return found
+
+
+@function
+def find_buffers(frame, job):
+    """Write where the buffers are to a job; return whether they are as planned."""
+    for role in range(OUT + 2):
+        put(job, BUFFERS + role, 0)
+    for role in range(OUT + 2):
+        code, size = word(job, PLAN + KINDS + role), word(job, PLAN + SIZES + role)
+        if code != 0:
+            those, first = (ARGUMENTS, X) if role < OUT else (RESULTS, OUT)
+            i = number_of_buffers(job + 8 * PLAN, first, role)
+            buffer = word(word(frame, those + 4), i)
+            if not is_as_planned(buffer, code, size):
+                return False
+            put(job, BUFFERS + role, word(buffer, DATA))
+    return True
+
+
+madvise = types.ExternalFunction("madvise", types.int32(types.int64, types.int64, types.int32))
+PAGE, HUGE, MADV_HUGEPAGE = mmap.PAGESIZE, 1 << 22, 14
+
+
+@function
+def item_size(code):
+    return 8 if code == DOUBLE else 4 if code == SINGLE else 2
+
+
+@function
+def ask_for_large_pages(job):
+    """Let Linux bring the results' memory in large pages, as NumPy does.
+
+    XLA makes a result anew for each call: in small pages its first touch takes as long as three
+    passes over it.
+    """
+    for role in (OUT, GRAD):
+        start, kind = word(job, BUFFERS + role), word(job, PLAN + KINDS + role)
+        size = word(job, PLAN + SIZES + role) * item_size(kind)
+        if size >= HUGE:
+            skipped = -start % PAGE
+            madvise(start + skipped, size - skipped, MADV_HUGEPAGE)
+
+
+def _handler(name, body, prepare, finish, compute):
+    """Return the C function."""
+    item = compute.bitwidth // 8
 
     @task(name)
     def work(job):
@@ -370,8 +507,6 @@ def _handler(name, body, prepare, finish, compute, arguments, results):
             return failure(frame, INVALID_ARGUMENT, text("portable_softmax: another FFI version"))
         if (
             low_half(word(frame, STAGE)) != EXECUTE
-            or word(frame, ARGUMENTS + 2) != first_result
-            or word(frame, RESULTS + 2) != buffers - first_result
             or word(frame, ATTRIBUTES + 2) != 1
             or low_half(word(word(frame, ATTRIBUTES + 3), 0)) != IS_ARRAY
         ):
@@ -380,6 +515,10 @@ def _handler(name, body, prepare, finish, compute, arguments, results):
         plan = word(attribute, ARRAY_DATA)
         if low_half(word(attribute, 0)) != INT64 or word(attribute, ARRAY_SIZE) != WORDS:
             return failure(frame, INVALID_ARGUMENT, text("portable_softmax: another plan"))
+        if word(frame, ARGUMENTS + 2) != number_of_buffers(plan, X, OUT) or word(
+            frame, RESULTS + 2
+        ) != number_of_buffers(plan, OUT, OUT + 2):
+            return failure(frame, INVALID_ARGUMENT, text("portable_softmax: another call frame"))
         pieces = word(plan, PIECES)
         job = malloc(8 * (SUMS + 3 * pieces))
         if job == 0:
@@ -389,13 +528,11 @@ def _handler(name, body, prepare, finish, compute, arguments, results):
         put(job, COUNTER, 0)
         put(job, WORKING, 0)
         put(job, HOLDERS, 1)
-        for i in range(buffers):
-            those = ARGUMENTS if i < first_result else RESULTS
-            buffer = word(word(frame, those + 4), i if i < first_result else i - first_result)
-            if not is_as_planned(buffer, codes[i], word(plan, SIZES + i)):
-                free(job)
-                return failure(frame, INVALID_ARGUMENT, text("portable_softmax: another buffer"))
-            put(job, BUFFERS + i, word(buffer, DATA))
+        if not find_buffers(frame, job):
+            free(job)
+            return failure(frame, INVALID_ARGUMENT, text("portable_softmax: another buffer"))
+        if IS_LINUX:
+            ask_for_large_pages(job)
         prepare(job)
         if pieces > 1:
             ask_for_help(frame, job, pieces - 1)
@@ -416,18 +553,24 @@ def _handler(name, body, prepare, finish, compute, arguments, results):
 LAYOUTS = {"rows": ROWS, "blocks": BLOCKS, "columns": COLUMNS, "narrow": NARROW}
 
 
-def handler(name, operation, layout, dtype):
-    """Return the handler of an operation, to be compiled; `name` is unique among them."""
-    run, stored = LAYOUTS[layout][operation], STORED[dtype]
+def handler(name, operation, layout, dtype, *variants):
+    """Return the handler of an operation, to be compiled; `name` is unique among them.
+
+    Variants are the options that a kernel is compiled for.
+    """
+    run, stored = _called(LAYOUTS[layout][operation].py_func), STORED[dtype]
     compute = types.float64 if dtype == "float64" else types.float32
-    one, computed = CODES[dtype], CODES[str(compute)]
     if operation in ("softmax", "log_softmax", "logsumexp"):
-        body = _row_by_row(run, stored, 1 if operation == "logsumexp" else (1, 1))
-        return _handler(name, body, *_nothing(), compute, (one,), (one,))
+        number_of = _temperature(compute) if "temperature" in variants else integer_of
+        out_of = (_flat if operation == "logsumexp" else _rows_of)(OUT, stored)
+        mask_of = _flat(MASK, types.uint8) if "where" in variants else nothing
+        body = _three(run, number_of, _rows_of(X, stored), out_of, mask_of)
+        return _handler(name, body, nothing, nothing, compute)
     if operation in ("softmax_vjp", "log_softmax_vjp"):
-        number = integer_of if operation == "softmax_vjp" else infinity_of
-        return _handler(name, _vjp(run, stored, number), *_nothing(), compute, (one, one), (one,))
-    gradient = operation == "cross_entropy_value_and_grad"
-    body = _loss(run, stored, compute, gradient)
-    results = (computed, one) if gradient else (computed,)
-    return _handler(name, body, *_of_a_loss(compute), compute, (one, CODES["int32"]), results)
+        number_of = integer_of if operation == "softmax_vjp" else left_out_of
+        body = _three(run, number_of, *(_rows_of(role, stored) for role in (X, SECOND, OUT)))
+        return _handler(name, body, nothing, nothing, compute)
+    gradient = operation.endswith("value_and_grad")
+    if operation.startswith("soft_"):
+        return _handler(name, *_soft_loss(run, stored, compute, gradient), compute)
+    return _handler(name, *_loss(run, stored, compute, gradient, variants), compute)
