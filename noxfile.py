@@ -113,8 +113,10 @@ BACKENDS = {
     "cubed": "cubed",
     "dpnp": "dpnp",
 }
-# Those with tests and no more: no demo, no fuzz, no benchmark.
-TESTED_ONLY = ("ndonnx", "mlx", "cubed", "dpnp")
+# Those that compute when they are told to.
+LAZY = ("dask", "ndonnx", "cubed")
+# Those that `bench` has no providers for.
+NOT_MEASURED = ("ndonnx", "mlx", "cubed", "dpnp")
 # Those that `tests` and `tests-slow` leave out: their libraries take long to install.
 BY_NAME = ("dpnp",)
 # The backends whose tests together must cover the package, line and branch.
@@ -216,7 +218,7 @@ def for_each_backend(name: str, without: tuple[str, ...] = ()):
 
 
 # A lazy library has nothing to gain from small steps, nor have kernels for large arrays.
-@for_each_backend("demo", without=("dask", "numba", *TESTED_ONLY))
+@for_each_backend("demo", without=("numba", *LAZY, *BY_NAME))
 def demo(session: nox.Session, backend: str) -> None:
     """Train a softmax classifier on handwritten digits with BACKEND."""
     install_backend(session, backend, "demo")
@@ -224,7 +226,7 @@ def demo(session: nox.Session, backend: str) -> None:
     session.run(*command, *session.posargs)
 
 
-@for_each_backend("bench", without=("numba", *TESTED_ONLY))  # numpy brings Numba
+@for_each_backend("bench", without=("numba", *NOT_MEASURED))  # numpy brings Numba
 def bench(session: nox.Session, backend: str) -> None:
     """Measure speed on BACKEND beside the peers of every library and a copy."""
     install_backend(session, backend, "bench", None if backend == "cupy" else "peers")
@@ -470,7 +472,7 @@ def table(rows) -> str:
 
 
 # numpy and torch bring Numba's kernels.
-@for_each_backend("fuzz", without=("numba", "cupy", *TESTED_ONLY))
+@for_each_backend("fuzz", without=("numba", "cupy", "ndonnx", "cubed"))
 def fuzz(session: nox.Session, backend: str) -> None:
     """Search for differences on BACKEND: random calls against exact answers; no part of CI.
 

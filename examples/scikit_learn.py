@@ -194,7 +194,7 @@ def table(fits: Mapping[str, tuple[Fit, Fit]], title: str) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD)
     table.add_column("library")
     table.add_column("")
-    headings = ("fit", "loss and\ngradient", "steps", "largest\ncoefficient", "largest\ndifference")
+    headings = ("fit", "loss and\ngradient", "steps", "largest\ncoef_", "largest\ndifference")
     for heading in headings:
         table.add_column(heading, justify="right")
     for library, (old, new) in fits.items():

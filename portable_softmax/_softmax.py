@@ -360,7 +360,8 @@ def softmax_vjp(y: ArrayT, dy: ArrayT, /, *, axis: Axis = -1, out: ArrayT | None
     Notes
     -----
     Masked entries and rows have y = 0 and so get the gradient 0. For a softmax with a temperature
-    divide the result by it.
+    divide the result by it. An output that rounds to 1 gets the gradient 0, as `y` has not kept
+    1 - y; `log_softmax_vjp` finds it in `log_y`.
 
     See Also
     --------
@@ -413,7 +414,8 @@ def log_softmax_vjp(
     Notes
     -----
     An entry at -inf was masked out: it gets the gradient 0, and what stands in `dy` there does not
-    count. For a log_softmax with a temperature divide the result by it.
+    count. For a log_softmax with a temperature divide the result by it. A confident row keeps its
+    digits: 1 - y is -expm1(log_y).
 
     See Also
     --------

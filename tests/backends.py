@@ -26,6 +26,14 @@ FLOATS = ("float32", "float64")
 HALVES = ("float16", "bfloat16")
 # What shows that the answers of a library are right: semantics, golden values, each function.
 MATRIX = ("test_semantics", "test_values", "test_cross_entropy", "test_family", "test_layers")
+# What else takes any library.
+ANY_LIBRARY = (
+    *MATRIX,
+    *("test_cli", "test_compat", "test_dtype", "test_entmax", "test_entmax_loss", "test_errors"),
+    *("test_fuzz", "test_kernels", "test_linear_cross_entropy", "test_online", "test_out"),
+    *("test_properties", "test_ranks", "test_same_bits", "test_sample_weight", "test_sink"),
+    *("test_sigmoid_cross_entropy", "test_testing", "test_textbook"),
+)
 # Rows of the table of semantics that cost a slow library little.
 CHEAP = ("reduced_axis*", "0_d*", "a_row_of*", "plus_inf*", "integers", "arrays_of*", "options*")
 
@@ -287,6 +295,11 @@ class Jax(Backend):
 
         return isinstance(array, jax.Array)
 
+    def grad(self, function):
+        import jax
+
+        return jax.grad(function)
+
 
 class JaxNumba(Jax):
     """JAX's arrays on the CPU, of any size, through handlers compiled by Numba.
@@ -370,7 +383,11 @@ class Ndonnx(Backend):
     halves = ("float16",)
     lazy = True
     quick = ("test_ndonnx", "test_examples", *(f"test_semantics::test_{name}" for name in CHEAP))
-    others = ("test_semantics", "test_cross_entropy::test_golden")
+    # ONNX Runtime compiles a graph for each value that is read.
+    others = (
+        *("test_semantics", "test_cross_entropy::test_golden", "test_compat", "test_dtype"),
+        *("test_errors", "test_layers"),
+    )
 
     def __init__(self):
         import ndonnx
@@ -423,8 +440,11 @@ class Mlx(Backend):
     default_float = "float32"
     device = "cpu"
     halves = HALVES
-    quick = ("test_mlx", "test_semantics", "test_cross_entropy::test_golden")
-    others = MATRIX
+    quick = (
+        *("test_mlx", "test_semantics", "test_cross_entropy::test_golden", "test_layers"),
+        *("test_compat", "test_dtype", "test_errors", "test_kernels", "test_sink"),
+    )
+    others = ANY_LIBRARY
 
     def __init__(self):
         import mlx.core as mx
@@ -450,6 +470,9 @@ class Mlx(Backend):
 
     def is_ours(self, array):
         return isinstance(array, self.xp.array)
+
+    def grad(self, function):
+        return self.xp.grad(function)
 
 
 class Cubed(Backend):
@@ -496,7 +519,7 @@ class Dpnp(Backend):
     name = library = "dpnp"
     halves = ("float16",)
     quick = ("test_dpnp", "test_semantics", "test_cross_entropy::test_golden")
-    others = MATRIX
+    others = ANY_LIBRARY
 
     def __init__(self):
         import dpctl

@@ -79,6 +79,14 @@ def test_every_kernel_of_the_table_exists():
             assert kernels.available()[kernel.name] == kernel.operations
 
 
+@pytest.mark.parametrize("row", ["rows", _table.TABLE[0]])
+def test_a_kernel_that_a_class_registers_is_of_its_library(monkeypatch, row):
+    of_others = type("OfOthers", (libraries.Library,), {"kernels": (row,)})
+    monkeypatch.setitem(libraries.CLASSES, "others", of_others)
+    with pytest.raises(TypeError, match="whose library is 'others'"):
+        kernels.available()
+
+
 # --------------------------------------------------------------------------- fail closed
 
 
@@ -99,7 +107,7 @@ def request(library, device="cpu", **changes):
 LIBRARY_NAMES = sorted({kernel.library for kernel in _table.TABLE})
 
 
-@pytest.mark.parametrize("asked", [(), _table.NAMES], ids=["default", "asked"])
+@pytest.mark.parametrize("asked", [(), _table.names()], ids=["default", "asked"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("library", LIBRARY_NAMES)
 @pytest.mark.parametrize(
@@ -123,7 +131,7 @@ def test_what_no_kernel_declares_takes_the_portable_path(library, operation, cha
 
 
 def test_a_library_that_no_kernel_declares_takes_the_portable_path():
-    decision = _decide.decide(request("nobody"), Switches(asked=_table.NAMES))
+    decision = _decide.decide(request("nobody"), Switches(asked=_table.names()))
     assert str(decision) == "portable: no kernel for softmax on nobody"
 
 

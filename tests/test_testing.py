@@ -106,36 +106,57 @@ def test_a_library_without_float64_skips_it(shelf):
 # --- Adapters that an installed package registers -----------------------------------------------
 
 REPORT = "import shelf; from portable_softmax.testing import check_library as c; print(c(shelf))"
+EXPLAIN = """
+import shelf
+from portable_softmax import kernels
+x = shelf.asarray([[0.0, 1.0]])
+print(kernels.explain("softmax", x))
+print(kernels.explain("softmax", x, temperature=2.0))
+print(kernels.explain("log_softmax", x))
+print(kernels.available()["shelf rows"])
+with kernels.without("shelf rows"):
+    print(kernels.explain("softmax", x))
+"""
 
 
 @strict_only
 def test_an_installed_adapter_is_found(xp, tmp_path):
     """The files that `pip install` of such a package leaves, in a folder on the path."""
-    for name in ("shelf.py", "shelf_adapter.py"):
+    for name in ("shelf.py", "shelf_adapter.py", "shelf_kernels.py"):
         shutil.copy(ADAPTER / name, tmp_path)
     path = os.pathsep.join([str(tmp_path), str(Path(libraries.__file__).parents[2])])
-    command = [sys.executable, "-c", REPORT]
 
-    def printed():
+    def printed(code):
         options = {"env": {**os.environ, "PYTHONPATH": path}, "cwd": tmp_path, "text": True}
+        command = [sys.executable, "-c", code]
         return subprocess.run(command, stdout=subprocess.PIPE, check=True, **options).stdout
 
-    assert "has no attribute 'device'" in printed()
+    assert "has no attribute 'device'" in printed(REPORT)
     info = tmp_path / "shelf_adapter-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: shelf-adapter\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[portable_softmax.libraries]\nshelf = shelf_adapter:Shelf\n"
     )
-    assert re.match(r"shelf: right\. \d+ cases passed, 0 failed, 0 skipped\.", printed())
+    right = r"shelf: right\. \d+ cases passed, 0 failed, 0 skipped\."
+    assert re.match(right, printed(REPORT))
+    assert printed(EXPLAIN).splitlines() == [
+        "shelf rows: NumPy's kernels on the same memory",
+        "portable: not shelf rows: options: temperature",
+        "portable: no kernel for log_softmax on shelf",
+        "('softmax',)",
+        "portable: not shelf rows: switched off by kernels.without()",
+    ]
 
 
 @pytest.fixture
 def registered(monkeypatch):
     """Make the entry points of the group these; a namespace is looked up anew."""
-    monkeypatch.setattr(libraries, "_BY_NAMESPACE", {})
+    ours = libraries.CLASSES
 
     def these(*values: str) -> None:
+        monkeypatch.setattr(libraries, "_BY_NAMESPACE", {})
+        monkeypatch.setattr(libraries, "CLASSES", {**ours})
         found = EntryPoints(EntryPoint("json", v, "portable_softmax.libraries") for v in values)
         monkeypatch.setattr(
             importlib.metadata, "entry_points", lambda **wanted: found.select(**wanted)
@@ -150,10 +171,8 @@ def test_entry_points_of_a_library_that_is_not_ours(registered):
 
     registered()
     assert type(libraries.of(json)) is libraries.Library
-    libraries._BY_NAMESPACE.clear()
     registered("portable_softmax.libraries._numpy:NumPy")
     assert type(libraries.of(json)) is libraries.CLASSES["numpy"]
-    libraries._BY_NAMESPACE.clear()
     registered("builtins:dict")
     with pytest.raises(TypeError, match="expected a subclass of portable_softmax"):
         libraries.of(json)
@@ -167,5 +186,6 @@ def test_entry_points_are_not_looked_at_for_a_library_of_ours(registered, monkey
     def never(**wanted):
         raise AssertionError(wanted)
 
+    registered()
     monkeypatch.setattr(importlib.metadata, "entry_points", never)
     assert type(libraries.of(np)) is libraries.CLASSES["numpy"]

@@ -344,6 +344,22 @@ def test_vjps_against_the_jacobian(xp):
     assert_close(xp, actual, expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_gradient_through_a_confident_log_softmax(xp, dtype, axis):
+    """Of dy - y * sum(dy) nothing is left where y rounds to 1; the output has it, as log y."""
+    margins = [0.25, 1.0, 4.0, 17.0, 30.0, 60.0]
+    rests = [2 * mp.exp(-margin) / (1 + 2 * mp.exp(-margin)) for margin in margins]
+    expected = np.asarray([[float(rest), float(-2 * rest), float(rest)] for rest in rests])
+    x, dy = np.zeros((6, 3)), np.zeros((6, 3))
+    x[:, 1], dy[:, 1] = margins, -2.0
+    if axis == 0:
+        x, dy, expected = x.T, dy.T, expected.T
+    log_y = ps.log_softmax(xp.asarray(x, dtype), axis=axis)
+    dx = ps.log_softmax_vjp(log_y, xp.asarray(dy, dtype), axis=axis)
+    assert_close(xp, dx, expected, dtype, rtol=16 * np.finfo(dtype).eps)
+
+
 @pytest.mark.parametrize("axis", [0, (0, 2), None])
 def test_vjps_over_any_axes(xp, axis):
     """Central differences of the forward functions in 50 digits would be slower: NumPy's do."""

@@ -30,11 +30,15 @@ class Backend:
     install: str
     devices: Callable[[Any], dict[str, Any]]
     """Given the module: each device that can be reached, the default first, by name."""
+    from_numpy: Callable[[Any, NDArray[Any]], dict[str, Any]] = lambda xp, array: {}
+    """What ``asarray`` has to be told to keep the dtype of a NumPy array."""
     to_numpy: Callable[[Any], NDArray[Any]] = np.asarray
     activate: Callable[[Any], object] = lambda device: None
     """Make a device the current one, for a library that computes only there."""
     compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
     """What the library's users wrap around a training step."""
+    lazy: bool = False
+    """Whether it would only write a graph longer, where a training step needs its numbers."""
 
     @property
     def library(self) -> str:
@@ -57,7 +61,8 @@ class Place:
 
     def put(self, array: NDArray[Any]) -> Any:
         """Bring a NumPy array to this place."""
-        return self.xp.asarray(array, device=self.device)
+        more = BACKENDS[self.name].from_numpy(self.xp, array)
+        return self.xp.asarray(array, device=self.device, **more)
 
     def get(self, array: Any) -> NDArray[Any]:
         """Bring an array of this place to NumPy."""
@@ -120,7 +125,7 @@ def open_place(name: str, device: str | None = None) -> Place:
     backend.activate(devices[device_name])
     return Place(
         name=name,
-        version=sys.modules[backend.library].__version__,
+        version=_version(backend),
         device_name=device_name,
         xp=namespace(sys.modules[backend.module].asarray(0.0)),
         device=devices[device_name],
@@ -130,6 +135,12 @@ def open_place(name: str, device: str | None = None) -> Place:
 def is_installed(name: str) -> bool:
     """Say whether the library of a backend could be imported, without importing it."""
     return importlib.util.find_spec(BACKENDS[name].library) is not None
+
+
+def _version(backend: Backend) -> str:
+    # The package mlx is a folder of modules without one, which has no version; jax.numpy has none.
+    modules = sys.modules[backend.module], sys.modules[backend.library]
+    return next(str(m.__version__) for m in modules if hasattr(m, "__version__"))
 
 
 def _match(wanted: str | None, names: list[str]) -> str | None:
@@ -162,6 +173,19 @@ def _jax_devices(_: Any) -> dict[str, Any]:
 def _cupy_devices(cupy: Any) -> dict[str, Any]:
     count = cupy.cuda.runtime.getDeviceCount()
     return {f"cuda:{i}": cupy.cuda.Device(i) for i in range(count)}
+
+
+def _mlx_devices(mx: Any) -> dict[str, Any]:
+    kinds = [mx.cpu, *([mx.gpu] if mx.is_available(mx.gpu) else [])]
+    return {str(kind).rpartition(".")[2]: kind for kind in kinds}
+
+
+def _dpnp_devices(_: Any) -> dict[str, Any]:
+    dpctl = importlib.import_module("dpctl")
+    devices = {d.filter_string: d for d in dpctl.get_devices()}
+    if not devices:  # no loader of OpenCL knows what pip installs
+        raise OSError("no SYCL device; OCL_ICD_FILENAMES may name intel-opencl-rt's libintelocl.so")
+    return devices
 
 
 def _strict_devices(strict: Any) -> dict[str, Any]:
@@ -209,8 +233,36 @@ BACKENDS: dict[str, Backend] = {
         module="dask.array",
         install='pip install "portable_softmax[dask]"',
         devices=lambda _: {"cpu": "cpu"},
+        lazy=True,
+    ),
+    "ndonnx": Backend(
+        module="ndonnx",
+        install='pip install "portable_softmax[ndonnx]"',
+        devices=lambda _: {"onnx": None},
+        to_numpy=lambda array: array.unwrap_numpy(),
+        lazy=True,
+    ),
+    "mlx": Backend(
+        module="mlx.core",
+        install='pip install "portable_softmax[mlx]"',
+        devices=_mlx_devices,
+        # It makes float32 of float64 unless it is told otherwise.
+        from_numpy=lambda xp, array: {"dtype": getattr(xp, array.dtype.name)},
+        activate=lambda device: sys.modules["mlx.core"].set_default_device(device),
+    ),
+    "cubed": Backend(
+        module="cubed.array_api",
+        install='pip install "portable_softmax[cubed]"',
+        devices=lambda _: {"cpu": None},
+        to_numpy=lambda array: array.compute(),
+        lazy=True,
+    ),
+    "dpnp": Backend(
+        module="dpnp",
+        install='pip install "portable_softmax[dpnp]"',
+        devices=_dpnp_devices,
+        to_numpy=lambda array: array.asnumpy(),
     ),
 }
 
-TRAINABLE = tuple(name for name in BACKENDS if name != "dask")
-"""A training step needs its numbers at once; Dask would only write the graph longer."""
+TRAINABLE = tuple(name for name, backend in BACKENDS.items() if not backend.lazy)

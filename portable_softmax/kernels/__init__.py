@@ -14,6 +14,8 @@ path.
 """
 
 from portable_softmax.kernels._decide import available, explain
+from portable_softmax.kernels._request import Request
 from portable_softmax.kernels._switches import portable, use, without
+from portable_softmax.kernels._table import Kernel
 
-__all__ = ["available", "explain", "portable", "use", "without"]
+__all__ = ["Kernel", "Request", "available", "explain", "portable", "use", "without"]

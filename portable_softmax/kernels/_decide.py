@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from portable_softmax import _checks
 from portable_softmax.kernels._request import OUT, Request
 from portable_softmax.kernels._switches import Switches, switched, switches
-from portable_softmax.kernels._table import TABLE, Kernel
+from portable_softmax.kernels._table import Kernel, table
 from portable_softmax.libraries import traced_as_constant
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -107,7 +107,7 @@ def _route(
     asked: tuple[str, ...] = (),
     off: tuple[str, ...] = (),
 ) -> Route:
-    kernels = [k for k in TABLE if k.library == library and operation in k.operations]
+    kernels = [k for k in table() if k.library == library and operation in k.operations]
     if not kernels:
         return Route((), Decision(None, f"no kernel for {operation} on {library}"))
     if portable:
@@ -290,7 +290,7 @@ def available() -> dict[str, tuple[str, ...]]:
     ('softmax', 'log_softmax', 'logsumexp')
     """
     found: dict[str, tuple[str, ...]] = {}
-    for kernel in TABLE:
+    for kernel in table():
         if not import_module(kernel.module).missing():
             found[kernel.name] = tuple(
                 dict.fromkeys((*found.get(kernel.name, ()), *kernel.operations))

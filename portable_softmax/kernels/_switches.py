@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-from portable_softmax.kernels._table import NAMES
+from portable_softmax.kernels._table import names
 from portable_softmax.libraries import traced_as_constant
 
 VARIABLE = "PORTABLE_SOFTMAX_KERNELS"
@@ -33,13 +33,14 @@ def _from_environment() -> Switches:
         return NOTHING_SET
     if value == "portable":
         return Switches(portable=f"{VARIABLE}=portable")
-    short = {name.partition(" ")[0]: name for name in NAMES}
+    known = names()
+    short = {name.partition(" ")[0]: name for name in known}
     asked = [short.get(part.strip(), part.strip()) for part in value.split(",") if part.strip()]
     for name in asked:
-        if name not in NAMES:
+        if name not in known:
             raise ValueError(
                 f"{VARIABLE} is {value!r}, expected 'portable', nothing, or one or more of "
-                f"{', '.join(map(repr, NAMES))}: correct or unset it"
+                f"{', '.join(map(repr, known))}: correct or unset it"
             )
     return Switches(asked=tuple(asked))
 
@@ -69,8 +70,8 @@ def switched(**changes: Any) -> Iterator[None]:
 
 
 def _known(name: str) -> str:
-    if name not in NAMES:
-        raise ValueError(f"name is {name!r}, expected one of {', '.join(map(repr, NAMES))}")
+    if name not in (known := names()):
+        raise ValueError(f"name is {name!r}, expected one of {', '.join(map(repr, known))}")
     return name
 
 

@@ -2,7 +2,8 @@
 
 A kernel declares its libraries, operations, dtypes, options, devices, and what may trace a call;
 whatever is not declared goes to the next kernel, and at last to the portable path. So a new option,
-dtype or library is refused by every kernel until it is declared here.
+dtype or library is refused by every kernel until it is declared here, or in the class that another
+package registers for its library.
 
 The module of a kernel is small and loads nothing but NumPy, so that it can be asked about every
 call; what it needs beyond that, it imports when it is used. It holds
@@ -33,6 +34,7 @@ from portable_softmax.kernels._request import (
     RUNNING,
     SPARSE,
 )
+from portable_softmax.libraries import CLASSES
 
 Names = tuple[str, ...]  # torch.compile cannot look into sets that it takes for constants
 
@@ -194,4 +196,22 @@ TABLE = (
     _LINEAR._replace(library="torch", adapter=f"{_TORCH}._linear", tracing=("torch.compile",)),
 )
 
-NAMES = tuple(dict.fromkeys(kernel.name for kernel in TABLE))
+
+def table() -> tuple[Kernel, ...]:
+    """Return the table, and what the classes of other packages' libraries add to it."""
+    added = [_checked(row, name) for name, cls in CLASSES.items() for row in cls.kernels]
+    return (*TABLE, *added)
+
+
+def _checked(row: Any, library: str) -> Kernel:
+    if not (isinstance(row, Kernel) and row.library == library):
+        raise TypeError(
+            f"the class of {library} has the kernel {row!r}; expected a "
+            f"portable_softmax.kernels.Kernel whose library is {library!r}"
+        )
+    return row
+
+
+def names() -> tuple[str, ...]:
+    """Return the name of each kernel, once."""
+    return tuple(dict.fromkeys(kernel.name for kernel in table()))

@@ -69,6 +69,7 @@ __all__ = [
 ]
 
 # By the name of the package that defines the namespace: a new library is a file and a row here.
+# Classes that installed packages register join them when an array of their library comes.
 CLASSES: dict[str, type[Library]] = {
     "numpy": NumPy,
     "torch": Torch,
@@ -119,6 +120,7 @@ def _registered(package: str) -> type[Library] | None:
             f"the entry point {package} is {cls!r}; expected a subclass of "
             "portable_softmax.libraries.Library"
         )
+    CLASSES[package] = cls
     return cls
 
 

@@ -75,6 +75,8 @@ class Library:
     """Whether arrays are split into chunks, so that slicing one adds to a task graph."""
     writes = False
     """Whether an answer can be written to an array that is given."""
+    kernels: tuple[Any, ...] = ()
+    """Rows of `portable_softmax.kernels.Kernel`, of a class that a package of its own registers."""
 
     probed = False
     """Whether a library of which no class is known has been tried."""

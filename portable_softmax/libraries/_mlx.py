@@ -70,11 +70,23 @@ class Mlx(Library):
 
 
 class _Namespace(Adapted):
-    """mlx.core, whose exp keeps the digits."""
+    """mlx.core, whose exp keeps the digits and whose result_type takes numbers."""
 
     def __init__(self, xp: Namespace) -> None:
         super().__init__(xp)
         self.bool = xp.bool_
+
+    def result_type(self, *arrays_and_dtypes: Any) -> Any:
+        """Return the dtype of the others beside a number, which has none of its own."""
+        xp, numbers, others = self._xp, [], []
+        for one in arrays_and_dtypes:
+            (numbers if isinstance(one, int | float | complex) else others).append(one)
+        found = xp.result_type(*others)
+        if any(isinstance(a, complex) for a in numbers):
+            return xp.result_type(found, xp.complex64)
+        if any(isinstance(a, float) for a in numbers) and xp.issubdtype(found, xp.integer):
+            raise TypeError("a float beside an integer dtype")  # as the standard has it
+        return found
 
     def exp(self, x: Any) -> Any:
         """Return exp(x), to a unit in the last place.

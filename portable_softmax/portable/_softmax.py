@@ -128,8 +128,7 @@ def laid_out(xp: Namespace, sink: Any, x: Any) -> Any:
 
 def log_softmax_vjp(xp: Namespace, log_y: Any, dy: Any, axes: Axes) -> Any:
     """dy - exp(log_y) * sum(dy)."""
-    dy = _unmasked(xp, log_y, dy)
-    return dy - xp.exp(log_y) * total(xp, dy, axes)
+    return log_softmax_vjp_of(xp, log_y, dy, log_softmax_vjp_sum(xp, log_y, dy, axes))
 
 
 def log_softmax_vjp_sum(xp: Namespace, log_y: Any, dy: Any, axes: Axes) -> Any:
@@ -138,8 +137,9 @@ def log_softmax_vjp_sum(xp: Namespace, log_y: Any, dy: Any, axes: Axes) -> Any:
 
 
 def log_softmax_vjp_of(xp: Namespace, log_y: Any, dy: Any, s: Any) -> Any:
-    """dy - exp(log_y) * sum."""
-    return _unmasked(xp, log_y, dy) - xp.exp(log_y) * s
+    """dy - exp(log_y) * sum, of a confident row with the digits of 1 - exp(log_y)."""
+    dy = _unmasked(xp, log_y, dy)
+    return -dy * xp.expm1(log_y) - xp.exp(log_y) * (s - dy)
 
 
 def _unmasked(xp: Namespace, log_y: Any, dy: Any) -> Any:

@@ -7,11 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from portable_softmax.kernels import Kernel
 from portable_softmax.libraries import Library
 
 
 class Shelf(Library):
     """shelf's arrays have no attribute `device`, and their sums along any axis are NumPy's."""
+
+    kernels = (
+        Kernel(
+            name="shelf rows",
+            why="NumPy's kernels on the same memory",
+            library="shelf",
+            module="shelf_kernels",
+            operations=("softmax",),
+            dtypes=("float32", "float64"),
+        ),
+    )
 
     def device(self, x: Any) -> None:
         """Return None: no function of shelf takes a device."""

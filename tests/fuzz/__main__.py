@@ -19,7 +19,10 @@ from tests.fuzz.cases import Case, Refused
 from tests.fuzz.draw import TRAITS
 
 # What is run by default; libraries that compile each shape, or schedule each call, take longer.
-CASES = {"numpy": 100_000, "torch": 100_000, "jax": 3_000, "strict": 20_000, "dask": 1_500}
+CASES = {
+    "numpy": 100_000, "torch": 100_000, "jax": 3_000, "strict": 20_000, "dask": 1_500,
+    "mlx": 20_000, "dpnp": 20_000,
+}  # fmt: skip
 
 
 class Failure:
@@ -49,7 +52,7 @@ def check(
     """Run a case on every path."""
     traits = TRAITS[backend.name]
     expected = answers.expected(
-        case, traits, reads_labels=not backend.lazy, flushes=backend.library == "jax"
+        case, traits, reads_labels=not backend.lazy, flushes=backend.library in ("jax", "mlx")
     )
     given = paths.prepared(case, backend)
     for path in ways:

@@ -33,6 +33,7 @@ class Traits:
     integers: tuple[str, ...] = (*SIGNED, *UNSIGNED)
     labels: tuple[str, ...] = (*SIGNED, *UNSIGNED)
     default_float: str = "float64"
+    complex_of: tuple[str, ...] = ("float32", "float64")
     large: float = 0.0
     """How often an array is large enough for kernels that small ones do not wait for."""
     few_shapes: bool = False
@@ -52,6 +53,13 @@ TRAITS = {
     "jax": Traits("jax", ("float16", "bfloat16", "float32", "float64"), few_shapes=True),
     "strict": Traits("array_api_strict"),
     "dask": Traits("dask", ("float16", "float32", "float64")),
+    "mlx": Traits(
+        "mlx",
+        ("float16", "bfloat16", "float32", "float64"),
+        default_float="float32",
+        complex_of=("float32",),
+    ),
+    "dpnp": Traits("dpnp", ("float16", "float32", "float64")),
 }
 
 

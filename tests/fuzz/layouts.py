@@ -62,6 +62,14 @@ BY_LIBRARY = {
     "array_api_strict": STRICT,
     "dask": DASK,
     "jax": {"C order": "a"},
+    "mlx": {
+        "C order": "a",
+        "every other column": "xp.repeat(a, 2, axis=-1)[..., ::2]",
+        "last axis outermost": "xp.contiguous(xp.moveaxis(a, -1, 0)).moveaxis(0, -1)",
+    },
+    "dpnp": {
+        name: code.replace("np.", "xp.") for name, code in NUMPY.items() if "frombuffer" not in code
+    },
 }
 
 

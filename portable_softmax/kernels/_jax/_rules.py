@@ -117,4 +117,5 @@ def log_softmax_vjp(log_y: Any, dy: Any, axes: Axes, compute: Any, answer: Any) 
     """dy - exp(log_y) * sum(dy), and 0 at a masked entry."""
     log_y, dy = log_y.astype(compute), dy.astype(compute)
     dy = jnp.where(jnp.isinf(log_y), 0.0, dy)
-    return (dy - jnp.exp(log_y) * jnp.sum(dy, axis=axes, keepdims=True)).astype(answer)
+    others = jnp.sum(dy, axis=axes, keepdims=True) - dy
+    return (-dy * jnp.expm1(log_y) - jnp.exp(log_y) * others).astype(answer)

@@ -171,6 +171,13 @@ class Writer:
         a = b.ashr(n, self.integer(1))
         return b.fmul(b.fmul(e, self.two_to(a)), self.two_to(b.sub(n, a)))
 
+    def expm1(self, x):
+        b = self.b
+        m, _ = self.reduced_less_one(x, 0)
+        far = b.fsub(self.exp(x), self.number(1.0))
+        near = b.fcmp_ordered("<", self.size(x), self.number(0.34))  # x is not reduced
+        return b.select(near, m, far)
+
     def log1p(self, x):
         f, b = self.f, self.b
         one = self.number(1.0)
@@ -212,6 +219,12 @@ def exp_up(builder, d):
 def exp(builder, x):
     """exp(x) for any x."""
     return Writer(builder, x).exp(x)
+
+
+@elementwise
+def expm1(builder, x):
+    """exp(x) - 1 for any x, with its own digits near 0."""
+    return Writer(builder, x).expm1(x)
 
 
 @elementwise

@@ -12,7 +12,14 @@ from __future__ import annotations
 import math
 
 from portable_softmax.kernels._numba._compensation import added, compensated
-from portable_softmax.kernels._numba._exp import UP, compensated_exp_up, exp, exp_up, exponent
+from portable_softmax.kernels._numba._exp import (
+    UP,
+    compensated_exp_up,
+    exp,
+    exp_up,
+    expm1,
+    exponent,
+)
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._vectors import (
     lanes,
@@ -194,7 +201,9 @@ def _softmax_vjp(y, dy, numbers):
 
 @function
 def _log_softmax_vjp(log_y, dy, numbers):
-    return counted(log_y, dy, numbers) - exp(log_y) * numbers[1]
+    dy = counted(log_y, dy, numbers)
+    # As dy - exp(log_y) * s, with the digits that 1 - exp(log_y) has near log_y = 0.
+    return -dy * expm1(log_y) - exp(log_y) * (numbers[1] - dy)
 
 
 products = _sums_of(_product)  # of y * dy

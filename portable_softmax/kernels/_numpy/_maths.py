@@ -51,6 +51,28 @@ def total(x: Any, axis: int, buffers: Buffers) -> Any:
     return np.add.reduce(sums[:half], axis=0, keepdims=True)
 
 
+class Confident(NamedTuple):
+    """The entries with more than about half of their row's probability: one of a row at most."""
+
+    at: Any
+    log_y: Any
+    dy: Any
+
+
+def confident(log_y: Any, dy: Any) -> Confident:
+    """Return the entries for which 1 - exp(log_y) loses digits."""
+    flat = np.flatnonzero(np.greater(log_y, -0.5, order="C"))
+    at = np.unravel_index(flat, log_y.shape)
+    return Confident(at, log_y[at], dy[at])
+
+
+def mend(dx: Any, s: Any, of: Confident) -> None:
+    """Write these entries of dy - exp(log_y) * s anew, with the digits of 1 - exp(log_y)."""
+    if of.at[0].size:
+        others = np.broadcast_to(s, dx.shape)[of.at] - of.dy
+        dx[of.at] = -of.dy * np.expm1(of.log_y) - np.exp(of.log_y) * others
+
+
 class Sums:
     """The sum of what the chunks of a tile give, pairwise, with few of them kept."""
 

@@ -141,9 +141,11 @@ def log_softmax_vjp(request: Request, dy: Any, masked: bool) -> Any:
     log_y = request.x.reshape(dy.shape)
     if masked and not np.isfinite(log_y).all():
         dy = np.where(np.isinf(log_y), 0.0, dy)
-    d = np.exp(log_y)
-    np.multiply(d, _sum(dy, 1, None, None, True), d)
+    d, s = np.exp(log_y), _sum(dy, 1, None, None, True)
+    confident = _maths.confident(log_y, dy)
+    np.multiply(d, s, d)
     np.subtract(dy, d, d)
+    _maths.mend(d, s, confident)
     return d if request.x.ndim == 2 else d.reshape(request.x.shape)
 
 

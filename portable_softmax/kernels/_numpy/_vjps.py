@@ -57,9 +57,12 @@ def log_softmax_vjp(
         sums = _maths.Sums()
         for cut in chunks(dy, axis):
             sums.add(_maths.total(dy[cut], axis, buffers))
+        s = sums.get()
+        confident = _maths.confident(log_y, dy)  # before `dx`, which may be either, is written
         np.exp(log_y, out=dx)
-        np.multiply(dx, sums.get(), out=dx)
+        np.multiply(dx, s, out=dx)
         np.subtract(dy, dx, out=dx)
+        _maths.mend(dx, s, confident)
         layout.write(dx, target)
 
     layout.run(work)

@@ -196,7 +196,7 @@ def formula(request: Request, dy: Tensor) -> Tensor:
         if request.dtype in _HALVES:
             x = portable.log_softmax(xp, x, axes, where=where, temperature=temperature)
         # Unlike log_softmax_vjp: a logit of -inf that no mask has put there passes its gradient on.
-        dx = dy - torch.exp(x) * portable.total(xp, dy, axes)
+        dx = -dy * torch.expm1(x) - torch.exp(x) * (portable.total(xp, dy, axes) - dy)
     dx = dx if temperature == 1.0 else dx / temperature
     return _masked(request, dx).to(request.result_dtype)
 

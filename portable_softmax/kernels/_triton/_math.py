@@ -127,6 +127,14 @@ def exp(x):
 
 
 @triton.jit
+def expm1(x):
+    """exp(x) - 1 for any x, with its own digits near 0."""
+    near = tl.abs(x) < 0.34  # where exp does not reduce x
+    small = tl.where(near, x, 0.0)
+    return tl.where(near, _exp_polynomial(small) * small, exp(x) - 1.0)
+
+
+@triton.jit
 def tanh(x):
     """(1 - E) / (1 + E) with E = exp(-2|x|), 1 - E without cancellation: within 3 units."""
     size = tl.maximum(-2.0 * tl.abs(x), -80.0)  # tanh is 1 there; nan is restored below

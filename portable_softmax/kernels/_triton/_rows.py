@@ -11,7 +11,7 @@ PASS is "registers", "loop" or "relay". QUICK: the result dtype has half precisi
 import triton
 import triton.language as tl
 
-from portable_softmax.kernels._triton._math import divide, exp, log1p, rounded
+from portable_softmax.kernels._triton._math import divide, exp, expm1, log1p, rounded
 from portable_softmax.kernels._triton._state import (
     below,
     exponentials,
@@ -194,7 +194,9 @@ def _vjp(y, dy, total, inverse, OP: tl.constexpr, TEMPERED: tl.constexpr):
     if OP == "softmax_vjp":
         dx = y * (dy - total)
     else:
-        dx = _vjp_term(y, dy, OP) - exp(y) * total
+        dy = _vjp_term(y, dy, OP)
+        # As dy - exp(y) * total, with the digits that 1 - exp(y) has near y = 0.
+        dx = -dy * expm1(y) - exp(y) * (total - dy)
     if TEMPERED:
         dx = dx * inverse
     return dx
