@@ -78,7 +78,9 @@ class _Namespace(Adapted):
 
     def result_type(self, *arrays_and_dtypes: Any) -> Any:
         """Return the dtype of the others beside a number, which has none of its own."""
-        xp, numbers, others = self._xp, [], []
+        xp = self._xp
+        numbers: list[Any] = []
+        others: list[Any] = []
         for one in arrays_and_dtypes:
             (numbers if isinstance(one, int | float | complex) else others).append(one)
         found = xp.result_type(*others)
