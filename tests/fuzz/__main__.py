@@ -120,6 +120,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--case", type=int, help="run this one case alone")
     parser.add_argument("--show", type=int, default=10, help="how many differences to print")
     given = parser.parse_args(argv)
+    if why := BACKENDS[given.backend].missing():
+        parser.error(why)
     backend = BACKENDS[given.backend]()
     warnings.simplefilter("error")
     count = given.cases or CASES[given.backend]
