@@ -164,7 +164,22 @@ class Layout(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A call of one operation, its arguments checked and its axes non-negative."""
+    """A call of one operation, its arguments checked and its axes non-negative.
+
+    A kernel's function takes one and returns the answer, in `answer_dtype`.
+
+    Examples
+    --------
+    The kernel of a library whose arrays NumPy can read:
+
+    >>> import numpy as np
+    >>> from portable_softmax import softmax as of_numpy
+    >>> from portable_softmax.kernels import Request
+    >>> def softmax(request: Request):
+    ...     y = of_numpy(np.from_dlpack(request.x), axis=request.axes)
+    ...     return request.xp.asarray(y)
+
+    """
 
     operation: str
     library: Library

@@ -48,7 +48,21 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 class Kernel(NamedTuple):
-    """What a fused implementation takes of one library's calls."""
+    """What a fused implementation takes of one library's calls.
+
+    `module` is the name of the module that holds it. What is not declared goes to the next kernel.
+
+    Examples
+    --------
+    >>> from portable_softmax.kernels import Kernel
+    >>> kernel = Kernel(
+    ...     name="shelf rows", why="one pass", library="shelf", module="shelf_kernels",
+    ...     operations=("softmax",), dtypes=("float32",), options=("temperature",),
+    ... )
+    >>> kernel.undeclared(dtype="float32", active=("temperature", "where"), tracing="")
+    'options: where'
+
+    """
 
     name: str
     why: str
