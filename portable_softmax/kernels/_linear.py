@@ -1,8 +1,9 @@
 """A linear layer with a loss, tile by tile: the library's products, and row kernels between them.
 
-Two tiles of logits exist at a time: the logits, in memory that every tile uses again, and their
-gradient. The loss of a tile of rows is a call of its own, so that it takes the kernel that such a
-call takes, whatever the library. Gradients are summed in place, in the dtype of the computation.
+Two tiles of logits exist at a time, the logits and their gradient, in memory that every tile uses
+again: on a CPU new memory costs more than the rows do. The loss of a tile of rows is a call of its
+own, so that it takes the kernel that such a call takes, whatever the library. Gradients are summed
+in place, in the dtype of the computation.
 """
 
 from __future__ import annotations
@@ -72,9 +73,11 @@ def answer(
     kept = _kept(library, problem)
     n = problem.positions if kept is None else kept.shape[0]
     height, width = portable.tiles(problem, int(request.options.elements))
-    memory = None
+    memory = memory_of_g = None
     if width == problem.classes:
         memory = xp.empty((min(height, n), width), dtype=dtype, device=device)
+        if any(wanted) and library.device_type(memory) == "cpu":
+            memory_of_g = xp.empty_like(memory)
     for rows in portable.cuts(n, height) if n else ():
         at = rows if kept is None else kept[rows]
         part = portable.at_positions(problem, at)
@@ -85,7 +88,8 @@ def answer(
             loss, _ = portable.by_classes(xp, part, width, adds if any(wanted) else None)
         else:
             x = _logits(library, part, memory[: part.positions, :])
-            loss, g = _rows(request, part, x, with_gradient=any(wanted))
+            out = None if memory_of_g is None else memory_of_g[: part.positions, :]
+            loss, g = _rows(request, part, x, out, with_gradient=any(wanted))
             if g is not None:
                 adds(slice(0, width), g)
                 del g  # before the next one is made
@@ -187,9 +191,12 @@ class _Adds:
 
 
 def _rows(
-    request: Request, problem: portable.Linear, x: Any, *, with_gradient: bool
+    request: Request, problem: portable.Linear, x: Any, out: Any, *, with_gradient: bool
 ) -> tuple[Any, Any]:
-    """Return the losses of a tile of rows and their gradient, by the kernel that takes them."""
+    """Return the losses of a tile of rows and their gradient, by the kernel that takes them.
+
+    The gradient is in the memory of `out`, unless that is None.
+    """
     options = problem.options._replace(reduction="none", dtype=None)
     given = active(options, PLAIN_LOSS)
     if not request.indices:
@@ -198,7 +205,7 @@ def _rows(
     rows = Request(
         "cross_entropy_value_and_grad" if with_gradient else "cross_entropy", library, x,
         library.dtype(dtype).name, (1,), dtype, dtype, "", options, given, None, problem.labels,
-        request.indices, False,
+        request.indices, False, out,
     )  # fmt: skip
     found = run(rows, _portable)
     return found if with_gradient else (found, None)
