@@ -231,6 +231,85 @@ def layers(mesh, placements, expected):
                 close(found, slope, a, slack=64)
 
 
+SHAPES = [
+    # The classes first, in the middle and last; a mask of each kind that broadcasts.
+    (0, (C, N), {"label_smoothing": 0.1, "where": (C, 1), "reduction": "none"}),
+    (
+        1,
+        (2, C, N),
+        {"weight": WEIGHT, "ignore_index": 3, "where": (1, C, N), "dtype": torch.float64},
+    ),
+    (
+        1,
+        (2, C, N),
+        {"sample_weight": (2, N), "where": (C, N), "softcap": 3.0, "dtype": torch.float32},
+    ),
+    (2, (2, N, C), {"z_loss": 0.1, "label_smoothing": 0.2, "where": (2, N, 1), "reduction": "sum"}),
+    (2, (2, N, C), {"ignore_index": 10**6, "dtype": torch.float64}),
+]
+
+
+def expected_shapes():
+    """Calls of float32 and bfloat16 logits of more axes, beside those of whole tensors."""
+    random = torch.Generator().manual_seed(1)
+    for i, (axis, shape, options) in enumerate(SHAPES):
+        dtype = (torch.float32, torch.bfloat16)[i % 2]
+        x = torch.randn(shape, generator=random).to(dtype)
+        t = torch.randint(C, shape[:axis] + shape[axis + 1 :], generator=random)
+        given = dict(options)
+        if "where" in given:
+            given["where"] = torch.rand(given["where"], generator=random) < 0.8
+            whole = given["where"].expand(shape).movedim(axis, -1)
+            if not whole.all(-1).all():  # labels of classes that take part
+                t = whole.to(torch.uint8).argmax(-1)
+        if "sample_weight" in given:
+            given["sample_weight"] = torch.rand(given["sample_weight"], generator=random)
+        if "weight" in given:
+            given["weight"] = given["weight"].float()
+        yield (
+            axis,
+            x,
+            t,
+            given,
+            ps.cross_entropy_value_and_grad(x, t, axis=axis, check_labels=False, **given),
+        )
+
+
+def shapes(mesh, placements, expected):
+    """Logits of any axes, with the classes along any of them."""
+    for axis, x, t, options, (whole, slope) in expected:
+        batch = [a for a in range(x.ndim) if a != axis]
+        place = {ROWS: Shard(batch[-1]), CLASSES: Shard(axis), WHOLE: WHOLE}
+        there = [place[p] for p in placements]
+
+        def cut(a, axes, there=there, x=x):
+            """Distribute an array, whose axes are those `axes` of the logits."""
+            own = [
+                Shard(axes.index(p.dim))
+                if p.is_shard() and p.dim in axes and a.shape[axes.index(p.dim)] == x.shape[p.dim]
+                else WHOLE
+                for p in there
+            ]
+            return distribute_tensor(a, mesh, own)
+
+        every = list(range(x.ndim))
+        axes = {"weight": [axis], "sample_weight": batch}
+        given = {
+            n: cut(v, axes.get(n, every[-v.ndim :])) if isinstance(v, torch.Tensor) else v
+            for n, v in options.items()
+        }
+        d, labels = cut(x, every), cut(t, batch)
+        given |= {"axis": axis, "check_labels": False}
+        loss, grad = ps.cross_entropy_value_and_grad(d, labels, **given)
+        close(loss, whole, slack=64)
+        close(grad, slope, d, slack=64)
+        d.requires_grad_()
+        loss = ps.cross_entropy(d, labels, **given)
+        close(loss, whole, slack=64)
+        loss.sum().backward()
+        close(d.grad, slope, d, slack=64)
+
+
 def raises(kind, text, function, *args, **kwargs):
     with pytest.raises(kind) as found:
         function(*args, **kwargs)
@@ -242,7 +321,9 @@ def refusals(mesh, placements):
     x, t = sharded(LOGITS, mesh, placements), sharded(LABELS, mesh, placements, (0,))
     raises(TypeError, "both must come from one library", ps.cross_entropy, x, LABELS)
     raises(TypeError, "redistribute", ps.logsumexp, x, b=x) if CLASSES in placements else None
-    raises(TypeError, "full_tensor", ps.entropy, x)
+    for function in (ps.entropy, ps.sigmoid_cross_entropy, ps.kl_divergence, ps.entmax_loss):
+        second = () if function is ps.entropy else (t,) if function is ps.entmax_loss else (x,)
+        raises(TypeError, "full_tensor", function, x, *second)
     if CLASSES in placements:
         raises(TypeError, "redistribute", ps.entmax, x)
     else:
@@ -259,6 +340,11 @@ def refusals(mesh, placements):
     raises(IndexError, "outside [0, 9)", ps.cross_entropy, x, wrong)
     weight = sharded(WEIGHT, mesh, [WHOLE] * mesh.ndim).requires_grad_()
     raises(TypeError, "require gradients", ps.cross_entropy, x, t, weight=weight)
+    given = x.detach().requires_grad_()
+    loss = ps.cross_entropy(given, t)
+    (slope,) = torch.autograd.grad(loss, given, create_graph=True)
+    if CLASSES in placements:
+        raises(RuntimeError, "once_differentiable", slope.sum().backward)
     loss = ps.cross_entropy(x.detach().requires_grad_(), t)
     t.add_(0)
     raises(RuntimeError, "inplace operation", loss.backward)
@@ -288,7 +374,7 @@ def run(rank, size, folder, expected):
     )  # fmt: skip
     for shape, placements in MESHES[size]:
         mesh = init_device_mesh("cpu", shape)
-        for check, cases in zip((losses, rows, layers), expected, strict=True):
+        for check, cases in zip((losses, rows, layers, shapes), expected, strict=True):
             check(mesh, placements, cases)
         refusals(mesh, placements)
     dist.destroy_process_group()
@@ -296,7 +382,8 @@ def run(rank, size, folder, expected):
 
 def main(folder, *sizes):
     torch.set_num_threads(1)  # and no thread before the processes part
-    expected = [list(made()) for made in (expected_losses, expected_rows, expected_layers)]
+    makers = expected_losses, expected_rows, expected_layers, expected_shapes
+    expected = [list(make()) for make in makers]
     failed = 0
     for size in map(int, sizes):
         children = []
