@@ -69,7 +69,8 @@ def linear_cross_entropy(
         Array of shape (C,) and of the dtype of `hidden`.
     weight, ignore_index, label_smoothing, z_loss, softcap, reduction, check_labels, sample_weight
         As in `cross_entropy`. Where labels and weights can be read, a position with an ignored
-        label or of weight 0 costs no product.
+        label or of weight 0 costs no product. JAX, which compiles for shapes alone, puts such
+        positions last and skips the tiles that hold no other.
     where
         Boolean array that broadcasts to the shape of the logits, (..., C). Classes where it is
         False take no part, whatever the classifier holds for them: the padding of a vocabulary has

@@ -545,6 +545,39 @@ def test_what_is_ignored_costs_no_product(xp, monkeypatch):
         assert sum(seen) == (SAMPLES != 0).sum()
 
 
+def test_jax_skips_tiles_of_positions_that_do_not_count(jax, xp, monkeypatch):
+    """Compiled as well, where shapes are fixed: 23 positions are in 6 tiles, and 10 fill 3."""
+    from portable_softmax.kernels._jax import _linear
+
+    seen, real = [], _linear._logits
+
+    def logits(hidden, layer, dtype):
+        jax.debug.callback(lambda: seen.append(hidden.shape))
+        return real(hidden, layer, dtype)
+
+    monkeypatch.setattr(_linear, "_logits", logits)
+    monkeypatch.setattr(_linear, "_BLOCK", 2 * H)  # adds to two classes at a time
+    rng, n = np.random.default_rng(3), 23
+    hidden, labels = rng.normal(size=(n, H)), rng.integers(C, size=n)
+    labels[::2], samples = -1, np.ones(n)
+    samples[1] = 0.0
+    options = {"ignore_index": -1, "reduction": "mean"}
+    want = stored(hidden, CLASSIFIER, labels, sample_weight=samples, **options)
+    hidden[::2] = NAN
+    arrays = [xp.asarray(a) for a in (hidden, CLASSIFIER)]
+    given = {"sample_weight": xp.asarray(samples), "tile": 4 * ROW, **options}
+
+    def function(hidden, classifier):
+        return ps.linear_cross_entropy(hidden, classifier, xp.asarray(labels), **given)
+
+    for transform in (lambda f: f, jax.jit):
+        found = transform(jax.value_and_grad(function, (0, 1)))(*arrays)
+        jax.effects_barrier()
+        assert seen == [(4, H)] * 3
+        del seen[:]
+        check(xp, (found[0], (*found[1], None)), want)
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("path", ["kernel", "portable"])
 @pytest.mark.parametrize("classes", [1000, 40_000])
@@ -809,9 +842,33 @@ def _products(jaxpr):
     for equation in jaxpr.eqns:
         found += equation.primitive.name == "dot_general"
         for value in equation.params.values():
-            inner = value.jaxpr if isinstance(value, ClosedJaxpr) else value
-            found += _products(inner) if isinstance(inner, Jaxpr) else 0
+            for one in value if isinstance(value, tuple) else (value,):  # of branches
+                inner = one.jaxpr if isinstance(one, ClosedJaxpr) else one
+                found += _products(inner) if isinstance(inner, Jaxpr) else 0
     return found
+
+
+def test_jax_keeps_two_tiles_beside_the_gradients(jax, xp, monkeypatch):
+    """No transposed classifier, no product of its size, and no mask as large as a tile."""
+    from portable_softmax.kernels._jax import _linear
+
+    monkeypatch.setattr(_linear, "_BLOCK", 1 << 16)
+    n, h, classes, tile = 256, 128, 16_000, 1 << 20
+    shapes = [(n, h), (classes, h), (n,)]
+    given = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in zip(shapes, ("float32", "float32", "int32"), strict=True)
+    ]
+
+    def loss(hidden, classifier, labels):
+        return ps.linear_cross_entropy(hidden, classifier, labels, tile=tile)
+
+    for function in (
+        jax.value_and_grad(loss, (0, 1)),
+        lambda *a: ps.linear_cross_entropy_value_and_grad(*a, tile=tile),
+    ):
+        needs = jax.jit(function).lower(*given).compile().memory_analysis()
+        assert needs.temp_size_in_bytes < 2 * tile + 2 * 4 * _linear._BLOCK + 8 * n * h
 
 
 def test_jax_makes_the_logits_once(jax, xp):

@@ -4,6 +4,9 @@ With a sum or a mean the gradients are made beside the loss wherever a derivativ
 forward mode: the derivative is linear in the tangents, so that reverse mode needs no more than the
 gradients, and the logits are made once. With a loss for each position they are made again in the
 backward pass (`jax.checkpoint`), as are those of derivatives with respect to labels and weights.
+
+Shapes are fixed, so that positions which do not count cannot be dropped. They go to the last tiles,
+and a tile of them alone is skipped.
 """
 
 from __future__ import annotations
@@ -124,31 +127,83 @@ class _Tile(NamedTuple):
     labels: Any
     samples: Any
     where: Any  # None where it is the same for every tile
-    live: Any  # whether a position is none that fills the last tile; None if all are
+    live: Any  # which positions count, and do not fill the last tile; None in a single one
 
 
-def _tiles(layer: Layer, rest: Rest, form: Form) -> _Tile:
-    """Return the tiles along a new first axis, the last one filled up."""
+class _Tiles(NamedTuple):
+    """The positions in tiles, along a new first axis."""
+
+    parts: _Tile
+    order: Any  # of the positions in them; None if it is theirs
+    positions: int
+
+    def step(self, function: Any, nothing: Any, sums: Any, part: _Tile) -> Any:
+        """Return ``function(sums, part)`` of a scan, or `nothing` where no position counts.
+
+        What is the same for all tiles stays within the branch, where JAX would otherwise make it
+        once and keep it: masks and constants as large as a tile.
+        """
+        if part.live is None:
+            return function(sums, part)
+        return lax.cond(jnp.any(part.live), function, nothing, sums, part)
+
+    def back(self, found: Any) -> Any:
+        """Return what there is of each position in a tile, as the positions were."""
+        found = jnp.reshape(found, (-1, *found.shape[2:]))[: self.positions]
+        if self.order is None:
+            return found
+        return jnp.zeros_like(found).at[self.order].set(found, unique_indices=True)
+
+
+def _tiles(layer: Layer, rest: Rest, form: Form) -> _Tiles:
+    """Return the tiles, the last one filled up; positions that do not count go last."""
     n, height = layer.hidden.shape[0], form.height
+    counted = _counted(rest, form) if height < n else None
+    order = None if counted is None else jnp.argsort(~counted[:, 0])
     short = -n % height
 
     def cut(a: Any) -> Any:
+        a = a if order is None else a[order]
         if short:
             a = jnp.pad(a, [(0, short)] + [(0, 0)] * (a.ndim - 1))
         return jnp.reshape(a, (-1, height, *a.shape[1:]))
 
+    live = jnp.ones(n, bool) if counted is None else counted[:, 0]
+    live = cut(live) if height < n else None
     where = rest.where if _has_rows(rest) else None
-    live = cut(jnp.ones(n, bool)) if short else None
     samples, where = (None if a is None else cut(a) for a in (rest.weights.samples, where))
-    return _Tile(cut(layer.hidden), cut(rest.labels), samples, where, live)
+    return _Tiles(_Tile(cut(layer.hidden), cut(rest.labels), samples, where, live), order, n)
 
 
 def _has_rows(rest: Rest) -> bool:
     return rest.where is not None and rest.where.ndim == 2 and rest.where.shape[0] != 1
 
 
+_product = partial(jnp.einsum, precision="highest")  # of any axes, without a transposed copy
+
+# So many entries of the classifier's gradient are added at once, as XLA makes a product before it
+# adds it.
+_BLOCK = 1 << 23
+
+
+def _add_product(so_far: Any, g: Any, hidden: Any) -> Any:
+    """Return so_far + g^T hidden."""
+    classes, step = len(so_far), max(1, _BLOCK // max(hidden.shape[1], 1))
+
+    def add(so_far: Any, start: Any, length: int) -> Any:
+        part = lax.dynamic_slice_in_dim(g, start, length, axis=1)
+        new = lax.dynamic_slice_in_dim(so_far, start, length) + _product("nc,nh->ch", part, hidden)
+        return lax.dynamic_update_slice_in_dim(so_far, new, start, axis=0)
+
+    if classes <= step:
+        return so_far + _product("nc,nh->ch", g, hidden)
+    whole, rest = divmod(classes, step)
+    so_far = lax.fori_loop(0, whole, lambda i, so_far: add(so_far, i * step, step), so_far)
+    return add(so_far, whole * step, rest) if rest else so_far
+
+
 def _logits(hidden: Any, layer: Layer, dtype: Any) -> Any:
-    x = jnp.matmul(hidden.astype(dtype), layer.classifier.astype(dtype).T, precision="highest")
+    x = _product("nh,ch->nc", hidden.astype(dtype), layer.classifier.astype(dtype))
     return x if layer.bias is None else x + layer.bias.astype(dtype)
 
 
@@ -163,40 +218,47 @@ def _losses_of(x: Any, tile: _Tile, rest: Rest, form: Form) -> Any:
 
 def _each(layer: Layer, rest: Rest, form: Form) -> Any:
     """Return the losses, whose derivatives are JAX's of the scan: it keeps no logits."""
+    tiles, dtype = _tiles(layer, rest, form), form.loss.compute
 
     @jax.checkpoint
     def losses(layer: Layer, rest: Rest, tile: _Tile) -> Any:
-        x = _logits(tile.hidden, layer, form.loss.compute)
-        return _losses_of(x, tile, rest, form)
+        return _losses_of(_logits(tile.hidden, layer, dtype), tile, rest, form)
 
-    tiles = _tiles(layer, rest, form)
-    _, found = lax.scan(lambda _, tile: (None, losses(layer, rest, tile)), None, tiles)
-    return jnp.reshape(found, (-1,))[: layer.hidden.shape[0]]
+    def step(_: None, tile: _Tile) -> Any:
+        return None, losses(layer, rest, tile)
+
+    def nothing(_: None, tile: _Tile) -> Any:
+        return None, jnp.zeros(form.height, dtype)
+
+    _, found = lax.scan(partial(tiles.step, step, nothing), None, tiles.parts)
+    return tiles.back(found)
 
 
 def _with_gradients(layer: Layer, rest: Rest, form: Form) -> tuple[Any, Layer]:
     """Return the losses and the gradients of their sum, from three products for each tile."""
-    dtype, n = form.loss.compute, layer.hidden.shape[0]
+    dtype, tiles = form.loss.compute, _tiles(layer, rest, form)
 
     def step(sums: tuple[Any, Any], tile: _Tile) -> Any:
         d_classifier, d_bias = sums
         x = _logits(tile.hidden, layer, dtype)
         loss, pull_back = jax.vjp(lambda x: _losses_of(x, tile, rest, form), x)
         (g,) = pull_back(jnp.ones_like(loss))
-        product = partial(jnp.matmul, precision="highest")
-        d_hidden = product(g, layer.classifier.astype(dtype))
-        d_classifier = d_classifier + product(g.T, tile.hidden.astype(dtype))
+        d_hidden = _product("nc,ch->nh", g, layer.classifier.astype(dtype))
+        d_classifier = _add_product(d_classifier, g, tile.hidden.astype(dtype))
         if d_bias is not None:
             d_bias = d_bias + jnp.sum(g, axis=0)
         return (d_classifier, d_bias), (loss, d_hidden)
+
+    def nothing(sums: tuple[Any, Any], tile: _Tile) -> Any:
+        return sums, (jnp.zeros(form.height, dtype), jnp.zeros(tile.hidden.shape, dtype))
 
     start = (
         jnp.zeros(layer.classifier.shape, dtype),
         None if layer.bias is None else jnp.zeros(layer.bias.shape, dtype),
     )
-    sums, (losses, d_hidden) = lax.scan(step, start, _tiles(layer, rest, form))
-    d_hidden = jnp.reshape(d_hidden, (-1, d_hidden.shape[-1]))[:n]
-    return jnp.reshape(losses, (-1,))[:n], Layer(d_hidden, *sums)
+    scanned = partial(tiles.step, step, nothing)
+    sums, (losses, d_hidden) = lax.scan(scanned, start, tiles.parts)
+    return tiles.back(losses), Layer(tiles.back(d_hidden), *sums)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
