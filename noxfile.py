@@ -233,6 +233,13 @@ def bench(session: nox.Session, backend: str) -> None:
     session.run("python", "-m", "bench", "speed", "--backend", backend, *session.posargs)
 
 
+@nox.session(name="bench-scale")
+def bench_scale(session: nox.Session) -> None:
+    """Measure layers without logits and chunks of Dask, and model what ranks tell each other."""
+    install(session, *package("bench", "peers", "dask"), "distributed")
+    session.run("python", "-m", "bench", "scale", *session.posargs)
+
+
 # --- The tests ----------------------------------------------------------------------------------
 
 

@@ -24,6 +24,8 @@ from bench import (
     plots,
     providers,
     report,
+    scale,
+    scale_plots,
     speed,
     summary,
     tables,
@@ -278,6 +280,34 @@ def run_compile(args: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
+def run_scale(args: argparse.Namespace, argv: list[str]) -> int:
+    """Measure layers without logits, chunks and ranks; return 1 if ours breaks a bound."""
+    load = report.load()
+    report.check_folder(args.plot)
+    parts = scale.parse_parts(args.parts)
+    found = {}
+    for name in parts:
+        part = scale.PARTS[name]
+        asked = name, args.layer, args.classes
+        measured = scale.measure(*asked, quick=args.quick, cpu_time=args.cpu_time)
+        rows = found[name] = _followed(measured)
+        report.table(name, part.HEADINGS, part.cells(rows))
+        report.line(part.LEGEND)
+    document = {
+        "benchmark": "scale",
+        **report.provenance(argv, load),
+        "parts": {name: [asdict(row) for row in rows] for name, rows in found.items()},
+    }
+    if warning := report.busy(document):
+        report.line(warning)
+    for path in scale_plots.save(found, document, args.plot) if args.plot else []:
+        report.line(f"drew {path}")
+    _close(document, [], args.json)
+    broken = sum(not row.held for rows in found.values() for row in rows)
+    report.line(f"{broken} bounds broken" if broken else "every bound held")
+    return 1 if broken else 0
+
+
 def _followed(measured: Iterator[Any]) -> list[Any]:
     """Collect the measurements, and show the progress on a terminal."""
     found = []
@@ -326,6 +356,7 @@ COMMANDS = {
     "options": run_options,
     "jax": run_jax,
     "compile": run_compile,
+    "scale": run_scale,
 }
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from bench import memory, options, places, speed, thresholds, versus
+from bench import memory, options, places, scale, speed, thresholds, versus
 from bench.errors import CommandError
 
 _PEERS_HELP = "those of every library on that kind of device, or of the backend's own library only"
@@ -29,20 +29,24 @@ def parser() -> argparse.ArgumentParser:
     )
     where.add_argument("--shapes", metavar="ROWSxCLASSES,...", help="comma list")
 
+    clock = argparse.ArgumentParser(add_help=False)
+    clock.add_argument(
+        "--cpu-time", action="store_true", help="what all threads work, for a machine that is busy"
+    )
+
     top = _Parser(prog="python -m bench", description="Measure this package beside its peers.")
     commands = top.add_subparsers(
         dest="command",
         required=True,
         metavar="COMMAND",
     )
-    one = commands.add_parser("speed", parents=[output, where], help="time, and GB/s beside a copy")
+    one = commands.add_parser(
+        "speed", parents=[output, where, clock], help="time, and GB/s beside a copy"
+    )
     one.add_argument("--plot", type=Path, metavar="FOLDER", help="draw figures there")
     one.add_argument("--compare", type=Path, metavar="OLD", help="the --json of an earlier run")
     one.add_argument("--peers", default="all", choices=("all", "own"), help=_PEERS_HELP)
     one.add_argument("--ops", default="", help="comma list")
-    one.add_argument(
-        "--cpu-time", action="store_true", help="what all threads work, for a machine that is busy"
-    )
     one.add_argument("--dtypes", default="", help="comma list")
     draw = commands.add_parser("plot", help="the figures of an earlier run of speed")
     draw.add_argument("file", type=Path, help="its --json")
@@ -84,4 +88,11 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "compile", parents=[output], help="how long XLA compiles, and the size of programs"
     )
+    beyond = commands.add_parser(
+        "scale", parents=[output, clock], help="layers without logits, chunks of Dask, ranks"
+    )
+    beyond.add_argument("--parts", default=",".join(scale.PARTS), help="comma list")
+    beyond.add_argument("--layer", default="", metavar="POSITIONSxHIDDEN", help="a linear layer")
+    beyond.add_argument("--classes", default="", help="comma list, of the linear layers")
+    beyond.add_argument("--plot", type=Path, metavar="FOLDER", help="draw figures there")
     return top

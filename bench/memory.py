@@ -119,10 +119,16 @@ def measure(
 
 
 def _in_a_process(backend: str, cell: Cell) -> dict[str, Any]:
-    asked = {"backend": backend, **asdict(cell)}
-    command = [sys.executable, "-m", "bench.memory_cell", json.dumps(asked, default=str)]
-    # Otherwise glibc keeps freed blocks, and later peaks miss them.
-    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    return in_a_process("memory_cell", {"backend": backend, **asdict(cell)}, GIVEN_BACK)
+
+
+# Otherwise glibc keeps freed blocks, and later peaks miss them.
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def in_a_process(module: str, asked: dict[str, Any], settings: dict[str, str]) -> dict[str, Any]:
+    """Return what a module of the bench answers in a process of its own."""
+    command = [sys.executable, "-m", f"bench.{module}", json.dumps(asked, default=str)]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True
     )

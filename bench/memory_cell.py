@@ -33,11 +33,16 @@ class Gauge(NamedTuple):
     """Return the largest number of bytes in use since."""
 
 
-def peak_of(call: Callable[[], Any], finish: Callable[[Any], None], gauge: Gauge) -> int:
+def peak_of(
+    call: Callable[[], Any],
+    finish: Callable[[Any], None],
+    gauge: Gauge,
+    repeats: int = _REPEATS,
+) -> int:
     """Return the bytes at the peak of a call beyond those before, the largest of a few calls."""
     finish(call())
     peaks = []
-    for _ in range(_REPEATS):
+    for _ in range(repeats):
         gc.collect()
         before = gauge.start()
         result = call()
@@ -106,7 +111,7 @@ def measured(asked: dict[str, Any]) -> dict[str, Any]:
     return {"peak_bytes": peak, "path": path}
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], measured: Callable[[Any], dict[str, Any]] = measured) -> int:
     warnings.simplefilter("ignore")
     try:
         found = measured(json.loads(argv[0]))

@@ -69,7 +69,7 @@ def _colours(rows: list[Row]) -> dict[str, str]:
     return _COLOURS | {name: _SPARE[i % len(_SPARE)] for i, name in enumerate(spare)}
 
 
-def _figure(width: float, height: float, title: str, subtitle: str) -> Any:
+def new_figure(width: float, height: float, title: str, subtitle: str) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -86,7 +86,7 @@ def _figure(width: float, height: float, title: str, subtitle: str) -> Any:
     return figure
 
 
-def _legend(figure: Any, axes: list[Any]) -> None:
+def legend(figure: Any, axes: list[Any]) -> None:
     """Put one legend for all panels at the foot."""
     handles = {}
     for one in axes:
@@ -98,7 +98,7 @@ def _legend(figure: Any, axes: list[Any]) -> None:
     )  # fmt: skip
 
 
-def _plain(axes: Any, title: str) -> None:
+def plain(axes: Any, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
@@ -117,14 +117,14 @@ def _bandwidth(rows: list[Row], title: str, colours: dict[str, str]) -> Any:
     subtitle = (
         "GB/s of the bytes that must move, by classes in a row, both axes log; arrays over 1 MB"
     )
-    figure = _figure(14, 1.2 + 3.6 * down, title, subtitle)
+    figure = new_figure(14, 1.2 + 3.6 * down, title, subtitle)
     panels = list(figure.subplots(down, _COLUMNS, squeeze=False).flat)
     for panel, operation in zip(panels, operations, strict=False):
         _lines(panel, [row for row in large if row.operation == operation], colours)
-        _plain(panel, operation)
+        plain(panel, operation)
     for panel in panels[len(operations) :]:
         panel.set_visible(False)
-    _legend(figure, panels[: len(operations)])
+    legend(figure, panels[: len(operations)])
     return figure
 
 
@@ -165,12 +165,12 @@ def _ratios(rows: list[Row], title: str, colours: dict[str, str]) -> Any:
     timed = [row for row in rows if row.role != COPY]
     operations = list(dict.fromkeys(row.operation for row in timed))
     subtitle = "time in units of our first path's, log scale: a bar upwards is slower than ours"
-    figure = _figure(16, 1.2 + 2.5 * len(operations), title, subtitle)
+    figure = new_figure(16, 1.2 + 2.5 * len(operations), title, subtitle)
     panels = list(figure.subplots(len(operations), 1, squeeze=False).flat)
     for panel, operation in zip(panels, operations, strict=True):
         _bars(panel, [row for row in timed if row.operation == operation], colours)
-        _plain(panel, operation)
-    _legend(figure, panels)
+        plain(panel, operation)
+    legend(figure, panels)
     return figure
 
 

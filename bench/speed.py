@@ -105,6 +105,8 @@ class Effort:
     """A faster call is repeated until a round takes this long."""
     enough_s: float = math.inf
     """Two rounds of a provider that have taken this long are enough."""
+    warm: int = _WARM_CALLS
+    """Calls before a round, at most."""
 
 
 # The slowest peers decide how long a full run takes: some 10 minutes on 2 cores. A sort, or fifty
@@ -272,19 +274,19 @@ def interleaved(turns: Mapping[str, Timed], effort: Effort) -> dict[str, list[fl
     try:
         while names := [name for name in names if goes_on(name)]:
             for name in names:
-                times[name].append(turn(turns[name], calls[name]))
+                times[name].append(turn(turns[name], calls[name], effort.warm))
             names.append(names.pop(0))  # no provider always follows the same one
     finally:
         gc.enable()
     return times
 
 
-def turn(timed: Timed, calls: int) -> float:
+def turn(timed: Timed, calls: int, warm: int = _WARM_CALLS) -> float:
     """Return the seconds of a call, the mean of one round."""
     call, clock, context = timed
     sleep(_SETTLE_S)
     with context():
-        for _ in range(min(calls, _WARM_CALLS)):
+        for _ in range(min(calls, warm)):
             call()
         return clock.seconds(call, calls)
 

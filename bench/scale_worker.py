@@ -1,0 +1,126 @@
+"""``scale``, fourth part: an array that is larger than the one worker of Dask that works on it.
+
+Each function runs on a worker process of one thread with a limit of memory, of an array whose
+chunks are made as they are needed; its largest entry, or the number that it is, comes back. Nothing
+is spilled to disk, and a worker that goes beyond its limit is killed and fails the row.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+import portable_softmax as ps
+from bench import tables
+from bench.errors import one_line
+
+# Shape, bytes of a chunk, and bytes that the worker may have.
+THOROUGH = (300_000, 1000), 60 * 10**6, 10**9
+QUICK = (4000, 1000), 10**6, 10**9
+PARTS = (1, 4)  # of the class axis
+PATIENCE = 600  # seconds
+
+FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
+    "softmax": lambda x, t: ps.softmax(x).max(),
+    "log_softmax": lambda x, t: ps.log_softmax(x).max(),
+    "logsumexp": lambda x, t: ps.logsumexp(x),
+    "cross_entropy": ps.cross_entropy,
+    "cross_entropy_value_and_grad": lambda x, t: ps.cross_entropy_value_and_grad(x, t)[1].max(),
+}
+
+
+@dataclass
+class Row:
+    """One function on one way to cut the array."""
+
+    shape: tuple[int, int]
+    chunk: tuple[int, int]
+    limit_bytes: int
+    operation: str
+    seconds: float = math.nan
+    peak_bytes: float = math.nan
+    """The most memory that the worker's process has had so far."""
+    problem: str = ""
+
+    def __post_init__(self) -> None:
+        self.shape = (self.shape[0], self.shape[1])  # a list in JSON, where nan is a string
+        self.seconds, self.peak_bytes = float(self.seconds), float(self.peak_bytes)
+
+    @property
+    def held(self) -> bool:
+        return not self.problem and self.peak_bytes <= self.limit_bytes
+
+
+def measure(shape: tuple[int, int], chunk: int, limit: int) -> Iterator[Row]:
+    """Yield a row for each cut and function."""
+    dask, distributed = map(importlib.import_module, ("dask", "distributed"))
+    settings = {
+        f"distributed.worker.memory.{name}": False for name in ("target", "spill", "pause")
+    } | {"distributed.scheduler.allowed-failures": 0}
+    one = {"n_workers": 1, "threads_per_worker": 1, "memory_limit": limit}
+    for parts in PARTS:
+        with ExitStack() as stack:
+            stack.enter_context(dask.config.set(settings))
+            cluster = distributed.LocalCluster(processes=True, dashboard_address=None, **one)
+            client = stack.enter_context(distributed.Client(stack.enter_context(cluster)))
+            width = shape[1] // parts
+            cut = (max(1, chunk // (4 * width)), width)
+            x, labels = arrays(shape, cut)
+            for name, function in FUNCTIONS.items():
+                row = Row(shape, cut, limit, name)
+                started = perf_counter()
+                try:
+                    client.compute(function(x, labels)).result(timeout=PATIENCE)
+                    row.seconds = perf_counter() - started
+                    (row.peak_bytes,) = client.run(most_memory).values()
+                except Exception as error:  # a worker that was killed, or none in time
+                    row.problem = one_line(error)
+                yield row
+
+
+def arrays(shape: tuple[int, int], cut: tuple[int, int]) -> tuple[Any, Any]:
+    """Return lazy logits and labels."""
+    da = importlib.import_module("dask.array")
+    like = da.zeros(shape, chunks=cut, dtype=np.float32)
+    x = like.map_blocks(_made, dtype=np.float32, meta=np.empty((0, 0), np.float32))
+    return x, da.arange(shape[0], chunks=cut[0]) % shape[1]
+
+
+def _made(chunk: Any) -> Any:
+    """Return random numbers that repeat, as it takes long to draw so many."""
+    drawn = np.random.default_rng(0).standard_normal(1 << 16, np.float32)
+    return np.resize(drawn, chunk.shape)
+
+
+def most_memory() -> int:
+    """Return the most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# --------------------------------------------------------------------------- as text
+
+HEADINGS = ("operation", "array", "chunks", "seconds", "peak", "worker", "finished")
+LEGEND = (
+    "An array whose chunks are made when they are needed, on one worker process of one thread. "
+    "`peak` is the most memory that the process has had so far, all libraries included."
+)
+
+
+def cells(rows: list[Row]) -> list[list[str]]:
+    """Return the rows as text."""
+    return [
+        [
+            row.operation, tables.shape(row.shape), tables.shape(row.chunk),
+            row.problem or f"{row.seconds:.1f}", f"{row.peak_bytes / 1e6:.0f} MB",
+            f"{row.limit_bytes / 1e6:.0f} MB", "yes" if row.held else "NO",
+        ]
+        for row in rows
+    ]  # fmt: skip

@@ -1,0 +1,178 @@
+"""``bench scale``: layers without logits, chunks of Dask, and what ranks tell each other."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+
+import numpy as np
+import pytest
+
+from bench import memory, places, scale, scale_chunks, scale_linear, scale_ranks, scale_worker
+from bench.__main__ import main
+
+pytestmark = pytest.mark.skipif(bool(memory.why_not()), reason="memory is measured on Linux only")
+
+SIZE = scale_linear.Size(8, 5, 6)
+
+
+def run(tmp_path, *arguments):
+    """Return the status and the document of a run."""
+    path = tmp_path / "scale.json"
+    status = main(["scale", "--quick", "--json", str(path), *arguments])
+    return status, json.loads(path.read_text())
+
+
+# --------------------------------------------------------------------------- the command
+
+
+@pytest.mark.slow("a process for each provider")
+@pytest.mark.once
+def test_every_part_runs_and_is_drawn(tmp_path, capsys):
+    for module in ("torch", "jax", "optax", "dask", "distributed", "scipy", "matplotlib"):
+        pytest.importorskip(module)
+    status, document = run(tmp_path, "--classes", "300", "--plot", str(tmp_path / "drawn"))
+    assert status == 0, capsys.readouterr().out
+    assert {"command", "commit", "machine", "threads", "versions"} <= document.keys()
+    parts = document["parts"]
+    assert parts.keys() == scale.PARTS.keys()
+    drawn = {path.stem for path in (tmp_path / "drawn").iterdir()}
+    assert drawn == parts.keys() - {"worker"}
+    for row in parts["linear"]:
+        chunked_is_new = row["provider"] == "chunked, torch" and "AttributeError" in row["problem"]
+        assert chunked_is_new or not row["problem"], row
+        assert chunked_is_new or 0 < row["min_s"] <= row["median_s"]
+    providers = {row["provider"] for row in parts["chunks"] if row["operation"] == "softmax"}
+    assert providers == set(scale_chunks.PROVIDERS)
+    assert max(row["ranks"] for row in parts["ranks"]) == 1024
+    assert {row["operation"] for row in parts["worker"]} == scale_worker.FUNCTIONS.keys()
+    out = capsys.readouterr().out
+    assert "model: all-reduces" in out
+    assert "every bound held" in out
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--parts", "linear,gpu"],
+            "unknown part 'gpu'; choose from linear, chunks, worker, ranks",
+        ),
+        (["--classes", "8k"], "'8k' is no number of classes"),
+        (["--classes", "0"], "'0' is no number of classes"),
+        (["--layer", "64"], "layer '64' is not of the form POSITIONSxHIDDEN, such as 2048x512"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(scale, "_NEEDED", dict.fromkeys(scale.PARTS, ()))
+    assert main(["scale", "--quick", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.once
+def test_a_part_names_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setattr(scale, "_NEEDED", {"chunks": ("no_such_module",)})
+    assert main(["scale", "--parts", "chunks"]) == 2
+    assert "chunks needs no_such_module: pip install" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize("provider", scale_linear.PROVIDERS, ids=lambda one: one.name)
+def test_every_provider_makes_the_loss_and_its_gradients(provider, xp):
+    """In several tiles, of which the last is not full."""
+    if provider.library != xp.name:
+        pytest.skip("another library's")
+    if provider.library == "jax" and not importlib.util.find_spec("optax"):
+        pytest.skip("optax is not installed")
+    place = places.open_backend(provider.library)
+    problem = scale_linear.Problem(SIZE)
+    arrays = [places.put(place, a) for a in (problem.hidden, problem.classifier, problem.labels)]
+    call = provider.make(place, tuple(arrays), 3)
+    try:
+        result = call()
+    except AttributeError:
+        assert provider.name == "chunked, torch"  # from torch 2.13 on
+        pytest.skip("this torch has none")
+    if provider.role != scale_linear.PRODUCTS:
+        assert problem.wrong(place, result) == ""
+        broken = (result[0], result[1] + 1, result[2])
+        assert problem.wrong(place, broken) == "wrong d_hidden"
+
+
+@pytest.mark.once
+def test_what_is_expected_is_a_difference_quotient():
+    """In float64, along one entry of the first position and of the first class."""
+    problem = scale_linear.Problem(SIZE)
+    loss, d_hidden, d_classifier = problem.expected
+
+    def at(hidden, classifier):
+        x = hidden @ classifier.T
+        n = np.arange(len(x))
+        return np.mean(np.log(np.exp(x).sum(axis=1)) - x[n, problem.labels])
+
+    wide = [a.astype(np.float64) for a in (problem.hidden, problem.classifier)]
+    assert loss == pytest.approx(at(*wide), rel=1e-12)
+    for i, slope in enumerate((d_hidden, d_classifier)):
+        up, down = ([a.copy() for a in wide] for _ in range(2))
+        up[i][0, 2] += 1e-5
+        down[i][0, 2] -= 1e-5
+        assert slope[2] == pytest.approx((at(*up) - at(*down)) / 2e-5, rel=1e-7)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("role", "beyond", "problem", "held"),
+    [
+        ("ours", 160e6, "", True),
+        ("ours", 161e6, "", False),
+        ("ours", math.nan, "", False),
+        ("ours", 1e6, "wrong loss", False),
+        ("peer", 1e9, "", True),
+        ("peer", math.nan, "no such function", True),
+    ],
+)
+def test_ours_is_right_and_within_its_memory(role, beyond, problem, held):
+    row = scale_linear.Row(SIZE, "name", "numpy", role, problem, beyond_bytes=beyond)
+    assert row.held == held
+    assert (problem or "MB") in " ".join(scale_linear.cells([row])[0])
+
+
+# --------------------------------------------------------------------------- ranks
+
+
+@pytest.mark.once
+def test_the_model_of_an_all_reduce():
+    """One rank tells nobody; a ring wins for long messages, a tree for short ones."""
+    a, b = scale_ranks.LATENCY, scale_ranks.SECONDS_PER_BYTE
+    assert scale_ranks.all_reduce(1, 10**9) == 0
+    assert scale_ranks.all_reduce(2, 1000) == pytest.approx(2 * a + 1000 * b)
+    assert scale_ranks.all_reduce(1024, 8) == pytest.approx(20 * a + 160 * b)
+    assert scale_ranks.all_reduce(1024, 10**10) == pytest.approx(2046 * a + 2046 / 1024 * 1e10 * b)
+
+
+@pytest.mark.once
+def test_a_rank_that_says_something_else_than_modelled_is_reported():
+    row = scale_ranks.Row((10, 3, 7), "cross_entropy", "classes", 2, [40, 480], [], 1e-3)
+    assert row.expected == [40, 480]
+    assert row.held
+    for change in ({"sizes": [40]}, {"other": ["all_gather_into_tensor"]}, {"problem": "no"}):
+        other = scale_ranks.Row(**{**vars(row), **change})
+        assert not other.held
+        assert "NO" in scale_ranks.cells([other])[0]
+
+
+@pytest.mark.once
+def test_chunks_are_compared_with_the_kernel_and_bare_tasks():
+    taken = {scale_chunks.OURS: 3.0, scale_chunks.KERNEL: 1.5, scale_chunks.NOTHING: 0.5}
+    rows = [
+        scale_chunks.Row((4, 3), 2, "softmax", name, min_s=seconds)
+        for name, seconds in taken.items()
+    ]
+    lines = scale_chunks.cells(rows)
+    assert [line[4:6] for line in lines] == [["1.00", "1.50"], ["0.50", "0.75"], ["0.17", "0.25"]]
