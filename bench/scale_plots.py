@@ -33,7 +33,8 @@ def save(found: dict[str, list[Any]], document: dict[str, Any], folder: Path) ->
     where = f"{machine['cpu']}, {machine['cores']} cores"
     written = []
     for part, rows in found.items():
-        if part not in _DRAW:
+        rows = [row for row in rows if not row.problem]
+        if part not in _DRAW or not rows:
             continue
         path = folder / f"{part}.png"
         _DRAW[part](rows, where).savefig(path, dpi=110)
@@ -64,8 +65,8 @@ def _linear(rows: list[scale_linear.Row], where: str) -> Any:
     memory.axhline(
         scale_linear.CEILING / 1e6, color=MUTED, linestyle="--", label="what ours may take"
     )
-    memory.set_yscale("log")
-    time.set_ylim(bottom=0)
+    for axes in (time, memory):
+        axes.set_yscale("log")
     for axes, name in ((time, "time / products"), (memory, "MB beyond")):
         axes.set_xscale("log")
         classes = sorted({row.size.classes for row in rows})

@@ -8,7 +8,7 @@ import capabilities
 from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
-from bench import summary, tables
+from bench import scale, summary, tables
 from bench.report import described
 from bench.speed import OURS, PEER, Row
 
@@ -19,6 +19,12 @@ FIGURES = {
     "this package, its peers and a plain copy, {dtype}, arrays of {library}.",
     "ratios": "Every provider's time in units of ours, one panel an operation and one row an "
     "array shape, {dtype}, arrays of {library}.",
+}
+SCALING = {
+    "linear": "Two panels by number of classes, a line a provider: the time of a linear layer's "
+    "loss and gradients in units of its bare products, and memory beyond inputs and gradients.",
+    "ranks": "Seconds by number of ranks, a panel a function and cut: a rank's own work, measured, "
+    "and its all-reduces and an all-gather of logits, of a model.",
 }
 
 
@@ -65,6 +71,21 @@ def cells(name):
     return f"`{document['command']}`\n\n{described(document)}\n\n{table}\n\n{clock}"
 
 
+def scaling(part):
+    """Return one part of `scale`, from the kept run that has it."""
+    kept = (_document(path.stem) for path in RESULTS.glob("scale-*.json"))
+    (document,) = [one for one in kept if part in one["parts"]]
+    module = scale.PARTS[part]
+    rows = [module.Row(**row) for row in document["parts"][part]]
+    lines = [module.HEADINGS, ["---"] * len(module.HEADINGS), *module.cells(rows)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = f"`{document['command']}`\n\n{described(document)}\n\n{table}\n\n{module.LEGEND}"
+    if part in SCALING:
+        image = f"```{{image}} /../bench/results/scale/{part}.png\n:alt: {SCALING[part]}\n```"
+        text += f"\n\n{image}"
+    return text
+
+
 def slower(library):
     """Return the cells of a kept run in which a peer is faster than every path of ours."""
     cells = {}
@@ -92,7 +113,8 @@ def figures(library):
     )
 
 
-MAKERS = {f.__name__: f for f in (backends_of, backends, kernels, speed, cells, slower, figures)}
+_ALL = (backends_of, backends, kernels, speed, cells, scaling, slower, figures)
+MAKERS = {f.__name__: f for f in _ALL}
 
 
 class Generated(SphinxDirective):
