@@ -202,7 +202,7 @@ class Writer:
 
     def expm1(self, x):
         b = self.b
-        m, _ = self.reduced_less_one(x, 0)
+        m, _ = self.reduced_less_one(x, self.magic(0))
         far = b.fsub(self.exp(x), self.number(1.0))
         near = b.fcmp_ordered("<", self.size(x), self.number(0.34))  # x is not reduced
         return b.select(near, m, far)
