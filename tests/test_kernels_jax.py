@@ -26,6 +26,9 @@ ROWS = {
     "very confident": [40.25, -30.3, -31.7, -29.9, -60.0, -35.0, -33.0, -30.1],
     "ties": [5.0, 5.0, -3.0, 5.0, 1.0, 5.0, 5.0, 5.0],
     "offset": [1000.5, 990.25, 1000.0, 998.0, 999.0, 1000.25, 985.0, 970.0],
+    # XLA makes a / (b * b) of a / b / b, and b * b may overflow.
+    "below": [-79.5, -80.25, -81.0, -114.0, -79.75, -85.0, -90.0, -100.0],
+    "far below": [-650.5, -651.25, -652.0, -690.0, -650.75, -655.0, -660.0, -670.0],
 }
 
 
@@ -51,7 +54,8 @@ def test_every_row_is_exact(xp, name, dtype):
     for i, at in enumerate((label, 0)):
         p = reference.softmax(reference.exact(row))
         p[at] = -sum(other for j, other in enumerate(p) if j != at)
-        assert reference.ulps(xp.numpy(grad)[i], p) <= max(8, 4 + 2 * np.ptp(row))
+        normal = [j for j, v in enumerate(p) if abs(v) > np.finfo(dtype).tiny]  # XLA's others are 0
+        assert reference.ulps(xp.numpy(grad)[i][normal], [p[j] for j in normal]) <= 8
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from asserts import assert_close, assert_like
 from mpmath import mp, mpc, mpf
 
 import portable_softmax as ps
+from bench import exact
 from portable_softmax import kernels
 
 RNG = np.random.default_rng(20240607)
@@ -81,6 +82,45 @@ def test_the_rounding_of_the_shift_is_put_back(xp):
     expected = reference.log_softmax(exact)
     actual = assert_like(xp, ps.log_softmax(xp.asarray(x)), (3,), "float32")
     assert reference.ulps(actual, expected) <= 4
+
+
+# Where half a unit of x - max counts; other paths lose what a row spans.
+FUSED = ("numpy tiles", "numba rows", "jax rules", "triton rows")
+
+
+@pytest.mark.slow("Numba compiles every layout", "numba", "torch-numba", "jax-numba")
+@pytest.mark.skipif(not exact.measures("float64"), reason="np.longdouble is float64 here")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("n", "axis"), [(3, 1), (10, 1), (200, 1), (5000, 1), (150, 0)])
+def test_probabilities_keep_their_digits_at_any_spread(xp, n, axis, dtype):
+    """In float32 half a unit of a difference of 64 is 32 units of its exponential."""
+    rng = np.random.default_rng(n)
+    x = rng.uniform(-100, 0, (30, n))
+    x[15:] = 20 * rng.standard_normal((15, n))
+    # Near 0 and far, on both sides: an exponential that is subtracted from, or not, or whose
+    # difference is exact. The last row has its maximum in another part than the first.
+    x += np.linspace(-200, 300, 30)[:, None] - x.max(1, keepdims=True)
+    x[:6] += np.asarray([[1e4], [-1e4], [199.7], [200.3], [180.1], [245.3]])
+    x[-1] = np.linspace(-90, 250, n)
+    x = x.astype(dtype)
+    labels = rng.integers(0, n, 30)
+    answer = exact.solve(x, labels).softmax
+    if axis == 0:
+        x, answer = x.T.copy(), answer.T
+    arrays = xp.asarray(x), xp.asarray(labels)
+    y = xp.numpy(ps.softmax(arrays[0], axis=axis))
+    _, grad = ps.cross_entropy_value_and_grad(*arrays, axis=axis, reduction="none")
+    fused = kernels.explain("softmax", arrays[0], axis=axis).startswith(FUSED)
+    span = np.ptp(x, axis=axis, keepdims=True)
+    bound = 5 if fused else np.maximum(6, 2 + 2 * span)
+    # XLA's exp of a double is off by more, and the remainder is made of its squares.
+    bounds = bound, 7 if xp.library == "jax" and fused else bound
+    counted = answer > 1.01 * exact.smallest_normal(dtype)  # XLA takes subnormal numbers for 0
+    elsewhere = np.expand_dims(labels, axis) != np.arange(n).reshape(-1, *(1,) * (1 - axis))
+    found = (y, counted), (xp.numpy(grad), counted & elsewhere)
+    for (values, some), bound in zip(found, bounds, strict=True):
+        units = np.abs(values.astype(np.longdouble) - answer) / exact.unit(answer, dtype)
+        assert np.all(units <= bound, where=some), np.max(units, where=some, initial=0)
 
 
 @pytest.mark.slow("Triton interprets element by element", "triton")

@@ -52,11 +52,32 @@ def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
 def _fold_jvp(axes: Axes, primals: Any, tangents: Any) -> Any:
     (x, scale), (t, _) = primals, tangents
     m, rest = fold(x, scale, axes)
-    exps = jnp.exp(shifted(x, m, scale, axes))
-    exps = jnp.where(wide(jnp.isinf(m), axes), 0.0, exps)  # such a row has the derivative 0
-    change = jnp.sum(exps * t, axis=axes)
+    terms, unit = exps(x, m, scale, axes)
+    none = jnp.isinf(m)  # such a row has the derivative 0
+    terms, unit = jnp.where(wide(none, axes), 0.0, terms), jnp.where(none, 1.0, unit)
+    change = jnp.sum(terms * t, axis=axes) / unit
     change = change if scale is None else change * inverse_temperature(scale)
     return (m, rest), (jnp.zeros_like(m), change)
+
+
+def exps(x: Any, m: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
+    """Return exp((x - max) / temperature) times a number of the row, and that number."""
+    if scale is not None:
+        return jnp.exp(shifted(x, m, scale, axes)), jnp.ones_like(m)
+    c = base(x, m, axes)
+    return jnp.exp(x - wide(c, axes)), jnp.exp(m - c)
+
+
+def base(x: Any, m: Any, axes: Axes) -> Any:
+    """Return what to subtract from rows before the exponential, as good as without rounding.
+
+    Half a unit lost in a difference of 64 is 32 units of its exponential. So it is 0 for a maximum
+    that is neither negative nor so large that a sum may overflow, and else an integer: beside that
+    each x that counts is negative as well, or large.
+    """
+    count = math.prod(n if isinstance(n := x.shape[a], int) else 1 << 31 for a in axes)
+    far = math.log(float(jnp.finfo(x.dtype).max) / max(count, 1)) - 1.0
+    return jnp.floor(jnp.minimum(m, 0.0)) + jnp.ceil(jnp.maximum(m - far, 0.0))
 
 
 def shifted(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
@@ -92,27 +113,25 @@ def inverse_temperature(scale: Any) -> Any:
 def _terms(x: Any, m: Any, axes: Axes) -> tuple[Any, Any]:
     """Return exp(x - max) without the rounding error of x - max, as terms and a factor a row.
 
-    A confident row's rest is one exponential of a large difference: half a unit lost in a
-    difference of 64 is 32 units lost in the loss. Let L be the largest difference that counts,
-    beyond which an exponential underflows. If |max| >= 2L or max <= -L, each x that counts is
-    within a factor of 2 of the maximum, and x - max is exact (Sterbenz). Otherwise some c between 0
-    and max, 0 for most, makes x - c exact. Its exponential may leave the range of the dtype, but
-    that of (x - c) / 2 doesn't. So with a power of 2 near exp((c - max) / 2), which costs no
-    digit, ::
+    A confident row's rest is one exponential of a large difference. Let L be the largest one that
+    counts, beyond which an exponential underflows. Below 0 the integer c below the maximum makes
+    x - c as good as exact. From 2L on the maximum itself does, as each x that counts is within a
+    factor of 2 of it (Sterbenz). In between some c from 0 to the maximum does, 0 for most. Its
+    exponential may leave the range of the dtype, but that of (x - c) / 2 doesn't. So with a power
+    of 2 near exp((c - max) / 2), which costs no digit, ::
 
-        exp(x - max) = (exp((x - c) / 2) * power)^2 * (exp(c - max) / power^2)
+        exp(x - max) = (exp((x - c) / 2) * power)^2 / exp(max - c) / power^2
 
-    A larger power, so that no square is flushed to 0 where a sum of many is not.
+    A larger power, so that no square is flushed to 0 where a sum of many is not. The error of
+    exp(max - c) is that of `exps`, and cancels where both are used.
     """
     info = jnp.finfo(x.dtype)
     limit = -math.log(float(info.tiny))
-    between = jnp.minimum(
-        jnp.maximum(m, 0.0), jnp.ceil(jnp.maximum(32.0 * (m - limit), 0.0)) / 16.0
-    )
-    c = jnp.where(m > -limit, between, m)
+    between = jnp.minimum(m, jnp.ceil(jnp.maximum(32.0 * (m - limit), 0.0)) / 16.0)
+    c = jnp.where(m < 0.0, jnp.floor(m), between)
     power = lax.reduce_precision(jnp.exp(0.5 * (c - m)), info.nexp, 0) * 2.0**20
     root = jnp.exp((x - wide(c, axes)) * 0.5) * wide(power, axes)
-    return root * root, jnp.exp(c - m) / power / power
+    return root * root, 1.0 / jnp.exp(m - c) / power / power
 
 
 def _tempered_terms(x: Any, m: Any, scale: Any, axes: Axes) -> Any:

@@ -21,7 +21,7 @@ from jax import lax
 from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from portable_softmax.kernels._jax._fold import fold, wide
+from portable_softmax.kernels._jax._fold import base, fold, wide
 from portable_softmax.kernels._jax._rules import mask_like, masked
 
 
@@ -308,19 +308,30 @@ def _gradient(x: Any, m: Any, rest: Any, log: Any, terms: Terms, axis: int) -> A
     the label of a confident row e_j Q - q_j is an exact 0, and -q_j rest is minus the sum of the
     others.
     """
-    m, rest, log = (wide(part, (axis,)) for part in (m, rest, log))
+    c = base(x, m, (axis,))
+    m, rest, log, c = (wide(part, (axis,)) for part in (m, rest, log, c))
+    unit, inverse = jnp.exp(m - c), 1.0 / (1.0 + rest)
     sums = [] if terms.a is None else [terms.a]
     if terms.c is not None:
         sums.append(jnp.sum(terms.c, axis=axis, keepdims=True))
-    exps = jnp.exp(x - m)
-    scaled = exps * sum(sums[1:], sums[0])
-    q = 0.0 if terms.c is None else terms.c
-    if terms.a is not None:
-        label = lax.broadcasted_iota(terms.index.dtype, x.shape, axis) == terms.index
-        q = jnp.where(label, q + terms.a, q)
-    grad = (scaled - q) - q * rest
+    total, more = sum(sums[1:], sums[0]), 0.0
     if terms.u is not None:
         lse = jnp.where((terms.u == 0) & jnp.isinf(m), 0.0, m + log)
-        grad = grad + exps * (2.0 * terms.u * lse)
-    grad = grad * (1.0 / (1.0 + rest))
+        more = 2.0 * terms.u * lse
+
+    def entry(x: Any, q: Any) -> Any:
+        e = jnp.exp(x - c) / unit
+        e = e + lax.stop_gradient(jnp.where(x == m, 1.0 - e, 0.0))  # an exact 1
+        return (((e * total - q) - q * rest) + e * more) * inverse
+
+    if terms.a is None:
+        grad = entry(x, terms.c)
+    else:
+        label = lax.broadcasted_iota(terms.index.dtype, x.shape, axis) == terms.index
+        if terms.c is None:
+            logit = jnp.take_along_axis(x, terms.index, axis=axis, mode="clip")
+            grad = jnp.exp(x - c) / (unit * (1.0 + rest)) * (total + more)
+            grad = jnp.where(label, entry(logit, terms.a), grad)
+        else:
+            grad = entry(x, jnp.where(label, terms.c + terms.a, terms.c))
     return grad if terms.counted is None else jnp.where(terms.counted, grad, 0.0)

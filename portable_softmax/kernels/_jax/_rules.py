@@ -15,6 +15,7 @@ from jax import numpy as jnp
 
 from portable_softmax.kernels._jax._fold import (
     Axes,
+    exps,
     fold,
     in_blocks,
     inverse_temperature,
@@ -55,8 +56,8 @@ def softmax(x: Any, where: Any, scale: Any, axes: Axes, compute: Any, answer: An
 def _softmax(x: Any, scale: Any, axes: Axes) -> Any:
     m = jnp.max(x, axis=axes)
     blocks, block_axes = in_blocks(x, axes)
-    total = sum_of(jnp.exp(shifted(blocks, m, scale, block_axes)), block_axes)
-    return jnp.exp(shifted(x, m, scale, axes)) / wide(total, axes)
+    total = sum_of(exps(blocks, m, scale, block_axes)[0], block_axes)
+    return exps(x, m, scale, axes)[0] / wide(total, axes)
 
 
 @_softmax.defjvp

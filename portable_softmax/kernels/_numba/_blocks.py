@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from portable_softmax.kernels._numba import _rows
-from portable_softmax.kernels._numba._exp import DOWN, UP, compensated_exp_up, exp_up, exponent
+from portable_softmax.kernels._numba._exp import exp_up, reference_of
 from portable_softmax.kernels._numba._horizontal import (
     are_finite,
     count_equal,
@@ -21,7 +21,19 @@ from portable_softmax.kernels._numba._horizontal import (
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, either, load, store, typed
 from portable_softmax.kernels._numba._softcap import seen_by, uncapped
-from portable_softmax.kernels._numba._values import COUNT, MAX, REST, SUM, after_values, values
+from portable_softmax.kernels._numba._values import (
+    BASE,
+    COUNT,
+    LOWEST,
+    MAGIC,
+    MAX,
+    REST,
+    SUM,
+    TOTAL,
+    UNIT,
+    after_values,
+    values,
+)
 from portable_softmax.kernels._numba._vectors import (
     lanes,
     larger,
@@ -155,60 +167,82 @@ def _maxima(x, o, j, r, n, vectors, k, numbers):
     put(vectors, at, v if j == 0 else larger(get(vectors, at), v))
 
 
+@function
+def _reference(workspace, r):
+    """What `_exp.exp_up` takes of a row, as `_write_maxima` has left it."""
+    T = height(workspace, 0)
+    return (
+        load(values(workspace, BASE, T), r),
+        load(values(workspace, MAGIC, T), r),
+        load(values(workspace, LOWEST, T), r),
+    )
+
+
 @_pass
 @function
 def _exps(x, e, j, r, n, vectors, k, numbers):
-    m, t = numbers
+    workspace, t = numbers
     prefetch_to_read(x, r * n + height(x, 0) * n, k)
-    v = exp_up(exponent(read(x, r * n, k, -math.inf), load(m, r), t))
+    v = exp_up(read(x, r * n, k, -math.inf), _reference(workspace, r), t)
     write(e, r * n, v, k)
     _add(vectors, j, r, v)
 
 
 @_pass
 @function
-def _compensated_exps(x, e, j, r, n, vectors, k, numbers):
-    """As `_exps`, of compensated exponents; those that equal the maximum are counted instead."""
-    m, t, count = numbers
+def _exps_below(x, e, j, r, n, vectors, k, numbers):
+    """As `_exps`, but those that equal that of the maximum are counted instead of added."""
+    workspace, t = numbers
+    T = height(workspace, 0)
+    unit = splat(x, load(values(workspace, UNIT, T), r))
     prefetch_to_read(x, r * n + height(x, 0) * n, k)
-    v, up = compensated_exp_up(read(x, r * n, k, -math.inf), load(m, r), t), splat(x, UP)
+    v = exp_up(read(x, r * n, k, -math.inf), _reference(workspace, r), t)
     write(e, r * n, v, k)
-    count_equal(count, r, v, up)
-    _add(vectors, j, r, where_equal(v, up, splat(x, 0.0), v))
+    count_equal(values(workspace, COUNT, T), r, v, unit)
+    _add(vectors, j, r, where_equal(v, unit, splat(x, 0.0), v))
 
 
 @function
-def _write_maxima(p, o, n, rows, T, workspace):
+def _write_maxima(p, o, n, rows, T, workspace, t):
     L = lanes(workspace)
     _maxima(uncapped(p), o, n, rows, workspace, ())
     for r in range(0, T, L):
-        m = max_of_each(ahead(after_values(workspace, T), r * L))
-        put(values(workspace, MAX, T), r, seen_by(p, m))
+        m = seen_by(p, max_of_each(ahead(after_values(workspace, T), r * L)))
+        base, magic, lowest = reference_of(m, t)
+        put(values(workspace, MAX, T), r, m)
+        put(values(workspace, BASE, T), r, base)
+        put(values(workspace, MAGIC, T), r, magic)
+        put(values(workspace, LOWEST, T), r, lowest)
 
 
 @function
 def write_sums(p, e, o, n, rows, T, workspace, t):
-    _write_maxima(p, o, n, rows, T, workspace)
-    _exps(p, e, n, rows, workspace, (values(workspace, MAX, T), t))
+    _write_maxima(p, o, n, rows, T, workspace, t)
+    _exps(p, e, n, rows, workspace, (workspace, t))
     reduce_partials(workspace, T, SUM)
 
 
 @function
 def fold(p, e, o, n, rows, T, workspace, t):
-    """As in `_rows`, always compensated: that costs less than to find out which rows need it."""
+    """As in `_rows`, the maximum always left out: that costs less than to look who needs it."""
     L, m, s, count = (
         lanes(workspace),
         values(workspace, MAX, T),
         values(workspace, REST, T),
         values(workspace, COUNT, T),
     )
-    _write_maxima(p, o, n, rows, T, workspace)
+    _write_maxima(p, o, n, rows, T, workspace, t)
     for r in range(0, T, L):
+        top = get(m, r)
+        put(values(workspace, UNIT, T), r, exp_up(top, reference_of(top, t), t))
         put(count, r, splat(workspace, 0.0))
-    _compensated_exps(p, e, n, rows, workspace, (m, t, count))
+    _exps_below(p, e, n, rows, workspace, (workspace, t))
     reduce_partials(workspace, T, REST)
     for r in range(0, T, L):
-        put(s, r, (get(s, r) + (counts(count, r) - 1.0) * UP) * DOWN)
+        unit = get(values(workspace, UNIT, T), r)
+        others = get(s, r) + (counts(count, r) - 1.0) * unit
+        put(values(workspace, TOTAL, T), r, others + unit)
+        put(s, r, others / unit)
         if not are_finite(get(m, r)):  # an infinity may have passed over a nan
             for i in range(r, min(r + L, rows)):
                 store(m, i, _rows.top(ahead(p, i * n), n, 1))

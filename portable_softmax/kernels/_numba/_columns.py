@@ -10,19 +10,21 @@ gradient of a loss.
 from __future__ import annotations
 
 from portable_softmax.kernels._numba import _blocks
-from portable_softmax.kernels._numba._exp import DOWN, UP
+from portable_softmax.kernels._numba._exp import exp_up, reference_of
 from portable_softmax.kernels._numba._horizontal import are_at_least, are_finite
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, store, typed
-from portable_softmax.kernels._numba._passes import (
-    compensated_sums,
-    compensation_threshold,
-    exps,
-    maxima,
-    row_writing,
-)
+from portable_softmax.kernels._numba._passes import exps, maxima, row_writing, sums_below
 from portable_softmax.kernels._numba._rows import top
-from portable_softmax.kernels._numba._values import MAX, REST, SUM, after_values, values
+from portable_softmax.kernels._numba._values import (
+    MAX,
+    REST,
+    SUM,
+    TOTAL,
+    UNIT,
+    after_values,
+    values,
+)
 from portable_softmax.kernels._numba._vectors import lanes, read, splat, where_at_least, write
 
 # --------------------------------------------------------------------------- where rows are
@@ -136,23 +138,27 @@ def write_sums(p, e, o, n, rows, T, workspace, t):
     size = length(workspace, n)
     for r in range(0, rows, lanes(workspace)):
         x = ahead(p, r * n)
-        put(values(workspace, SUM, T), r, exps(x, ahead(e, r * n), 0, size, maxima(x, size), t))
+        at = reference_of(maxima(x, size), t)
+        put(values(workspace, SUM, T), r, exps(x, ahead(e, r * n), 0, size, at, t))
 
 
 @function
 def fold(p, e, o, n, rows, T, workspace, t):
-    """As in `_rows`; what is compensated for one lane is taken for that lane only."""
+    """As in `_rows`; what is summed again for one lane is taken for that lane only."""
     L, one, size = lanes(workspace), splat(workspace, 1.0), length(workspace, n)
-    low = splat(workspace, compensation_threshold(n))
     for r in range(0, rows, L):
         x, most = ahead(p, r * n), ahead(values(workspace, MAX, T), r)
         m = maxima(x, size)
-        rest = exps(x, ahead(e, r * n), 0, size, m, t) * DOWN - one
+        at = reference_of(m, t)
+        s, unit = exps(x, ahead(e, r * n), 0, size, at, t), exp_up(m, at, t)
+        rest = (s - unit) / unit
         put(most, 0, m)
-        if not are_at_least(rest, low):
-            below, count = compensated_sums(x, size, m, t)
-            rest = where_at_least(rest, low, rest, (below + (count - one) * UP) * DOWN)
+        if not are_at_least(rest, 1.0):
+            below, count = sums_below(x, size, at, unit, t)
+            rest = where_at_least(rest, one, rest, (below + (count - one) * unit) / unit)
             if not are_finite(m):  # an infinity may have passed over a nan
                 for i in range(L):
                     store(most, i, top(ahead(x, i), n, L))
         put(values(workspace, REST, T), r, rest)
+        put(values(workspace, UNIT, T), r, unit)
+        put(values(workspace, TOTAL, T), r, s)

@@ -1,9 +1,16 @@
-"""exp and log1p written out, for numbers and for vectors, and the exponents of a softmax.
+"""exp and log1p written out, for numbers and for vectors, and the exps of a row.
 
-Both are within one unit in the last place. `exp_up(d)` is 2**64 * exp(d), for d <= 0: UP and DOWN
-are the factor and its inverse. The factor keeps every exp above 0 a normal number down to where exp
-itself rounds to 0: one multiplication scales the polynomial, and a division by a sum with the same
-factor rounds once, also to subnormal numbers.
+Both are within one unit in the last place. A row's exps are exp((x - max) / T) times the number
+`unit` of the row, which is theirs of the maximum, in [sqrt(1/2), sqrt(2)] times UP = 2**64. The
+factor keeps every exp above 0 a normal number down to where exp itself rounds to 0: one
+multiplication scales the polynomial, and a division by a sum with the same factor rounds once, also
+to subnormal numbers.
+
+The difference of a logit to the maximum would be rounded, by half a unit of 64 in a row that spans
+100, and its exp is off by as much. So none is taken where max / T is `near` 0: there x / T is
+n log(2) + r for an integer n, and the exp is 2**(n - power) exp(r) for the integer `power` that the
+maximum has. In other rows x - base with the maximum as `base` is exact wherever the exp is not 0,
+as both are within a factor of 2 (Sterbenz, 1974).
 
 `t` stands for the temperature T: the integer 1 for none, or what `temperature` makes of it.
 """
@@ -20,7 +27,6 @@ from llvmlite import ir
 from numba import types
 from numba.extending import overload
 
-from portable_softmax.kernels._numba._compensation import difference_error
 from portable_softmax.kernels._numba._jit import INLINED, function
 from portable_softmax.kernels._numba._vectors import elementwise, fma, fused, product
 
@@ -35,6 +41,7 @@ class Format(NamedTuple):
     bias: int
     lowest: float  # exp rounds to 0 from here downwards
     highest: float  # exp is inf from here upwards
+    near: float  # at least twice -lowest; up to here and -lowest more, x is reduced exactly
     ln2: tuple[float, float]  # the first part times any exponent is exact
     exp: tuple[float, ...]
     log: tuple[float, ...]
@@ -49,6 +56,7 @@ FORMATS = {
         bias=127,
         lowest=-105.0,
         highest=90.0,
+        near=256.0,
         ln2=(0.693359375, -2.12194440e-4),
         exp=(
             0.4999999345040558, 0.16666520675091812, 0.04166838761300896, 0.008368711360272556,
@@ -62,6 +70,7 @@ FORMATS = {
         bias=1023,
         lowest=-746.0,
         highest=711.0,
+        near=2048.0,
         ln2=(6.93147180369123816490e-01, 1.90821492927058770002e-10),
         exp=(
             0.5000000000000011, 0.16666666666666413, 0.04166666666653023, 0.008333333333494218,
@@ -119,30 +128,37 @@ class Writer:
         shifted = self.b.add(n, self.integer(self.f.bias))
         return self.b.bitcast(self.b.shl(shifted, self.integer(self.f.mantissa)), self.kind)
 
-    def reduced(self, x, offset):
-        """Return exp(r) and bits that end in n + offset, for x = n * log(2) + r."""
-        e, bits = self.reduced_less_one(x, offset)
+    def magic(self, offset):
+        """What rounds to an integer n if it is added, and leaves n + offset in the lowest bits."""
+        return self.number(1.5 * 2**self.f.mantissa + offset)
+
+    def reduced(self, x, magic, t=None):
+        """Return exp(r) and bits that end in n + offset, for x / T = n * log(2) + r."""
+        e, bits = self.reduced_less_one(x, magic, t)
         return self.b.fadd(e, self.number(1.0)), bits
 
-    def reduced_less_one(self, x, offset):
+    def reduced_less_one(self, x, magic, t=None):
         """The same with exp(r) - 1, to its own last digits.
 
-        Adding a large number rounds to an integer and leaves it in the lowest bits.
+        `t` is 1 / (T log(2)), and 1 / T in two parts.
         """
         f, b = self.f, self.b
-        magic = self.number(1.5 * 2**f.mantissa + offset)
-        t = self.fma(x, self.number(1 / math.log(2)), magic)
-        n = b.fsub(t, magic)
-        r = self.fma(n, self.number(-f.ln2[0]), x)
+        bits = self.fma(x, self.number(1 / math.log(2)) if t is None else t[0], magic)
+        n = b.fsub(bits, magic)
+        if t is None:
+            r = self.fma(n, self.number(-f.ln2[0]), x)
+        else:
+            r = self.fma(x, t[1], b.fmul(n, self.number(-f.ln2[0])))
+            r = self.fma(x, t[2], r)
         r = self.fma(n, self.number(-f.ln2[1]), r)
         q = self.polynomial(f.exp, r)
-        return self.fma(q, b.fmul(r, r), r), b.bitcast(t, self.bits)
+        return self.fma(q, b.fmul(r, r), r), b.bitcast(bits, self.bits)
 
     def tanh(self, x):
         """-m / (2 + m) for m = exp(-2 |x|) - 1, which keeps the digits of a small x."""
         f, b = self.f, self.b
         u = self.at_least(-80.0, b.fmul(self.number(-2.0), self.size(x)))
-        m, n = self.reduced_less_one(u, f.bias)
+        m, n = self.reduced_less_one(u, self.magic(f.bias))
         scale = b.bitcast(b.shl(n, self.integer(f.mantissa)), self.kind)
         m = self.fma(scale, m, b.fsub(scale, self.number(1.0)))
         y = b.fdiv(m, b.fadd(m, self.number(2.0)))
@@ -152,19 +168,32 @@ class Writer:
         """|x|."""
         return self.b.select(self.b.fcmp_ordered("<", x, self.number(0.0)), self.b.fneg(x), x)
 
+    @property
+    def zero(self):
+        """Where the scale of `exp_up` is 0.
+
+        That is far below `lowest`. A factor in between would round to 0, which takes a hundred
+        times as long as others do, and what is masked by -inf has no other.
+        """
+        return -(self.f.bias + 64) * math.log(2)
+
     def exp_up(self, x):
-        f, b = self.f, self.b
-        # From here downwards the scale is 0: a factor that rounds to 0 would take a hundred times
-        # as long as others do, and what is masked by -inf has no other.
-        zero = self.number(-(f.bias + 64) * math.log(2))
-        x = b.select(b.fcmp_ordered(">", self.number(f.lowest), x), zero, x)
-        e, n = self.reduced(x, f.bias + 64)
-        scale = b.bitcast(b.shl(n, self.integer(f.mantissa)), self.kind)
-        return b.fmul(e, scale)
+        """2**64 * exp(x) for x <= 0."""
+        x = self.bounded(x, self.number(self.f.lowest), self.number(self.zero))
+        return self.scaled(x, self.magic(self.f.bias + 64))
+
+    def bounded(self, x, lowest, zero):
+        return self.b.select(self.b.fcmp_ordered(">", lowest, x), zero, x)
+
+    def scaled(self, x, magic, t=None):
+        e, n = self.reduced(x, magic, t)
+        scale = self.b.bitcast(self.b.shl(n, self.integer(self.f.mantissa)), self.kind)
+        return self.b.fmul(e, scale)
 
     def exp(self, x):
         f, b = self.f, self.b
-        e, n = self.reduced(self.at_most(f.highest, self.at_least(f.lowest, x)), 0)
+        x = self.at_most(f.highest, self.at_least(f.lowest, x))
+        e, n = self.reduced(x, self.magic(0))
         # The lowest bits as a signed number, and in two steps: either may be a subnormal's.
         unused = self.integer(f.bits.width - f.mantissa + 1)
         n = b.ashr(b.shl(n, unused), unused)
@@ -173,7 +202,7 @@ class Writer:
 
     def expm1(self, x):
         b = self.b
-        m, _ = self.reduced_less_one(x, 0)
+        m, _ = self.reduced_less_one(x, self.magic(0))
         far = b.fsub(self.exp(x), self.number(1.0))
         near = b.fcmp_ordered("<", self.size(x), self.number(0.34))  # x is not reduced
         return b.select(near, m, far)
@@ -210,12 +239,6 @@ def _rounded(value: float, mantissa: int) -> float:
 
 
 @elementwise
-def exp_up(builder, d):
-    """2**64 * exp(d) for d <= 0."""
-    return Writer(builder, d).exp_up(d)
-
-
-@elementwise
 def exp(builder, x):
     """exp(x) for any x."""
     return Writer(builder, x).exp(x)
@@ -233,22 +256,15 @@ def log1p(builder, x):
     return Writer(builder, x).log1p(x)
 
 
-@elementwise
-def where_positive(builder, d, value):
-    """`value`, 0 where d is so low that exp(d) is 0, -inf included."""
-    writer = Writer(builder, d)
-    counts = builder.fcmp_unordered(">", d, writer.number(writer.f.lowest))  # or nan
-    return builder.select(counts, value, writer.number(0.0))
-
-
 # --------------------------------------------------------------------------- exponents
 
 
-def temperature(value: float, dtype: Any) -> int | tuple[float, float, float]:
-    """Return T as the kernels take it: 1 for none, else a scale and 1 / (scale * T) in two parts.
+def temperature(value: float, dtype: Any) -> int | tuple[float, ...]:
+    """Return T as the kernels take it: 1 for none, or a scale and what depends on D = scale * T.
 
-    The scale is a power of two that keeps x - m from overflowing before it is divided. The first
-    part is rounded towards 0, so that the second is positive and -inf stays -inf.
+    That is 1 / D in two parts, 1 / (D log(2)) and D. The scale is a power of two that keeps x - m
+    from overflowing before it is divided. The first part is rounded towards 0, so that the second
+    is positive and -inf stays -inf.
     """
     if value == 1.0:
         return 1
@@ -260,7 +276,8 @@ def temperature(value: float, dtype: Any) -> int | tuple[float, float, float]:
     first = dtype(float(inverse))
     if Fraction(float(first)) > inverse:
         first = np.nextafter(first, dtype(0))
-    return scale, float(first), max(float(inverse - Fraction(float(first))), tiny)
+    second = max(float(inverse - Fraction(float(first))), tiny)
+    return scale, float(first), second, float(inverse) / math.log(2), float(1 / inverse)
 
 
 def difference(x, m, t):
@@ -285,32 +302,109 @@ def _quotient(d, t):
     return lambda d, t: fma(d, t[1], product(d, t[2]))
 
 
-def quotient_error(x, m, d, q, t):
-    """What the quotient q of the difference d lost; nan beside an infinity."""
-
-
-@overload(quotient_error, jit_options=INLINED)
-def _quotient_error(x, m, d, q, t):
-    if isinstance(t, types.Integer):
-        return lambda x, m, d, q, t: difference_error(x, m, d)
-
-    def scaled(x, m, d, q, t):
-        lost = difference_error(product(x, t[0]), product(m, t[0]), d)
-        return fma(lost, t[1], fma(d, t[2], fma(d, t[1], -q)))
-
-    return scaled
-
-
 @function
 def exponent(x, m, t):
     """(x - m) / T."""
     return quotient(difference(x, m, t), t)
 
 
+# --------------------------------------------------------------------------- the exps of a row
+
+
+@elementwise
+def _base(builder, m, exponent):
+    write = Writer(builder, m)
+    near = builder.fcmp_ordered("<", write.size(exponent), write.number(write.f.near))
+    return builder.select(near, write.number(0.0), m)
+
+
+@elementwise
+def _power(builder, exponent):
+    write = Writer(builder, exponent)
+    near = builder.fcmp_ordered("<", write.size(exponent), write.number(write.f.near))
+    magic = write.magic(0)
+    power = builder.fsub(write.fma(exponent, write.number(1 / math.log(2)), magic), magic)
+    return builder.select(near, power, write.number(0.0))
+
+
+@elementwise
+def _magic(builder, power):
+    write = Writer(builder, power)
+    return builder.fsub(write.magic(write.f.bias + 64), power)
+
+
+@elementwise
+def _lowest(builder, power):
+    write = Writer(builder, power)
+    return write.fma(power, write.number(math.log(2)), write.number(write.f.lowest))
+
+
+@elementwise
+def _gap(builder, x):
+    write = Writer(builder, x)
+    return write.number(write.zero - write.f.lowest)
+
+
+@elementwise
+def _bounded(builder, d, lowest, gap):
+    return Writer(builder, d).bounded(d, lowest, builder.fadd(lowest, gap))
+
+
+@elementwise
+def _exp_up(builder, d, magic):
+    return Writer(builder, d).scaled(d, magic)
+
+
+@elementwise
+def _tempered_exp_up(builder, d, magic, per_log_2, first, second):
+    return Writer(builder, d).scaled(d, magic, (per_log_2, first, second))
+
+
+def times_divisor(q, t):
+    """Return the difference of which q is the quotient, roughly."""
+
+
+@overload(times_divisor, jit_options=INLINED)
+def _times_divisor(q, t):
+    if isinstance(t, types.Integer):
+        return lambda q, t: q
+    return lambda q, t: product(q, t[4])
+
+
+def exp_of_difference(d, magic, t):
+    """Return 2**64 * exp(d / T), divided by 2**power for the power that `magic` is of."""
+
+
+@overload(exp_of_difference, jit_options=INLINED)
+def _exp_of_difference(d, magic, t):
+    if isinstance(t, types.Integer):
+        return lambda d, magic, t: _exp_up(d, magic)
+    return lambda d, magic, t: _tempered_exp_up(d, magic, t[3], t[1], t[2])
+
+
 @function
-def compensated_exp_up(x, m, t):
-    """2**64 * exp((x - m) / T), with what rounding the exponent lost put back to first order."""
-    d = difference(x, m, t)
-    q = quotient(d, t)
-    e = exp_up(q)
-    return where_positive(q, fma(e, quotient_error(x, m, d, q, t), e))
+def split(m, t):
+    """The base and the power of rows with the maximum m."""
+    q = exponent(m, product(m, 0.0), t)
+    return _base(m, q), _power(q)
+
+
+@function
+def reference(base, power, t):
+    """What `exp_up` takes of them."""
+    return base, _magic(power), times_divisor(_lowest(power), t)
+
+
+@function
+def reference_of(m, t):
+    """What `exp_up` takes of rows with the maximum m."""
+    base, power = split(m, t)
+    return reference(base, power, t)
+
+
+@function
+def exp_up(x, at, t):
+    """2**(64 - power) * exp((x - base) / T), 0 where exp((x - m) / T) rounds to 0."""
+    base, magic, lowest = at
+    d = _bounded(difference(x, base, t), lowest, times_divisor(_gap(x), t))
+    return exp_of_difference(d, magic, t)

@@ -242,7 +242,13 @@ def _temperature(compute):
     @function
     def temperature_of(job):
         t = numbers_of(job)
-        return np.float64(t[0]), np.float64(t[1]), np.float64(t[2])
+        return (
+            np.float64(t[0]),
+            np.float64(t[1]),
+            np.float64(t[2]),
+            np.float64(t[3]),
+            np.float64(t[4]),
+        )
 
     return temperature_of
 

@@ -2,8 +2,9 @@
 
 A part is read from memory once: its maximum is found and its exps are taken while it is in the
 first cache, relative to the largest maximum so far (Milakov & Gimelshein, 2018). Its sum is kept
-with that maximum and brought to the row's at the end, so that each sum is scaled once. There is
-space for two numbers a part at `factors`, which a part's exps are to be multiplied by at last.
+with that maximum and brought to the row's at the end, so that each sum is scaled once, by a power
+of two for most. There is space for two numbers a part at `factors`, which a part's exps are to be
+multiplied by at last.
 """
 
 from __future__ import annotations
@@ -11,13 +12,19 @@ from __future__ import annotations
 import math
 
 from portable_softmax.kernels._numba._compensation import added
-from portable_softmax.kernels._numba._exp import exp, exponent
+from portable_softmax.kernels._numba._exp import (
+    DOWN,
+    exp_up,
+    reference,
+    reference_of,
+    split,
+)
 from portable_softmax.kernels._numba._horizontal import max_of_all, sum_of_all
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, load, store, typed
 from portable_softmax.kernels._numba._passes import exps, maxima
 from portable_softmax.kernels._numba._softcap import seen_by, uncapped
-from portable_softmax.kernels._numba._vectors import larger
+from portable_softmax.kernels._numba._vectors import larger, product
 
 # Classes of a part.
 PART = 1 << 12
@@ -36,6 +43,14 @@ def space(n):
 
 
 @function
+def _ratio(most, m, t):
+    """What exps relative to the maximum so far are multiplied by for those relative to m."""
+    base, power = split(m, t)
+    its_base, its_power = split(most, t)
+    return product(exp_up(its_base, reference(base, power - its_power, t), t), DOWN)
+
+
+@function
 def sum_of_exps(p, e, n, t, factors):
     """Return the maximum and the sum of the exps; these go to `e`, but for their factors."""
     m, zero = typed(p, -math.inf), typed(p, 0.0)
@@ -47,17 +62,16 @@ def sum_of_exps(p, e, n, t, factors):
             factor_of(factors, start),
         )
         m = larger(m, seen_by(p, max_of_all(maxima(uncapped(x), k))))
-        if m == -math.inf:  # nothing yet, or a nan
-            s = sum_of_all(exps(x, y, ahead(x, k), k, zero, t))
-            store(own, 1, s - s)
-        else:
-            store(own, 1, sum_of_all(exps(x, y, ahead(x, k), k, m, t)))
+        nothing = m == -math.inf  # yet, or a nan
+        at = reference_of(zero if nothing else m, t)
+        s = sum_of_all(exps(x, y, ahead(x, k), k, at, t))
+        store(own, 1, s - s if nothing else s)
         store(own, 0, m)
     total = lost = zero
     for start in range(0, n, PART):
         own = factor_of(factors, start)
-        base = load(own, 0)
-        factor = zero if base == -math.inf else exp(exponent(base, m, t))
+        most = load(own, 0)
+        factor = zero if most == -math.inf else _ratio(most, m, t)
         store(own, 0, factor)
         total, lost = added(total, lost, load(own, 1) * factor)
     # A row of nothing but -inf has no sum.

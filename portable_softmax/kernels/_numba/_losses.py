@@ -24,7 +24,7 @@ from numba import types
 from numba.extending import overload
 
 from portable_softmax.kernels._numba._compensation import added
-from portable_softmax.kernels._numba._exp import DOWN, compensated_exp_up, log1p
+from portable_softmax.kernels._numba._exp import exp_up, log1p, reference_of
 from portable_softmax.kernels._numba._jit import INLINED, function
 from portable_softmax.kernels._numba._memory import ahead, fill, load, store, total, typed
 from portable_softmax.kernels._numba._passes import (
@@ -36,6 +36,7 @@ from portable_softmax.kernels._numba._passes import (
 from portable_softmax.kernels._numba._values import (
     FACTOR,
     GAPS,
+    INVERSE,
     LABEL_GRADIENT,
     LOGIT,
     LOSS,
@@ -43,6 +44,8 @@ from portable_softmax.kernels._numba._values import (
     REST,
     SHARE,
     SLOPE,
+    TOTAL,
+    UNIT,
     WEIGHT,
     values,
 )
@@ -207,7 +210,10 @@ def gradients_of(layout):
 
     @function
     def slope_of(workspace, T, r):
-        return (layout.value(values(workspace, SLOPE, T), r),)
+        return (
+            layout.value(values(workspace, SLOPE, T), r),
+            layout.value(values(workspace, INVERSE, T), r),
+        )
 
     @function
     def state_of(workspace, T, r):
@@ -215,7 +221,13 @@ def gradients_of(layout):
             layout.value(values(workspace, SLOPE, T), r),
             layout.value(values(workspace, REST, T), r),
         )
-        return a, rest, layout.value(values(workspace, FACTOR, T), r)
+        return (
+            a,
+            rest,
+            layout.value(values(workspace, FACTOR, T), r),
+            layout.value(values(workspace, UNIT, T), r),
+            layout.value(values(workspace, INVERSE, T), r),
+        )
 
     write_elsewhere = layout.writing(gradient_elsewhere, slope_of, True)
     write_with_share = layout.writing(gradient_with_share, state_of)
@@ -239,21 +251,25 @@ def gradients_of(layout):
             a, factor, q = u * c[0] + c[2], c[4] / (one + rest), u * c[0]
             if share != 0:
                 q = q + layout.get(shares, r)
-            term = compensated_exp_up(layout.get(values(workspace, LOGIT, T), r), m, 1) * typed(
-                w, DOWN
+            unit, logit = (
+                layout.get(values(workspace, UNIT, T), r),
+                layout.get(values(workspace, LOGIT, T), r),
             )
+            term = exp_up(logit, reference_of(m, 1), 1) / unit
             at_label = gradient_entry(term, a, q, rest, factor)
             if c[3] != 0:
                 squared = slope_of_square(u, m, rest, c)
                 at_label = at_label + term * squared * factor
                 a = a + squared
             layout.put(values(workspace, LABEL_GRADIENT, T), r, at_label)
-            layout.put(values(workspace, SLOPE, T), r, a if share != 0 else a * factor)
+            sum_or_unit = unit if share != 0 else layout.get(values(workspace, TOTAL, T), r)
+            layout.put(values(workspace, SLOPE, T), r, a if share != 0 else a * c[4])
+            layout.put(values(workspace, INVERSE, T), r, one / sum_or_unit)
             layout.put(values(workspace, FACTOR, T), r, factor)
         if share == 0:
-            write_elsewhere(e, slopes, o, n, rows, T, workspace, (DOWN,))
+            write_elsewhere(e, slopes, o, n, rows, T, workspace, ())
         else:
-            write_with_share(e, w, o, n, rows, T, workspace, (DOWN, share))
+            write_with_share(e, w, o, n, rows, T, workspace, (share,))
         for r in range(rows):
             at = layout.element(workspace, r, class_of(labels[r], n), n)
             store(o, at, load(values(workspace, LABEL_GRADIENT, T), r) * load(slopes, at))

@@ -4,7 +4,8 @@
 reduction, which `_columns` does without: there each lane is a row of its own. What is known of a
 row beforehand, such as its maximum `m`, is a number or such a vector.
 
-Sums of exps are UP times as large as they are called, and `t` is the temperature: see `_exp`.
+`at` is what exps of the row are taken of, `unit` that of the maximum, and `t` the temperature: see
+`_exp`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,7 @@ from __future__ import annotations
 import math
 
 from portable_softmax.kernels._numba._compensation import added, compensated
-from portable_softmax.kernels._numba._exp import (
-    UP,
-    compensated_exp_up,
-    exp,
-    exp_up,
-    expm1,
-    exponent,
-)
+from portable_softmax.kernels._numba._exp import exp, exp_up, expm1, exponent
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._vectors import (
     lanes,
@@ -35,17 +29,6 @@ from portable_softmax.kernels._numba._vectors import (
 # So often four vectors are added up plainly before they go to the compensated sum: many equal terms
 # beside a 1 would all be rounded in the same direction.
 RUN = 4
-
-
-@function
-def compensation_threshold(n):
-    """Return the remainder from which on a row's exponents need no compensation.
-
-    Terms below exp(-6) then make up 1/e of the remainder at most, and the differences of the others
-    are off by half a unit in the last place of 8. What is lost is measured in units of log(1 +
-    rest), which double at log(e): many classes may all lose alike, and have to reach that.
-    """
-    return max(1.0, min(2.0, n * math.exp(-4.0)), n * math.exp(-5.0))
 
 
 @function
@@ -69,8 +52,8 @@ def maxima(p, n):
 
 
 @function
-def exps(p, e, following, n, m, t):
-    """The sums of the exps of (x - m) / T, which go to `e` unless it is null.
+def exps(p, e, following, n, at, t):
+    """The sums of the exps, which go to `e` unless it is null.
 
     The next row, at `following`, is prefetched.
     """
@@ -83,10 +66,10 @@ def exps(p, e, following, n, m, t):
         while j <= stop:
             for k in range(0, 4 * L, L):
                 prefetch_to_read(following, j + k, None)
-            e0 = exp_up(exponent(read(p, j, None, 0.0), m, t))
-            e1 = exp_up(exponent(read(p, j + L, None, 0.0), m, t))
-            e2 = exp_up(exponent(read(p, j + 2 * L, None, 0.0), m, t))
-            e3 = exp_up(exponent(read(p, j + 3 * L, None, 0.0), m, t))
+            e0 = exp_up(read(p, j, None, 0.0), at, t)
+            e1 = exp_up(read(p, j + L, None, 0.0), at, t)
+            e2 = exp_up(read(p, j + 2 * L, None, 0.0), at, t)
+            e3 = exp_up(read(p, j + 3 * L, None, 0.0), at, t)
             write(e, j, e0, None)
             write(e, j + L, e1, None)
             write(e, j + 2 * L, e2, None)
@@ -96,12 +79,12 @@ def exps(p, e, following, n, m, t):
         total, lost = added(total, lost, s)
     s = zero
     while j + L <= n:
-        e0 = exp_up(exponent(read(p, j, None, 0.0), m, t))
+        e0 = exp_up(read(p, j, None, 0.0), at, t)
         write(e, j, e0, None)
         s = s + e0
         j += L
     if j < n:
-        e0 = exp_up(exponent(read(p, j, n - j, -math.inf), m, t))
+        e0 = exp_up(read(p, j, n - j, -math.inf), at, t)
         write(e, j, e0, n - j)
         s = s + e0
     total, lost = added(total, lost, s)
@@ -109,25 +92,25 @@ def exps(p, e, following, n, m, t):
 
 
 @function
-def compensated_sums(p, n, m, t):
-    """The sums of the exps below the maximum, of compensated exponents, and how many equal it."""
+def sums_below(p, n, at, unit, t):
+    """The sums of the exps below that of the maximum, and how many equal it."""
     L = lanes(p)
-    up, one = splat(p, UP), splat(p, 1.0)
+    one = splat(p, 1.0)
     total = lost = count = zero = splat(p, 0.0)
     j = 0
     while j + L <= n:
         s = zero
         stop = min(j + RUN * L, n) - L
         while j <= stop:
-            e = compensated_exp_up(read(p, j, None, 0.0), m, t)
-            s = s + where_equal(e, up, zero, e)
-            count = count + where_equal(e, up, one, zero)
+            e = exp_up(read(p, j, None, 0.0), at, t)
+            s = s + where_equal(e, unit, zero, e)
+            count = count + where_equal(e, unit, one, zero)
             j += L
         total, lost = added(total, lost, s)
     if j < n:
-        e = compensated_exp_up(read(p, j, n - j, -math.inf), m, t)
-        total, lost = added(total, lost, where_equal(e, up, zero, e))
-        count = count + where_equal(e, up, one, zero)
+        e = exp_up(read(p, j, n - j, -math.inf), at, t)
+        total, lost = added(total, lost, where_equal(e, unit, zero, e))
+        count = count + where_equal(e, unit, one, zero)
     return total + lost, count
 
 
@@ -217,7 +200,8 @@ write_log_softmax_vjp = row_writing(_log_softmax_vjp)
 
 # --------------------------------------------------------------------------- entries for layouts
 #
-# What `writing` of a layout takes: the first number is the factor of the exps.
+# What `writing` of a layout takes: the first number is the factor of the exps. `inverse` is 1 over
+# the sum of all exps, or over the unit where the sum of all but one is the `rest`.
 
 
 @function
@@ -235,26 +219,32 @@ def log_probability(x, _, numbers):
 @function
 def gradient_elsewhere(e, d, numbers):
     """The gradient of a loss at a class that is not the label: p A, times the slope `d`."""
-    factor, a, down = numbers
-    return e * factor * down * a * d
+    factor, a, inverse = numbers
+    return e * factor * inverse * a * d
 
 
 @function
 def gradient_with_share(e, w, numbers):
     """The same where each class has a share of the target."""
-    factor, a, rest, inverse, down, share = numbers
-    return gradient_entry(e * factor * down, a, share * w, rest, inverse)
+    factor, a, rest, scale, unit, inverse, share = numbers
+    return gradient_entry(_in_units(e * factor, unit, inverse), a, share * w, rest, scale)
 
 
 @function
 def soft_gradient(e, q, numbers):
     """The gradient where the labels are a distribution, without the cancellation of p Q - q."""
-    factor, total, squared, rest, inverse, down = numbers
-    p = e * factor * down
-    return (((p * total - q) - q * rest) + p * squared) * inverse
+    factor, total, squared, rest, scale, unit, inverse = numbers
+    p = _in_units(e * factor, unit, inverse)
+    return (((p * total - q) - q * rest) + p * squared) * scale
 
 
 @function
-def gradient_entry(e, a, q, rest, inverse):
-    """p A - q for the exp e of a class, without its cancellation; see `_losses`."""
-    return ((e * a - q) - q * rest) * inverse
+def _in_units(e, unit, inverse):
+    """e / unit, an exact 1 for the maximum: what is left there of p Q - q is its rest."""
+    return where_equal(e, unit, 1.0, e * inverse)
+
+
+@function
+def gradient_entry(p, a, q, rest, scale):
+    """(p A - q (1 + rest)) * scale for the exp p of a class, without its cancellation."""
+    return ((p * a - q) - q * rest) * scale

@@ -11,20 +11,22 @@ from __future__ import annotations
 import math
 
 from portable_softmax.kernels._numba import _long
-from portable_softmax.kernels._numba._exp import DOWN, UP
+from portable_softmax.kernels._numba._exp import exp_up, reference_of
 from portable_softmax.kernels._numba._horizontal import are_at_least, max_of_all, sum_of_all
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._long import PART
 from portable_softmax.kernels._numba._memory import ahead, either, load, store, typed
-from portable_softmax.kernels._numba._passes import (
-    compensated_sums,
-    compensation_threshold,
-    exps,
-    maxima,
-    row_writing,
-)
+from portable_softmax.kernels._numba._passes import exps, maxima, row_writing, sums_below
 from portable_softmax.kernels._numba._softcap import seen_by, uncapped
-from portable_softmax.kernels._numba._values import MAX, REST, SUM, after_values, values
+from portable_softmax.kernels._numba._values import (
+    MAX,
+    REST,
+    SUM,
+    TOTAL,
+    UNIT,
+    after_values,
+    values,
+)
 
 # --------------------------------------------------------------------------- where rows are
 
@@ -161,7 +163,7 @@ def _sum_of_exps(p, e, n, t, factors):
     if n > PART:
         return _long.sum_of_exps(p, e, n, t, factors)
     m = seen_by(p, max_of_all(maxima(uncapped(p), n)))
-    return m, sum_of_all(exps(p, e, ahead(p, n), n, m, t))
+    return m, sum_of_all(exps(p, e, ahead(p, n), n, reference_of(m, t), t))
 
 
 @function
@@ -186,17 +188,21 @@ def write_sums(p, e, o, n, rows, T, workspace, t):
 def fold(p, e, o, n, rows, T, workspace, t):
     """Write maxima and remainders, one maximum left out; the exps go to `e` unless it is null.
 
-    `o` is where the result will be, if there is one of that size. Exponents are compensated where
-    the remainder is small.
+    The sums of all exps are written as well, and the unit that they are in. `o` is where the result
+    will be, if there is one of that size. From a remainder of 1 on, the maximum costs the sum no
+    digits.
     """
     m, s = _sum_of_exps(p, e, n, t, after_values(workspace, T))
-    rest = s * typed(p, DOWN) - typed(p, 1.0)
-    if not are_at_least(rest, compensation_threshold(n)):
+    at = reference_of(m, t)
+    unit = exp_up(m, at, t)
+    rest = (s - unit) / unit
+    if not are_at_least(rest, 1.0):
         if m - m == 0:
-            below, count = compensated_sums(p, n, m, t)
-            ones = (sum_of_all(count) - typed(p, 1.0)) * typed(p, UP)
-            rest = (sum_of_all(below) + ones) * typed(p, DOWN)
+            below, count = sums_below(p, n, at, unit, t)
+            rest = (sum_of_all(below) + (sum_of_all(count) - typed(p, 1.0)) * unit) / unit
         else:
             m = top(p, n, 1)  # an infinity, or a nan passed over
     store(values(workspace, MAX, T), 0, m)
     store(values(workspace, REST, T), 0, rest)
+    store(values(workspace, UNIT, T), 0, unit)
+    store(values(workspace, TOTAL, T), 0, s)

@@ -10,17 +10,19 @@ where a q_j of 0 counts as 0 beside an infinity. p_j Q - q_j is computed as in `
 
 from __future__ import annotations
 
-from portable_softmax.kernels._numba._exp import DOWN, log1p
+from portable_softmax.kernels._numba._exp import log1p
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, total, typed
 from portable_softmax.kernels._numba._passes import gaps, soft_gradient, sums
 from portable_softmax.kernels._numba._values import (
     FACTOR,
     GAPS,
+    INVERSE,
     LOSS,
     MAX,
     REST,
     SLOPE,
+    UNIT,
     WEIGHT,
     values,
 )
@@ -65,6 +67,8 @@ def gradients_of(layout):
             layout.value(values(workspace, SLOPE, T), r),
             layout.value(values(workspace, REST, T), r),
             layout.value(values(workspace, FACTOR, T), r),
+            layout.value(values(workspace, UNIT, T), r),
+            layout.value(values(workspace, INVERSE, T), r),
         )
 
     write = layout.writing(soft_gradient, state_of, True)
@@ -72,6 +76,7 @@ def gradients_of(layout):
     @function
     def write_gradients(e, q, o, n, rows, T, workspace, z, scale):
         """Write them to `o` from the exps at `e`, which may be the same place."""
+        one = typed(workspace, 1.0)
         for r in range(0, T, layout.step(workspace)):
             u, rest = (
                 layout.get(values(workspace, WEIGHT, T), r),
@@ -81,8 +86,10 @@ def gradients_of(layout):
             if z != 0:
                 lse = layout.get(values(workspace, MAX, T), r) + log1p(rest)
                 squared = times(u, (z + z) * lse)
+            inverse = one / layout.get(values(workspace, UNIT, T), r)
             layout.put(values(workspace, SLOPE, T), r, squared)
-            layout.put(values(workspace, FACTOR, T), r, scale / (typed(workspace, 1.0) + rest))
-        write(e, q, o, n, rows, T, workspace, (DOWN,))
+            layout.put(values(workspace, FACTOR, T), r, scale / (one + rest))
+            layout.put(values(workspace, INVERSE, T), r, inverse)
+        write(e, q, o, n, rows, T, workspace, ())
 
     return write_gradients

@@ -5,9 +5,11 @@ from __future__ import annotations
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead
 
-MAX, REST, WEIGHT, LOGIT, LOSS, GAPS, SLOPE, FACTOR = range(8)
+MAX, REST, UNIT, TOTAL, WEIGHT, LOGIT, LOSS, GAPS, SLOPE, FACTOR = range(10)
 # Kinds that take the place of one that is not needed at the same time.
-LOGSUMEXP, SUM, LABEL_GRADIENT, SHARE, COUNT = MAX, REST, LOGIT, GAPS, SLOPE
+LOGSUMEXP, SUM, LABEL_GRADIENT, SHARE, INVERSE = MAX, REST, LOGIT, GAPS, TOTAL
+# While a block is folded.
+COUNT, BASE, MAGIC, LOWEST = SLOPE, LOSS, GAPS, FACTOR
 
 
 @function
@@ -19,7 +21,7 @@ def values(workspace, kind, height):
 @function
 def size_of_values(height):
     """How many numbers the values take, in whole lines of the cache."""
-    return (8 * height + 15) // 16 * 16
+    return (10 * height + 15) // 16 * 16
 
 
 @function

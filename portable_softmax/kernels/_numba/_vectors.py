@@ -245,7 +245,7 @@ prefetch_to_read, prefetch_to_write = _prefetching(0), _prefetching(1)
 
 
 def elementwise(generate: Any) -> Any:
-    """An intrinsic of up to four numbers or vectors of one dtype; a number meets every lane."""
+    """An intrinsic of up to five numbers or vectors of one dtype; a number meets every lane."""
 
     def typed(*given: Any) -> Any:
         kind = next((a for a in given if isinstance(a, Vector)), given[0])
@@ -261,6 +261,7 @@ def elementwise(generate: Any) -> Any:
         3: lambda typing, a, b: typed(a, b),
         4: lambda typing, a, b, c: typed(a, b, c),
         5: lambda typing, a, b, c, d: typed(a, b, c, d),
+        6: lambda typing, a, b, c, d, e: typed(a, b, c, d, e),
     }
     found = by_count[generate.__code__.co_argcount]
     found.__name__ = generate.__name__

@@ -191,16 +191,15 @@ def _plain(
     e: Any = None
     if y is not None:
         e = buffers.take("exps", x.shape) if y is x else y
-    m, rest, shrink, unfit = _maths.plain(x, e, axis, buffers)
+    m, rest, grown, total, unfit = _maths.plain(x, e, axis, buffers)
     gap, rest = m.reshape(-1) - at_label, rest.reshape(-1)
     if y is not None:
-        shrink = shrink.reshape(-1)
         factor = scale / (1.0 + rest)
         # At the label of a confident row exp - 1 is an exact 0: minus the rest, digits and all.
-        at_label = np.where(gap == 0.0, 1.0, labels.get(e) * shrink)
+        at_label = np.where(gap == 0.0, 1.0, labels.get(e) / grown.reshape(-1))
         at_label -= 1.0
         at_label -= rest
-        np.multiply(e, np.expand_dims(factor * shrink, axis), out=y)
+        np.multiply(e, np.expand_dims(scale / total.reshape(-1), axis), out=y)
         labels.put(y, at_label * factor)
     return gap + np.log1p(rest), unfit
 

@@ -99,12 +99,54 @@ class Sums:
 
 
 def exps(x: Any, out: Any, axis: int, buffers: Buffers, temperature: float) -> Any:
-    """Write exp((x - max) / temperature) and return its sum."""
+    """Write the exps of a row up to a factor, and return their sum."""
     sums = Sums()
-    for e in shifted(x, out, axis, temperature):
-        np.exp(e, out=e)
+    if temperature != 1.0:
+        for d in shifted(x, out, axis, temperature):
+            np.exp(d, out=d)
+            sums.add(total(d, axis, buffers))
+        return sums.get()
+    m = maximum(x, axis)
+    b, rounds = base(m)
+    for cut in chunks(x, axis):
+        part, e = x[cut], out[cut]
+        if rounds:
+            lost = buffers.take("lost", part.shape)
+            write_exps(part, b, buffers.take("differences", part.shape), e, lost)
+        else:
+            np.exp(part if b is None else np.subtract(part, b, out=e), out=e)
         sums.add(total(e, axis, buffers))
     return sums.get()
+
+
+def base(m: Any) -> tuple[Any, bool]:
+    """Return what to subtract from rows with the maxima m, and whether that rounds.
+
+    Half a unit of a difference of 64 is 32 units of its exp. So nothing is subtracted where exp(x)
+    is fine, which is None where no row takes any. An integer of no more than all that are below a
+    negative maximum is subtracted without rounding, and so is one near a large maximum wherever the
+    exp is not 0: both are within a factor of 2 (Sterbenz, 1974).
+    """
+    far, apart = RANGES[m.dtype].far, _APART[m.dtype]
+    least, most = np.minimum.reduce(m, axis=None), np.maximum.reduce(m, axis=None)
+    if least > -1.0 and most <= far:
+        return None, False
+    rounds = most > far and bool(((m > far) & (m < apart)).any())
+    return np.trunc(np.minimum(m, 0.0)) + np.ceil(np.maximum(m - far, 0.0)), rounds
+
+
+def write_exps(x: Any, b: Any, d: Any, out: Any, lost: Any) -> None:
+    """Write exp(x - b), with what rounding x - b lost put back; `d` and `lost` are scratch.
+
+    For the integers of `base` that is x - (d + b), without an error of its own (Dekker, 1971).
+    """
+    np.subtract(x, b, out=d)
+    np.add(d, b, out=lost)
+    np.subtract(x, lost, out=lost)
+    np.fmax(lost, -1.0, out=lost)  # it is nan beside an infinity, where the exp is 0
+    np.exp(d, out=out)
+    np.multiply(lost, out, out=lost)
+    np.add(out, lost, out=out)
 
 
 def shifted(x: Any, out: Any, axis: int, temperature: float) -> Iterator[Any]:
@@ -134,8 +176,9 @@ class Plain(NamedTuple):
     """
 
     max: Any
-    rest: Any  # sum of exp(x) without one maximum, times exp(-max)
-    shrink: Any  # exp(-max)
+    rest: Any  # sum of exp(x) without one maximum, over exp(max)
+    grown: Any  # exp(max)
+    total: Any  # sum of exp(x)
     unfit: Any  # the positions where the plain form is not good; None if there are none
 
 
@@ -149,6 +192,9 @@ RANGES = {
     for t, far in ((np.float32, 48.0), (np.float64, 600.0))
 }
 
+# Half of this is so far below it that its exp is 0 beside it.
+_APART = {np.dtype(np.float32): 256.0, np.dtype(np.float64): 2048.0}
+
 _SMALLEST_NORMAL = {
     np.dtype(t): float(np.finfo(t).smallest_normal) for t in (np.float32, np.float64)
 }
@@ -160,7 +206,7 @@ LOW_FOR_PROBABILITIES = -1.0
 def plain(x: Any, out: Any, axis: int, buffers: Buffers) -> Plain:
     """Fold a tile that is not written to; `out` takes exp(x), None drops it."""
     m, at = maximum_at(x, axis)
-    shrink = np.exp(-m)
+    grown = np.exp(m)
     sums, e, cuts = Sums(), None, chunks(x, axis)
     for cut in cuts:
         part = x[cut]
@@ -171,7 +217,7 @@ def plain(x: Any, out: Any, axis: int, buffers: Buffers) -> Plain:
         else:
             sums.add(_sum_without(e, at, cut, keep=out is not None))
     s = sums.get()
-    rest = s * shrink
+    every, rest = s if axis == 0 else s + grown, s / grown
     if axis == 0:
         rest -= 1.0
         # From 1 on, the maximum's 1 costs the rest no digits.
@@ -180,7 +226,7 @@ def plain(x: Any, out: Any, axis: int, buffers: Buffers) -> Plain:
             fine = rest >= 1.0
             others, ties = _others(x, m, e, buffers)
             s = np.where(fine, s, others)
-            rest = np.where(fine, rest, others * shrink + ties)
+            rest = np.where(fine, rest, others / grown + ties)
     far, tiny = RANGES[x.dtype]
     low = -far if out is None else LOW_FOR_PROBABILITIES
     if (
@@ -188,9 +234,9 @@ def plain(x: Any, out: Any, axis: int, buffers: Buffers) -> Plain:
         and np.maximum.reduce(m, axis=None) <= far
         and np.minimum.reduce(s, axis=None) >= tiny
     ):
-        return Plain(m, rest, shrink, None)
+        return Plain(m, rest, grown, every, None)
     fit = (m >= low) & (m <= far) & (s >= tiny)
-    return Plain(m, rest, shrink, np.flatnonzero(~fit))
+    return Plain(m, rest, grown, every, np.flatnonzero(~fit))
 
 
 def _sum_without(e: Any, at: Any, cut: tuple[slice, ...], *, keep: bool) -> Any:

@@ -17,7 +17,7 @@ from portable_softmax.kernels._request import Request
 
 
 def softmax(request: Request, layout: Layout) -> Any:
-    """exp(x - max) / sum(exp(x - max))."""
+    """exp(x) / sum(exp(x)), in the range of exp by a shift of `_maths.base`."""
     (out, answers), axis = layout.answers(request, request.answer_dtype), layout.axis
 
     def work(_: int, piece: Any, buffers: Buffers) -> None:
@@ -45,7 +45,7 @@ def log_softmax(request: Request, layout: Layout) -> Any:
     def work(_: int, piece: Any, buffers: Buffers) -> None:
         x, target = layout.read(piece, buffers), layout.view(answers, piece)
         y = x if layout.copies else target
-        m, rest, _, unfit = _maths.plain(x, None, axis, buffers)
+        m, rest, _, _, unfit = _maths.plain(x, None, axis, buffers)
         if unfit is None or unfit.size < rest.size:
             np.subtract(x, m, out=y)
             np.subtract(y, np.log1p(rest), out=y)
@@ -94,7 +94,7 @@ def logsumexp(request: Request, layout: Layout) -> Any:
 
     def work(_: int, piece: Any, buffers: Buffers) -> None:
         x = layout.read(piece, buffers)
-        m, rest, _, unfit = _maths.plain(x, None, axis, buffers)
+        m, rest, _, _, unfit = _maths.plain(x, None, axis, buffers)
         value = (m + np.log1p(rest)).reshape(-1)
         unfit = _maths.near_zero(value, unfit)
         if unfit is not None:

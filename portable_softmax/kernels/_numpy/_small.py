@@ -87,9 +87,17 @@ def _fold(rows: Any) -> tuple[Any, Any]:
 
 
 def softmax(request: Request, rows: Any) -> Any:
-    """exp(x - max) / sum(exp(x - max))."""
-    e = rows - _maxima(rows)[1]
-    np.exp(e, e)
+    """exp(x) / sum(exp(x)), in the range of exp by a shift of `_maths.base`."""
+    m = _maxima(rows)[1]
+    b, rounds = None, False
+    # Two look-ups cost less than a difference.
+    if not (_least(m) > -1.0 and _most(m) <= _maths.RANGES[m.dtype].far):
+        b, rounds = _maths.base(m)
+    if rounds:
+        e = np.empty_like(rows)
+        _maths.write_exps(rows, b, np.empty_like(rows), e, np.empty_like(rows))
+    else:
+        e = np.exp(rows) if b is None else np.exp(rows - b)
     e /= _sum(e, 1, None, None, True)
     return e if request.x.ndim == 2 else e.reshape(request.x.shape)
 
@@ -194,12 +202,14 @@ def _gradient(x: Any, at: Any, m: Any, label: Any, gap: Any, scale: float) -> tu
     if not (_least(s) >= tiny and _most(m) <= far and _least(m) >= low):
         unfit = np.flatnonzero(~((m <= far) & (m >= low) & (s >= tiny)))
     grown = np.exp(m)
+    total = s + grown
     rest = np.divide(s, grown, s)
     if unfit is not None:
         some = np.empty((unfit.size, x.shape[1]), x.dtype)
         rest[unfit] = _maths.fold(x[unfit], some, 1, Buffers(x.dtype))[1]
         e[unfit] = some
         grown[unfit] = 1.0
+        total[unfit] = 1.0 + rest[unfit]
     # At the label of a confident row exp - 1 is an exact 0: minus the rest, digits and all.
     at_label = e.take(label)
     at_label /= grown.reshape(-1)
@@ -208,7 +218,6 @@ def _gradient(x: Any, at: Any, m: Any, label: Any, gap: Any, scale: float) -> tu
     at_label -= rest.reshape(-1)
     factor = np.divide(scale, rest + 1.0)
     at_label *= factor.reshape(-1)
-    factor /= grown
-    np.multiply(e, factor, e)
+    np.multiply(e, np.divide(scale, total, total), e)
     e.put(label, at_label)
     return rest, e
