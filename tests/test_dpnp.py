@@ -40,3 +40,12 @@ def test_the_kind_of_device_and_its_widest_dtype(xp):
     assert library.device_type(x) == "cpu"
     wide = "float64" if x.sycl_device.has_aspect_fp64 else "float32"
     assert np.dtype(library.wider_dtype(x)).name == wide
+
+
+def test_masks_and_logits_that_are_reversed_alike(xp):
+    """`where` of dpnp 0.20 reads other memory there."""
+    mask = np.asarray([[True, True, False], [False, True, True]])
+    x, where = (xp.xp.flip(xp.xp.flip(xp.asarray(a)).copy()) for a in (X, mask))
+    assert x.strides[1] < 0 > where.strides[1]
+    y = xp.numpy(ps.softmax(x, where=where))
+    np.testing.assert_allclose(y, ps.softmax(X, where=mask), rtol=1e-14)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from portable_softmax._typing import Namespace
 from portable_softmax.libraries._library import Library, numpy_dtype
+from portable_softmax.libraries._namespace import Adapted
 
 
 class Dpnp(Library):
     """On any device of SYCL; reading a value waits for the device."""
 
     gathers = True
+
+    def __init__(self, xp: Namespace, name: str) -> None:
+        super().__init__(_Namespace(xp, "device"), name)
 
     def own_dtype(self, dtype: Any) -> Any:
         """Return whatever NumPy takes for a dtype as one."""
@@ -31,3 +36,15 @@ class Dpnp(Library):
     def looks_again(self, x: Any) -> bool:
         """Return False: that waits for the device."""
         return False
+
+
+class _Namespace(Adapted):
+    """dpnp, with a `where` for reversed arrays: of two, that of 0.20 reads other memory."""
+
+    def where(self, condition: Any, x: Any, y: Any) -> Any:
+        """Choose from `x` where the condition holds, from `y` elsewhere."""
+        return self._xp.where(*map(_forwards, (condition, x, y)))
+
+
+def _forwards(x: Any) -> Any:
+    return x.copy() if any(stride < 0 for stride in x.strides) else x
