@@ -7,6 +7,7 @@ a label without a class. A row's values change nothing for other rows. The formu
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +26,9 @@ _DTYPES = ("float32", "float64")
 
 # Seen as unsigned, a negative label is at least the number beside it.
 _UNSIGNED = {np.dtype(f"i{n}"): (np.dtype(f"u{n}"), 1 << (8 * n - 1)) for n in (1, 2, 4, 8)}
+
+# From this sum on, an exp that is subnormal belongs to a probability that is so too, or nearly.
+_LOW_SUM = math.exp(_maths.LOW_FOR_PROBABILITIES)
 
 # NumPy's annotations know `keepdims` by its name only; by its place it costs less.
 _sum: Any = np.add.reduce
@@ -87,10 +91,17 @@ def _fold(rows: Any) -> tuple[Any, Any]:
 
 
 def softmax(request: Request, rows: Any) -> Any:
-    """exp(x - max) / sum(exp(x - max))."""
-    e = rows - _maxima(rows)[1]
-    np.exp(e, e)
-    e /= _sum(e, 1, None, None, True)
+    """exp(x) / sum(exp(x)), or of x - max in rows whose exps overflow or lose digits."""
+    e = np.exp(rows)
+    s = _sum(e, 1, None, None, True)
+    if not (_least(s) >= _LOW_SUM and _most(s) < math.inf):
+        normal = e.min(1, keepdims=True) >= _maths.SMALLEST_NORMAL[e.dtype]
+        unfit = np.flatnonzero(~((s < math.inf) & ((s >= _LOW_SUM) | normal)))
+        some = rows[unfit]
+        some -= _maxima(some)[1]
+        e[unfit] = np.exp(some, some)
+        s[unfit] = _sum(some, 1, None, None, True)
+    e /= s
     return e if request.x.ndim == 2 else e.reshape(request.x.shape)
 
 
