@@ -27,6 +27,7 @@ from bench import (
     scale,
     scale_plots,
     speed,
+    steps,
     summary,
     tables,
     thresholds,
@@ -308,6 +309,24 @@ def run_scale(args: argparse.Namespace, argv: list[str]) -> int:
     return 1 if broken else 0
 
 
+def run_steps(args: argparse.Namespace, argv: list[str]) -> int:
+    """Time training steps beside torch's; return 1 if one misses its goal."""
+    load = report.load()
+    steps.check()
+    rows = _followed(steps.measure(quick=args.quick))
+    document = {
+        "benchmark": "steps",
+        **report.provenance(argv, load),
+        "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
+    }
+    report.table("a training step", steps.HEADINGS, steps.cells(rows))
+    for line in (steps.LEGEND, report.busy(document)):
+        report.line(line)
+    _close(document, [], args.json)
+    # The few steps of a quick run show that it runs.
+    return 1 if not args.quick and any(row.ratio > row.goal for row in rows) else 0
+
+
 def _followed(measured: Iterator[Any]) -> list[Any]:
     """Collect the measurements, and show the progress on a terminal."""
     found = []
@@ -357,6 +376,7 @@ COMMANDS = {
     "jax": run_jax,
     "compile": run_compile,
     "scale": run_scale,
+    "steps": run_steps,
 }
 
 if __name__ == "__main__":

@@ -95,4 +95,7 @@ def parser() -> argparse.ArgumentParser:
     beyond.add_argument("--layer", default="", metavar="POSITIONSxHIDDEN", help="a linear layer")
     beyond.add_argument("--classes", default="", help="comma list, of the linear layers")
     beyond.add_argument("--plot", type=Path, metavar="FOLDER", help="draw figures there")
+    commands.add_parser(
+        "steps", parents=[output], help="training steps with ours and with torch's functions"
+    )
     return top

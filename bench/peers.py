@@ -57,6 +57,7 @@ TIMED = (
 NUMPY_BY_HAND = "numpy by hand"
 SCIPY = "scipy.special"
 TORCH = "torch"
+TORCH_COMPILED = "torch, compiled"
 ENTMAX = "entmax"
 OPTAX = "optax, jit"
 
@@ -388,7 +389,7 @@ PEERS = (
     Peer(SCIPY, "numpy", "scipy", scipy_special),
     Peer("sklearn", "numpy", "sklearn", sklearn_extmath),
     Peer(TORCH, "torch", "torch", torch_eager),
-    Peer("torch, compiled", "torch", "torch", torch_compiled, why_not_compiled, slow_start=True),
+    Peer(TORCH_COMPILED, "torch", "torch", torch_compiled, why_not_compiled, slow_start=True),
     Peer("jax.nn, jit", "jax", "jax", jax_nn),
     Peer(ENTMAX, "torch", "entmax", entmax_package),
     Peer("entmax, k=100", "torch", "entmax", entmax_of_top_classes),

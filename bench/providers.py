@@ -128,6 +128,13 @@ def ours_jitted(axis: int, reduction: str) -> Offer:
     return peers.jitted(ours(axis, reduction))
 
 
+def ours_compiled(axis: int, reduction: str) -> Offer:
+    """Return this package's functions under torch.compile, and backward through autograd."""
+    offer = ours(axis, reduction)
+    forward = peers.compiled({name: offer[name] for name in (*peers.FORWARD, "cross_entropy")})
+    return forward | peers.torch_autograd(forward)
+
+
 class Path(NamedTuple):
     """A way to call this package."""
 
@@ -163,7 +170,7 @@ PATHS = (
     Path(
         "ours, compiled",
         ("torch",),
-        lambda *o: peers.compiled(_forward(ours(*o))),
+        ours_compiled,
         why_not=peers.why_not_compiled,
         slow_start=True,
     ),
@@ -173,10 +180,6 @@ PATHS = (
     Path("ours, jit, portable", ("jax",), ours_jitted, switch=("portable",)),
     Path("ours, jit, vjp", ("jax",), lambda *o: peers.jitted(peers.jax_autograd(ours(*o)))),
 )
-
-
-def _forward(offer: Offer) -> Offer:
-    return {name: offer[name] for name in (*peers.FORWARD, *peers.LOSSES)}
 
 
 def our_providers(place: Place, *, slow_starts: bool = True) -> list[Provider]:

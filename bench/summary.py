@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from bench import tables
-from bench.peers import SCIPY, TORCH
+from bench.peers import SCIPY, TORCH, TORCH_COMPILED
 from bench.places import np_dtype
 from bench.speed import OURS, PEER, Row
 
+# Peers with columns of their own.
+NAMED = SCIPY, TORCH, TORCH_COMPILED
 # Bytes; below this the overhead of a call dominates.
 LARGE = 10**6
 
@@ -53,11 +55,11 @@ def lines(rows: Iterable[Row]) -> list[Line]:
             if row.role != OURS:
                 continue
             key = "large" if is_large(row) else "small", row.dtype, row.provider
-            line = found.setdefault(key, Line(*key, [], {SCIPY: [], TORCH: []}, []))
+            line = found.setdefault(key, Line(*key, [], {name: [] for name in NAMED}, []))
             if peers:
                 line.best.append(Ratio(row.min_s / min(peers.values()), row))
             for name, ratios in line.named.items():
-                if name in peers:
+                if name in peers and (name != TORCH_COMPILED or "compiled" in row.provider):
                     ratios.append(Ratio(row.min_s / peers[name], row))
             line.copy.append(1 / row.share_of_copy)
     return sorted(found.values(), key=lambda line: line[:2])
@@ -78,7 +80,7 @@ LEGEND = (
 def table(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Return headings and text; a peer that shares no cell with ours has no columns."""
     all_lines = lines(rows)
-    named = [n for n in (SCIPY, TORCH) if any(line.named[n] for line in all_lines)]
+    named = [n for n in NAMED if any(line.named[n] for line in all_lines)]
     headings = ["arrays", "dtype", "path", "cells", "/ best peer", "worst"]
     headings += [heading for name in named for heading in (f"/ {name}", "worst")]
     texts = []

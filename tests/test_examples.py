@@ -54,3 +54,15 @@ def test_export_onnx(arrays_of, tmp_path):
     assert "1797 digits, 94." in done.stdout
     assert "with the gradient: " in done.stdout
     assert target.stat().st_size < 200_000
+
+
+@pytest.mark.slow("torch.compile calls a C++ compiler")
+@pytest.mark.libraries("torch")
+@pytest.mark.parametrize("mode", ["eager", "bfloat16", "compiled"])
+def test_train_gpt(arrays_of, mode, capsys):
+    """It compares the losses of the two models, which learn something."""
+    (found,) = program("train_gpt").main(["--quick", "--mode", mode])
+    assert found.mode == mode
+    assert found.losses[1] < found.losses[0]
+    assert found.ratio > 0
+    assert "ours / torch" in capsys.readouterr().out

@@ -213,7 +213,7 @@ def test_what_each_library_has(xp):
     x = xp.asarray(np.ones((2, 3)))
     explained = kernels.explain("softmax", x)
     if xp.path == "numba rows":
-        assert explained == "numba rows: one pass in cache"
+        assert explained.startswith("numba rows: one pass in cache")  # which may be to be compiled
     elif xp.path == "portable":
         assert explained == "portable: forced by kernels.portable()"
     elif xp.name in ("numpy", "torch"):

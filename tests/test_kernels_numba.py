@@ -166,7 +166,7 @@ def test_long_rows_are_put_together(every_size, dtype):
     labels[5] = n - 1
     with np.errstate(all="ignore"):
         for name in ROWS:
-            assert kernels.explain(name, x, axis=-1) == NAME
+            assert kernels.explain(name, x, axis=-1).startswith(NAME)
             agree(lambda name=name: getattr(ps, name)(x, axis=-1), dtype)
         for options in ({}, {"label_smoothing": 0.2}, {"weight": np.ones(n, x.dtype)}):
             agree(
@@ -261,12 +261,12 @@ def test_every_axis(every_size, shape, axis, dtype):
     dy = rng.standard_normal(shape).astype(np_dtype(dtype))
     before = x.tobytes(), dy.tobytes()
     for name in ROWS:
-        assert kernels.explain(name, x, axis=axis) == NAME
+        assert kernels.explain(name, x, axis=axis).startswith(NAME)
         agree(lambda name=name: getattr(ps, name)(x, axis=axis), dtype)
     for name in ("softmax", "log_softmax"):
         agree(lambda name=name: getattr(ps, name)(x, axis=axis, temperature=0.7), dtype)
         y = getattr(ps, name)(x, axis=axis)
-        assert kernels.explain(f"{name}_vjp", y, dy, axis=axis) == NAME
+        assert kernels.explain(f"{name}_vjp", y, dy, axis=axis).startswith(NAME)
         agree(lambda name=name, y=y: getattr(ps, f"{name}_vjp")(y, dy, axis=axis), dtype)
     assert (x.tobytes(), dy.tobytes()) == before
 
@@ -324,7 +324,7 @@ def test_a_class_that_a_mask_left_out_passes_no_gradient_on(every_size, shape, a
     expected = ps.log_softmax_vjp(log_y, np.where(mask, 0, dy), axis=axis)
     assert np.all(expected[mask] == 0)
     dy[mask] = upstream
-    assert kernels.explain("log_softmax_vjp", log_y, dy, axis=axis) == NAME
+    assert kernels.explain("log_softmax_vjp", log_y, dy, axis=axis).startswith(NAME)
     np.testing.assert_array_equal(ps.log_softmax_vjp(log_y, dy, axis=axis), expected)
 
 
@@ -559,7 +559,7 @@ def test_every_option_of_a_loss(every_size, shape, axis, dtype):
         (x, np.full(positions, -1), {"ignore_index": -1, "reduction": "sum"}),
     ):
         for name in LOSSES:
-            assert kernels.explain(name, logits, t, axis=axis, **options) == NAME
+            assert kernels.explain(name, logits, t, axis=axis, **options).startswith(NAME)
             taken = agree(
                 lambda name=name, logits=logits, t=t, options=options: getattr(ps, name)(
                     logits, t, axis=axis, **options
@@ -618,7 +618,7 @@ def test_the_mean_of_many_losses(every_size):
 
 def test_one_kernel_can_be_left_out(every_size):
     x = np.ones((3, 4))
-    assert kernels.explain("softmax", x) == NAME
+    assert kernels.explain("softmax", x).startswith(NAME)
     with kernels.without("numba rows"):
         found = kernels.explain("softmax", x)
         assert found == "numpy tiles: row tiles in cache"
@@ -627,7 +627,7 @@ def test_one_kernel_can_be_left_out(every_size):
                 "portable: not numpy tiles: switched off by kernels.without(); "
                 "not numba rows: switched off by kernels.without()"
             )
-    assert kernels.explain("softmax", x) == NAME
+    assert kernels.explain("softmax", x).startswith(NAME)
     with (
         pytest.raises(ValueError, match="name is 'triton', expected one of 'numpy tiles', 'numba"),
         kernels.without("triton"),

@@ -61,7 +61,7 @@ def test_a_masked_row_is_the_row_without_those_classes(shape, axis, operation, d
     np.moveaxis(mask, axis, -1)[..., 1] = True  # at least one class a row
     x[~mask] = rng.choice([np.nan, np.inf, 1e30, -np.inf], size=np.count_nonzero(~mask))
     function = getattr(ps, operation)
-    assert kernels.explain(operation, x, axis=axis, where=mask) == NAME
+    assert kernels.explain(operation, x, axis=axis, where=mask).startswith(NAME)
     y = function(x, axis=axis, where=mask)
     rtol = 1e-6 if dtype == "float32" else 1e-14
     rows = y.reshape(-1, 1) if operation == "logsumexp" else as_rows(y, axis)
@@ -131,7 +131,7 @@ def test_the_loss_of_a_masked_row_is_that_of_the_row_without_those_classes(shape
     np.moveaxis(low, axis, 0)[n // 2 :] = 0.0  # as a mask of the upper half
     for options in ({}, {"reduction": "sum", "z_loss": 0.1}, {"reduction": "none"}):
         given = {"axis": axis, "where": low == 0, **options}
-        assert kernels.explain("cross_entropy", x, t, **given) == NAME
+        assert kernels.explain("cross_entropy", x, t, **given).startswith(NAME)
         loss, grad = ps.cross_entropy_value_and_grad(x, t, **given)
         rtol = {"float32": 1e-6, "float64": 1e-14, "float16": 2e-3}[dtype]
         with kernels.portable():
@@ -167,7 +167,7 @@ def test_the_loss_of_a_distribution_is_the_mean_of_its_labels(shape, axis, z_los
     np.moveaxis(t, axis, 0)[first] = 0.75
     np.moveaxis(t, axis, 0)[second] = 0.25
     given = {"axis": axis, "z_loss": z_loss, "reduction": "none"}
-    assert kernels.explain("cross_entropy", x, t, **given) == NAME
+    assert kernels.explain("cross_entropy", x, t, **given).startswith(NAME)
     positions = np.delete(shape, axis % len(shape))
     loss, grad = ps.cross_entropy_value_and_grad(x, t, **given)
     parts = [
@@ -224,7 +224,7 @@ def test_a_whole_weight_repeats_its_position(shape, axis):
     for reduction in ("mean", "sum"):
         given = {"reduction": reduction, "weight": rng.uniform(0.5, 2.0, shape[axis])}
         weighted = {"axis": axis, "sample_weight": times, **given}
-        assert kernels.explain("cross_entropy", x, t, **weighted) == NAME
+        assert kernels.explain("cross_entropy", x, t, **weighted).startswith(NAME)
         loss, grad = ps.cross_entropy_value_and_grad(x, t, **weighted)
         expected, slopes = ps.cross_entropy_value_and_grad(repeated, labels, **given)
         np.testing.assert_allclose(loss, expected, rtol=1e-12)
@@ -286,7 +286,7 @@ def test_a_softcap_bounds_the_logits_and_slopes_the_gradient(shape, axis, dtype,
     for z in (0.0, 0.01):
         given = {"axis": axis, "softcap": cap, "z_loss": z, "reduction": "none"}
         given |= {"where": mask} if masked else {}
-        assert kernels.explain("cross_entropy", x, t, **given) == NAME
+        assert kernels.explain("cross_entropy", x, t, **given).startswith(NAME)
         loss, grad = ps.cross_entropy_value_and_grad(x, t, **given)
         with np.errstate(invalid="ignore"):
             expected, slopes = bounded_loss(
@@ -309,7 +309,7 @@ def test_a_softcap_of_any_size(cap):
     x = np.asarray([[1.0, -2.0, 0.5, 3.0]] * 40, np.float32)
     t = np.zeros(40, np.int64)
     found = ps.cross_entropy_value_and_grad(x, t, softcap=cap)
-    assert kernels.explain("cross_entropy", x, t, softcap=cap) == NAME
+    assert kernels.explain("cross_entropy", x, t, softcap=cap).startswith(NAME)
     if cap > 1:
         wanted = ps.cross_entropy_value_and_grad(x, t)
     else:

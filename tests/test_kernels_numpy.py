@@ -239,6 +239,31 @@ def test_scratch_is_a_small_share_of_the_array(shape, confident):
         assert peak <= most * x.nbytes
 
 
+def test_a_small_softmax_shifts_the_rows_that_need_it(monkeypatch):
+    """Others are exps over their sum, without the rounding of x - max."""
+    shifted, real = [], _small._maxima
+    monkeypatch.setattr(_small, "_maxima", lambda x: shifted.append(x.copy()) or real(x))
+    plain = np.random.default_rng(16).uniform(-80, 0, (50, 10)).astype(np.float32)
+    high, low = plain + np.float32(120), plain - np.float32(20)
+    x = np.concatenate([plain, high, low])
+    y = ps.softmax(x)
+    e = np.exp(x.astype(np.float64) - x.max(axis=1, keepdims=True))
+    exact = e / e.sum(axis=1, keepdims=True)
+    units = np.abs(y - exact) / np.spacing(exact.astype(np.float32))
+    assert units.max() < 5
+    (seen,) = shifted
+    # An exp beyond the range, or a subnormal one beside a small sum.
+    with np.errstate(over="ignore"):
+        e = np.exp(x)
+    sums = e.sum(axis=1, dtype=np.float64)
+    beyond = (sums > np.finfo(np.float32).max) | ((sums < np.exp(-1)) & (e.min(axis=1) < 1e-38))
+    assert beyond.any()
+    assert not beyond[:50].any()
+    assert {row.tobytes() for row in x[beyond]} == {row.tobytes() for row in seen}
+    for row, found in zip(x, y, strict=True):
+        np.testing.assert_array_equal(ps.softmax(row), found)
+
+
 def test_the_vjps_of_large_rows():
     for shape, dtype in (((1500, 1000), "float64"), ((4000, 600), "float32")):
         x, dy = (RNG.normal(size=shape).astype(dtype) for _ in range(2))

@@ -131,6 +131,25 @@ def test_the_memory_is_the_tensors_own(xp, engine, monkeypatch, dtype):
     assert y.dtype == x.dtype
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_gradient_of_a_half_type_needs_no_wider_copy(torch, xp, engine, monkeypatch, dtype):
+    """But for an upstream gradient other than 1: then it would be rounded twice."""
+    if engine.TENSORS:
+        pytest.skip("these kernels take tensors")
+    seen, real = [], engine.cross_entropy_value_and_grad
+    monkeypatch.setattr(
+        engine,
+        "cross_entropy_value_and_grad",
+        lambda request: seen.append(request.dtype) or real(request),
+    )
+    x, labels = normal(xp, dtype=dtype).requires_grad_(), xp.asarray(LABELS)
+    wide = torch.softmax(x.detach().double(), -1) - torch.eye(4)[labels]
+    for upstream in (1.0, 3.0):
+        (grad,) = torch.autograd.grad(upstream * ps.cross_entropy(x, labels), x)
+        torch.testing.assert_close(grad, (upstream / 3 * wide).to(x.dtype), rtol=4e-3, atol=0.0)
+    assert seen == [dtype, "float32"]
+
+
 # --------------------------------------------------------------------------- what is kept
 
 

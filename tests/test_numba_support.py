@@ -129,6 +129,8 @@ def test_the_private_names_of_numba():
     assert callable(runtime.rtsys.initialize)
     for name in ("_load_overload", "save_overload", "_index_key", "flush"):
         assert callable(getattr(caching.FunctionCache, name))
+    assert callable(caching.IndexDataCacheFile._load_index)
+    assert callable(njit(lambda x: x).typeof_pyval)
     assert callable(caching.FunctionCache._impl_class.get_filename_base)
     assert hasattr(njit(lambda x: x), "_cache")
 
@@ -287,6 +289,52 @@ def test_a_refused_folder_is_explained(tmp_path):
     found = in_a_fresh_process(EXPLAINED, HERE, **here)
     assert f"{folder} can be written by every user: no compiled code is loaded from there" in found
     assert "compiled in each process, for seconds, as no folder can keep it" in found
+
+
+STEPS = """
+import numpy as np
+from portable_softmax import kernels, softmax
+x, t = np.zeros((300, 300), np.float32), np.zeros(300, int)
+print(kernels.explain("softmax", x))
+softmax(x)
+print(kernels.explain("softmax", x))
+print(kernels.explain("softmax", x, where=x == 0))
+print(kernels.explain("cross_entropy_value_and_grad", x, t, ignore_index=1))
+"""
+
+
+@pytest.mark.slow("fresh processes compile kernels")
+def test_what_is_still_to_be_compiled_is_explained(tmp_path):
+    """The path stays the same."""
+    here = {"NUMBA_CACHE_DIR": str(tmp_path / "kept")}
+    found = in_a_fresh_process(STEPS, HERE, **here).splitlines()
+    assert all(line.startswith("numba rows: one pass in cache") for line in found)
+    assert [compiled(line) for line in found] == [
+        "rows.softmax",
+        "",
+        "rows.softmax",  # with a mask it is another one
+        "scan, rows.cross_entropy_value_and_grad",
+    ]
+    found = in_a_fresh_process(STEPS, HERE, **here).splitlines()
+    assert [compiled(line) for line in found[:3]] == ["", "", "rows.softmax"]
+
+
+def compiled(explained):
+    """Return what a call has to compile first."""
+    return explained.partition("; compiles ")[2].partition(" first, a second or so each")[0]
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_an_explained_call_runs_no_kernel(library, monkeypatch):
+    from portable_softmax.kernels._numba import _driver
+
+    xp = pytest.importorskip(library)
+    x, out = xp.zeros((300, 300)), xp.ones((300, 300))
+    monkeypatch.setattr(_driver, "is_at_hand", lambda *_: False)
+    assert compiled(kernels.explain("softmax", x, out=out)) == "rows.softmax"
+    assert (out == 1).all()
+    monkeypatch.setattr(_driver, "is_at_hand", lambda *_: True)
+    assert compiled(kernels.explain("softmax", x)) == ""
 
 
 def test_a_folder_that_cannot_be_written_is_read(kept, monkeypatch):

@@ -25,26 +25,33 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class Candidate:
     """A kernel of the table with its module loaded."""
 
-    __slots__ = ("always", "answer", "declines", "kernel", "missing")
+    __slots__ = ("always", "answer", "declines", "kernel", "missing", "remark")
 
     def __init__(self, kernel: Kernel, operation: str) -> None:
         module = import_module(kernel.module)
         self.kernel = kernel
         self.declines: Callable[[Request, bool], str]
         self.answer: Callable[[Request], Any]
+        self.remark: Callable[[Request], str]
         self.missing: str = module.missing()
         if kernel.adapter:
             adapter = import_module(kernel.adapter)
             self.declines = partial(adapter.declines, module)
             self.answer = partial(adapter.answer, module)
+            self.remark = partial(getattr(adapter, "remark", _no_remark), module)
         else:
             self.declines = module.declines
             self.answer = getattr(module, operation)
+            self.remark = getattr(module, "remark", _no_remark)
         self.always = not kernel.adapter and operation in getattr(module, "ANY_LAYOUT", ())
 
     def traced(self) -> tuple[Any, Any]:
         """Return the adapter and the module: torch.compile traces no function of a constant."""
         return sys.modules[self.kernel.adapter], sys.modules[self.kernel.module]
+
+
+def _no_remark(*_: Any) -> str:
+    return ""
 
 
 class Decision(NamedTuple):
@@ -182,7 +189,7 @@ def run(request: Request, portable: Callable[[Request], Any]) -> Any:
         request = request._replace(out=None)
     decision = decide(request, switch)
     if switch is not None and switch.explaining:
-        raise _Decided(decision)
+        raise _Decided(decision, request)
     taken = decision.taken
     if taken is None:
         if request.library.sharded:
@@ -214,9 +221,9 @@ def _written(answer: Callable[[Request], Any], out: Any, request: Request) -> An
 class _Decided(BaseException):
     """Ends a call that is only explained; no handler of ordinary errors stops it."""
 
-    def __init__(self, decision: Decision) -> None:
+    def __init__(self, decision: Decision, request: Request) -> None:
         super().__init__()
-        self.decision = decision
+        self.decision, self.request = decision, request
 
 
 _PUBLIC: dict[str, Callable[..., Any]] = {}
@@ -233,7 +240,7 @@ def public(name: str) -> Callable[..., Any]:
     return _PUBLIC[name]
 
 
-def decision_for(operation: str, *args: Any, **kwargs: Any) -> Decision:
+def decision_for(operation: str, *args: Any, **kwargs: Any) -> tuple[Decision, Request]:
     """Call a public function up to the point where its path is decided."""
     if operation not in _PUBLIC:
         raise ValueError(
@@ -243,14 +250,15 @@ def decision_for(operation: str, *args: Any, **kwargs: Any) -> Decision:
         with switched(explaining=True):
             _PUBLIC[operation](*args, **kwargs)
     except _Decided as found:
-        return found.decision
+        return found.decision, found.request
     raise AssertionError(f"{operation} answered without a decision")
 
 
 def explain(operation: str, /, *args: Any, **kwargs: Any) -> str:
     """Return which path a call takes, and why.
 
-    The call is checked and decided as any other, and then ends: nothing is computed.
+    The call is checked and decided as any other, and then ends: nothing is computed. What the call
+    would wait for, such as the compilation of its kernel, is told as well.
 
     Parameters
     ----------
@@ -273,10 +281,8 @@ def explain(operation: str, /, *args: Any, **kwargs: Any) -> str:
     >>> kernels.explain("softmax", np.ones(3), axis=0).partition(":")[0]
     'numpy tiles'
     """
-    decision = decision_for(operation, *args, **kwargs)
-    if decision.taken is None:
-        return str(decision)
-    remark = getattr(import_module(decision.taken.kernel.module), "remark", str)()
+    decision, request = decision_for(operation, *args, **kwargs)
+    remark = "" if decision.taken is None else decision.taken.remark(request)
     return f"{decision}; {remark}" if remark else str(decision)
 
 

@@ -91,6 +91,11 @@ def declines(engine: Any, request: Request, asked: bool) -> str:
     return why or _no_handlers(engine.__name__)
 
 
+def remark(engine: Any, request: Request) -> str:
+    """Return what `explain` says of where handlers are kept; empty if all is well."""
+    return "; ".join(engine.remarks_of_folders())
+
+
 def _elsewhere(x: Any) -> str:
     """Return on how many devices an array is, or may be, if not on one."""
     if isinstance(x, jax.core.Tracer):

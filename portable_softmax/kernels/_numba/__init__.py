@@ -6,6 +6,7 @@ large enough to be worth it first needs them, one operation, dtype and layout at
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -31,13 +32,21 @@ ANY_LAYOUT = ()  # the operations that are never declined
 missing = _support.missing
 
 
-def remark() -> str:
-    """Return what `explain` says of where compiled kernels are kept; empty if all is well."""
+def remark(request: Request) -> str:
+    """Return what `explain` says of a call that is taken: what it waits for; empty if nothing."""
+    answer = globals()[request.operation]
+    waiting = _compiled().waited_for(partial(answer, request))
+    said = [f"compiles {', '.join(waiting)} first, a second or so each"] if waiting else []
+    return "; ".join([*said, *remarks_of_folders()])
+
+
+def remarks_of_folders() -> list[str]:
+    """Return what there is to say of where compiled kernels are kept."""
     found = import_module("portable_softmax.kernels._numba._folders").folders()
     said = [f"{why}: no compiled code is loaded from there" for why in found.refused]
     if found.written is None and not found.read:
         said.append("compiled in each process, for seconds, as no folder can keep it")
-    return "; ".join(said)
+    return said
 
 
 def declines(request: Request, asked: bool) -> str:

@@ -8,6 +8,8 @@ be views of any library's memory.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy as np
 from portable_softmax.kernels import _threads
 from portable_softmax.kernels._numba import _long
 from portable_softmax.kernels._numba._exp import temperature as prepared
+from portable_softmax.kernels._numba._jit import is_at_hand
 from portable_softmax.kernels._numba._kernels import BLOCKS, COLUMNS, NARROW, ROWS, scan
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, SAMPLED, WEIGHTED
 from portable_softmax.kernels._numba._values import size_of_values
@@ -120,6 +123,30 @@ def compute_dtype(dtype: Any) -> Any:
 _SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
 
 
+# While a call is explained: the kernels that it would compile.
+_WAITED_FOR: ContextVar[dict[str, None] | None] = ContextVar("portable_softmax numba", default=None)
+
+
+def waited_for(call: Callable[[], Any]) -> list[str]:
+    """Return the kernels that a call would have to compile; it is made, but they do not run."""
+    found: dict[str, None] = {}
+    token = _WAITED_FOR.set(found)
+    try:
+        call()
+    finally:
+        _WAITED_FOR.reset(token)
+    return list(found)
+
+
+def _call(kernel: Any, *arguments: Any) -> Any:
+    waited_for = _WAITED_FOR.get()
+    if waited_for is None:
+        return kernel(*arguments)
+    if not is_at_hand(kernel, arguments):
+        waited_for[kernel.__qualname__.rpartition("numba._")[2]] = None
+    return 0.0
+
+
 def run(
     operation: str, arrays: tuple[Any, ...], numbers: tuple[Any, ...], planned: Plan, compute: Any
 ) -> None:
@@ -129,7 +156,7 @@ def run(
 
     def work(groups: int) -> None:
         workspace = np.empty(planned.workspace, compute)
-        kernel(arrays, numbers, planned.shape, workspace, counter, planned.step, groups)
+        _call(kernel, arrays, numbers, planned.shape, workspace, counter, planned.step, groups)
 
     if planned.step >= planned.groups:
         work(planned.groups)
@@ -200,7 +227,7 @@ def losses(
     if mean and grad is not None:
         divisor = float(layout.rows)
         if flags & (WEIGHTED | IGNORING | SAMPLED):
-            divisor = scan(labels, w, loss.samples, layout.n, flags, ignore)
+            divisor = _call(scan, labels, w, loss.samples, layout.n, flags, ignore)
         scale = 1.0 / divisor if divisor else 0.0
     # Without smoothing no class but the label's counts, whatever its weight.
     classes = float(np.sum(w, dtype=np.float64)) if loss.smoothing else 0.0
@@ -208,7 +235,7 @@ def losses(
     each = np.empty(1, compute) if each is None else each
     operation = "cross_entropy" if grad is None else "cross_entropy_value_and_grad"
     planned = plan(operation, layout, x.dtype, compute)
-    sums = np.empty((planned.pieces, 3))
+    sums = np.zeros((planned.pieces, 3))
     arrays: tuple[Any, ...] = (x, labels, each, w, options, sums, loss.mask, loss.samples)
     arrays = arrays if grad is None else (*arrays, grad)
     run(operation, arrays, (flags, ignore, loss.cap), planned, compute)
@@ -229,7 +256,7 @@ def soft_losses(
     compute = compute_dtype(x.dtype)
     operation = "soft_cross_entropy" if grad is None else "soft_cross_entropy_value_and_grad"
     planned = plan(operation, layout, x.dtype, compute)
-    sums, flags = np.empty(planned.pieces), EACH * (each is not None)
+    sums, flags = np.zeros(planned.pieces), EACH * (each is not None)
     each = np.empty(1, compute) if each is None else each
     options = np.asarray([z, 1.0 / layout.rows if mean else 1.0])
     arrays: tuple[Any, ...] = (x, t, each, options, sums)

@@ -48,6 +48,16 @@ def kernel(name: str) -> Callable[[Any], Any]:
     return compiled
 
 
+def is_at_hand(dispatcher: Any, arguments: tuple[Any, ...]) -> bool:
+    """Return whether a kernel is compiled for such arguments, in this process or on disk."""
+    sig = tuple(map(dispatcher.typeof_pyval, arguments))
+    if sig in dispatcher.overloads:
+        return True
+    with suppress(AttributeError):  # a kernel that is not kept
+        return bool(dispatcher._cache.holds(sig, dispatcher.targetctx))
+    return False
+
+
 def named(python_function: Any, name: str) -> Any:
     """Let the machine code of a function bear a name of its own.
 
@@ -111,6 +121,14 @@ def _cache_class() -> Any:
         def _index_key(self, sig: Any, codegen: Any) -> Any:
             # Numba hashes the code and what its closure holds: the stamp covers both.
             return sig, codegen.magic_tuple()
+
+        def holds(self, sig: Any, target_context: Any) -> bool:
+            key = self._index_key(sig, target_context.codegen())
+            for files in (self, *self._others):
+                with suppress(Exception):
+                    if key in files._cache_file._load_index():
+                        return True
+            return False
 
         def load_overload(self, sig: Any, target_context: Any) -> Any:
             # Numba's own way imports all that it needs to compile, which takes longer than to load.

@@ -11,6 +11,8 @@ import math
 from types import ModuleType
 from typing import Any
 
+from numba.extending import overload
+
 from portable_softmax.kernels._numba import (
     _blocks,
     _columns,
@@ -21,9 +23,10 @@ from portable_softmax.kernels._numba import (
 )
 from portable_softmax.kernels._numba import _soft as _soft_losses
 from portable_softmax.kernels._numba._compensation import compensated
-from portable_softmax.kernels._numba._jit import function, kernel
+from portable_softmax.kernels._numba._jit import INLINED, function, kernel
 from portable_softmax.kernels._numba._losses import EACH, IGNORING
 from portable_softmax.kernels._numba._memory import (
+    Masked,
     ahead,
     aligned,
     copy,
@@ -63,14 +66,23 @@ def leaving_out(layout: ModuleType, number: float) -> Any:
     In a row of finite results the passes have done it. One of which nothing is left is all nan.
     """
 
-    @function
     def leave_out(p, o, n, inner, rows, workspace):
-        for r in range(rows):
-            first = load(o, layout.element(workspace, r, 0, n))
-            if first - first != 0:
-                for j in range(n):
-                    if left_out(p, layout.position(r, j, n, inner)):
-                        store(o, layout.element(workspace, r, j, n), typed(workspace, number))
+        """Nothing is left out of logits without a mask, nor compiled for them."""
+
+    @overload(leave_out, jit_options=INLINED)
+    def _leave_out(p, o, n, inner, rows, workspace):
+        if not isinstance(p, Masked):
+            return lambda p, o, n, inner, rows, workspace: None
+
+        def masked(p, o, n, inner, rows, workspace):
+            for r in range(rows):
+                first = load(o, layout.element(workspace, r, 0, n))
+                if first - first != 0:
+                    for j in range(n):
+                        if left_out(p, layout.position(r, j, n, inner)):
+                            store(o, layout.element(workspace, r, j, n), typed(workspace, number))
+
+        return masked
 
     return leave_out
 

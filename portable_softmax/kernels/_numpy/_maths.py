@@ -195,7 +195,7 @@ RANGES = {
 # Half of this is so far below it that its exp is 0 beside it.
 _APART = {np.dtype(np.float32): 256.0, np.dtype(np.float64): 2048.0}
 
-_SMALLEST_NORMAL = {
+SMALLEST_NORMAL = {
     np.dtype(t): float(np.finfo(t).smallest_normal) for t in (np.float32, np.float64)
 }
 
@@ -296,7 +296,7 @@ def fold(x: Any, out: Any, axis: int, buffers: Buffers) -> Any:
     if np.isnan(rest).any():
         rest = _rest(x, m, out, axis, buffers, infinities=True)
     # Below this the terms of a sum are subnormal numbers, on average.
-    least = x.shape[axis] * _SMALLEST_NORMAL[x.dtype]
+    least = x.shape[axis] * SMALLEST_NORMAL[x.dtype]
     few = (rest > 0.0) & (rest < least)
     if few.any():
         at = np.flatnonzero(few)

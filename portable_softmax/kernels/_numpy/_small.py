@@ -7,6 +7,7 @@ a label without a class. A row's values change nothing for other rows. The formu
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +26,9 @@ _DTYPES = ("float32", "float64")
 
 # Seen as unsigned, a negative label is at least the number beside it.
 _UNSIGNED = {np.dtype(f"i{n}"): (np.dtype(f"u{n}"), 1 << (8 * n - 1)) for n in (1, 2, 4, 8)}
+
+# From this sum on, an exp that is subnormal belongs to a probability that is so too, or nearly.
+_LOW_SUM = math.exp(_maths.LOW_FOR_PROBABILITIES)
 
 # NumPy's annotations know `keepdims` by its name only; by its place it costs less.
 _sum: Any = np.add.reduce
@@ -86,19 +90,27 @@ def _fold(rows: Any) -> tuple[Any, Any]:
     return _maths.fold(rows, None, 1, Buffers(rows.dtype))  # type: ignore[no-any-return]
 
 
+def _shifted(rows: Any) -> Any:
+    """Return the exps of rows less `_maths.base`."""
+    b, rounds = _maths.base(_maxima(rows)[1])
+    if not rounds:
+        return np.exp(rows if b is None else rows - b)
+    e = np.empty_like(rows)
+    _maths.write_exps(rows, b, np.empty_like(rows), e, np.empty_like(rows))
+    return e
+
+
 def softmax(request: Request, rows: Any) -> Any:
-    """exp(x) / sum(exp(x)), in the range of exp by a shift of `_maths.base`."""
-    m = _maxima(rows)[1]
-    b, rounds = None, False
-    # Two look-ups cost less than a difference.
-    if not (_least(m) > -1.0 and _most(m) <= _maths.RANGES[m.dtype].far):
-        b, rounds = _maths.base(m)
-    if rounds:
-        e = np.empty_like(rows)
-        _maths.write_exps(rows, b, np.empty_like(rows), e, np.empty_like(rows))
-    else:
-        e = np.exp(rows) if b is None else np.exp(rows - b)
-    e /= _sum(e, 1, None, None, True)
+    """exp(x) / sum(exp(x)), of x in the range of exp: rows beyond it are shifted."""
+    e = np.exp(rows)
+    s = _sum(e, 1, None, None, True)
+    if not (_least(s) >= _LOW_SUM and _most(s) < math.inf):
+        normal = e.min(1, keepdims=True) >= _maths.SMALLEST_NORMAL[e.dtype]
+        unfit = np.flatnonzero(~((s < math.inf) & ((s >= _LOW_SUM) | normal)))
+        if unfit.size:
+            e[unfit] = some = _shifted(rows[unfit])
+            s[unfit] = _sum(some, 1, None, None, True)
+    e /= s
     return e if request.x.ndim == 2 else e.reshape(request.x.shape)
 
 

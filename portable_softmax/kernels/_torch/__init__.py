@@ -62,6 +62,12 @@ def _not_a_kernels(request: Request) -> str:
     return ""
 
 
+def remark(engine: Any, request: Request) -> str:
+    """Return what `explain` says of a call that a kernel takes; empty if nothing."""
+    known = hasattr(engine, "remark") and not engine.TENSORS and not request.tracing
+    return engine.remark(_lending.on_numpy(request)) if known else ""
+
+
 def answer(engine: Any, request: Request) -> Any:
     """Return the answer of a call, with its derivatives where torch asks for them."""
     if request.tracing:

@@ -15,7 +15,7 @@ import torch
 
 from portable_softmax import portable
 from portable_softmax.kernels._request import SPARSE, Request
-from portable_softmax.kernels._torch._lending import NUMPY, on_numpy, taken
+from portable_softmax.kernels._torch._lending import COMPUTE_DTYPE, NUMPY, lent, on_numpy, taken
 
 Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
@@ -60,7 +60,7 @@ def gradient(engine: Any, request: Request, dy: Tensor) -> Tensor:
     if engine.TENSORS:
         return engine.gradient(request, dy)
     dx: Tensor = _GRADIENTS[request.operation](engine, request, dy)
-    return dx.to(request.result_dtype)
+    return dx if dx.dtype is request.result_dtype else dx.to(request.result_dtype)
 
 
 def _softmax(engine: Any, request: Request, dy: Tensor) -> Tensor:
@@ -78,17 +78,14 @@ def _from_output(engine: Any, request: Request, y: Tensor, dy: Tensor, *masked: 
     """Return a vector-Jacobian product, over the temperature."""
     if request.active and request.options.where is not None:
         dy = torch.where(request.options.where, dy, 0.0)
-    y_dtype = y.dtype
-    vjp = on_numpy(
-        Request(
-            f"{request.operation}_vjp", request.library, y, request.library.dtype(y_dtype).name,
-            request.axes, request.compute_dtype, request.result_dtype, "", None, (),
-            dy.contiguous(),
-        )
+    array, dtype = lent(y), request.library.dtype(y.dtype).name
+    vjp = Request(
+        f"{request.operation}_vjp", NUMPY, array, dtype, request.axes, COMPUTE_DTYPE[dtype],
+        array.dtype, "", None, (), lent(dy.contiguous()),
     )  # fmt: skip
     if engine.declines(vjp, False):
         return formula(request._replace(x=y), dy)
-    dx = taken(NUMPY.quietly(getattr(engine, vjp.operation), vjp, *masked), y_dtype)
+    dx = taken(NUMPY.quietly(getattr(engine, vjp.operation), vjp, *masked), y.dtype)
     temperature = request.options.temperature
     return _masked(request, dx if temperature == 1.0 else dx.div_(temperature))
 
@@ -103,17 +100,17 @@ def _logsumexp(engine: Any, request: Request, dy: Tensor) -> Tensor:
 
 
 def _loss(engine: Any, request: Request, dy: Tensor) -> Tensor:
-    request = _in_float32(request)
+    factor = dy.item() if dy.ndim == 0 and request.options.reduction != "none" else math.nan
+    if factor != 1.0:
+        request = _in_float32(request)
     again = request.on(
         request.x, None, request.labels, request.options, "cross_entropy_value_and_grad"
     )
     _, grad = value(engine, again)
-    if dy.ndim == 0 and request.options.reduction != "none":
-        factor = dy.item()
-        if factor == 1.0:
-            return grad
-        if math.isfinite(factor):
-            return grad.mul_(factor)
+    if factor == 1.0:
+        return grad
+    if math.isfinite(factor):
+        return grad.mul_(factor)
     return _masked(request, grad.mul_(_upstream(request, dy)))
 
 

@@ -21,7 +21,7 @@ try:
 except ImportError:
     _BFLOAT16 = None
 
-_COMPUTE_DTYPE = {
+COMPUTE_DTYPE = {
     "float16": np.dtype(np.float32),
     "bfloat16": np.dtype(np.float32),
     "float32": np.dtype(np.float32),
@@ -69,9 +69,9 @@ def on_numpy(request: Request) -> Request:
     if request.active:
         options = type(options)(*[lent(o) if isinstance(o, torch.Tensor) else o for o in options])
         if options.dtype is not None:  # no kernel takes another
-            options = options._replace(dtype=_COMPUTE_DTYPE[request.dtype])
+            options = options._replace(dtype=COMPUTE_DTYPE[request.dtype])
     return Request(
-        request.operation, NUMPY, x, request.dtype, request.axes, _COMPUTE_DTYPE[request.dtype],
+        request.operation, NUMPY, x, request.dtype, request.axes, COMPUTE_DTYPE[request.dtype],
         x.dtype, "", options, request.active, None if dy is None else lent(dy),
         None if labels is None else lent(labels), request.indices, request.check_labels,
         None if request.out is None else lent(request.out),
