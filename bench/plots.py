@@ -21,6 +21,7 @@ _COLOURS = {
     "ours": "#1d4ed8",
     "ours, jit": "#1d4ed8",
     "ours, jit, portable": "#a9c2f8",
+    "ours, jit, XLA": "#5b84ee",
     "ours, compiled": "#0891b2",
     "ours, autograd": "#7c3aed",
     "ours, jit, vjp": "#7c3aed",
