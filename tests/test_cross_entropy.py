@@ -32,6 +32,7 @@ def golden(xp, case):
     return arguments, options
 
 
+@pytest.mark.slow("Numba compiles each option", "numba")
 @pytest.mark.slow("a large graph for each case", "dask")
 @pytest.mark.slow("XLA compiles each operation for each case", "jax")
 @pytest.mark.parametrize("source", SOURCES)
@@ -98,6 +99,7 @@ def expected(kind, weighted, ignoring, smoothing, z, cap, masked, reduction):
     return float(mp.fsum(losses) / divisor), grad
 
 
+@pytest.mark.slow("Numba compiles each option", "numba")
 @pytest.mark.slow("Triton interprets element by element", "triton")
 @pytest.mark.slow("a large graph for each option", "dask")
 @pytest.mark.slow("XLA compiles each option", "jax")

@@ -166,6 +166,7 @@ def test_shifting_a_row_changes_nothing(xp):
         np.testing.assert_array_equal(xp.numpy(one), xp.numpy(other))
 
 
+@pytest.mark.slow("XLA compiles each loop", "jax")
 @pytest.mark.parametrize("alpha", [1.0, 1.25, 1.5, 2.0, 3.0])
 def test_the_vjp_is_the_slope(xp, alpha):
     """Of the exact function, by central differences; away from where an entry becomes 0."""

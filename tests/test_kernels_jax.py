@@ -147,6 +147,7 @@ def test_debug_nans_raises_for_no_finite_input(jax, xp, path):
             jax.block_until_ready(jax.grad(lambda x, f=f: f(x).sum())(x))
 
 
+@pytest.mark.slow("XLA compiles each call")
 @pytest.mark.parametrize("path", ["kernels", "portable"])
 def test_no_rank_is_promoted(jax, xp, path):
     x, functions = calls(jax, xp)

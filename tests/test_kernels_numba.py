@@ -253,6 +253,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.slow("Numba compiles each layout")
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS, ids=str)
 def test_every_axis(every_size, shape, axis, dtype):

@@ -51,6 +51,7 @@ def formula(operation, x):
     return {"softmax": np.exp(x - lse), "log_softmax": x - lse, "logsumexp": lse}[operation]
 
 
+@pytest.mark.slow("Numba compiles each layout")
 @every_shape
 @pytest.mark.parametrize("operation", ROWS)
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=_SLOW)])
@@ -120,6 +121,7 @@ def test_what_a_mask_leaves_of_rows_without_an_answer(shape, axis):
     np.testing.assert_array_equal(y[:4], [-np.inf, np.nan, np.inf, -np.inf])
 
 
+@pytest.mark.slow("Numba compiles each layout")
 @shapes_and(("dtype",), ("float32",), [("float64",), ("float16",)])
 def test_the_loss_of_a_masked_row_is_that_of_the_row_without_those_classes(shape, axis, dtype):
     rng = np.random.default_rng(3)

@@ -134,6 +134,7 @@ def test_any_number_of_axes(xp, reduction, tile):
             check(xp, found, stored(hidden, CLASSIFIER, given, **options))
 
 
+@pytest.mark.slow("XLA compiles each scan", "jax")
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("tile", [None, 64], ids=["one tile", "tiles"])
 def test_half_types_are_summed_in_float32(xp, dtype, tile):
@@ -396,6 +397,7 @@ def test_inputs_are_never_changed(xp):
 # --------------------------------------------------------------------------- edges
 
 
+@pytest.mark.slow("XLA compiles each scan", "jax")
 @pytest.mark.parametrize("tile", [None, 16], ids=["one tile", "two classes"])
 def test_nothing_that_counts(xp, tile):
     """As cross_entropy: the mean is nan, the sum 0, and the gradients are 0."""

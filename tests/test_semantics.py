@@ -673,6 +673,7 @@ def test_label_dtype_bool_or_floating(xp, dtype):
         ps.cross_entropy(xp.asarray(np.zeros((2, 3))), xp.asarray([0, 1], dtype))
 
 
+@pytest.mark.slow("XLA compiles each dtype of labels", "jax")
 def test_ignore_index(xp):
     """ignore_index | may lie outside [0, C); compared without wrap-around for unsigned labels"""
     x = np.asarray([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0], [0.0, 5.0, 0.0]])
@@ -834,6 +835,7 @@ def test_an_infinite_or_nan_weight_of_a_class_that_no_label_names(xp, odd):
                     np.testing.assert_allclose(actual, expected, rtol=1e-14)
 
 
+@pytest.mark.slow("XLA compiles each reduction", "jax")
 def test_all_ignored_or_weights_summing_to_0(xp):
     """all ignored, or weights summing to 0 | mean nan, sum 0, gradient 0"""
     nothing = xp.asarray([0.0, 0.0])

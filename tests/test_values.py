@@ -88,6 +88,7 @@ def test_the_rounding_of_the_shift_is_put_back(xp):
 FUSED = ("numpy tiles", "numba rows", "jax rules", "triton rows")
 
 
+@pytest.mark.slow("XLA compiles each shape", "jax")
 @pytest.mark.slow("Numba compiles every layout", "numba", "torch-numba", "jax-numba")
 @pytest.mark.skipif(not exact.measures("float64"), reason="np.longdouble is float64 here")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -216,6 +217,7 @@ def test_temperature(xp, temperature):
     assert_close(xp, ps.log_softmax(xp.asarray(x), temperature=temperature), logs)
 
 
+@pytest.mark.slow("XLA compiles each shape", "jax")
 @pytest.mark.parametrize("path", ["default", "portable"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_log_softmax_with_a_temperature_keeps_its_digits(xp, dtype, path):
@@ -459,6 +461,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow("XLA compiles each layout", "jax")
 @pytest.mark.slow("Triton interprets element by element", "triton")
 @pytest.mark.parametrize("path", ["default", "portable"])
 @pytest.mark.parametrize("layout", LAYOUTS)
