@@ -337,6 +337,23 @@ def test_an_explained_call_runs_no_kernel(library, monkeypatch):
     assert compiled(kernels.explain("softmax", x)) == ""
 
 
+@pytest.mark.parametrize("held", [np.nan, 1e30, 7.0])
+def test_an_explained_loss_takes_nothing_from_memory_that_no_kernel_wrote(held, monkeypatch):
+    real = np.empty
+
+    def empty(*args, **kwargs):
+        made = real(*args, **kwargs)
+        made.fill(held if made.dtype in ("float32", "float64") else 7)
+        return made
+
+    monkeypatch.setattr(np, "empty", empty)
+    x, labels = np.zeros((300, 300), np.float16), np.zeros(300, int)
+    for reduction in ("mean", "none"):
+        for operation in ("cross_entropy", "cross_entropy_value_and_grad"):
+            found = kernels.explain(operation, x, labels, reduction=reduction)
+            assert found.startswith("numba rows")
+
+
 def test_a_folder_that_cannot_be_written_is_read(kept, monkeypatch):
     """Root can write everywhere: that it is forbidden is pretended."""
     from portable_softmax.kernels._numba import _folders
