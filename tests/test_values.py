@@ -125,6 +125,26 @@ def test_probabilities_keep_their_digits_at_any_spread(xp, n, axis, dtype):
 
 
 @pytest.mark.slow("Triton interprets element by element", "triton")
+@pytest.mark.skipif(not exact.measures("float64"), reason="np.longdouble is float64 here")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_maximum_may_lie_anywhere(xp, dtype):
+    """XLA takes the inverse of a sum near the end of the range for 0."""
+    rng = np.random.default_rng(3)
+    ends = [np.linspace(e - 12, e + 12, 200) for e in (-745, -103, -88, 0, 88, 176, 709, 1418)]
+    m = np.concatenate([*ends, np.linspace(-1500, 1500, 401)])
+    x = rng.standard_normal((len(m), 3))
+    x = (x + m[:, None] - x.max(1, keepdims=True)).astype(dtype)
+    labels = rng.integers(0, 3, len(m))
+    answer = exact.solve(x, labels).softmax
+    arrays = xp.asarray(x), xp.asarray(labels)
+    _, grad = ps.cross_entropy_value_and_grad(*arrays, reduction="none")
+    tiny = 32 * np.finfo(dtype).eps
+    np.testing.assert_allclose(xp.numpy(ps.softmax(arrays[0])), answer, rtol=tiny)
+    expected = answer - np.eye(3)[labels]
+    np.testing.assert_allclose(xp.numpy(grad), expected, rtol=tiny)
+
+
+@pytest.mark.slow("Triton interprets element by element", "triton")
 @pytest.mark.parametrize("path", ["default", "portable"])
 def test_a_long_remainder_keeps_its_digits(xp, path):
     """A sum of many equal terms, one after another or in short blocks, loses hundreds of units."""

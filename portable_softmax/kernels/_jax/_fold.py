@@ -72,11 +72,12 @@ def base(x: Any, m: Any, axes: Axes) -> Any:
     """Return what to subtract from rows before the exponential, as good as without rounding.
 
     Half a unit lost in a difference of 64 is 32 units of its exponential. So it is 0 for a maximum
-    that is neither negative nor so large that a sum may overflow, and else an integer: beside that
-    each x that counts is negative as well, or large.
+    that is neither negative nor so large that a sum leaves the range, and else an integer: beside
+    that each x that counts is negative as well, or large. XLA divides by a sum as it multiplies by
+    its inverse, which it takes for 0 where that is subnormal.
     """
     count = math.prod(n if isinstance(n := x.shape[a], int) else 1 << 31 for a in axes)
-    far = math.log(float(jnp.finfo(x.dtype).max) / max(count, 1)) - 1.0
+    far = -math.log(float(jnp.finfo(x.dtype).tiny) * max(count, 1)) - 1.0
     return jnp.floor(jnp.minimum(m, 0.0)) + jnp.ceil(jnp.maximum(m - far, 0.0))
 
 
