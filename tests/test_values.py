@@ -92,7 +92,7 @@ FUSED = ("numpy tiles", "numba rows", "jax rules", "triton rows")
 @pytest.mark.slow("Numba compiles every layout", "numba", "torch-numba", "jax-numba")
 @pytest.mark.skipif(not exact.measures("float64"), reason="np.longdouble is float64 here")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize(("n", "axis"), [(3, 1), (10, 1), (200, 1), (5000, 1), (150, 0)])
+@pytest.mark.parametrize(("n", "axis"), [(3, 1), (10, 1), (512, 1), (5000, 1), (150, 0)])
 def test_probabilities_keep_their_digits_at_any_spread(xp, n, axis, dtype):
     """In float32 half a unit of a difference of 64 is 32 units of its exponential."""
     rng = np.random.default_rng(n)

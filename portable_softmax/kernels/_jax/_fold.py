@@ -64,21 +64,24 @@ def exps(x: Any, m: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
     """Return exp((x - max) / temperature) times a number of the row, and that number."""
     if scale is not None:
         return jnp.exp(shifted(x, m, scale, axes)), jnp.ones_like(m)
-    c = base(x, m, axes)
-    return jnp.exp(x - wide(c, axes)), jnp.exp(m - c)
+    c, power = base(x, m, axes)
+    return jnp.exp(x - wide(c, axes)) * wide(power, axes), jnp.exp(m - c) * power
 
 
-def base(x: Any, m: Any, axes: Axes) -> Any:
-    """Return what to subtract from rows before the exponential, as good as without rounding.
+def base(x: Any, m: Any, axes: Axes) -> tuple[Any, Any]:
+    """Return c and a power of 2: exp(x - c) * power is as good as if x - c were not rounded.
 
-    Half a unit lost in a difference of 64 is 32 units of its exponential. So it is 0 for a maximum
+    Half a unit lost in a difference of 64 is 32 units of its exponential. So c is 0 for a maximum
     that is neither negative nor so large that a sum leaves the range, and else an integer: beside
-    that each x that counts is negative as well, or large. XLA divides by a sum as it multiplies by
-    its inverse, which it takes for 0 where that is subnormal.
+    that each x that counts is negative as well, or large, or at most 8 below it. XLA divides by a
+    sum as it multiplies by its inverse, which it takes for 0 where that is subnormal. A long row's
+    sum would need a larger c, and have such x further below; there the power keeps it in range.
     """
-    count = math.prod(n if isinstance(n := x.shape[a], int) else 1 << 31 for a in axes)
-    far = -math.log(float(jnp.finfo(x.dtype).tiny) * max(count, 1)) - 1.0
-    return jnp.floor(jnp.minimum(m, 0.0)) + jnp.ceil(jnp.maximum(m - far, 0.0))
+    count = max(math.prod(n if isinstance(n := x.shape[a], int) else 1 << 31 for a in axes), 1)
+    bits = count.bit_length() if count > _BLOCK else 0
+    far = -math.log(float(jnp.finfo(x.dtype).tiny)) - (0.5 if bits else math.log(count) + 1.0)
+    c = jnp.floor(jnp.minimum(m, 0.0)) + jnp.ceil(jnp.maximum(m - far, 0.0))
+    return c, jnp.where(m > far - bits, 2.0**-bits, 1.0) if bits else jnp.ones_like(m)
 
 
 def shifted(x: Any, m: Any, scale: Any, axes: Axes) -> Any:

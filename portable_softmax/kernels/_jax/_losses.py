@@ -308,9 +308,9 @@ def _gradient(x: Any, m: Any, rest: Any, log: Any, terms: Terms, axis: int) -> A
     the label of a confident row e_j Q - q_j is an exact 0, and -q_j rest is minus the sum of the
     others.
     """
-    c = base(x, m, (axis,))
-    m, rest, log, c = (wide(part, (axis,)) for part in (m, rest, log, c))
-    unit, inverse = jnp.exp(m - c), 1.0 / (1.0 + rest)
+    parts = m, rest, log, *base(x, m, (axis,))
+    m, rest, log, c, power = (wide(part, (axis,)) for part in parts)
+    unit, inverse = jnp.exp(m - c) * power, 1.0 / (1.0 + rest)
     sums = [] if terms.a is None else [terms.a]
     if terms.c is not None:
         sums.append(jnp.sum(terms.c, axis=axis, keepdims=True))
@@ -320,7 +320,7 @@ def _gradient(x: Any, m: Any, rest: Any, log: Any, terms: Terms, axis: int) -> A
         more = 2.0 * terms.u * lse
 
     def entry(x: Any, q: Any) -> Any:
-        e = jnp.exp(x - c) / unit
+        e = jnp.exp(x - c) * power / unit
         e = e + lax.stop_gradient(jnp.where(x == m, 1.0 - e, 0.0))  # an exact 1
         return (((e * total - q) - q * rest) + e * more) * inverse
 
@@ -330,7 +330,7 @@ def _gradient(x: Any, m: Any, rest: Any, log: Any, terms: Terms, axis: int) -> A
         label = lax.broadcasted_iota(terms.index.dtype, x.shape, axis) == terms.index
         if terms.c is None:
             logit = jnp.take_along_axis(x, terms.index, axis=axis, mode="clip")
-            grad = jnp.exp(x - c) / (unit * (1.0 + rest)) * (total + more)
+            grad = jnp.exp(x - c) * power / (unit * (1.0 + rest)) * (total + more)
             grad = jnp.where(label, entry(logit, terms.a), grad)
         else:
             grad = entry(x, jnp.where(label, terms.c + terms.a, terms.c))
