@@ -90,6 +90,7 @@ FUSED = ("numpy tiles", "numba rows", "jax rules", "triton rows")
 
 @pytest.mark.slow("XLA compiles each shape", "jax")
 @pytest.mark.slow("Numba compiles every layout", "numba", "torch-numba", "jax-numba")
+@pytest.mark.slow("Triton interprets element by element", "triton")
 @pytest.mark.skipif(not exact.measures("float64"), reason="np.longdouble is float64 here")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("n", "axis"), [(3, 1), (10, 1), (512, 1), (5000, 1), (150, 0)])
