@@ -107,6 +107,29 @@ def test_a_small_array_is_left_to_xla_unless_they_are_asked_for(jax, xp):
         assert explained.endswith(f"not numba rows: {why}")
 
 
+@pytest.mark.parametrize("name", ["vmap", "jit of vmap", "vmap of grad", "grad of vmap", "twice"])
+def test_the_whole_batch_of_vmap_counts(jax, xp, name):
+    x = xp.asarray(np.ones((64, 8, 128), np.float32))
+    said = []
+
+    def f(x):
+        said.append(kernels.explain("softmax", x))
+        return jax.numpy.sum(x)
+
+    mapped = {
+        "vmap": jax.vmap(f),
+        "jit of vmap": jax.jit(jax.vmap(f)),
+        "vmap of grad": jax.vmap(jax.grad(f)),
+        "grad of vmap": jax.grad(lambda x: jax.vmap(f)(x).sum()),
+        "twice": jax.vmap(jax.vmap(f, in_axes=1), in_axes=2),
+    }[name]
+    with kernels._switches.switched(asked=(), off=()):
+        mapped(x)
+        mapped(x[:63])
+    assert said[0] == NAME
+    assert said[-1].endswith("not numba rows: too few elements")
+
+
 def test_another_jax_is_left_to_xla(jax, xp, monkeypatch):
     """With another frame, without `jax.ffi`, on Windows: each says so before a handler is made."""
     from portable_softmax.kernels._jax import _rows

@@ -33,8 +33,9 @@ class Jax(Library):
         return bool(x.devices() == other.devices())
 
     def size(self, x: Any) -> Any:
-        """Return the number of elements; nan where the shape is symbolic."""
-        return math.prod(x.shape) if all(map(self.is_known, x.shape)) else math.nan
+        """Return the number of elements, all that vmap maps over; nan where a shape is symbolic."""
+        shape = (*x.shape, *_mapped(x))
+        return math.prod(shape) if all(map(self.is_known, shape)) else math.nan
 
     def wider_dtype(self, x: Any) -> Any:
         """Return float64 where 64 bits are enabled."""
@@ -115,6 +116,20 @@ def _jitted() -> Callable[..., Any]:
 
     jit: Callable[..., Any] = sys.modules["jax"].jit(call, static_argnums=(1, 2, 3))
     return jit
+
+
+def _mapped(x: Any) -> list[Any]:
+    """Return the lengths of the axes that vmap has taken away, where it is at work right here.
+
+    A function that is traced first and mapped later, as that of `jax.vmap(jax.jit(f))`, sees none.
+    """
+    found = []
+    while _is_traced(x):
+        axis = getattr(x, "batch_dim", None)  # of vmap's tracer; that of a derivative has a primal
+        if isinstance(axis, int):
+            found.append(x.val.shape[axis])
+        x = getattr(x, "primal" if axis is None else "val", None)
+    return found
 
 
 def _is_traced(x: Any) -> bool:
