@@ -26,7 +26,7 @@ SHAPES = "32x10,512x64,4096x512,262144x16,1024x32000"
 QUICK_SHAPES = "64x32"
 BATCH = 4  # of vmap
 LOGITS = ("random", "confident")
-FORMS = ("jit", "vmap")
+FORMS = ("jit", "vmap", "rows")  # the last maps a function of one row
 
 
 class Call(NamedTuple):
@@ -95,7 +95,7 @@ def arrays(call: Call, shape: tuple[int, int], logits: str = "random") -> tuple[
 def measure(place: Place, shapes: list[tuple[int, int]], effort: speed.Effort) -> Iterator[Row]:
     """Yield a row for each call, path, form, kind of logits and shape."""
     for shape, logits, form, call in product(shapes, LOGITS, FORMS, calls()):
-        if form == "jit" or shape[0] % BATCH == 0:
+        if form != "vmap" or shape[0] % BATCH == 0:
             yield from _compare(place, call, logits, form, shape, effort)
 
 
@@ -113,7 +113,7 @@ def _compare(
     for name, function, context in ways:
         # A function of its own for each path, as JAX keeps what it has traced.
         one = partial(_called, function)
-        compiled = jax.jit(jax.vmap(one) if form == "vmap" else one)
+        compiled = jax.jit(one if form == "jit" else jax.vmap(one))
         turns[name] = speed.Timed(speed.bound(compiled, *given), clock, context)
     answers = {}
     for name, timed in turns.items():
@@ -140,7 +140,8 @@ def _alike(ours: list[Any], theirs: list[Any]) -> bool:
 HEADINGS = ("call", "logits", "form", "shape", "path", "time", "peer", "its time", "ratio")
 LEGEND = (
     "The fastest of several rounds in turns, float32. `peer` is the faster of jax.nn and optax, "
-    f"`vmap` is over {BATCH} parts of the rows, and `+backward` is forward and backward."
+    f"`vmap` is over {BATCH} parts of the rows, `rows` over each row, and `+backward` is forward and "
+    "backward."
 )
 
 
