@@ -140,7 +140,7 @@ def _alike(ours: list[Any], theirs: list[Any]) -> bool:
 HEADINGS = ("call", "logits", "form", "shape", "path", "time", "peer", "its time", "ratio")
 LEGEND = (
     "The fastest of several rounds in turns, float32. `peer` is the faster of jax.nn and optax, "
-    f"`vmap` is over {BATCH} parts of the rows, `rows` over each row, and `+backward` is forward and "
+    f"`vmap` is over {BATCH} parts of the rows, `rows` over each, and `+backward` is forward and "
     "backward."
 )
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -158,6 +160,20 @@ def test_only_programs_for_one_cpu_call_a_handler(jax, xp):
     exported = jax.export.export(f)(x)
     assert "custom_call" not in exported.mlir_module()
     close(exported.call(x), f(x))
+
+
+def test_logsumexp_and_its_gradient_are_a_handler_each(jax, xp):
+    """Forward mode is left to XLA."""
+    x, _ = draw(xp, *ROWS, dtype="float32")
+
+    def called(f):
+        return sorted(re.findall(r"portable_softmax\.ffi\.(\w+)", jax.jit(f).lower(x).as_text()))
+
+    f = partial(ps.logsumexp, axis=1)
+    dy = jax.numpy.arange(x.shape[0], dtype=x.dtype)
+    assert called(lambda x: jax.vjp(f, x)[1](dy)) == ["logsumexp_vjp"]
+    assert called(jax.grad(lambda x: jax.numpy.sum(f(x) ** 2))) == ["logsumexp", "logsumexp_vjp"]
+    assert called(lambda x: jax.jvp(f, (x,), (x,))) == ["logsumexp"]
 
 
 # --------------------------------------------------------------------------- transforms

@@ -28,9 +28,15 @@ from portable_softmax.kernels._request import LOSSES, VJPS, Layout, Request
 
 Arrays = tuple[Any, ...]
 
-# What starts from an output; the last two are the derivative of log_softmax and its transpose.
+# Derivatives, which are linear in the last of their arrays, and the transpose of each.
+_TRANSPOSE = {
+    "softmax_vjp": "softmax_vjp",
+    "log_softmax_jvp": "log_softmax_pullback",
+    "logsumexp_jvp": "logsumexp_pullback",
+}
+_BY_XLA = ("log_softmax_jvp", "logsumexp_jvp")  # forward mode has no kernel
 _OF_AN_OUTPUT = (*VJPS, "log_softmax_jvp", "log_softmax_pullback")
-_TRANSPOSE = {"softmax_vjp": "softmax_vjp", "log_softmax_jvp": "log_softmax_pullback"}
+_OF_LOGSUMEXP = ("logsumexp_jvp", "logsumexp_pullback")
 
 
 class Call(NamedTuple):
@@ -188,7 +194,7 @@ def _of_rows(call: Call) -> tuple[tuple[int, ...], int | None]:
     if call.operation in _OF_AN_OUTPUT:
         return arrays, None
     if call.operation not in LOSSES:
-        own, mask = arrays[:1], arrays[1]
+        own, mask = (arrays[0], *arrays[2:] * (call.operation in _OF_LOGSUMEXP)), arrays[1]
     else:
         (x, labels, weights, mask, _) = arrays
         own = x, labels, weights.samples
@@ -198,8 +204,8 @@ def _of_rows(call: Call) -> tuple[tuple[int, ...], int | None]:
 def _shapes(x: Any, *others: Any, call: Call) -> list[Any]:
     aval = jax.core.ShapedArray
     if call.operation not in LOSSES:
-        shape = [1 if a in call.axes and call.operation == "logsumexp" else n
-                 for a, n in enumerate(x.shape)]  # fmt: skip
+        reduced = call.operation in ("logsumexp", "logsumexp_jvp")
+        shape = [1 if reduced and a in call.axes else n for a, n in enumerate(x.shape)]
         return [aval(tuple(shape), jnp.dtype(call.static[-1]))]
     (axis,), form = call.axes, call.form
     shape = x.shape[:axis] + x.shape[axis + 1 :]
@@ -263,30 +269,32 @@ ad.primitive_jvps[rows] = _jvp
 
 def _softmax_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
     (y,) = rows.bind(*leaves, call=call)
-    return y, _over_temperature(_of_output("softmax_vjp", y, t, call), call.arrays(leaves)[2])
+    change = _linear("softmax_vjp", (y,), t, call)
+    return y, _over_temperature(change, call.arrays(leaves)[2])
 
 
 def _log_softmax_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
     (y,) = rows.bind(*leaves, call=call)
-    change = _of_output("log_softmax_jvp", y, t, call)
+    change = _linear("log_softmax_jvp", (y,), t, call)
     where = call.where(leaves)
     change = change if where is None else jnp.where(where, change, 0.0)
     return y, _over_temperature(change, call.arrays(leaves)[2])
 
 
-def _of_output(operation: str, y: Any, t: Any, call: Call) -> Any:
-    """Return a function of an output that is linear in `t`."""
-    tree = jax.tree.structure(((y, t), None))
-    (found,) = rows.bind(y, t, call=call._replace(operation=operation, tree=tree))
+def _linear(operation: str, arrays: Arrays, t: Any, call: Call) -> Any:
+    """Return a derivative, a function that is linear in `t`."""
+    leaves, tree = jax.tree.flatten(((*arrays, t), None))
+    (found,) = rows.bind(*leaves, call=call._replace(operation=operation, tree=tree))
     return found
 
 
-def _transposed(cotangents: list[Any], y: Any, t: Any, *, call: Call) -> list[Any]:
+def _transposed(cotangents: list[Any], *leaves: Any, call: Call) -> list[Any]:
     """Transpose such a function."""
-    (ct,) = cotangents
-    if type(ct) is ad.Zero:
-        return [None, ad.Zero(t.aval)]
-    return [None, _of_output(_TRANSPOSE[call.operation], y, ct, call)]
+    (ct,), t = cotangents, leaves[-1]
+    if type(ct) is not ad.Zero:
+        *arrays, _ = call.arrays(leaves)
+        ct = _linear(_TRANSPOSE[call.operation], tuple(arrays), ct, call)
+    return [*[None] * (len(leaves) - 1), ad.Zero(t.aval) if type(ct) is ad.Zero else ct]
 
 
 ad.primitive_transposes[rows] = _transposed
@@ -297,12 +305,8 @@ def _over_temperature(change: Any, scale: Any) -> Any:
 
 
 def _logsumexp_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
-    """Its derivative is softmax; a row of an infinite maximum has the derivative 0."""
-    tree = jax.tree.structure(((*call.arrays(leaves), None), None))
     (y,) = rows.bind(*leaves, call=call)
-    (p,) = rows.bind(*leaves, call=call._replace(operation="softmax", tree=tree))
-    p = jnp.where(jnp.isinf(y), 0.0, p)
-    return y, jnp.sum(p * t, axis=call.axes, keepdims=True)
+    return y, _linear("logsumexp_jvp", call.arrays(leaves), t, call)
 
 
 def _loss_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
@@ -343,8 +347,8 @@ def _by_handler(*leaves: Any, call: Call) -> list[Any]:
     if call.operation in LOSSES:
         return _loss(call, layout, leaves)
     buffers = {"x": x, "numbers": call.numbers(leaves), "mask": _mask(call, layout, leaves)}
-    if call.operation in _OF_AN_OUTPUT:
-        buffers["second"] = call.arrays(leaves)[1]
+    if call.operation in (*_OF_AN_OUTPUT, *_OF_LOGSUMEXP):
+        buffers["second"] = call.arrays(leaves)[-1]
     (out,) = _shapes(*leaves, call=call)
     return _handled(call, layout, buffers, {"out": out}, None)
 
@@ -462,7 +466,7 @@ def _register(name: str, address: int) -> None:
 
 def _lowered(context: Any, *values: Any, call: Call, on_cpu: bool) -> Any:
     native = on_cpu and _is_alone(context.module_context) and 0 not in context.avals_in[0].shape
-    native = native and call.operation != "log_softmax_jvp"
+    native = native and call.operation not in _BY_XLA
     function = _by_handler if native else _by_xla
     lower = mlir.lower_fun(partial(function, call=call), multiple_results=True)
     return lower(context, *values)

@@ -190,6 +190,17 @@ def logsumexp(request: Request) -> Any:
     return out
 
 
+def logsumexp_vjp(request: Request) -> Any:
+    """Softmax times upstream, which has the reduced axes with length 1."""
+    drive, layout, x = _compiled(), _layout(request), request.x
+    out = _out(request)
+    dy = np.ascontiguousarray(request.dy, request.compute_dtype).reshape(-1)
+    dy = dy if dy.flags.writeable else dy.copy()
+    arrays = _handed(x, layout), dy, _handed(out, layout)
+    drive.logsumexp_vjp(*arrays, drive.Layout(*layout), _mask(request, layout))
+    return out
+
+
 def _from_output(request: Request, *masked: bool) -> Any:
     """softmax_vjp or log_softmax_vjp over the axes.
 

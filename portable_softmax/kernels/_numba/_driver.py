@@ -37,7 +37,8 @@ PART_OF_ALL, SMALLEST, LARGEST = 16, 1 << 18, 1 << 21
 THREADED = 1 << 22
 # Arrays of which a group is in the workspace at once, where that is more than one.
 TILES = {
-    **dict.fromkeys(("softmax_vjp", "log_softmax_vjp", "cross_entropy_value_and_grad"), 2),
+    **dict.fromkeys(("logsumexp_vjp", "softmax_vjp", "log_softmax_vjp"), 2),
+    "cross_entropy_value_and_grad": 2,
     "soft_cross_entropy": 2,
     "soft_cross_entropy_value_and_grad": 3,
 }
@@ -201,6 +202,11 @@ def log_softmax(
 def logsumexp(x: Any, out: Any, layout: Layout, mask: Any = None) -> None:
     """One read."""
     _run("logsumexp", (x, out, mask), 0, layout)
+
+
+def logsumexp_vjp(x: Any, dy: Any, out: Any, layout: Layout, mask: Any = None) -> None:
+    """One read of the array and one write of its size; `dy` has a number for each row."""
+    _run("logsumexp_vjp", (x, dy, out, mask), 0, layout)
 
 
 def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout) -> None:

@@ -28,6 +28,8 @@ API, ROLES = _handlers.API, _handlers.ROLES
 
 # The vector-Jacobian product of log_softmax where a logit of -inf passes its gradient on.
 PULLBACK = "log_softmax_pullback"
+# What XLA's derivatives and the kernels' are called.
+_KERNELS = {PULLBACK: "log_softmax_vjp", "logsumexp_pullback": "logsumexp_vjp"}
 
 
 class Target(NamedTuple):
@@ -109,7 +111,7 @@ def target(
     variants = [name for role, name in _VARIANTS.items() if role in buffers]
     if loss is None:
         plan[_handlers.FLAGS] = operation in ("softmax", "log_softmax", PULLBACK)
-        operation = "log_softmax_vjp" if operation == PULLBACK else operation
+        operation = _KERNELS.get(operation, operation)
         variants += ["temperature"] * ("numbers" in buffers)
     else:
         operation = operation if loss.indices else f"soft_{operation}"

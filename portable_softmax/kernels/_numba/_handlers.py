@@ -265,6 +265,20 @@ def _three(run, number_of, first_of, second_of, third_of):
     return body
 
 
+def _upstream(run, stored, compute, masked):
+    """Return what runs the gradient through logsumexp."""
+    x_of, dy_of, out_of = _rows_of(X, stored), _flat(SECOND, compute), _rows_of(OUT, stored)
+    mask_of = _flat(MASK, types.uint8) if masked else nothing
+
+    @function
+    def body(job, workspace):
+        arrays = x_of(job), dy_of(job), out_of(job), mask_of(job)
+        step, groups = word(job, PLAN + STEP), word(job, PLAN + GROUPS)
+        run(arrays, (0,), shape_of(job), workspace, pieces_of(job), step, groups)
+
+    return body
+
+
 def _with_gradient(run, arrays_of, numbers_of, stored, gradient):
     """Return what runs a kernel of a loss, its gradient the last of the arrays."""
     grad_of = _rows_of(GRAD, stored)
@@ -571,6 +585,9 @@ def handler(name, operation, layout, dtype, *variants):
         out_of = (_flat if operation == "logsumexp" else _rows_of)(OUT, stored)
         mask_of = _flat(MASK, types.uint8) if "where" in variants else nothing
         body = _three(run, number_of, _rows_of(X, stored), out_of, mask_of)
+        return _handler(name, body, nothing, nothing, compute)
+    if operation == "logsumexp_vjp":
+        body = _upstream(run, stored, compute, "where" in variants)
         return _handler(name, body, nothing, nothing, compute)
     if operation in ("softmax_vjp", "log_softmax_vjp"):
         number_of = integer_of if operation == "softmax_vjp" else left_out_of

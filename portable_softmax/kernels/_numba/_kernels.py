@@ -40,7 +40,7 @@ from portable_softmax.kernels._numba._memory import (
     typed,
 )
 from portable_softmax.kernels._numba._softcap import capped, slopes_of
-from portable_softmax.kernels._numba._values import LOGSUMEXP, LOSS, WEIGHT, values
+from portable_softmax.kernels._numba._values import LOGSUMEXP, LOSS, MAX, WEIGHT, values
 
 
 def _threaded(name: str, work: Any) -> Any:
@@ -138,6 +138,34 @@ def _logsumexp(layout: ModuleType) -> Any:
             copy(values(workspace, LOGSUMEXP, T), ahead(o, first), rows)
 
     return _threaded(f"{layout.__name__}.logsumexp", work)
+
+
+def _logsumexp_vjp(layout: ModuleType) -> Any:
+    """Return softmax times upstream; arrays = (logits, upstream, result, mask or None).
+
+    A row whose maximum is infinite has the derivative 0.
+    """
+    body, leave_out = _operations.logsumexp_vjp_of(layout), leaving_out(layout, 0.0)
+
+    def work(arrays, numbers, shape, workspace, lo, hi, piece):
+        p, q, o = pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2])
+        n, inner, T = shape[0], shape[1], layout.height(workspace, shape[2])
+        for i in range(lo, hi):
+            at, rows, first = layout.place(i, T, n, inner)
+            group = logits(ahead(p, at), arrays[3], at)
+            x = layout.fetch(group, 0, workspace, T, n, inner, rows)
+            y = layout.target(ahead(o, at), 1, workspace, T, n)
+            copy(ahead(q, first), values(workspace, WEIGHT, T), rows)
+            body(x, y, n, rows, T, workspace)
+            leave_out(group, y, n, inner, rows, workspace)
+            for r in range(rows):
+                m = load(values(workspace, MAX, T), r)
+                if m == math.inf or m == -math.inf:
+                    for j in range(n):
+                        store(y, layout.element(workspace, r, j, n), typed(workspace, 0.0))
+            layout.deliver(y, ahead(o, at), T, n, inner, rows)
+
+    return _threaded(f"{layout.__name__}.logsumexp_vjp", work)
 
 
 def _cross_entropy(layout: ModuleType, gradient: bool) -> Any:
@@ -258,6 +286,7 @@ def _kernels(layout: ModuleType) -> dict[str, Any]:
         "softmax": _row_by_row(layout, "softmax", 0.0),
         "log_softmax": _row_by_row(layout, "log_softmax", -math.inf),
         "logsumexp": _logsumexp(layout),
+        "logsumexp_vjp": _logsumexp_vjp(layout),
         "softmax_vjp": _vjp(layout, "softmax_vjp"),
         "log_softmax_vjp": _vjp(layout, "log_softmax_vjp"),
         "cross_entropy": _cross_entropy(layout, False),

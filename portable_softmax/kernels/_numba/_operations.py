@@ -16,7 +16,15 @@ from portable_softmax.kernels._numba._passes import (
     write_log_softmax_vjp,
     write_softmax_vjp,
 )
-from portable_softmax.kernels._numba._values import LOGSUMEXP, MAX, REST, SUM, values
+from portable_softmax.kernels._numba._values import (
+    LOGSUMEXP,
+    MAX,
+    REST,
+    SUM,
+    TOTAL,
+    WEIGHT,
+    values,
+)
 from portable_softmax.kernels._numba._vectors import where_finite
 
 
@@ -71,6 +79,26 @@ def logsumexp_of(layout):
             layout.put(values(workspace, LOGSUMEXP, T), r, where_finite(m, m + log1p(rest), m))
 
     return logsumexp
+
+
+def logsumexp_vjp_of(layout):
+    @function
+    def share_of_upstream(workspace, T, r):
+        return (layout.value(values(workspace, TOTAL, T), r),)
+
+    write_probabilities = layout.writing(probability, share_of_upstream)
+
+    @function
+    def logsumexp_vjp(p, o, n, rows, T, workspace):
+        """Write softmax times the upstream gradients, which are among the values."""
+        e, sums = layout.scratch(o, workspace, T, n), values(workspace, TOTAL, T)
+        layout.fold(p, e, o, n, rows, T, workspace, 1)
+        for r in range(0, T, layout.step(workspace)):
+            dy = layout.get(values(workspace, WEIGHT, T), r)
+            layout.put(sums, r, dy / layout.get(sums, r))
+        write_probabilities(e, 0.0, o, n, rows, T, workspace, ())
+
+    return logsumexp_vjp
 
 
 def softmax_vjp_of(layout):

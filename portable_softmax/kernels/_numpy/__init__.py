@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from portable_softmax.kernels._numpy import _general, _losses, _rows, _small, _sparse, _vjps
 from portable_softmax.kernels._numpy._layout import Layout, layout
 from portable_softmax.kernels._request import LOSSES, ROWS, SPARSE, VJPS, Request
@@ -73,6 +75,24 @@ def logsumexp(request: Request) -> Any:
     if rows is None:
         return _row_by_row(request, _rows.logsumexp)
     return _small.logsumexp(request, rows)
+
+
+def logsumexp_vjp(request: Request) -> Any:
+    """Softmax times upstream, which has the reduced axes with length 1."""
+    wide, active = request.compute_dtype, tuple(name for name in request.active if name != "dtype")
+    of_softmax = request._replace(
+        operation="softmax", x=request.x.astype(wide, copy=False), dtype=wide.name,
+        result_dtype=wide, options=request.options._replace(dtype=None), active=active,
+    )  # fmt: skip
+    p = softmax(of_softmax)
+    p *= request.dy
+    # A row whose maximum is infinite has the softmax nan, and the derivative 0 in every entry.
+    first = p[tuple(slice(0, 1) if a in request.axes else slice(None) for a in range(p.ndim))]
+    if np.isnan(first).any():
+        where = True if request.options.where is None else request.options.where
+        m = np.max(request.x, request.axes, keepdims=True, initial=-np.inf, where=where)
+        p[np.broadcast_to(np.isinf(m), p.shape)] = 0.0
+    return p.astype(request.x.dtype, copy=False)
 
 
 def _row_by_row(request: Request, tiled: Any) -> Any:

@@ -91,12 +91,8 @@ def _from_output(engine: Any, request: Request, y: Tensor, dy: Tensor, *masked: 
 
 
 def _logsumexp(engine: Any, request: Request, dy: Tensor) -> Tensor:
-    request = _in_float32(request)
-    p = value(engine, request._replace(operation="softmax"))
-    p.mul_(dy)
-    # A row whose maximum is infinite has the softmax nan, and the derivative 0 in every entry.
-    first = p[tuple([slice(0, 1) if a in request.axes else slice(None) for a in range(p.ndim)])]
-    return p.masked_fill_(_infinite(request), 0.0) if bool(torch.isnan(first).any()) else p
+    vjp = on_numpy(request._replace(operation="logsumexp_vjp", dy=dy))
+    return taken(NUMPY.quietly(engine.logsumexp_vjp, vjp), request.x.dtype)
 
 
 def _loss(engine: Any, request: Request, dy: Tensor) -> Tensor:
