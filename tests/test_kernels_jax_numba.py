@@ -634,6 +634,49 @@ def test_processes(jax, tmp_path, name):
     assert "end" in ran.stdout
 
 
+HALF_TYPE_LOSSES = {
+    "mean": {},
+    "none": {"reduction": "none"},
+    "ignored": {"reduction": "sum", "ignore_index": 2},
+    "mean of weights": {"weight": [0.5, 2.0, 0.0, 1.0, 3.0], "ignore_index": 1},
+    "positions": {"sample_weight": [0.0, 1.0, 0.3, 2.0, 0.0, 1.5], "z_loss": 0.1, "softcap": 5.0},
+    "smoothed": {"label_smoothing": 0.1},
+    "first axis": {"axis": 0},
+}
+
+
+@pytest.mark.slow("two compilers work on several handlers")
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((n, "float16") for n in HALF_TYPE_LOSSES), ("none", "bfloat16")]
+)
+def test_the_gradient_through_a_half_types_loss_is_rounded_once(jax, xp, name, dtype):
+    """It is multiplied by what comes from upstream before."""
+    options = {
+        k: jax.numpy.asarray(v, "float32") if k.endswith("weight") else v
+        for k, v in HALF_TYPE_LOSSES[name].items()
+    }
+    x, t = draw(xp, 6, 5, dtype="float32")
+    x, t = (3 * x).astype(dtype), t[:5] if name == "first axis" else t
+
+    def pulled_back(x, dy):
+        y, pull = jax.vjp(lambda x: ps.cross_entropy(x, t, **options), x)
+        return pull(dy.astype(y.dtype))[0]
+
+    dy = jax.numpy.asarray([0.7, -1.3, 2.1, 0.1, 0.9, -0.4])
+    dy = (dy if name == "none" else dy[0]).astype(dtype)
+    program = jax.jit(pulled_back).lower(x, dy)
+    assert ("ffi.cross_entropy" in program.as_text()) == (name != "smoothed")
+    found = program.compile()(x, dy)
+    with kernels.portable():
+        exact = np.asarray(pulled_back(x.astype("float64"), dy.astype("float64")))
+    assert found.dtype == x.dtype
+    info = jax.numpy.finfo(dtype)
+    unit = np.maximum(np.abs(exact) * float(info.eps), float(info.smallest_subnormal))
+    assert np.all(np.abs(np.asarray(found, np.float64) - exact) <= 0.51 * unit)
+    many = jax.vmap(pulled_back, in_axes=(0, None))(jax.numpy.stack([x, x / 2]), dy)
+    np.testing.assert_array_equal(many[0], found)
+
+
 def test_a_half_types_gradient_is_rounded_once_under_vmap(jax, xp):
     """Each batch has a divisor of its own: its gradient is divided before it is rounded."""
     x, _ = draw(xp, 5, 30, dtype="float16")

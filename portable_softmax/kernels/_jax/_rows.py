@@ -33,10 +33,9 @@ _TRANSPOSE = {
     "softmax_vjp": "softmax_vjp",
     "log_softmax_jvp": "log_softmax_pullback",
     "logsumexp_jvp": "logsumexp_pullback",
+    "cross_entropy_jvp": "cross_entropy_pullback",
 }
-_BY_XLA = ("log_softmax_jvp", "logsumexp_jvp")  # forward mode has no kernel
 _OF_AN_OUTPUT = (*VJPS, "log_softmax_jvp", "log_softmax_pullback")
-_OF_LOGSUMEXP = ("logsumexp_jvp", "logsumexp_pullback")
 
 
 class Call(NamedTuple):
@@ -54,15 +53,27 @@ class Call(NamedTuple):
         return self.static[0]
 
     @property
+    def of_loss(self) -> bool:
+        """Whether it is a loss or its derivative."""
+        return self.operation.startswith("cross_entropy")
+
+    @property
+    def derivative(self) -> str:
+        """The kind of a derivative that starts from the logits; empty for other operations."""
+        kind = self.operation.rpartition("_")[2]
+        is_one = kind in ("jvp", "pullback") and self.operation not in _OF_AN_OUTPUT
+        return kind if is_one else ""
+
+    @property
     def axes(self) -> tuple[int, ...]:
         """The reduced axes."""
-        axes = (self.form.axis,) if self.operation in LOSSES else self.static[0]
+        axes = (self.form.axis,) if self.of_loss else self.static[0]
         return tuple(a + self.batch for a in axes)
 
     @property
     def compute(self) -> Any:
         """What it is computed in."""
-        return jnp.dtype(self.form.compute if self.operation in LOSSES else self.static[1])
+        return jnp.dtype(self.form.compute if self.of_loss else self.static[1])
 
     def arrays(self, leaves: Arrays) -> Any:
         """Return the arrays as the function takes them."""
@@ -77,7 +88,7 @@ class Call(NamedTuple):
         arrays = self.arrays(leaves)
         if self.operation in _OF_AN_OUTPUT:
             return None
-        where = arrays[3 if self.operation in LOSSES else 1]
+        where = arrays[3 if self.of_loss else 1]
         return None if where is None else _rules.mask_like(where, arrays[0].ndim)
 
 
@@ -166,13 +177,23 @@ def _eager(*leaves: Any, call: Call) -> Any:
 
 
 def _by_xla(*leaves: Any, call: Call) -> list[Any]:
-    """Answer by the function of `_rules` or `_losses`."""
-    module = _losses if call.operation in LOSSES else _rules
-    function = getattr(module, call.operation)
+    """Answer by the function of `_rules` or `_losses`, or by JAX's derivative of it."""
+    module, kind = _losses if call.of_loss else _rules, call.derivative
+    function = getattr(module, call.operation.removesuffix(f"_{kind}"))
 
     def one(*leaves: Any) -> list[Any]:
-        found = function(*call.arrays(leaves), *call.static)
-        return list(found) if isinstance(found, tuple) else [found]
+        arrays = call.arrays(leaves)
+        if not kind:
+            found = function(*arrays, *call.static)
+            return list(found) if isinstance(found, tuple) else [found]
+        x, *others, last = arrays
+
+        def of_logits(x: Any) -> Any:
+            return function(x, *others, *call.static)
+
+        if kind == "jvp":
+            return [jax.jvp(of_logits, (x,), (last,))[1]]
+        return list(jax.vjp(of_logits, x)[1](last))
 
     own, mask = _of_rows(call)
     batch = leaves[0].shape[: call.batch]
@@ -193,17 +214,19 @@ def _of_rows(call: Call) -> tuple[tuple[int, ...], int | None]:
     arrays, _ = call.tree.unflatten(range(call.tree.num_leaves))
     if call.operation in _OF_AN_OUTPUT:
         return arrays, None
-    if call.operation not in LOSSES:
-        own, mask = (arrays[0], *arrays[2:] * (call.operation in _OF_LOGSUMEXP)), arrays[1]
-    else:
-        (x, labels, weights, mask, _) = arrays
-        own = x, labels, weights.samples
+    own, mask = arrays[:1], arrays[3 if call.of_loss else 1]
+    if call.of_loss:
+        own += arrays[1], arrays[2].samples
+    if call.derivative:
+        own += arrays[-1:]
     return tuple(i for i in (*own, mask) if i is not None), mask
 
 
 def _shapes(x: Any, *others: Any, call: Call) -> list[Any]:
     aval = jax.core.ShapedArray
-    if call.operation not in LOSSES:
+    if call.derivative == "pullback":
+        return [aval(x.shape, x.dtype)]
+    if not call.of_loss:
         reduced = call.operation in ("logsumexp", "logsumexp_jvp")
         shape = [1 if reduced and a in call.axes else n for a, n in enumerate(x.shape)]
         return [aval(tuple(shape), jnp.dtype(call.static[-1]))]
@@ -211,7 +234,7 @@ def _shapes(x: Any, *others: Any, call: Call) -> list[Any]:
     shape = x.shape[:axis] + x.shape[axis + 1 :]
     loss = shape if form.reduction == "none" else shape[: call.batch]
     found = [aval(loss, jnp.dtype(form.answer)), aval(x.shape, jnp.dtype(form.gradient))]
-    return found[:1] if call.operation == "cross_entropy" else found
+    return found if call.operation == "cross_entropy_value_and_grad" else found[:1]
 
 
 rows.def_impl(_eager)
@@ -248,7 +271,9 @@ batching.primitive_batchers[rows] = _vmap
 def _jvp(primals: Arrays, tangents: Arrays, *, call: Call) -> tuple[list[Any], list[Any]]:
     moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
     x, rule = primals[0], _FIRST.get(call.operation)
-    if rule is not None and moving == [0] and x.dtype == call.compute:
+    if x.dtype != call.compute:
+        rule = _OF_LOGITS.get(call.operation)
+    if rule is not None and moving == [0]:
         t, where = tangents[0], call.where(primals)
         t = t if where is None else jnp.where(where, t, 0.0)  # the others' may be infinite
         found, change = rule(primals, t, call)
@@ -304,9 +329,10 @@ def _over_temperature(change: Any, scale: Any) -> Any:
     return change if scale is None else change * _fold.inverse_temperature(scale)
 
 
-def _logsumexp_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
+def _jvp_of_logits(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
+    """Start from the logits again, so that a gradient of a half type is rounded once."""
     (y,) = rows.bind(*leaves, call=call)
-    return y, _linear("logsumexp_jvp", call.arrays(leaves), t, call)
+    return y, _linear(f"{call.operation}_jvp", call.arrays(leaves), t, call)
 
 
 def _loss_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
@@ -325,10 +351,14 @@ def _loss_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
     return loss, jnp.sum(grad * t, axis=tuple(axes)).astype(loss.dtype)
 
 
-_FIRST: dict[str, Callable[..., tuple[Any, Any]]] = {
+_OF_LOGITS: dict[str, Callable[..., tuple[Any, Any]]] = {
+    "logsumexp": _jvp_of_logits,
+    "cross_entropy": _jvp_of_logits,
+}
+_FIRST = {
+    **_OF_LOGITS,
     "softmax": _softmax_jvp,
     "log_softmax": _log_softmax_jvp,
-    "logsumexp": _logsumexp_jvp,
     "cross_entropy": _loss_jvp,
 }
 
@@ -344,11 +374,13 @@ def _by_handler(*leaves: Any, call: Call) -> list[Any]:
         math.prod([x.shape[a] for a in axes]),
         math.prod(x.shape[max(axes) + 1 :]),
     )
-    if call.operation in LOSSES:
-        return _loss(call, layout, leaves)
+    if call.of_loss:
+        return (_loss_pullback if call.derivative else _loss)(call, layout, leaves)
     buffers = {"x": x, "numbers": call.numbers(leaves), "mask": _mask(call, layout, leaves)}
-    if call.operation in (*_OF_AN_OUTPUT, *_OF_LOGSUMEXP):
+    if call.operation in _OF_AN_OUTPUT:
         buffers["second"] = call.arrays(leaves)[-1]
+    elif call.derivative:
+        buffers["second"] = call.arrays(leaves)[-1].astype(call.compute)
     (out,) = _shapes(*leaves, call=call)
     return _handled(call, layout, buffers, {"out": out}, None)
 
@@ -411,6 +443,37 @@ def _loss(call: Call, layout: Layout, leaves: Arrays) -> list[Any]:
     return [value.astype(form.answer), *grad]
 
 
+def _loss_pullback(call: Call, layout: Layout, leaves: Arrays) -> list[Any]:
+    """Let upstream be the weights of the positions: the gradient is multiplied, then rounded."""
+    (x, labels, weights, where, numbers, dy), form = call.arrays(leaves), call.form
+    if not form.indices or numbers.label_smoothing is not None:  # no kernel weights these
+        return _by_xla(*leaves, call=call)
+    (axis,), compute, samples = call.axes, call.compute, weights.samples
+    positions = x.shape[:axis] + x.shape[axis + 1 :]
+    batch = positions[: call.batch]
+    factor = dy.astype(compute)
+    if form.reduction == "mean":
+        known = form.ignore_index is None and weights.classes is None and samples is None
+        divisor = jnp.asarray(math.prod(positions[call.batch :]), compute)
+        if not known:
+            own, ignore = _labels(labels, layout.n, form.ignore_index, samples)
+            counted = _counted(own, weights.classes, samples, ignore)
+            divisor = jnp.sum(counted.reshape(*batch, -1), axis=-1).astype(compute)
+        factor = jnp.where(divisor == 0, 0.0, factor / jnp.where(divisor == 0, 1.0, divisor))
+    if form.reduction != "none":
+        factor = jnp.expand_dims(factor, tuple(range(call.batch, len(positions))))
+    factor = jnp.broadcast_to(factor, positions)
+    if samples is not None:
+        factor = jnp.where(samples == 0, 0.0, factor * samples)
+    arrays = x, labels, weights._replace(samples=factor), where, numbers
+    found, tree = jax.tree.flatten((arrays, None))
+    one = call._replace(
+        operation="cross_entropy_value_and_grad", tree=tree,
+        static=(form._replace(reduction="none", gradient=x.dtype),),
+    )  # fmt: skip
+    return _loss(one, layout, tuple(found))[1:]
+
+
 def _stacked(numbers: Any, compute: Any) -> Any:
     """Return smoothing, z and softcap in one array; None where there is none."""
     if all(number is None for number in numbers):
@@ -466,7 +529,7 @@ def _register(name: str, address: int) -> None:
 
 def _lowered(context: Any, *values: Any, call: Call, on_cpu: bool) -> Any:
     native = on_cpu and _is_alone(context.module_context) and 0 not in context.avals_in[0].shape
-    native = native and call.operation not in _BY_XLA
+    native = native and not call.operation.endswith("_jvp")  # forward mode has no kernel
     function = _by_handler if native else _by_xla
     lower = mlir.lower_fun(partial(function, call=call), multiple_results=True)
     return lower(context, *values)

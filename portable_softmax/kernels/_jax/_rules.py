@@ -93,28 +93,6 @@ def logsumexp(x: Any, where: Any, axes: Axes, compute: Any, answer: Any) -> Any:
 
 
 @jit
-def logsumexp_jvp(x: Any, where: Any, t: Any, axes: Axes, compute: Any, answer: Any) -> Any:
-    """sum(softmax * t); a row of an infinite maximum has the derivative 0."""
-    p = _derivative_of_logsumexp(x.astype(compute), where, axes)
-    return jnp.sum(p * t.astype(compute), axis=axes, keepdims=True).astype(answer)
-
-
-@jit
-def logsumexp_pullback(x: Any, where: Any, dy: Any, axes: Axes, compute: Any, answer: Any) -> Any:
-    """Softmax * dy, which is the transpose of `logsumexp_jvp`."""
-    p = _derivative_of_logsumexp(x.astype(compute), where, axes)
-    return (p * dy.astype(compute)).astype(answer)
-
-
-def _derivative_of_logsumexp(x: Any, where: Any, axes: Axes) -> Any:
-    if where is not None:
-        where = mask_like(where, x.ndim)
-        x, _ = masked(x, where, axes)
-    p = jnp.where(jnp.isinf(jnp.max(x, axis=axes, keepdims=True)), 0.0, _softmax(x, None, axes))
-    return p if where is None else jnp.where(where, p, 0.0)
-
-
-@jit
 def softmax_vjp(y: Any, dy: Any, axes: Axes, compute: Any, answer: Any) -> Any:
     """y * (dy - sum(y*dy))."""
     y, dy = y.astype(compute), dy.astype(compute)
