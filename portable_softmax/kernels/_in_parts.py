@@ -77,7 +77,7 @@ class Loss(NamedTuple):
         counted = portable.counted_positions(xp, labels, self.options.ignore_index, sample)
         index = None
         if self.indices:
-            index = libraries.cast(xp, labels, libraries.default_int(xp, labels))
+            index = libraries.cast(xp, labels, libraries.of(xp).default_int(labels))
         return portable.Target(index, None, counted, None, None, sample)
 
     def arrays(self, x: Any, *arrays: Any) -> list[Any]:

@@ -5,13 +5,12 @@ array and never imported for it: an array can only exist after somebody else has
 library that made it. A library that is not in `CLASSES` has the class that an installed package
 registers for it, or is taken as one of the standard.
 
-The functions below ask the class of a namespace: mathematics that takes `xp` needs no more.
+Mathematics that takes `xp` asks `of(xp)`; what it asks all the time has a function below.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -40,32 +39,15 @@ __all__ = [
     "TENSORS",
     "Dtype",
     "Library",
-    "alike",
     "cast",
-    "compute_dtype",
     "constant",
-    "default_int",
     "device",
-    "differentiates",
     "dtype_name",
-    "gathers",
-    "is_chunked",
-    "is_known",
-    "iterate",
-    "kind",
     "library_of",
-    "longest_sum",
-    "looks_again",
     "namespace",
     "of",
-    "quietly",
-    "reads_values",
-    "reduce_chunks",
-    "same_device",
     "scalar",
-    "take_along_axis",
     "traced_as_constant",
-    "wider_dtype",
 ]
 
 # By the name of the package that defines the namespace: a new library is a file and a row here.
@@ -213,39 +195,9 @@ def device(x: Any) -> Any:
     return library_of(x).device(x)
 
 
-def same_device(xp: Namespace, x: Any, other: Any) -> bool:
-    """Return whether two arrays of one library may be computed with together."""
-    return of(xp).same_device(x, other)
-
-
-def kind(xp: Namespace, dtype: Any) -> str:
-    """Sort a dtype into real, half, integer, complex, bool or other."""
-    return of(xp).dtype(dtype).kind
-
-
-def default_int(xp: Namespace, x: Any) -> Any:
-    """Return the integer dtype that the library gives to a Python int today."""
-    return of(xp).default_int(x)
-
-
-def compute_dtype(xp: Namespace, x: Any) -> tuple[Any, Any]:
-    """Return the dtype to compute in and the dtype to answer in."""
-    return of(xp).compute_dtype(x)
-
-
-def wider_dtype(xp: Namespace, x: Any) -> Any:
-    """Return a floating dtype with twice the digits of that of `x`, or its own without one."""
-    return of(xp).wider_dtype(x)
-
-
 def cast(xp: Namespace, x: Any, dtype: Any) -> Any:
     """Return `x` in `dtype`, itself where it has that already."""
     return of(xp).cast(x, dtype)
-
-
-def alike(xp: Namespace, x: Any, y: Any) -> tuple[Any, Any]:
-    """Return two arrays of one shape, lying in memory alike: equal rows have equal sums then."""
-    return of(xp).alike(x, y)
 
 
 def scalar(xp: Namespace, value: float, like: Any) -> Any:
@@ -256,70 +208,3 @@ def scalar(xp: Namespace, value: float, like: Any) -> Any:
 def constant(xp: Namespace, x: Any) -> Any:
     """Return `x` with its derivative cut off, in the libraries that differentiate."""
     return of(xp).constant(x)
-
-
-def differentiates(xp: Namespace) -> bool:
-    """Return whether the library may differentiate through what is computed."""
-    return of(xp).differentiates
-
-
-def gathers(xp: Namespace) -> bool:
-    """Return whether picking one entry a row costs less than a masked sum over the row."""
-    return of(xp).gathers
-
-
-def take_along_axis(xp: Namespace, x: Any, index: Any, axis: int) -> Any:
-    """Return the entries of `x` at `index` along `axis`; other axes have the same lengths."""
-    return of(xp).take_along_axis(x, index, axis)
-
-
-def longest_sum(xp: Namespace, x: Any, axis: int) -> float:
-    """Return how long an axis may be for the library's own sum along it."""
-    return of(xp).longest_sum(x, axis)
-
-
-def is_known(xp: Namespace, number: Any) -> bool:
-    """Return whether a length or number is known, and no symbol that a compiler has for any."""
-    return of(xp).is_known(number)
-
-
-def is_chunked(xp: Namespace) -> bool:
-    """Return whether arrays are split into chunks, so that slicing one adds to a task graph."""
-    return of(xp).chunked
-
-
-def reduce_chunks(
-    xp: Namespace, x: Any, axes: tuple[int, ...], function: Callable[..., Any]
-) -> Any:
-    """Fold the chunks of `x` over `axes` in a tree, the axes kept with length 1."""
-    return of(xp).reduce_chunks(x, axes, function)
-
-
-def of_whole_rows(
-    xp: Namespace, x: Any, axes: tuple[int, ...], function: Callable[..., Any], number: Any
-) -> Any:
-    """Return what `function` makes of `x` and a number, of the shape and dtype of `x`.
-
-    It needs whole rows.
-    """
-    return of(xp).of_whole_rows(x, axes, function, number)
-
-
-def iterate(xp: Namespace, step: Callable[[Any], tuple[Any, Any]], x: Any, most: int) -> Any:
-    """Return `x` after steps, each of which tells whether it changed anything; `most` at most."""
-    return of(xp).iterate(step, x, most)
-
-
-def reads_values(xp: Namespace, x: Any) -> bool:
-    """Return whether the values of `x` can be looked at now: not traced, lazy or abstract."""
-    return of(xp).reads_values(x)
-
-
-def looks_again(xp: Namespace, x: Any) -> bool:
-    """Return whether a rare case that costs another pass is looked for in `x`."""
-    return of(xp).looks_again(x)
-
-
-def quietly(xp: Namespace, function: Callable[..., Any], *args: Any) -> Any:
-    """Call ``function(*args)`` where documented infinities and nans raise no warnings."""
-    return of(xp).quietly(function, *args)

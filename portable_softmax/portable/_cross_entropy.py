@@ -19,17 +19,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from portable_softmax import libraries
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries import (
-    cast,
-    constant,
-    default_int,
-    device,
-    differentiates,
-    gathers,
-    scalar,
-    take_along_axis,
-)
+from portable_softmax.libraries import cast, constant, device, scalar
 from portable_softmax.portable._divisor import divided
 from portable_softmax.portable._softmax import masked
 from portable_softmax.portable._state import State, fold
@@ -71,9 +63,8 @@ def classes(xp: Namespace, x: Any, axis: int) -> Any:
     """Return 0 .. C-1 along `axis`."""
     shape = [1] * x.ndim
     shape[axis] = x.shape[axis]
-    return xp.reshape(
-        xp.arange(x.shape[axis], dtype=default_int(xp, x), device=device(x)), tuple(shape)
-    )
+    dtype = libraries.of(xp).default_int(x)
+    return xp.reshape(xp.arange(x.shape[axis], dtype=dtype, device=device(x)), tuple(shape))
 
 
 def with_class_axis(x: Any, axis: int) -> Any:
@@ -87,7 +78,7 @@ def index_target(
 ) -> Target:
     """Return the target of class indices, with the weights of the labels in `dtype`."""
     labels = with_class_axis(labels, axis)
-    index = cast(xp, labels, default_int(xp, x))
+    index = cast(xp, labels, libraries.of(xp).default_int(x))
     n = x.shape[axis]
     valid = (index >= 0) & (index < n)
     index = xp.where(valid, index, xp.zeros_like(index))
@@ -154,8 +145,8 @@ def not_ignored(xp: Namespace, labels: Any, ignore_index: int | None) -> Any:
 
 def pick(xp: Namespace, values: Any, index: Any, axis: int, x: Any) -> Any:
     """Return ``values[index]`` along `axis`, kept with length 1; `values` broadcast to `x`."""
-    if gathers(xp) and x.shape[axis] > 0:
-        return take_along_axis(xp, xp.broadcast_to(values, x.shape), index, axis)
+    if libraries.of(xp).gathers and x.shape[axis] > 0:
+        return libraries.of(xp).take_along_axis(xp.broadcast_to(values, x.shape), index, axis)
     hit = classes(xp, x, axis) == index
     if xp.isdtype(values.dtype, "bool"):
         return xp.any(hit & values, axis=axis, keepdims=True)
@@ -284,7 +275,7 @@ def _index_loss(
     """Return u * ((max - x_label) + log1p(rest)), the rows' loss."""
     x = rows.x
     at_label = pick(xp, x, target.index, axis, x)
-    if differentiates(xp):
+    if libraries.of(xp).differentiates:
         state, gap = _fold_from_label(xp, x, at_label, target.index, axis)
     else:
         state = fold(xp, x, (axis,))

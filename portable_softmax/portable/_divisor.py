@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from portable_softmax import libraries
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries import constant, is_known, scalar
+from portable_softmax.libraries import constant, scalar
 
 
 class Divisor(NamedTuple):
@@ -25,7 +26,7 @@ def divisor(xp: Namespace, number: float, like: Any) -> Divisor:
     """Take a positive number apart, for division in the dtype of `like`."""
     if number == 1.0:
         return Divisor(0, 1.0, 0.0)
-    if not is_known(xp, number):  # a compiler's symbol; beyond 2**100 the effect is the same
+    if not libraries.of(xp).is_known(number):  # a compiler's symbol; beyond 2**100 nothing changes
         return Divisor(0, max(2.0**-100, min(2.0**100, number)), 0.0)
     mantissa, exponent = math.frexp(number)
     if mantissa == 0.5:

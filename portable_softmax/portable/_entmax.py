@@ -15,17 +15,9 @@ import math
 from functools import partial
 from typing import Any
 
+from portable_softmax import libraries
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries import (
-    cast,
-    constant,
-    is_chunked,
-    iterate,
-    namespace,
-    of_whole_rows,
-    scalar,
-    wider_dtype,
-)
+from portable_softmax.libraries import cast, constant, namespace, scalar
 from portable_softmax.portable._cross_entropy import (
     Target,
     classes,
@@ -153,9 +145,9 @@ def _is(alpha: Any, value: float) -> bool:
 
 def _solved(xp: Namespace, x: Any, axes: Axes, alpha: Any) -> tuple[Any, Any]:
     """Return the probabilities and w = d - s, both constants."""
-    if is_chunked(xp):  # in whole rows, as the graph of the steps would be large
+    if libraries.of(xp).chunked:  # in whole rows, as the graph of the steps would be large
         both = (partial(_part_of_rows, part=i, axes=axes) for i in (0, 1))
-        p, w = (of_whole_rows(xp, x, axes, function, alpha) for function in both)
+        p, w = (libraries.of(xp).of_whole_rows(x, axes, function, alpha) for function in both)
         return p, w
     x = constant(xp, x)
     d = x - maximum(xp, x, axes)
@@ -176,7 +168,8 @@ def _solved(xp: Namespace, x: Any, axes: Axes, alpha: Any) -> tuple[Any, Any]:
     p, slope = _power(xp, w, c)
     # The sum is not 1 yet by what the threshold is off and what many small entries were rounded by.
     # A last step of the threshold mends both: a large entry would take a share that is not its own.
-    left_over = cast(xp, 1.0 - total(xp, cast(xp, p, wider_dtype(xp, p)), axes), p.dtype)
+    wide = cast(xp, p, libraries.of(xp).wider_dtype(p))
+    left_over = cast(xp, 1.0 - total(xp, wide, axes), p.dtype)
     share = slope / total(xp, slope, axes)
     p = p + left_over * xp.where(p > 0, share, scalar(xp, 0.0, p))  # all nan where the sum is nan
     p = xp.where(p < 0, scalar(xp, 0.0, p), p)
@@ -235,7 +228,7 @@ def _from_the_left(xp: Namespace, d: Any, axes: Axes, c: Any) -> Any:
         # A row that has arrived stays, however many steps others take.
         return xp.where(further, moved, s), xp.any(further)
 
-    return iterate(xp, step, xp.zeros_like(maximum(xp, d, axes)), _STEPS)
+    return libraries.of(xp).iterate(step, xp.zeros_like(maximum(xp, d, axes)), _STEPS)
 
 
 def _sharp(xp: Namespace, x: Any, d: Any, axes: Axes, c: float) -> tuple[Any, Any]:
@@ -267,7 +260,7 @@ def _sharp(xp: Namespace, x: Any, d: Any, axes: Axes, c: float) -> tuple[Any, An
         return (above, xp.where(some & ~within, at, below)), xp.any(some)
 
     nothing = xp.zeros_like(maximum(xp, d, axes))
-    above, _ = iterate(xp, cut, (nothing, nothing + 1.0 / c), _CUTS)
+    above, _ = libraries.of(xp).iterate(cut, (nothing, nothing + 1.0 / c), _CUTS)
     inside = depth <= above
     x_b = -maximum(xp, xp.where(inside, -x, scalar(xp, -math.inf, x)), axes)
     r = c * xp.where(inside, x - x_b, zero)
@@ -285,7 +278,8 @@ def _sharp(xp: Namespace, x: Any, d: Any, axes: Axes, c: float) -> tuple[Any, An
         return xp.where(further, moved, p_b), xp.any(further)
 
     # None has it in a row that holds nan or whose maximum is infinite: that becomes nan.
-    p_b = iterate(xp, step, one / total(xp, cast(xp, least, d.dtype), axes), _SHARP_STEPS)
+    start = one / total(xp, cast(xp, least, d.dtype), axes)
+    p_b = libraries.of(xp).iterate(step, start, _SHARP_STEPS)
     p = probabilities(p_b)
     return p / total(xp, p, axes), xp.expm1(c * xp.log(p_b)) / c + (x - x_b)
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from portable_softmax import libraries
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries import alike, constant, scalar
+from portable_softmax.libraries import constant, scalar
 from portable_softmax.portable._cross_entropy import (
     EVERY,
     mean_divisor,
@@ -91,7 +92,7 @@ def _divergence(
     if any(p_logits.shape[a] == 0 for a in axes):
         return total(xp, p_logits + q_logits, axes), p_logits, q_logits, p_logits
     # Sums of equal rows that lie otherwise in memory may differ in the last digit.
-    p_logits, q_logits = alike(xp, p_logits, q_logits)
+    p_logits, q_logits = libraries.of(xp).alike(p_logits, q_logits)
     by_p = fold(xp, p_logits, axes, temperature=temperature)
     by_q = fold(xp, q_logits, axes, temperature=temperature)
     p, q = by_p.exps / (1.0 + by_p.rest), by_q.exps / (1.0 + by_q.rest)

@@ -15,8 +15,9 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from portable_softmax import libraries
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries import cast, default_int, device, scalar
+from portable_softmax.libraries import cast, device, scalar
 from portable_softmax.portable._cross_entropy import (
     Options,
     Target,
@@ -298,7 +299,7 @@ def label_target(xp: Namespace, problem: Linear) -> Target:
     if not problem.indices:
         return distribution_target(problem.labels, 1, options)
     labels = problem.labels[:, None]
-    index = cast(xp, labels, default_int(xp, problem.hidden))
+    index = cast(xp, labels, libraries.of(xp).default_int(problem.hidden))
     valid = (index >= 0) & (index < n)
     index = xp.where(valid, index, xp.zeros_like(index))
     flat = xp.reshape(index, (-1,))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from portable_softmax import libraries
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries import cast, constant, is_known, scalar
+from portable_softmax.libraries import cast, constant, scalar
 from portable_softmax.portable._softmax import masked
 from portable_softmax.portable._state import fold, maximum
 from portable_softmax.portable._sums import total
@@ -47,7 +48,7 @@ def logmeanexp(xp: Namespace, x: Any, axes: Axes, *, where: Any = None) -> Any:
 def _count(xp: Namespace, x: Any, axes: Axes) -> Any:
     """Return the number of entries of a row."""
     lengths = [x.shape[a] for a in axes]
-    if all(is_known(xp, n) and n == n for n in lengths):
+    if all(libraries.of(xp).is_known(n) and n == n for n in lengths):
         return scalar(xp, float(math.prod(lengths)), x)
     return total(xp, xp.ones_like(x), axes)
 

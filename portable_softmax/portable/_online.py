@@ -15,8 +15,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from portable_softmax import libraries
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries import cast, constant, device, scalar, wider_dtype
+from portable_softmax.libraries import cast, constant, device, scalar
 from portable_softmax.portable._divisor import divided, divisor, times_power_of_2
 from portable_softmax.portable._softmax import masked
 from portable_softmax.portable._state import exponentials, fold, from_maximum, maximum
@@ -54,7 +55,7 @@ def fold_part(
     if some is not None:
         m = xp.where(some, m, scalar(xp, -math.inf, m))
         rest = xp.where(some, rest, scalar(xp, -1.0, rest))
-    return m, cast(xp, rest, wider_dtype(xp, rest))
+    return m, cast(xp, rest, libraries.of(xp).wider_dtype(rest))
 
 
 def of_nothing(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Folded:
@@ -65,7 +66,7 @@ def of_nothing(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Folded:
     else:  # nan: chunks of unknown length, which only an array of that shape has
         nothing = xp.zeros_like(xp.sum(x, axis=axes, keepdims=True))
         m = nothing + scalar(xp, -math.inf, nothing)
-    return m, cast(xp, xp.full_like(m, -1.0), wider_dtype(xp, m))
+    return m, cast(xp, xp.full_like(m, -1.0), libraries.of(xp).wider_dtype(m))
 
 
 def merge(xp: Namespace, states: Sequence[Folded], temperature: float = 1.0) -> Folded:

@@ -8,17 +8,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from portable_softmax import libraries
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries import (
-    cast,
-    constant,
-    device,
-    is_chunked,
-    namespace,
-    quietly,
-    reduce_chunks,
-    scalar,
-)
+from portable_softmax.libraries import cast, constant, device, scalar
 from portable_softmax.portable._state import fold, from_maximum, greater, maximum
 from portable_softmax.portable._sums import total
 
@@ -186,9 +178,9 @@ def logsumexp(
 
 
 def _unweighted(xp: Namespace, x: Any, axes: Axes) -> Any:
-    if is_chunked(xp):
+    if libraries.of(xp).chunked:
         # logsumexp merges: a chunk is read once and dropped, not kept until the maximum is known.
-        return reduce_chunks(xp, x, axes, _logsumexp_of_a_chunk)
+        return libraries.of(xp).reduce_chunks(x, axes, _logsumexp_of_a_chunk)
     m = maximum(xp, x, axes)
     infinite, zero = xp.isinf(m), scalar(xp, 0.0, m)
     state = fold(xp, x, axes, shift=xp.where(infinite, zero, m))
@@ -197,8 +189,8 @@ def _unweighted(xp: Namespace, x: Any, axes: Axes) -> Any:
 
 
 def _logsumexp_of_a_chunk(chunk: Any, axis: Axes, keepdims: bool) -> Any:
-    xp = namespace(chunk)
-    return quietly(xp, _unweighted, xp, chunk, axis)
+    xp = libraries.namespace(chunk)
+    return libraries.of(xp).quietly(_unweighted, xp, chunk, axis)
 
 
 def _weighted(xp: Namespace, x: Any, axes: Axes, b: Any) -> tuple[Any, Any]:

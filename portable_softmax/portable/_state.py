@@ -13,16 +13,9 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from portable_softmax import libraries
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries import (
-    constant,
-    device,
-    is_chunked,
-    looks_again,
-    namespace,
-    reduce_chunks,
-    scalar,
-)
+from portable_softmax.libraries import constant, device, namespace, scalar
 from portable_softmax.portable._divisor import (
     Divisor,
     divisor,
@@ -48,8 +41,8 @@ def maximum(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Any:
 
     Shifting a row changes nothing in exact arithmetic, so the shift needs no derivative.
     """
-    if is_chunked(xp):
-        return reduce_chunks(xp, x, axes, _maximum_of_a_chunk)
+    if libraries.of(xp).chunked:
+        return libraries.of(xp).reduce_chunks(x, axes, _maximum_of_a_chunk)
     if 0 in x.shape:
         shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
         return xp.full(shape, -math.inf, dtype=x.dtype, device=device(x))
@@ -98,7 +91,7 @@ def fold(
         is_max = xp.floor(constant(xp, exp_of_sink))
         rest, maxima = rest + (exp_of_sink - is_max), maxima + is_max
     rest = rest + (maxima - 1)
-    if looks_again(xp, rest):
+    if libraries.of(xp).looks_again(rest):
         n = math.prod([x.shape[a] for a in axes])
         value = constant(xp, rest)
         # Below this the terms of a sum are subnormal numbers, on average.

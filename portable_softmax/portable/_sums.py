@@ -5,14 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from portable_softmax import libraries
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries import (
-    is_chunked,
-    is_known,
-    longest_sum,
-    namespace,
-    reduce_chunks,
-)
+from portable_softmax.libraries import namespace
 
 
 def total(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Any:
@@ -23,12 +18,12 @@ def total(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Any:
     (Higham 1993, "The accuracy of floating point summation"). An axis whose length is not known yet
     is left to the library.
     """
-    if is_chunked(xp):
-        return reduce_chunks(xp, x, axes, _total_of_a_chunk)
+    if libraries.of(xp).chunked:
+        return libraries.of(xp).reduce_chunks(x, axes, _total_of_a_chunk)
     added = 1  # one after another, along the axes together
     for axis in axes:
-        if is_known(xp, x.shape[axis]):
-            longest = longest_sum(xp, x, axis)
+        if libraries.of(xp).is_known(x.shape[axis]):
+            longest = libraries.of(xp).longest_sum(x, axis)
             x = _halved(xp, x, axis, max(1, longest / added))
             if longest < math.inf:
                 added *= max(1, x.shape[axis])
