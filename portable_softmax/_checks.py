@@ -133,6 +133,16 @@ def floating(name: str, x: Any, library: Library) -> None:
         )
 
 
+def with_upstream(name: str, y: Any, dy: Any) -> tuple[Library, Dtype]:
+    """Check an output and its upstream gradient; return their library and the output's dtype."""
+    library, dtype = array(name, y)
+    floating(name, y, library)
+    companion("dy", dy, name, y, library)
+    floating("dy", dy, library)
+    like_shape("dy", dy, name, y)
+    return library, dtype
+
+
 def weights(name: str, x: Any, library: Library) -> None:
     """Check the dtype of the weights of a sum."""
     kind = library.dtype(x.dtype).kind

@@ -257,9 +257,11 @@ def _answer(
         and label_smoothing == z_loss == 0.0
         and reduction == "mean"
     ):
-        options = _options(
-            library, logits, at, indices, compute_dtype, weight, ignore_index, label_smoothing,
-            z_loss, softcap, where, reduction, dtype, sample_weight,
+        if where is not None:
+            _checks.mask(where, "logits", logits, library)
+        options = loss_options(
+            library, "logits", logits, logits, at, indices, compute_dtype, weight, ignore_index,
+            label_smoothing, z_loss, softcap, where, reduction, dtype, sample_weight,
         )  # fmt: skip
         given = (*active(options, PLAIN_LOSS), *more)
         arrays = [a for a in (weight, where, sample_weight) if a is not None]
@@ -280,8 +282,10 @@ def _answer(
     return library.scalar_if_0d(answer)
 
 
-def _options(
+def loss_options(
     library: Any,
+    of: str,
+    like: Any,
     logits: Any,
     axis: int,
     indices: bool,
@@ -296,17 +300,18 @@ def _options(
     dtype: Any,
     sample_weight: Any,
 ) -> LossOptions:
-    """Check the options; the weights are cast to the dtype that is computed in."""
+    """Check the options but the mask; the weights are cast to the dtype that is computed in.
+
+    `like` is the array, named `of`, beside which weights are given.
+    """
     if weight is not None:
-        _checks.companion("weight", weight, "logits", logits, library)
+        _checks.companion("weight", weight, of, like, library)
         _checks.class_weight(weight, logits, axis, library)
         weight = library.quietly(library.cast, weight, compute_dtype)
     if sample_weight is not None:
-        _checks.companion("sample_weight", sample_weight, "logits", logits, library)
+        _checks.companion("sample_weight", sample_weight, of, like, library)
         _checks.sample_weight(sample_weight, logits, axis, library)
         sample_weight = library.quietly(library.cast, sample_weight, compute_dtype)
-    if where is not None:
-        _checks.mask(where, "logits", logits, library)
     if softcap is not None:
         softcap = _checks.number("softcap", softcap, low=0.0, open_low=True)
     return LossOptions(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from portable_softmax import _checks, portable
-from portable_softmax._softmax import with_an_axis
+from portable_softmax._softmax import of_rows
 from portable_softmax._typing import Array, ArrayT, Axis
 from portable_softmax.kernels._decide import operation, run
 from portable_softmax.kernels._request import PLAIN_ENTMAX, EntmaxOptions, Request, active
@@ -186,11 +186,7 @@ def entmax_vjp(y: ArrayT, dy: ArrayT, /, *, alpha: float = 1.5, axis: Axis = -1)
     array([ 0.5, -0.5,  0. ])
     """
     alpha = _checks.alpha(alpha)
-    library, dtype = _checks.array("y", y)
-    _checks.floating("y", y, library)
-    _checks.companion("dy", dy, "y", y, library)
-    _checks.floating("dy", dy, library)
-    _checks.like_shape("dy", dy, "y", y)
+    library, dtype = _checks.with_upstream("y", y, dy)
     axes = _checks.axes(axis, y.ndim)
     compute_dtype, result_dtype = dtype.computed or library.compute_dtype(y)
     options = EntmaxOptions(alpha)
@@ -219,20 +215,12 @@ def _answer(operation: str, x: Any, axis: Any, alpha: Any) -> Any:
 
 def _portable(request: Request) -> Any:
     """Return entmax, sparsemax or the gradient through one."""
-    library, axes, alpha = request.library, request.axes, request.options.alpha
-    arrays = [
-        library.cast(a, request.compute_dtype) for a in (request.x, request.dy) if a is not None
-    ]
-    if not isinstance(alpha, float):
-        alpha = library.cast(alpha, request.compute_dtype)
-    if not axes:
-        arrays = with_an_axis(library.xp, *arrays)
-    options = {"alpha": alpha}
-    if request.dy is None:
-        options["followed"] = library.follows(request.x, alpha)
-    y = library.compiled(getattr(portable, "entmax" if request.dy is None else "entmax_vjp"))(
-        library.xp, *arrays, axes or (arrays[0].ndim - 1,), **options
-    )
-    if not axes:
-        y = library.scalar_if_0d(library.xp.squeeze(y, axis=-1))
+    library, x, dy, alpha = request.library, request.x, request.dy, request.options.alpha
+    if dy is not None:
+        y = of_rows(request, portable.entmax_vjp, x, dy, alpha=alpha)
+    else:
+        if not isinstance(alpha, float):
+            alpha = library.cast(alpha, request.compute_dtype)
+        followed = library.follows(x, alpha)
+        y = of_rows(request, portable.entmax, x, alpha=alpha, followed=followed)
     return library.cast(y, request.result_dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from portable_softmax import _checks, portable
-from portable_softmax._softmax import with_an_axis
+from portable_softmax._softmax import of_rows
 from portable_softmax._typing import Array, ArrayT, Axis
 from portable_softmax.kernels._decide import operation, run
 from portable_softmax.kernels._request import (
@@ -333,16 +333,9 @@ def _divergence(
 
 def _portable_entropy(request: Request) -> Any:
     """Return the entropy, and the gradient if it is asked for."""
-    library, x, axes = request.library, request.x, request.axes
-    xp = library.xp
-    if not axes:
-        (x,) = with_an_axis(xp, x)
-    answer = library.compiled(getattr(portable, request.operation))(
-        xp, library.cast(x, request.compute_dtype), axes or (x.ndim - 1,)
-    )
+    library, axes = request.library, request.axes
+    answer = of_rows(request, getattr(portable, request.operation), request.x)
     parts = answer if type(answer) is tuple else (answer,)
-    if not axes:
-        parts = tuple(xp.squeeze(part, axis=-1) for part in parts)
     h, *grad = (library.cast(part, request.result_dtype) for part in parts)
     h = library.squeeze(h, axes) if axes else h
     return (h, *grad) if grad else h

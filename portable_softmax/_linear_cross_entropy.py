@@ -6,13 +6,13 @@ import math
 from typing import Any, NamedTuple
 
 from portable_softmax import _checks, portable
+from portable_softmax._cross_entropy import loss_options
 from portable_softmax._typing import Array, ArrayT
 from portable_softmax.kernels._decide import operation, run
 from portable_softmax.kernels._request import (
     PLAIN_LOSS,
     PROBABILITIES,
     LinearOptions,
-    LossOptions,
     Request,
     active,
     loss_dtype,
@@ -250,34 +250,17 @@ def _answer(
     assert found.computed is not None  # it is floating
     compute_dtype, dtype, more = loss_dtype(library, hidden, dtype, *found.computed)
     result_dtype = found.computed[1]
-    if weight is not None:
-        _checks.companion("weight", weight, "hidden", hidden, library)
-        _checks.class_weight(weight, logits, axis, library)
-        weight = library.quietly(library.cast, weight, compute_dtype)
-    if sample_weight is not None:
-        _checks.companion("sample_weight", sample_weight, "hidden", hidden, library)
-        _checks.sample_weight(sample_weight, logits, axis, library)
-        sample_weight = library.quietly(library.cast, sample_weight, compute_dtype)
     if where is not None:
         _checks.companion("where", where, "hidden", hidden, library)
         _checks.mask_of_shape(where, "the logits", logits.shape, library)
-    if softcap is not None:
-        softcap = _checks.number("softcap", softcap, low=0.0, open_low=True)
-    options = LossOptions(
-        weight=weight,
-        ignore_index=_checks.ignore_index(ignore_index, indices),
-        label_smoothing=_checks.number("label_smoothing", label_smoothing, low=0.0, high=1.0),
-        z_loss=_checks.number("z_loss", z_loss, low=0.0),
-        softcap=softcap,
-        where=where,
-        reduction=_checks.reduction(reduction),
-        dtype=dtype,
-        sample_weight=sample_weight,
-    )
+    options = loss_options(
+        library, "hidden", hidden, logits, axis, indices, compute_dtype, weight, ignore_index,
+        label_smoothing, z_loss, softcap, where, reduction, dtype, sample_weight,
+    )  # fmt: skip
     size = library.xp.finfo(compute_dtype).bits // 8
     elements = max(1, (TILE if tile is None else _checks.tile(tile)) // size)
     given = (*active(options, PLAIN_LOSS), *more)
-    arrays = (hidden, classifier, bias, labels, weight, where, sample_weight)
+    arrays = (hidden, classifier, bias, labels, options.weight, where, options.sample_weight)
     request = Request(
         operation, library, hidden, found.name, (hidden.ndim - 1,), compute_dtype, result_dtype,
         library.tracing(*[a for a in arrays if a is not None]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from portable_softmax import _checks, portable
-from portable_softmax._softmax import dropped, with_an_axis
+from portable_softmax._softmax import dropped, of_rows
 from portable_softmax._typing import ArrayT, Axis, Mask
 from portable_softmax.kernels._decide import operation, run
 from portable_softmax.kernels._request import (
@@ -196,11 +196,7 @@ def logcumsumexp_vjp(x: ArrayT, dy: ArrayT, /, *, axis: int = -1) -> ArrayT:
     >>> logcumsumexp_vjp(np.asarray([0.0, 0.0, 0.0]), np.asarray([0.0, 1.0, 0.0]))
     array([0.5, 0.5, 0. ])
     """
-    library, _ = _checks.array("x", x)
-    _checks.floating("x", x, library)
-    _checks.companion("dy", dy, "x", x, library)
-    _checks.floating("dy", dy, library)
-    _checks.like_shape("dy", dy, "x", x)
+    _checks.with_upstream("x", x, dy)
     return _running("logcumsumexp_vjp", x, dy, axis)
 
 
@@ -223,16 +219,8 @@ def _running(operation: str, x: ArrayT, dy: Any, axis: Any) -> ArrayT:
 
 def _portable_logmeanexp(request: Request) -> Any:
     """Return the logarithm of the mean, the reduced axes kept with length 1."""
-    library, x, axes = request.library, request.x, request.axes
-    xp, where = library.xp, request.options.where
-    if not axes:
-        x, where = with_an_axis(xp, x, where)
-    y = library.compiled(portable.logmeanexp)(
-        xp, library.cast(x, request.compute_dtype), axes or (x.ndim - 1,), where=where
-    )
-    if not axes:
-        y = xp.squeeze(y, axis=-1)
-    return library.cast(y, request.result_dtype)
+    y = of_rows(request, portable.logmeanexp, request.x, where=request.options.where)
+    return request.library.cast(y, request.result_dtype)
 
 
 def _portable_running(request: Request) -> Any:

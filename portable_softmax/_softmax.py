@@ -529,11 +529,7 @@ def _row_by_row(
 
 def _vjp(operation: str, name: str, y: ArrayT, dy: Array, axis: Axis, out: Any) -> ArrayT:
     """Check the arguments of a vector-Jacobian product and answer."""
-    library, dtype = _checks.array(name, y)
-    _checks.floating(name, y, library)
-    _checks.companion("dy", dy, name, y, library)
-    _checks.floating("dy", dy, library)
-    _checks.like_shape("dy", dy, name, y)
+    library, dtype = _checks.with_upstream(name, y, dy)
     axes = _checks.axes(axis, y.ndim)
     compute_dtype, result_dtype = dtype.computed or library.compute_dtype(y)
     if out is not None:
@@ -550,64 +546,33 @@ def _vjp(operation: str, name: str, y: ArrayT, dy: Array, axis: Axis, out: Any) 
 
 
 def _portable_rows(request: Request) -> Any:
-    """softmax or log_softmax in the library's own operations."""
-    library, x, axes = request.library, request.x, request.axes
-    where, temperature, sink = (
-        request.options.where, request.options.temperature, request.options.sink,
+    """softmax or log_softmax."""
+    options = request.options
+    y = of_rows(
+        request, getattr(portable, request.operation), request.x, where=options.where,
+        temperature=options.temperature, sink=options.sink,
     )  # fmt: skip
-    xp = library.xp
-    if not axes:
-        x, where = with_an_axis(xp, x, where)
-        if sink is not None and not isinstance(sink, float):
-            (sink,) = with_an_axis(xp, sink)
-    y = library.compiled(getattr(portable, request.operation))(
-        xp,
-        library.cast(x, request.compute_dtype),
-        axes or (x.ndim - 1,),
-        where=where,
-        temperature=temperature,
-        sink=sink,
-    )
-    if not axes:
-        y = library.scalar_if_0d(xp.squeeze(y, axis=-1))
-    return library.cast(y, request.answer_dtype)
+    return request.library.cast(y, request.answer_dtype)
 
 
 def _portable_logsumexp(request: Request) -> Any:
     """logsumexp, and the sign if it is asked for, the reduced axes kept with length 1."""
-    library, x, axes = request.library, request.x, request.axes
-    where, b = request.options.where, request.options.b
-    xp, compute_dtype, answer_dtype = library.xp, request.compute_dtype, request.answer_dtype
-    if not axes:
-        x, where, b = with_an_axis(xp, x, where, b)
-    parts = library.compiled(portable.logsumexp)(
-        xp,
-        library.cast(x, compute_dtype),
-        axes or (x.ndim - 1,),
-        b=None if b is None else library.cast(b, compute_dtype),
-        where=where,
-        return_sign=request.options.return_sign,
-    )
-    found = [part for part in parts if part is not None]
-    if not axes:
-        found = [xp.squeeze(part, axis=-1) for part in found]
+    library, options, answer_dtype = request.library, request.options, request.answer_dtype
+    b = None if options.b is None else library.cast(options.b, request.compute_dtype)
+    value, sign = of_rows(
+        request, portable.logsumexp, request.x, b=b, where=options.where,
+        return_sign=options.return_sign,
+    )  # fmt: skip
+    found = (value, sign) if options.return_sign else (value,)
     if library.dtype(answer_dtype).kind != "complex":
-        found = [library.cast(part, answer_dtype) for part in found]
-    return tuple(found) if request.options.return_sign else found[0]
+        found = tuple(library.cast(part, answer_dtype) for part in found)
+    return found if options.return_sign else found[0]
 
 
 def _portable_vjp(request: Request) -> Any:
     """softmax_vjp or log_softmax_vjp."""
-    library, y, dy, axes = request.library, request.x, request.dy, request.axes
-    xp, compute_dtype = library.xp, request.compute_dtype
-    if not axes:
-        y, dy = with_an_axis(xp, y, dy)
-    dx = library.compiled(getattr(portable, request.operation))(
-        xp, library.cast(y, compute_dtype), library.cast(dy, compute_dtype), axes or (y.ndim - 1,)
-    )
-    if not axes:
-        dx = library.scalar_if_0d(xp.squeeze(dx, axis=-1))
-    return library.cast(dx, request.result_dtype)
+    dx = of_rows(request, getattr(portable, request.operation), request.x, request.dy)
+    return request.library.cast(dx, request.result_dtype)
 
 
 def _portable_jacobian(request: Request) -> Any:
@@ -618,6 +583,28 @@ def _portable_jacobian(request: Request) -> Any:
     return library.cast(jacobian, request.result_dtype)
 
 
+def of_rows(request: Request, function: Any, *arrays: Any, **options: Any) -> Any:
+    """Return what `function` makes of rows in the library's own operations.
+
+    A reduction over no axis, such as that of a 0-d array, is one over a single entry.
+    """
+    library, axes = request.library, request.axes
+    xp, function = library.xp, library.compiled(function)
+    arrays = tuple(library.cast(a, request.compute_dtype) for a in arrays)
+    if axes:
+        return function(xp, *arrays, axes, **options)
+    arrays = with_an_axis(xp, *arrays)
+    for name in ("where", "b", "sink"):
+        if hasattr(options.get(name), "ndim"):
+            options[name] = xp.expand_dims(options[name], axis=-1)
+    found = function(xp, *arrays, (arrays[0].ndim - 1,), **options)
+    parts = [
+        None if part is None else library.scalar_if_0d(xp.squeeze(part, axis=-1))
+        for part in (found if type(found) is tuple else (found,))
+    ]
+    return tuple(parts) if type(found) is tuple else parts[0]
+
+
 def with_an_axis(xp: Namespace, *arrays: Any) -> Any:
-    """Turn a reduction over no axis, such as that of a 0-d array, into one over a single entry."""
+    """Return arrays with one more axis, of a single entry; None as it is."""
     return [None if a is None else xp.expand_dims(a, axis=-1) for a in arrays]
