@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from bench import (
@@ -69,22 +70,14 @@ def run_speed(args: argparse.Namespace, argv: list[str]) -> int:
     rows = _followed(
         speed.measure(all_providers, operations, shapes, dtypes, effort, cpu_time=args.cpu_time)
     )
-    document = {
-        "benchmark": "speed",
-        **report.provenance(argv, load),
-        "backend": place.name,
-        "device": place.device_name,
-        "peers": args.peers,
-        "gpu": {"before": before, "after": gpu.state(place)},
-        "rows": [asdict(row) for row in rows],
-    }
-    report.table(f"speed on {place}", tables.HEADINGS, tables.cells(rows))
-    report.line(tables.LEGEND)
+    document = _document(
+        "speed", argv, load, rows, backend=place.name, device=place.device_name, peers=args.peers,
+        gpu={"before": before, "after": gpu.state(place)},
+    )  # fmt: skip
+    _shown(f"speed on {place}", tables, rows)
     report.table("ours in short", *summary.table(rows))
     report.line(summary.LEGEND)
     slower = _compared(old, document, rows) if old else False
-    if warning := report.busy(document):
-        report.line(warning)
     if args.plot:
         _plotted(document, rows, args.plot)
     _close(document, missing, args.json)
@@ -138,9 +131,8 @@ def run_memory(args: argparse.Namespace, argv: list[str]) -> int:
         "device": place.device_name,
         "cells": [asdict(cell) | {"held": cell.held} for cell in cells],
     }
-    report.table(f"memory on {place}", memory.HEADINGS, memory.cells(cells))
-    report.line(memory.LEGEND)
-    _close(document, missing, args.json)
+    _shown(f"memory on {place}", memory, cells)
+    _close(document, missing, args.json, timed=False)
     broken = sum(cell.ours and not cell.held for cell in cells)
     report.line(f"{broken} ceilings broken" if broken else "every ceiling held")
     return 1 if broken else 0
@@ -164,7 +156,7 @@ def run_accuracy(args: argparse.Namespace, argv: list[str]) -> int:
         report.table(title, headings, rows)
     legend = f"{accuracy.LEGEND} {accuracy_family.LEGEND}"
     report.line(legend)
-    _close(document, missing + left_out, args.json)
+    _close(document, missing + left_out, args.json, timed=False)
     if args.markdown:
         report.write_markdown(args.markdown, document, legend, accuracy.tables(cells))
     broken = sum(cell.ours and not cell.held for cell in cells)
@@ -205,7 +197,7 @@ def run_versus(args: argparse.Namespace, argv: list[str]) -> int:
         "cells": [asdict(cell) | {"ratio": cell.ratio} for cell in cells],
     }
     report.table(f"beside {other}", versus.HEADINGS, versus.text(cells, args.limit))
-    for line in (versus.LEGEND, *versus.verdict(cells, args.limit), report.busy(document)):
+    for line in (versus.LEGEND, *versus.verdict(cells, args.limit)):
         report.line(line)
     _close(document, [], args.json)
     return 1 if any(cell.fails(args.limit) for cell in cells) else 0
@@ -216,14 +208,8 @@ def run_thresholds(args: argparse.Namespace, argv: list[str]) -> int:
     load = report.load()
     thresholds.check()
     rows = _followed(thresholds.measure(_dtypes(args.dtypes), quick=args.quick))
-    document = {
-        "benchmark": "thresholds",
-        **report.provenance(argv, load),
-        "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
-    }
-    report.table("sizes of the Numba rows", thresholds.HEADINGS, thresholds.cells(rows))
-    report.line(thresholds.LEGEND)
-    _close(document, [], args.json)
+    _shown("sizes of the Numba rows", thresholds, rows)
+    _close(_document("thresholds", argv, load, rows, "ratio"), [], args.json)
     return 0
 
 
@@ -231,15 +217,8 @@ def run_options(args: argparse.Namespace, argv: list[str]) -> int:
     """Time calls with options beside the plain calls and the forms by hand."""
     load = report.load()
     rows = _followed(options.measure(_dtypes(args.dtypes), quick=args.quick))
-    document = {
-        "benchmark": "options",
-        **report.provenance(argv, load),
-        "rows": [asdict(row) for row in rows],
-    }
-    report.table("what options cost", options.HEADINGS, options.cells(rows))
-    for line in (options.LEGEND, report.busy(document)):
-        report.line(line)
-    _close(document, [], args.json)
+    _shown("what options cost", options, rows)
+    _close(_document("options", argv, load, rows), [], args.json)
     return 1 if any(row.problem for row in rows) else 0
 
 
@@ -250,16 +229,9 @@ def run_jax(args: argparse.Namespace, argv: list[str]) -> int:
     shapes, place = speed.parse_shapes(args.shapes or default), places.open_backend("jax")
     effort = speed.QUICK if args.quick else speed.THOROUGH
     rows = _followed(transforms.measure(place, shapes, effort))
-    document = {
-        "benchmark": "jax",
-        **report.provenance(argv, load),
-        "device": place.device_name,
-        "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
-    }
-    report.table(f"transforms on {place}", transforms.HEADINGS, transforms.cells(rows))
-    report.line(transforms.LEGEND)
+    _shown(f"transforms on {place}", transforms, rows)
     report.table("over the faster peer", transforms.SUMMARY, transforms.summary(rows))
-    report.line(report.busy(document))
+    document = _document("jax", argv, load, rows, "ratio", device=place.device_name)
     _close(document, [], args.json)
     return 1 if any(row.problem for row in rows) else 0
 
@@ -268,15 +240,8 @@ def run_compile(args: argparse.Namespace, argv: list[str]) -> int:
     """Compare how long XLA compiles, and how large the programs are, with the peers'."""
     load, place = report.load(), places.open_backend("jax")
     rows = _followed(compilation.measure(place, quick=args.quick))
-    document = {
-        "benchmark": "compile",
-        **report.provenance(argv, load),
-        "device": place.device_name,
-        "rows": [asdict(row) | {"ratios": row.ratios} for row in rows],
-    }
-    report.table(f"compiling on {place}", compilation.HEADINGS, compilation.cells(rows))
-    report.line(compilation.LEGEND)
-    report.line(report.busy(document))
+    _shown(f"compiling on {place}", compilation, rows)
+    document = _document("compile", argv, load, rows, "ratios", device=place.device_name)
     _close(document, [], args.json)
     return 0
 
@@ -292,15 +257,12 @@ def run_scale(args: argparse.Namespace, argv: list[str]) -> int:
         asked = name, args.layer, args.classes
         measured = scale.measure(*asked, quick=args.quick, cpu_time=args.cpu_time)
         rows = found[name] = _followed(measured)
-        report.table(name, part.HEADINGS, part.cells(rows))
-        report.line(part.LEGEND)
+        _shown(name, part, rows)
     document = {
         "benchmark": "scale",
         **report.provenance(argv, load),
         "parts": {name: [asdict(row) for row in rows] for name, rows in found.items()},
     }
-    if warning := report.busy(document):
-        report.line(warning)
     for path in scale_plots.save(found, document, args.plot) if args.plot else []:
         report.line(f"drew {path}")
     _close(document, [], args.json)
@@ -314,15 +276,8 @@ def run_steps(args: argparse.Namespace, argv: list[str]) -> int:
     load = report.load()
     steps.check()
     rows = _followed(steps.measure(quick=args.quick))
-    document = {
-        "benchmark": "steps",
-        **report.provenance(argv, load),
-        "rows": [asdict(row) | {"ratio": row.ratio} for row in rows],
-    }
-    report.table("a training step", steps.HEADINGS, steps.cells(rows))
-    for line in (steps.LEGEND, report.busy(document)):
-        report.line(line)
-    _close(document, [], args.json)
+    _shown("a training step", steps, rows)
+    _close(_document("steps", argv, load, rows, "ratio"), [], args.json)
     # The few steps of a quick run show that it runs.
     return 1 if not args.quick and any(row.ratio > row.goal for row in rows) else 0
 
@@ -339,7 +294,25 @@ def _followed(measured: Iterator[Any]) -> list[Any]:
     return found
 
 
-def _close(document: dict[str, Any], missing: list[str], path: Path | None) -> None:
+def _shown(title: str, module: ModuleType, rows: list[Any]) -> None:
+    """Show what a module measured, and what its columns mean."""
+    report.table(title, module.HEADINGS, module.cells(rows))
+    report.line(module.LEGEND)
+
+
+def _document(
+    name: str, argv: list[str], load: float | None, rows: list[Any], *derived: str, **more: Any
+) -> dict[str, Any]:
+    """Return what is kept of a run; `derived` are properties of a row, kept beside its fields."""
+    kept = [asdict(row) | {field: getattr(row, field) for field in derived} for row in rows]
+    return {"benchmark": name, **report.provenance(argv, load), **more, "rows": kept}
+
+
+def _close(
+    document: dict[str, Any], missing: list[str], path: Path | None, *, timed: bool = True
+) -> None:
+    if timed and (warning := report.busy(document)):
+        report.line(warning)
     if missing:
         report.line(f"not here: {', '.join(missing)}")
     report.line(report.described(document))

@@ -113,33 +113,18 @@ def _stored_in_numpy(place: Place, arrays: Arrays, tile: int) -> Call:
     return call
 
 
-def _products_in_numpy(place: Place, arrays: Arrays, tile: int) -> Call:
-    hidden, classifier, _ = arrays
+def _products(place: Place, arrays: Arrays, tile: int) -> Call:
+    """Return the products in NumPy or torch."""
+    xp, (hidden, classifier, _) = place.xp, arrays
 
     def call() -> Any:
-        d_hidden, d_classifier = np.empty_like(hidden), np.empty_like(classifier)
-        x = np.empty((tile, len(classifier)), hidden.dtype)
+        d_hidden, d_classifier = xp.empty_like(hidden), xp.empty_like(classifier)
+        x = xp.empty((tile, len(classifier)), dtype=hidden.dtype)
         for i in range(0, len(hidden), tile):
             h = hidden[i : i + tile]
-            np.matmul(h, classifier.T, out=x[: len(h)])
-            np.matmul(x[: len(h)], classifier, out=d_hidden[i : i + tile])
-            np.matmul(x[: len(h)].T, h, out=d_classifier)
-        return d_hidden, d_classifier
-
-    return call
-
-
-def _products_in_torch(place: Place, arrays: Arrays, tile: int) -> Call:
-    torch, (hidden, classifier, _) = place.xp, arrays
-
-    def call() -> Any:
-        d_hidden, d_classifier = torch.empty_like(hidden), torch.empty_like(classifier)
-        x = hidden.new_empty(tile, len(classifier))
-        for i in range(0, len(hidden), tile):
-            h = hidden[i : i + tile]
-            torch.mm(h, classifier.T, out=x[: len(h)])
-            torch.mm(x[: len(h)], classifier, out=d_hidden[i : i + tile])
-            torch.mm(x[: len(h)].T, h, out=d_classifier)
+            xp.matmul(h, classifier.T, out=x[: len(h)])
+            xp.matmul(x[: len(h)], classifier, out=d_hidden[i : i + tile])
+            xp.matmul(x[: len(h)].T, h, out=d_classifier)
         return d_hidden, d_classifier
 
     return call
@@ -236,10 +221,10 @@ def _products_in_jax(place: Place, arrays: Arrays, tile: int) -> Call:
 
 
 PROVIDERS = (
-    Provider("products, numpy", "numpy", PRODUCTS, _products_in_numpy),
+    Provider("products, numpy", "numpy", PRODUCTS, _products),
     Provider("ours, numpy", "numpy", OURS, _ours_in_numpy),
     Provider("ours stored, numpy", "numpy", PEER, _stored_in_numpy),
-    Provider("products, torch", "torch", PRODUCTS, _products_in_torch),
+    Provider("products, torch", "torch", PRODUCTS, _products),
     Provider("ours, torch", "torch", OURS, _torch(lambda _, *a: ps.linear_cross_entropy(*a))),
     Provider("stored, torch", "torch", PEER, _torch(_stored_in_torch)),
     Provider("chunked, torch", "torch", PEER, _torch(_chunked_in_torch)),

@@ -18,8 +18,6 @@ import portable_softmax
 from portable_softmax._cli.errors import CommandError, one_line
 from portable_softmax.libraries import namespace
 
-__all__ = ["BACKENDS", "TRAINABLE", "Backend", "Place", "is_installed", "open_place", "reach"]
-
 
 @dataclass(frozen=True)
 class Backend:
@@ -27,9 +25,10 @@ class Backend:
 
     module: str
     """Import name of the module whose ``asarray`` makes the library's arrays."""
-    install: str
     devices: Callable[[Any], dict[str, Any]]
     """Given the module: each device that can be reached, the default first, by name."""
+    install: str = ""
+    """What installs it, if that is not the extra of its name."""
     from_numpy: Callable[[Any, NDArray[Any]], dict[str, Any]] = lambda xp, array: {}
     """What ``asarray`` has to be told to keep the dtype of a NumPy array."""
     to_numpy: Callable[[Any], NDArray[Any]] = np.asarray
@@ -99,7 +98,8 @@ def reach(name: str) -> dict[str, Any]:
     if backend is None:
         raise CommandError(f"unknown backend {name!r}; choose from {', '.join(BACKENDS)}")
     if not is_installed(name):
-        raise CommandError(f"{backend.library} is not installed: {backend.install}")
+        install = backend.install or f'pip install "portable_softmax[{name}]"'
+        raise CommandError(f"{backend.library} is not installed: {install}")
     try:
         devices = backend.devices(importlib.import_module(backend.module))
     except Exception as error:  # a broken installation may raise anything
@@ -206,7 +206,6 @@ BACKENDS: dict[str, Backend] = {
     ),
     "torch": Backend(
         module="torch",
-        install='pip install "portable_softmax[torch]"',
         devices=_torch_devices,
         to_numpy=lambda array: np.asarray(array.detach().cpu()),
     ),
@@ -219,32 +218,27 @@ BACKENDS: dict[str, Backend] = {
     ),
     "jax": Backend(
         module="jax.numpy",
-        install='pip install "portable_softmax[jax]"',
         devices=_jax_devices,
         compile=lambda function: sys.modules["jax"].jit(function),
     ),
     "strict": Backend(
         module="array_api_strict",
-        install='pip install "portable_softmax[strict]"',
         devices=_strict_devices,
         to_numpy=_strict_to_numpy,
     ),
     "dask": Backend(
         module="dask.array",
-        install='pip install "portable_softmax[dask]"',
         devices=lambda _: {"cpu": "cpu"},
         lazy=True,
     ),
     "ndonnx": Backend(
         module="ndonnx",
-        install='pip install "portable_softmax[ndonnx]"',
         devices=lambda _: {"onnx": None},
         to_numpy=lambda array: array.unwrap_numpy(),
         lazy=True,
     ),
     "mlx": Backend(
         module="mlx.core",
-        install='pip install "portable_softmax[mlx]"',
         devices=_mlx_devices,
         # It makes float32 of float64 unless it is told otherwise.
         from_numpy=lambda xp, array: {"dtype": getattr(xp, array.dtype.name)},
@@ -252,14 +246,12 @@ BACKENDS: dict[str, Backend] = {
     ),
     "cubed": Backend(
         module="cubed.array_api",
-        install='pip install "portable_softmax[cubed]"',
         devices=lambda _: {"cpu": None},
         to_numpy=lambda array: array.compute(),
         lazy=True,
     ),
     "dpnp": Backend(
         module="dpnp",
-        install='pip install "portable_softmax[dpnp]"',
         devices=_dpnp_devices,
         to_numpy=lambda array: array.asnumpy(),
     ),

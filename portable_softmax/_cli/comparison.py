@@ -12,8 +12,6 @@ from portable_softmax._cli.errors import CommandError, one_line
 from portable_softmax._cli.report import Report
 from portable_softmax._cli.training import Training
 
-__all__ = ["compare"]
-
 
 def compare(
     trained: Training, learn: Callable[[Place], Training], report: Report

@@ -18,8 +18,6 @@ from portable_softmax._cli.gradient_check import check_gradient
 from portable_softmax._cli.report import Report
 from portable_softmax._cli.training import Training, train
 
-__all__ = ["FIGURE", "run"]
-
 FIGURE = "digits.png"
 
 

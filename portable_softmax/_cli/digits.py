@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Split", "load", "split"]
-
 
 class Split(NamedTuple):
     """Pixels in [0, 1] as rows of 64, and labels: some to learn from, some held out."""

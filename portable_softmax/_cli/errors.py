@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["CommandError", "one_line"]
-
 
 class CommandError(Exception):
     """A failure that the user can put right: one line on stderr and exit status 2."""

@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 from portable_softmax._cli.digits import Split
 from portable_softmax._cli.training import Training
 
-__all__ = ["draw"]
-
 INK, MUTED, FAINT = "#1f2933", "#5f6b78", "#e4e8ec"
 TRAIN, HELD_OUT, RIGHT, WRONG = "#9aa7b4", "#2166ac", "#1f8a4c", "#cc3d50"
 TITLE: dict[str, Any] = {"fontsize": 14, "fontweight": "bold", "color": INK}

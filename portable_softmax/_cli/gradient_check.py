@@ -13,8 +13,6 @@ from portable_softmax._cli.backends import Place
 from portable_softmax._cli.digits import Split
 from portable_softmax._cli.training import BATCH, Training, gradients
 
-__all__ = ["GradientCheck", "check_gradient"]
-
 
 class GradientCheck(NamedTuple):
     """The largest difference over all entries of dL/dW and dL/db, beside the largest entry."""

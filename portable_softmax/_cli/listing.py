@@ -11,8 +11,6 @@ from portable_softmax._cli.backends import BACKENDS, Place, open_place, reach
 from portable_softmax._cli.errors import CommandError
 from portable_softmax._cli.report import Report
 
-__all__ = ["run"]
-
 
 def run(*, report: Report) -> dict[str, Any]:
     """Import every backend, show what was found and return it as plain data."""

@@ -11,8 +11,6 @@ from typing import Protocol
 
 from portable_softmax._cli.training import Epoch
 
-__all__ = ["Plain", "Report", "Silent", "choose"]
-
 
 class Report(Protocol):
     """What the commands need to say."""

@@ -14,8 +14,6 @@ from portable_softmax import SoftmaxWithLoss, cross_entropy, softmax
 from portable_softmax._cli.backends import Place
 from portable_softmax._cli.digits import Split
 
-__all__ = ["BATCH", "Epoch", "Training", "gradients", "train"]
-
 BATCH = 64
 RATE = 1.0
 
