@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries._library import Library, numpy_dtype
+from portable_softmax.libraries._library import Library
 from portable_softmax.libraries._namespace import Adapted
 
 
@@ -18,13 +18,10 @@ class Cubed(Library):
     """What is made beside an array needs its Spec, which therefore stands for its device."""
 
     lazy = chunked = True
+    numpy_dtypes = True
 
     def __init__(self, xp: Namespace, name: str) -> None:
         super().__init__(Adapted(sys.modules["cubed.array_api"], "spec"), name)
-
-    def own_dtype(self, dtype: Any) -> Any:
-        """Return whatever NumPy takes for a dtype as one."""
-        return numpy_dtype(dtype)
 
     def device(self, x: Any) -> Any:
         """Return the Spec."""
@@ -46,10 +43,6 @@ class Cubed(Library):
         if labels.shape != tuple(logits.shape[a] for a in axes):
             return labels
         return labels.rechunk(tuple(logits.chunksize[a] for a in axes))
-
-    def reads_values(self, x: Any) -> bool:
-        """Return False: cubed computes when it is told to."""
-        return False
 
     def alike(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Return both in the same chunks, and each of these in the order of C."""

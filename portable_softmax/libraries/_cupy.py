@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from portable_softmax.libraries._library import Library, numpy_dtype
+from portable_softmax.libraries._library import Library
 
 
 class CuPy(Library):
@@ -12,6 +12,7 @@ class CuPy(Library):
 
     gathers = True
     writes = True
+    numpy_dtypes = True
 
     def product(self, a: Any, b: Any, out: Any = None) -> Any:
         """Return a @ b, in `out`."""
@@ -21,10 +22,6 @@ class CuPy(Library):
         """Add a @ b in place."""
         so_far += self.xp.matmul(a, b)
         return so_far
-
-    def own_dtype(self, dtype: Any) -> Any:
-        """Return whatever NumPy takes for a dtype as one."""
-        return numpy_dtype(dtype)
 
     def device_type(self, x: Any) -> str:
         """Return ``"cuda"``."""

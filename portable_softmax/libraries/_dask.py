@@ -10,29 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax.libraries._library import Library, numpy_dtype
+from portable_softmax.libraries._library import Library
 
 
 class Dask(Library):
     """It has no gather, and reads no value before compute()."""
 
     lazy = chunked = True
-
-    def own_dtype(self, dtype: Any) -> Any:
-        """Return whatever NumPy takes for a dtype as one."""
-        return numpy_dtype(dtype)
-
-    def device(self, x: Any) -> Any:
-        """Return None: chunks are where their workers are."""
-        return None
-
-    def device_type(self, x: Any) -> str:
-        """Return ``"cpu"``."""
-        return "cpu"
-
-    def same_device(self, x: Any, other: Any) -> bool:
-        """Return True."""
-        return True
+    numpy_dtypes = True
+    only_device = "cpu"  # chunks are where their workers are
 
     def adopt(self, labels: Any, logits: Any, axis: int) -> Any:
         """Return `labels`, those of NumPy in chunks as the logits have."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries._library import Library, numpy_dtype
+from portable_softmax.libraries._library import Library
 from portable_softmax.libraries._namespace import Adapted
 
 
@@ -13,13 +13,10 @@ class Dpnp(Library):
     """On any device of SYCL; reading a value waits for the device."""
 
     gathers = True
+    numpy_dtypes = True
 
     def __init__(self, xp: Namespace, name: str) -> None:
         super().__init__(_Namespace(xp, "device"), name)
-
-    def own_dtype(self, dtype: Any) -> Any:
-        """Return whatever NumPy takes for a dtype as one."""
-        return numpy_dtype(dtype)
 
     def device_type(self, x: Any) -> str:
         """Return ``"cpu"``, ``"gpu"`` or another kind of SYCL's devices."""

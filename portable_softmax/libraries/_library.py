@@ -75,6 +75,10 @@ class Library:
     """Whether arrays are split into chunks, so that slicing one adds to a task graph."""
     writes = False
     """Whether an answer can be written to an array that is given."""
+    numpy_dtypes = False
+    """Whether dtypes are NumPy's: whatever NumPy takes for one is one."""
+    only_device = ""
+    """The kind of the one device that a library has, of which its arrays know nothing."""
     kernels: tuple[Any, ...] = ()
     """Rows of `portable_softmax.kernels.Kernel`, of a class that a package of its own registers."""
 
@@ -115,15 +119,15 @@ class Library:
 
     def device(self, x: Any) -> Any:
         """Return the device that `x` lives on, or None where the library has no use for one."""
-        return compat.device(x)
+        return None if self.only_device else compat.device(x)
 
     def device_type(self, x: Any) -> str:
         """Return the kind of device that `x` lives on, such as ``"cpu"`` or ``"cuda"``."""
-        return str(self.device(x))
+        return self.only_device or str(self.device(x))
 
     def same_device(self, x: Any, other: Any) -> bool:
         """Return whether two arrays may be computed with together."""
-        return bool(compat.device(x) == compat.device(other))
+        return bool(self.only_device or compat.device(x) == compat.device(other))
 
     def adopt(self, labels: Any, logits: Any, axis: int) -> Any:
         """Return `labels`, as an array of the library where it takes those of another."""
@@ -179,6 +183,8 @@ class Library:
 
     def own_dtype(self, dtype: Any) -> Any:
         """Return a dtype that a user names as arrays have it; TypeError for no dtype."""
+        if self.numpy_dtypes:
+            return numpy_dtype(dtype)
         if isinstance(dtype, str):
             raise TypeError(dtype)
         return dtype
@@ -297,7 +303,7 @@ class Library:
 
     def reads_values(self, x: Any) -> bool:
         """Return whether the values of `x` can be looked at now: not traced, lazy or abstract."""
-        return not compat.is_lazy_array(x)
+        return not (self.lazy or compat.is_lazy_array(x))
 
     def looks_again(self, x: Any) -> bool:
         """Return whether a rare case that costs another pass is looked for in `x`.

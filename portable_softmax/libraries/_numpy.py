@@ -50,6 +50,8 @@ class NumPy(Library):
 
     gathers = True
     writes = True
+    numpy_dtypes = True
+    only_device = "cpu"
 
     def unwritable(self, out: Any, *inputs: Any) -> str:
         """Return why `out` cannot be written: it is read-only, or repeats itself."""
@@ -64,18 +66,6 @@ class NumPy(Library):
         here, there = (a.__array_interface__["data"][0] for a in (x, y))
         return bool(here == there and x.dtype == y.dtype and x.strides == y.strides)
 
-    def device(self, x: Any) -> Any:
-        """Return None: there is one device."""
-        return None
-
-    def device_type(self, x: Any) -> str:
-        """Return ``"cpu"``."""
-        return "cpu"
-
-    def same_device(self, x: Any, other: Any) -> bool:
-        """Return True."""
-        return True
-
     def size(self, x: Any) -> int:
         """Return the number of elements."""
         size: int = x.size
@@ -88,10 +78,6 @@ class NumPy(Library):
         return dtype_name(dtype) if dtype.isnative else dtype_name(dtype) + " byteswapped"
 
     def _native(self, dtype: Any) -> Any:
-        return numpy_dtype(dtype)
-
-    def own_dtype(self, dtype: Any) -> Any:
-        """Return whatever NumPy takes for a dtype as one."""
         return numpy_dtype(dtype)
 
     def default_float(self, x: Any) -> Any:
