@@ -173,12 +173,7 @@ def cross_entropy_value_and_grad(
         grad = grad / nothing_to_inf(xp, mean_divisor(xp, loss, target))
     if target.valid is not None:
         grad = xp.where(target.valid, grad, scalar(xp, math.nan, grad))
-    if options.softcap is not None:
-        grad = grad * softcap_derivative(xp, rows.inputs, options.softcap)
-    if options.where is not None:
-        grad = xp.where(options.where, grad, scalar(xp, 0.0, grad))
-    if target.counted is not None:
-        grad = xp.where(target.counted, grad, scalar(xp, 0.0, grad))
+    grad = through_conditions(xp, grad, rows.inputs, options.where, target.counted, options.softcap)
     return reduced(xp, loss, target, axis, options.reduction), grad
 
 
@@ -206,7 +201,9 @@ class Rows(NamedTuple):
 def _forward(
     xp: Namespace, logits: Any, target: Target, axis: int, options: Options
 ) -> tuple[Any, State, Rows]:
-    inputs, x = _conditioned(xp, logits, target, axis, options)
+    inputs, x = conditioned(xp, logits, options.where, target.counted, options.softcap)
+    if options.where is not None:
+        x, _ = masked(xp, x, options.where, (axis,))
     if target.index is not None and options.label_smoothing == 0.0:
         rows = Rows(inputs, x, None, target.weight)
         loss, state = _index_loss(xp, rows, target, axis, options)
@@ -226,22 +223,27 @@ def _of_valid_positions(xp: Namespace, loss: Any, target: Target) -> Any:
     return loss
 
 
-def _conditioned(
-    xp: Namespace, logits: Any, target: Target, axis: int, options: Options
+def conditioned(
+    xp: Namespace, x: Any, mask: Any, counted: Any, softcap: float | None
 ) -> tuple[Any, Any]:
-    """Replace ignored and masked logits by 0, apply `softcap`, then mask."""
-    zero = scalar(xp, 0.0, logits)
-    x = logits
-    if options.where is not None:
-        x = xp.where(options.where, x, zero)
-    if target.counted is not None:
-        x = xp.where(target.counted, x, zero)
-    inputs = x
-    if options.softcap is not None:
-        x = softcapped(xp, x, options.softcap)
-    if options.where is not None:
-        x, _ = masked(xp, x, options.where, (axis,))
-    return inputs, x
+    """Return the logits with 0 in place of masked and ignored ones, before and after `softcap`."""
+    zero = scalar(xp, 0.0, x)
+    for part in (mask, counted):
+        if part is not None:
+            x = xp.where(part, x, zero)
+    return x, x if softcap is None else softcapped(xp, x, softcap)
+
+
+def through_conditions(
+    xp: Namespace, grad: Any, inputs: Any, mask: Any, counted: Any, softcap: float | None
+) -> Any:
+    """Return the gradient with respect to the logits, from that to what `conditioned` returns."""
+    if softcap is not None:
+        grad = grad * softcap_derivative(xp, inputs, softcap)
+    for part in (mask, counted):
+        if part is not None:
+            grad = xp.where(part, grad, scalar(xp, 0.0, grad))
+    return grad
 
 
 def softcapped(xp: Namespace, x: Any, cap: float) -> Any:
@@ -324,28 +326,41 @@ def _distribution_rows(
     axis: int,
     options: Options,
 ) -> Rows:
-    zero, one = scalar(xp, 0.0, x), scalar(xp, 1.0, x)
     if target.index is not None:
+        zero, one = scalar(xp, 0.0, x), scalar(xp, 1.0, x)
         t = xp.where(classes(xp, x, axis) == target.index, one, zero)
     else:
         t = target.distribution
-    if options.where is not None:
-        t = xp.where(options.where, t, zero)
+    smoothing, weight, count = options.label_smoothing, options.weight, None
+    if smoothing != 0.0:
+        count = _class_count(xp, x, axis, options)
+    if weight is not None:
+        weight = _along(xp, weight, x, axis)
+    q, u = coefficients(xp, t, options.where, weight, count, target, axis, smoothing)
+    return Rows(inputs, x, q, u)
+
+
+def coefficients(
+    xp: Namespace, t: Any, mask: Any, weight: Any, count: Any, target: Target, axis: int,
+    smoothing: float,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Return q, and u as the sum over these classes; `count` is the number of all that take part.
+
+    The weights of the classes lie along the class axis.
+    """
+    zero = scalar(xp, 0.0, t)
+    t = t if mask is None else xp.where(mask, t, zero)
     q = t
-    if options.label_smoothing != 0.0:
-        spread = options.label_smoothing / _class_count(xp, x, axis, options)
-        q = (1.0 - options.label_smoothing) * t + spread
-        if options.where is not None:
-            q = xp.where(options.where, q, zero)
-    if options.weight is not None:
-        weight = _along(xp, options.weight, x, axis)
-        t, q = weighted(xp, t, weight), weighted(xp, q, weight)
-    if target.sample is not None:
-        t, q = weighted(xp, t, target.sample), weighted(xp, q, target.sample)
+    if smoothing != 0.0:
+        q = (1.0 - smoothing) * t + smoothing / count
+        q = q if mask is None else xp.where(mask, q, zero)
+    for factor in (weight, target.sample):
+        if factor is not None:
+            t, q = weighted(xp, t, factor), weighted(xp, q, factor)
     u = total(xp, t, (axis,))
     if target.counted is not None:
         q, u = xp.where(target.counted, q, zero), xp.where(target.counted, u, zero)
-    return Rows(inputs, x, q, u)
+    return q, u
 
 
 def weighted(xp: Namespace, coefficient: Any, weight: Any) -> Any:

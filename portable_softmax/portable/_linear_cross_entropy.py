@@ -42,8 +42,6 @@ from portable_softmax.portable._loss_in_parts import (
 )
 from portable_softmax.portable._sums import total
 
-ROW = Options(reduction="none")
-
 
 class Linear(NamedTuple):
     """A linear layer and what its outputs are compared with, positions along the first axis."""

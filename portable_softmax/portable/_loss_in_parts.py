@@ -24,10 +24,10 @@ from portable_softmax.libraries import cast, scalar
 from portable_softmax.portable._cross_entropy import (
     Options,
     Target,
-    softcap_derivative,
-    softcapped,
+    coefficients,
+    conditioned,
+    through_conditions,
     times,
-    weighted,
 )
 from portable_softmax.portable._divisor import Divisor
 from portable_softmax.portable._online import fold_part, merge
@@ -70,29 +70,11 @@ def part_of_loss(
     `there` are the numbers of the classes, or a distribution over them; `count` is the number of
     all classes of a row that take part.
     """
-    zero = scalar(xp, 0.0, x)
-    if mask is not None:
-        x = xp.where(mask, x, zero)
-    if labels.counted is not None:
-        x = xp.where(labels.counted, x, zero)
-    inputs = x
-    if options.softcap is not None:
-        x = softcapped(xp, x, options.softcap)
-    t = there if labels.index is None else cast(xp, there == labels.index, x.dtype)
+    inputs, x = conditioned(xp, x, mask, labels.counted, options.softcap)
     if mask is not None:
         x = xp.where(mask, x, scalar(xp, -math.inf, x))
-        t = xp.where(mask, t, zero)
-    q = t
-    if options.label_smoothing != 0.0:
-        q = (1.0 - options.label_smoothing) * t + options.label_smoothing / count
-        if mask is not None:
-            q = xp.where(mask, q, zero)
-    for factor in (weight, labels.sample):
-        if factor is not None:
-            t, q = weighted(xp, t, factor), weighted(xp, q, factor)
-    u = total(xp, t, (1,))
-    if labels.counted is not None:
-        q, u = xp.where(labels.counted, q, zero), xp.where(labels.counted, u, zero)
+    t = there if labels.index is None else cast(xp, there == labels.index, x.dtype)
+    q, u = coefficients(xp, t, mask, weight, count, labels, 1, options.label_smoothing)
     return Part(inputs, x, mask, q, u)
 
 
@@ -148,9 +130,4 @@ def gradient_of_part(
     rest = cast(xp, sums.rest, part.x.dtype)
     _, exps = exponentials(xp, part.x, sums.max, Divisor(0, 1.0, 0.0))
     g = (((exps * sums.q - part.q) - part.q * rest) + exps * a) * (1.0 / (1.0 + rest))
-    zero = scalar(xp, 0.0, g)
-    if options.softcap is not None:
-        g = g * softcap_derivative(xp, part.inputs, options.softcap)
-    if part.mask is not None:
-        g = xp.where(part.mask, g, zero)
-    return g if counted is None else xp.where(counted, g, zero)
+    return through_conditions(xp, g, part.inputs, part.mask, counted, options.softcap)
