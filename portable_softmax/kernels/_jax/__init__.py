@@ -98,17 +98,12 @@ softmax = log_softmax = logsumexp = softmax_vjp = log_softmax_vjp = _run
 cross_entropy = cross_entropy_value_and_grad = _run
 
 
-def linear_cross_entropy(request: Request) -> Any:
-    """Return the reduced loss of a linear layer."""
-    return _module("_linear").linear_cross_entropy(*_layer(request))
+def _linear(request: Request) -> Any:
+    """Return the reduced loss of a linear layer, and its gradients if they are asked for."""
+    return getattr(_module("_linear"), request.operation)(*_layer(request))
 
 
-def linear_cross_entropy_value_and_grad(request: Request) -> tuple[Any, Any]:
-    """Return the reduced loss of a linear layer and its gradients."""
-    found: tuple[Any, Any] = _module("_linear").linear_cross_entropy_value_and_grad(
-        *_layer(request)
-    )
-    return found
+linear_cross_entropy = linear_cross_entropy_value_and_grad = _linear
 
 
 def _layer(request: Request) -> tuple[Any, Any, Any]:

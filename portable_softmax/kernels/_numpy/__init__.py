@@ -118,19 +118,8 @@ def log_softmax_vjp(request: Request, masked: bool = True) -> Any:
     return _small.log_softmax_vjp(request, dy, masked)
 
 
-def entmax(request: Request) -> Any:
-    """Probabilities of which many are exactly 0."""
-    return _sparse.entmax(request)
-
-
-def sparsemax(request: Request) -> Any:
-    """Probabilities that are nearest to the logits: an alpha of 2."""
-    return _sparse.entmax(request)
-
-
-def entmax_vjp(request: Request) -> Any:
-    """g * (dy - sum(g * dy) / sum(g))."""
-    return _sparse.entmax_vjp(request)
+entmax = sparsemax = _sparse.entmax  # the latter has an alpha of 2
+entmax_vjp = _sparse.entmax_vjp
 
 
 def _both(request: Request) -> tuple[Layout, Layout] | None:
@@ -152,9 +141,7 @@ def cross_entropy_value_and_grad(request: Request) -> tuple[Any, Any]:
 
 
 def _cast(loss: Any, request: Request) -> Any:
-    answer = request.options.dtype
-    if answer is None:
-        answer = request.result_dtype
+    answer = request.answer_dtype
     return loss if loss.dtype == answer else loss.astype(answer)
 
 

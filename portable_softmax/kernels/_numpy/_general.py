@@ -6,14 +6,12 @@ The array is cut along its longest batch axis, and each piece is worked on as a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from portable_softmax import portable
-from portable_softmax.kernels import _threads
-from portable_softmax.kernels._numpy._layout import THREADED_BYTES, TILE_BYTES
+from portable_softmax.kernels._numpy._layout import TILE_BYTES, on_threads
 from portable_softmax.kernels._request import Request
 
 Cut = tuple[slice, ...]
@@ -38,7 +36,7 @@ def rows(request: Request) -> Any:
             function = getattr(portable, request.operation)
             out[cut] = function(np, tile, axes, where=mask, temperature=request.options.temperature)
 
-    _run(work, x, axes, compute)
+    on_threads(work, _cuts(x, axes, compute), x.nbytes)
     return out
 
 
@@ -67,19 +65,10 @@ def losses(request: Request) -> tuple[Any, Any]:
             grad[cut] = slope if divisor is None else np.divide(slope, divisor, out=slope)
         loss[cut] = np.expand_dims(value, axis)
 
-    _run(work, x, (axis,), compute)
+    on_threads(work, _cuts(x, (axis,), compute), x.nbytes)
     return portable.reduced(np, loss, target, axis, options.reduction).astype(
         request.answer_dtype
     ), grad
-
-
-def _run(work: Callable[[Cut], None], x: Any, axes: tuple[int, ...], compute: Any) -> None:
-    cuts = _cuts(x, axes, compute)
-    if x.nbytes < THREADED_BYTES:
-        for cut in cuts:
-            work(cut)
-    else:
-        _threads.run(work, cuts)
 
 
 def _cuts(x: Any, axes: tuple[int, ...], compute: Any) -> list[Cut]:

@@ -13,6 +13,7 @@ of classes and one of positions:
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -181,11 +182,18 @@ class Layout:
         # longer than that. The user's size is back when the caller's errstate ends.
         if self.axis == 1 and self.x.shape[1] >= 256 and _sums_are_whole():
             np.setbufsize(256)
-        if self.x.nbytes < THREADED_BYTES:
-            for piece in numbered:
-                one(piece)
-        else:
-            _threads.run(one, numbered, at_most=max(2, self.x.nbytes // _BYTES_A_THREAD))
+        on_threads(one, numbered, self.x.nbytes, at_most=max(2, self.x.nbytes // _BYTES_A_THREAD))
+
+
+def on_threads(
+    work: Callable[[Any], None], pieces: list[Any], nbytes: int, at_most: int = sys.maxsize
+) -> None:
+    """Call ``work(piece)`` for each piece of an array, on threads if that is large."""
+    if nbytes < THREADED_BYTES:
+        for piece in pieces:
+            work(piece)
+    else:
+        _threads.run(work, pieces, at_most=at_most)
 
 
 @cache

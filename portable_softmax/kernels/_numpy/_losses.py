@@ -22,7 +22,7 @@ def labels_of(request: Request, layout: Layout | None) -> Any:
     """Return the labels in the layout's positions, or None for what is not worked on here.
 
     That is a distribution, an option that changes the terms of the sum, and a label without a
-    class: `LossCall.target` has the error for it, or the nan.
+    class: `Request.target` has the error for it, or the nan.
     """
     options = request.options
     plain = options.where is None and options.softcap is None

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from portable_softmax import portable
-from portable_softmax.kernels import _threads
-from portable_softmax.kernels._numpy._layout import THREADED_BYTES, TILE_BYTES
+from portable_softmax.kernels._numpy._layout import TILE_BYTES, on_threads
 from portable_softmax.kernels._request import Request
 
 # Shorter rows are not worth packing: timeit sparsemax on rows of 128 to 1024.
@@ -76,11 +75,7 @@ def _row_by_row(request: Request, arrays: tuple[Any, ...], work: Callable[..., N
 
     step = max(1, TILE_BYTES // (n * compute.itemsize))
     pieces = [slice(i, i + step) for i in range(0, len(out), step)]
-    if request.x.nbytes < THREADED_BYTES:
-        for piece in pieces:
-            one(piece)
-    else:
-        _threads.run(one, pieces)
+    on_threads(one, pieces, request.x.nbytes)
     kept = [length for a, length in enumerate(shape) if a not in axes]
     there = out.reshape(*kept, *(shape[a] for a in axes))
     return np.ascontiguousarray(np.moveaxis(there, last, axes))
