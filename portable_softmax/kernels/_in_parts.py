@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 from portable_softmax import libraries, portable
@@ -56,6 +56,77 @@ def tiled(
 def with_axes(a: Any, ndim: int) -> Any:
     """Return an array with axes of length 1 in front, as many as are missing; None as it is."""
     return None if a is None else a[(*(None,) * (ndim - a.ndim), ...)]
+
+
+# --------------------------------------------------------------------------- the softmax family
+
+
+class Rows(NamedTuple):
+    """A call of the softmax family but for its arrays, the same for each part."""
+
+    operation: str
+    axes: tuple[int, ...]
+    temperature: float
+    compute: Any
+    answer: Any
+
+    def fold(self, x: Any, where: Any = None) -> Any:
+        """Return the state of a part."""
+        library = libraries.library_of(x)
+
+        def fold(x: Any, where: Any) -> Any:
+            return portable.fold_part(
+                library.xp, library.cast(x, self.compute), self.axes, where=where,
+                temperature=self.temperature, divide=False,
+            )  # fmt: skip
+
+        return tiled(fold, self.axes, x, with_axes(where, x.ndim), merge=self.merge)
+
+    def merge(self, states: list[Any]) -> Any:
+        """Return the state of all parts."""
+        library = libraries.library_of(states[0][0])
+        return library.quietly(portable.merge, library.xp, states, self.temperature)
+
+    def logsumexp(self, state: Any) -> Any:
+        """Return the logsumexp of whole rows."""
+        library = libraries.library_of(state[0])
+        return library.cast(library.quietly(portable.logsumexp_of, library.xp, *state), self.answer)
+
+    def finish(self, x: Any, m: Any, rest: Any, where: Any) -> Any:
+        """Return the softmax, or its logarithm, of a part from the state of its rows."""
+        library = libraries.library_of(x)
+        xp, function, masked = library.xp, portable.softmax_of, 0.0
+        if self.operation == "log_softmax":
+            function, masked = portable.log_softmax_of, -math.inf
+
+        def finish(x: Any, m: Any, rest: Any, where: Any) -> Any:
+            y = function(xp, library.cast(x, self.compute), m, rest, self.temperature)
+            y = y if where is None else xp.where(where, y, library.scalar(masked, y))
+            return library.cast(y, self.answer)
+
+        return tiled(finish, (), x, m, rest, where)
+
+    def vjp_sums(self, y: Any, dy: Any, merge: Callable[[list[Any]], Any]) -> Any:
+        """Return what a part adds to the sum of softmax_vjp or log_softmax_vjp."""
+        library = libraries.library_of(y)
+        function = getattr(portable, f"{self.operation}_sum")
+
+        def fold(y: Any, dy: Any) -> Any:
+            y, dy = library.cast(y, self.compute), library.cast(dy, self.compute)
+            return function(library.xp, y, dy, self.axes)
+
+        return tiled(fold, self.axes, y, dy, merge=partial(library.quietly, merge))
+
+    def vjp(self, y: Any, dy: Any, sums: Any) -> Any:
+        """Return softmax_vjp or log_softmax_vjp of a part, from the sums of its rows."""
+        library = libraries.library_of(y)
+        function = getattr(portable, f"{self.operation}_of")
+
+        def finish(y: Any, dy: Any, sums: Any) -> Any:
+            y, dy = library.cast(y, self.compute), library.cast(dy, self.compute)
+            return library.cast(function(library.xp, y, dy, sums), self.answer)
+
+        return tiled(finish, (), y, dy, sums)
 
 
 # --------------------------------------------------------------------------- losses

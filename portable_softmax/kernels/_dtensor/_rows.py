@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from portable_softmax import _checks, libraries, portable
-from portable_softmax.kernels._dtensor._mesh import Axes, Place, Reduce, constant, merged
+from portable_softmax.kernels._dtensor._mesh import Place, Reduce, constant, merged
 from portable_softmax.kernels._dtensor._watch import watched
-from portable_softmax.kernels._in_parts import tiled, with_axes
+from portable_softmax.kernels._in_parts import Rows, tiled, with_axes
 from portable_softmax.kernels._request import VJPS, Request
 
 Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
@@ -36,11 +34,13 @@ def in_parts(request: Request, place: Place) -> Any:
         for n, a in (("where", options.where), ("sink", options.sink))
     )
     number = options.sink if isinstance(options.sink, float) else None
-    call = _Call(
+    rows = Rows(
         request.operation, axes, float(options.temperature), request.compute_dtype,
-        request.answer_dtype, number, reduce,
+        request.answer_dtype,
     )  # fmt: skip
-    y = _Rows.apply(call, watched(request.x.to_local(), request), where, sink)
+    y = _Rows.apply(
+        _Call(rows, number, reduce), watched(request.x.to_local(), request), where, sink
+    )
     ones = axes if request.operation == "logsumexp" else ()
     shape = [1 if a in ones else n for a, n in enumerate(place.shape)]
     return place.along(every, shape).holds(y)
@@ -49,33 +49,17 @@ def in_parts(request: Request, place: Place) -> Any:
 class _Call(NamedTuple):
     """A call but for its arrays."""
 
-    operation: str
-    axes: Axes
-    temperature: float
-    compute: Any
-    answer: Any
+    rows: Rows
     sink: float | None
     reduce: Reduce
 
     def state(self, x: Tensor, where: Tensor | None, sink: Tensor | None) -> tuple[Any, Any]:
         """Return the state of whole rows."""
-        library = libraries.library_of(x)
-        xp, axes, temperature = library.xp, self.axes, self.temperature
-
-        def fold(x: Any, where: Any) -> Any:
-            x = library.cast(x, self.compute)
-            return portable.fold_part(
-                xp, x, axes, where=where, temperature=temperature, divide=False
-            )
-
-        def join(parts: list[Any]) -> Any:
-            return portable.merge(xp, parts, temperature)
-
-        m, rest = tiled(fold, axes, x, where, merge=join)
-        m, rest = merged(m, rest, self.reduce, temperature=temperature)
+        m, rest = self.rows.fold(x, where)
+        m, rest = merged(m, rest, self.reduce, temperature=self.rows.temperature)
         if self.sink is not None or sink is not None:
             more = torch.full_like(m, self.sink) if sink is None else sink.to(m.dtype).expand_as(m)
-            m, rest = join([(m, rest), (more, torch.zeros_like(rest))])
+            m, rest = self.rows.merge([(m, rest), (more, torch.zeros_like(rest))])
         return m, rest
 
 
@@ -86,46 +70,39 @@ class _Rows(torch.autograd.Function):
     def forward(
         ctx: Any, call: _Call, x: Tensor, where: Tensor | None, sink: Tensor | None
     ) -> Tensor:
-        x, xp = x.detach(), libraries.namespace(x)
+        x = x.detach()
         where = with_axes(where, x.ndim)
         m, rest = call.state(x, where, sink)
         ctx.call = call
         ctx.save_for_backward(x, where, m, rest)
-        if call.operation == "logsumexp":
-            return portable.logsumexp_of(xp, m, rest).to(call.answer)
-        masked = -math.inf if call.operation == "log_softmax" else 0.0
-        function = getattr(portable, f"{call.operation}_of")
-
-        def finish(x: Any, m: Any, rest: Any, where: Any) -> Any:
-            y = function(xp, x.to(call.compute), m, rest, call.temperature)
-            return (y if where is None else torch.where(where, y, masked)).to(call.answer)
-
-        return tiled(finish, (), x, m, rest, where)
+        if call.rows.operation == "logsumexp":
+            return call.rows.logsumexp((m, rest))
+        return call.rows.finish(x, m, rest, where)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, where, m, rest = ctx.saved_tensors
         call: _Call = ctx.call
-        axes, xp = call.axes, libraries.namespace(x)
+        (operation, axes, temperature, compute, _), xp = call.rows, libraries.namespace(x)
 
         def gradient(x: Any, dy: Any, m: Any, rest: Any, where: Any, sums: Any) -> Any:
-            p = portable.softmax_of(xp, x.to(call.compute), m, rest, call.temperature)
-            dy = dy.to(call.compute)
+            p = portable.softmax_of(xp, x.to(compute), m, rest, temperature)
+            dy = dy.to(compute)
             if where is not None:
                 p, dy = torch.where(where, p, 0.0), torch.where(where, dy, 0.0)
-            if call.operation == "logsumexp":
+            if operation == "logsumexp":
                 found = torch.where(torch.isinf(m), 0.0, p * dy)
             elif sums is None:
-                each = p * dy if call.operation == "softmax" else dy
+                each = p * dy if operation == "softmax" else dy
                 return portable.total(xp, each, axes)
             else:
-                found = p * (dy - sums) if call.operation == "softmax" else dy - p * sums
-            found = found if call.temperature == 1.0 else found / call.temperature
+                found = p * (dy - sums) if operation == "softmax" else dy - p * sums
+            found = found if temperature == 1.0 else found / temperature
             return (found if where is None else torch.where(where, found, 0.0)).to(x.dtype)
 
         sums = None
-        if call.operation != "logsumexp":
+        if operation != "logsumexp":
             sums = tiled(gradient, axes, x, dy, m, rest, where, None, merge=_added)
             sums = call.reduce(sums, "sum")
         return None, tiled(gradient, (), x, dy, m, rest, where, sums), None, None
@@ -137,13 +114,6 @@ def _added(parts: list[Tensor]) -> Tensor:
 
 def _vjp(request: Request, reduce: Reduce, y: Tensor, dy: Tensor) -> Tensor:
     """Return softmax_vjp or log_softmax_vjp of a shard."""
-    xp, axes, c = libraries.namespace(y), request.axes, request.compute_dtype
-    summed = getattr(portable, f"{request.operation}_sum")
-    function = getattr(portable, f"{request.operation}_of")
-    sums = tiled(lambda y, dy: summed(xp, y.to(c), dy.to(c), axes), axes, y, dy, merge=_added)
-    finish = partial(_finished, function, xp, c, request.result_dtype)
-    return tiled(finish, (), y, dy, reduce(sums, "sum"))
-
-
-def _finished(function: Any, xp: Any, c: Any, answer: Any, y: Any, dy: Any, sums: Any) -> Any:
-    return function(xp, y.to(c), dy.to(c), sums).to(answer)
+    compute, answer = request.compute_dtype, request.result_dtype
+    rows = Rows(request.operation, request.axes, 1.0, compute, answer)
+    return rows.vjp(y, dy, reduce(rows.vjp_sums(y, dy, _added), "sum"))
