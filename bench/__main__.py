@@ -35,7 +35,7 @@ from bench import (
     transforms,
     versus,
 )
-from bench.errors import CommandError
+from bench.errors import CommandError, chosen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,7 +114,7 @@ def run_memory(args: argparse.Namespace, argv: list[str]) -> int:
     load = report.load()
     if why := memory.why_not():
         raise CommandError(why)
-    operations = memory.parse_operations(args.ops)
+    operations = chosen("operation", args.ops, memory.OPERATIONS)
     shapes = speed.parse_shapes(
         args.shapes or (memory.QUICK_SHAPES if args.quick else memory.SHAPES)
     )
@@ -331,11 +331,7 @@ def _judged_dtypes(text: str) -> tuple[list[str], list[str]]:
 
 
 def _dtypes(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in exact.FORMATS:
-            raise CommandError(f"unknown dtype {name!r}; choose from {', '.join(exact.FORMATS)}")
-    return names
+    return chosen("dtype", text, exact.FORMATS)
 
 
 COMMANDS = {

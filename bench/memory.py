@@ -72,14 +72,6 @@ class Cell:
         return not self.problem and self.ratio <= self.ceiling
 
 
-def parse_operations(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in OPERATIONS:
-            raise CommandError(f"unknown operation {name!r}; choose from {', '.join(OPERATIONS)}")
-    return names
-
-
 def check(shapes: list[tuple[int, int]], dtypes: list[str]) -> None:
     """Raise for arrays that are too small to be measured."""
     for dtype in dtypes:

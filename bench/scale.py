@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bench import memory, scale_chunks, scale_linear, scale_ranks, scale_worker, speed
-from bench.errors import CommandError
+from bench.errors import CommandError, chosen
 
 # Each has HEADINGS, LEGEND and `cells(rows)`.
 PARTS: dict[str, Any] = {
@@ -35,10 +35,8 @@ _NEEDED = {
 def parse_parts(text: str) -> list[str]:
     if why := memory.why_not():
         raise CommandError(why)
-    names = text.split(",")
+    names = chosen("part", text, PARTS)
     for name in names:
-        if name not in PARTS:
-            raise CommandError(f"unknown part {name!r}; choose from {', '.join(PARTS)}")
         for module in _NEEDED[name]:
             if importlib.util.find_spec(module) is None:
                 needed = "'portable_softmax[bench,peers,dask]' distributed"

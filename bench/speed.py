@@ -21,7 +21,7 @@ import numpy as np
 
 from bench import copies, gpu, places, providers
 from bench.answers import Answers
-from bench.errors import CommandError, one_line
+from bench.errors import CommandError, chosen, one_line
 from bench.peers import BACKWARD, FAMILY, LOGITS, OPERATIONS, TIMED, YES_OR_NO
 from bench.places import Place
 from bench.providers import Provider
@@ -309,12 +309,7 @@ def _fill(row: Row, times: list[float], clock: gpu.Clock) -> None:
 
 
 def parse_operations(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in (*OPERATIONS, *TIMED):
-            known = ", ".join((*OPERATIONS, *TIMED))
-            raise CommandError(f"unknown operation {name!r}; choose from {known}")
-    return names
+    return chosen("operation", text, (*OPERATIONS, *TIMED))
 
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:
