@@ -55,7 +55,7 @@ def tiled(
 
 def with_axes(a: Any, ndim: int) -> Any:
     """Return an array with axes of length 1 in front, as many as are missing; None as it is."""
-    return None if a is None else a[(*(None,) * (ndim - a.ndim), ...)]
+    return None if a is None else portable.with_axes(a, ndim)
 
 
 # --------------------------------------------------------------------------- the softmax family

@@ -85,5 +85,6 @@ from portable_softmax.portable._softmax import (
     softmax_vjp,
     softmax_vjp_of,
     softmax_vjp_sum,
+    with_axes,
 )
 from portable_softmax.portable._sums import total

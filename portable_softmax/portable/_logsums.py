@@ -8,7 +8,7 @@ from typing import Any
 from portable_softmax import libraries
 from portable_softmax._typing import Namespace
 from portable_softmax.libraries import cast, constant, scalar
-from portable_softmax.portable._softmax import masked
+from portable_softmax.portable._softmax import masked, with_axes
 from portable_softmax.portable._state import fold, maximum
 from portable_softmax.portable._sums import total
 
@@ -29,7 +29,7 @@ def logmeanexp(xp: Namespace, x: Any, axes: Axes, *, where: Any = None) -> Any:
         n = _count(xp, x, axes)
     else:
         x, some = masked(xp, x, where, axes)
-        part = xp.broadcast_to(where[(*(None,) * (x.ndim - where.ndim), ...)], x.shape)
+        part = xp.broadcast_to(with_axes(where, x.ndim), x.shape)
         n = total(xp, cast(xp, part, x.dtype), axes)
         n = xp.where(some, n, scalar(xp, 1.0, n))
     m = maximum(xp, x, axes)

@@ -11,14 +11,19 @@ exp(-g softplus), and 1 - p is the sigmoid of -z: nothing is subtracted from 1.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 from portable_softmax._typing import Namespace
 from portable_softmax.libraries import constant, scalar
-from portable_softmax.portable._cross_entropy import EVERY, mean_divisor, nothing_to_inf
+from portable_softmax.portable._cross_entropy import (
+    EVERY,
+    mean_divisor,
+    nothing_to_inf,
+    reduced,
+    weighted,
+)
 from portable_softmax.portable._divisor import divisor, halves, times_power_of_2
-from portable_softmax.portable._sums import total
+from portable_softmax.portable._softmax import with_axes
 
 
 class SigmoidOptions(NamedTuple):
@@ -72,17 +77,11 @@ def _coefficients(xp: Namespace, t: Any, options: SigmoidOptions) -> tuple[Any, 
         # Of both: 1 - (1 - smoothing / 2) would have few digits.
         yes, no = ((1.0 - smoothing) * each + smoothing / 2.0 for each in (yes, no))
     if options.pos_weight is not None:
-        yes = _weighted(xp, yes, options.pos_weight)
+        yes = weighted(xp, yes, with_axes(options.pos_weight, t.ndim))
     if options.weight is not None:
-        yes, no = _weighted(xp, yes, options.weight), _weighted(xp, no, options.weight)
+        weight = with_axes(options.weight, t.ndim)
+        yes, no = weighted(xp, yes, weight), weighted(xp, no, weight)
     return yes, no
-
-
-def _weighted(xp: Namespace, coefficient: Any, weight: Any) -> Any:
-    """Return coefficient * weight, 0 where the coefficient is 0, whatever the weight."""
-    weight = weight[(*(None,) * (coefficient.ndim - weight.ndim), ...)]
-    never = (coefficient == 0) & ~xp.isfinite(weight)
-    return coefficient * xp.where(never, scalar(xp, 0.0, weight), weight)
 
 
 def _where_it_counts(xp: Namespace, y: Any, coefficient: Any) -> Any:
@@ -135,11 +134,4 @@ def sigmoid(xp: Namespace, y: Any) -> Any:
 
 
 def _reduced(xp: Namespace, loss: Any, reduction: str) -> Any:
-    if reduction == "none":
-        return loss
-    summed = xp.sum(total(xp, loss, tuple(range(loss.ndim))))
-    if reduction == "sum":
-        return summed
-    if 0 in loss.shape:
-        return summed + math.nan  # the mean of nothing
-    return summed / mean_divisor(xp, loss, EVERY)
+    return loss if reduction == "none" else reduced(xp, loss, EVERY, 0, reduction)

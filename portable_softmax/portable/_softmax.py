@@ -20,6 +20,11 @@ Axes = tuple[int, ...]
 # --------------------------------------------------------------------------- masks
 
 
+def with_axes(x: Any, ndim: int) -> Any:
+    """Return an array with axes of length 1 in front, as many as are missing."""
+    return x[(*(None,) * (ndim - x.ndim), ...)]
+
+
 def masked(xp: Namespace, x: Any, where: Any, axes: Axes) -> tuple[Any, Any]:
     """Give masked entries the logit -inf, and rows without any other entry the logits 0.
 
@@ -27,7 +32,7 @@ def masked(xp: Namespace, x: Any, where: Any, axes: Axes) -> tuple[Any, Any]:
     value nor a derivative. A row of zeros keeps every derivative of an empty row finite; the caller
     overwrites its values.
     """
-    where = where[(*(None,) * (x.ndim - where.ndim), ...)]
+    where = with_axes(where, x.ndim)
     some = xp.any(where, axis=axes, keepdims=True)
     x = xp.where(where, x, scalar(xp, -math.inf, x))
     return xp.where(some, x, scalar(xp, 0.0, x)), some
@@ -115,7 +120,7 @@ def laid_out(xp: Namespace, sink: Any, x: Any) -> Any:
     """Return the sink, a number or an array, with as many axes as `x`."""
     if isinstance(sink, int | float):
         sink = scalar(xp, sink, x)
-    return sink[(*(None,) * (x.ndim - sink.ndim), ...)]
+    return with_axes(sink, x.ndim)
 
 
 def log_softmax_vjp(xp: Namespace, log_y: Any, dy: Any, axes: Axes) -> Any:
@@ -154,7 +159,7 @@ def logsumexp(
     """Return log s of s = sum(b * exp(x)) and None, or log|s| and s/|s|; the axes are kept."""
     some = None
     if b is not None:
-        b = b[(*(None,) * (x.ndim - b.ndim), ...)]
+        b = with_axes(b, x.ndim)
     if where is not None:
         x, some = masked(xp, x, where, axes)
         if b is not None:
