@@ -113,6 +113,21 @@ class Layout:
         cut = out.reshape(self.x.shape)
         return (out if np.may_share_memory(cut, out) else cut.reshape(out.shape)), cut
 
+    def fill(
+        self, request: Request, dtype: Any, work: Callable[[Any, Any, Any, Buffers], None]
+    ) -> Any:
+        """Return what ``work(x, y, piece, buffers)`` writes: y for a tile x, which may be y."""
+        out, answers = self.answers(request, dtype)
+
+        def one(_: int, piece: Any, buffers: Buffers) -> None:
+            x, target = self.read(piece, buffers), self.view(answers, piece)
+            y = x if self.copies else target
+            work(x, y, piece, buffers)
+            self.write(y, target)
+
+        self.run(one)
+        return out
+
     def view(self, array: Any, piece: Any) -> Any:
         """Return a piece of an array of this shape, with the classes along `axis`."""
         if self.stacked:

@@ -18,49 +18,39 @@ from portable_softmax.kernels._request import Request
 
 def softmax(request: Request, layout: Layout) -> Any:
     """exp(x) / sum(exp(x)), in the range of exp by a shift of `_maths.base`."""
-    (out, answers), axis = layout.answers(request, request.answer_dtype), layout.axis
 
-    def work(_: int, piece: Any, buffers: Buffers) -> None:
-        x, target = layout.read(piece, buffers), layout.view(answers, piece)
-        y = x if layout.copies else target
-        s = _maths.exps(x, y, axis, buffers, request.options.temperature)
+    def work(x: Any, y: Any, _: Any, buffers: Buffers) -> None:
+        s = _maths.exps(x, y, layout.axis, buffers, request.options.temperature)
         np.divide(y, s, out=y)
-        layout.write(y, target)
 
-    layout.run(work)
-    return out
+    return layout.fill(request, request.answer_dtype, work)
 
 
 def log_softmax(request: Request, layout: Layout) -> Any:
     """(x - max) - log1p(rest)."""
     if request.options.temperature != 1.0:
         return _log_softmax_with_temperature(request, layout)
-    (out, answers), axis = layout.answers(request, request.answer_dtype), layout.axis
+    axis = layout.axis
 
     def precise(x: Any, y: Any, buffers: Buffers) -> None:
         m, rest = _maths.fold(x, None, axis, buffers)
         np.subtract(x, m, out=y)
         np.subtract(y, np.log1p(rest), out=y)
 
-    def work(_: int, piece: Any, buffers: Buffers) -> None:
-        x, target = layout.read(piece, buffers), layout.view(answers, piece)
-        y = x if layout.copies else target
+    def work(x: Any, y: Any, piece: Any, buffers: Buffers) -> None:
         m, rest, _, _, unfit = _maths.plain(x, None, axis, buffers)
         if unfit is None or unfit.size < rest.size:
             np.subtract(x, m, out=y)
             np.subtract(y, np.log1p(rest), out=y)
         if unfit is not None:
             layout.redo(piece, unfit, y, buffers, lambda x, y: precise(x, y, buffers))
-        layout.write(y, target)
 
-    layout.run(work)
-    return out
+    return layout.fill(request, request.answer_dtype, work)
 
 
 def _log_softmax_with_temperature(request: Request, layout: Layout) -> Any:
     """d - log(sum exp d) with d = (x - max) / temperature, and the portable form in some rows."""
-    (out, answers), axis = layout.answers(request, request.answer_dtype), layout.axis
-    temperature = request.options.temperature
+    axis, temperature = layout.axis, request.options.temperature
     # From a sum of 2 on the maximum's 1 costs no digits. Of 1 + C exp(-7) at most 1/e comes from
     # below -8, where the rounding errors of d count.
     enough = 1.0 + max(1.0, layout.x.shape[1] * math.exp(-7.0))
@@ -68,9 +58,7 @@ def _log_softmax_with_temperature(request: Request, layout: Layout) -> Any:
     def precise(x: Any, y: Any) -> None:
         y[...] = portable.log_softmax(np, x, (axis,), temperature=temperature)
 
-    def work(_: int, piece: Any, buffers: Buffers) -> None:
-        x, target = layout.read(piece, buffers), layout.view(answers, piece)
-        y = x if layout.copies else target
+    def work(x: Any, y: Any, piece: Any, buffers: Buffers) -> None:
         sums = _maths.Sums()
         for d in _maths.shifted(x, y, axis, temperature):
             e = np.exp(d, out=buffers.take("exps", d.shape))
@@ -80,10 +68,8 @@ def _log_softmax_with_temperature(request: Request, layout: Layout) -> Any:
         unfit = np.flatnonzero(~(s >= enough))
         if unfit.size:
             layout.redo(piece, unfit, y, buffers, precise)
-        layout.write(y, target)
 
-    layout.run(work)
-    return out
+    return layout.fill(request, request.answer_dtype, work)
 
 
 def logsumexp(request: Request, layout: Layout) -> Any:

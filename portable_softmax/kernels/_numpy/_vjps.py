@@ -42,10 +42,9 @@ def log_softmax_vjp(
     request: Request, layout: Layout, upstream: Layout, *, masked: bool = True
 ) -> Any:
     """dy - exp(log_y) * sum(dy), and if entries are masked where log_y is not -inf."""
-    (out, answers), axis = layout.answers(request, request.result_dtype), layout.axis
+    axis = layout.axis
 
-    def work(_: int, piece: Any, buffers: Buffers) -> None:
-        log_y, target = layout.read(piece, buffers), layout.view(answers, piece)
+    def work(log_y: Any, dx: Any, piece: Any, buffers: Buffers) -> None:
         dy = upstream.read(piece, buffers, "upstream")
         if masked and not (log_y.min() > -math.inf and log_y.max() < math.inf):
             # A masked entry stays at -inf for every logit: nothing flows to it, or from it.
@@ -53,7 +52,6 @@ def log_softmax_vjp(
             np.copyto(kept, dy)
             np.copyto(kept, 0.0, where=np.isinf(log_y))
             dy = kept
-        dx = log_y if layout.copies else target
         sums = _maths.Sums()
         for cut in chunks(dy, axis):
             sums.add(_maths.total(dy[cut], axis, buffers))
@@ -63,7 +61,5 @@ def log_softmax_vjp(
         np.multiply(dx, s, out=dx)
         np.subtract(dy, dx, out=dx)
         _maths.mend(dx, s, confident)
-        layout.write(dx, target)
 
-    layout.run(work)
-    return out
+    return layout.fill(request, request.result_dtype, work)
