@@ -13,6 +13,7 @@ class Dpnp(Library):
     """On any device of SYCL; reading a value waits for the device."""
 
     gathers = True
+    looks_at_subnormals = False  # that waits for the device
     numpy_dtypes = True
 
     def __init__(self, xp: Namespace, name: str) -> None:
@@ -29,10 +30,6 @@ class Dpnp(Library):
     def reads_values(self, x: Any) -> bool:
         """Return True."""
         return True
-
-    def looks_again(self, x: Any) -> bool:
-        """Return False: that waits for the device."""
-        return False
 
 
 class _Namespace(Adapted):

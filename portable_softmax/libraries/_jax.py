@@ -15,6 +15,7 @@ class Jax(Library):
     """XLA fuses a masked sum into the pass that runs anyway, so that it does not gather."""
 
     differentiates = True
+    looks_at_subnormals = False  # XLA takes them for 0
 
     def device(self, x: Any) -> Any:
         """Return None: what is made beside `x` goes where it is used."""
@@ -88,10 +89,6 @@ class Jax(Library):
     def follows(self, *values: Any) -> bool:
         """Return whether one is a tracer, of whichever transform."""
         return any(_is_traced(x) for x in values)
-
-    def looks_again(self, x: Any) -> bool:
-        """Return False: XLA takes subnormal numbers for 0."""
-        return False
 
     def tracing(self, *arrays: Any) -> str:
         """Return ``"traced"`` under jit, grad, vmap and so on."""

@@ -75,6 +75,9 @@ class Library:
     """Whether arrays are split into chunks, so that slicing one adds to a task graph."""
     writes = False
     """Whether an answer can be written to an array that is given."""
+    looks_at_subnormals = True
+    """Whether what subnormal numbers cost a sum may be looked for: not where that waits for a
+    device, nor where they are taken for 0 anyway."""
     numpy_dtypes = False
     """Whether dtypes are NumPy's: whatever NumPy takes for one is one."""
     only_device = ""
@@ -306,11 +309,8 @@ class Library:
         return not (self.lazy or compat.is_lazy_array(x))
 
     def looks_again(self, x: Any) -> bool:
-        """Return whether a rare case that costs another pass is looked for in `x`.
-
-        Not where that waits for a device, nor where subnormal numbers are taken for 0 anyway.
-        """
-        return self.reads_values(x)
+        """Return whether a rare case that costs another pass is looked for in `x`."""
+        return self.looks_at_subnormals and self.reads_values(x)
 
     def tracing(self, *arrays: Any) -> str:
         """Return what follows or replaces the values of these arrays; empty for ordinary ones.
