@@ -14,6 +14,7 @@ from portable_softmax.libraries import Library
 class Shelf(Library):
     """shelf's arrays have no attribute `device`, and their sums along any axis are NumPy's."""
 
+    only_device = "cpu"  # no function of shelf takes a device
     kernels = (
         Kernel(
             name="shelf rows",
@@ -24,17 +25,6 @@ class Shelf(Library):
             dtypes=("float32", "float64"),
         ),
     )
-
-    def device(self, x: Any) -> None:
-        """Return None: no function of shelf takes a device."""
-
-    def device_type(self, x: Any) -> str:
-        """Return the one kind of device."""
-        return "cpu"
-
-    def same_device(self, x: Any, other: Any) -> bool:
-        """Return that any two arrays may be computed with together."""
-        return True
 
     def longest_sum(self, x: Any, axis: int) -> float:
         """Return the length up to which a running sum keeps its digits."""
