@@ -85,6 +85,8 @@ except ImportError:
     start_nox()
 
 if __name__ == "__main__":  # from here on, nox reads this file as its module
+    # Images of containers set it, and then each of hundreds of processes compiles all it imports.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.argv[1:1] = ["--noxfile", __file__]  # wherever it was called from
     sys.exit(nox.main())
 
