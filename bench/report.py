@@ -11,6 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,26 @@ def _console() -> Any:
 
 
 def load() -> float | None:
-    """Return how many processes wanted a core during the last minute; None on Windows."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    """Return how many cores are in use just now; None where the system does not tell.
+
+    What it tells of the last minute counts the run before this one.
+    """
+    try:
+        before = _ticks()
+        time.sleep(0.1)
+        working, ticks = (now - then for now, then in zip(_ticks(), before, strict=True))
+    except OSError:  # not Linux
+        return None
+    return copies.cores() * working / max(ticks, 1)
+
+
+def _ticks() -> tuple[int, int]:
+    """Return how many ticks the cores have worked since the system started, and all ticks."""
+    user, nice, system, idle, waiting, *interrupts = map(
+        int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+    )
+    working = user + nice + system + sum(interrupts)
+    return working, working + idle + waiting
 
 
 def provenance(argv: Sequence[str], load_before: float | None) -> dict[str, Any]:

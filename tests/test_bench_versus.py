@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import portable_softmax
-from bench import speed, versus
+from bench import report, speed, versus
 from bench.__main__ import main
 from bench.errors import CommandError
 
@@ -60,8 +60,17 @@ def test_each_tree_runs_its_own_package(other, mode, tmp_path, capsys):
     assert "1 cells, geometric mean" in capsys.readouterr().out
 
 
-def test_a_cell_over_the_limit_fails(other, capsys):
-    assert run(other, "--shapes", "4x3", "--limit", "0.01") == 1
+def test_a_cell_over_the_limit_fails(other, monkeypatch, tmp_path, capsys):
+    """The load that is reported is that before any process of the run."""
+    started, start = [], versus.Tree.__init__
+    monkeypatch.setattr(
+        versus.Tree, "__init__", lambda *given: (started.append(given), start(*given))[1]
+    )
+    monkeypatch.setattr(report, "load", lambda: 100.0 * len(started))
+    path = tmp_path / "versus.json"
+    assert run(other, "--shapes", "4x3", "--limit", "0.01", "--json", str(path)) == 1
+    assert started
+    assert json.loads(path.read_text())["machine"]["load_before"] == 0
     out = capsys.readouterr().out
     assert "SLOWER" in out
     assert "1 over 0.01 or wrong" in out
