@@ -654,7 +654,7 @@ def test_the_mark_of_a_constant_is_what_torch_sets(torch):
 
 @pytest.mark.parametrize("what", PRIVATE)
 @pytest.mark.slow("fresh processes import torch, and compile")
-def test_without_a_private_name_calls_take_the_portable_path(what):
+def test_without_a_private_name_calls_take_the_portable_path(arrays_of, what):
     """As in a version of torch that does not have it."""
     program = f"""
 import portable_softmax as ps
@@ -705,7 +705,7 @@ def in_a_fresh_process(program):
     ids=["torch first", "torch last"],
 )
 @pytest.mark.slow("fresh processes import torch, and compile")
-def test_the_first_call_of_all_may_be_a_traced_one(imports):
+def test_the_first_call_of_all_may_be_a_traced_one(arrays_of, imports):
     """It warns of nothing, and no call of another library or dtype makes it compile again."""
     found = in_a_fresh_process(f"""
 {imports}

@@ -399,8 +399,8 @@ def test_torch_differentiates_with_respect_to_a_state(torch, xp):
     assert torch.autograd.gradcheck(logsumexp, given)
 
 
-@pytest.mark.slow("torch.compile compiles C++", "torch", "torch-portable", "torch-numba", "triton")
-def test_torch_compiles(torch, xp):
+@pytest.mark.slow("torch.compile compiles C++")
+def test_torch_compiles(torch, xp, arrays_of):
     compiled = torch.compile(_through_parts, fullgraph=True, dynamic=False)
     x = xp.asarray(POINTS).requires_grad_()
     loss = compiled(x, 0)
