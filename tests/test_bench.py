@@ -2,7 +2,9 @@
 
 import ast
 import json
+import os
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,17 @@ import pytest
 import reference
 
 import portable_softmax
-from bench import accuracy, accuracy_family, exact, exact_family, families, peers, providers, report
+from bench import (
+    accuracy,
+    accuracy_family,
+    copies,
+    exact,
+    exact_family,
+    families,
+    peers,
+    providers,
+    report,
+)
 from bench.__main__ import main
 from portable_softmax import kernels
 
@@ -157,6 +169,27 @@ def test_a_unit_is_the_spacing_of_numbers(dtype):
     )
     units = exact.unit(values.astype(np.longdouble), dtype)
     np.testing.assert_array_equal(units, np.spacing(values).astype(np.longdouble))
+
+
+# --------------------------------------------------------------------------- other processes
+
+
+@pytest.mark.once
+def test_the_load_is_the_share_of_the_cores_that_work(monkeypatch):
+    ticks = iter([(1000, 9000), (1015, 9020)])
+    monkeypatch.setattr(report, "_ticks", lambda: next(ticks))
+    monkeypatch.setattr(copies, "cores", lambda: 2)
+    assert report.load() == 1.5
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux tells it there")
+def test_a_core_that_works_is_counted():
+    before, until = report._ticks(), time.process_time() + 0.2
+    while time.process_time() < until:
+        pass
+    working, ticks = (now - then for now, then in zip(report._ticks(), before, strict=True))
+    assert 0.15 * os.sysconf("SC_CLK_TCK") < working <= ticks
 
 
 # --------------------------------------------------------------------------- what it stands on
