@@ -15,6 +15,7 @@ import pytest
 import portable_softmax as ps
 
 ROWS = ("softmax", "log_softmax", "logsumexp")
+_SLOW = pytest.mark.slow("Numba compiles every kernel for this dtype", "numba", "torch-numba")
 
 
 # --------------------------------------------------------------------------- the rows beside a row
@@ -36,7 +37,7 @@ def different_rows(n: int, m: int, dtype: str) -> np.ndarray:
 
 
 @pytest.mark.slow("XLA compiles each function for each shape", "jax")
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", pytest.param("float16", marks=_SLOW)])
 @pytest.mark.parametrize(
     "shape", [(1, 5), (9, 3), (40, 10), (19, 257), (70, 130), (5, 5000)], ids=str
 )
