@@ -40,6 +40,7 @@ def kernel(name: str) -> Callable[[Any], Any]:
 
     def compiled(python_function: Any) -> Any:
         dispatcher = njit(nogil=True, error_model="numpy")(named(python_function, name))
+        # A kernel goes uncached where Numba's cache classes differ from those known here.
         with suppress(AttributeError, TypeError, NotImplementedError):
             if (files := kept(python_function, name)) is not None:
                 dispatcher._cache = files
