@@ -39,6 +39,7 @@ def exact_rows(function, x):
     return [v for row in x for v in function(reference.exact(row))]
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @PATHS
 def test_the_float32_answer_of_half_types_is_not_rounded_again(xp, path):
     float32 = dtype_of(xp, "float32")
@@ -87,6 +88,7 @@ def test_the_gradient_keeps_the_dtype_of_the_logits(xp, path, reduction):
             np.testing.assert_array_equal(again, xp.numpy(rounded))
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @PATHS
 def test_a_wider_dtype_is_computed_in(xp, path):
     """The digits are those of a float64 array, without one."""
@@ -106,6 +108,7 @@ def test_a_wider_dtype_is_computed_in(xp, path):
         assert_like(xp, grad, (4, 6), "float32")
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @PATHS
 def test_a_narrower_dtype_is_rounded_once(xp, path):
     x, float32, labels = xp.asarray(LOGITS), dtype_of(xp, "float32"), xp.asarray(LABELS)
@@ -308,7 +311,7 @@ def test_jax_differentiates_through_it(xp, jax, name):
 
         grad = jax.jit(jax.grad(total))(x)
         assert grad.dtype == x.dtype
-        expected = jax.grad(lambda x: total(x, float))(x.astype(float))
+        expected = jax.jit(jax.grad(lambda x: total(x, float)))(x.astype(float))
         unit = float(jnp.finfo(x.dtype).eps)
         size = float(jnp.abs(expected).max())
         np.testing.assert_allclose(

@@ -8,6 +8,7 @@ import reference
 from asserts import assert_close, assert_like, assert_same
 from mpmath import mp, mpf
 from test_entmax import exact_entmax
+from test_family import gradient
 
 import portable_softmax as ps
 
@@ -52,19 +53,33 @@ def targets(kind):
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_golden(xp, alpha, kind):
     labels, t = targets(kind)
-    found = [exact_loss(row, to, alpha) for row, to in zip(LOGITS, t, strict=True)]
-    losses = np.asarray([float(loss) for loss, _ in found])
-    slopes = np.asarray([[float(v) for v in slope] for _, slope in found])
+    exact = [exact_loss(row, to, alpha) for row, to in zip(LOGITS, t, strict=True)]
+    losses = np.asarray([float(loss) for loss, _ in exact])
+    slopes = np.asarray([[float(v) for v in slope] for _, slope in exact])
     weights = np.asarray([0.5, 2.0, 1.0, 0.0])
-    for s, given in ((np.ones(4), None), (weights, xp.asarray(weights))):
-        for reduction, scale in (("mean", s.sum()), ("sum", 1), ("none", 1)):
-            options = {"alpha": alpha, "reduction": reduction, "sample_weight": given}
-            arguments = xp.asarray(LOGITS), xp.asarray(labels)
-            loss, grad = ps.entmax_loss_value_and_grad(*arguments, **options)
-            expected = s * losses if reduction == "none" else (s * losses).sum() / scale
-            assert_close(xp, loss, expected, rtol=1e-13, atol=2e-15)
-            assert_close(xp, grad, s[:, None] * slopes / scale, rtol=1e-12, atol=2e-15)
-            assert_same(xp, ps.entmax_loss(*arguments, **options), loss)
+    every = [
+        (s, scale, {"alpha": alpha, "reduction": reduction, "sample_weight": given})
+        for s, given in ((np.ones(4), None), (weights, xp.asarray(weights)))
+        for reduction, scale in (("mean", s.sum()), ("sum", 1), ("none", 1))
+    ]
+
+    @xp.program
+    def answers(x, labels):
+        return [
+            (
+                ps.entmax_loss_value_and_grad(x, labels, **options),
+                ps.entmax_loss(x, labels, **options),
+            )
+            for *_, options in every
+        ]
+
+    found = answers(xp.asarray(LOGITS), xp.asarray(labels))
+    for (s, scale, options), ((loss, grad), alone) in zip(every, found, strict=True):
+        none = options["reduction"] == "none"
+        expected = s * losses if none else (s * losses).sum() / scale
+        assert_close(xp, loss, expected, rtol=1e-13, atol=2e-15)
+        assert_close(xp, grad, s[:, None] * slopes / scale, rtol=1e-12, atol=2e-15)
+        assert_same(xp, alone, loss)
 
 
 def test_alpha_1_is_cross_entropy(xp):
@@ -88,6 +103,14 @@ def test_it_is_never_negative_and_0_at_its_own_probabilities(xp, alpha):
     own = ps.entmax(xp.asarray(x), alpha=alpha)
     losses = xp.numpy(ps.entmax_loss(xp.asarray(x), own, **options))
     np.testing.assert_allclose(losses, 0.0, atol=2e-6)
+
+
+def test_equal_maxima_share_the_gradient_of_the_loss_of_an_argmax(xp):
+    if not xp.differentiates:
+        pytest.skip(f"{xp.name} does not differentiate")
+    x = np.asarray([-2.0, -2.0, 1.5, 1.5])
+    (grad,) = gradient(xp, lambda x: ps.entmax_loss(x, xp.asarray(0), alpha=np.inf), x)
+    np.testing.assert_array_equal(grad, [-1.0, 0.0, 0.5, 0.5])
 
 
 def test_a_label_far_ahead_has_no_loss_and_no_gradient(xp):

@@ -116,6 +116,7 @@ def test_divergence_of_random_rows_is_never_negative(xp):
         assert (xp.numpy(each) >= 0).all()
 
 
+@pytest.mark.slow("XLA compiles each option", "jax")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_divergence_with_its_options(xp, reduction):
     rng = np.random.default_rng(32)
@@ -179,6 +180,7 @@ def test_the_mean_of_exponents_close_to_each_other(xp, dtype):
     assert reference.ulps(actual, [exact_mean(reference.exact(x))]) <= 6
 
 
+@pytest.mark.slow("XLA compiles each option", "jax")
 def test_logmeanexp_with_its_options(xp):
     rng = np.random.default_rng(35)
     x, mask = rng.normal(size=(3, 4, 5)), rng.random((3, 4, 5)) < 0.6
@@ -236,6 +238,7 @@ def test_the_confident_end_of_running_sums(xp):
 # --------------------------------------------------------------------------- derivatives
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_gradient_of_entropy(xp, dtype):
     """The documented formula, in many digits."""
@@ -254,6 +257,7 @@ def test_the_gradient_of_entropy(xp, dtype):
                 assert abs(mpf(float(value)) + mp.exp(log) * (log + exact_h)) <= bound, name
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_gradients_of_divergence(xp, reduction):
     """The documented formulas, in many digits; q - p keeps its digits where q is near p."""
@@ -302,8 +306,8 @@ def gradient(xp, f, *arrays):
         return [xp.numpy(g) for g in xp.xp.vjp(f, given, [xp.asarray(1.0)])[1]]
     import jax
 
-    found = jax.grad(f, argnums=tuple(range(len(arrays))))(*map(xp.asarray, arrays))
-    return [xp.numpy(g) for g in found]
+    slopes = jax.jit(jax.grad(f, argnums=tuple(range(len(arrays)))))
+    return [xp.numpy(g) for g in slopes(*map(xp.asarray, arrays))]
 
 
 @pytest.fixture

@@ -155,7 +155,7 @@ def test_no_rank_is_promoted(jax, xp, path):
     with switch, jax.numpy_rank_promotion("raise"):
         for f in functions:
             f(x)
-            jax.grad(lambda x, f=f: f(x).sum())(x)
+            jax.eval_shape(jax.grad(lambda x, f=f: f(x).sum()), x)
 
 
 def test_nothing_is_transferred_implicitly(jax, xp):
@@ -195,6 +195,6 @@ def test_an_ignored_row_takes_no_upstream_gradient(jax, xp, upstream, path):
     with switch:
         for reduction in ("none", "sum", "mean"):
             loss = lambda x, r=reduction: ps.cross_entropy(x, t, ignore_index=-1, reduction=r)  # noqa: E731
-            value, pull_back = jax.vjp(loss, x)
-            (grad,) = pull_back(xp.asarray(np.full(value.shape, upstream)))
-            np.testing.assert_array_equal(xp.numpy(grad)[1], 0.0)
+            pull_back = jax.jit(lambda x, dy, f=loss: jax.vjp(f, x)[1](dy)[0])
+            dy = xp.asarray(np.full(2 if reduction == "none" else (), upstream))
+            np.testing.assert_array_equal(xp.numpy(pull_back(x, dy))[1], 0.0)

@@ -167,6 +167,7 @@ def layer_in(xp, arrays, **options):
     return ps.linear_cross_entropy_value_and_grad(h, w, xp.asarray(LABELS), bias=b, **options)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("tile", [None, 16], ids=["one tile", "two classes"])
 def test_the_float32_loss_of_half_types_is_not_rounded_again(xp, tile):
     """Nor do the gradients change, which keep the dtype of the layer."""
@@ -188,6 +189,7 @@ def test_the_float32_loss_of_half_types_is_not_rounded_again(xp, tile):
             )
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 def test_a_dtype_that_is_wider_is_multiplied_and_summed_in(xp):
     arrays, (h, w, b) = given_in(xp, "float32")
     loss, grads = layer_in(xp, arrays, dtype=dtype_of(xp, "float64"), weight=xp.asarray(WEIGHT))
@@ -211,6 +213,7 @@ def dtype_of(xp, name):
     return xp.asarray(np.zeros(()), name).dtype
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 def test_a_classifier_that_is_cast_in_blocks(xp):
     """More classes than one block holds, in a half type."""
     if "float16" not in xp.halves or xp.lazy:
@@ -313,6 +316,7 @@ def test_a_loss_for_each_position_has_a_gradient_for_each(torch, xp):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 def test_the_answer_does_not_depend_on_the_tiles(xp):
     """Neither do the scales: a mean divides by all that counts, in whichever tile it is."""
     labels = np.asarray([IGNORED, IGNORED, IGNORED, 0, 1, 2, 4])  # a tile may be ignored as a whole
@@ -342,6 +346,7 @@ def test_retain_graph(torch, xp):
             assert torch.equal(one, other)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("tile", [None, ROW, 16], ids=["one tile", "a row", "two classes"])
 @pytest.mark.parametrize("garbage", [NAN, INF, 1e300])
 def test_a_padded_vocabulary_takes_no_part(xp, garbage, tile):
@@ -362,6 +367,7 @@ def test_a_padded_vocabulary_takes_no_part(xp, garbage, tile):
     check(xp, (loss, grads), (want, slopes), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.slow("XLA compiles each option", "jax")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("tile", [None, ROW, 16], ids=["one tile", "a row", "two classes"])
 @pytest.mark.parametrize("garbage", [NAN, INF])
@@ -378,6 +384,7 @@ def test_an_ignored_position_may_hold_anything(xp, garbage, tile, reduction):
     assert (xp.numpy(found[1][0])[LABELS == IGNORED] == 0).all()
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 def test_inputs_are_never_changed(xp):
     arrays = [xp.asarray(a.copy()) for a in (HIDDEN, CLASSIFIER, LABELS, BIAS, WEIGHT, MASK)]
     for tile in TILES.values():
@@ -807,16 +814,21 @@ def test_jax_differentiates_in_every_mode(jax, xp, reduction, tile):
     hidden = HIDDEN / np.where(np.arange(N) == 2, 20, 1)[:, None]
     arrays = [xp.asarray(a) for a in (hidden, CLASSIFIER, BIAS, WEIGHT)]
     layer = (0, 1, 2)
-    for transform in (
-        lambda f: jax.jit(jax.grad(f, layer)),
-        lambda f: jax.grad(f, (0, 1, 2, 3)),
-        lambda f: jax.jit(jax.jacfwd(f, layer)),
-        lambda f: jax.jit(jax.hessian(f, layer)),
-        lambda f: jax.jit(jax.jacrev(jax.grad(f, layer), layer)),
-    ):
-        ours, theirs = (jax.tree.leaves(transform(f)(*arrays)) for f in (found, expected))
-        for one, other in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+    def derivatives(f):
+        def every(*arrays):
+            return (
+                jax.grad(f, layer)(*arrays),
+                jax.grad(f, (0, 1, 2, 3))(*arrays),
+                jax.jacfwd(f, layer)(*arrays),
+                jax.hessian(f, layer)(*arrays),
+                jax.jacrev(jax.grad(f, layer), layer)(*arrays),
+            )
+
+        return jax.tree.leaves(xp.program(every)(*arrays))
+
+    for one, other in zip(derivatives(found), derivatives(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_jax_maps_over_a_stack(jax, xp):

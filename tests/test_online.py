@@ -104,6 +104,7 @@ def test_a_thousand_entries_one_by_one(xp, first):
     assert ulps(loss, lse - mpf(float(row.max()))) <= 8
 
 
+@pytest.mark.slow("XLA compiles a large graph", "jax")
 def test_a_thousand_entries_in_float64(xp):
     """Each merge rounds; the maximum first, and what follows is added to a small rest."""
     n = 100 if xp.lazy or xp.library == "jax" else 1000  # one merge of n states is one graph
@@ -243,6 +244,7 @@ def test_the_fold_of_no_entry_is_the_identity(xp):
         assert_close(xp, state.rest, [[-1.0]] * 2)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("axis", [0, -1, (0, 2), None, ()])
 def test_axes(xp, axis):
     """The reduced axes are kept with length 1; parts may be cut along any of them."""
@@ -287,6 +289,7 @@ def test_where_and_temperature(xp):
         np.testing.assert_allclose(found[mask], want[mask], rtol=1e-13)
 
 
+@pytest.mark.slow("XLA compiles each dtype", "jax")
 def test_half_types_and_integers(xp):
     x = np.asarray([[1.0, 2.5, -3.0, 0.5], [300.0, 280.0, -2.0, 7.0]])
     for name in xp.halves:
@@ -429,16 +432,21 @@ def test_jax_scans_maps_and_differentiates(jax, xp):
     def loss(x):
         return _scanned(jax, x, 0).sum()
 
+    def of_the_whole(x):
+        return ps.cross_entropy(x, labels, reduction="sum")
+
+    @xp.program
+    def derivatives(x):
+        each = jax.vmap(jax.grad(lambda row: loss(row[None])))(x)
+        hessians = jax.hessian(loss)(x), jax.hessian(of_the_whole)(x)
+        return jax.value_and_grad(loss)(x), each, jax.jvp(loss, (x,), (x,))[1], hessians
+
     want, slope = ps.cross_entropy_value_and_grad(x, labels, reduction="sum")
-    value, grad = jax.jit(jax.value_and_grad(loss))(x)
+    (value, grad), each, change, (hessian, expected) = derivatives(x)
     np.testing.assert_allclose(value, want, rtol=1e-14)
     np.testing.assert_allclose(grad, slope, rtol=1e-13, atol=1e-15)
-    each = jax.vmap(jax.grad(lambda row: loss(row[None])))(x)
     np.testing.assert_allclose(each, slope, rtol=1e-13, atol=1e-15)
-    _, change = jax.jvp(loss, (x,), (x,))
     np.testing.assert_allclose(change, (slope * x).sum(), rtol=1e-13)
-    hessian = jax.jit(jax.hessian(loss))(x)
-    expected = jax.hessian(lambda x: ps.cross_entropy(x, labels, reduction="sum"))(x)
     np.testing.assert_allclose(hessian, expected, rtol=1e-12, atol=1e-14)
 
 

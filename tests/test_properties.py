@@ -240,14 +240,18 @@ def test_cross_entropy_with_any_options(xp, case):
         name: case[name]
         for name in ("axis", "ignore_index", "label_smoothing", "z_loss", "softcap", "reduction")
     }
-    if case["weight"] is not None:
-        options["weight"] = xp.asarray(case["weight"])
-    if not case["mask"].all():
-        options["where"] = xp.asarray(along(case["mask"]))
     labels = case["labels"] if case["index"] is not None else along(case["labels"])
-    loss, grad = ps.cross_entropy_value_and_grad(
-        xp.asarray(along(case["x"])), xp.asarray(labels), **options
-    )
+    arguments = {"logits": xp.asarray(along(case["x"])), "labels": xp.asarray(labels)}
+    if case["weight"] is not None:
+        arguments["weight"] = xp.asarray(case["weight"])
+    if not case["mask"].all():
+        arguments["where"] = xp.asarray(along(case["mask"]))
+
+    @xp.program
+    def answer(logits, labels, **more):
+        return ps.cross_entropy_value_and_grad(logits, labels, **options, **more)
+
+    loss, grad = answer(**arguments)
     want, slope = expected_loss(case)
     loss, grad = xp.numpy(loss), np.moveaxis(xp.numpy(grad), axis, -1)
     finite = bool(np.isfinite(case["x"][case["mask"]]).all())

@@ -43,11 +43,16 @@ def different_rows(n: int, m: int, dtype: str) -> np.ndarray:
 )
 @pytest.mark.parametrize("last", [True, False], ids=["rows", "columns"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(xp, shape, dtype, last):
-    """Permuted rows give permuted bits, and a part of the rows gives that part of the answer."""
+    """Permuted rows give permuted bits, and a part of the rows gives that part of the answer.
+
+    JAX compiles each call: there each pair of shape, dtype and axis is met once, not each three.
+    """
     if dtype == "float16" and "float16" not in xp.halves:
         pytest.skip("this backend has no float16")
-    x = different_rows(*shape, dtype)
     n, m = shape
+    if xp.library == "jax" and (n + (dtype == "float16") + last) % 2:
+        pytest.skip("the other axis meets this shape and dtype")
+    x = different_rows(*shape, dtype)
     rng = np.random.default_rng(0)
     t = rng.integers(m, size=n)
     axis = 1 if last else 0

@@ -63,23 +63,33 @@ def test_with_every_option(xp, kind, reduction, axis):
         (None, 2.5),
         (False, True),
     )
-    for weighted, ignoring, smoothing, z, cap, masked in xp.some(every, axis + len(reduction)):
-        options = {
-            "axis": axis,
-            "reduction": reduction,
-            "weight": xp.asarray(WEIGHT) if weighted else None,
-            "ignore_index": IGNORED if ignoring else None,
-            "label_smoothing": smoothing,
-            "z_loss": z,
-            "softcap": cap,
-            "where": xp.asarray(along(MASK)) if masked else None,
-            "sample_weight": xp.asarray(SAMPLES),
-        }
-        loss, grad = ps.cross_entropy_value_and_grad(logits, labels, **options)
-        want, slope = expected(kind, weighted, ignoring, smoothing, z, cap, masked, reduction)
+    some = list(xp.some(every, axis + len(reduction)))
+
+    @xp.program
+    def answers(logits, labels, weight, mask, samples):
+        found = []
+        for weighted, ignoring, smoothing, z, cap, masked in some:
+            options = {
+                "axis": axis,
+                "reduction": reduction,
+                "weight": weight if weighted else None,
+                "ignore_index": IGNORED if ignoring else None,
+                "label_smoothing": smoothing,
+                "z_loss": z,
+                "softcap": cap,
+                "where": mask if masked else None,
+                "sample_weight": samples,
+            }
+            alone = ps.cross_entropy(logits, labels, **options)
+            found.append((alone, *ps.cross_entropy_value_and_grad(logits, labels, **options)))
+        return found
+
+    arrays = map(xp.asarray, (WEIGHT, along(MASK), SAMPLES))
+    for options, (alone, loss, grad) in zip(some, answers(logits, labels, *arrays), strict=True):
+        want, slope = expected(kind, *options, reduction)
         assert_close(xp, loss, want, rtol=1e-13, atol=1e-13)
         assert_close(xp, grad, along(slope), rtol=1e-12, atol=1e-13)
-        assert_same(xp, ps.cross_entropy(logits, labels, **options), loss)
+        assert_same(xp, alone, loss)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -112,6 +122,7 @@ def test_the_weight_of_a_single_sample(xp, weight):
     assert_close(xp, grad, slope, rtol=1e-14)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 def test_the_weight_of_its_class_is_the_weight_of_a_position(xp):
     rng = np.random.default_rng(22)
     x, labels, weight = rng.normal(size=(6, 4)), rng.integers(4, size=6), rng.uniform(size=4)

@@ -36,34 +36,42 @@ def exact(z, t, w=1, c=1, g=0, e=0):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2, 5.0])
 def test_every_option_with_every_other(xp, gamma, reduction):
-    for weighted, positive, smoothing in itertools.product(
-        (False, True), (False, True), (0.0, 0.2)
-    ):
+    every = list(itertools.product((False, True), (False, True), (0.0, 0.2)))
+
+    @xp.program
+    def answers(logits, labels, weight, pos_weight):
+        found = []
+        for weighted, positive, smoothing in every:
+            options = {
+                "weight": weight if weighted else None,
+                "pos_weight": pos_weight if positive else None,
+                "focal_gamma": gamma,
+                "label_smoothing": smoothing,
+                "reduction": reduction,
+            }
+            alone = ps.sigmoid_cross_entropy(logits, labels, **options)
+            both = ps.sigmoid_cross_entropy_value_and_grad(logits, labels, **options)
+            found.append((alone, *both))
+        return found
+
+    found = answers(*map(xp.asarray, (LOGITS, LABELS, WEIGHT, POS_WEIGHT)))
+    for (weighted, positive, smoothing), (alone, loss, grad) in zip(every, found, strict=True):
         w = WEIGHT if weighted else np.ones((3, 3))
         c = np.broadcast_to(POS_WEIGHT if positive else 1.0, (3, 3))
-        found = [
+        wanted = [
             [
                 exact(LOGITS[i, j], LABELS[i, j], w[i, j], c[i, j], gamma, smoothing)
                 for j in range(3)
             ]
             for i in range(3)
         ]
-        losses = np.asarray([[float(loss) for loss, _ in row] for row in found])
-        slopes = np.asarray([[float(slope) for _, slope in row] for row in found])
+        losses = np.asarray([[float(loss) for loss, _ in row] for row in wanted])
+        slopes = np.asarray([[float(slope) for _, slope in row] for row in wanted])
         scale = 9 if reduction == "mean" else 1
         expected = losses if reduction == "none" else losses.sum() / scale
-        options = {
-            "weight": xp.asarray(WEIGHT) if weighted else None,
-            "pos_weight": xp.asarray(POS_WEIGHT) if positive else None,
-            "focal_gamma": gamma,
-            "label_smoothing": smoothing,
-            "reduction": reduction,
-        }
-        arguments = xp.asarray(LOGITS), xp.asarray(LABELS)
-        loss, grad = ps.sigmoid_cross_entropy_value_and_grad(*arguments, **options)
         assert_close(xp, loss, expected, rtol=1e-14)
         assert_close(xp, grad, slopes / scale, rtol=1e-13, atol=1e-16)
-        assert_same(xp, ps.sigmoid_cross_entropy(*arguments, **options), loss)
+        assert_same(xp, alone, loss)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

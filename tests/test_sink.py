@@ -47,6 +47,7 @@ def test_golden(xp, name, dtype):
                 assert reference.ulps(np.asarray([a for a, _ in kept]), [e for _, e in kept]) <= 8
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("temperature", [0.3, 2.5, 1e6])
 def test_the_temperature_divides_the_sink_as_well(xp, temperature):
     x = np.asarray([[1.0, 2.0, 4.0], [0.0, -30.0, 30.0]])
@@ -57,6 +58,7 @@ def test_the_temperature_divides_the_sink_as_well(xp, temperature):
             assert_close(xp, f(xp.asarray(x), **options), expected, rtol=1e-13)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("axis", [0, 1, -1, (0, 2), None])
 def test_one_sink_for_each_row(xp, axis):
     """An array of sinks is a class more in an array with the axes side by side."""

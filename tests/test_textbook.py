@@ -147,6 +147,7 @@ def test_batch_gives_the_reference_values(xp, softmax):
     np.testing.assert_allclose(y, PROBABILITIES, **REFERENCE)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @one_batch
 @pytest.mark.parametrize("shape", [(1, 4), (4, 1), (3, 3), (2, 7)])
 def test_batch_takes_each_row_as_a_sample(xp, softmax, shape):
@@ -293,6 +294,7 @@ def test_loss_is_the_mean_surprise(xp, label_dtype):
     np.testing.assert_allclose(exact, expected, rtol=1e-14)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("label_dtype", ["int64", "float64"])
 @pytest.mark.parametrize("classes", [1, 3, 5])  # 5 samples: a square batch among them
 def test_one_hot_rows_equal_index_labels(xp, label_dtype, classes):
@@ -565,6 +567,7 @@ def test_every_public_name_is_a_step():
     )
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @each_kind
 def test_results_stay_in_the_library_device_and_dtype(xp, dtype, kind):

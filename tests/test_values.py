@@ -205,6 +205,7 @@ def test_a_remainder_of_subnormal_terms_keeps_its_digits(xp, path, dtype, gap, o
         assert reference.ulps(actual, [mp.expm1(remainder)] * rows) <= 8
 
 
+@pytest.mark.slow("XLA compiles each axis", "jax")
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, (0, 2), (2, 0, 1), None])
 def test_axes(xp, axis):
     """Any axis is the last axis of the array with that axis moved there."""

@@ -68,12 +68,10 @@ def _centred(xp: Namespace, y: Any, dy: Any, axes: Axes, alpha: Any) -> tuple[An
     safe = xp.where(inside, y, one)
     some = xp.where(y == 0, zero, dy)
     steep = isinstance(alpha, float) and alpha > 2.0
-    if _is(alpha, 2.0):
+    if _is(alpha, 2.0) or (steep and alpha >= _ARGMAX):  # of which ties have equal shares
         g = xp.ones_like(y)
     elif _is(alpha, 1.5):
         g = xp.sqrt(safe)
-    elif steep and alpha >= _ARGMAX:
-        g = safe
     else:
         log = (2.0 - alpha) * xp.log(safe)
         most = maximum(xp, xp.where(inside, log, zero), axes) if steep else 0.0
