@@ -140,6 +140,10 @@ class Torch(Library):
         """Return a 0-d tensor; of a symbol of torch.compile, `asarray` would make a constant."""
         return self.xp.full((), value, dtype=like.dtype, device=like.device)
 
+    def squeeze(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """Return `x` without these axes, by the method, which costs half of the function."""
+        return x.squeeze(axes[0] if len(axes) == 1 else axes)
+
     def take_along_axis(self, x: Any, index: Any, axis: int) -> Any:
         """Gather: take_along_dim broadcasts, and torch.compile compiles it for one batch size."""
         return x.gather(axis, index)
