@@ -165,11 +165,13 @@ def log_softmax_vjp(request: Request, dy: Any, masked: bool) -> Any:
     log_y = request.x.reshape(dy.shape)
     if masked and not np.isfinite(log_y).all():
         dy = np.where(np.isinf(log_y), 0.0, dy)
-    d, s = np.exp(log_y), _sums(dy)[:, None]
-    confident = _maths.confident(log_y, dy)
-    np.multiply(d, s, d)
+    d, s = np.exp(log_y), _sums(dy)
+    d *= s[:, None]
     np.subtract(dy, d, d)
-    _maths.mend(d, s, confident)
+    if not _most(log_y) <= _maths.CONFIDENT:
+        flat = log_y.ravel()
+        at = (flat > _maths.CONFIDENT).nonzero()[0]
+        d.ravel()[at] = _maths.mended(flat[at], dy.ravel()[at], s[at // d.shape[1]])
     return d if request.x.ndim == 2 else d.reshape(request.x.shape)
 
 
