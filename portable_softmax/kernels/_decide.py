@@ -25,7 +25,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class Candidate:
     """A kernel of the table with its module loaded."""
 
-    __slots__ = ("always", "answer", "declines", "kernel", "missing", "remark")
+    __slots__ = ("answer", "any_layout", "declines", "kernel", "missing", "remark")
 
     def __init__(self, kernel: Kernel, operation: str) -> None:
         module = import_module(kernel.module)
@@ -43,7 +43,7 @@ class Candidate:
             self.declines = module.declines
             self.answer = getattr(module, operation)
             self.remark = getattr(module, "remark", _no_remark)
-        self.always = not kernel.adapter and operation in getattr(module, "ANY_LAYOUT", ())
+        self.any_layout = operation in getattr(module, "ANY_LAYOUT", ())
 
     def traced(self) -> tuple[Any, Any]:
         """Return the adapter and the module: torch.compile traces no function of a constant."""
@@ -85,7 +85,8 @@ class Route(NamedTuple):
 
     open: tuple[Open, ...]  # in order
     otherwise: Decision  # the portable path, and why the other kernels are closed
-    up_to: float = 0  # arrays with so many elements are the first kernel's, whatever else they are
+    up_to: float = 0
+    """Arrays of so many elements, on its devices, are the first kernel's whatever else they are."""
 
 
 _ROUTES: dict[Any, Route] = {}
@@ -134,10 +135,13 @@ def _route(
             continue
         decision = Decision(candidate, kernel.why, tuple(closed))
         sizes = (0, math.inf) if first else (kernel.at_least, kernel.at_most)
-        found.append(Open(candidate, decision, kernel.devices, *sizes, first, candidate.always))
+        always = candidate.any_layout and not tracing
+        if always and kernel.adapter:
+            always = not import_module(kernel.adapter).looks_at(operation, dtype, active)
+        found.append(Open(candidate, decision, kernel.devices, *sizes, first, always))
     up_to = 0.0
     for head in found[:1]:
-        if head.always and not head.devices and not head.at_least:
+        if head.always and not head.at_least:
             up_to = head.at_most
     return Route(tuple(found), Decision(None, "", tuple(closed)), up_to)
 
@@ -152,7 +156,9 @@ def decide(request: Request, switch: Switches | None) -> Decision:
         known = None if tracing else _ROUTES.get(call)
         found, otherwise, up_to = known or route(*call)
         if up_to and request.axes and 0 < library.size(x) <= up_to:
-            return found[0].decision
+            devices = found[0].devices
+            if not devices or library.device_type(x) in devices:
+                return found[0].decision
     else:
         found, otherwise, _ = route(*call, switch.portable, switch.asked, switch.off)
     if found and (not request.axes or 0 in x.shape) and not library.sharded:

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable
 from functools import reduce
+from types import ModuleType
 from typing import Any, TypeVar
 
 from portable_softmax._typing import Namespace
@@ -47,6 +48,25 @@ def _transform() -> str:
     return "a functional transform"
 
 
+# Portable mathematics as torch.compile takes it for operations, by name. In a module, as a trace
+# sees of a dict what it held when it was first looked at.
+_IN_GRAPH = ModuleType("portable_softmax_in_graph")
+
+
+@traced_as_constant
+def _in_graph(function: Callable[..., Any]) -> str:
+    """Return the name of a function in `_IN_GRAPH`."""
+    name = f"{function.__module__}.{function.__qualname__}".replace(".", "_")
+    if not hasattr(_IN_GRAPH, name):
+        torch, xp = sys.modules["torch"], sys.modules["array_api_compat.torch"]
+
+        def operation(*args: Any, **kwargs: Any) -> Any:
+            return function(xp, *args, **kwargs)
+
+        setattr(_IN_GRAPH, name, torch.compiler.allow_in_graph(operation))
+    return name
+
+
 class Torch(Library):
     """Tensors of any device; autograd, functional transforms and compilers follow them."""
 
@@ -74,6 +94,24 @@ class Torch(Library):
             if found is None:
                 path = PRIVATE[what]
                 self._lacks = f"torch {torch.__version__} has no torch.{path}: it tells of {what}"
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function`; for torch.compile as one operation, of which it traces the parts.
+
+        Each name that compiled code has looked up is looked at again in every call of it, which
+        takes longer than the numbers of a small tensor. A function of its arguments needs none.
+        """
+        if not self._torch.compiler.is_compiling() or _transform():
+            return function
+        operation = getattr(_IN_GRAPH, _in_graph(function))
+
+        def call(xp: Namespace, *args: Any, **kwargs: Any) -> Any:
+            given = [(a if isinstance(a, tuple) else (a,)) for a in (*args, *kwargs.values())]
+            if all(self.is_known(n) for some in given for n in some if isinstance(n, int | float)):
+                return operation(*args, **kwargs)
+            return function(xp, *args, **kwargs)  # a symbol must not be looked at
+
+        return call
 
     def unwritable(self, out: Any, *inputs: Any) -> str:
         """Return why the answer cannot go to `out`: torch follows the call, or forbids to write."""
@@ -139,6 +177,10 @@ class Torch(Library):
     def scalar(self, value: float, like: Any) -> Any:
         """Return a 0-d tensor; of a symbol of torch.compile, `asarray` would make a constant."""
         return self.xp.full((), value, dtype=like.dtype, device=like.device)
+
+    def squeeze(self, x: Any, axes: tuple[int, ...]) -> Any:
+        """Return `x` without these axes, by the method, which costs half of the function."""
+        return x.squeeze(axes[0] if len(axes) == 1 else axes)
 
     def take_along_axis(self, x: Any, index: Any, axis: int) -> Any:
         """Gather: take_along_dim broadcasts, and torch.compile compiles it for one batch size."""

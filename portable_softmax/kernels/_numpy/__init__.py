@@ -87,8 +87,8 @@ def logsumexp_vjp(request: Request) -> Any:
     p = softmax(of_softmax)
     p *= request.dy
     # A row whose maximum is infinite has the softmax nan, and the derivative 0 in every entry.
-    first = p[tuple(slice(0, 1) if a in request.axes else slice(None) for a in range(p.ndim))]
-    if np.isnan(first).any():
+    first = p[tuple([slice(0, 1) if a in request.axes else slice(None) for a in range(p.ndim)])]
+    if np.isnan(first.item(first.argmin())):  # a nan is the least entry
         where = True if request.options.where is None else request.options.where
         m = np.max(request.x, request.axes, keepdims=True, initial=-np.inf, where=where)
         p[np.broadcast_to(np.isinf(m), p.shape)] = 0.0

@@ -51,6 +51,15 @@ def total(x: Any, axis: int, buffers: Buffers) -> Any:
     return np.add.reduce(sums[:half], axis=0, keepdims=True)
 
 
+CONFIDENT = -0.5
+"""From this logarithm of a probability on, 1 - exp(log_y) loses digits."""
+
+
+def mended(log_y: Any, dy: Any, s: Any) -> Any:
+    """Return dy - exp(log_y) * s, with the digits of 1 - exp(log_y); s is the sum of a row's dy."""
+    return -dy * np.expm1(log_y) - np.exp(log_y) * (s - dy)
+
+
 class Confident(NamedTuple):
     """The entries with more than about half of their row's probability: one of a row at most."""
 
@@ -60,17 +69,16 @@ class Confident(NamedTuple):
 
 
 def confident(log_y: Any, dy: Any) -> Confident:
-    """Return the entries for which 1 - exp(log_y) loses digits."""
-    flat = np.flatnonzero(np.greater(log_y, -0.5, order="C"))
+    """Return the confident entries."""
+    flat = np.flatnonzero(np.greater(log_y, CONFIDENT, order="C"))
     at = np.unravel_index(flat, log_y.shape)
     return Confident(at, log_y[at], dy[at])
 
 
 def mend(dx: Any, s: Any, of: Confident) -> None:
-    """Write these entries of dy - exp(log_y) * s anew, with the digits of 1 - exp(log_y)."""
+    """Write these entries of dy - exp(log_y) * s anew."""
     if of.at[0].size:
-        others = np.broadcast_to(s, dx.shape)[of.at] - of.dy
-        dx[of.at] = -of.dy * np.expm1(of.log_y) - np.exp(of.log_y) * others
+        dx[of.at] = mended(of.log_y, of.dy, np.broadcast_to(s, dx.shape)[of.at])
 
 
 class Sums:

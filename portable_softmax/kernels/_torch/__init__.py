@@ -12,8 +12,14 @@ from typing import Any
 
 import torch
 
-from portable_softmax.kernels._request import SPARSE, Request
+from portable_softmax.kernels._request import PROBABILITIES, SPARSE, Request
 from portable_softmax.kernels._torch import _autograd, _gradients, _lending, _operators
+
+
+def looks_at(operation: str, dtype: str, active: tuple[str, ...]) -> bool:
+    """Return whether `declines` of a call that is not traced depends on more than these."""
+    floats = {PROBABILITIES, "weight", "sample_weight"}  # which may require a gradient
+    return operation in SPARSE or dtype == "bfloat16" or not floats.isdisjoint(active)
 
 
 def declines(engine: Any, request: Request, asked: bool) -> str:

@@ -21,14 +21,16 @@ Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is install
 
 def answer(engine: Any, request: Request) -> Any:
     """Return the answer of a call that is differentiated."""
-    return _Kernel.apply(engine, request, request.x, request.dy)
+    tensors = (request.x,) if request.dy is None else (request.x, request.dy)
+    return _Kernel.apply((engine, request), *tensors)
 
 
 class _Kernel(torch.autograd.Function):
     """A call, differentiable with respect to `x` and `dy`."""
 
     @staticmethod
-    def forward(ctx: Any, engine: Any, request: Request, *_: Tensor | None) -> Any:
+    def forward(ctx: Any, call: tuple[Any, Request], *_: Tensor) -> Any:
+        engine, request = call
         found = _gradients.value(engine, request)
         keep(ctx, request, found[0] if type(found) is tuple else found)
         ctx.engine = engine
@@ -37,10 +39,9 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         request = restored(ctx)
-        dx, ddy = pulled_back(
-            request, upstream, request.library.tracing, partial(_gradients.gradient, ctx.engine)
-        )
-        return None, None, dx, ddy
+        by_kernel = partial(_gradients.gradient, ctx.engine)
+        dx, ddy = pulled_back(request, upstream, request.library.tracing, by_kernel)
+        return (None, dx) if request.dy is None else (None, dx, ddy)
 
 
 # --------------------------------------------------------------------------- shared with operators

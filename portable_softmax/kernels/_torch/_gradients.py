@@ -91,7 +91,7 @@ def _from_output(engine: Any, request: Request, y: Tensor, dy: Tensor, *masked: 
 
 
 def _logsumexp(engine: Any, request: Request, dy: Tensor) -> Tensor:
-    vjp = on_numpy(request._replace(operation="logsumexp_vjp", dy=dy))
+    vjp = on_numpy(request.on(request.x, dy, None, request.options, "logsumexp_vjp"))
     return taken(NUMPY.quietly(engine.logsumexp_vjp, vjp), request.x.dtype)
 
 

@@ -46,11 +46,9 @@ def declines(engine: Any, request: Request, asked: bool) -> str:
 
 def lent(tensor: Tensor) -> Any:
     """Return a tensor's memory as an array; bfloat16 is that of ml_dtypes."""
-    if tensor.requires_grad:
-        tensor = tensor.detach()
     if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(_BFLOAT16)
-    return tensor.numpy()
+        return tensor.detach().view(torch.int16).numpy().view(_BFLOAT16)
+    return tensor.numpy(force=True) if tensor.requires_grad else tensor.numpy()
 
 
 def taken(array: Any, dtype: Any) -> Tensor:
