@@ -26,6 +26,13 @@ FLOATS = ("float32", "float64")
 HALVES = ("float16", "bfloat16")
 # What shows that the answers of a library are right: semantics, golden values, each function.
 MATRIX = ("test_semantics", "test_values", "test_cross_entropy", "test_family", "test_layers")
+# Each public function, beside the table of semantics and `check_library`.
+EACH_FUNCTION = (
+    *("test_values", "test_family", "test_sink", "test_sigmoid_cross_entropy", "test_layers"),
+    *("test_entmax::test_golden", "test_entmax::test_the_vjp*", "test_entmax_loss::test_golden"),
+    *("test_linear_cross_entropy::test_any_number_of_axes", "test_online::test_axes"),
+    "test_textbook",
+)
 # What else takes any library.
 ANY_LIBRARY = (
     *MATRIX,
@@ -54,8 +61,8 @@ class Backend:
     """What is not slow on this backend, as patterns: module, or module::test; all if empty."""
     others: tuple[str, ...] = ()
     """Beside those, what it runs as slow tests."""
-    alone: tuple[str, ...] = ()
-    """Beside those, what takes minutes: it runs where no part of the tests is asked for."""
+    one_case: tuple[str, ...] = ()
+    """Beside those, what it runs as slow tests with the first parameters of each only."""
 
     def __repr__(self) -> str:
         return self.name
@@ -66,10 +73,10 @@ class Backend:
         return itertools.islice(every, number % step, None, step)
 
     @classmethod
-    def runs(cls, module: str, test: str, part: str | None) -> bool:
-        """Whether it runs a test of those that take a backend, in a part or in everything."""
-        alone = () if part else cls.alone
-        return not cls.quick or _named(module, test, (*cls.quick, *cls.others, *alone))
+    def runs(cls, module: str, test: str, number: int) -> bool:
+        """Whether it runs a test of those that take a backend, with the parameters so numbered."""
+        first = cls.one_case if number == 0 else ()
+        return not cls.quick or _named(module, test, (*cls.quick, *cls.others, *first))
 
     @classmethod
     def is_quick(cls, module: str, test: str) -> bool:
@@ -397,26 +404,25 @@ class Ndonnx(Backend):
     name = library = "ndonnx"
     halves = ("float16",)
     lazy = True
-    quick = ("test_ndonnx", "test_examples", *(f"test_semantics::test_{name}" for name in CHEAP))
+    quick = (
+        *("test_ndonnx", "test_examples", "test_testing"),
+        *(f"test_semantics::test_{name}" for name in CHEAP),
+    )
     # ONNX Runtime compiles a graph for each value that is read.
     others = (
         *("test_semantics", "test_cross_entropy::test_golden", "test_compat", "test_dtype"),
-        *("test_errors", "test_layers"),
+        *("test_errors", "test_layers", "test_textbook"),
     )
+    one_case = EACH_FUNCTION
 
     def __init__(self):
         import ndonnx
         import onnxruntime
         from spox import _future as spox
-        from spox._value_prop import PropValue
-        from spox.opset.ai.onnx import v21
 
         # ndonnx evaluates its constants as it goes: a session of ONNX Runtime for each, 30 ms.
         spox.set_value_prop_backend(spox.ValuePropBackend.REFERENCE)
-        # Most of them are of one node, which says its value: to run it takes a fourth of all time.
-        v21._Constant.propagate_values = lambda node, _: {
-            "output": PropValue(node.outputs.output.type, node.attrs.value.value)
-        }
+        _quicken_spox()
         self.xp, self.runtime = ndonnx, onnxruntime
         self.device = "cpu"
         self.given: deque[tuple[str, Any, np.ndarray]] = deque(maxlen=256)  # more than a test has
@@ -451,6 +457,29 @@ class Ndonnx(Backend):
 
     def is_ours(self, array):
         return isinstance(array, self.xp.Array)
+
+
+def _quicken_spox() -> None:
+    """Infer the types of a constant and of a node once: more than half of the time of a graph."""
+    from spox._node import Node
+    from spox.opset.ai.onnx import v21
+
+    constant, initialize, kept = v21.constant, Node.__init__, {}
+
+    def constant_once(*, value=None, **others):
+        if value is None:
+            return constant(**others)
+        value = np.asarray(value)
+        key = (value.dtype, value.shape, value.tobytes())
+        if key not in kept:
+            kept[key] = constant(value=value)
+        return kept[key]
+
+    v21.constant = constant_once
+    # `get_output_vars`, which follows, infers them again.
+    Node.__init__ = lambda self, *given, **options: initialize(
+        self, *given, **(options | {"infer_types": False})
+    )
 
 
 class Mlx(Backend):
@@ -504,7 +533,9 @@ class Cubed(Backend):
     halves = ("float16",)
     lazy = True
     quick = ("test_cubed", *(f"test_semantics::test_{name}" for name in CHEAP))
-    alone = ("test_semantics",)  # each value takes it tenths of a second
+    # Each value takes it tenths of a second.
+    others = ("test_semantics", "test_testing")
+    one_case = EACH_FUNCTION
 
     def __init__(self):
         import cubed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Deselect what no chosen backend runs, and the tests of the other part."""
     part = config.getoption("--part")
     kept, foreign, left = [], [], []
+    cases: Counter[tuple[str, ...]] = Counter()
     for item in items:
         name = item.callspec.params.get("backend_name") if hasattr(item, "callspec") else None
         wanted = {v for k, v in _LIBRARY_FIXTURES.items() if k in getattr(item, "fixturenames", ())}
@@ -137,9 +139,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "arrays_of" in getattr(item, "fixturenames", ()):
             elsewhere = elsewhere or name not in LIBRARIES
         if name is not None:
-            elsewhere = elsewhere or not BACKENDS[name].runs(
-                item.path.stem, item.originalname, part
-            )
+            test = (item.path.stem, item.originalname)
+            elsewhere = elsewhere or not BACKENDS[name].runs(*test, cases[(name, *test)])
+            cases[(name, *test)] += 1
         elif all(BACKENDS[chosen].quick for chosen in config.stash[_KEY]):
             elsewhere = True  # these run a part of the matrix, and what takes no backend elsewhere
         for mark, backend in _RUN_BY.items():

@@ -116,6 +116,8 @@ def test_option_product(xp, kind, reduction, tile):
 def test_any_number_of_axes(xp, reduction, tile):
     rng = np.random.default_rng(1)
     for batch in ((), (2, 3)):
+        if batch and xp.library == "cubed":
+            pytest.skip("cubed cannot join axes that are cut into chunks of two lengths")
         hidden, labels = rng.normal(size=(*batch, H)), rng.integers(C, size=batch)
         t = rng.random((*batch, C))
         mask = np.ones((batch[0], 1, C), bool) if batch else CLASS_MASK

@@ -199,7 +199,7 @@ def test_without_keepdims_a_square_batch_is_silently_wrong(xp):
 
 def test_without_keepdims_any_other_batch_is_an_error(xp):
     x = xp.asarray(SCORES, dtype="float64")
-    with pytest.raises((ValueError, TypeError, RuntimeError)):
+    with pytest.raises(Exception, match=r"(?i)broadcast|shape|dimensions|chunks"):  # or a subclass
         without_keepdims(x)
 
 
@@ -304,11 +304,11 @@ def test_one_hot_rows_equal_index_labels(xp, label_dtype, classes):
     labels = np.array([0, 4, 2, 1, 1]) % classes
     by_index = cross_entropy_error(y, xp.asarray(labels, dtype="int64"))
     by_row = cross_entropy_error(y, xp.asarray(np.eye(classes)[labels], dtype=label_dtype))
-    assert float(xp.numpy(by_index)) == float(xp.numpy(by_row))
+    loss = float(xp.numpy(by_index))
+    # A unit of rounding: labels of the two kinds may lie in different chunks.
+    np.testing.assert_allclose(loss, float(xp.numpy(by_row)), rtol=4e-16)
     picked = xp.numpy(y)[np.arange(5), labels]
-    np.testing.assert_allclose(
-        float(xp.numpy(by_index)), -np.log(picked + EPS).mean(), rtol=1e-13, atol=1e-15
-    )
+    np.testing.assert_allclose(loss, -np.log(picked + EPS).mean(), rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize(
