@@ -12,6 +12,7 @@ from bench.__main__ import main
 from portable_softmax import kernels
 
 
+@pytest.mark.slow("Numba compiles kernels that the constants keep from small rows")
 @pytest.mark.numba
 def test_both_ways_are_timed_for_every_size(tmp_path, capsys):
     file = tmp_path / "sizes.json"

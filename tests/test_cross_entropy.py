@@ -32,6 +32,7 @@ def golden(xp, case):
     return arguments, options
 
 
+@pytest.mark.slow("Triton interprets element by element", "triton")
 @pytest.mark.slow("Numba compiles each option", "numba")
 @pytest.mark.slow("a large graph for each case", "dask")
 @pytest.mark.slow("XLA compiles each operation for each case", "jax")

@@ -522,6 +522,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.slow("two fresh processes compile kernels of every layout")
 def test_earlier_calls_change_no_bit():
     """Neither of small arrays nor of large ones, whatever is compiled by then."""
     run = [sys.executable, "-c", DIGEST]

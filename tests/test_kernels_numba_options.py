@@ -77,6 +77,7 @@ def test_a_masked_row_is_the_row_without_those_classes(shape, axis, operation, d
             assert np.all(row[~kept] == (0.0 if operation == "softmax" else -np.inf))
 
 
+@pytest.mark.slow("Numba compiles every layout")
 @pytest.mark.parametrize(
     ("shape", "axis", "of_mask"),
     [
@@ -269,6 +270,7 @@ def bounded_loss(x, t, cap, mask, z):
     return loss, (grad + 2 * z * lse * p) * 4 * far / (1 + far) ** 2
 
 
+@pytest.mark.slow("Numba compiles every layout")
 @shapes_and(
     ("dtype", "masked"),
     ("float32", False),

@@ -60,6 +60,7 @@ def assert_near(operation, given, axis, actual, expected):
     assert np.max(abs(actual - expected) / terms) <= 4 * np.finfo(np.float32).eps
 
 
+@pytest.mark.slow("Numba compiles every layout", "numba")
 @pytest.mark.libraries("numpy", "torch", "cupy")
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 @pytest.mark.parametrize("operation", OPERATIONS)

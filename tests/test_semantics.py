@@ -810,6 +810,7 @@ def differentiated(xp, x, labels, upstream, **options):
     return xp.numpy(slope(xp.asarray(x), xp.asarray(upstream)))
 
 
+@pytest.mark.slow("Triton interprets element by element", "triton")
 @pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("odd", UPSTREAM)
 def test_an_infinite_or_nan_weight_of_a_class_that_no_label_names(xp, odd):

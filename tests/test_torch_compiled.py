@@ -77,6 +77,7 @@ def test_the_values_and_gradients_of_a_compiled_call(torch, backend_name, call, 
         assert (GRADIENT in backward) == (by_kernel and call != "value and gradient")
 
 
+@pytest.mark.slow("torch.compile traces every call of a dtype")
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_other_dtypes(torch, dtype):
     if dtype == "bfloat16":

@@ -43,6 +43,7 @@ def batch(torch, n):
     return x, torch.asarray(rng.integers(5, size=n))
 
 
+@pytest.mark.slow("torch.compile traces eight functions for several sizes")
 @every_function
 def test_one_graph_for_every_batch_size(torch, function):
     from torch._dynamo.utils import counters
@@ -77,6 +78,7 @@ def test_export_with_a_dynamic_batch(torch, function, strict):
         torch.testing.assert_close(exported(x, labels), function(x.detach(), labels))
 
 
+@pytest.mark.slow("torch.compile traces a function for several temperatures")
 @pytest.mark.parametrize("function", [ps.softmax, ps.log_softmax])
 def test_one_graph_for_every_temperature(torch, function):
     """A temperature that changes from step to step, past the ends of float32 too."""

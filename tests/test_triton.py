@@ -248,6 +248,7 @@ def test_both_sides_of_every_threshold_of_the_loss(xp, launches, small, side):
         assert_allclose(xp.numpy(grad), xp.numpy(slope), rtol=1e-5, atol=1e-6 * largest)
 
 
+@pytest.mark.slow("Triton interprets element by element")
 @pytest.mark.parametrize("n", [8, 9, 33, 65])
 def test_infinities_nan_and_masked_rows_in_every_pass(xp, small, n):
     rows = np.zeros((6, n))
@@ -494,6 +495,7 @@ def test_a_view_that_is_negated_lazily(xp):
 # --------------------------------------------------------------------------- autograd, compile
 
 
+@pytest.mark.slow("Triton interprets element by element")
 @pytest.mark.parametrize("axis", [0, 1])
 def test_first_and_second_derivatives(xp, launches, axis):
     torch = xp.xp

@@ -43,6 +43,7 @@ def one(name: str, way: str, along: str, dtype: str) -> tc.Case:
     return max(found, key=lambda case: case.launch.classes * case.launch.rows)
 
 
+@pytest.mark.slow("Triton compiles every pass")
 @pytest.mark.parametrize(("name", "way", "along"), PASSES)
 @pytest.mark.parametrize(
     "dtype",
@@ -66,6 +67,7 @@ def test_sixteen_bytes_at_a_time(name, way, along, dtype):
     assert rough == ({"ex2.approx.ftz.f32"} if half else set())
 
 
+@pytest.mark.slow("Triton compiles every kernel")
 # Instructions that a thread issues for a byte of memory. An H100 SXM issues 10 in the time that
 # its memory moves one: 132 multiprocessors, 4 instructions for 32 threads at 1.98 GHz, 3.35 TB/s.
 @pytest.mark.parametrize(
@@ -113,6 +115,7 @@ def test_a_relay_publishes_what_it_has_stored(name):
     assert "ld.global.cg" not in ptx[:acquired]
 
 
+@pytest.mark.slow("Triton compiles the largest kernels")
 @pytest.mark.parametrize("arch", [a if a == 90 else pytest.param(a, marks=_SLOW) for a in tc.ARCHS])
 @pytest.mark.parametrize(
     ("name", "dtype"),
