@@ -560,7 +560,7 @@ def _one_hot(t: Any, y: Any) -> Any:
             "convert t to an integer dtype, or pass one-hot rows"
         )
     one_sample = y if y.ndim == 1 else y[0, :]
-    index = xp.__array_namespace_info__().default_dtypes()["indexing"]
+    index = xp.asarray(0).dtype  # the library's usual integer: not every `take` knows others
     classes = xp.reshape(xp.asarray(t, dtype=index), (-1,))
     return xp.reshape(xp.take(_identity(one_sample), classes, axis=0), y.shape)
 
