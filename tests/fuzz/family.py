@@ -94,7 +94,7 @@ def entropy(x: Any, rounding: Rounding) -> Answer:
     rows = fold(x, np.ones(x.shape, bool))
     d = np.where(rows.bad, 0, np.where(np.isneginf(rows.x), 0, rows.max - rows.x))
     p = np.where(np.isneginf(rows.x), 0, np.exp(-d)) / (1 + rows.rest)
-    h = rows.log + (p * d).sum(axis=1, keepdims=True)
+    h = rows.log + (p * np.where(p == 0, 0, d)).sum(axis=1, keepdims=True)  # d overflows
     if not x.shape[1]:
         return Answer(np.zeros(h.shape), np.zeros(h.shape))
     h = np.where(rows.bad, L("nan"), h)
