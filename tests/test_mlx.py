@@ -56,3 +56,15 @@ def test_one_call_of_float64_needs_no_device(xp):
     library = libraries.library_of(xp.asarray(LOGITS))
     assert library.xp.zeros((2,), device=None).shape == (2,)
     assert library.xp.__name__ == "mlx.core"
+
+
+@pytest.mark.parametrize("alpha", [1.2, 1.5, 2.0, 3.0])
+def test_its_own_derivative_of_entmax_is_the_formulas(xp, alpha):
+    """The probabilities come from a search: what follows an array has to be told their slopes."""
+    import mlx.core as mx
+
+    x, dy = xp.asarray(np.float32([0.5, -1.0, 1.0, 0.9])), xp.asarray(np.float32([1, 2, -1, 0.5]))
+    found = mx.grad(lambda x: (ps.entmax(x, alpha=alpha) * dy).sum())(x)
+    want = ps.entmax_vjp(ps.entmax(x, alpha=alpha), dy, alpha=alpha)
+    np.testing.assert_allclose(xp.numpy(found), xp.numpy(want), rtol=1e-5, atol=1e-6)
+    assert np.abs(xp.numpy(found)).max() > 0.01

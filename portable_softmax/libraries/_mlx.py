@@ -57,6 +57,10 @@ class Mlx(Library):
         """Return that of a running sum, which MLX's is along any axis."""
         return RUNNING_SUM
 
+    def follows(self, *values: Any) -> bool:
+        """Return True: an array does not tell whether `mx.grad` follows it."""
+        return True
+
     def constant(self, x: Any) -> Any:
         """Return `x` with its derivative cut off."""
         return self.xp.stop_gradient(x)
