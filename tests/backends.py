@@ -534,8 +534,8 @@ class Cubed(Backend):
     lazy = True
     quick = ("test_cubed", *(f"test_semantics::test_{name}" for name in CHEAP))
     # Each value takes it tenths of a second.
-    others = ("test_semantics", "test_testing")
-    one_case = EACH_FUNCTION
+    others = ("test_testing",)
+    one_case = ("test_semantics", *(name for name in EACH_FUNCTION if name != "test_textbook"))
 
     def __init__(self):
         import cubed
