@@ -551,7 +551,9 @@ class Cubed(Backend):
         # Of an empty array cubed cannot change the chunks.
         whole = 0 in array.shape
         chunks = tuple(max(1, n if whole else -(-n // 2)) for n in array.shape)
-        return self.xp.asarray(array.copy(), chunks=chunks, spec=self.spec)
+        # asarray takes one megabyte at most.
+        make = self.cubed.from_array if array.nbytes > 10**6 else self.xp.asarray
+        return make(array.copy(), chunks=chunks, spec=self.spec)
 
     def numpy(self, array):
         with np.errstate(all="ignore"):  # of this thread
