@@ -110,6 +110,7 @@ def operations(kernel: _table.Kernel) -> str:
         (*OPERATIONS, *LINEAR): "softmax family, cross_entropy, linear_cross_entropy",
         (*OPERATIONS, *LINEAR, *FAMILY): "softmax family, entmax, entropy, cross_entropy, "
         "linear_cross_entropy",
+        (*OPERATIONS, *FAMILY): "softmax family, entmax, entropy, cross_entropy",
         (*OPERATIONS, *LINEAR, *SPARSE, *RUNNING, "logmeanexp"): "softmax family, entmax, "
         "logmeanexp, logcumsumexp, cross_entropy, linear_cross_entropy",
         OPERATIONS: "softmax family, cross_entropy",

@@ -1,4 +1,4 @@
-"""Parts of rows, in tiles that fit in cache: what a chunk of Dask and a shard of a rank share."""
+"""Parts of rows, in tiles that fit in cache: what a lazy chunk and a shard of a rank share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from portable_softmax import libraries, portable
 from portable_softmax.kernels import _threads
@@ -59,6 +61,11 @@ def with_axes(a: Any, ndim: int) -> Any:
 
 
 # --------------------------------------------------------------------------- the softmax family
+
+
+def state_dtypes(compute: Any) -> tuple[Any, Any]:
+    """Return the dtypes of a state, max and rest, of logits that are computed in that of NumPy."""
+    return compute, np.result_type(compute, np.float64)
 
 
 class Rows(NamedTuple):

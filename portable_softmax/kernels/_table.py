@@ -142,6 +142,16 @@ _LINEAR = Kernel(
     operations=LINEAR,
     options=(*LOSS_OPTIONS, PROBABILITIES, "dtype", OTHER_DTYPE, SAMPLES),
 )
+_CHUNKS = Kernel(
+    name="dask chunks",
+    why="each chunk by the kernel of its own library",
+    library="dask",
+    module=f"{_HERE}._chunks",
+    operations=(*OPERATIONS, *LINEAR, *FAMILY),
+    dtypes=(*FLOATS, *INTEGERS, "complex64", "complex128", "float128"),
+    options=(*_OF_PARTS, "distillation"),
+    tracing=("lazy",),
+)
 
 # For each library the first one that takes a call has it. Small arrays come to the tiles at once.
 TABLE = (
@@ -185,16 +195,8 @@ TABLE = (
         )
         for library, adapter in (("torch", _TORCH), ("cupy", ""))
     ),
-    Kernel(
-        name="dask chunks",
-        why="each chunk by the kernel of its own library",
-        library="dask",
-        module=f"{_HERE}._dask",
-        operations=(*OPERATIONS, *LINEAR, *FAMILY),
-        dtypes=(*FLOATS, *INTEGERS, "complex64", "complex128", "float128"),
-        options=(*_OF_PARTS, "distillation"),
-        tracing=("lazy",),
-    ),
+    _CHUNKS,
+    _CHUNKS._replace(name="cubed chunks", library="cubed", operations=(*OPERATIONS, *FAMILY)),
     Kernel(
         name="dtensor shards",
         why="each shard by the kernel of its own, then all-reduces of one number a position",

@@ -69,10 +69,12 @@ class Dask(Library):
     ) -> Any:
         """Return ``function(*chunks)`` of the chunks that belong together, one task for each.
 
-        Axes have numbers: `out` are those of the answer, of length 1 in each chunk if they are
-        among `ones`, and each array comes with its own. Of an axis that the answer does not have a
-        function gets its chunks in a list; `new` axes that no array has come with their length.
+        A function may return a tuple of arrays; `dtype` then holds that of each. Axes have numbers:
+        `out` are those of the answer, of length 1 in each chunk if they are among `ones`, and each
+        array comes with its own. Of an axis that the answer does not have a function gets its
+        chunks in a list; `new` axes that no array has come with their length.
         """
+        dtype = dtype[0] if isinstance(dtype, tuple) else dtype
         like = given[-1][0]._meta.real  # to cast complex numbers to real ones would warn
         meta = sys.modules["dask.array.utils"].meta_from_array(like, ndim=len(out), dtype=dtype)
         parts = [part for array, axes in given for part in (array, tuple(axes))]
@@ -102,6 +104,7 @@ class Dask(Library):
 
         ``take(chunk)`` is what is merged of a chunk, and ``finish(merged)`` is the answer.
         """
+        dtype = dtype[0] if isinstance(dtype, tuple) else dtype
         meta = sys.modules["dask.array.utils"].meta_from_array(
             x._meta, ndim=x.ndim if keepdims else x.ndim - len(axes), dtype=dtype
         )

@@ -73,6 +73,8 @@ class Library:
     """Whether nothing is computed, nor a value to be read, before it is asked for."""
     chunked = False
     """Whether arrays are split into chunks, so that slicing one adds to a task graph."""
+    stores_chunks = False
+    """Whether what a task gives for a chunk is stored as one array."""
     writes = False
     """Whether an answer can be written to an array that is given."""
     looks_at_subnormals = True

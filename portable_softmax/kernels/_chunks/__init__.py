@@ -13,7 +13,7 @@ from operator import itemgetter
 from typing import Any
 
 from portable_softmax import portable
-from portable_softmax.kernels._dask import _calls, _linear, _losses, _parts
+from portable_softmax.kernels._chunks import _calls, _linear, _losses, _parts
 from portable_softmax.kernels._request import LOSSES, ROWS, VJPS, Request
 
 IN_PARTS = (*ROWS, *VJPS, *LOSSES)  # the operations that take a row in several chunks
@@ -26,13 +26,14 @@ def missing() -> str:
 
 def declines(request: Request, asked: bool) -> str:
     """Return why a call is left to operations on whole lazy arrays."""
+    library: Any = request.library
     options = request.options
     if not hasattr(options, "classifier") and not _calls.whole_rows(request):
         if request.operation not in IN_PARTS:
             return "rows in several chunks"
         if request.operation == "logsumexp" and (options.b is not None or options.return_sign):
             return "signed terms in several chunks"
-        if request.library.dtype(request.compute_dtype).kind != "real":
+        if library.dtype(request.compute_dtype).kind != "real":
             return "complex rows in several chunks"
     return ""
 
@@ -45,13 +46,15 @@ def _rows(request: Request) -> Any:
     given, dtype = _calls.numbers(request), request.answer_dtype
     if request.operation in ("softmax", "log_softmax"):
         return _calls.on_each(request, every, given, dtype=dtype)
-    found = _calls.on_each(request, every, {**given, "keepdims": True}, dtype=dtype, ones=axes)
+    given["keepdims"] = True
     if not request.options.return_sign:
-        return found
-    real = library.xp.finfo(dtype).dtype  # the logarithm of a complex sum's absolute value
+        return _calls.on_each(request, every, given, dtype=dtype, ones=axes)
+    # The logarithm of a complex sum's absolute value is real.
+    both = library.xp.finfo(dtype).dtype, dtype
+    found = _calls.on_each(request, every, given, dtype=both, ones=axes)
     return tuple(
-        library.each_chunk(itemgetter(i), every, (found, every), dtype=one)
-        for i, one in enumerate((real, dtype))
+        library.each_chunk(itemgetter(i), every, (found, every), dtype=one, ones=axes)
+        for i, one in enumerate(both)
     )
 
 
@@ -81,8 +84,11 @@ def entropy(request: Request) -> Any:
 def entropy_value_and_grad(request: Request) -> tuple[Any, Any]:
     """Return the entropy and its gradient."""
     library: Any = request.library
-    every, dtype = _calls.every(request), request.result_dtype
-    both = _calls.on_each(request, every, _calls.numbers(request), dtype=dtype)
+    every, given, dtype = _calls.every(request), _calls.numbers(request), request.result_dtype
+    if library.stores_chunks:  # not arrays of two shapes
+        grad = _calls.on_each(request, every, given, itemgetter(1), dtype=dtype)
+        return entropy(request._replace(operation="entropy")), grad
+    both = _calls.on_each(request, every, given, dtype=dtype)
     value = library.each_chunk(_value, _calls.positions(request), (both, every), dtype=dtype)
     return value, library.each_chunk(itemgetter(1), every, (both, every), dtype=dtype)
 

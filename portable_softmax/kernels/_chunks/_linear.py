@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import Any
 
 from portable_softmax import libraries, portable
-from portable_softmax.kernels._dask import _calls, _losses
+from portable_softmax.kernels._chunks import _calls, _losses
 from portable_softmax.kernels._in_parts import Layer
 from portable_softmax.kernels._request import Request
 
@@ -52,7 +52,12 @@ def answer(request: Request) -> tuple[Any, Any]:
         loss, pairs = _losses.prepared(rows)
         layer = Layer(loss, bias, int(request.options.elements))
         folded = library.each_chunk(
-            partial(_of_chunks, layer.fold), (0, 1), *source, *pairs, dtype=compute, ones=(1,)
+            partial(_of_chunks, layer.fold),
+            (0, 1),
+            *source,
+            *pairs,
+            dtype=_losses.sums_dtypes(loss),
+            ones=(1,),
         )
         losses = _losses.finished(rows, loss, pairs, folded)
         if wants_gradients:

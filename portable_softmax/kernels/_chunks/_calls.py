@@ -5,7 +5,7 @@ The axes of all arrays are named by their numbers among those of `x`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ class Call(NamedTuple):
     names: tuple[str, ...]  # of the arrays after the first one, empty if given by position
     options: tuple[tuple[str, Any], ...]
     switches: Switches
+    taken: Callable[[Any], Any] | None = None  # what is kept of the answer, if not all
 
     def __call__(self, x: Any, *arrays: Any) -> Any:
         """Answer for the arrays of one chunk."""
@@ -32,7 +33,8 @@ class Call(NamedTuple):
         positional = [chunk(x), *[a for name, a in named if not name]]
         keyword = {name: a for name, a in named if name}
         with switched(**self.switches._asdict()):
-            return public(self.operation)(*positional, **keyword, **dict(self.options))
+            found = public(self.operation)(*positional, **keyword, **dict(self.options))
+        return found if self.taken is None else self.taken(found)
 
 
 def call_of(operation: str, names: Sequence[str], options: dict[str, Any]) -> Call:
@@ -96,11 +98,17 @@ def numbers(request: Request) -> dict[str, Any]:
     return {**given, "axis": request.axes if len(request.axes) > 1 else request.axis}
 
 
-def on_each(request: Request, out: Axes, given: dict[str, Any], **more: Any) -> Any:
-    """Return the call on each chunk, an array with the axes `out`."""
+def on_each(
+    request: Request,
+    out: Axes,
+    given: dict[str, Any],
+    taken: Callable[[Any], Any] | None = None,
+    **more: Any,
+) -> Any:
+    """Return the call on each chunk, or what is taken of it, an array with the axes `out`."""
     library: Any = request.library
     places = arrays(request)
-    call = call_of(request.operation, [name for name, *_ in places], given)
+    call = call_of(request.operation, [name for name, *_ in places], given)._replace(taken=taken)
     pairs = [place[1:] for place in places]
     more["name"] = request.operation
     return library.each_chunk(call, out, (request.x, every(request)), *pairs, **more)

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 from portable_softmax import libraries
-from portable_softmax.kernels._dask import _calls
-from portable_softmax.kernels._in_parts import Rows, with_axes
+from portable_softmax.kernels._chunks import _calls
+from portable_softmax.kernels._in_parts import Rows, state_dtypes, with_axes
 from portable_softmax.kernels._request import Request
 
 
@@ -19,15 +19,16 @@ def rows(request: Request) -> Any:
     kind = Rows(request.operation, axes, request.options.temperature, compute, answer)
     places = {name: (array, own) for name, array, own in _calls.arrays(request)}
     where = [places["where"]] if "where" in places else []
-    folded = library.each_chunk(kind.fold, every, (x, every), *where, dtype=compute, ones=axes)
+    state = state_dtypes(compute)
+    folded = library.each_chunk(kind.fold, every, (x, every), *where, dtype=state, ones=axes)
     if request.operation == "logsumexp":
         finish = kind.logsumexp
         return library.merge_chunks(folded, axes, kind.merge, finish=finish, dtype=answer)
-    state = library.merge_chunks(folded, axes, kind.merge, dtype=compute)
+    merged = library.merge_chunks(folded, axes, kind.merge, dtype=state)
     sink = request.options.sink if isinstance(request.options.sink, float) else None
     finish = partial(_finish, kind, sink, tuple(places))
     return library.each_chunk(
-        finish, every, (x, every), (state, every), *places.values(), dtype=answer
+        finish, every, (x, every), (merged, every), *places.values(), dtype=answer
     )
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
+
 from portable_softmax import libraries, portable
-from portable_softmax.kernels._dask import _calls
-from portable_softmax.kernels._dask._calls import Axes, Placed
-from portable_softmax.kernels._in_parts import Loss, merged
+from portable_softmax.kernels._chunks import _calls
+from portable_softmax.kernels._chunks._calls import Axes, Placed
+from portable_softmax.kernels._in_parts import Loss, merged, state_dtypes
 from portable_softmax.kernels._request import LOSSES, PLAIN_LOSS, LossOptions, Request
 
 
@@ -38,30 +41,46 @@ def whole(request: Request) -> tuple[Any, ...]:
         out = _calls.positions(request)
         return (_calls.on_each(request, out, given, dtype=request.answer_dtype),)
     places, divisor = _calls.arrays(request), divisor_of(counts)
-    call = _calls.call_of(request.operation, [name for name, *_ in places], given)
-    both = library.each_chunk(
-        partial(_both, call, casts, mean, compute, answers), every, (divisor, ()), (x, every),
-        *[place[1:] for place in places], dtype=request.result_dtype,
-    )  # fmt: skip
-    loss = value(request, both, divisor)
-    if not wants_gradients:
-        return (loss,)
+    names = [name for name, *_ in places]
+    pairs = [(divisor, ()), (x, every), *[place[1:] for place in places]]
+
+    def on_each(operation: str, taken: Any, **more: Any) -> Any:
+        call = _calls.call_of(operation, names, given)
+        function = partial(_answers, taken, call, casts, mean, compute, answers)
+        return library.each_chunk(function, every, *pairs, **more)
+
+    if library.stores_chunks:  # no arrays of two shapes: each of them is a call of its own
+        alone = request.operation.removesuffix("_value_and_grad")
+        ones = request.axes if reduction == "none" else every
+        taken = partial(_loss_of_shape, x.ndim, request.axis)
+        losses = on_each(alone, taken, dtype=(compute,), ones=ones)
+    else:
+        losses = on_each(request.operation, tuple, dtype=request.result_dtype)
     grads = [
-        library.each_chunk(itemgetter(i), every, (both, every), dtype=answer)
-        for i, answer in enumerate(answers, 1)
+        on_each(request.operation, itemgetter(i), dtype=answer)
+        if library.stores_chunks
+        else library.each_chunk(itemgetter(i), every, (losses, every), dtype=answer)
+        for i, answer in enumerate(answers if wants_gradients else (), 1)
     ]
-    return loss, *grads
+    return value(request, losses, divisor), *grads
 
 
-def _both(
-    call: _calls.Call, casts: bool, mean: bool, compute: Any, answers: list[Any], divisor: Any,
-    x: Any, *arrays: Any,
-) -> tuple[Any, ...]:  # fmt: skip
-    """Return the loss and the gradients of a chunk, which are divided before they are rounded."""
+def _loss_of_shape(ndim: int, axis: int, found: Sequence[Any]) -> tuple[Any]:
+    """Return the loss with as many axes as the logits have."""
+    loss = found[0]
+    xp = libraries.namespace(loss)
+    return (xp.expand_dims(loss, axis=axis) if loss.ndim else xp.reshape(loss, (1,) * ndim),)
+
+
+def _answers(
+    taken: Callable[[list[Any]], Any], call: _calls.Call, casts: bool, mean: bool, compute: Any,
+    answers: list[Any], divisor: Any, x: Any, *arrays: Any,
+) -> Any:  # fmt: skip
+    """Return what is taken of a chunk's loss and gradients, divided before they are rounded."""
     library = libraries.library_of(x)
     found = call(library.cast(x, compute) if casts else x, *arrays)
     if not isinstance(found, tuple):
-        return (found,)
+        return taken([found])
     loss, grads = found
     grads = grads if isinstance(grads, tuple) else (grads,)
     if mean:
@@ -72,7 +91,7 @@ def _both(
         if mean:
             grad /= divisor
         rounded.append(library.cast(grad, answer))
-    return loss, *rounded
+    return taken([loss, *rounded])
 
 
 # --------------------------------------------------------------------------- reductions
@@ -121,7 +140,8 @@ def divisor_of(request: Request) -> Any:
     sample, weight = options.sample_weight, options.weight if request.indices else None
     weighted = not (sample is weight is options.ignore_index is None)
     if options.reduction != "mean" or (n == n and not weighted):
-        return library.xp.asarray(n if n == n else 1, dtype=compute)
+        n = n if n == n else 1
+        return library.xp.asarray(n, dtype=compute, device=library.device(request.x))
     places: Placed = []
     if request.indices or sample is None:
         own = positions if request.indices else _calls.every(request)
@@ -177,7 +197,7 @@ def prepared(request: Request) -> tuple[Loss, list[tuple[Any, Axes]]]:
         if at >= 0 and where.shape[at] != 1:
             count = xp.sum(xp.astype(where, request.compute_dtype), axis=at, keepdims=True)
             own = _calls.every(request)[x.ndim - count.ndim :]
-            count = library.aligned(xp.where(count == 0, 1.0, count), x, own)
+            count = library.aligned(xp.where(count == 0, library.scalar(1.0, count), count), x, own)
             places.append(("count", count, own))
     plain = options._replace(weight=None, where=None, sample_weight=None)
     n = x.shape[axis]
@@ -187,15 +207,23 @@ def prepared(request: Request) -> tuple[Loss, list[tuple[Any, Axes]]]:
     return loss, [place[1:] for place in places]
 
 
+def sums_dtypes(loss: Loss) -> tuple[Any, ...]:
+    """Return the dtypes of what a part of a row gives: its sums, and whether it has the label."""
+    compute = loss.compute
+    return *state_dtypes(compute), compute, compute, compute, *([np.dtype(bool)] * loss.indices)
+
+
 def finished(request: Request, loss: Loss, given: list[tuple[Any, Axes]], folded: Any) -> Any:
     """Return the losses of positions, and what gradients need, from the sums of chunks."""
     library: Any = request.library
     every, axes, compute = _calls.every(request), request.axes, request.compute_dtype
-    sums = library.merge_chunks(folded, axes, merged, dtype=compute)
+    dtypes = sums_dtypes(loss)
+    sums = library.merge_chunks(folded, axes, merged, dtype=dtypes)
     names = ("labels", "sample_weight") if request.indices else ("sample_weight",)
     own = {name: place for name, place in zip(loss.names, given, strict=True) if name in names}
     finish = loss._replace(names=tuple(own)).finish
-    return library.each_chunk(finish, every, (sums, every), *own.values(), dtype=compute, ones=axes)
+    dtypes = compute, compute, *dtypes[: len(portable.Sums._fields)]
+    return library.each_chunk(finish, every, (sums, every), *own.values(), dtype=dtypes, ones=axes)
 
 
 def in_parts(request: Request) -> tuple[Any, Any]:
@@ -205,7 +233,7 @@ def in_parts(request: Request) -> tuple[Any, Any]:
     loss, given = prepared(request)
     source = request.x, every
     folded = library.each_chunk(
-        loss.fold, every, source, *given, dtype=request.compute_dtype, ones=request.axes
+        loss.fold, every, source, *given, dtype=sums_dtypes(loss), ones=request.axes
     )
     losses, divisor = finished(request, loss, given, folded), divisor_of(request)
     found = value(request, losses, divisor)
