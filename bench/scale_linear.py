@@ -27,7 +27,7 @@ QUICK, QUICK_CLASSES = "64x16", "500,1000"
 
 # What ours may allocate beyond the gradients: two tiles of logits and the scratch of its kernels.
 CEILING = 160 * 10**6
-TILE = 1 << 26  # bytes of logits: the default of ours
+TILE = 1 << 26  # bytes of logits: the default of ours, but in JAX
 OURS, PRODUCTS, PEER = "ours", "products", "peer"
 
 

@@ -21,10 +21,6 @@ from portable_softmax.libraries import Library
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_value_and_grad"]
 
-# Two tiles of this size stay well below what a process holds anyway, and a product of a tile is
-# long enough to run at full speed.
-TILE = 1 << 26
-
 
 @operation
 def linear_cross_entropy(
@@ -80,7 +76,8 @@ def linear_cross_entropy(
         multiplied and summed in is never narrower. Gradients keep the dtype of `hidden`.
     tile
         The largest number of bytes of a tile of logits. It holds the logits of some positions, or
-        if a single position needs more, of some classes. Without it, 64 MiB.
+        if a single position needs more, of some classes. Without it, 64 MiB, or 32 in
+        JAX, whose products copy a tile.
 
     Returns
     -------
@@ -258,7 +255,7 @@ def _answer(
         label_smoothing, z_loss, softcap, where, reduction, dtype, sample_weight,
     )  # fmt: skip
     size = library.xp.finfo(compute_dtype).bits // 8
-    elements = max(1, (TILE if tile is None else _checks.tile(tile)) // size)
+    elements = max(1, (library.tile if tile is None else _checks.tile(tile)) // size)
     given = (*active(options, PLAIN_LOSS), *more)
     arrays = (hidden, classifier, bias, labels, options.weight, where, options.sample_weight)
     request = Request(

@@ -11,7 +11,7 @@ import pytest
 
 from bench import memory, places, scale, scale_chunks, scale_linear, scale_ranks, scale_worker
 from bench.__main__ import main
-from portable_softmax._linear_cross_entropy import TILE
+from portable_softmax.libraries import Library
 
 pytestmark = pytest.mark.skipif(bool(memory.why_not()), reason="memory is measured on Linux only")
 
@@ -149,7 +149,7 @@ def test_ours_is_right_and_within_its_memory(role, beyond, problem, held):
 
 @pytest.mark.once
 def test_the_products_are_made_in_tiles_of_our_size():
-    assert scale_linear.TILE == TILE
+    assert Library.tile == scale_linear.TILE
 
 
 @pytest.mark.once

@@ -15,6 +15,7 @@ class Jax(Library):
     """XLA fuses a masked sum into the pass that runs anyway, so that it does not gather."""
 
     differentiates = True
+    tile = 1 << 25  # XLA's products copy one
     looks_at_subnormals = False  # XLA takes them for 0
 
     def device(self, x: Any) -> Any:

@@ -82,6 +82,9 @@ class Library:
     device, nor where they are taken for 0 anyway."""
     numpy_dtypes = False
     """Whether dtypes are NumPy's: whatever NumPy takes for one is one."""
+    tile = 1 << 26
+    """The bytes of a tile of a linear layer's logits: two of them stay well below what a process
+    holds anyway, and a product of one is long enough to run at full speed."""
     only_device = ""
     """The kind of the one device that a library has, of which its arrays know nothing."""
     kernels: tuple[Any, ...] = ()

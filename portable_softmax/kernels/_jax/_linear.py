@@ -183,7 +183,7 @@ _product = partial(jnp.einsum, precision="highest")  # of any axes, without a tr
 
 # So many entries of the classifier's gradient are added at once, as XLA makes a product before it
 # adds it.
-_BLOCK = 1 << 23
+_BLOCK = 1 << 22
 
 
 def _add_product(so_far: Any, g: Any, hidden: Any) -> Any:
