@@ -164,6 +164,8 @@ def decide(request: Request, switch: Switches | None) -> Decision:
     if found and (not request.axes or 0 in x.shape) and not library.sharded:
         return Decision(None, "nothing to reduce")
     more: tuple[tuple[str, str], ...] = ()
+    # Who asks why: `explain`, which is a switch, and the error for shards.
+    told = switch is not None or library.sharded
     for candidate, decision, devices, at_least, at_most, asked, always in found:
         why = ""
         if devices and (device := library.device_type(x)) not in devices:
@@ -183,7 +185,7 @@ def decide(request: Request, switch: Switches | None) -> Decision:
             if more:
                 return Decision(candidate, decision.why, (*more, *decision.passed_over))
             return decision
-        if (candidate.kernel.name, why) not in more:
+        if told and (candidate.kernel.name, why) not in more:
             more = (*more, (candidate.kernel.name, why))
     return Decision(None, otherwise.why, (*more, *otherwise.passed_over)) if more else otherwise
 

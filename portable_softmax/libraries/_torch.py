@@ -74,14 +74,14 @@ class Torch(Library):
     gathers = True
     writes = True
 
+    # What is known of a dtype does not change: compiled code need not look at it in each call.
+    dtype = traced_as_constant(Library.dtype)
+
     def __init__(self, xp: Namespace, name: str) -> None:
         super().__init__(xp, name)
         torch: Any = sys.modules["torch"]  # somebody has imported it to make a tensor
         self._torch = torch
         self._own_types = (torch.Tensor, torch.nn.Parameter)
-        for dtype in vars(torch).values():
-            if isinstance(dtype, torch.dtype):
-                self.dtype(dtype)  # torch.compile would trace a call again once it is known
         private = {what: _private(torch, path) for what, path in PRIVATE.items()}
         self._interpreter = private["functional transforms"]
         self._is_batched = private["the vmap of is_grads_batched"]
