@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -9,7 +10,7 @@ import os
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, ClassVar
@@ -67,11 +68,6 @@ class Backend:
     def __repr__(self) -> str:
         return self.name
 
-    def some(self, every: Iterable[Any], number: int) -> Iterator[Any]:
-        """Return all cases; of a library that compiles each, one in 5 that depends on `number`."""
-        step = 5 if self.library == "jax" else 1
-        return itertools.islice(every, number % step, None, step)
-
     @classmethod
     def runs(cls, module: str, test: str, number: int) -> bool:
         """Whether it runs a test of those that take a backend, with the parameters so numbered."""
@@ -112,6 +108,10 @@ class Backend:
         code that users run, such as digits of float32 or bits, is called without it.
         """
         return function
+
+    def call(self, function: Callable[..., Any], *positional: Any, **keyword: Any) -> Any:
+        """Call a function as a `program`; any of the arguments may be an array."""
+        return function(*positional, **keyword)
 
     def dtype_name(self, array: Any) -> str:
         return str(array.dtype).rpartition(".")[2]
@@ -317,6 +317,11 @@ class Jax(Backend):
 
         return jax.jit(function, compiler_options=self.quickly)
 
+    def call(self, function, *positional, **keyword):
+        arrays = {name: value for name, value in keyword.items() if self.is_ours(value)}
+        others = {name: value for name, value in keyword.items() if name not in arrays}
+        return self.program(functools.partial(function, **others))(*positional, **arrays)
+
     def grad(self, function):
         import jax
 
@@ -359,6 +364,13 @@ class Dask(Backend):
 
         with dask.config.set(scheduler="synchronous"), np.errstate(all="ignore"):
             return np.asarray(array.compute(optimize_graph=False))
+
+    def call(self, function, *positional, **keyword):
+        import dask
+
+        # What several outputs are made of is computed once.
+        with dask.config.set(scheduler="synchronous"), np.errstate(all="ignore"):
+            return dask.persist(function(*positional, **keyword), optimize_graph=False)[0]
 
     def is_ours(self, array):
         import dask.array as da

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import reference
 from asserts import assert_close, assert_like, assert_same
+from covering import combined
 from mpmath import mp, mpf
 from test_entmax import exact_entmax
 from test_family import gradient
@@ -47,39 +50,37 @@ def targets(kind):
     return t, t
 
 
+@cache
+def exact_losses(alpha, kind):
+    """Return the losses and the slopes of LOGITS."""
+    exact = [exact_loss(row, t, alpha) for row, t in zip(LOGITS, targets(kind)[1], strict=True)]
+    losses = np.asarray([float(loss) for loss, _ in exact])
+    return losses, np.asarray([[float(v) for v in slope] for _, slope in exact])
+
+
 @pytest.mark.slow("a graph for each loss", "dask")
 @pytest.mark.slow("XLA compiles each loss with its gradient", "jax")
-@pytest.mark.parametrize("kind", ["index", "one-hot", "probabilities"])
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_golden(xp, alpha, kind):
-    labels, t = targets(kind)
-    exact = [exact_loss(row, to, alpha) for row, to in zip(LOGITS, t, strict=True)]
-    losses = np.asarray([float(loss) for loss, _ in exact])
-    slopes = np.asarray([[float(v) for v in slope] for _, slope in exact])
-    weights = np.asarray([0.5, 2.0, 1.0, 0.0])
-    every = [
-        (s, scale, {"alpha": alpha, "reduction": reduction, "sample_weight": given})
-        for s, given in ((np.ones(4), None), (weights, xp.asarray(weights)))
-        for reduction, scale in (("mean", s.sum()), ("sum", 1), ("none", 1))
-    ]
-
-    @xp.program
-    def answers(x, labels):
-        return [
-            (
-                ps.entmax_loss_value_and_grad(x, labels, **options),
-                ps.entmax_loss(x, labels, **options),
-            )
-            for *_, options in every
-        ]
-
-    found = answers(xp.asarray(LOGITS), xp.asarray(labels))
-    for (s, scale, options), ((loss, grad), alone) in zip(every, found, strict=True):
-        none = options["reduction"] == "none"
-        expected = s * losses if none else (s * losses).sum() / scale
+def test_golden(xp, alpha):
+    kinds, reductions = ("index", "one-hot", "probabilities"), ("mean", "sum", "none")
+    for kind, reduction, weighted in combined(xp, kinds, reductions, (False, True), strength=2):
+        s = np.asarray([0.5, 2.0, 1.0, 0.0]) if weighted else np.ones(4)
+        losses, slopes = exact_losses(alpha, kind)
+        scale = s.sum() if reduction == "mean" else 1
+        options = {"alpha": alpha, "reduction": reduction}
+        options["sample_weight"] = xp.asarray(s) if weighted else None
+        arrays = xp.asarray(LOGITS), xp.asarray(targets(kind)[0])
+        alone, loss, grad = xp.call(three_outputs, *arrays, **options)
+        expected = s * losses if reduction == "none" else (s * losses).sum() / scale
         assert_close(xp, loss, expected, rtol=1e-13, atol=2e-15)
         assert_close(xp, grad, s[:, None] * slopes / scale, rtol=1e-12, atol=2e-15)
         assert_same(xp, alone, loss)
+
+
+def three_outputs(x, labels, **options):
+    """Return what both functions answer: the loss alone, then the loss and its gradient."""
+    loss, grad = ps.entmax_loss_value_and_grad(x, labels, **options)
+    return ps.entmax_loss(x, labels, **options), loss, grad
 
 
 def test_alpha_1_is_cross_entropy(xp):

@@ -1,95 +1,13 @@
-"""sample_weight: one weight a position, beside every other option of the losses."""
+"""sample_weight: one weight a position; beside every other option in test_cross_entropy.py."""
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
-from asserts import assert_close, assert_same
-from mpmath import mp, mpf
-from test_cross_entropy import (
-    IGNORED,
-    INDICES,
-    LOGITS,
-    MASK,
-    PROBABILITIES,
-    TARGETS,
-    WEIGHT,
-    expected_row,
-)
+from asserts import assert_close
+from test_cross_entropy import INDICES, LOGITS, SAMPLES
 
 import portable_softmax as ps
-
-SAMPLES = np.asarray([0.5, 2.0, 1.25, 0.0])
-
-
-def expected(kind, weighted, ignoring, smoothing, z, cap, masked, reduction):
-    """Return the exact loss and gradient: each position's times its weight."""
-    rows = [expected_row(kind, r, weighted, smoothing, z, cap, masked) for r in range(4)]
-    s = [mpf(0) if ignoring and INDICES[r] == IGNORED else mpf(SAMPLES[r]) for r in range(4)]
-    losses = [s[r] * loss for r, (loss, _) in enumerate(rows)]
-    divisor = mpf(1)
-    if reduction == "mean":
-        counts = [mpf(WEIGHT[k]) if weighted and kind == "index" else mpf(1) for k in INDICES]
-        divisor = mp.fsum(a * b for a, b in zip(s, counts, strict=True))
-    grad = [[float(s[r] * g / divisor) for g in grad] for r, (_, grad) in enumerate(rows)]
-    if reduction == "none":
-        return np.asarray([float(v) for v in losses]), np.asarray(grad)
-    return float(mp.fsum(losses) / divisor), np.asarray(grad)
-
-
-@pytest.mark.slow("a large graph for each option", "dask")
-@pytest.mark.slow("XLA compiles each option", "jax")
-@pytest.mark.slow("Numba compiles each option", "numba", "torch-numba")
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("kind", TARGETS)
-def test_with_every_option(xp, kind, reduction, axis):
-    def along(a):
-        return a if axis == 1 else np.ascontiguousarray(a.T)
-
-    labels = {
-        "index": INDICES,
-        "one-hot": along(np.eye(4, dtype=np.int64)[INDICES]),
-        "probabilities": along(PROBABILITIES),
-    }[kind]
-    logits, labels = xp.asarray(along(LOGITS)), xp.asarray(labels)
-    every = itertools.product(
-        (False, True),
-        (False, True) if kind == "index" else (False,),
-        (0.0, 0.1),
-        (0.0, 0.3),
-        (None, 2.5),
-        (False, True),
-    )
-    some = list(xp.some(every, axis + len(reduction)))
-
-    @xp.program
-    def answers(logits, labels, weight, mask, samples):
-        found = []
-        for weighted, ignoring, smoothing, z, cap, masked in some:
-            options = {
-                "axis": axis,
-                "reduction": reduction,
-                "weight": weight if weighted else None,
-                "ignore_index": IGNORED if ignoring else None,
-                "label_smoothing": smoothing,
-                "z_loss": z,
-                "softcap": cap,
-                "where": mask if masked else None,
-                "sample_weight": samples,
-            }
-            alone = ps.cross_entropy(logits, labels, **options)
-            found.append((alone, *ps.cross_entropy_value_and_grad(logits, labels, **options)))
-        return found
-
-    arrays = map(xp.asarray, (WEIGHT, along(MASK), SAMPLES))
-    for options, (alone, loss, grad) in zip(some, answers(logits, labels, *arrays), strict=True):
-        want, slope = expected(kind, *options, reduction)
-        assert_close(xp, loss, want, rtol=1e-13, atol=1e-13)
-        assert_close(xp, grad, along(slope), rtol=1e-12, atol=1e-13)
-        assert_same(xp, alone, loss)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import reference
 from asserts import assert_close, assert_like, assert_same
+from covering import combined
 from mpmath import mp, mpf
 from numpy.testing import assert_array_equal
 
@@ -711,26 +712,26 @@ def test_a_position_of_weight_0(xp, hidden):
     x[2] = 1.0, 0.5, -2.0
     samples, t = xp.asarray([2.0, 0.0, 0.5]), np.eye(3)[[0, 1, 2]]
     t[1] = hidden
-    for labels in (np.asarray([0, 7, 2]), t):
-        for reduction in ("mean", "sum", "none"):
-            for options in (
-                {},
-                {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 4.0},
-                {"weight": xp.asarray([1.0, 3.0, 0.5])},
-            ):
-                options = {"reduction": reduction, **options}
-                loss, grad = ce(
-                    xp, xp.asarray(x), xp.asarray(labels), sample_weight=samples, **options
-                )
-                kept = xp.asarray(x[[0, 2]]), xp.asarray(labels[[0, 2]])
-                few = xp.asarray([2.0, 0.5])
-                alone, slope = ce(xp, *kept, sample_weight=few, **options)
-                if reduction == "none":
-                    assert loss[1] == 0.0
-                    loss = loss[[0, 2]]
-                np.testing.assert_allclose(loss, alone, rtol=1e-14)
-                assert_array_equal(grad[1], 0.0)
-                np.testing.assert_allclose(grad[[0, 2]], slope, rtol=1e-14)
+    kinds = {"index": np.asarray([0, 7, 2]), "probabilities": t}
+    terms = {
+        "": {},
+        "more": {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 4.0},
+        "weight": {"weight": xp.asarray([1.0, 3.0, 0.5])},
+    }
+    for kind, reduction, name in combined(
+        xp, (*kinds,), ("mean", "sum", "none"), (*terms,), strength=2
+    ):
+        labels, options = kinds[kind], {"reduction": reduction, **terms[name]}
+        loss, grad = ce(xp, xp.asarray(x), xp.asarray(labels), sample_weight=samples, **options)
+        kept = xp.asarray(x[[0, 2]]), xp.asarray(labels[[0, 2]])
+        few = xp.asarray([2.0, 0.5])
+        alone, slope = ce(xp, *kept, sample_weight=few, **options)
+        if reduction == "none":
+            assert loss[1] == 0.0
+            loss = loss[[0, 2]]
+        np.testing.assert_allclose(loss, alone, rtol=1e-14)
+        assert_array_equal(grad[1], 0.0)
+        np.testing.assert_allclose(grad[[0, 2]], slope, rtol=1e-14)
 
 
 def test_sample_weight_of_another_kind(xp):
@@ -806,7 +807,7 @@ def differentiated(xp, x, labels, upstream, **options):
         return xp.numpy(xp.xp.vjp(loss, [xp.asarray(x)], [xp.asarray(upstream)])[1][0])
     import jax
 
-    slope = jax.jit(lambda x, upstream: jax.vjp(loss, x)[1](upstream)[0])
+    slope = xp.program(lambda x, upstream: jax.vjp(loss, x)[1](upstream)[0])
     return xp.numpy(slope(xp.asarray(x), xp.asarray(upstream)))
 
 
@@ -817,23 +818,27 @@ def test_an_infinite_or_nan_weight_of_a_class_that_no_label_names(xp, odd):
     """an infinite or nan weight of a class that no label names, without smoothing | no effect, loss and gradient finite"""  # noqa: E501
     x = np.random.default_rng(6).normal(size=(3, 4))
     labels = np.asarray([0, 2, 0])
-    ignored = np.asarray([0, 2, 1])  # names the class, and is ignored
-    for z_loss in (0.0, 0.1):
-        for reduction in ("mean", "sum", "none"):
-            for given, more in (
-                (labels, {}),
-                (np.eye(4)[labels], {}),
-                (np.eye(4, dtype=np.int64)[labels], {}),
-                (ignored, {"ignore_index": 1}),
-            ):
-                more = {"z_loss": z_loss, "reduction": reduction, **more}
-                calls = [
-                    ce(xp, xp.asarray(x), xp.asarray(given), weight=xp.asarray(weight), **more)
-                    for weight in ([0.5, odd, 2.0, 1.0], [0.5, 1.0, 2.0, 1.0])
-                ]
-                for actual, expected in zip(*calls, strict=True):
-                    assert np.isfinite(actual).all()
-                    np.testing.assert_allclose(actual, expected, rtol=1e-14)
+    kinds = {
+        "index": (labels, {}),
+        "probabilities": (np.eye(4)[labels], {}),
+        "one-hot": (np.eye(4, dtype=np.int64)[labels], {}),
+        # The last names the class, and is ignored.
+        "ignored": (np.asarray([0, 2, 1]), {"ignore_index": 1}),
+    }
+    for kind, reduction, z_loss in combined(
+        xp, (*kinds,), ("mean", "sum", "none"), (0.0, 0.1), strength=2
+    ):
+        given, more = kinds[kind]
+        calls = [
+            ce(
+                *(xp, xp.asarray(x), xp.asarray(given)),
+                **{"weight": xp.asarray(weight), "z_loss": z_loss, "reduction": reduction, **more},
+            )
+            for weight in ([0.5, odd, 2.0, 1.0], [0.5, 1.0, 2.0, 1.0])
+        ]
+        for actual, expected in zip(*calls, strict=True):
+            assert np.isfinite(actual).all()
+            np.testing.assert_allclose(actual, expected, rtol=1e-14)
 
 
 @pytest.mark.slow("XLA compiles each reduction", "jax")

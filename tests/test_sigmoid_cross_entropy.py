@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 
 import numpy as np
 import pytest
 import reference
 from asserts import assert_close, assert_like, assert_same
+from covering import combined
 from mpmath import mp, mpf
 
 import portable_softmax as ps
@@ -34,44 +36,42 @@ def exact(z, t, w=1, c=1, g=0, e=0):
 @pytest.mark.slow("a large graph for each option", "dask")
 @pytest.mark.slow("XLA compiles each option", "jax")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 2, 5.0])
-def test_every_option_with_every_other(xp, gamma, reduction):
-    every = list(itertools.product((False, True), (False, True), (0.0, 0.2)))
-
-    @xp.program
-    def answers(logits, labels, weight, pos_weight):
-        found = []
-        for weighted, positive, smoothing in every:
-            options = {
-                "weight": weight if weighted else None,
-                "pos_weight": pos_weight if positive else None,
-                "focal_gamma": gamma,
-                "label_smoothing": smoothing,
-                "reduction": reduction,
-            }
-            alone = ps.sigmoid_cross_entropy(logits, labels, **options)
-            both = ps.sigmoid_cross_entropy_value_and_grad(logits, labels, **options)
-            found.append((alone, *both))
-        return found
-
-    found = answers(*map(xp.asarray, (LOGITS, LABELS, WEIGHT, POS_WEIGHT)))
-    for (weighted, positive, smoothing), (alone, loss, grad) in zip(every, found, strict=True):
-        w = WEIGHT if weighted else np.ones((3, 3))
-        c = np.broadcast_to(POS_WEIGHT if positive else 1.0, (3, 3))
-        wanted = [
-            [
-                exact(LOGITS[i, j], LABELS[i, j], w[i, j], c[i, j], gamma, smoothing)
-                for j in range(3)
-            ]
-            for i in range(3)
-        ]
-        losses = np.asarray([[float(loss) for loss, _ in row] for row in wanted])
-        slopes = np.asarray([[float(slope) for _, slope in row] for row in wanted])
+def test_every_option_with_every_other(xp, reduction):
+    both, gammas = (False, True), (0.0, 0.5, 2, 5.0)
+    for gamma, weighted, positive, smoothing in combined(
+        xp, gammas, both, both, (0.0, 0.2), strength=2
+    ):
+        given = {
+            "weight": xp.asarray(WEIGHT) if weighted else None,
+            "pos_weight": xp.asarray(POS_WEIGHT) if positive else None,
+            "focal_gamma": gamma,
+            "label_smoothing": smoothing,
+            "reduction": reduction,
+        }
+        arrays = xp.asarray(LOGITS), xp.asarray(LABELS)
+        alone, loss, grad = xp.call(three_outputs, *arrays, **given)
+        losses, slopes = exact_table(gamma, weighted, positive, smoothing)
         scale = 9 if reduction == "mean" else 1
         expected = losses if reduction == "none" else losses.sum() / scale
         assert_close(xp, loss, expected, rtol=1e-14)
         assert_close(xp, grad, slopes / scale, rtol=1e-13, atol=1e-16)
         assert_same(xp, alone, loss)
+
+
+def three_outputs(logits, labels, **options):
+    """Return what both functions answer: the loss alone, then the loss and its gradient."""
+    loss, grad = ps.sigmoid_cross_entropy_value_and_grad(logits, labels, **options)
+    return ps.sigmoid_cross_entropy(logits, labels, **options), loss, grad
+
+
+@cache
+def exact_table(gamma, weighted, positive, smoothing):
+    """Return losses and slopes of LOGITS and LABELS."""
+    w = WEIGHT if weighted else np.ones((3, 3))
+    c = np.broadcast_to(POS_WEIGHT if positive else 1.0, (3, 3))
+    rows = zip(*map(np.ravel, (LOGITS, LABELS, w, c)), strict=True)
+    found = [exact(*row, gamma, smoothing) for row in rows]
+    return tuple(np.asarray(part, float).reshape(3, 3) for part in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
