@@ -146,22 +146,31 @@ def test_the_same_tree_gives_the_same_bits(xp):
 # --------------------------------------------------------------------------- golden cases
 
 
+def answers(parts, at_label=None):
+    """Return the log-probabilities of each part, and the losses if the label's logits are given."""
+    state = online.merge(*[online.fold(part) for part in parts])
+    log_p = [online.log_softmax(part, state) for part in parts]
+    return log_p, None if at_label is None else online.cross_entropy(state, at_label)
+
+
 @pytest.mark.slow("a graph for each case", "dask")
 @pytest.mark.slow("XLA compiles each shape", "jax")
 def test_golden_cases_through_three_random_splits(xp):
     rng = np.random.default_rng(20261125)
     for case in GOLDEN:
         logits = np.moveaxis(np.asarray(case["logits"], np.float64), case["axis"], -1)
-        n, options = logits.shape[-1], case["kwargs"]
+        (*positions, n), options = logits.shape, case["kwargs"]
+        logits = logits.reshape(-1, n)  # of more axes, more chunks: `test_axes` has them
         target, smoothing = np.asarray(case["target"]), options.get("label_smoothing", 0.0)
         weight = np.asarray(options.get("weight", np.ones(n)), np.float64)
         counted = np.ones(logits.shape[:-1], bool)
         if case["target_kind"] == "index":
+            target = target.reshape(-1)
             counted = target != options.get("ignore_index", -(2**40))
             target = np.where(counted, target, 0)
             t = np.eye(n)[target]
         else:
-            t = np.moveaxis(target, case["axis"], -1)
+            t = np.moveaxis(target, case["axis"], -1).reshape(-1, n)
         q = weight * ((1 - smoothing) * t + smoothing / n) * counted[..., None]
         u = (weight * t).sum(axis=-1) * counted
         for _ in range(3):
@@ -169,16 +178,17 @@ def test_golden_cases_through_three_random_splits(xp):
             inner = np.sort(rng.integers(0, n + 1, size=rng.integers(0, 3)))
             parts = np.split(order, inner)  # some of them may be empty
             arrays = [xp.asarray(np.ascontiguousarray(logits[..., part])) for part in parts]
-            state = online.merge(*[online.fold(a) for a in arrays])
-            log_p = np.empty_like(logits)
-            for part, a in zip(parts, arrays, strict=True):
-                log_p[..., part] = xp.numpy(online.log_softmax(a, state))
-            losses = -(q * log_p).sum(axis=-1)
+            at_label = []
             if case["target_kind"] == "index" and smoothing == 0:
-                at_label = np.take_along_axis(logits, target[..., None], axis=-1)
-                each = xp.numpy(online.cross_entropy(state, xp.asarray(at_label)))[..., 0]
-                losses = u * each
-            found = losses
+                at_label = [xp.asarray(np.take_along_axis(logits, target[..., None], axis=-1))]
+            logs, each = xp.call(answers, arrays, *at_label)
+            log_p = np.empty_like(logits)
+            for part, log in zip(parts, logs, strict=True):
+                log_p[..., part] = xp.numpy(log)
+            losses = -(q * log_p).sum(axis=-1)
+            if each is not None:
+                losses = u * xp.numpy(each)[..., 0]
+            found = losses.reshape(positions)
             if options["reduction"] != "none":
                 found = losses.sum()
             if options["reduction"] == "mean":
