@@ -102,7 +102,7 @@ class Backend:
         raise TypeError("a backend says how")
 
     def program(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function of arrays as one program, where a library compiles one for each call.
+        """Return a function of arrays as one program, where a library makes one for each call.
 
         It shall be right, not fast: the compiler leaves most of its work. What depends on the
         code that users run, such as digits of float32 or bits, is called without it.
@@ -111,7 +111,7 @@ class Backend:
 
     def call(self, function: Callable[..., Any], *positional: Any, **keyword: Any) -> Any:
         """Call a function as a `program`; any of the arguments may be an array."""
-        return function(*positional, **keyword)
+        return self.program(function)(*positional, **keyword)
 
     def dtype_name(self, array: Any) -> str:
         return str(array.dtype).rpartition(".")[2]
@@ -365,12 +365,15 @@ class Dask(Backend):
         with dask.config.set(scheduler="synchronous"), np.errstate(all="ignore"):
             return np.asarray(array.compute(optimize_graph=False))
 
-    def call(self, function, *positional, **keyword):
+    def program(self, function):
         import dask
 
-        # What several outputs are made of is computed once.
-        with dask.config.set(scheduler="synchronous"), np.errstate(all="ignore"):
-            return dask.persist(function(*positional, **keyword), optimize_graph=False)[0]
+        def at_once(*positional, **keyword):
+            # What several outputs are made of is computed once.
+            with dask.config.set(scheduler="synchronous"), np.errstate(all="ignore"):
+                return dask.persist(function(*positional, **keyword), optimize_graph=False)[0]
+
+        return at_once
 
     def is_ours(self, array):
         import dask.array as da
