@@ -199,6 +199,15 @@ def test_labels_of_every_integer_dtype(xp, dtype):
     assert_close(xp, ignored, np.where(labels == 5, 0, losses), rtol=1e-12)
 
 
+def test_labels_that_int32_would_wrap_into_a_class(xp):
+    x, labels = xp.asarray(np.zeros((3, 4))), xp.asarray([1, 2**32, -(2**63)], "int64")
+    for target in (labels, xp.asarray([1, 2**32, 2**63], "uint64")):
+        options = {"reduction": "none", "check_labels": False}
+        loss, grad = ps.cross_entropy_value_and_grad(x, target, **options)
+        assert_close(xp, loss, [np.log(4), np.nan, np.nan], rtol=1e-14)
+        np.testing.assert_array_equal(np.isnan(xp.numpy(grad)).all(axis=1), [False, True, True])
+
+
 @pytest.mark.parametrize("margin", [5, 20, 40, 80])
 def test_the_label_entry_of_a_confident_gradient(xp, margin):
     """p - 1 is 0 in float32 from a margin of 17 on; the entry is minus the sum of the others."""

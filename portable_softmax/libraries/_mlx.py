@@ -47,6 +47,10 @@ class Mlx(Library):
         unsigned = isinstance(value, int) and value >= 2**63
         return self.xp.asarray(np.uint64(value) if unsigned else value, dtype=like.dtype)
 
+    def default_int(self, x: Any) -> Any:
+        """Return int64: that of a Python int is int32, into which labels of int64 wrap around."""
+        return self.xp.int64
+
     def own_dtype(self, dtype: Any) -> Any:
         """Return one of MLX's own dtypes."""
         if not isinstance(dtype, self.xp.Dtype):
