@@ -1,6 +1,6 @@
 """Write docs/semantics.md: the rows of test_semantics.py, and how each fared on each backend.
 
-    python3 noxfile.py -s tests
+    python3 noxfile.py -s tests tests-slow tests-dpnp
     python tests/semantics_table.py .nox/reports docs/semantics.md
 
 The first line of a test's docstring is its row, ``case | answer``; the outcomes are those of the
@@ -30,13 +30,12 @@ What the package answers in each case, and whether it did on each library. A row
 [tests/test_semantics.py](../tests/test_semantics.py): the test's docstring gives the case and the
 answer. An outcome comes from a run of that test, over all of its parameters.
 
-This file is generated, after `python3 noxfile.py -s tests`, by
+This file is generated, after `python3 noxfile.py -s tests tests-slow tests-dpnp`, by
 
     python tests/semantics_table.py .nox/reports docs/semantics.md
 
 - *passed*: in each of its variants. A number in parentheses is the reason why it was skipped.
-- *not run*: that backend left no report of it, since its library or its device was not at hand, or
-  since the test takes long there, and that run left it to `tests-slow`.
+- *not run*: that backend left no report of it, since its library or its device was not at hand.
 - *NumPy only*: the case is about NumPy's own arrays or types, and is tested on those.
 
 What holds for one library alone has tests of its own: autograd, `torch.func` and `torch.compile`

@@ -70,6 +70,11 @@ class Jax(Library):
         """Return `x` with its derivative cut off."""
         return sys.modules["jax"].lax.stop_gradient(x)
 
+    def barrier(self, *arrays: Any) -> tuple[Any, ...]:
+        """Return these arrays; XLA fuses nothing across."""
+        found: tuple[Any, ...] = sys.modules["jax"].lax.optimization_barrier(arrays)
+        return found
+
     def iterate(self, step: Callable[[Any], tuple[Any, Any]], x: Any, most: int) -> Any:
         """Return x after steps, in a loop of XLA: written out, they would take long to compile."""
         jax = sys.modules["jax"]

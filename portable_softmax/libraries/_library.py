@@ -264,6 +264,10 @@ class Library:
         """Return the entries of `x` at `index` along `axis`; other axes have the same lengths."""
         return self.xp.take_along_axis(x, index, axis=axis)
 
+    def barrier(self, *arrays: Any) -> tuple[Any, ...]:
+        """Return these arrays; a compiler fuses nothing across."""
+        return arrays
+
     def product(self, a: Any, b: Any, out: Any = None) -> Any:
         """Return a @ b, in the memory of `out` if the library writes there."""
         return self.xp.matmul(a, b)

@@ -68,6 +68,8 @@ def logcumsumexp(xp: Namespace, x: Any, axis: int) -> Any:
         merged_m, merged = _merged(xp, m[early], rest[early], m[late], rest[late])
         m = xp.concat([m[first], merged_m], axis=axis)
         rest = xp.concat([rest[first], merged], axis=axis)
+        # XLA may take minutes to compile rounds that it tries to fuse.
+        m, rest = libraries.of(xp).barrier(m, rest)
         step *= 2
     infinite = xp.isinf(constant(xp, m))
     return xp.where(infinite, m, m + xp.log1p(xp.where(infinite, scalar(xp, 0.0, m), rest)))
@@ -90,6 +92,7 @@ def logcumsumexp_vjp(xp: Namespace, x: Any, dy: Any, axis: int) -> Any:
         fall = xp.where(both, xp.exp(y[first] - y[late]), zero)
         end = dy[(*before, slice(n - step, n), ...)]
         dy = xp.concat([dy[first] + fall * dy[late], end], axis=axis)
+        (dy,) = libraries.of(xp).barrier(dy)
         step *= 2
     return dy * xp.where(x == -math.inf, zero, xp.exp(x - y))
 
