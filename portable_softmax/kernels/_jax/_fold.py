@@ -31,21 +31,22 @@ def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
     x, axes = in_blocks(x, axes)
     m = jnp.max(x, axis=axes)
     if scale is None:
-        terms, factor = _terms(x, m, axes)
+        root, factor, power = _roots(x, m, axes)
+        terms = root
     else:
-        terms, factor = _tempered_terms(x, m, scale, axes), 1.0
+        terms, root, power = _tempered_terms(x, m, scale, axes), 1.0, jnp.ones_like(m)
+        factor = power
     # Every maximum is left out of the sum; of those that are not one, 1 is kept.
-    numbers = m, *(jnp.asarray(v, x.dtype) for v in (jnp.finfo(x.dtype).max, 1.0, 0.0))
-    n, big, one, _ = numbers = lax.optimization_barrier(numbers)
     # Where a scan is differentiated in reverse and then forward, JAX drops the rule below and
     # differentiates this instead: it is right, as then the maximum is no constant either.
-    others = lax.stop_gradient(jnp.minimum((wide(n, axes) - x) * big, one))
-    rest = sum_of(terms * others, axes)
-    n, big, one, zero = lax.optimization_barrier(numbers)  # shares nothing with the sum above
-    maxima = jnp.sum(jnp.maximum((x - wide(n, axes)) * big + one, zero), axis=axes)
-    maxima = lax.stop_gradient(maxima)
-    rest = jnp.where(maxima > 1.0, rest + (maxima - 1.0) / factor, rest)
-    return m, rest * factor
+    n = lax.optimization_barrier(lax.stop_gradient(m))  # else XLA writes what is spread twice
+    others = (spread(n, x, axes) - x) * float(jnp.finfo(x.dtype).max)
+    others = lax.stop_gradient(lax.min(others, spread(power, x, axes)))
+    rest = sum_of(terms * others * root, axes) * factor
+    *first, inner = sorted(axes)
+    sums, outer = jnp.sum(others, axis=inner), tuple(first)
+    maxima = x.shape[inner] - sums / (spread(power, sums, outer) if outer else power)
+    return m, rest + ((jnp.sum(maxima, axis=outer) if outer else maxima) - 1.0)
 
 
 @fold.defjvp
@@ -53,9 +54,9 @@ def _fold_jvp(axes: Axes, primals: Any, tangents: Any) -> Any:
     (x, scale), (t, _) = primals, tangents
     m, rest = fold(x, scale, axes)
     terms, unit = exps(x, m, scale, axes)
-    none = jnp.isinf(m)  # such a row has the derivative 0
-    terms, unit = jnp.where(wide(none, axes), 0.0, terms), jnp.where(none, 1.0, unit)
-    change = jnp.sum(terms * t, axis=axes) / unit
+    finite = lax.is_finite(m)  # another row has the derivative 0
+    change = select(spread(finite, x, axes), terms * t, 0.0)
+    change = jnp.sum(change, axis=axes) / select(finite, unit, 1.0)
     change = change if scale is None else change * inverse_temperature(scale)
     return (m, rest), (jnp.zeros_like(m), change)
 
@@ -65,7 +66,41 @@ def exps(x: Any, m: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
     if scale is not None:
         return jnp.exp(shifted(x, m, scale, axes)), jnp.ones_like(m)
     c, power = base(x, m, axes)
-    return jnp.exp(x - wide(c, axes)) * wide(power, axes), jnp.exp(m - c) * power
+    terms, unit = jnp.exp(x - spread(c, x, axes)), jnp.exp(m - c)
+    return (terms, unit) if power is None else (terms * spread(power, x, axes), unit * power)
+
+
+def _roots(x: Any, m: Any, axes: Axes) -> tuple[Any, Any, Any]:
+    """Return roots of exp(x - max) over a number of the row, that over a power of 2, and this.
+
+    A confident row's rest is one exponential of a large difference. Let L be the largest one that
+    counts, beyond which an exponential underflows. Below 0 the integer c below the maximum makes
+    x - c as good as exact. From 2L on the maximum itself does, as each x that counts is within a
+    factor of 2 of it (Sterbenz). In between twice the maximum's distance from L does. There the
+    exponential of x - c may leave the range of the dtype, but that of (x - c) / 2 doesn't. The
+    power keeps the sum in range, and where XLA would flush terms to 0 of which a sum of many is
+    not, it is large.
+    """
+    info = jnp.finfo(x.dtype)
+    limit, bits = -math.log(float(info.tiny)), _count(x, axes).bit_length()
+    between = jnp.ceil(jnp.maximum((m - limit) * 32.0, 0.0)) * 0.0625
+    c = jnp.floor(jnp.minimum(m, 0.0)) + lax.min(jnp.maximum(m, 0.0), between)
+    power = jnp.minimum((40.0 - (m - c)) * float(info.max), 2.0**40)
+    # XLA would make one operation of two constant bounds, which its fast library does not have.
+    least = lax.optimization_barrier(jnp.asarray(2.0**-bits, x.dtype))
+    power = lax.stop_gradient(lax.max(power, jnp.broadcast_to(least, m.shape)))
+    return jnp.exp((x - spread(c, x, axes)) * 0.5), 1.0 / jnp.exp(m - c) / power, power
+
+
+def _count(x: Any, axes: Axes) -> int:
+    """Return how many entries a row has, or a bound."""
+    return max(math.prod(n if isinstance(n := x.shape[a], int) else 1 << 31 for a in axes), 1)
+
+
+def softmax_of(x: Any, m: Any, rest: Any, scale: Any, axes: Axes) -> Any:
+    """Return exp((x - max) / temperature) / (1 + rest)."""
+    terms, unit = exps(x, m, scale, axes)
+    return terms * spread(1.0 / (unit * (1.0 + rest)), x, axes)
 
 
 def base(x: Any, m: Any, axes: Axes) -> tuple[Any, Any]:
@@ -76,21 +111,22 @@ def base(x: Any, m: Any, axes: Axes) -> tuple[Any, Any]:
     that each x that counts is negative as well, or large, or at most 8 below it. XLA divides by a
     sum as it multiplies by its inverse, which it takes for 0 where that is subnormal. A long row's
     sum would need a larger c, and have such x further below; there the power keeps it in range.
+    None is 1.
     """
-    count = max(math.prod(n if isinstance(n := x.shape[a], int) else 1 << 31 for a in axes), 1)
+    count = _count(x, axes)
     bits = count.bit_length() if count > _BLOCK else 0
-    far = -math.log(float(jnp.finfo(x.dtype).tiny)) - (0.5 if bits else math.log(count) + 1.0)
-    c = jnp.floor(jnp.minimum(m, 0.0)) + jnp.ceil(jnp.maximum(m - far, 0.0))
-    return c, jnp.where(m > far - bits, 2.0**-bits, 1.0) if bits else jnp.ones_like(m)
+    far = -math.log(float(jnp.finfo(x.dtype).tiny)) - 1.01 - (0.0 if bits else math.log(count))
+    c = jnp.floor(lax.min(m, jnp.maximum(m - far, 0.0)))
+    return c, select(m > far - bits, lax.full_like(m, 2.0**-bits), 1.0) if bits else None
 
 
 def shifted(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
     """Return (x - max) / temperature."""
     if scale is None:
-        return x - wide(m, axes)
-    d = x * scale[2] - wide(m, axes) * scale[2]
+        return x - spread(m, x, axes)
+    d = x * scale[2] - spread(m * scale[2], x, axes)
     # Else the product and what is subtracted from it may become one operation for some rows only.
-    return jnp.where(d < jnp.inf, d * (scale[0] + scale[1]), d)
+    return select(d < jnp.inf, d * (scale[0] + scale[1]), d)
 
 
 def scale_of(temperature: float, dtype: Any) -> Any:
@@ -114,30 +150,6 @@ def inverse_temperature(scale: Any) -> Any:
     return (scale[0] + scale[1]) * scale[2]
 
 
-def _terms(x: Any, m: Any, axes: Axes) -> tuple[Any, Any]:
-    """Return exp(x - max) without the rounding error of x - max, as terms and a factor a row.
-
-    A confident row's rest is one exponential of a large difference. Let L be the largest one that
-    counts, beyond which an exponential underflows. Below 0 the integer c below the maximum makes
-    x - c as good as exact. From 2L on the maximum itself does, as each x that counts is within a
-    factor of 2 of it (Sterbenz). In between some c from 0 to the maximum does, 0 for most. Its
-    exponential may leave the range of the dtype, but that of (x - c) / 2 doesn't. So with a power
-    of 2 near exp((c - max) / 2), which costs no digit, ::
-
-        exp(x - max) = (exp((x - c) / 2) * power)^2 / exp(max - c) / power^2
-
-    A larger power, so that no square is flushed to 0 where a sum of many is not. The error of
-    exp(max - c) is that of `exps`, and cancels where both are used.
-    """
-    info = jnp.finfo(x.dtype)
-    limit = -math.log(float(info.tiny))
-    between = jnp.minimum(m, jnp.ceil(jnp.maximum(32.0 * (m - limit), 0.0)) / 16.0)
-    c = jnp.where(m < 0.0, jnp.floor(m), between)
-    power = lax.reduce_precision(jnp.exp(0.5 * (c - m)), info.nexp, 0) * 2.0**20
-    root = jnp.exp((x - wide(c, axes)) * 0.5) * wide(power, axes)
-    return root * root, 1.0 / jnp.exp(m - c) / power / power
-
-
 def _tempered_terms(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
     """Return exp((x - max) / temperature), the errors of difference and product put back.
 
@@ -146,13 +158,13 @@ def _tempered_terms(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
     difference's error is that of Knuth's two-sum.
     """
     high, low, step = scale
-    x, m = x * step, wide(m, axes) * step
+    x, m = x * step, spread(m * step, x, axes)
     d = x - m
     back = d - x
     error = (x - (d - back)) - (m + back)
     d_high = half_of_its_digits(d)
     left = d_high * low + ((d - d_high) + error) * (high + low)
-    left = jnp.where(jnp.abs(left) < 1.0, left, 0.0)  # it is larger beside an infinity only
+    left = select(jnp.abs(left) < 1.0, left, 0.0)  # it is larger beside an infinity only
     # A factor, as XLA would flush a subnormal correction to 0.
     return jnp.exp(d_high * high) * (1.0 + left * (1.0 + left / 2.0 * (1.0 + left / 3.0)))
 
@@ -167,7 +179,7 @@ def half_of_its_digits(x: Any) -> Any:
 _BLOCK = 512
 
 
-def in_blocks(x: Any, axes: Axes) -> tuple[Any, Axes]:
+def in_blocks(x: Any, axes: Axes, neutral: float = -math.inf) -> tuple[Any, Axes]:
     """Split long axes into blocks, each an axis: a view where the length has good divisors."""
     shape: list[Any] = []
     found: list[int] = []
@@ -181,7 +193,7 @@ def in_blocks(x: Any, axes: Axes) -> tuple[Any, Axes]:
                     x = jnp.pad(
                         x,
                         [(0, short if a == axis else 0) for a in range(x.ndim)],
-                        constant_values=-math.inf,
+                        constant_values=neutral,
                     )
                     parts = [n + short]
                     part = _BLOCK
@@ -200,10 +212,20 @@ def sum_of(x: Any, axes: Axes) -> Any:
     *outer, inner = sorted(axes)
     x = jnp.sum(x, axis=inner)
     for axis in reversed(outer):
-        x = jnp.sum(jnp.where(x < 0.0, 0.0, x), axis=axis)
+        x = jnp.sum(select(x < 0.0, lax.full_like(x, 0.0), x), axis=axis)
     return x
 
 
 def wide(rows: Any, axes: Axes) -> Any:
-    """Give the reduced axes back to what there is one of a row."""
+    """Give the reduced axes back to what there is one of a row, with the length 1."""
     return jnp.expand_dims(rows, axes)
+
+
+def spread(rows: Any, x: Any, axes: Axes) -> Any:
+    """Give each entry of x what there is one of a row: in one instruction, as `wide` needs four."""
+    return lax.broadcast_in_dim(rows, x.shape, [a for a in range(x.ndim) if a not in axes])
+
+
+def select(which: Any, yes: Any, no: Any) -> Any:
+    """`jnp.where` of one shape, which a program has no function for; `no` may be a number."""
+    return lax.select(which, yes, lax.full_like(yes, no) if isinstance(no, float) else no)

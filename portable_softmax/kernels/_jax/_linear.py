@@ -83,12 +83,12 @@ def _divisor(layer: Layer, rest: Rest, form: Form) -> Any:
         return jnp.asarray(layer.hidden.shape[0], dtype)
     weight, sample = rest.weights
     counted = _counted(rest, form)
-    each = jnp.ones((layer.hidden.shape[0], 1), dtype)
+    each = jnp.ones(layer.hidden.shape[0], dtype)
     if form.loss.indices and weight is not None:
-        index, _ = _losses.indices(rest.labels, 1, None)
+        index, _ = _losses.indices(rest.labels, None)
         each = jnp.take(weight.astype(dtype), index, mode="clip")
     if sample is not None:
-        each = each * sample[:, None].astype(dtype)
+        each = each * sample.astype(dtype)
     return jnp.sum(each if counted is None else jnp.where(counted, each, 0.0))
 
 
@@ -96,9 +96,9 @@ def _counted(rest: Rest, form: Form) -> Any:
     """Return which positions are neither ignored nor of weight 0, None where every one counts."""
     counted, sample = None, rest.weights.samples
     if form.loss.indices:
-        _, counted = _losses.indices(rest.labels, 1, form.loss.ignore_index)
+        _, counted = _losses.indices(rest.labels, form.loss.ignore_index)
     if sample is not None:
-        weighs = sample[:, None] != 0
+        weighs = sample != 0
         counted = weighs if counted is None else counted & weighs
     return counted
 
@@ -108,7 +108,7 @@ def _sound(layer: Layer, rest: Rest, form: Form) -> tuple[Layer, Rest]:
     hidden, classifier, bias = layer
     counted = _counted(rest, form)
     if counted is not None:
-        hidden = jnp.where(counted, hidden, 0)
+        hidden = jnp.where(counted[:, None], hidden, 0)
     where = rest.where
     if where is not None and where.shape[-1] == classifier.shape[0]:
         if where.ndim == 2 and where.shape[0] == 1:
@@ -159,7 +159,7 @@ def _tiles(layer: Layer, rest: Rest, form: Form) -> _Tiles:
     """Return the tiles, the last one filled up; positions that do not count go last."""
     n, height = layer.hidden.shape[0], form.height
     counted = _counted(rest, form) if height < n else None
-    order = None if counted is None else jnp.argsort(~counted[:, 0])
+    order = None if counted is None else jnp.argsort(~counted)
     short = -n % height
 
     def cut(a: Any) -> Any:
@@ -168,7 +168,7 @@ def _tiles(layer: Layer, rest: Rest, form: Form) -> _Tiles:
             a = jnp.pad(a, [(0, short)] + [(0, 0)] * (a.ndim - 1))
         return jnp.reshape(a, (-1, height, *a.shape[1:]))
 
-    live = jnp.ones(n, bool) if counted is None else counted[:, 0]
+    live = jnp.ones(n, bool) if counted is None else counted
     live = cut(live) if height < n else None
     where = rest.where if _has_rows(rest) else None
     samples, where = (None if a is None else cut(a) for a in (rest.weights.samples, where))

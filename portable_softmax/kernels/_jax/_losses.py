@@ -8,11 +8,12 @@ is an array that broadcasts to the logits, either may be missing, and with Q = a
     grad_j = p_j * (Q + 2 * u * logsumexp) - q_j                   p = softmax(x)
 
 Labels, weights and label smoothing make a and c, z_loss makes u, and `where`, `softcap` and a cast
-change the logits x. Here a, u and what else there is one of a position have length 1 along `axis`.
+change the logits x. Here a, u and what else there is one of a position have no axis of classes.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from jax import lax
 from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from portable_softmax.kernels._jax._fold import base, fold, wide
+from portable_softmax.kernels._jax._fold import exps, fold, select, softmax_of, spread
 from portable_softmax.kernels._jax._rules import mask_like, masked
 
 
@@ -56,8 +57,8 @@ class Weights(NamedTuple):
 class Terms(NamedTuple):
     """The coefficients of the positions."""
 
-    index: Any  # the labels, or None
-    a: Any
+    index: Any  # the labels, each of them a class, or None
+    a: Any  # None for 1, where there are labels
     c: Any
     u: Any
     counted: Any  # bool; None where every position counts
@@ -89,8 +90,9 @@ def every_label_has_a_class(
     labels: Any, where: Any, shape: Any, axis: int, ignore_index: int | None
 ) -> Any:
     """Return whether each label is ignored, or a class of logits of this shape that takes part."""
-    index, counted = indices(labels, axis, ignore_index)
-    return jnp.all(_valid(index, counted, where, shape, axis))
+    labels, counted = indices(labels, ignore_index)
+    where = None if where is None else mask_like(where, len(shape))
+    return jnp.all(_valid(labels, _nearest(labels, shape[axis]), counted, where, shape, axis))
 
 
 def reduced(x: Any, labels: Any, weights: Weights, where: Any, numbers: Numbers, form: Form) -> Any:
@@ -98,22 +100,23 @@ def reduced(x: Any, labels: Any, weights: Weights, where: Any, numbers: Numbers,
     where = None if where is None else mask_like(where, x.ndim)
     index = counted = valid = None
     if form.indices:
-        index, counted = indices(labels, axis, form.ignore_index)
+        labels, counted = indices(labels, form.ignore_index)
+        index = _nearest(labels, x.shape[axis])
     if weights.samples is not None:
-        sample = jnp.expand_dims(weights.samples.astype(x.dtype), axis)
-        weights = weights._replace(samples=sample)
-        counted = (sample != 0) if counted is None else counted & (sample != 0)
+        weights = weights._replace(samples=weights.samples.astype(x.dtype))
+        weighs = weights.samples != 0
+        counted = weighs if counted is None else counted & weighs
     if form.indices and form.check:
-        valid = _valid(index, counted, where, x.shape, axis)
+        valid = _valid(labels, index, counted, where, x.shape, axis)
     x = _conditioned(x, counted, where, numbers.softcap, axis)
     terms, total = _terms(x, labels, index, counted, weights, where, numbers, axis)
     loss = _losses(x, terms, axis)
     if valid is not None:
-        loss = loss * jnp.where(valid, 1.0, jnp.nan)
+        loss = loss * select(valid, jnp.ones_like(loss), math.nan)
     if counted is not None:
-        loss = jnp.where(counted, loss, 0.0)
+        loss = select(counted, loss, 0.0)
     if form.reduction == "none":
-        return jnp.squeeze(loss, axis=axis)
+        return loss
     if form.reduction == "sum":
         return jnp.sum(loss)
     if total is None:
@@ -125,9 +128,8 @@ def reduced(x: Any, labels: Any, weights: Weights, where: Any, numbers: Numbers,
 # --------------------------------------------------------------------------- labels
 
 
-def indices(labels: Any, axis: int, ignore_index: int | None) -> tuple[Any, Any]:
+def indices(labels: Any, ignore_index: int | None) -> tuple[Any, Any]:
     """Return the labels in the default integer dtype, and which of them count."""
-    labels = jnp.expand_dims(labels, axis)
     limits = jnp.iinfo(labels.dtype)
     counted = None
     # An index that the labels' dtype cannot hold matches none: comparing would wrap it around.
@@ -136,11 +138,30 @@ def indices(labels: Any, axis: int, ignore_index: int | None) -> tuple[Any, Any]
     return labels.astype(jnp.result_type(int)), counted
 
 
-def _valid(index: Any, counted: Any, where: Any, shape: Any, axis: int) -> Any:
-    valid = (index >= 0) & (index < shape[axis])
+def _nearest(labels: Any, n: Any) -> Any:
+    """Return the nearest class to each label, so that nothing beyond the classes is read."""
+    least, last = (jnp.asarray(v, labels.dtype) for v in (0, n - 1))
+    return lax.clamp(least, labels, last)
+
+
+def _at(x: Any, index: Any, axis: int) -> Any:
+    """Return what an array, of the logits' dimensions, holds at a class of each position."""
+    positions = tuple(a for a in range(x.ndim) if a != axis)
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(),
+        collapsed_slice_dims=(axis,),
+        start_index_map=(axis,),
+        operand_batching_dims=positions,
+        start_indices_batching_dims=tuple(range(x.ndim - 1)),
+    )
+    ones = (1,) * x.ndim
+    return lax.gather(x, index[..., None], numbers, ones, mode="promise_in_bounds")
+
+
+def _valid(labels: Any, index: Any, counted: Any, where: Any, shape: Any, axis: int) -> Any:
+    valid = labels == index
     if where is not None:
-        where = jnp.broadcast_to(mask_like(where, len(shape)), shape)
-        valid = valid & jnp.take_along_axis(where, index, axis=axis, mode="clip")
+        valid = valid & _at(jnp.broadcast_to(where, shape), index, axis)
     return valid if counted is None else valid | ~counted
 
 
@@ -162,34 +183,40 @@ def _terms(
         weight = weight.astype(x.dtype)
     a = c = total = None
     if index is not None:
-        a = jnp.ones((), x.dtype) if weight is None else jnp.take(weight, index, mode="clip")
+        if weight is not None:
+            a = jnp.take(weight, index, mode="clip")
         if sample is not None:
-            a = a * sample
+            a = sample if a is None else a * sample
         if counted is not None:
-            a = jnp.where(counted, a, 0.0)
+            a = jnp.where(counted, jnp.ones((), x.dtype) if a is None else a, 0.0)
         u = a
-        if weight is not None or counted is not None:
+        if a is not None:
             total = jnp.sum(a)
     else:
         c = labels.astype(x.dtype)
         c = c if where is None else jnp.where(where, c, 0.0)
-        u = jnp.sum(_weighted(c, weight, shape), axis=axis, keepdims=True)
+        u = jnp.sum(_weighted(c, weight, shape), axis=axis)
         if sample is not None:
-            c = jnp.where(counted, c, 0.0)
-            u, total = jnp.where(counted, u * sample, 0.0), jnp.sum(sample)
+            c = select(spread(counted, c, (axis,)), c, 0.0)
+            u, total = select(counted, u * sample, 0.0), jnp.sum(sample)
     if (smoothing := numbers.label_smoothing) is not None:
-        a, c = (None if part is None else (1.0 - smoothing) * part for part in (a, c))
+        rest = 1.0 - smoothing
+        if index is not None:
+            a = rest if a is None else rest * a
+        c = None if c is None else rest * c
         if where is None:
-            spread = jnp.ones(shape, x.dtype) * (smoothing / x.shape[axis])
+            part = jnp.broadcast_to(smoothing / x.shape[axis], shape)
         else:
             part = jnp.broadcast_to(where, x.shape).astype(x.dtype)
-            spread = part * (smoothing / jnp.maximum(jnp.sum(part, axis=axis, keepdims=True), 1.0))
-        c = spread if c is None else c + spread
+            part = part * (smoothing / jnp.maximum(jnp.sum(part, axis=axis, keepdims=True), 1.0))
+        c = part if c is None else c + part
     c = None if c is None else _weighted(c, weight, shape)
     if c is not None and sample is not None:
-        c = jnp.where(counted & (c != 0), c * sample, 0.0)
-    u = None if numbers.z_loss is None else numbers.z_loss * u
-    return Terms(index, a, c, u, counted), total
+        weighs = jnp.expand_dims(counted, axis)
+        c = jnp.where(weighs & (c != 0), c * jnp.expand_dims(sample, axis), 0.0)
+    if numbers.z_loss is not None:
+        u = numbers.z_loss if u is None else numbers.z_loss * u
+    return Terms(index, a, c, None if numbers.z_loss is None else u, counted), total
 
 
 def _weighted(c: Any, weight: Any, shape: Any) -> Any:
@@ -203,8 +230,10 @@ def _weighted(c: Any, weight: Any, shape: Any) -> Any:
 def _conditioned(x: Any, counted: Any, where: Any, softcap: Any, axis: int) -> Any:
     """Return the logits that are folded."""
     if softcap is not None:  # neither bounds nor differentiates what does not count
-        for part in (where, counted):
-            x = x if part is None else jnp.where(part, x, 0.0)
+        if where is not None:
+            x = jnp.where(where, x, 0.0)
+        if counted is not None:
+            x = select(spread(counted, x, (axis,)), x, 0.0)
         x = _capped(x, softcap)
     if where is not None:
         x, _ = masked(x, where, (axis,))
@@ -236,7 +265,7 @@ def _losses(x: Any, terms: Terms, axis: int) -> Any:
     """Return the loss of each position."""
     m, rest = fold(x, None, (axis,))
     log = jnp.log1p(rest)
-    return _summed(terms, _multiplied(x, m, log, terms, axis), wide(log, (axis,)), axis)
+    return _summed(terms, _multiplied(x, m, log, terms, axis), log, axis)
 
 
 @partial(_losses.defjvp, symbolic_zeros=True)
@@ -245,35 +274,37 @@ def _losses_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
     m, rest = fold(x, None, (axis,))
     log = jnp.log1p(rest)
     values = _multiplied(x, m, log, terms, axis)
-    logs = wide(log, (axis,))
-    loss = _summed(terms, values, logs, axis)
-    change = jnp.zeros_like(loss)
+    loss = _summed(terms, values, log, axis)
+    parts = []
     if not isinstance(t, SymbolicZero):
-        grad = _gradient(x, m, rest, log, terms, axis)
-        change = jnp.sum(grad * t, axis=axis, keepdims=True)
+        parts.append(jnp.sum(_gradient(x, m, rest, log, terms, axis) * t, axis=axis))
     # The loss is linear in the coefficients.
     a, c, u = (None if isinstance(part, SymbolicZero) else part for part in changes[1:4])
     if any(part is not None for part in (a, c, u)):
         if terms.counted is not None:  # what an ignored row holds would multiply a 0
-            values = [v if v is None else jnp.where(terms.counted, v, 0.0) for v in values]
-            logs = jnp.where(terms.counted, logs, 0.0)
-        change = change + _summed(terms._replace(a=a, c=c, u=u), values, logs, axis)
-    return loss, change
+            label, every, square = values
+            rows = label, log, square
+            label, log, square = (v if v is None else select(terms.counted, v, 0.0) for v in rows)
+            if every is not None:
+                every = select(spread(terms.counted, x, (axis,)), every, 0.0)
+            values = [label, every, square]
+        index = None if a is None else terms.index
+        parts.append(_summed(terms._replace(index=index, a=a, c=c, u=u), values, log, axis))
+    return loss, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(loss)
 
 
 def _multiplied(x: Any, m: Any, log: Any, terms: Terms, axis: int) -> list[Any]:
     """Return what a, c and u multiply, finite where the coefficient is 0; None where it is None."""
     label = every = square = None
-    if terms.a is not None:
-        label = jnp.take_along_axis(x, terms.index, axis=axis, mode="clip")
-        label = wide((m - jnp.squeeze(label, axis=axis)) + log, (axis,))
-    m, log = wide(m, (axis,)), wide(log, (axis,))
+    if terms.index is not None:
+        label = (m - _at(x, terms.index, axis)) + log
     if terms.c is not None:
-        every = m - x if _same_everywhere(terms.c, axis) else (m - x) + log
+        every = spread(m, x, (axis,)) - x
+        every = every if _same_everywhere(terms.c, axis) else every + spread(log, x, (axis,))
     if terms.u is not None:
         square = (m + log) * (m + log)
     return [
-        v if v is None else jnp.where((coefficient == 0) & jnp.isinf(v), 0.0, v)
+        v if coefficient is None else jnp.where((coefficient == 0) & jnp.isinf(v), 0.0, v)
         for coefficient, v in zip(terms[1:4], (label, every, square), strict=True)
     ]
 
@@ -290,12 +321,12 @@ def _same_everywhere(c: Any, axis: int) -> bool:
 def _summed(terms: Terms, values: list[Any], log: Any, axis: int) -> Any:
     label, every, square = values
     parts = []
-    if terms.a is not None:
-        parts.append(terms.a * label)
+    if terms.index is not None:
+        parts.append(label if terms.a is None else terms.a * label)
     if terms.c is not None:
-        parts.append(jnp.sum(terms.c * every, axis=axis, keepdims=True))
+        parts.append(jnp.sum(terms.c * every, axis=axis))
         if _same_everywhere(terms.c, axis):
-            parts.append(jnp.sum(terms.c, axis=axis, keepdims=True) * log)
+            parts.append(jnp.sum(terms.c, axis=axis) * log)
     if terms.u is not None:
         parts.append(terms.u * square)
     return sum(parts[1:], parts[0])
@@ -308,30 +339,39 @@ def _gradient(x: Any, m: Any, rest: Any, log: Any, terms: Terms, axis: int) -> A
     the label of a confident row e_j Q - q_j is an exact 0, and -q_j rest is minus the sum of the
     others.
     """
-    parts = m, rest, log, *base(x, m, (axis,))
-    m, rest, log, c, power = (wide(part, (axis,)) for part in parts)
-    unit, inverse = jnp.exp(m - c) * power, 1.0 / (1.0 + rest)
-    sums = [] if terms.a is None else [terms.a]
-    if terms.c is not None:
-        sums.append(jnp.sum(terms.c, axis=axis, keepdims=True))
-    total, more = sum(sums[1:], sums[0]), 0.0
+    axes, more = (axis,), None
     if terms.u is not None:
         lse = jnp.where((terms.u == 0) & jnp.isinf(m), 0.0, m + log)
         more = 2.0 * terms.u * lse
-
-    def entry(x: Any, q: Any) -> Any:
-        e = jnp.exp(x - c) * power / unit
-        e = e + lax.stop_gradient(jnp.where(x == m, 1.0 - e, 0.0))  # an exact 1
-        return (((e * total - q) - q * rest) + e * more) * inverse
-
-    if terms.a is None:
-        grad = entry(x, terms.c)
+    if terms.index is not None:
+        label = lax.broadcasted_iota(terms.index.dtype, x.shape, axis)
+        label = label == spread(terms.index, x, axes)
+    if terms.c is None:
+        a, found = terms.a, softmax_of(x, m, rest, None, axes)
+        missing = jnp.expm1(_at(x, terms.index, axis) - m)  # e - 1
+        own = missing - rest
+        if a is not None:
+            own = own * a
+        if more is not None:
+            own = own + (missing + 1.0) * more
+            more = more + 1.0 if a is None else more + a
+        elif a is not None:
+            more = a
+        if more is not None:
+            found = found * spread(more, x, axes)
+        grad = select(label, spread(own / (1.0 + rest), x, axes), found)
     else:
-        label = lax.broadcasted_iota(terms.index.dtype, x.shape, axis) == terms.index
-        if terms.c is None:
-            logit = jnp.take_along_axis(x, terms.index, axis=axis, mode="clip")
-            grad = jnp.exp(x - c) * power / (unit * (1.0 + rest)) * (total + more)
-            grad = jnp.where(label, entry(logit, terms.a), grad)
-        else:
-            grad = entry(x, jnp.where(label, terms.c + terms.a, terms.c))
-    return grad if terms.counted is None else jnp.where(terms.counted, grad, 0.0)
+        e, unit = exps(x, m, None, axes)
+        e = e / spread(unit, x, axes)
+        highest = x == spread(m, x, axes)
+        e = e + lax.stop_gradient(select(highest, 1.0 - e, 0.0))  # an exact 1
+        total, q = jnp.sum(terms.c, axis=axis, keepdims=True), terms.c
+        if terms.index is not None:
+            a = jnp.expand_dims(jnp.broadcast_to(terms.a, m.shape), axis)
+            total, q = total + a, jnp.where(label, q + a, q)
+        grad = (e * total - q) - q * spread(rest, x, axes)
+        if more is not None:
+            grad = grad + e * spread(more, x, axes)
+        grad = grad * spread(1.0 / (1.0 + rest), x, axes)
+    counted = terms.counted
+    return grad if counted is None else select(spread(counted, x, axes), grad, 0.0)

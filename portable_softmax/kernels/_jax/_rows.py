@@ -342,11 +342,11 @@ def _loss_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
     (axis,) = call.axes
     parts = []  # an ignored row takes no upstream gradient
     if call.form.ignore_index is not None:
-        parts.append(_losses.indices(labels, axis, call.form.ignore_index)[1])
+        parts.append(_losses.indices(labels, call.form.ignore_index)[1])
     if weights.samples is not None:
-        parts.append(jnp.expand_dims(weights.samples != 0, axis))
+        parts.append(weights.samples != 0)
     for counted in parts:
-        t = t if counted is None else jnp.where(counted, t, 0.0)
+        t = t if counted is None else jnp.where(jnp.expand_dims(counted, axis), t, 0.0)
     axes = call.axes if call.form.reduction == "none" else range(call.batch, t.ndim)
     return loss, jnp.sum(grad * t, axis=tuple(axes)).astype(loss.dtype)
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax import lax
 from jax import numpy as jnp
 
 from portable_softmax.kernels._jax._fold import (
@@ -19,7 +20,10 @@ from portable_softmax.kernels._jax._fold import (
     fold,
     in_blocks,
     inverse_temperature,
+    select,
     shifted,
+    softmax_of,
+    spread,
     sum_of,
     wide,
 )
@@ -54,17 +58,15 @@ def softmax(x: Any, where: Any, scale: Any, axes: Axes, compute: Any, answer: An
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _softmax(x: Any, scale: Any, axes: Axes) -> Any:
-    m = jnp.max(x, axis=axes)
-    blocks, block_axes = in_blocks(x, axes)
-    total = sum_of(exps(blocks, m, scale, block_axes)[0], block_axes)
-    return exps(x, m, scale, axes)[0] / wide(total, axes)
+    terms, _ = exps(x, jnp.max(x, axis=axes), scale, axes)
+    return terms / spread(sum_of(*in_blocks(terms, axes, 0.0)), x, axes)
 
 
 @_softmax.defjvp
 def _softmax_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x, scale), (t, _) = primals, tangents
     y = _softmax(x, scale, axes)
-    change = y * (t - jnp.sum(y * t, axis=axes, keepdims=True))
+    change = y * (t - spread(jnp.sum(y * t, axis=axes), y, axes))
     return y, change if scale is None else change * inverse_temperature(scale)
 
 
@@ -75,9 +77,23 @@ def log_softmax(x: Any, where: Any, scale: Any, axes: Axes, compute: Any, answer
     if where is not None:
         where = mask_like(where, x.ndim)
         x, _ = masked(x, where, axes)
-    m, rest = fold(x, scale, axes)
-    y = shifted(x, m, scale, axes) - wide(jnp.log1p(rest), axes)
+    y = _log_softmax(x, scale, axes)
     return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(answer)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _log_softmax(x: Any, scale: Any, axes: Axes) -> Any:
+    m, rest = fold(x, scale, axes)
+    return shifted(x, m, scale, axes) - spread(jnp.log1p(rest), x, axes)
+
+
+@_log_softmax.defjvp
+def _log_softmax_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (x, scale), (t, _) = primals, tangents
+    m, rest = fold(x, scale, axes)
+    y = shifted(x, m, scale, axes) - spread(jnp.log1p(rest), x, axes)
+    t = t if scale is None else t * inverse_temperature(scale)
+    return y, t - spread(jnp.sum(softmax_of(x, m, rest, scale, axes) * t, axis=axes), x, axes)
 
 
 @jit
@@ -86,31 +102,44 @@ def logsumexp(x: Any, where: Any, axes: Axes, compute: Any, answer: Any) -> Any:
     x, some = x.astype(compute), None
     if where is not None:
         x, some = masked(x, mask_like(where, x.ndim), axes)
-    m, rest = fold(x, None, axes)
-    infinite = jnp.isinf(m)  # such a row keeps its value and has the derivative 0
-    y = wide(jnp.where(infinite, m, m + jnp.log1p(jnp.where(infinite, 0.0, rest))), axes)
+    y = wide(_logsumexp(x, axes), axes)
     return (y if some is None else jnp.where(some, y, -jnp.inf)).astype(answer)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _logsumexp(x: Any, axes: Axes) -> Any:
+    m, rest = fold(x, None, axes)
+    return select(lax.is_finite(m), m + jnp.log1p(rest), m)
+
+
+@_logsumexp.defjvp
+def _logsumexp_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (x,), (t,) = primals, tangents
+    m, rest = fold(x, None, axes)
+    finite = lax.is_finite(m)  # another row has the derivative 0
+    p = select(spread(finite, x, axes), softmax_of(x, m, rest, None, axes), 0.0)
+    return select(finite, m + jnp.log1p(rest), m), jnp.sum(p * t, axis=axes)
 
 
 @jit
 def softmax_vjp(y: Any, dy: Any, axes: Axes, compute: Any, answer: Any) -> Any:
     """y * (dy - sum(y*dy))."""
     y, dy = y.astype(compute), dy.astype(compute)
-    return (y * (dy - jnp.sum(y * dy, axis=axes, keepdims=True))).astype(answer)
+    return (y * (dy - spread(jnp.sum(y * dy, axis=axes), y, axes))).astype(answer)
 
 
 @jit
 def log_softmax_jvp(log_y: Any, t: Any, axes: Axes, compute: Any, answer: Any) -> Any:
     """t - sum(exp(log_y) * t)."""
     log_y, t = log_y.astype(compute), t.astype(compute)
-    return (t - jnp.sum(jnp.exp(log_y) * t, axis=axes, keepdims=True)).astype(answer)
+    return (t - spread(jnp.sum(jnp.exp(log_y) * t, axis=axes), t, axes)).astype(answer)
 
 
 @jit
 def log_softmax_pullback(log_y: Any, dy: Any, axes: Axes, compute: Any, answer: Any) -> Any:
     """dy - exp(log_y) * sum(dy), which is the transpose of `log_softmax_jvp`."""
     log_y, dy = log_y.astype(compute), dy.astype(compute)
-    return (dy - jnp.exp(log_y) * jnp.sum(dy, axis=axes, keepdims=True)).astype(answer)
+    return (dy - jnp.exp(log_y) * spread(jnp.sum(dy, axis=axes), dy, axes)).astype(answer)
 
 
 @jit
