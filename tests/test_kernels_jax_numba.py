@@ -675,6 +675,35 @@ def test_the_gradient_through_a_half_types_loss_is_rounded_once(jax, xp, name, d
     np.testing.assert_array_equal(many[0], found)
 
 
+@pytest.mark.slow("two compilers work on several handlers")
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_an_upstream_gradient_of_0_ignores_no_row(jax, xp, dtype):
+    x, t = draw(xp, 4, 5, dtype=dtype)
+    x, t = x.at[1, 2].set(jax.numpy.nan).at[2, 0].set(jax.numpy.nan), t.at[2].set(-1)
+
+    def pulled_back(x):
+        loss = lambda x: ps.cross_entropy(x, t, ignore_index=-1, reduction="none")  # noqa: E731
+        return jax.vjp(loss, x)[1](jax.numpy.zeros(4, dtype))[0]
+
+    want = np.zeros((4, 5))
+    want[1] = np.nan
+    np.testing.assert_array_equal(jax.jit(pulled_back)(x), want)
+    with kernels.without("numba rows"):
+        np.testing.assert_array_equal(pulled_back(x), want)
+
+
+def test_explain_says_whose_gradient_is_xlas(jax, xp):
+    x, t = draw(xp, 7, 300, dtype="float16")
+    said = f"{NAME}; its gradient is left to XLA: float16 and soft labels"
+    for labels, options in ((x, {}), (t, {"label_smoothing": 0.1})):
+        assert kernels.explain("cross_entropy", x, labels, **options) == said
+        single = x.astype("float32")
+        labels = labels.astype("float32") if labels is x else labels
+        assert kernels.explain("cross_entropy", single, labels, **options) == NAME
+    assert kernels.explain("cross_entropy", x, t) == NAME
+    assert kernels.explain("cross_entropy_value_and_grad", x, x) == NAME
+
+
 def test_a_half_types_gradient_is_rounded_once_under_vmap(jax, xp):
     """Each batch has a divisor of its own: its gradient is divided before it is rounded."""
     x, _ = draw(xp, 5, 30, dtype="float16")

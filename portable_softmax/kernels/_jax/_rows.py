@@ -109,8 +109,18 @@ def declines(engine: Any, request: Request, asked: bool) -> str:
 
 
 def remark(engine: Any, request: Request) -> str:
-    """Return what `explain` says of where handlers are kept; empty if all is well."""
-    return "; ".join(engine.remarks_of_folders())
+    """Return what `explain` says of a gradient and of where handlers are kept."""
+    said, dtype = engine.remarks_of_folders(), request.x.dtype
+    if request.operation == "cross_entropy" and dtype != request.compute_dtype:
+        smoothing = request.options.label_smoothing or None
+        if _soft(request.indices, smoothing):
+            said = [f"its gradient is left to XLA: {dtype} and soft labels", *said]
+    return "; ".join(said)
+
+
+def _soft(indices: bool, smoothing: Any) -> bool:
+    """Return whether labels are soft: no kernel takes weights of positions beside these."""
+    return not indices or smoothing is not None
 
 
 def _elsewhere(x: Any) -> str:
@@ -395,8 +405,11 @@ def _mask(call: Call, layout: Layout, leaves: Arrays) -> Any:
     return jnp.broadcast_to(where.reshape(where.shape[same:]), shape[same:]).reshape(-1)
 
 
-def _loss(call: Call, layout: Layout, leaves: Arrays) -> list[Any]:
-    """Let XLA add the losses where vmap asks for several sums, else the handler."""
+def _loss(call: Call, layout: Layout, leaves: Arrays, factor: Any = None) -> list[Any]:
+    """Let XLA add the losses where vmap asks for several sums, else the handler.
+
+    A factor takes the place of the positions' weights, and ignores none where it is 0.
+    """
     (x, labels, weights, _, numbers), form = call.arrays(leaves), call.form
     (axis,), compute, like = call.axes, call.compute, jax.ShapeDtypeStruct
     weight, samples = (a if a is None else a.astype(compute) for a in weights)
@@ -420,7 +433,7 @@ def _loss(call: Call, layout: Layout, leaves: Arrays) -> list[Any]:
         weight = jnp.ones(layout.n, compute)
     given = {
         "x": x, "second": labels, "mask": _mask(call, layout, leaves), "weight": weight,
-        "samples": samples, "numbers": _stacked(numbers, compute),
+        "samples": samples if factor is None else factor, "numbers": _stacked(numbers, compute),
     }  # fmt: skip
     results = {"out": like(positions if each else (), compute)}
     if call.operation == "cross_entropy_value_and_grad":
@@ -446,7 +459,7 @@ def _loss(call: Call, layout: Layout, leaves: Arrays) -> list[Any]:
 def _loss_pullback(call: Call, layout: Layout, leaves: Arrays) -> list[Any]:
     """Let upstream be the weights of the positions: the gradient is multiplied, then rounded."""
     (x, labels, weights, where, numbers, dy), form = call.arrays(leaves), call.form
-    if not form.indices or numbers.label_smoothing is not None:  # no kernel weights these
+    if _soft(form.indices, numbers.label_smoothing):
         return _by_xla(*leaves, call=call)
     (axis,), compute, samples = call.axes, call.compute, weights.samples
     positions = x.shape[:axis] + x.shape[axis + 1 :]
@@ -463,15 +476,13 @@ def _loss_pullback(call: Call, layout: Layout, leaves: Arrays) -> list[Any]:
     if form.reduction != "none":
         factor = jnp.expand_dims(factor, tuple(range(call.batch, len(positions))))
     factor = jnp.broadcast_to(factor, positions)
-    if samples is not None:
-        factor = jnp.where(samples == 0, 0.0, factor * samples)
-    arrays = x, labels, weights._replace(samples=factor), where, numbers
-    found, tree = jax.tree.flatten((arrays, None))
+    factor = factor if samples is None else factor * samples.astype(compute)
+    found, tree = jax.tree.flatten(((x, labels, weights, where, numbers), None))
     one = call._replace(
         operation="cross_entropy_value_and_grad", tree=tree,
         static=(form._replace(reduction="none", gradient=x.dtype),),
     )  # fmt: skip
-    return _loss(one, layout, tuple(found))[1:]
+    return _loss(one, layout, tuple(found), factor)[1:]
 
 
 def _stacked(numbers: Any, compute: Any) -> Any:
