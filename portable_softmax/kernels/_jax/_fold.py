@@ -40,11 +40,18 @@ def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
     # Where a scan is differentiated in reverse and then forward, JAX drops the rule below and
     # differentiates this instead: it is right, as then the maximum is no constant either.
     n = lax.optimization_barrier(lax.stop_gradient(m))  # else XLA writes what is spread twice
-    others = (spread(n, x, axes) - x) * float(jnp.finfo(x.dtype).max)
-    others = lax.stop_gradient(lax.min(others, spread(power, x, axes)))
-    rest = sum_of(terms * others * root, axes) * factor
+    big = jnp.asarray(jnp.finfo(x.dtype).max, x.dtype)
+
+    def others(n: Any, power: Any, big: Any) -> Any:
+        found = lax.min((spread(n, x, axes) - x) * big, spread(power, x, axes))
+        return lax.stop_gradient(found)
+
     *first, inner = sorted(axes)
-    sums, outer = jnp.sum(others, axis=inner), tuple(first)
+    outer, mask = tuple(first), others(n, power, big)
+    rest = sum_of(terms * mask * root, axes) * factor
+    if outer:  # the two sums are no one operation, and would have XLA write what they share
+        mask = others(*lax.optimization_barrier((n, power, big)))
+    sums = jnp.sum(mask, axis=inner)
     maxima = x.shape[inner] - sums / (spread(power, sums, outer) if outer else power)
     return m, rest + ((jnp.sum(maxima, axis=outer) if outer else maxima) - 1.0)
 
