@@ -145,6 +145,20 @@ def test_a_maximum_may_lie_anywhere(xp, dtype):
     np.testing.assert_allclose(xp.numpy(grad), expected, rtol=tiny)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_difference_may_overflow_beside_any_row(xp, dtype):
+    """As that of the ends of the range does, in an array with a row of some moderate maximum."""
+    largest = float(np.finfo(dtype).max)
+    for moderate in (-100.0, 0.0, 60.0, 100.0, 200.0, 650.0, 1000.0):
+        x = np.asarray([[largest, -largest], [moderate, moderate]], dtype)
+        expected = [[1.0, 0.0], [0.5, 0.5]]
+        assert_close(xp, ps.softmax(xp.asarray(x)), expected, dtype, rtol=1e-6)
+        assert_close(xp, ps.softmax(xp.asarray(x.T), axis=0).T, expected, dtype, rtol=1e-6)
+        loss, grad = ps.cross_entropy_value_and_grad(xp.asarray(x), xp.asarray(np.asarray([0, 1])))
+        assert_close(xp, loss, np.log(2) / 2, dtype, rtol=1e-6)
+        assert_close(xp, grad, [[0.0, 0.0], [0.25, -0.25]], dtype, rtol=1e-6)
+
+
 @pytest.mark.slow("Triton interprets element by element", "triton")
 @pytest.mark.parametrize("path", ["default", "portable"])
 def test_a_long_remainder_keeps_its_digits(xp, path):

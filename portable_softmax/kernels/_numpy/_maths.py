@@ -151,7 +151,8 @@ def write_exps(x: Any, b: Any, d: Any, out: Any, lost: Any) -> None:
     np.subtract(x, b, out=d)
     np.add(d, b, out=lost)
     np.subtract(x, lost, out=lost)
-    np.fmax(lost, -1.0, out=lost)  # it is nan beside an infinity, where the exp is 0
+    # Where x or d is -inf it is nan or inf, and the exp is 0.
+    np.fmin(lost, 1.0, out=lost)
     np.exp(d, out=out)
     np.multiply(lost, out, out=lost)
     np.add(out, lost, out=out)
