@@ -316,8 +316,6 @@ def axes(axis: Any, ndim: int) -> tuple[int, ...]:
 
 def one_axis(axis: Any, ndim: int) -> int:
     """Return the int `axis` as a non-negative one."""
-    if type(axis) is int and -ndim <= axis < ndim:
-        return axis % ndim
     index = _axis_number(axis)
     if not -ndim <= index < ndim:
         raise _axis_error(index, ndim)
