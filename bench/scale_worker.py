@@ -69,7 +69,9 @@ def measure(shape: tuple[int, int], chunk: int, limit: int) -> Iterator[Row]:
     for parts in PARTS:
         with ExitStack() as stack:
             stack.enter_context(dask.config.set(settings))
-            cluster = distributed.LocalCluster(processes=True, dashboard_address=None, **one)
+            cluster = distributed.LocalCluster(
+                processes=True, dashboard_address="127.0.0.1:0", **one
+            )
             client = stack.enter_context(distributed.Client(stack.enter_context(cluster)))
             width = shape[1] // parts
             cut = (max(1, chunk // (4 * width)), width)

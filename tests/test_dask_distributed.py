@@ -35,7 +35,7 @@ def client(backend_name):
     one = {"n_workers": 1, "threads_per_worker": 1, "memory_limit": LIMIT}
     with (
         dask.config.set(config),
-        distributed.LocalCluster(processes=True, dashboard_address=None, **one) as cluster,
+        distributed.LocalCluster(processes=True, dashboard_address="127.0.0.1:0", **one) as cluster,
         distributed.Client(cluster) as client,
     ):
         yield client

@@ -35,7 +35,9 @@ def test_score_files(da, xp, tmp_path, capfd):
     lazy = score_files.score(*paths[:2], block=800)  # 14 rows each
     assert lazy.chunks == ((14, 14, 14, 8),)
     found = score_files.main(
-        [*map(str, paths[:2]), "--out", str(paths[2])], processes=False, dashboard_address=None
+        [*map(str, paths[:2]), "--out", str(paths[2])],
+        processes=False,
+        dashboard_address="127.0.0.1:0",
     )
     expected = ps.cross_entropy(x, t, reduction="none")
     np.testing.assert_allclose(lazy.compute(scheduler="sync"), expected, rtol=1e-12)
