@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -64,7 +65,7 @@ def _family(axis: int, reduction: str) -> Offer:
     places_of = {"axis": axis, "reduction": reduction}
     found: dict[str, peers.Call] = {}
     for name, (function, takes, options) in FAMILY.items():
-        if not hasattr(ps, function):
+        if not _has(function, options):
             continue
         call = partial(_called, name, {k: places_of[k] for k in takes} | options)
         found[name] = call
@@ -72,6 +73,11 @@ def _family(axis: int, reduction: str) -> Offer:
             alpha = 2.0 if name == "sparsemax" else 1.5
             found[f"{name}+backward"] = partial(_sparse_backward, call, alpha, axis)
     return found
+
+
+def _has(function: str, options: dict[str, Any]) -> bool:
+    found = getattr(ps, function, None)
+    return found is not None and options.keys() <= inspect.signature(found).parameters.keys()
 
 
 def _called(name: str, options: dict[str, Any], x: Any, second: Any) -> Any:

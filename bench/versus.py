@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import portable_softmax
-from bench import gpu, places, providers, speed, summary, tables
+from bench import gpu, peers, places, providers, speed, summary, tables
 from bench.errors import CommandError
 from bench.report import ROOT
 
@@ -123,7 +123,8 @@ class _Server:
         """Return where the package is, the backend's version, and the operations of each path."""
         place = places.open_backend(backend)
         ours = providers.our_providers(place, slow_starts=False)
-        offers = {path.name: [*path.offer(-1, "mean")] for path in ours}
+        timed = (*peers.OPERATIONS, *peers.TIMED)
+        offers = {p.name: [op for op in p.offer(-1, "mean") if op in timed] for p in ours}
         return [portable_softmax.__file__, str(place), offers]
 
     def prepare(

@@ -47,3 +47,32 @@ def test_a_constant_is_computed_at_once(xp):
     """ndonnx's own `asarray`: the answer has a value, without a graph being built."""
     y = ps.softmax(xp.xp.asarray(LOGITS)).unwrap_numpy()
     np.testing.assert_allclose(y, ps.softmax(LOGITS), rtol=1e-14)
+
+
+def test_a_constant_close_to_1_needs_an_optimizer_less(xp):
+    """ONNX Runtime 1.32 leaves out a product with what float32 rounds to 1, unless told not to."""
+    cap = 1 + 2.0**-26
+    logits = xp.xp.argument(shape=LOGITS.shape, dtype=xp.xp.float64)
+    loss = ps.cross_entropy(logits, xp.xp.asarray(LABELS), softcap=cap, reduction="none")
+    model = xp.xp.build({"logits": logits}, {"loss": loss}).SerializeToString()
+    session = xp.runtime.InferenceSession(model, disabled_optimizers=["NoopElimination"])
+    (found,) = session.run(None, {"logits": LOGITS})
+    expected = ps.cross_entropy(LOGITS, LABELS, softcap=cap, reduction="none")
+    np.testing.assert_allclose(found, expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize("alpha", [1.25, 3.0])
+def test_steps_are_a_loop_of_the_graph(xp, alpha):
+    """Of any batch size; a constant is computed step by step instead."""
+    logits = xp.xp.argument(shape=("N", 3), dtype=xp.xp.float64)
+    model = xp.xp.build({"logits": logits}, {"y": ps.entmax(logits, alpha=alpha)})
+    assert sum(node.op_type == "Loop" for node in model.graph.node) == (1 if alpha < 2 else 2)
+    assert len(model.graph.node) < 200
+    expected = ps.entmax(LOGITS, alpha=alpha)
+    session = xp.runtime.InferenceSession(model.SerializeToString())
+    np.testing.assert_allclose(session.run(None, {"logits": LOGITS})[0], expected, rtol=1e-14)
+    from spox import _future as spox
+
+    with spox.value_prop_backend(spox.ValuePropBackend.ONNXRUNTIME):  # ndonnx's own
+        constant = ps.entmax(xp.xp.asarray(LOGITS), alpha=alpha)
+    np.testing.assert_allclose(constant.unwrap_numpy(), expected, rtol=1e-14)

@@ -5,7 +5,6 @@ What a task gives for a chunk is stored as one array: a state has to be one ther
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,18 +14,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries._library import Library
+from portable_softmax.libraries._chunked import Chunked
 from portable_softmax.libraries._namespace import Adapted
 
 # Bytes that a task needs at most beside its chunks: what is no kernel works on tiles, one a thread.
 _SCRATCH = (12 << 20) * (os.cpu_count() or 1)
 
 
-class Cubed(Library):
+class Cubed(Chunked):
     """What is made beside an array needs its Spec, which therefore stands for its device."""
 
-    lazy = chunked = stores_chunks = True
-    numpy_dtypes = True
+    stores_chunks = True
 
     def __init__(self, xp: Namespace, name: str) -> None:
         super().__init__(Adapted(sys.modules["cubed.array_api"], "spec"), name)
@@ -60,10 +58,6 @@ class Cubed(Library):
 
     # ----------------------------------------------------------------------- chunks
 
-    def chunks_along(self, x: Any, axes: Sequence[int]) -> int:
-        """Return how many chunks a row along `axes` is cut into."""
-        return math.prod(x.numblocks[a] for a in axes)
-
     def whole(self, x: Any, axis: int = 0) -> Any:
         """Return `x` in one chunk along an axis."""
         return self._cut(x, {axis: x.shape[axis]})
@@ -94,12 +88,11 @@ class Cubed(Library):
         *given: tuple[Any, Sequence[int]],
         dtype: Any,
         ones: Sequence[int] = (),
-        name: str = "",
+        name: str | None = None,
     ) -> Any:
-        """Return ``function(*chunks)`` of the chunks that belong together, one task for each.
+        """Return ``function(*chunks)``.
 
-        As the same of Dask. A function that returns several arrays says of what `dtypes`; they have
-        the length 1 along an axis, along which they are stored side by side.
+        Several arrays have the length 1 along an axis, along which they are stored side by side.
         """
         several = Several(None, ones[0], dtype) if isinstance(dtype, tuple) else None
         # cubed 0.27 asks the first array alone whether it has axes that the answer does not have.
@@ -130,10 +123,7 @@ class Cubed(Library):
         keepdims: bool = True,
         dtype: Any,
     ) -> Any:
-        """Merge what each chunk of `x` holds, of length 1 along `axes`, a few at a time.
-
-        ``take(chunk)`` is what is merged of a chunk, and ``finish(merged)`` is the answer.
-        """
+        """Merge what each chunk of `x` holds, of length 1 along `axes`."""
         axes = tuple(axes)
         if take is not None:
             every = range((x.array if isinstance(x, Several) else x).ndim)
@@ -163,10 +153,7 @@ class Cubed(Library):
         *given: tuple[Any, Sequence[int]],
         dtype: Any,
     ) -> Any:
-        """Return the merge of ``function(*chunks)`` over the chunks that belong together, a number.
-
-        The arrays come with their axes, of which the first has all that are cut.
-        """
+        """Return the merge of ``function(*chunks)`` over the chunks that belong together."""
         axes = tuple(given[0][1])
         each = partial(_as_ones, len(axes), function)
         found = self.each_chunk(each, axes, *given, dtype=dtype, ones=axes)

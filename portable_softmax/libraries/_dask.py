@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -10,14 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax.libraries._library import Library
+from portable_softmax.libraries._chunked import Chunked
 
 
-class Dask(Library):
+class Dask(Chunked):
     """It has no gather, and reads no value before compute()."""
 
-    lazy = chunked = True
-    numpy_dtypes = True
     only_device = "cpu"  # chunks are where their workers are
 
     def adopt(self, labels: Any, logits: Any, axis: int) -> Any:
@@ -28,10 +25,6 @@ class Dask(Library):
         chunks = tuple(c for a, c in enumerate(logits.chunks) if whole or a != axis)
         fits = tuple(map(sum, chunks)) == labels.shape
         return self.xp.from_array(labels, chunks=chunks if fits else -1)
-
-    def chunks_along(self, x: Any, axes: Sequence[int]) -> int:
-        """Return how many chunks a row along `axes` is cut into."""
-        return math.prod(x.numblocks[a] for a in axes)
 
     def whole(self, x: Any, axis: int = 0) -> Any:
         """Return `x` in one chunk along an axis."""
@@ -67,13 +60,7 @@ class Dask(Library):
         new: dict[int, Any] | None = None,
         name: str | None = None,
     ) -> Any:
-        """Return ``function(*chunks)`` of the chunks that belong together, one task for each.
-
-        A function may return a tuple of arrays; `dtype` then holds that of each. Axes have numbers:
-        `out` are those of the answer, of length 1 in each chunk if they are among `ones`, and each
-        array comes with its own. Of an axis that the answer does not have a function gets its
-        chunks in a list; `new` axes that no array has come with their length.
-        """
+        """Return ``function(*chunks)``; `new` axes that no array has come with their length."""
         dtype = dtype[0] if isinstance(dtype, tuple) else dtype
         like = given[-1][0]._meta.real  # to cast complex numbers to real ones would warn
         meta = sys.modules["dask.array.utils"].meta_from_array(like, ndim=len(out), dtype=dtype)
@@ -100,10 +87,7 @@ class Dask(Library):
         keepdims: bool = True,
         dtype: Any,
     ) -> Any:
-        """Merge the chunks of `x`, whatever they hold, along `axes` in a tree.
-
-        ``take(chunk)`` is what is merged of a chunk, and ``finish(merged)`` is the answer.
-        """
+        """Merge the chunks of `x`, whatever they hold, in a tree."""
         dtype = dtype[0] if isinstance(dtype, tuple) else dtype
         meta = sys.modules["dask.array.utils"].meta_from_array(
             x._meta, ndim=x.ndim if keepdims else x.ndim - len(axes), dtype=dtype
@@ -121,10 +105,9 @@ class Dask(Library):
         *given: tuple[Any, Sequence[int]],
         dtype: Any,
     ) -> Any:
-        """Return the merge of ``function(*chunks)`` over the chunks that belong together, a number.
+        """Return the merge of ``function(*chunks)`` over the chunks that belong together.
 
-        The arrays come with their axes, of which the first has all that are cut, into the same
-        chunks. They are small: a task has eight chunks, where `reduction` begins with one.
+        They are small: a task has eight of them, where `reduction` begins with one.
         """
         first, axes = given[0]
         token = sys.modules["dask.base"].tokenize(function, merge, [(a.name, n) for a, n in given])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
+
+import numpy as np
 
 from portable_softmax.libraries._library import RUNNING_SUM, Library
 
@@ -16,3 +20,35 @@ class Ndonnx(Library):
     def longest_sum(self, x: Any, axis: int) -> float:
         """Return that of a running sum: ONNX Runtime's is one, in a few lanes, along any axis."""
         return RUNNING_SUM
+
+    def iterate(self, step: Callable[[Any], tuple[Any, Any]], x: Any, most: int) -> Any:
+        """Return x after steps, in a loop of ONNX: written out, they are thousands of nodes."""
+        after, moves = step(x)
+        if _has_a_value(moves):  # spox computes constants as it goes, but no loop
+            for _ in range(1, most):
+                if not moves.unwrap_numpy():
+                    break
+                after, moves = step(after)
+            return after
+        several = isinstance(x, tuple)
+
+        def body(_taken: Any, _goes_on: Any, *given: Any) -> list[Any]:
+            arrays = tuple(map(self.xp.asarray, given))
+            found, moves = step(arrays if several else arrays[0])
+            # spox declares the condition with a shape of (1,).
+            new = self.xp.reshape(moves, (1,)), *(found if several else (found,))
+            return [array.unwrap_spox() for array in new]
+
+        onnx = import_module("spox.opset.ai.onnx.v21")
+        limit, go = onnx.const(np.asarray([most])), onnx.const(np.asarray([True]))
+        start = [array.unwrap_spox() for array in (x if several else (x,))]
+        arrays = tuple(map(self.xp.asarray, onnx.loop(limit, go, start, body=body)))
+        return arrays if several else arrays[0]
+
+
+def _has_a_value(array: Any) -> bool:
+    try:
+        array.unwrap_numpy()
+    except ValueError:
+        return False
+    return True

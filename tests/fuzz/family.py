@@ -114,13 +114,25 @@ def logmeanexp(x: Any, live: Any, rounding: Rounding) -> Answer:
 
 
 def logcumsumexp(x: Any, rounding: Rounding) -> Answer:
+    """The state after each entry, its sum with what was rounded off (Neumaier 1974)."""
     x = x.astype(L)
-    value, size = np.empty(x.shape, L), np.empty(x.shape, L)
+    top = np.maximum.accumulate(x, axis=1)
+    log = np.empty(x.shape, L)
+    m, rest, lost = np.full(len(x), -L("inf")), -np.ones(len(x), L), np.zeros(len(x), L)
     for i in range(x.shape[1]):
-        rows = fold(x[:, : i + 1], np.ones((len(x), i + 1), bool))
-        top = rows.max[:, 0]
-        value[:, i] = np.where(np.isfinite(top), top + rows.log[:, 0], top)
-        size[:, i] = np.where(np.isfinite(top), np.maximum(1, np.abs(top)), 1)
+        new = x[:, i]
+        above = new > m
+        scale = np.exp(np.where(above, m - new, 0))
+        # A new maximum is the 1 that `rest` leaves out, and the sum before it becomes the rest.
+        rest, lost = np.where(above, scale * (1 + rest), rest), scale * lost
+        e = np.where(above | np.isneginf(new), 0, np.exp(new - m))
+        total = rest + e
+        lost += np.where(rest > e, rest - total + e, e - total + rest)
+        m, rest = np.where(above, new, m), total
+        log[:, i] = np.log1p(rest + lost)
+    finite = np.isfinite(top)
+    value = np.where(finite, top + np.where(finite, log, 0), top)
+    size = np.where(finite, np.maximum(1, np.abs(top)), 1)
     return Answer(value, rounding.tolerance(value, 6, 4 * rounding.compute.u * size))
 
 

@@ -17,9 +17,9 @@ from portable_softmax.kernels._numpy import _general, _losses, _rows, _small, _s
 from portable_softmax.kernels._numpy._layout import Layout, layout
 from portable_softmax.kernels._request import LOSSES, ROWS, SPARSE, VJPS, Request
 
-# From here on tiles of a vector-Jacobian product win, measured on rows of 1000:
-# timeit softmax_vjp with and without kernels.portable().
-_VJP_BYTES = 1 << 23
+# From here on tiles of softmax_vjp win, measured on rows of 1000, or of 16 and 100: timeit with and
+# without kernels.portable(). Those of log_softmax_vjp, which takes more passes, always do.
+_LONG_ROWS, _SHORT_ROWS = 1 << 23, 1 << 24
 
 TENSORS = False  # kernels on NumPy's arrays
 ANY_LAYOUT = (*ROWS, *LOSSES, *SPARSE)  # the operations that are never declined
@@ -36,13 +36,14 @@ def declines(request: Request, asked: bool) -> str:
         return ""
     if _small.upstream_of(request) is not None:
         return ""
-    # Three passes cost less than a transpose of two arrays.
-    if not asked and request.x.nbytes < _VJP_BYTES:
-        return "neither small nor large"
     both = _both(request)
     if both is None:
         return "not two blocks in memory with the axes together"
-    return "not in long rows" if not asked and both[0].axis == 0 else ""
+    if asked or request.operation == "log_softmax_vjp":
+        return ""
+    # Three passes cost less than a transpose of two arrays.
+    at_least = _SHORT_ROWS if both[0].axis == 0 else _LONG_ROWS
+    return "neither small nor large" if request.x.nbytes < at_least else ""
 
 
 def declines_options(request: Request) -> str:
