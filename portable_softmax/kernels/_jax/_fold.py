@@ -52,6 +52,7 @@ def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
     if outer:  # the two sums are no one operation, and would have XLA write what they share
         mask = others(*lax.optimization_barrier((n, power, big)))
     sums = jnp.sum(mask, axis=inner)
+    sums = apart(sums) if outer else sums
     maxima = x.shape[inner] - sums / (spread(power, sums, outer) if outer else power)
     return m, rest + ((jnp.sum(maxima, axis=outer) if outer else maxima) - 1.0)
 
@@ -212,15 +213,17 @@ def in_blocks(x: Any, axes: Axes, neutral: float = -math.inf) -> tuple[Any, Axes
 
 
 def sum_of(x: Any, axes: Axes) -> Any:
-    """Sum what is not negative over one axis after the other.
-
-    XLA would merge the sums into one long one if it were not for the select, which changes nothing.
-    """
+    """Sum what is not negative over one axis after the other."""
     *outer, inner = sorted(axes)
     x = jnp.sum(x, axis=inner)
     for axis in reversed(outer):
-        x = jnp.sum(select(x < 0.0, lax.full_like(x, 0.0), x), axis=axis)
+        x = jnp.sum(apart(x), axis=axis)
     return x
+
+
+def apart(x: Any) -> Any:
+    """Return what is not negative as it is, between two sums that XLA would merge into one."""
+    return select(x < 0.0, lax.full_like(x, 0.0), x)
 
 
 def wide(rows: Any, axes: Axes) -> Any:
