@@ -142,7 +142,10 @@ def test_another_jax_is_left_to_xla(jax, xp, monkeypatch):
     assert why(engine) == ""
     with monkeypatch.context() as m:
         m.setattr(_ffi, "API", (0, 99))
-        assert "handlers that of (0, 99)" in why(engine)
+        assert "handlers those from (0, 99)" in why(engine)
+    with monkeypatch.context() as m:
+        m.setattr(_ffi, "LAST_API", (0, 2))
+        assert "handlers those from (0, 3) to (0, 2)" in why(engine)
     with monkeypatch.context() as m:
         m.setattr(_rows.sys, "platform", "win32")
         assert "POSIX" in why(engine)

@@ -137,14 +137,15 @@ def _no_handlers(engine: str) -> str:
         return f"jax {jax.__version__} has no jax.ffi"
     if sys.platform == "win32":
         return "handlers are made for POSIX systems"
-    ours = _handlers(engine).API
+    first, last = _handlers(engine).API, _handlers(engine).LAST_API
     try:
         header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
         found = re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header)
     except (OSError, RuntimeError):
         found = []
-    if tuple(map(int, found)) != ours:
-        return f"XLA's FFI has the version {'.'.join(found) or 'unknown'}, handlers that of {ours}"
+    if not first <= tuple(map(int, found)) <= last:
+        known = f"handlers those from {first} to {last}"
+        return f"XLA's FFI has the version {'.'.join(found) or 'unknown'}, {known}"
     return ""
 
 

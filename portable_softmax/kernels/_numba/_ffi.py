@@ -21,9 +21,9 @@ from portable_softmax.kernels._numba import _driver, _handlers, _jit
 from portable_softmax.kernels._numba._exp import temperature
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, SAMPLED, WEIGHTED
 
-__all__ = ["API", "ROLES", "Loss", "Target", "made", "target", "temperature"]
+__all__ = ["API", "LAST_API", "ROLES", "Loss", "Target", "made", "target", "temperature"]
 
-API, ROLES = _handlers.API, _handlers.ROLES
+API, LAST_API, ROLES = _handlers.API, _handlers.LAST_API, _handlers.ROLES
 
 
 # The vector-Jacobian product of log_softmax where a logit of -inf passes its gradient on.

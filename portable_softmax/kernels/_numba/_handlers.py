@@ -32,7 +32,8 @@ from portable_softmax.kernels._numba._losses import (
 )
 from portable_softmax.kernels._numba._memory import I64
 
-API = (0, 3)  # of the frame that is read here
+# Of the frame that is read here, and the last in which nothing that is read has moved.
+API, LAST_API = (0, 3), (0, 5)
 IS_LINUX = sys.platform == "linux"
 
 # Words of the frame, of its API, of a buffer, of an attribute that is an array, of an extension.
@@ -181,7 +182,7 @@ def task(name):
     return lambda f: _called(named(f, f"{name}.{f.__name__}"))
 
 
-VERSION_WORD = API[0] | API[1] << 32
+VERSION_WORD, LAST_VERSION = (major | minor << 32 for major, minor in (API, LAST_API))
 
 
 # --------------------------------------------------------------------------- operations
@@ -523,7 +524,8 @@ def _handler(name, body, prepare, finish, compute):
             if low_half(word(extension, EXTENSION_TYPE)) == IS_METADATA:
                 put(word(extension, METADATA), METADATA_VERSION, VERSION_WORD)
             return 0
-        if word(word(frame, API_TABLE), VERSION) != VERSION_WORD:
+        version = word(word(frame, API_TABLE), VERSION)
+        if version < VERSION_WORD or version > LAST_VERSION:
             return failure(frame, INVALID_ARGUMENT, text("portable_softmax: another FFI version"))
         if (
             low_half(word(frame, STAGE)) != EXECUTE
