@@ -9,6 +9,7 @@ import pytest
 import reference
 
 import portable_softmax as ps
+from portable_softmax import kernels
 from portable_softmax.kernels import _threads
 from portable_softmax.kernels._numpy import _general, _layout, _losses, _maths, _rows, _small
 
@@ -282,3 +283,12 @@ def test_the_vjps_of_large_rows():
             dx = function(out, dy)
             np.testing.assert_allclose(dx, plain, rtol=unit, atol=unit)
             np.testing.assert_allclose(dx[5, 7], plain[5, 7], rtol=unit)
+
+
+@pytest.mark.parametrize("shape", [(2000, 100), (300, 1000)])
+def test_log_softmax_vjp_of_any_size_is_for_tiles(shape):
+    """Of long rows and short ones, beyond small arrays and below large ones."""
+    x = np.zeros(shape)
+    with kernels.without("numba rows"):
+        assert kernels.explain("log_softmax_vjp", x, x).startswith("numpy tiles: ")
+        assert kernels.explain("softmax_vjp", x, x).startswith("portable: ")
