@@ -291,6 +291,13 @@ def not_of_shards(operation: str, why: str) -> TypeError:
     )
 
 
+def not_dense(operation: str, layout: str) -> TypeError:
+    """Return the error for a sparse tensor, of which torch takes no maximum along an axis."""
+    return TypeError(
+        f"{operation} was given a tensor of {layout}, expected dense ones: pass its to_dense()"
+    )
+
+
 def shards(name: str, x: Any, problem: str, remedy: str) -> TypeError:
     """Return the error for a DTensor that does not lie as a call needs it."""
     return TypeError(f"{name} has the placements {tuple(x.placements)}, {problem}: {remedy}")
@@ -342,10 +349,17 @@ def _axis_error(axis: Any, ndim: int, remedy: str = "") -> Exception:
 
 
 def number(
-    name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False
+    name: str,
+    value: Any,
+    *,
+    low: float,
+    high: float = math.inf,
+    open_low: bool = False,
+    infinite: bool = False,
 ) -> float:
-    """Return `value` as a float inside the range, which holds no infinity and no nan."""
-    inside = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
+    """Return `value` as a float inside the range, which holds no nan, and infinity if asked."""
+    open_high = high == math.inf and not infinite
+    inside = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(
             f"{name} is {value!r}, expected a Python number in {inside}: an array cannot be taken, "
@@ -353,7 +367,7 @@ def number(
         )
     answer = float(real(name, value, inside))
     above = answer > low if open_low else answer >= low
-    if not (above and answer <= high and answer < math.inf):
+    if not (above and answer <= high and not (open_high and answer == math.inf)):
         raise ValueError(f"{name} is {answer}, expected a number in {inside}")
     return answer
 
@@ -378,8 +392,7 @@ def temperature(value: Any) -> float:
 def alpha(value: Any, x: Any = None, library: Library | None = None) -> Any:
     """Return the alpha of entmax, from 1 to inf; beside `x` an array in [1, 2] is one too."""
     if isinstance(value, Real) or library is None or not hasattr(value, "ndim"):
-        infinite = isinstance(value, Real) and value == math.inf
-        return math.inf if infinite else number("alpha", value, low=1.0)
+        return number("alpha", value, low=1.0, infinite=True)
     companion("alpha", value, "x", x, library)
     floating("alpha", value, library)
     if value.ndim > 0:

@@ -227,6 +227,22 @@ def test_logits_that_autocast_made(torch, xp):
     torch.testing.assert_close(grad, expected, rtol=2.0**-7, atol=0.0)
 
 
+def test_sparse_tensors_are_refused(torch, xp):
+    x, labels = xp.asarray(np.eye(2)), xp.asarray([0, 1])
+    remedy = r"was given a tensor of layout torch\.sparse_coo.*pass its to_dense\(\)"
+    for call in (
+        lambda: ps.softmax(x.to_sparse()),
+        lambda: ps.logsumexp(x.to_sparse()),
+        lambda: ps.entmax(x.to_sparse()),
+        lambda: ps.cross_entropy(x.to_sparse(), labels),
+        lambda: ps.cross_entropy(x, labels.to_sparse()),
+        lambda: ps.cross_entropy(x, labels, weight=x[0].to_sparse()),
+        lambda: ps.linear_cross_entropy(x, x.to_sparse(), labels),
+    ):
+        with pytest.raises(TypeError, match=remedy):
+            call()
+
+
 def test_integers_take_the_default_dtype(torch, xp):
     x, labels = xp.asarray([[1, 2, 3]]), xp.asarray([0])
     before = torch.get_default_dtype()
