@@ -509,7 +509,7 @@ def conformance(session: nox.Session) -> None:
 
     Then faults that were reported upstream, on ours and on the peers: docs/reported.md.
     """
-    libraries = ("strict", "torch", "jax", "dask")
+    libraries = ("strict", "torch", "jax", "dask", "ndonnx", "mlx", "cubed")
     install(session, *package(*libraries), *group("conformance"))
     folder = ROOT / "tests" / "conformance"
     for script in ("scipy_special.py", "optax_losses.py"):

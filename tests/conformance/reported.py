@@ -61,6 +61,11 @@ def cross_entropy_gradient_of_a_distribution(xp: Backend) -> Any:
     return ps.cross_entropy_value_and_grad(xp.asarray([[Z, 0.0]]), labels)[1]
 
 
+def sigmoid_cross_entropy(xp: Backend) -> Any:
+    logits, labels = xp.asarray([40.0, -40.0]), xp.asarray([1.0, 0.0])
+    return ps.sigmoid_cross_entropy(logits, labels, reduction="none")
+
+
 def sigmoid_cross_entropy_gradient(xp: Backend) -> Any:
     logits, labels = xp.asarray([Z, -Z]), xp.asarray([1.0, 0.0])
     return ps.sigmoid_cross_entropy_value_and_grad(logits, labels, reduction="sum")[1]
@@ -123,6 +128,13 @@ def torch_sigmoid_cross_entropy() -> Any:
     return torch_gradient(loss, [Z, -Z])
 
 
+def torch_sigmoid_losses() -> Any:
+    torch = importlib.import_module("torch")
+    x, labels = torch.tensor([40.0, -40.0]).double(), torch.tensor([1.0, 0.0]).double()
+    function = torch.nn.functional.binary_cross_entropy_with_logits
+    return function(x, labels, reduction="none").numpy()
+
+
 def torch_sigmoid() -> Any:
     return torch_gradient(lambda torch, x: torch.sigmoid(x), Z)
 
@@ -180,6 +192,15 @@ FROM_THE_OUTPUT = (
     "log_softmax_vjp keep the digits"
 )
 REPORTS = (
+    Report(
+        "pytorch 195529",
+        f"{TORCH}195529",
+        "the binary cross-entropy of a confident logit is 0 for -40 and the label 0",
+        [float(mp.log1p(mp.exp(-40)))] * 2,
+        sigmoid_cross_entropy,
+        torch_sigmoid_losses,
+        "torch",
+    ),
     Report(
         "pytorch 195677",
         f"{TORCH}195677",
