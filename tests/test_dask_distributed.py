@@ -48,8 +48,8 @@ def test_an_array_is_reduced_by_a_worker_that_could_not_hold_it(client, chunks):
     import dask.array as da
 
     def drawn():
-        # Arrays of their own for each reduction: the scheduler keeps the priorities of those that it
-        # knows from an earlier graph, and reads logits long before the labels that they wait for.
+        # Arrays of their own for each reduction: of tasks that it knows from an earlier graph the
+        # scheduler keeps the priorities, and reads logits long before the labels they wait for.
         rng = da.random.default_rng(next(seeds))
         return rng.random(SHAPE, chunks=chunks), rng.integers(1, size=SHAPE[0], chunks=chunks[0])
 
