@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import portable_softmax as ps
+from portable_softmax.kernels._request import OPERATIONS
 
 
 class Call(NamedTuple):
@@ -17,6 +18,11 @@ class Call(NamedTuple):
     function: Callable[..., Any]
     positional: tuple[np.ndarray, ...]
     keyword: dict[str, Any]
+
+    @property
+    def has_paths(self) -> bool:
+        """Whether a kernel of rows may take it; all else is the same code on each path."""
+        return self.function.__name__ in OPERATIONS
 
     def on(self, asarray: Callable[[np.ndarray], Any]) -> tuple[Callable[..., Any], list[Any]]:
         """Return the call as a function of its floating arrays alone, and these arrays."""

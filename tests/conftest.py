@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from backends import BACKENDS, LIBRARIES, Backend
+from calls import Call
 from hypothesis import is_hypothesis_test, settings
 
 from portable_softmax import kernels
@@ -138,6 +139,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         elsewhere = name is not None and wanted and BACKENDS[name].library not in wanted
         if "arrays_of" in getattr(item, "fixturenames", ()):
             elsewhere = elsewhere or name not in LIBRARIES
+        call = item.callspec.params.get("call") if hasattr(item, "callspec") else None
+        if isinstance(call, Call) and name not in LIBRARIES:
+            elsewhere = elsewhere or not call.has_paths
         if name is not None:
             test = (item.path.stem, item.originalname)
             elsewhere = elsewhere or not BACKENDS[name].runs(*test, cases[(name, *test)])
