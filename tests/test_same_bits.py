@@ -5,6 +5,7 @@ Never on earlier calls, on the number of threads, or on the rows beside a row.
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def different_rows(n: int, m: int, dtype: str) -> np.ndarray:
 def test_a_row_does_not_depend_on_the_rows_beside_it(xp, shape, dtype, last):
     """Permuted rows give permuted bits, and a part of the rows gives that part of the answer.
 
-    JAX compiles each call: there each pair of shape, dtype and axis is met once, not each three.
+    JAX compiles them all: there each pair of shape, dtype and axis is met once, not each three.
     """
     if dtype == "float16" and "float16" not in xp.halves:
         pytest.skip("this backend has no float16")
@@ -57,9 +58,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(xp, shape, dtype, last):
     t = rng.integers(m, size=n)
     axis = 1 if last else 0
 
-    def answers(rows):
-        array = xp.from_numpy(np.ascontiguousarray(x[rows] if last else x[rows].T))
-        labels = xp.from_numpy(t[rows])
+    def every(array, labels):
         found = [getattr(ps, name)(array, axis=axis) for name in ROWS]
         found += [ps.log_softmax(array, axis=axis, temperature=1.7)]
         found += [ps.softmax_vjp(found[0], array, axis=axis)]
@@ -67,8 +66,15 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(xp, shape, dtype, last):
             given = {"axis": axis, "reduction": "none", **options}
             found += [ps.cross_entropy(array, labels, **given)]
             found += ps.cross_entropy_value_and_grad(array, labels, **given)
+        return found
+
+    if xp.library == "jax":
+        every = importlib.import_module("jax").jit(every)
+
+    def answers(rows):
+        array = xp.from_numpy(np.ascontiguousarray(x[rows] if last else x[rows].T))
         # The rows come first again, for NumPy to index.
-        found = [xp.numpy(y) for y in found]
+        found = [xp.numpy(y) for y in every(array, xp.from_numpy(t[rows]))]
         return [y if last or y.ndim == 1 else y.T for y in found]
 
     all_rows = answers(np.arange(n))
@@ -115,7 +121,7 @@ def outputs(as_array, shape, dtype):
     yield from ps.cross_entropy_value_and_grad(x, t, weight=w, label_smoothing=0.1)
     yield from ps.cross_entropy_value_and_grad(x, t, ignore_index=1, reduction="sum")
 
-LARGE = [(300, 300), (30000, 4), (3, 70000), (20000, 64)]
+LARGE = [(300, 300), (30000, 4), (3, 70000), (4000, 64)]
 SMALL = [(32, 10), (3, 4), (200, 30), (4, 4097), (64, 64)]
 DTYPES = ("float32", "float64", "float16")
 
