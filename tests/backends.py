@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -10,7 +9,7 @@ import os
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ try:
 except ImportError:  # only bfloat16 on NumPy needs it
     ml_dtypes = None
 
+Given = tuple[tuple[Any, ...], dict[str, Any]]
 FLOATS = ("float32", "float64")
 HALVES = ("float16", "bfloat16")
 # What shows that the answers of a library are right: semantics, golden values, each function.
@@ -109,17 +109,36 @@ class Backend:
         """Whether an array is of this library and on this device."""
         raise TypeError("a backend says how")
 
+    def computed(self, answers: Any) -> Any:
+        """Return the answers of several calls, which a lazy library computes all at once."""
+        return answers
+
     def program(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function of arrays as one program, where a library makes one for each call.
 
         It shall be right, not fast: the compiler leaves most of its work. What depends on the
         code that users run, such as digits of float32 or bits, is called without it.
         """
-        return function
+        return lambda *positional, **keyword: self.computed(function(*positional, **keyword))
 
     def call(self, function: Callable[..., Any], *positional: Any, **keyword: Any) -> Any:
         """Call a function as a `program`; any of the arguments may be an array."""
-        return self.program(function)(*positional, **keyword)
+        return self.calls(function, [(positional, keyword)])[0]
+
+    def calls(self, function: Callable[..., Any], given: Sequence[Given]) -> list[Any]:
+        """Call a function several times in one `program`, each time with arrays and keywords."""
+        arrays = [
+            (positional, {k: v for k, v in keyword.items() if self.is_ours(v)})
+            for positional, keyword in given
+        ]
+
+        def every(arrays):
+            return [
+                function(*positional, **{**keyword, **some})
+                for (_, keyword), (positional, some) in zip(given, arrays, strict=True)
+            ]
+
+        return self.program(every)(arrays)
 
     def dtype_name(self, array: Any) -> str:
         return str(array.dtype).rpartition(".")[2]
@@ -327,11 +346,6 @@ class Jax(Backend):
 
         return jax.jit(function, compiler_options=self.quickly)
 
-    def call(self, function, *positional, **keyword):
-        arrays = {name: value for name, value in keyword.items() if self.is_ours(value)}
-        others = {name: value for name, value in keyword.items() if name not in arrays}
-        return self.program(functools.partial(function, **others))(*positional, **arrays)
-
     def grad(self, function):
         import jax
 
@@ -357,11 +371,50 @@ class JaxNumba(Jax):
         return f"{super().version()}, numba {importlib.import_module('numba').__version__}"
 
 
-class Dask(Backend):
-    name = library = "dask"
-    halves = ("float16",)
+class Lazy(Backend):
+    """A library that computes when it is asked to."""
+
     lazy = True
     device = "cpu"
+    halves = ("float16",)
+
+    def __init__(self):
+        self.known: dict[int, tuple[Any, np.ndarray]] = {}
+
+    def compute(self, arrays: list[Any]) -> Sequence[Any]:
+        """Return the values of arrays; what several of them are made of is computed once."""
+        raise TypeError("a library says how")
+
+    def numpy(self, array):
+        _, values = self.known.get(id(array)) or (array, *self.compute([array]))
+        return np.asarray(values)
+
+    def computed(self, answers):
+        arrays = [leaf for leaf in _leaves(answers) if self.is_ours(leaf)]
+        self.known = {id(a): (a, v) for a, v in zip(arrays, self.compute(arrays), strict=True)}
+        return answers
+
+    def calls(self, function, given):
+        # A graph takes time with the square of its length: each call has one of its own.
+        answers, known = [], {}
+        for call in given:
+            answers += super().calls(function, [call])
+            known |= self.known
+        self.known = known
+        return answers
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    """Yield what is in tuples, lists and dicts, one by one."""
+    if isinstance(tree, tuple | list | dict):
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from _leaves(branch)
+    else:
+        yield tree
+
+
+class Dask(Lazy):
+    name = library = "dask"
 
     def from_numpy(self, array):
         import dask.array as da
@@ -369,21 +422,11 @@ class Dask(Backend):
         # Two chunks along every axis, so that each reduction has to merge.
         return da.from_array(array.copy(), chunks=tuple(max(1, -(-n // 2)) for n in array.shape))
 
-    def numpy(self, array):
+    def compute(self, arrays):
         import dask
 
         with dask.config.set(scheduler="synchronous"), np.errstate(all="ignore"):
-            return np.asarray(array.compute(optimize_graph=False))
-
-    def program(self, function):
-        import dask
-
-        def at_once(*positional, **keyword):
-            # What several outputs are made of is computed once.
-            with dask.config.set(scheduler="synchronous"), np.errstate(all="ignore"):
-                return dask.persist(function(*positional, **keyword), optimize_graph=False)[0]
-
-        return at_once
+            return dask.compute(*arrays, optimize_graph=False)
 
     def is_ours(self, array):
         import dask.array as da
@@ -423,12 +466,10 @@ class Cupy(Backend):
         return isinstance(array, self.xp.ndarray)
 
 
-class Ndonnx(Backend):
+class Ndonnx(Lazy):
     """Arguments of an ONNX graph, which ONNX Runtime computes when a value is asked for."""
 
     name = library = "ndonnx"
-    halves = ("float16",)
-    lazy = True
     quick = (
         *("test_ndonnx", "test_examples", "test_testing"),
         *(f"test_semantics::test_{name}" for name in CHEAP),
@@ -446,12 +487,12 @@ class Ndonnx(Backend):
         import onnxruntime
         from spox import _future as spox
 
+        super().__init__()
         # ndonnx evaluates its constants as it goes: a session of ONNX Runtime for each, 30 ms.
         spox.set_value_prop_backend(spox.ValuePropBackend.REFERENCE)
         _quicken_spox()
         self.xp, self.runtime = ndonnx, onnxruntime
-        self.device = "cpu"
-        self.given: deque[tuple[str, Any, np.ndarray]] = deque(maxlen=256)  # more than a test has
+        self.given: deque[tuple[str, Any, np.ndarray]] = deque(maxlen=512)  # more than a test has
         self.names = map("input{}".format, itertools.count())
 
     @classmethod
@@ -471,10 +512,11 @@ class Ndonnx(Backend):
         self.given.append((next(self.names), made, array.copy()))
         return made
 
-    def numpy(self, array):
+    def compute(self, arrays):
         inputs = {name: made for name, made, _ in self.given}
         values = {name: value for name, _, value in self.given}
-        model = self.xp.build(inputs, {"answer": array}, drop_unused=True)
+        answers = {f"answer{i}": array for i, array in enumerate(arrays)}
+        model = self.xp.build(inputs, answers, drop_unused=True)
         options = self.runtime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         # ONNX Runtime 1.32 takes a float64 constant for 1 if float32 does.
@@ -482,7 +524,7 @@ class Ndonnx(Backend):
             model.SerializeToString(), options, disabled_optimizers=["NoopElimination"]
         )
         used = {one.name: values[one.name] for one in session.get_inputs()}
-        return np.asarray(session.run(None, used)[0])
+        return session.run([*answers], used)
 
     def is_ours(self, array):
         return isinstance(array, self.xp.Array)
@@ -554,13 +596,10 @@ class Mlx(Backend):
         return self.xp.grad(function)
 
 
-class Cubed(Backend):
+class Cubed(Lazy):
     """Arrays of cubed in two chunks along every axis, so that each reduction has to merge."""
 
     name = library = "cubed"
-    device = "cpu"
-    halves = ("float16",)
-    lazy = True
     quick = ("test_cubed", *(f"test_semantics::test_{name}" for name in CHEAP))
     # Each value takes it hundredths of a second, most of it to plan.
     others = (
@@ -572,6 +611,7 @@ class Cubed(Backend):
     def __init__(self):
         import cubed
 
+        super().__init__()
         self.cubed, self.xp = cubed, importlib.import_module("cubed.array_api")
         self.executor = importlib.import_module("cubed.runtime.create").create_executor(
             "single-threaded"
@@ -588,9 +628,11 @@ class Cubed(Backend):
         make = self.cubed.from_array if array.nbytes > 10**6 else self.xp.asarray
         return make(array.copy(), chunks=chunks, spec=self.spec)
 
-    def numpy(self, array):
+    def compute(self, arrays):
         with np.errstate(all="ignore"):  # of this thread
-            return np.asarray(array.compute(executor=self.executor))
+            # One answer as users have it; to fuse steps copies the whole plan for each of them.
+            fused = len(arrays) == 1
+            return self.cubed.compute(*arrays, executor=self.executor, optimize_graph=fused)
 
     def is_ours(self, array):
         return isinstance(array, self.cubed.Array)

@@ -1,4 +1,4 @@
-"""Few cases of many options, in which each three values of different options meet."""
+"""Few cases of many options, in which each two or three values of different options meet."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from functools import cache
 from backends import Backend
 
 Case = tuple[Hashable, ...]
+# Libraries that take the portable code as array_api_strict does, which is quicker.
+SAME_CODE = ("cubed", "ndonnx", "mlx", "dpnp")
 
 
 def combined(xp: Backend, *choices: tuple[Hashable, ...], strength: int = 3) -> list[Case]:
     """Return each case of an option's value from each of `choices` on NumPy, elsewhere a few.
 
-    There each `strength` values of different options meet in one of them.
+    There each `strength` values of different options meet in one of them, or each two where no
+    code is the library's own.
     """
     if xp.name == "numpy":
         return list(itertools.product(*choices))
-    return covering(*choices, strength=strength)
+    return covering(*choices, strength=min(strength, 2) if xp.name in SAME_CODE else strength)
 
 
 @cache

@@ -19,17 +19,13 @@ GOLDEN = json.loads(Path(__file__).with_name("cross_entropy_golden.json").read_t
 SOURCES = sorted({case["source"] for case in GOLDEN})
 
 
-def golden(xp, case):
-    """Check the loss and gradient of a case."""
+def arguments(xp, case):
+    """Return the arrays and the options of a case."""
     options = dict(case["kwargs"], axis=case["axis"])
     if "weight" in options:
         options["weight"] = xp.asarray(options["weight"], "float64")
     dtype = "int64" if case["target_kind"] == "index" else "float64"
-    arguments = (xp.asarray(case["logits"], "float64"), xp.asarray(case["target"], dtype))
-    alone, loss, grad = xp.call(three_outputs, *arguments, **options)
-    assert_close(xp, loss, case["loss"], rtol=1e-12, atol=1e-12)
-    assert_close(xp, grad, case["grad"], rtol=1e-12, atol=1e-12)
-    assert_close(xp, alone, case["loss"], rtol=1e-12, atol=1e-12)
+    return (xp.asarray(case["logits"], "float64"), xp.asarray(case["target"], dtype)), options
 
 
 def three_outputs(logits, labels, **options):
@@ -45,9 +41,12 @@ def three_outputs(logits, labels, **options):
 @pytest.mark.parametrize("source", SOURCES)
 def test_golden(xp, source):
     """The losses and gradients of tests/cross_entropy_golden.json, computed with 40 digits."""
-    for case in GOLDEN:
-        if case["source"] == source:
-            golden(xp, case)
+    cases = [case for case in GOLDEN if case["source"] == source]
+    answers = xp.calls(three_outputs, [arguments(xp, case) for case in cases])
+    for case, (alone, loss, grad) in zip(cases, answers, strict=True):
+        assert_close(xp, loss, case["loss"], rtol=1e-12, atol=1e-12)
+        assert_close(xp, grad, case["grad"], rtol=1e-12, atol=1e-12)
+        assert_close(xp, alone, case["loss"], rtol=1e-12, atol=1e-12)
 
 
 def test_all_golden_cases_are_run():
@@ -117,17 +116,22 @@ def test_option_product(xp, kind):
         "one-hot": np.eye(4, dtype=np.int64)[INDICES],
         "probabilities": PROBABILITIES,
     }[kind]
-    ignorable = BOTH if kind == "index" else (False,)
+    kinds = [(k, ignoring) for k in TARGETS for ignoring in BOTH if k == "index" or not ignoring]
     reductions, smoothings, caps = ("mean", "sum", "none"), (0.0, 0.1, 1.0), (None, 2.5)
-    for axis, *case in combined(
-        xp, (0, 1), reductions, BOTH, BOTH, ignorable, smoothings, (0.0, 0.3), caps, BOTH
-    ):
-        reduction, sampled, weighted, ignoring, smoothing, z, cap, masked = case
+    cases = [
+        (axis, reduction, sampled, weighted, ignoring, *others)
+        for axis, reduction, sampled, weighted, (one, ignoring), *others in combined(
+            xp, (0, 1), reductions, BOTH, BOTH, tuple(kinds), smoothings, (0.0, 0.3), caps, BOTH
+        )
+        if one == kind
+    ]
 
-        def along(a):
-            return np.ascontiguousarray(a.T) if axis == 0 else a  # noqa: B023
+    def along(axis, a):
+        return np.ascontiguousarray(a.T) if axis == 0 else a
 
-        given = {
+    given = []
+    for axis, reduction, sampled, weighted, ignoring, smoothing, z, cap, masked in cases:
+        options = {
             "axis": axis,
             "reduction": reduction,
             "sample_weight": xp.asarray(SAMPLES) if sampled else None,
@@ -136,13 +140,14 @@ def test_option_product(xp, kind):
             "label_smoothing": smoothing,
             "z_loss": z,
             "softcap": cap,
-            "where": xp.asarray(along(MASK)) if masked else None,
+            "where": xp.asarray(along(axis, MASK)) if masked else None,
         }
-        arrays = xp.asarray(along(LOGITS)), xp.asarray(along(labels))
-        alone, loss, grad = xp.call(three_outputs, *arrays, **given)
+        given.append(((xp.asarray(along(axis, LOGITS)), xp.asarray(along(axis, labels))), options))
+    answers = xp.calls(three_outputs, given)
+    for (axis, *case), (alone, loss, grad) in zip(cases, answers, strict=True):
         want, slope = expected(kind, *case)
         assert_close(xp, loss, want, rtol=1e-13, atol=1e-13)
-        assert_close(xp, grad, along(slope), rtol=1e-12, atol=1e-13)
+        assert_close(xp, grad, along(axis, slope), rtol=1e-12, atol=1e-13)
         assert_same(xp, alone, loss)
 
 
@@ -162,13 +167,11 @@ def test_any_class_axis(xp, axis):
     losses = -np.log(np.take_along_axis(p, labels[..., None], axis=-1))[..., 0]
     slope = np.moveaxis(p - np.eye(n)[labels], -1, axis)
     options = {"axis": axis, "reduction": "none"}
-    loss, grad = ps.cross_entropy_value_and_grad(xp.asarray(x), xp.asarray(labels), **options)
-    assert_close(xp, loss, losses, rtol=1e-12)
-    assert_close(xp, grad, slope, rtol=1e-11, atol=1e-15)
-    one_hot = xp.asarray(np.moveaxis(np.eye(n)[labels], -1, axis))
-    loss, grad = ps.cross_entropy_value_and_grad(xp.asarray(x), one_hot, **options)
-    assert_close(xp, loss, losses, rtol=1e-12)
-    assert_close(xp, grad, slope, rtol=1e-11, atol=1e-15)
+    one_hot = np.moveaxis(np.eye(n)[labels], -1, axis)
+    given = [((xp.asarray(x), xp.asarray(t)), options) for t in (labels, one_hot)]
+    for loss, grad in xp.calls(ps.cross_entropy_value_and_grad, given):
+        assert_close(xp, loss, losses, rtol=1e-12)
+        assert_close(xp, grad, slope, rtol=1e-11, atol=1e-15)
 
 
 @pytest.mark.slow("XLA compiles many programs", "jax")
@@ -176,13 +179,14 @@ def test_single_sample(xp):
     """1-d logits with a 0-d label, or with a distribution."""
     x = np.asarray([1.0, 2.0, 3.0])
     p = np.exp(x) / np.exp(x).sum()
-    for labels in (np.asarray(2), np.asarray([0, 0, 1]), np.asarray([0.0, 0.0, 1.0])):
-        for reduction in ("mean", "sum", "none"):
-            loss, grad = ps.cross_entropy_value_and_grad(
-                xp.asarray(x), xp.asarray(labels), reduction=reduction
-            )
-            assert_close(xp, loss, -np.log(p[2]), rtol=1e-14)
-            assert_close(xp, grad, p - [0, 0, 1], rtol=1e-14)
+    given = [
+        ((xp.asarray(x), xp.asarray(labels)), {"reduction": reduction})
+        for labels in (np.asarray(2), np.asarray([0, 0, 1]), np.asarray([0.0, 0.0, 1.0]))
+        for reduction in ("mean", "sum", "none")
+    ]
+    for loss, grad in xp.calls(ps.cross_entropy_value_and_grad, given):
+        assert_close(xp, loss, -np.log(p[2]), rtol=1e-14)
+        assert_close(xp, grad, p - [0, 0, 1], rtol=1e-14)
 
 
 @pytest.mark.slow("XLA compiles each dtype", "jax")
@@ -193,10 +197,11 @@ def test_labels_of_every_integer_dtype(xp, dtype):
     x = np.random.default_rng(4).normal(size=(5, 6))
     labels = np.asarray([0, 5, 2, 3, 1])
     losses = np.log(np.exp(x).sum(axis=1)) - x[np.arange(5), labels]
-    arguments = (xp.asarray(x), xp.asarray(labels, dtype))
-    assert_close(xp, ps.cross_entropy(*arguments, reduction="none"), losses, rtol=1e-12)
-    ignored = ps.cross_entropy(*arguments, reduction="none", ignore_index=5)
-    assert_close(xp, ignored, np.where(labels == 5, 0, losses), rtol=1e-12)
+    arrays = xp.asarray(x), xp.asarray(labels, dtype)
+    options = ({"reduction": "none", "ignore_index": ignored} for ignored in (None, 5))
+    each, some = xp.calls(ps.cross_entropy, [(arrays, given) for given in options])
+    assert_close(xp, each, losses, rtol=1e-12)
+    assert_close(xp, some, np.where(labels == 5, 0, losses), rtol=1e-12)
 
 
 def test_labels_that_int32_would_wrap_into_a_class(xp):

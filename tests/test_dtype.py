@@ -9,6 +9,7 @@ import pytest
 import reference
 from asserts import assert_close, assert_like
 from backends import HALVES
+from covering import combined
 from mpmath import mp, mpf
 
 import portable_softmax as ps
@@ -63,29 +64,28 @@ def test_the_float32_answer_of_half_types_is_not_rounded_again(xp, path):
 @pytest.mark.slow("Numba compiles each dtype", "numba")
 @PATHS
 @pytest.mark.slow("XLA compiles each option", "jax")
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_the_gradient_keeps_the_dtype_of_the_logits(xp, path, reduction):
+def test_the_gradient_keeps_the_dtype_of_the_logits(xp, path):
     float32, labels = dtype_of(xp, "float32"), xp.asarray(LABELS)
-    for dtype in halves(xp):
-        x = xp.asarray(LOGITS, dtype)
-        for options in (
-            {},
-            {"ignore_index": 2, "weight": xp.asarray(np.arange(1.0, 7.0))},
-            {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 5.0},
-        ):
-            options = {"reduction": reduction, **options}
-            with on_path(path):
-                loss, grad = ps.cross_entropy_value_and_grad(x, labels, dtype=float32, **options)
-                rounded, same = ps.cross_entropy_value_and_grad(x, labels, **options)
-                alone = ps.cross_entropy(x, labels, dtype=float32, **options)
-            shape = (4,) if reduction == "none" else ()
-            value = assert_like(xp, loss, shape, "float32")
-            np.testing.assert_array_equal(value, xp.numpy(alone))
-            assert_like(xp, grad, (4, 6), dtype)
-            np.testing.assert_array_equal(xp.numpy(grad), xp.numpy(same))
-            # Rounding the float32 loss gives the loss of the half type.
-            again = xp.numpy(xp.asarray(value, dtype))
-            np.testing.assert_array_equal(again, xp.numpy(rounded))
+    terms = {
+        "": {},
+        "weight": {"ignore_index": 2, "weight": xp.asarray(np.arange(1.0, 7.0))},
+        "more": {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 5.0},
+    }
+    for dtype, reduction, name in combined(
+        xp, halves(xp), ("mean", "sum", "none"), (*terms,), strength=2
+    ):
+        x, options = xp.asarray(LOGITS, dtype), {"reduction": reduction, **terms[name]}
+        with on_path(path):
+            loss, grad = ps.cross_entropy_value_and_grad(x, labels, dtype=float32, **options)
+            rounded, same = ps.cross_entropy_value_and_grad(x, labels, **options)
+            alone = ps.cross_entropy(x, labels, dtype=float32, **options)
+        value = assert_like(xp, loss, (4,) if reduction == "none" else (), "float32")
+        np.testing.assert_array_equal(value, xp.numpy(alone))
+        assert_like(xp, grad, (4, 6), dtype)
+        np.testing.assert_array_equal(xp.numpy(grad), xp.numpy(same))
+        # Rounding the float32 loss gives the loss of the half type.
+        again = xp.numpy(xp.asarray(value, dtype))
+        np.testing.assert_array_equal(again, xp.numpy(rounded))
 
 
 @pytest.mark.slow("XLA compiles many programs", "jax")

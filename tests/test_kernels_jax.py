@@ -141,9 +141,9 @@ def test_debug_nans_raises_for_no_finite_input(jax, xp, path):
     x, functions = calls(jax, xp)
     switch = kernels.portable() if path == "portable" else nullcontext()
     with switch, jax.debug_nans(True):
+        jax.block_until_ready(jax.jit(lambda x: [f(x) for f in functions])(x))
         for f in functions:
             jax.block_until_ready(f(x))
-            jax.block_until_ready(jax.jit(f)(x))
             jax.block_until_ready(jax.grad(lambda x, f=f: f(x).sum())(x))
 
 

@@ -29,6 +29,14 @@ ROWS = {
 }
 
 
+def of_equal_length(groups):
+    """Join groups of rows with as many classes, for libraries that compile for each shape."""
+    joined = {}
+    for name, x in groups.items():
+        joined.setdefault(x.shape[1], {})[name] = x
+    return {", ".join(some): np.concatenate([*some.values()]) for some in joined.values()}
+
+
 def rows(function, x):
     """Apply a function of reference.py to each row."""
     return np.asarray([[float(v) for v in function(reference.exact(row))] for row in x])
@@ -96,6 +104,7 @@ FUSED = ("numpy tiles", "numba rows", "jax rules", "triton rows")
 @pytest.mark.parametrize(("n", "axis"), [(3, 1), (10, 1), (512, 1), (5000, 1), (150, 0)])
 def test_probabilities_keep_their_digits_at_any_spread(xp, n, axis, dtype):
     """In float32 half a unit of a difference of 64 is 32 units of its exponential."""
+    n = n // 2 if xp.name == "triton" else n  # its interpreter takes part after part
     rng = np.random.default_rng(n)
     x = rng.uniform(-100, 0, (30, n))
     x[15:] = 20 * rng.standard_normal((15, n))
@@ -163,9 +172,10 @@ def test_a_difference_may_overflow_beside_any_row(xp, dtype):
 @pytest.mark.parametrize("path", ["default", "portable"])
 def test_a_long_remainder_keeps_its_digits(xp, path):
     """A sum of many equal terms, one after another or in short blocks, loses hundreds of units."""
-    x = np.full((2, 300_001), -16.3, np.float32)
+    n = 30_000 if xp.name == "triton" else 300_000  # its interpreter takes part after part
+    x = np.full((2, n + 1), -16.3, np.float32)
     x[:, 7] = 0
-    remainder = -mp.log1p(300_000 * mp.exp(float(x[0, 0])))
+    remainder = -mp.log1p(n * mp.exp(float(x[0, 0])))
     with kernels.portable() if path == "portable" else nullcontext():
         y = xp.numpy(ps.log_softmax(xp.asarray(x)))
         loss = xp.numpy(ps.cross_entropy(xp.asarray(x), xp.asarray([7, 7])))
@@ -355,10 +365,12 @@ def test_logsumexp_with_weights(xp, name):
     ],
 )
 def test_logsumexp_with_weights_at_the_edges(xp, x, b, value, sign):
-    actual = ps.logsumexp(xp.asarray(x), b=xp.asarray(b), return_sign=True)
+    given, options = xp.asarray(x), {"b": xp.asarray(b)}
+    actual, plain = xp.computed(
+        (ps.logsumexp(given, return_sign=True, **options), ps.logsumexp(given, **options))
+    )
     assert_close(xp, actual[0], value)
     assert_close(xp, actual[1], sign)
-    plain = ps.logsumexp(xp.asarray(x), b=xp.asarray(b))
     assert_close(xp, plain, np.nan if sign < 0 else value)
 
 
@@ -504,15 +516,16 @@ LAYOUTS = {
 def test_sums_keep_their_digits_in_every_layout(xp, layout, path):
     """In Fortran order a sum over the last axis adds one entry after another: 158 units are lost.
 
-    What NumPy lays out differently comes to another library as it converts it, and torch and JAX
-    get a transposed view of their own as well.
+    What NumPy lays out differently comes to most libraries in C order, and all get a transposed
+    view of their own as well.
     """
     if layout.startswith("columns") and xp.lazy:
         pytest.skip("a chunk of it is an ordinary array")
     n = 200 if xp.name == "triton" else 9_000  # its interpreter takes program after program
     values = np.random.default_rng(3).uniform(0, 1, size=(8, n)).astype(np.float32)
-    for given in (values, np.asfortranarray(values)):
-        x = LAYOUTS[layout](given)
+    orders = "CF" if xp.library in ("numpy", "array_api_strict", "cupy", "dpnp") else "C"
+    for order in orders:
+        x = LAYOUTS[layout](np.asarray(values, order=order))
         arrays = [xp.from_numpy(x)]
         if x.ndim == 2:
             arrays.append(xp.from_numpy(np.ascontiguousarray(x.T)).T)
@@ -538,7 +551,7 @@ def units(actual, expected):
 @pytest.mark.slow("Triton interprets element by element", "triton")
 def test_long_columns_keep_their_digits(xp):
     """A running sum of 100 000 rows in float32 is off by thousands of units; ours by a few."""
-    n = 100_000
+    n = 10_000 if xp.name == "triton" else 100_000
     x = np.full((n, 2), 0.1, np.float32)
     x[:, 1] = np.linspace(0, 1, n, dtype=np.float32)
     exact = x.astype(np.longdouble)
