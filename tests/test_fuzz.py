@@ -20,8 +20,7 @@ from tests.fuzz.paths import paths
 def some(arrays_of):
     if arrays_of not in TRAITS:
         pytest.skip("nothing is drawn for this library")
-    counts = {"numpy": 400, "torch": 300, "strict": 300, "jax": 20}
-    return BACKENDS[arrays_of](), counts.get(arrays_of, 40)
+    return BACKENDS[arrays_of](), {"numpy": 400, "torch": 300, "strict": 300}.get(arrays_of, 40)
 
 
 @pytest.mark.slow("XLA compiles many programs", "jax")

@@ -227,7 +227,7 @@ def expected_loss(case):
 
 
 @pytest.mark.slow("XLA compiles each example", "jax")
-@settings(max_examples=4 * settings.default.max_examples)
+@settings(max_examples=10 * settings.default.max_examples)
 @given(case=losses())
 def test_cross_entropy_with_any_options(xp, case):
     """Loss and gradient agree with the model, infinities and nans included."""
