@@ -127,6 +127,8 @@ PYPROJECT = load_toml(ROOT / "pyproject.toml")
 # A process a core, since compilers use one each. Their tests differ in length: an idle process
 # takes what another has not begun.
 PARALLEL = ("--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal")
+# torch's threads sleep while they wait; else those of one process spin on the cores of another.
+PATIENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True)
@@ -340,7 +342,7 @@ def run_pytest(session: nox.Session, name: str, *arguments: str, **options: str)
         *(("--part", part()) if part() else ()),
         *session.posargs,
         success_codes=[0, NO_TESTS] if some else [0],
-        env={"COVERAGE_FILE": str(REPORTS / f"{name}.coverage"), **options},
+        env={"COVERAGE_FILE": str(REPORTS / f"{name}.coverage"), **PATIENT, **options},
     )
     run.finished = True
 
@@ -530,7 +532,7 @@ def lowest(session: nox.Session) -> None:
     """Run the tests on the oldest Python, NumPy and array-api-compat that pyproject.toml allows."""
     pins = (d.replace(">=", "==") for d in PYPROJECT["project"]["dependencies"])
     install(session, *package("demo"), *pins, *group("test"))
-    session.run("python", "-m", "pytest", "--backend", "numpy", *session.posargs)
+    session.run("python", "-m", "pytest", "--backend", "numpy", *PARALLEL, *session.posargs)
 
 
 # --- The other checks ---------------------------------------------------------------------------

@@ -94,6 +94,7 @@ def test_each_operation_moves_what_it_must():
     }
 
 
+@pytest.mark.slow("it times every peer of the family")
 @pytest.mark.once
 def test_the_rest_of_the_family_is_timed_where_it_is_right():
     rows = _measured([_numpy("ours", **providers.ours(-1, "mean"))], *peers.TIMED)

@@ -46,6 +46,7 @@ def run(folder: Path, *arguments: str) -> int:
     return main(["versus", str(folder), *few, *arguments])
 
 
+@pytest.mark.slow("it measures in two other processes")
 @pytest.mark.parametrize("mode", [("--shapes", "4x3"), ("--shapes", "4x3", "--fresh")])
 def test_each_tree_runs_its_own_package(other, mode, tmp_path, capsys):
     change(other, SLOWER)
@@ -60,6 +61,7 @@ def test_each_tree_runs_its_own_package(other, mode, tmp_path, capsys):
     assert "1 cells, geometric mean" in capsys.readouterr().out
 
 
+@pytest.mark.slow("it measures in two other processes")
 def test_a_cell_over_the_limit_fails(other, monkeypatch, tmp_path, capsys):
     """The load that is reported is that before any process of the run."""
     started, start = [], versus.Tree.__init__

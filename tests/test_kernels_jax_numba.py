@@ -154,6 +154,7 @@ def test_another_jax_is_left_to_xla(jax, xp, monkeypatch):
         assert why(engine) == "jax 0.4 has no jax.ffi"
 
 
+@pytest.mark.slow("XLA compiles each program in two ways")
 def test_only_programs_for_one_cpu_call_a_handler(jax, xp):
     x, _ = draw(xp, *ROWS, dtype="float32")
     f = jax.jit(lambda x: ps.softmax(x))

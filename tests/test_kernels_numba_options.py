@@ -104,6 +104,7 @@ def test_a_mask_is_repeated(shape, axis, of_mask):
             np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.slow("Numba compiles each layout")
 @every_shape
 def test_what_a_mask_leaves_of_rows_without_an_answer(shape, axis):
     """A row that it leaves out as a whole, and one with a nan or an inf that it leaves in."""
@@ -213,6 +214,7 @@ def test_a_class_of_probability_0_may_have_any_logit_below_inf(shape, axis):
     assert not grad.any()
 
 
+@pytest.mark.slow("Numba compiles each layout")
 @every_shape
 def test_a_whole_weight_repeats_its_position(shape, axis):
     rng = np.random.default_rng(6)
@@ -307,6 +309,7 @@ def test_a_softcap_bounds_the_logits_and_slopes_the_gradient(shape, axis, dtype,
         np.testing.assert_array_equal(ps.cross_entropy(x, t, **given), loss)
 
 
+@pytest.mark.slow("Numba compiles kernels with a softcap")
 @pytest.mark.parametrize("cap", [2.0**-59, 1e-3, 1e6, 2.0**59])
 def test_a_softcap_of_any_size(cap):
     """Far below the logits they are all the cap's, of no slope; far above it does nothing."""

@@ -107,7 +107,7 @@ def test_a_thousand_entries_one_by_one(xp, first):
     assert ulps(loss, lse - mpf(float(row.max()))) <= 8
 
 
-@pytest.mark.slow("XLA compiles a large graph", "jax")
+@pytest.mark.slow("a hundred folds in one graph", "jax", "dask")
 def test_a_thousand_entries_in_float64(xp):
     """Each merge rounds; the maximum first, and what follows is added to a small rest."""
     n = 100 if xp.lazy or xp.library == "jax" else 1000  # one merge of n states is one graph

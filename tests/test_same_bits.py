@@ -37,7 +37,7 @@ def different_rows(n: int, m: int, dtype: str) -> np.ndarray:
     return x.astype(dtype)
 
 
-@pytest.mark.slow("XLA compiles each function for each shape", "jax")
+@pytest.mark.slow("each function for each shape, compiled or as a graph", "jax", "dask")
 @pytest.mark.parametrize("dtype", ["float32", "float64", pytest.param("float16", marks=_SLOW)])
 @pytest.mark.parametrize(
     "shape", [(1, 5), (9, 3), (40, 10), (19, 257), (70, 130), (5, 5000)], ids=str

@@ -58,7 +58,7 @@ def traced(torch, function, **options):
     return names, torch.compile(function, backend=backend, fullgraph=True, **options)
 
 
-@pytest.mark.slow("torch.compile traces every call twice", "torch-portable", "torch-numba")
+@pytest.mark.slow("torch.compile traces every call twice")
 @pytest.mark.parametrize("call", CALLS)
 def test_the_values_and_gradients_of_a_compiled_call(torch, backend_name, call):
     function = CALLS[call]
@@ -94,6 +94,7 @@ def test_other_dtypes(torch, dtype):
         torch.testing.assert_close(grad, slope)
 
 
+@pytest.mark.slow("torch.compile traces each path", "torch-portable", "torch-numba")
 def test_one_graph_for_all_large_batches(torch, backend_name):
     """With symbols for the sizes there is one for the small ones and one for the large ones."""
     names, compiled = traced(torch, CALLS["cross_entropy"], dynamic=True)
@@ -132,6 +133,7 @@ def test_what_is_exported_needs_no_operator_of_ours(torch):
     assert not [name for name in names if "portable_softmax" in name]
 
 
+@pytest.mark.slow("torch.compile traces each transform", "torch-portable", "torch-numba")
 def test_functional_transforms_in_compiled_code(torch):
     """They trace torch's own operations."""
     x, labels = batch(torch, ROWS["large"])

@@ -61,6 +61,7 @@ def test_one_graph_for_every_batch_size(torch, function):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow("torch.export traces eight functions in two ways")
 @every_function
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_with_a_dynamic_batch(torch, function, strict):
