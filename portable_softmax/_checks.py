@@ -291,13 +291,6 @@ def not_of_shards(operation: str, why: str) -> TypeError:
     )
 
 
-def not_dense(operation: str, layout: str) -> TypeError:
-    """Return the error for a sparse tensor, of which torch takes no maximum along an axis."""
-    return TypeError(
-        f"{operation} was given a tensor of {layout}, expected dense ones: pass its to_dense()"
-    )
-
-
 def shards(name: str, x: Any, problem: str, remedy: str) -> TypeError:
     """Return the error for a DTensor that does not lie as a call needs it."""
     return TypeError(f"{name} has the placements {tuple(x.placements)}, {problem}: {remedy}")

@@ -11,6 +11,7 @@ from calls import CALLS, as_tuple, every_call, every_call_compiled
 from numpy.testing import assert_array_equal
 
 import portable_softmax as ps
+from portable_softmax import kernels
 
 INF, NAN = np.inf, np.nan
 
@@ -229,7 +230,7 @@ def test_logits_that_autocast_made(torch, xp):
 
 def test_sparse_tensors_are_refused(torch, xp):
     x, labels = xp.asarray(np.eye(2)), xp.asarray([0, 1])
-    remedy = r"was given a tensor of layout torch\.sparse_coo.*pass its to_dense\(\)"
+    remedy = r"got a tensor of layout torch\.sparse_coo.*pass its to_dense\(\)"
     for call in (
         lambda: ps.softmax(x.to_sparse()),
         lambda: ps.logsumexp(x.to_sparse()),
@@ -238,6 +239,8 @@ def test_sparse_tensors_are_refused(torch, xp):
         lambda: ps.cross_entropy(x, labels.to_sparse()),
         lambda: ps.cross_entropy(x, labels, weight=x[0].to_sparse()),
         lambda: ps.linear_cross_entropy(x, x.to_sparse(), labels),
+        lambda: ps.sigmoid_cross_entropy(x.to_sparse(), x),
+        lambda: kernels.explain("softmax", x.to_sparse()),
     ):
         with pytest.raises(TypeError, match=remedy):
             call()

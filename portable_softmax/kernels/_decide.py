@@ -203,8 +203,6 @@ def run(request: Request, portable: Callable[[Request], Any]) -> Any:
         if request.library.sharded:
             why = [decision.why, *[why for _, why in decision.passed_over]]
             raise _checks.not_of_shards(request.operation, "; ".join(filter(None, why)))
-        if request.tracing.startswith("layout"):
-            raise _checks.not_dense(request.operation, request.tracing)
         answer = portable
     elif request.tracing and taken.kernel.adapter:
         adapter, module = taken.traced()

@@ -242,7 +242,9 @@ class Torch(Library):
             if type(x) not in self._own_types:
                 return f"a {type(x).__name__}"
             if x.layout is not torch.strided:
-                return f"layout {x.layout}"
+                raise TypeError(  # torch takes no maximum of a sparse tensor along an axis
+                    f"got a tensor of layout {x.layout}, expected a dense one: pass its to_dense()"
+                )
             if self._is_batched(x):
                 return "a vmap-batched tensor"
             if x.is_neg() or x.is_conj():
