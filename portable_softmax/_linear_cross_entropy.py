@@ -102,10 +102,11 @@ def linear_cross_entropy(
     The products are those of the library, and the rows between them take the kernel that
     `cross_entropy` takes. The hidden vector of an ignored position may hold infinities and nans:
     its gradient is 0, and it adds nothing to the others. torch differentiates: the gradients are
-    made together with the loss, so that the logits are made once; with ``reduction="none"`` the
-    backward pass makes them again. JAX does the same in a scan, and torch.compile calls it as one
-    operator, from 65,536 logits on. Derivatives of higher order, and those of torch.func, keep the
-    logits. Dask multiplies its own chunks.
+    made together with the loss, so that the logits are made once. The first backward pass gives
+    them away; one more, through a retained graph, makes the logits again, as does each with
+    ``reduction="none"``. JAX does the same in a scan, and torch.compile calls it as one operator,
+    from 65,536 logits on. Derivatives of higher order, and those of torch.func, keep the logits.
+    Dask multiplies its own chunks.
 
     The tiles of logits: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models";
     Hsu et al. 2024 (Liger Kernel).

@@ -1,8 +1,9 @@
 """A linear layer with a loss under torch's autograd: the gradients are made with the loss.
 
-They wait for one number from upstream. With a loss for each position there is one for each, so that
-the backward pass makes the logits again. Where torch follows the derivative itself, the formula in
-its own operations takes over.
+They wait for one number from upstream. The first backward pass multiplies them in their own memory
+and gives them away, since a classifier's gradient may be larger than all else; a further pass makes
+them again. So does every pass through a loss for each position, with a number for each. Where torch
+follows the derivative itself, the formula in its own operations takes over.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class _Linear(torch.autograd.Function):
         nothing = engine.Wanted(False, False, False)
         loss, grads = engine.answer(request, nothing if ctx.each else wanted)
         ctx.engine, ctx.wanted = engine, wanted
+        ctx.kept = {} if ctx.each else {"gradients": True}
         ctx.save_for_backward(*tensors, *grads)
         ctx.request = _with(request._replace(check_labels=False), (None,) * 7)
         return loss
@@ -104,13 +106,8 @@ class _Linear(torch.autograd.Function):
         grads: Any = (hidden, classifier, bias)
         if torch.is_grad_enabled():
             grads = _by_formula(request, ctx.wanted, upstream)
-        elif not ctx.each:
-            grads = [g if g is None else _scaled(g, upstream) for g in grads]
-        elif request.library.tracing(upstream):
-            grads = _by_formula(request, ctx.wanted, upstream)
         else:
-            upstream = upstream.to(request.compute_dtype).reshape(-1)
-            _, grads = ctx.engine.answer(request, ctx.wanted, upstream)
+            grads = _scaled(ctx, request, grads, upstream)
         found = [
             g if g is None else g.to(like.dtype).reshape(like.shape)
             for g, like in zip(grads, tensors, strict=False)
@@ -118,9 +115,26 @@ class _Linear(torch.autograd.Function):
         return None, None, *found, None, None, None, None
 
 
-def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
-    """Return a new tensor: what was saved may be asked for again."""
-    return grad * upstream.to(grad.dtype)
+def _scaled(ctx: Any, request: Request, kept: Any, upstream: Tensor) -> Any:
+    """Return the gradients times what comes from upstream, in the memory of those that are kept."""
+    if request.library.tracing(upstream):
+        # Looked at afterwards: another thread may have taken what was multiplied here.
+        found = [g if g is None else g * upstream.to(g.dtype) for g in kept]
+        return found if ctx.kept else _by_formula(request, ctx.wanted, upstream)
+    if ctx.each:
+        upstream = upstream.to(request.compute_dtype).reshape(-1)
+        return ctx.engine.answer(request, ctx.wanted, upstream)[1]
+    taken = ctx.kept.pop("gradients", False)  # in one step, as threads may share a graph
+    grads = kept if taken else ctx.engine.answer(request, ctx.wanted)[1]
+    # Aliases whose changes torch does not count: a graph that is retained still holds what was
+    # saved, and a further pass would be refused.
+    grads = [g if g is None else g.data for g in grads]
+    known = upstream.device.type == "cpu"  # elsewhere reading it would wait for the device
+    if not (known and upstream.item() == 1.0):
+        for g in grads:
+            if g is not None:
+                g.mul_(upstream.to(g.dtype))
+    return grads
 
 
 def _by_formula(request: Request, wanted: Any, upstream: Tensor) -> list[Tensor | None]:
