@@ -242,6 +242,55 @@ def test_a_chunk_takes_the_kernel_of_its_library(da, xp, monkeypatch):
     assert seen[4:] == ["cross_entropy_value_and_grad"] * 4
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"label_smoothing": 0.1, "z_loss": 0.1},
+        {"weight": np.linspace(0.5, 3, 12), "ignore_index": 3},
+        {"sample_weight": np.arange(8) % 3, "softcap": 3.0},
+        {"sample_weight": np.zeros(8)},
+    ],
+    ids=lambda options: "+".join(options) or "plain",
+)
+def test_a_kernel_writes_the_gradient_of_the_mean(da, xp, monkeypatch, options, dtype):
+    """In the chunk's own dtype: nobody divides it, or rounds it, once it is there."""
+    from portable_softmax.kernels import _numba, _numpy
+
+    written = []
+
+    def spied(real):
+        def cross_entropy_value_and_grad(request):
+            loss, grad = real(request)
+            written.append(grad.copy())
+            return loss, grad
+
+        return cross_entropy_value_and_grad
+
+    name = "cross_entropy_value_and_grad"
+    for module in (_numpy, _numba):
+        monkeypatch.setattr(module, name, spied(getattr(module, name)))
+    monkeypatch.setattr(_decide, "_ROUTES", {})
+    table = TABLE.astype(dtype)
+    loss, grad = ps.cross_entropy_value_and_grad(
+        da.from_array(table, (2, 12)), LABELS, **on_dask(da, options)
+    )
+    grad = grad.compute(scheduler="synchronous")
+    assert grad.dtype == dtype
+    assert len(written) == 4
+    for part in np.split(grad, 4):
+        assert any(np.array_equal(part, one) for one in written)
+    want, slope = ps.cross_entropy_value_and_grad(table.astype(np.float64), LABELS, **options)
+    unit = np.finfo(dtype).eps
+    assert_allclose(loss.compute(), want, rtol=8 * unit)
+    assert_allclose(grad, slope, rtol=8 * unit, atol=unit / 2**14)
+
+
+def on_dask(da, options):
+    return {k: da.asarray(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+
+
 @pytest.mark.parametrize("chunks", [(3, 12), (3, 5)])
 def test_labels_of_numpy(da, xp, computes_nothing, chunks):
     x = da.from_array(TABLE, chunks)

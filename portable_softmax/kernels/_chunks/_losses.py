@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from operator import itemgetter
+from operator import itemgetter, mul, truediv
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,10 @@ def whole(request: Request) -> tuple[Any, ...]:
 
     def on_each(operation: str, taken: Any, **more: Any) -> Any:
         call = _calls.call_of(operation, names, given)
-        function = partial(_answers, taken, call, casts, mean, compute, answers)
+        if mean and request.indices and operation == "cross_entropy_value_and_grad":
+            function = partial(_weighted, taken, call, compute, request.axis)
+        else:
+            function = partial(_answers, taken, call, casts, mean, compute, answers)
         return library.each_chunk(function, every, *pairs, **more)
 
     if library.stores_chunks:  # no arrays of two shapes: each of them is a call of its own
@@ -70,6 +73,27 @@ def _loss_of_shape(ndim: int, axis: int, found: Sequence[Any]) -> tuple[Any]:
     loss = found[0]
     xp = libraries.namespace(loss)
     return (xp.expand_dims(loss, axis=axis) if loss.ndim else xp.reshape(loss, (1,) * ndim),)
+
+
+def _weighted(
+    taken: Callable[[list[Any]], Any], call: _calls.Call, compute: Any, axis: int, divisor: Any,
+    x: Any, *arrays: Any,
+) -> Any:  # fmt: skip
+    """Return what is taken of a chunk's loss, and of its gradient of the mean of all chunks.
+
+    The divisor goes into the weights of the classes, by which every kernel multiplies as it writes:
+    a division of its own would read and write the gradient once more.
+    """
+    library, given = libraries.library_of(x), dict(zip(call.names, arrays, strict=True))
+    xp, divisor = library.xp, library.cast(divisor, compute)
+    if "weight" in given:
+        weight = library.cast(_calls.chunk(given["weight"]), compute)
+    else:
+        weight = xp.ones((x.shape[axis],), dtype=compute, device=library.device(x))
+    count = library.quietly(portable.nothing_to_inf, xp, divisor)
+    given["weight"] = library.quietly(truediv, weight, count)
+    loss, grad = call._replace(names=tuple(given))(x, *given.values())
+    return taken([library.quietly(mul, loss, divisor), grad])
 
 
 def _answers(
