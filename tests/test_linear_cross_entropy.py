@@ -544,6 +544,36 @@ def test_what_is_ignored_costs_no_product(xp, monkeypatch):
         assert sum(seen) == (SAMPLES != 0).sum()
 
 
+@pytest.mark.libraries("numpy", "torch")
+@pytest.mark.parametrize(("tile", "added"), [(None, 0), (3 * ROW, 2), (16, 6 * 3)])
+def test_the_first_tile_adds_to_no_gradient_of_the_classifier(xp, monkeypatch, tile, added):
+    """It is written, and was never cleared: of seven positions, in parts of the five classes."""
+    if xp.path == "portable":
+        pytest.skip("a property of the kernel")
+    from portable_softmax import libraries
+
+    arrays = [xp.asarray(a) for a in (HIDDEN, CLASSIFIER, LABELS)]
+    want = stored(HIDDEN, CLASSIFIER, LABELS)
+    seen, library = [], libraries.library_of(arrays[0])
+    add_product, empty = type(library).add_product, library.xp.empty
+
+    def counted(*args):
+        seen.append(args)
+        return add_product(*args)
+
+    def full_of_nans(*args, **options):
+        found = empty(*args, **options)
+        if "float" in str(found.dtype):
+            found[...] = NAN
+        return found
+
+    monkeypatch.setattr(type(library), "add_product", counted)
+    monkeypatch.setattr(library.xp, "empty", full_of_nans)
+    found = ps.linear_cross_entropy_value_and_grad(*arrays, tile=tile)
+    assert len(seen) == added
+    check(xp, found, want)
+
+
 def test_jax_skips_tiles_of_positions_that_do_not_count(jax, xp, monkeypatch):
     """Compiled as well, where shapes are fixed: 23 positions are in 6 tiles, and 10 fill 3."""
     from portable_softmax.kernels._jax import _linear

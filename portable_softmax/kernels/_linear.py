@@ -62,16 +62,22 @@ def answer(
     dtype, reduction = problem.dtype, problem.options.reduction
     weight = portable.label_target(xp, problem).weight
     problem = problem._replace(classifier=_without_garbage(xp, problem))
-    grads = portable.Gradients(
-        *[
-            xp.zeros(like.shape, dtype=dtype, device=library.device(like)) if want else None
-            for want, like in zip(wanted, (problem.hidden, *problem[1:3]), strict=True)
-        ]
-    )
-    device = library.device(problem.hidden)
-    losses = xp.zeros((problem.positions, 1), dtype=dtype, device=device)
     kept = _kept(library, problem)
     n = problem.positions if kept is None else kept.shape[0]
+    device = library.device(problem.hidden)
+    # The first tile writes the classifier's gradient, and the others add to it.
+    makes = xp.zeros, xp.empty if n else xp.zeros, xp.zeros
+    layer = problem.hidden, problem.classifier, problem.bias
+    grads = portable.Gradients(
+        *[
+            make(like.shape, dtype=dtype, device=device) if want else None
+            for want, like, make in zip(wanted, layer, makes, strict=True)
+        ]
+    )
+    losses = xp.zeros((problem.positions, 1), dtype=dtype, device=device)
+    divisor = None
+    if reduction == "mean":
+        divisor = portable.nothing_to_inf(xp, portable.mean_divisor(xp, losses, _of(weight)))
     height, width = portable.tiles(problem, int(request.options.elements))
     memory = memory_of_g = None
     if width == problem.classes:
@@ -83,7 +89,7 @@ def answer(
         part = portable.at_positions(problem, at)
         part = part._replace(hidden=library.cast(part.hidden, dtype))
         scale = None if upstream is None else upstream[at][:, None]
-        adds = _Adds(library, part, grads, at, scale)
+        adds = _Adds(library, part, grads, at, scale, divisor, first=rows.start == 0)
         if memory is None:
             loss, _ = portable.by_classes(xp, part, width, adds if any(wanted) else None)
         else:
@@ -95,9 +101,8 @@ def answer(
                 del g  # before the next one is made
             loss = loss[:, None]
         losses[at, :] = loss
-    if reduction == "mean":
-        divisor = portable.nothing_to_inf(xp, portable.mean_divisor(xp, losses, _of(weight)))
-        for grad in grads:
+    if divisor is not None:
+        for grad in (grads.hidden, grads.bias):
             if grad is not None:
                 grad /= divisor
     return portable.finished(xp, losses, weight, reduction), grads
@@ -160,12 +165,18 @@ class _Adds:
         grads: portable.Gradients,
         at: Any,
         scale: Any,
+        divisor: Any,
+        *,
+        first: bool,
     ) -> None:
         self._library = library
         self._problem = problem
         self._grads = grads
         self._at = at
         self._scale = scale
+        self._first = first
+        # The classifier's gradient of a mean: it is the largest, and so divided before it is made.
+        self._hidden = problem.hidden if divisor is None else problem.hidden / divisor
 
     def __call__(self, classes: slice, g: Any) -> None:
         library, problem, grads = self._library, self._problem, self._grads
@@ -182,8 +193,9 @@ class _Adds:
                     d_hidden = d_hidden + library.product(part, weights)
             grads.hidden[self._at, :] += d_hidden
         if grads.classifier is not None:
-            to = grads.classifier[classes, :]
-            found = library.add_product(to, xp.matrix_transpose(g), problem.hidden)
+            to, factors = grads.classifier[classes, :], (xp.matrix_transpose(g), self._hidden)
+            add = library.add_product
+            found = library.product(*factors, to) if self._first else add(to, *factors)
             if found is not to:
                 to[...] = found
         if grads.bias is not None:
