@@ -351,6 +351,14 @@ def refusals(mesh, placements):
     hidden = sharded(LOGITS, mesh, [CLASSES] * mesh.ndim)
     raises(TypeError, "what is multiplied", ps.linear_cross_entropy, hidden, hidden, t)
     assert ps.kernels.explain("cross_entropy", x, t).startswith("dtensor shards")
+    if mesh.size() == 1:  # what is traced needs no other rank
+        for function, *given in (
+            (ps.softmax, x),
+            (ps.cross_entropy, x, t),
+            (ps.linear_cross_entropy, x, sharded(LOGITS, mesh, [WHOLE]), t % N),
+        ):
+            compiled = torch.compile(function, backend="eager")
+            raises(TypeError, "(traced: torch.compile): pass x.to_local()", compiled, *given)
 
 
 MESHES = {
