@@ -360,8 +360,16 @@ def softmax_vjp(y: ArrayT, dy: ArrayT, /, *, axis: Axis = -1, out: ArrayT | None
     Notes
     -----
     Masked entries and rows have y = 0 and so get the gradient 0. For a softmax with a temperature
-    divide the result by it. An output that rounds to 1 gets the gradient 0, as `y` has not kept
-    1 - y; `log_softmax_vjp` finds it in `log_y`.
+    divide the result by it.
+
+    Where y rounds to 1 it has not kept 1 - y, which is the sum of the others. A row with an entry c
+    above 3/4 that sums to 1, but for rounding, is taken for one that does: as a constant of dy then
+    changes nothing, its digits are kept by ::
+
+        dx = y * ((dy - dy_c) - sum(y * (dy - dy_c)))
+
+    So a sink that has less than the rounding of y is taken for none. The gradient with respect to y
+    is that of the first formula.
 
     See Also
     --------
@@ -571,7 +579,8 @@ def _portable_logsumexp(request: Request) -> Any:
 
 def _portable_vjp(request: Request) -> Any:
     """softmax_vjp or log_softmax_vjp."""
-    dx = of_rows(request, getattr(portable, request.operation), request.x, request.dy)
+    given = {"rounding": request.rounding} if request.operation == "softmax_vjp" else {}
+    dx = of_rows(request, getattr(portable, request.operation), request.x, request.dy, **given)
     return request.library.cast(dx, request.result_dtype)
 
 

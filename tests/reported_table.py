@@ -65,10 +65,8 @@ def document(run: Run) -> str:
     name, link, what, expected = SLOWER[:4]
     lines.append(f"| [{name}]({link}) | {what} | {expected} | {ratios or 'not run'} | |")
     why = [f"- {name}: {reason}." for name, reason in UNTESTED.items()]
-    fails = dict.fromkeys(r.ours_fail for r in REPORTS if r.ours_fail)
-    also = [f"A failure of this package is expected of {reason}." for reason in fails]
     table = "\n".join(lines)
-    parts = [INTRODUCTION.rstrip(), table, *also, "Named beside these, without a test:"]
+    parts = [INTRODUCTION.rstrip(), table, "Named beside these, without a test:"]
     return "\n\n".join([*parts, "\n".join(why)]) + "\n"
 
 

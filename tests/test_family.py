@@ -9,7 +9,7 @@ import pytest
 import reference
 from asserts import assert_close, assert_like, assert_same
 from mpmath import mp, mpf
-from test_values import ROWS
+from test_values import EPS, MARGINS, ROWS, confident
 
 import portable_softmax as ps
 
@@ -322,6 +322,16 @@ def differentiating(xp):
     if not xp.differentiates:
         pytest.skip(f"{xp.name} does not differentiate")
     return xp
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_derivative_of_a_confident_softmax(differentiating, dtype, axis):
+    xp = differentiating
+    x, dy, expected = (a if axis else a.T for a in confident(5, MARGINS[dtype]))
+    x, dy = x.astype(dtype), xp.asarray(dy, dtype)
+    (dx,) = gradient(xp, lambda x: (ps.softmax(x, axis=axis) * dy).sum(), x)
+    np.testing.assert_allclose(dx, expected, rtol=16 * EPS[dtype], atol=0)
 
 
 def test_documented_gradients(differentiating):

@@ -450,6 +450,69 @@ def test_the_gradient_through_a_confident_log_softmax(xp, dtype, axis):
     assert_close(xp, dx, expected, dtype, rtol=16 * np.finfo(dtype).eps)
 
 
+def confident(n: int, margins: list[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return logits, upstream gradients and exact gradients through a softmax of n classes.
+
+    The maximum is so far above the others, two of which have the same upstream gradient as it.
+    """
+    x, dy = np.zeros((2, len(margins), n))
+    x[:, 1], dy[:, 1] = margins, 2.0
+    dy[:, 2:4], dy[:, 0] = 2.0, -1.0
+    expected = np.empty_like(x)
+    for row, margin in enumerate(margins):
+        small = mp.exp(-margin) / (1 + (n - 1) * mp.exp(-margin))
+        mean = 2 - small * mp.fsum(2 - mpf(d) for d in np.delete(dy[row], 1))
+        p = [small] * n
+        p[1] = 1 - (n - 1) * small
+        expected[row] = [float(q * (mpf(d) - mean)) for q, d in zip(p, dy[row], strict=True)]
+    return x, dy, expected
+
+
+MARGINS = {
+    "float64": [2.0, 10.0, 37.0, 60.0],
+    "float32": [2.0, 10.0, 17.0, 40.0],
+    "bfloat16": [2.0, 6.0, 10.0, 20.0],
+    "float16": [2.0, 3.0, 4.5],
+}
+EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+
+
+@pytest.mark.slow("XLA compiles each shape", "jax")
+@pytest.mark.parametrize("n", [2, 5, 40, 300])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", MARGINS)
+def test_the_gradient_through_a_confident_softmax(xp, dtype, axis, n):
+    """Of dy - sum(y * dy) nothing is left where y rounds to 1: 1 - y is the sum of the others."""
+    if dtype not in ("float32", "float64", *xp.halves):
+        pytest.skip(f"{xp.name} has no {dtype}")
+    x, dy, expected = confident(n, MARGINS[dtype])
+    if axis == 0:
+        x, dy, expected = x.T, dy.T, expected.T
+    y = ps.softmax(xp.asarray(x, dtype), axis=axis)
+    dx = ps.softmax_vjp(y, xp.asarray(dy, dtype), axis=axis)
+    assert_close(xp, dx, expected, dtype, rtol=16 * EPS[dtype])
+
+
+def test_the_gradient_through_a_long_confident_row(xp):
+    x, dy, expected = confident(100_000, [20.0])
+    dx = ps.softmax_vjp(ps.softmax(xp.asarray(x)), xp.asarray(dy))
+    assert_close(xp, dx, expected, rtol=64 * EPS["float64"])
+
+
+def test_the_gradient_of_what_is_no_softmax(xp):
+    """A row with an entry above 3/4 that does not sum to 1, such as beside a sink; an infinite dy.
+
+    For two entries that sum to 1 with a negative one, a constant of dy changes nothing either.
+    """
+    y = np.asarray([[0.9, 0.05, 0.0], [1.0, 1.0, 0.5], [2.0, -1.5, 0.5], [1.0, 1.0, -1.0]])
+    dy = np.asarray([[1.0, 2.0, 3.0], [-1.0, 2.0, 0.5], [1.0, 1.0, 2.0], [3.0, -1.0, 2.0]])
+    expected = y * (dy - (y * dy).sum(axis=1, keepdims=True))
+    assert_close(xp, ps.softmax_vjp(xp.asarray(y), xp.asarray(dy)), expected, rtol=1e-14)
+    y, dy = [[1.0, 1e-20, 0.0], [1.0, 1e-20, 0.0]], [[np.inf, 0.0, 0.0], [1.0, np.nan, 0.0]]
+    expected = [[np.nan, -np.inf, np.nan], [np.nan] * 3]
+    assert_close(xp, ps.softmax_vjp(xp.asarray(y), xp.asarray(dy)), expected)
+
+
 @pytest.mark.parametrize("axis", [0, (0, 2), None])
 def test_vjps_over_any_axes(xp, axis):
     """Central differences of the forward functions in 50 digits would be slower: NumPy's do."""

@@ -47,7 +47,7 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"OP": "logsumexp_vjp", "MASKED": False, "TEMPERED": False},
     ),
     **{
-        op: (_rows.pull_back, {"OP": op, "TEMPERED": False})
+        op: (_rows.pull_back, {"OP": op, "TEMPERED": False, "OFF": 1e-6})
         for op in ("softmax_vjp", "log_softmax_vjp")
     },
     "cross_entropy": (_loss.loss, {**LOSS, "GRAD": False, "DIVISOR": "none"}),

@@ -24,6 +24,9 @@ LATEX = {
     "db_j = dy * exp(x_j) / s": r"db_j = dy \, \frac{\exp(x_j)}{s}",
     # the vjps
     "dx = y * (dy - sum(y * dy))": r"dx_j = y_j \Bigl(dy_j - \sum_k y_k \, dy_k\Bigr)",
+    "dx = y * ((dy - dy_c) - sum(y * (dy - dy_c)))": (
+        r"dx_j = y_j \Bigl((dy_j - dy_c) - \sum_k y_k (dy_k - dy_c)\Bigr)"
+    ),
     "dx = dy - exp(log_y) * sum(dy)": r"dx_j = dy_j - \exp(\mathrm{log\_y}_j) \sum_k dy_k",
     # softmax_jacobian
     "J_ij = dy_i / dx_j = y_i (delta_ij - y_j)": (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,6 +77,7 @@ class Rows(NamedTuple):
     temperature: float
     compute: Any
     answer: Any
+    rounding: float = 0.0  # of an output, if it is that of a narrower dtype
 
     def fold(self, x: Any, where: Any = None) -> Any:
         """Return the state of a part."""
@@ -113,27 +115,36 @@ class Rows(NamedTuple):
 
         return tiled(finish, (), x, m, rest, where)
 
-    def vjp_sums(self, y: Any, dy: Any, merge: Callable[[list[Any]], Any]) -> Any:
-        """Return what a part adds to the sum of softmax_vjp or log_softmax_vjp."""
+    def vjp_sums(self, y: Any, dy: Any) -> Any:
+        """Return what a part adds to the sums of softmax_vjp or log_softmax_vjp."""
         library = libraries.library_of(y)
-        function = getattr(portable, f"{self.operation}_sum")
+        function = getattr(portable, f"{self.operation}_sums")
 
         def fold(y: Any, dy: Any) -> Any:
             y, dy = library.cast(y, self.compute), library.cast(dy, self.compute)
             return function(library.xp, y, dy, self.axes)
 
-        return tiled(fold, self.axes, y, dy, merge=partial(library.quietly, merge))
+        return tiled(fold, self.axes, y, dy, merge=added)
 
     def vjp(self, y: Any, dy: Any, sums: Any) -> Any:
         """Return softmax_vjp or log_softmax_vjp of a part, from the sums of its rows."""
         library = libraries.library_of(y)
         function = getattr(portable, f"{self.operation}_of")
+        given = {"rounding": self.rounding} if self.operation == "softmax_vjp" else {}
 
-        def finish(y: Any, dy: Any, sums: Any) -> Any:
+        def finish(y: Any, dy: Any, *sums: Any) -> Any:
             y, dy = library.cast(y, self.compute), library.cast(dy, self.compute)
-            return library.cast(function(library.xp, y, dy, sums), self.answer)
+            return library.cast(function(library.xp, y, dy, sums, **given), self.answer)
 
-        return tiled(finish, (), y, dy, sums)
+        return tiled(finish, (), y, dy, *sums)
+
+
+VJP_SUMS = {"softmax_vjp": 5, "log_softmax_vjp": 1}
+
+
+def added(parts: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Return the sums of all parts, added in their order."""
+    return tuple(reduce(add, each) for each in zip(*parts, strict=True))
 
 
 # --------------------------------------------------------------------------- losses

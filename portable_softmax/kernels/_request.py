@@ -211,6 +211,11 @@ class Request(NamedTuple):
         return self.result_dtype if dtype is None else dtype
 
     @property
+    def rounding(self) -> float:
+        """What rounding to the dtype of `x` may have changed in it, relative to it."""
+        return portable.ROUNDING.get(self.dtype, 0.0)
+
+    @property
     def axis(self) -> int:
         """The class axis of a loss."""
         return self.axes[0]

@@ -75,16 +75,19 @@ from portable_softmax.portable._sigmoid import (
     sigmoid_cross_entropy_value_and_grad,
 )
 from portable_softmax.portable._softmax import (
+    CONFIDENT,
+    ROUNDING,
     log_softmax,
     log_softmax_vjp,
     log_softmax_vjp_of,
-    log_softmax_vjp_sum,
+    log_softmax_vjp_sums,
     logsumexp,
+    off_one,
     softmax,
     softmax_jacobian,
     softmax_vjp,
     softmax_vjp_of,
-    softmax_vjp_sum,
+    softmax_vjp_sums,
     with_axes,
 )
 from portable_softmax.portable._sums import total

@@ -44,8 +44,6 @@ class Report(NamedTuple):
     """The distribution that the peer is part of."""
     rtol: float = 1e-15
     peer_fails: bool = True
-    ours_fail: str = ""
-    """Why ours is expected to fail too."""
 
 
 # --- What is asked of ours ----------------------------------------------------------------------
@@ -186,11 +184,6 @@ def optax_shifted() -> Any:
 
 TORCH = "https://github.com/pytorch/pytorch/issues/"
 OPTAX = "https://github.com/google-deepmind/optax/pull/"
-FROM_THE_OUTPUT = (
-    "softmax_vjp, which is given an output of 1, rounded: 1 - y is the sum of the others if there "
-    "is no sink, which the output does not tell. softmax_jacobian, which takes none, and "
-    "log_softmax_vjp keep the digits"
-)
 REPORTS = (
     Report(
         "pytorch 195529",
@@ -256,7 +249,6 @@ REPORTS = (
         softmax_vjp,
         torch_softmax,
         "torch",
-        ours_fail=FROM_THE_OUTPUT,
     ),
     Report(
         "pytorch 195684, Jacobian",
@@ -314,14 +306,8 @@ UNTESTED = {
 }
 
 
-def by_name(report: Report, *marks: pytest.MarkDecorator) -> Any:
-    return pytest.param(report, id=report.name, marks=marks)
-
-
-def fails(report: Report) -> tuple[pytest.MarkDecorator, ...]:
-    if not report.ours_fail:
-        return ()
-    return (pytest.mark.xfail(reason=report.ours_fail, strict=True, raises=AssertionError),)
+def by_name(report: Report) -> Any:
+    return pytest.param(report, id=report.name)
 
 
 def check(answer: Any, report: Report) -> None:
@@ -330,7 +316,7 @@ def check(answer: Any, report: Report) -> None:
     np.testing.assert_allclose(answer, expected, rtol=report.rtol, atol=0, strict=True)
 
 
-@pytest.mark.parametrize("report", [by_name(r, *fails(r)) for r in REPORTS])
+@pytest.mark.parametrize("report", [by_name(r) for r in REPORTS])
 def test_ours(xp, report):
     check(xp.numpy(report.ours(xp)), report)
 

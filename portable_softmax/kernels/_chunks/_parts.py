@@ -7,7 +7,7 @@ from typing import Any
 
 from portable_softmax import libraries
 from portable_softmax.kernels._chunks import _calls
-from portable_softmax.kernels._in_parts import Rows, state_dtypes, with_axes
+from portable_softmax.kernels._in_parts import VJP_SUMS, Rows, added, state_dtypes, with_axes
 from portable_softmax.kernels._request import Request
 
 
@@ -50,10 +50,9 @@ def vjps(request: Request) -> Any:
     """softmax_vjp and log_softmax_vjp."""
     library: Any = request.library
     axes, every, compute = request.axes, _calls.every(request), request.compute_dtype
-    kind = Rows(request.operation, axes, 1.0, compute, request.result_dtype)
+    kind = Rows(request.operation, axes, 1.0, compute, request.result_dtype, request.rounding)
     pair = [(request.x, every), *[place[1:] for place in _calls.arrays(request)]]
-    sums = library.each_chunk(
-        partial(kind.vjp_sums, merge=_calls.added), every, *pair, dtype=compute, ones=axes
-    )
-    sums = library.merge_chunks(sums, axes, _calls.added, dtype=compute)
+    several = (compute,) * VJP_SUMS[request.operation]
+    sums = library.each_chunk(kind.vjp_sums, every, *pair, dtype=several, ones=axes)
+    sums = library.merge_chunks(sums, axes, added, dtype=several)
     return library.each_chunk(kind.vjp, every, *pair, (sums, every), dtype=kind.answer)

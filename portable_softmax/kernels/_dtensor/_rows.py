@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from portable_softmax import _checks, libraries, portable
 from portable_softmax.kernels._dtensor._mesh import Place, Reduce, constant, merged
 from portable_softmax.kernels._dtensor._watch import watched
-from portable_softmax.kernels._in_parts import Rows, tiled, with_axes
+from portable_softmax.kernels._in_parts import Rows, added, tiled, with_axes
 from portable_softmax.kernels._request import VJPS, Request
 
 Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
@@ -84,36 +84,41 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, where, m, rest = ctx.saved_tensors
         call: _Call = ctx.call
-        (operation, axes, temperature, compute, _), xp = call.rows, libraries.namespace(x)
+        operation, axes, temperature, compute, *_ = call.rows
+        xp = libraries.namespace(x)
 
-        def gradient(x: Any, dy: Any, m: Any, rest: Any, where: Any, sums: Any) -> Any:
+        def gradient(x: Any, dy: Any, m: Any, rest: Any, where: Any, *sums: Any) -> Any:
             p = portable.softmax_of(xp, x.to(compute), m, rest, temperature)
             dy = dy.to(compute)
             if where is not None:
                 p, dy = torch.where(where, p, 0.0), torch.where(where, dy, 0.0)
             if operation == "logsumexp":
                 found = torch.where(torch.isinf(m), 0.0, p * dy)
-            elif sums is None:
-                each = p * dy if operation == "softmax" else dy
-                return portable.total(xp, each, axes)
+            elif not sums:
+                if operation == "softmax":
+                    return portable.softmax_vjp_sums(xp, p, dy, axes)
+                return (portable.total(xp, dy, axes),)
+            elif operation == "softmax":
+                found = portable.softmax_vjp_of(xp, p, dy, sums)
             else:
-                found = p * (dy - sums) if operation == "softmax" else dy - p * sums
+                found = dy - p * sums[0]
             found = found if temperature == 1.0 else found / temperature
             return (found if where is None else torch.where(where, found, 0.0)).to(x.dtype)
 
-        sums = None
+        sums = ()
         if operation != "logsumexp":
-            sums = tiled(gradient, axes, x, dy, m, rest, where, None, merge=_added)
-            sums = call.reduce(sums, "sum")
-        return None, tiled(gradient, (), x, dy, m, rest, where, sums), None, None
+            sums = tiled(gradient, axes, x, dy, m, rest, where, merge=added)
+            sums = _of_all_ranks(call.reduce, sums)
+        return None, tiled(gradient, (), x, dy, m, rest, where, *sums), None, None
 
 
-def _added(parts: list[Tensor]) -> Tensor:
-    return torch.stack(parts).sum(0)
+def _of_all_ranks(reduce: Reduce, sums: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return sums of whole rows, by one all-reduce."""
+    return tuple(reduce(torch.stack(sums), "sum"))
 
 
 def _vjp(request: Request, reduce: Reduce, y: Tensor, dy: Tensor) -> Tensor:
     """Return softmax_vjp or log_softmax_vjp of a shard."""
     compute, answer = request.compute_dtype, request.result_dtype
-    rows = Rows(request.operation, request.axes, 1.0, compute, answer)
-    return rows.vjp(y, dy, reduce(rows.vjp_sums(y, dy, _added), "sum"))
+    rows = Rows(request.operation, request.axes, 1.0, compute, answer, request.rounding)
+    return rows.vjp(y, dy, _of_all_ranks(reduce, rows.vjp_sums(y, dy)))

@@ -125,6 +125,14 @@ def store_partial(workspace, T, kind, r, v):
     put(values(workspace, kind, T), r, v)
 
 
+store_rare = store_partial
+
+
+@function
+def whole(v):
+    return v
+
+
 @function
 def reduce_partials(workspace, T, kind):
     """Nothing is to be reduced."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from portable_softmax import portable
 from portable_softmax.kernels import _threads
 from portable_softmax.kernels._numba import _long
 from portable_softmax.kernels._numba._exp import temperature as prepared
@@ -211,7 +212,17 @@ def logsumexp_vjp(x: Any, dy: Any, out: Any, layout: Layout, mask: Any = None) -
 
 def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout) -> None:
     """Two reads and one write."""
-    _run("softmax_vjp", (y, dy, out), 0, layout)
+    _run("softmax_vjp", (y, dy, out), off_one(y.dtype), layout)
+
+
+def off_one(dtype: Any) -> float:
+    """Return how far from 1 the sum of a softmax may be, that is stored in a dtype."""
+    rounding = portable.ROUNDING.get(_HALVES.get(dtype.char, ""), 0.0)
+    return portable.off_one(float(np.finfo(compute_dtype(dtype)).eps), rounding)
+
+
+# By the bits that a half type is passed as.
+_HALVES = {"H": "float16", "h": "bfloat16"}
 
 
 def log_softmax_vjp(log_y: Any, dy: Any, out: Any, layout: Layout, masked: bool = True) -> None:

@@ -19,6 +19,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from portable_softmax import portable
 from portable_softmax.kernels._numba._compensation import compensated
 from portable_softmax.kernels._numba._jit import INLINED, function, named
 from portable_softmax.kernels._numba._kernels import BLOCKS, COLUMNS, NARROW, ROWS, scan
@@ -210,6 +211,20 @@ def integer_of(job):
 def left_out_of(job):
     """Return what a mask leaves out of the answer of log_softmax; a nan is equal to nothing."""
     return math.nan if integer_of(job) else math.inf
+
+
+def _off_one_of(dtype):
+    """Return the function that returns how far from 1 the sum of a softmax may be."""
+    off = portable.off_one(
+        float(np.finfo("float64" if dtype == "float64" else "float32").eps),
+        portable.ROUNDING.get(dtype, 0.0),
+    )
+
+    @function
+    def off_one_of(job):
+        return off
+
+    return off_one_of
 
 
 @function
@@ -592,7 +607,7 @@ def handler(name, operation, layout, dtype, *variants):
         body = _upstream(run, stored, compute, "where" in variants)
         return _handler(name, body, nothing, nothing, compute)
     if operation in ("softmax_vjp", "log_softmax_vjp"):
-        number_of = integer_of if operation == "softmax_vjp" else left_out_of
+        number_of = _off_one_of(dtype) if operation == "softmax_vjp" else left_out_of
         body = _three(run, number_of, *(_rows_of(role, stored) for role in (X, SECOND, OUT)))
         return _handler(name, body, nothing, nothing, compute)
     gradient = operation.endswith("value_and_grad")

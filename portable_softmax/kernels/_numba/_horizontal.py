@@ -54,6 +54,17 @@ def are_at_least(typing, a, b):
     return types.boolean(a, b), generate
 
 
+@intrinsic
+def are_equal(typing, a, b):
+    """Whether a number, or every lane of a vector, is equal to `b`; a nan is not."""
+
+    def generate(context, builder, signature, args):
+        other = converted(context, builder, a, b, args[1])
+        return _all(builder, builder.fcmp_ordered("==", args[0], other))
+
+    return types.boolean(a, b), generate
+
+
 # --------------------------------------------------------------------------- counts
 #
 # As many 32-bit integers as a vector has lanes, in the place of a vector.

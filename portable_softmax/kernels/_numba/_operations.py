@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from portable_softmax.kernels._numba._exp import log1p
+from portable_softmax.kernels._numba._horizontal import are_equal
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, typed
 from portable_softmax.kernels._numba._passes import (
@@ -13,10 +14,13 @@ from portable_softmax.kernels._numba._passes import (
     log_probability,
     probability,
     products,
+    products_less,
+    sums,
     write_log_softmax_vjp,
     write_softmax_vjp,
 )
 from portable_softmax.kernels._numba._values import (
+    CONSTANT,
     LOGSUMEXP,
     MAX,
     REST,
@@ -25,7 +29,8 @@ from portable_softmax.kernels._numba._values import (
     WEIGHT,
     values,
 )
-from portable_softmax.kernels._numba._vectors import where_finite
+from portable_softmax.kernels._numba._vectors import where_at_least, where_equal, where_finite
+from portable_softmax.portable import CONFIDENT
 
 
 def softmax_of(layout):
@@ -103,18 +108,31 @@ def logsumexp_vjp_of(layout):
 
 def softmax_vjp_of(layout):
     @function
-    def softmax_vjp(p, q, o, n, rows, T, workspace, _):
-        """Write y * (dy - sum(y * dy))."""
-        size = layout.length(workspace, n)
+    def softmax_vjp(p, q, o, n, rows, T, workspace, off):
+        """Write y * (dy - sum(y * dy)), less a constant of dy in a confident row: see portable.
+
+        `off` is how far from 1 the sum of a softmax may be.
+        """
+        size, off = layout.length(workspace, n), typed(workspace, off)
+        zero, one = typed(workspace, 0.0), typed(workspace, 1.0)
+        bound = typed(workspace, CONFIDENT)
         for r in range(0, rows, layout.stride(workspace)):
             at = r * n
-            layout.store_partial(
-                workspace, T, SUM, r, products(ahead(p, at), ahead(q, at), size, ())
-            )
+            s, c = products(ahead(p, at), ahead(q, at), size, bound)
+            layout.store_partial(workspace, T, SUM, r, s)
+            layout.store_rare(workspace, T, CONSTANT, r, c)
         layout.reduce_partials(workspace, T, SUM)
         for r in range(0, rows, layout.stride(workspace)):
             at, s = r * n, layout.value(values(workspace, SUM, T), r)
-            write_softmax_vjp(ahead(p, at), ahead(q, at), ahead(o, at), size, (s,))
+            c = layout.value(values(workspace, CONSTANT, T), r)
+            if not are_equal(c, 0.0):
+                y, dy = ahead(p, at), ahead(q, at)
+                beyond = layout.whole(sums(y, dy, size, ())) - one
+                less = layout.whole(products_less(y, dy, size, (c,)))
+                fits = where_at_least(off, beyond, where_at_least(beyond, -off, one, zero), zero)
+                fits = where_finite(c, fits, zero)
+                s, c = where_equal(fits, one, less, s), where_equal(fits, one, c, zero)
+            write_softmax_vjp(ahead(p, at), ahead(q, at), ahead(o, at), size, (c, s))
 
     return softmax_vjp
 

@@ -22,6 +22,7 @@ from portable_softmax.kernels._numba._vectors import (
     read,
     splat,
     times,
+    where_at_least,
     where_equal,
     write,
 )
@@ -137,6 +138,28 @@ def _sums_of(term):
     return sums
 
 
+@function
+def products(p, q, n, bound):
+    """The sums of y * dy, and of dy where y is above a bound."""
+    L = lanes(p)
+    total = lost = above = zero = splat(p, 0.0)
+    j = 0
+    while j + L <= n:
+        s = zero
+        stop = min(j + RUN * L, n) - L
+        while j <= stop:
+            y, dy = read(p, j, None, 0.0), read(q, j, None, 0.0)
+            s = s + y * dy
+            above = above + where_at_least(bound, y, zero, dy)
+            j += L
+        total, lost = added(total, lost, s)
+    if j < n:
+        y, dy = read(p, j, n - j, 0.0), read(q, j, n - j, 0.0)
+        total, lost = added(total, lost, y * dy)
+        above = above + where_at_least(bound, y, zero, dy)
+    return compensated(total, lost), above
+
+
 def row_writing(entry):
     """Return the pass that writes ``entry(p[j], q[j], numbers)`` to `o`, which may be `p`."""
 
@@ -163,8 +186,8 @@ def counted(log_y, dy, numbers):
 
 
 @function
-def _product(y, dy, numbers):
-    return y * dy
+def _less_constant(y, dy, numbers):
+    return y * (dy - numbers[0])
 
 
 @function
@@ -179,7 +202,7 @@ def _itself(x, _, numbers):
 
 @function
 def _softmax_vjp(y, dy, numbers):
-    return y * (dy - numbers[0])
+    return y * ((dy - numbers[0]) - numbers[1])
 
 
 @function
@@ -189,11 +212,11 @@ def _log_softmax_vjp(log_y, dy, numbers):
     return -dy * expm1(log_y) - exp(log_y) * (numbers[1] - dy)
 
 
-products = _sums_of(_product)  # of y * dy
+products_less = _sums_of(_less_constant)  # of y * (dy - c); numbers = (c,)
 gradients = _sums_of(counted)  # of what counts of dy; numbers = (left_out,)
 sums = _sums_of(_itself)
 gaps = _sums_of(_gap)  # of w_j (m - x_j); numbers = (m,)
-write_softmax_vjp = row_writing(_softmax_vjp)  # y * (dy - s); numbers = (s,)
+write_softmax_vjp = row_writing(_softmax_vjp)  # y * ((dy - c) - s); numbers = (c, s)
 # dy - exp(log_y) * s; numbers = (left_out, s)
 write_log_softmax_vjp = row_writing(_log_softmax_vjp)
 

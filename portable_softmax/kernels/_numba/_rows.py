@@ -12,7 +12,12 @@ import math
 
 from portable_softmax.kernels._numba import _long
 from portable_softmax.kernels._numba._exp import exp_up, reference_of
-from portable_softmax.kernels._numba._horizontal import are_at_least, max_of_all, sum_of_all
+from portable_softmax.kernels._numba._horizontal import (
+    are_at_least,
+    are_equal,
+    max_of_all,
+    sum_of_all,
+)
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._long import PART
 from portable_softmax.kernels._numba._memory import ahead, either, load, store, typed
@@ -82,7 +87,8 @@ def scratch(o, workspace, T, n):
 #
 # A pass of `_passes` works on `stride` rows at once, on `length` numbers. `value` reads what it is
 # told of them. What it returns goes to `store_partial`, and `reduce_partials` leaves the values of
-# all rows. To compute with values, `get` and `put` move `step` of them at once.
+# all rows; `store_rare` and `whole` are for few of them. To compute with values, `get` and `put`
+# move `step` of them at once.
 
 
 @function
@@ -132,6 +138,19 @@ def writing(entry, values_of, own=False):
 @function
 def store_partial(workspace, T, kind, r, v):
     store(values(workspace, kind, T), r, sum_of_all(v))
+
+
+@function
+def store_rare(workspace, T, kind, r, v):
+    """Store what needs no `reduce_partials`; it is quick where all lanes are 0."""
+    whole = typed(workspace, 0.0) if are_equal(v, 0.0) else sum_of_all(v)
+    store(values(workspace, kind, T), r, whole)
+
+
+@function
+def whole(v):
+    """What a pass returned, as `value` reads it."""
+    return sum_of_all(v)
 
 
 @function

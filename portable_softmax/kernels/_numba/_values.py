@@ -8,6 +8,7 @@ from portable_softmax.kernels._numba._memory import ahead
 MAX, REST, UNIT, TOTAL, WEIGHT, LOGIT, LOSS, GAPS, SLOPE, FACTOR = range(10)
 # Kinds that take the place of one that is not needed at the same time.
 LOGSUMEXP, SUM, LABEL_GRADIENT, SHARE, INVERSE = MAX, REST, LOGIT, GAPS, TOTAL
+CONSTANT = WEIGHT
 # While a block is folded.
 COUNT, BASE, MAGIC, LOWEST = SLOPE, LOSS, GAPS, FACTOR
 

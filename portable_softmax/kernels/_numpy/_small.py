@@ -17,6 +17,7 @@ import numpy as np
 from portable_softmax.kernels._numpy import _maths
 from portable_softmax.kernels._numpy._layout import Buffers
 from portable_softmax.kernels._request import Request
+from portable_softmax.portable import CONFIDENT, off_one
 
 # From about here on the usual way costs the same, for short rows and for others:
 # `python -m bench speed --backend numpy --shapes 320x10,800x10,16x1000,64x1000`.
@@ -27,6 +28,8 @@ _DTYPES = ("float32", "float64")
 
 # Seen as unsigned, a negative label is at least the number beside it.
 _UNSIGNED = {np.dtype(f"i{n}"): (np.dtype(f"u{n}"), 1 << (8 * n - 1)) for n in (1, 2, 4, 8)}
+
+_OFF_ONE = {np.dtype(name): off_one(float(np.finfo(name).eps), 0.0) for name in _DTYPES}
 
 # From this sum on, an exp that is subnormal belongs to a probability that is so too, or nearly.
 _LOW_SUM = math.exp(_maths.LOW_FOR_PROBABILITIES)
@@ -157,6 +160,12 @@ def softmax_vjp(request: Request, dy: Any) -> Any:
     d = y * dy
     np.subtract(dy, _sums(d)[:, None], d)
     d *= y
+    if not _most(y) <= CONFIDENT:
+        row, c = _maths.confident_rows(y, dy, 1)
+        y, dy = y[row], dy[row]
+        fits = np.isfinite(c) & (np.abs(_sums(y) - 1.0) <= _OFF_ONE[y.dtype])
+        dy -= np.where(fits, c, 0.0)[:, None]
+        d[row] = y * (dy - _sums(y * dy)[:, None])
     return d if request.x.ndim == 2 else d.reshape(request.x.shape)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import triton.language as tl
 
-from portable_softmax import libraries
+from portable_softmax import libraries, portable
 from portable_softmax.kernels._request import Request
 from portable_softmax.kernels._triton import (
     _cupy,
@@ -225,12 +225,12 @@ class Plan:
             self.frame.launchers[key] = launcher
         launcher(arrays, scalars)
 
-    def states(self, count: int) -> list[Any]:
-        """Return room for what the parts of each row leave in a relay."""
+    def states(self, count: int, numbers: int = 1) -> list[Any]:
+        """Return room for what the parts of each row leave in a relay, so many numbers each."""
         first = next(iter(self.arrays.values()))
         if self.launch.way != "relay":
             return [first] * count
-        size = self.layout.lead * self.layout.other * self.launch.parts
+        size = self.layout.lead * self.layout.other * self.launch.parts * numbers
         return [self.library.empty((size,), self.call.compute_dtype, first) for _ in range(count)]
 
     def flags(self, more: int = 0) -> Any:
@@ -269,11 +269,14 @@ def pull_back(call: Request, *, masked: bool = True) -> Any:
     temperature = call.options.temperature
     full = {"x": call.x, "d": call.dy}
     plan = Plan(call, call.axes, full, {}, {}, {"y": ("full", call.result_dtype)})
-    arrays = (plan.arrays["x"], plan.arrays["d"], plan.arrays["y"], *plan.states(1))
+    arrays = (plan.arrays["x"], plan.arrays["d"], plan.arrays["y"], *plan.states(1, numbers=5))
     operation = call.operation
     if operation == "log_softmax_vjp" and not masked:
         operation = "log_softmax_gradient"
-    constants = {"OP": operation, "TEMPERED": temperature != 1.0}
+    library = call.library
+    rounding = portable.ROUNDING.get(library.dtype(call.x.dtype).name, 0.0)
+    off = portable.off_one(float(call.xp.finfo(call.compute_dtype).eps), rounding)
+    constants = {"OP": operation, "TEMPERED": temperature != 1.0, "OFF": off}
     scalars = {"temperature": temperature}
     plan.run(_rows.pull_back, (*arrays, plan.flags()), constants, scalars)
     return plan.arrays["y"]

@@ -35,6 +35,9 @@ from portable_softmax.kernels._triton._tiles import (
     scalar,
     store_partial,
 )
+from portable_softmax.portable import CONFIDENT as _CONFIDENT
+
+CONFIDENT = tl.constexpr(_CONFIDENT)
 
 
 @triton.jit
@@ -161,9 +164,7 @@ def _logsumexp(m, rest):
 @triton.jit
 def _vjp_term(y, dy, OP: tl.constexpr):
     """The terms of the sum over a row."""
-    if OP == "softmax_vjp":
-        return y * dy
-    elif OP == "log_softmax_gradient":  # of logits without a mask
+    if OP == "log_softmax_gradient":  # of logits without a mask
         return dy
     else:
         # A masked entry is -inf for all logits: it has no gradient and adds none.
@@ -174,25 +175,56 @@ def _vjp_term(y, dy, OP: tl.constexpr):
 def _sum_terms(rows, d_rows, row_mask, begin, end, x_class, d_class, OP: tl.constexpr,
                ALONG: tl.constexpr, UNIT: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
                CLASSES: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
-    """The sum of the terms of a part of each row."""
+    """The sums of the terms of a part of each row, of which only softmax_vjp has five."""
     LANES: tl.constexpr = CLASSES // STEPS
-    lanes = tl.full((ROWS, LANES), 0.0, DTYPE)
+    zero = tl.full((ROWS, LANES), 0.0, DTYPE)
+    ps, cs, products, rest, lanes = zero, zero, zero, zero, zero
     for start in range(begin, end, CLASSES):
-        terms = tl.full((ROWS, LANES), 0.0, DTYPE)
+        rests, terms = zero, zero
         for i in tl.static_range(STEPS):
             c = start + i * LANES + tl.arange(0, LANES)[None, :]
             at = row_mask & (c < end)
             y, _ = load_row(rows, rows, c, 0, at, x_class, 0.0, UNIT, ALONG, False, DTYPE)
             dy, _ = load_row(d_rows, rows, c, 0, at, d_class, 0.0, UNIT, ALONG, False, DTYPE)
-            terms += _vjp_term(y, dy, OP)
-        lanes += terms
-    return tl.sum(lanes, axis=1, keep_dims=True)
+            if OP == "softmax_vjp":
+                p, c, product, others, more = _softmax_terms(y, dy)
+                ps, cs, products, rests = ps + p, cs + c, products + product, rests + others
+                terms += more
+            else:
+                terms += _vjp_term(y, dy, OP)
+        rest, lanes = rest + rests, lanes + terms
+    return (
+        _sum(ps), _sum(cs), _sum(products), _sum(rest), _sum(lanes),
+    )  # fmt: skip
 
 
 @triton.jit
-def _vjp(y, dy, total, inverse, OP: tl.constexpr, TEMPERED: tl.constexpr):
+def _sum(terms):
+    return tl.sum(terms, axis=1, keep_dims=True)
+
+
+@triton.jit
+def _softmax_terms(y, dy):
+    """The terms of the sums of softmax_vjp, as the portable code has them."""
+    big, zero = y > CONFIDENT, y * 0.0
+    product = y * dy
+    return (
+        tl.where(big, y, zero), tl.where(big, dy, zero), tl.where(big, product, zero),
+        tl.where(big, zero, y), tl.where(big, zero, product),
+    )  # fmt: skip
+
+
+@triton.jit
+def _centre(p, c, product, rest, s, OFF: tl.constexpr):
+    """What is taken off dy, and the sum of y times what is left."""
+    fits = (tl.abs(p + rest - 1.0) <= OFF) & is_finite(c) & (product == p * c)
+    return tl.where(fits, c, 0.0), tl.where(fits, s - c * rest, s + product)
+
+
+@triton.jit
+def _vjp(y, dy, less, total, inverse, OP: tl.constexpr, TEMPERED: tl.constexpr):
     if OP == "softmax_vjp":
-        dx = y * (dy - total)
+        dx = y * ((dy - less) - total)
     else:
         dy = _vjp_term(y, dy, OP)
         # As dy - exp(y) * total, with the digits that 1 - exp(y) has near y = 0.
@@ -200,6 +232,12 @@ def _vjp(y, dy, total, inverse, OP: tl.constexpr, TEMPERED: tl.constexpr):
     if TEMPERED:
         dx = dx * inverse
     return dx
+
+
+@triton.jit
+def _merged(sums_ptr, row, i: tl.constexpr, parts, row_mask, MAX_PARTS: tl.constexpr):
+    """The i-th sum of whole rows."""
+    return _sum(load_partials(sums_ptr, row * 5 + i, parts, row_mask, 0.0, MAX_PARTS))
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -213,9 +251,14 @@ def pull_back(
     temperature: tl.float64,
     OP: tl.constexpr, PASS: tl.constexpr, MAX_PARTS: tl.constexpr, LOOKS: tl.constexpr,
     ALONG: tl.constexpr, UNIT: tl.constexpr, TEMPERED: tl.constexpr,
-    DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, STEPS: tl.constexpr,
+    OFF: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
-    """softmax_vjp or log_softmax_vjp, by OP, over T; x_* are the strides of y, y_* those of dx."""
+    """softmax_vjp or log_softmax_vjp, by OP, over T; x_* are the strides of y, y_* those of dx.
+
+    OFF is how far from 1 the sum of a softmax may be.
+    """
+    NUMBERS: tl.constexpr = 5 if OP == "softmax_vjp" else 1
     block, part, folds, exists = tl.program_id(0), 0, True, True
     if PASS == "relay":
         block, part, folds, exists = relay_role(parts, finishers, lag)
@@ -233,8 +276,15 @@ def pull_back(
         at = row_mask & (c < classes)
         y, _ = load_row(rows, rows, c, 0, at, x_class, 0.0, UNIT, ALONG, False, DTYPE)
         dy, _ = load_row(d_rows, rows, c, 0, at, d_class, 0.0, UNIT, ALONG, False, DTYPE)
-        total = tl.sum(_vjp_term(y, dy, OP), axis=1, keep_dims=True)
-        dx = _vjp(y, dy, total, inverse, OP, TEMPERED)
+        if OP == "softmax_vjp":
+            p, at_p, product, others, products = _softmax_terms(y, dy)
+            less, total = _centre(
+                _sum(p), _sum(at_p), _sum(product), _sum(others), _sum(products), OFF
+            )
+        else:
+            total = _sum(_vjp_term(y, dy, OP))
+            less = total
+        dx = _vjp(y, dy, less, total, inverse, OP, TEMPERED)
         tl.store(out + class_offsets(c, y_class, UNIT, ALONG), rounded(dx, dx_ptr.dtype.element_ty),
                  mask=at)  # fmt: skip
     elif exists:
@@ -243,19 +293,27 @@ def pull_back(
         for p in range(first, last):
             if bits >> p & 1 == 0:
                 begin, end = part_bounds(classes, parts, p, CLASSES)
-                total = _sum_terms(rows, d_rows, row_mask, begin, end, x_class, d_class, OP, ALONG,
-                                   UNIT, DTYPE, ROWS, CLASSES, STEPS)  # fmt: skip
-                store_partial(total_ptr, row, parts, p, total, row_mask)
+                sums = _sum_terms(rows, d_rows, row_mask, begin, end, x_class, d_class, OP, ALONG,
+                                  UNIT, DTYPE, ROWS, CLASSES, STEPS)  # fmt: skip
+                for i in tl.static_range(5 - NUMBERS, 5):
+                    store_partial(total_ptr, row * 5 + i, parts, p, sums[i], row_mask)
                 publish(published, p)
         if not folds:
             begin, end = part_bounds(classes, parts, part, CLASSES)
-            partials = load_partials(total_ptr, row, parts, row_mask, 0.0, MAX_PARTS)
-            total = tl.sum(partials, axis=1, keep_dims=True)
+            total = _merged(total_ptr, row, 4, parts, row_mask, MAX_PARTS)
+            less = total
+            if OP == "softmax_vjp":
+                less, total = _centre(
+                    _merged(total_ptr, row, 0, parts, row_mask, MAX_PARTS),
+                    _merged(total_ptr, row, 1, parts, row_mask, MAX_PARTS),
+                    _merged(total_ptr, row, 2, parts, row_mask, MAX_PARTS),
+                    _merged(total_ptr, row, 3, parts, row_mask, MAX_PARTS), total, OFF,
+                )  # fmt: skip
             for start in range(begin, end, CLASSES):
                 c = start + tl.arange(0, CLASSES)[None, :]
                 at = row_mask & (c < end)
                 y, _ = load_row(rows, rows, c, 0, at, x_class, 0.0, UNIT, ALONG, False, DTYPE)
                 dy, _ = load_row(d_rows, rows, c, 0, at, d_class, 0.0, UNIT, ALONG, False, DTYPE)
-                dx = _vjp(y, dy, total, inverse, OP, TEMPERED)
+                dx = _vjp(y, dy, less, total, inverse, OP, TEMPERED)
                 tl.store(out + class_offsets(c, y_class, UNIT, ALONG),
                          rounded(dx, dx_ptr.dtype.element_ty), mask=at)  # fmt: skip
