@@ -82,11 +82,11 @@ def softmax_vjp(xp: Namespace, y: Any, dy: Any, axes: Axes, *, rounding: float =
     """
     zero = scalar(xp, 0.0, y)
     whole = total(xp, y, axes)
-    c = constant(xp, total(xp, xp.where(confident(xp, y), dy, zero), axes))
-    fits = sums_to_one(xp, c, whole, rounding)
-    c, whole = xp.where(fits, c, zero), xp.where(fits, whole, zero)
+    c = total(xp, xp.where(confident(xp, y), dy, zero), axes)
+    c = xp.where(sums_to_one(xp, c, whole, rounding), c, zero)
+    whole = xp.where(xp.isfinite(whole), whole, zero)
     dy = dy - c
-    # The derivative of sum(y*dy) is that of the whole dy: a term of the value 0 brings it back.
+    # The derivative by y of sum(y*dy) has the whole dy, which a term of the value 0 brings back.
     return y * (dy - (total(xp, y * dy, axes) + c * (whole - constant(xp, whole))))
 
 

@@ -212,17 +212,22 @@ def logsumexp_vjp(x: Any, dy: Any, out: Any, layout: Layout, mask: Any = None) -
 
 def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout) -> None:
     """Two reads and one write."""
-    _run("softmax_vjp", (y, dy, out), off_one(y.dtype), layout)
+    _run("softmax_vjp", (y, dy, out), _OFF_ONE[y.dtype.char], layout)
 
 
-def off_one(dtype: Any) -> float:
-    """Return how far from 1 the sum of a softmax may be, that is stored in a dtype."""
-    rounding = portable.ROUNDING.get(_HALVES.get(dtype.char, ""), 0.0)
-    return portable.off_one(float(np.finfo(compute_dtype(dtype)).eps), rounding)
-
-
-# By the bits that a half type is passed as.
-_HALVES = {"H": "float16", "h": "bfloat16"}
+# How far from 1 the sum of a softmax may be, by the dtype that its numbers are passed in.
+_OFF_ONE = {
+    np.dtype(passed).char: portable.off_one(
+        float(np.finfo("float64" if name == "float64" else "float32").eps),
+        portable.ROUNDING.get(name, 0.0),
+    )
+    for passed, name in (
+        ("float64", "float64"),
+        ("float32", "float32"),
+        ("uint16", "float16"),
+        ("int16", "bfloat16"),
+    )
+}
 
 
 def log_softmax_vjp(log_y: Any, dy: Any, out: Any, layout: Layout, masked: bool = True) -> None:

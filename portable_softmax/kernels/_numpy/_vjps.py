@@ -16,7 +16,7 @@ from portable_softmax.kernels._numpy._layout import TILE_BYTES, Buffers, Layout,
 from portable_softmax.kernels._request import Request
 
 # From one confident row in so many on, a tile takes the passes that these need as a whole.
-_FEW = 4
+_FEW = 16
 
 
 def softmax_vjp(request: Request, layout: Layout, upstream: Layout) -> Any:
@@ -49,16 +49,13 @@ def softmax_vjp(request: Request, layout: Layout, upstream: Layout) -> Any:
 
 def _of_tile(y: Any, dy: Any, c: Any, dx: Any, axis: int, buffers: Buffers) -> None:
     """Write y * ((dy - c) - sum(y * (dy - c))) to `dx`, which may be `dy`; None is no c."""
-    sums = _maths.Sums()
-    for cut in chunks(y, axis):
-        part, of = y[cut], dy[cut]
-        products = buffers.take("products", part.shape)
-        if c is not None:
-            of = np.subtract(of, c, out=products)
-        np.multiply(part, of, out=products)
-        sums.add(_maths.total(products, axis, buffers))
     if c is not None:
         dy = np.subtract(dy, c, out=dx)
+    sums = _maths.Sums()
+    for cut in chunks(y, axis):
+        part = y[cut]
+        products = np.multiply(part, dy[cut], out=buffers.take("products", part.shape))
+        sums.add(_maths.total(products, axis, buffers))
     np.subtract(dy, sums.get(), out=dx)
     np.multiply(y, dx, out=dx)
 
