@@ -81,18 +81,6 @@ def mend(dx: Any, s: Any, of: Confident) -> None:
         dx[of.at] = mended(of.log_y, of.dy, np.broadcast_to(s, dx.shape)[of.at])
 
 
-def confident_rows(y: Any, dy: Any, axis: int) -> tuple[Any, Any]:
-    """Return the rows of a softmax that have a confident entry, and `dy` there."""
-    if y.max() <= portable.CONFIDENT:
-        return _NO_ROWS, None
-    flat = np.flatnonzero(np.greater(y, portable.CONFIDENT, order="C"))
-    at = np.unravel_index(flat, y.shape)
-    return at[1 - axis], dy[at]
-
-
-_NO_ROWS = np.empty(0, np.intp)
-
-
 class Sums:
     """The sum of what the chunks of a tile give, pairwise, with few of them kept."""
 

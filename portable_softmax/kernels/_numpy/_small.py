@@ -161,7 +161,8 @@ def softmax_vjp(request: Request, dy: Any) -> Any:
     np.subtract(dy, _sums(d)[:, None], d)
     d *= y
     if not _most(y) <= CONFIDENT:
-        row, c = _maths.confident_rows(y, dy, 1)
+        at = np.flatnonzero(y > CONFIDENT)
+        row, c = at // y.shape[1], dy.ravel()[at]
         y, dy = y[row], dy[row]
         fits = np.isfinite(c) & (np.abs(_sums(y) - 1.0) <= _OFF_ONE[y.dtype])
         dy -= np.where(fits, c, 0.0)[:, None]

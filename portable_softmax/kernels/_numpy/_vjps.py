@@ -12,7 +12,7 @@ import numpy as np
 
 from portable_softmax import portable
 from portable_softmax.kernels._numpy import _maths
-from portable_softmax.kernels._numpy._layout import TILE_BYTES, Buffers, Layout, chunks
+from portable_softmax.kernels._numpy._layout import Buffers, Layout, chunks
 from portable_softmax.kernels._request import Request
 
 # From one confident row in so many on, a tile takes the passes that these need as a whole.
@@ -27,64 +27,62 @@ def softmax_vjp(request: Request, layout: Layout, upstream: Layout) -> Any:
     def work(_: int, piece: Any, buffers: Buffers) -> None:
         y, target = layout.read(piece, buffers), layout.view(answers, piece)
         dy = upstream.read(piece, buffers, "upstream")
-        rows, c = _maths.confident_rows(y, dy, axis)
         dx = target
         if layout.copies:
-            own = upstream.copies and not rows.size
-            dx = dy if own else buffers.take("result", y.shape)
-        few = rows.size * _FEW < y.shape[1 - axis]
-        if few:
-            _of_tile(y, dy, None, dx, axis, buffers)
-            if rows.size:
-                _again(y, dy, rows, c, off, dx, axis, buffers)
+            dx = dy if upstream.copies else buffers.take("result", y.shape)
+        big, found = None, 0
+        if not y.max() <= portable.CONFIDENT:
+            big = np.greater(y, portable.CONFIDENT, order="C")
+            found = int(np.count_nonzero(big))
+        if found * _FEW >= y.shape[1 - axis]:
+            c = _summed(dy, big, axis, buffers)
+            _write(y, dy, _constants(y, c, off, axis, buffers), dx, axis, buffers)
         else:
-            every = np.zeros(y.shape[1 - axis], y.dtype)
-            every[rows] = c
-            _of_tile(y, dy, _constants(y, every, off, axis, buffers), dx, axis, buffers)
+            some = _confident(y, dy, big, off, axis, buffers) if found else None
+            _write(y, dy, None, dx, axis, buffers)
+            if some is not None:
+                dx[some[0]] = some[1]
         layout.write(dx, target)
 
     layout.run(work)
     return out
 
 
-def _of_tile(y: Any, dy: Any, c: Any, dx: Any, axis: int, buffers: Buffers) -> None:
+def _write(y: Any, dy: Any, c: Any, dx: Any, axis: int, buffers: Buffers) -> None:
     """Write y * ((dy - c) - sum(y * (dy - c))) to `dx`, which may be `dy`; None is no c."""
     if c is not None:
         dy = np.subtract(dy, c, out=dx)
-    sums = _maths.Sums()
-    for cut in chunks(y, axis):
-        part = y[cut]
-        products = np.multiply(part, dy[cut], out=buffers.take("products", part.shape))
-        sums.add(_maths.total(products, axis, buffers))
-    np.subtract(dy, sums.get(), out=dx)
+    np.subtract(dy, _summed(y, dy, axis, buffers), out=dx)
     np.multiply(y, dx, out=dx)
+
+
+def _summed(a: Any, b: Any, axis: int, buffers: Buffers) -> Any:
+    """Return the sums of a * b, or of `a` where `b` is None."""
+    sums = _maths.Sums()
+    for cut in chunks(a, axis):
+        part = a[cut]
+        if b is not None:
+            part = np.multiply(part, b[cut], out=buffers.take("products", part.shape))
+        sums.add(_maths.total(part, axis, buffers))
+    return sums.get()
 
 
 def _constants(y: Any, c: Any, off: float, axis: int, buffers: Buffers) -> Any:
     """Return what is taken off the upstream gradient, 0 in rows that are not those of a softmax."""
-    sums = _maths.Sums()
-    for cut in chunks(y, axis):
-        sums.add(_maths.total(y[cut], axis, buffers))
-    c = np.expand_dims(c, axis)
-    return np.where(np.isfinite(c) & (np.abs(sums.get() - 1.0) <= off), c, 0.0)
+    fits = np.isfinite(c) & (np.abs(_summed(y, None, axis, buffers) - 1.0) <= off)
+    return np.where(fits, c, 0.0)
 
 
-def _again(
-    y: Any, dy: Any, rows: Any, c: Any, off: float, dx: Any, axis: int, buffers: Buffers
-) -> None:
-    """Write the confident rows of a tile anew, so many at once as are the size of a tile."""
-    step = max(1, TILE_BYTES // (y.shape[axis] * y.itemsize))
-    for start in range(0, rows.size, step):
-        some = rows[start : start + step]
-        at = (slice(None), some) if axis == 0 else some
-        shape = (y.shape[0], some.size) if axis == 0 else (some.size, y.shape[1])
-        part, of = (
-            np.take(a, some, 1 - axis, out=buffers.take(name, shape), mode="clip")
-            for name, a in (("confident", y), ("its upstream", dy))
-        )
-        less = _constants(part, c[start : start + step], off, axis, buffers)
-        _of_tile(part, of, less, of, axis, buffers)
-        dx[at] = of
+def _confident(
+    y: Any, dy: Any, big: Any, off: float, axis: int, buffers: Buffers
+) -> tuple[Any, Any]:
+    """Return where the confident rows of a tile are, and the result for them."""
+    at = np.unravel_index(np.flatnonzero(big), y.shape)
+    rows = at[1 - axis]
+    where = (slice(None), rows) if axis == 0 else rows
+    c, y, dy = np.expand_dims(dy[at], axis), y[where], dy[where]
+    _write(y, dy, _constants(y, c, off, axis, buffers), dy, axis, buffers)
+    return where, dy
 
 
 def log_softmax_vjp(
