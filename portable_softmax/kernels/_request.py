@@ -213,7 +213,7 @@ class Request(NamedTuple):
     @property
     def rounding(self) -> float:
         """What rounding to the dtype of `x` may have changed in it, relative to it."""
-        return portable.ROUNDING.get(self.dtype, 0.0)
+        return portable.ROUNDING.get(self.dtype.partition(" ")[0], 0.0)  # in whatever byte order
 
     @property
     def axis(self) -> int:
