@@ -222,9 +222,9 @@ def _centre(p, c, product, rest, s, OFF: tl.constexpr):
 
 
 @triton.jit
-def _vjp(y, dy, less, total, inverse, OP: tl.constexpr, TEMPERED: tl.constexpr):
+def _vjp(y, dy, total, inverse, OP: tl.constexpr, TEMPERED: tl.constexpr):
     if OP == "softmax_vjp":
-        dx = y * ((dy - less) - total)
+        dx = y * (dy - total)
     else:
         dy = _vjp_term(y, dy, OP)
         # As dy - exp(y) * total, with the digits that 1 - exp(y) has near y = 0.
@@ -277,14 +277,13 @@ def pull_back(
         y, _ = load_row(rows, rows, c, 0, at, x_class, 0.0, UNIT, ALONG, False, DTYPE)
         dy, _ = load_row(d_rows, rows, c, 0, at, d_class, 0.0, UNIT, ALONG, False, DTYPE)
         if OP == "softmax_vjp":
-            p, at_p, product, others, products = _softmax_terms(y, dy)
-            less, total = _centre(
-                _sum(p), _sum(at_p), _sum(product), _sum(others), _sum(products), OFF
-            )
+            less = _sum(tl.where(y > CONFIDENT, dy, 0.0))
+            fits = (tl.abs(_sum(y) - 1.0) <= OFF) & is_finite(less)
+            dy = dy - tl.where(fits, less, 0.0)
+            total = _sum(y * dy)
         else:
             total = _sum(_vjp_term(y, dy, OP))
-            less = total
-        dx = _vjp(y, dy, less, total, inverse, OP, TEMPERED)
+        dx = _vjp(y, dy, total, inverse, OP, TEMPERED)
         tl.store(out + class_offsets(c, y_class, UNIT, ALONG), rounded(dx, dx_ptr.dtype.element_ty),
                  mask=at)  # fmt: skip
     elif exists:
@@ -301,7 +300,7 @@ def pull_back(
         if not folds:
             begin, end = part_bounds(classes, parts, part, CLASSES)
             total = _merged(total_ptr, row, 4, parts, row_mask, MAX_PARTS)
-            less = total
+            less = total * 0.0
             if OP == "softmax_vjp":
                 less, total = _centre(
                     _merged(total_ptr, row, 0, parts, row_mask, MAX_PARTS),
@@ -314,6 +313,8 @@ def pull_back(
                 at = row_mask & (c < end)
                 y, _ = load_row(rows, rows, c, 0, at, x_class, 0.0, UNIT, ALONG, False, DTYPE)
                 dy, _ = load_row(d_rows, rows, c, 0, at, d_class, 0.0, UNIT, ALONG, False, DTYPE)
-                dx = _vjp(y, dy, less, total, inverse, OP, TEMPERED)
+                if OP == "softmax_vjp":
+                    dy = dy - less
+                dx = _vjp(y, dy, total, inverse, OP, TEMPERED)
                 tl.store(out + class_offsets(c, y_class, UNIT, ALONG),
                          rounded(dx, dx_ptr.dtype.element_ty), mask=at)  # fmt: skip
