@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from calls import CALLS, as_tuple, every_call
 from numpy.testing import assert_allclose, assert_array_equal
+from test_values import EPS, MARGINS, confident
 
 import portable_softmax as ps
 from portable_softmax import kernels
@@ -73,6 +74,17 @@ def test_chunks_do_not_change_the_values(da, xp, chunks):
         expected = ps.cross_entropy_value_and_grad(TABLE, LABELS, **more)
         for a, e in zip(actual, expected, strict=True):
             assert_allclose(xp.numpy(a), e, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("chunks", [(4, 1), (2, 3), (1, 40)], ids=str)
+@pytest.mark.parametrize("dtype", MARGINS)
+def test_a_confident_row_in_parts_keeps_the_digits_of_its_gradient(da, xp, dtype, chunks):
+    if dtype not in ("float32", "float64", *xp.halves):
+        pytest.skip(f"{xp.name} has no {dtype}")
+    x, dy, expected = confident(40, MARGINS[dtype])
+    y = ps.softmax(da.from_array(xp.numpy(xp.asarray(x, dtype)), chunks))
+    dx = ps.softmax_vjp(y, da.from_array(xp.numpy(xp.asarray(dy, dtype)), chunks))
+    assert_allclose(xp.numpy(dx).astype(float), expected, rtol=32 * EPS[dtype])
 
 
 ON_CHUNKS = [name for name in CALLS if name.partition("(")[0] in kernels.available()["dask chunks"]]

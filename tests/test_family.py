@@ -334,6 +334,20 @@ def test_the_derivative_of_a_confident_softmax(differentiating, dtype, axis):
     np.testing.assert_allclose(dx, expected, rtol=32 * EPS[dtype], atol=0)
 
 
+def test_the_derivative_by_a_confident_output_is_that_of_the_formula(differentiating):
+    """Of dx = y * (dy - s): w_i (dy_i - s) - dy_i sum(w * y) by y_i, whatever the y sum to."""
+    xp = differentiating
+    rng = np.random.default_rng(38)
+    y = np.asarray(ps.softmax(np.asarray([[20.0, 0, 1, 2], [0, 4, 0, 0], [1, 1, 1, 1]])))
+    dy, w = rng.normal(size=(2, *y.shape))
+    s, t = ((a * y).sum(axis=-1, keepdims=True) for a in (dy, w))
+    given = [xp.asarray(a) for a in (dy, w)]
+    (grad,) = gradient(xp, lambda y: (ps.softmax_vjp(y, given[0]) * given[1]).sum(), y)
+    np.testing.assert_allclose(grad, w * (dy - s) - dy * t, rtol=1e-12)
+    (grad,) = gradient(xp, lambda dy: (ps.softmax_vjp(xp.asarray(y), dy) * given[1]).sum(), dy)
+    np.testing.assert_allclose(grad, y * (w - t), rtol=1e-12, atol=1e-15)
+
+
 def test_documented_gradients(differentiating):
     xp = differentiating
     rng = np.random.default_rng(37)
