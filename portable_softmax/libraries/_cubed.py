@@ -129,18 +129,19 @@ class Cubed(Chunked):
             every = range((x.array if isinstance(x, Several) else x).ndim)
             taken = partial(_as_ones, len(every), take)
             x = self.each_chunk(taken, every, (x, every), dtype=dtype, ones=axes)
-        several = x if isinstance(x, Several) else Several(x, axes[0], (x.dtype,))
+        alone = not isinstance(x, Several)
+        several = Several(x, axes[0], (x.dtype,)) if alone else x
         stored = several.array
         found = sys.modules["cubed.core.ops"].reduction(
             stored,
             _as_it_is,
-            combine_func=partial(_merged, merge, several._replace(array=None)),
+            combine_func=partial(_merged, merge, several._replace(array=None), alone),
             axis=axes,
             combine_sizes={axes[0]: len(several.dtypes)},
             dtype=stored.dtype,
             keepdims=True,
         )
-        found = several._replace(array=found) if isinstance(x, Several) else found
+        found = found if alone else several._replace(array=found)
         if finish is not None:
             every = range(stored.ndim)
             found = self.each_chunk(finish, every, (found, every), dtype=dtype, ones=axes)
@@ -237,14 +238,17 @@ def _as_it_is(chunk: Any, axis: Any, keepdims: bool) -> Any:
 
 
 def _merged(
-    merge: Callable[[list[Any]], Any], several: Several, chunk: Any, axis: Any, keepdims: bool
+    merge: Callable[[list[Any]], Any],
+    several: Several,
+    alone: bool,
+    chunk: Any,
+    axis: Any,
+    keepdims: bool,
 ) -> Any:
     states = several.states(chunk)
     if len(states) == 1:
         return chunk
-    one = len(several.dtypes) == 1
-    found = merge([state[0] for state in states] if one else states)
-    return found if one else several.join(found)
+    return merge([one for (one,) in states]) if alone else several.join(merge(states))
 
 
 def _quietly(function: Callable[..., Any], chunk: Any, **kwargs: Any) -> Any:
