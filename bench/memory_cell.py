@@ -56,7 +56,7 @@ def gauge(place: Place) -> Gauge:
     """Return the gauge of a place: the library's allocator on a GPU, the process elsewhere."""
     if places.is_gpu(place) and place.name in _ON_GPU:
         return _ON_GPU[place.name](sys.modules[place.name], place.device)
-    return Gauge(_start_resident, lambda: _status("VmHWM"))
+    return Gauge(_start_resident, most_resident)
 
 
 def _start_resident() -> int:
@@ -64,6 +64,14 @@ def _start_resident() -> int:
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # lowers VmHWM to VmRSS
     return _status("VmRSS")
+
+
+def most_resident() -> int:
+    """Return the most memory that this process has had since it started or since `Gauge.start`.
+
+    `ru_maxrss` would begin with that of the process that started it.
+    """
+    return _status("VmHWM")
 
 
 def _status(name: str) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import portable_softmax as ps
-from bench import tables
+from bench import memory_cell, tables
 from bench.errors import one_line
 
 # Shape, bytes of a chunk, and bytes that the worker may have.
@@ -82,7 +81,7 @@ def measure(shape: tuple[int, int], chunk: int, limit: int) -> Iterator[Row]:
                 try:
                     client.compute(function(x, labels)).result(timeout=PATIENCE)
                     row.seconds = perf_counter() - started
-                    (row.peak_bytes,) = client.run(most_memory).values()
+                    (row.peak_bytes,) = client.run(memory_cell.most_resident).values()
                 except Exception as error:  # a worker that was killed, or none in time
                     row.problem = one_line(error)
                 yield row
@@ -100,11 +99,6 @@ def _made(chunk: Any) -> Any:
     """Return random numbers that repeat, as it takes long to draw so many."""
     drawn = np.random.default_rng(0).standard_normal(1 << 16, np.float32)
     return np.resize(drawn, chunk.shape)
-
-
-def most_memory() -> int:
-    """Return the most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # --------------------------------------------------------------------------- as text

@@ -2,6 +2,8 @@
 
 import json
 import mmap
+import subprocess
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -105,6 +107,14 @@ def test_a_gpu_is_asked_for_its_allocator():
     cupy.held = 400
     assert gauge.peak() == 400
     assert cupy.told == ["free"]
+
+
+@pytest.mark.once
+def test_the_peak_of_a_process_does_not_begin_with_that_of_its_parent():
+    held = np.ones(600 * MB // 8)
+    script = "from bench.memory_cell import most_resident; print(most_resident())"
+    ran = subprocess.run([sys.executable, "-c", script], text=True, capture_output=True, check=True)
+    assert 10 * MB < int(ran.stdout) < held.nbytes
 
 
 # --------------------------------------------------------------------------- the command

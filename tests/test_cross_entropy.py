@@ -155,6 +155,7 @@ def test_option_product(xp, kind):
 
 
 @pytest.mark.slow("XLA compiles each axis", "jax")
+@pytest.mark.slow("Numba compiles each layout", "numba")
 @pytest.mark.parametrize("axis", [0, 1, 2, 3, -1, -3])
 def test_any_class_axis(xp, axis):
     """Images: the class axis may be anywhere."""

@@ -61,7 +61,7 @@ def test_the_float32_answer_of_half_types_is_not_rounded_again(xp, path):
             assert reference.ulps(assert_like(xp, actual, shape, "float32"), exact) <= limit
 
 
-@pytest.mark.slow("Numba compiles each dtype", "numba")
+@pytest.mark.slow("Numba compiles each dtype", "numba", "torch-numba")
 @PATHS
 @pytest.mark.slow("XLA compiles each option", "jax")
 def test_the_gradient_keeps_the_dtype_of_the_logits(xp, path):
@@ -135,7 +135,7 @@ def test_integers_answer_in_any_floating_dtype(xp):
         assert_close(xp, y, expected, name, rtol=1e-6 if name == "float32" else 1e-15)
 
 
-@pytest.mark.slow("Numba compiles each call", "numba")
+@pytest.mark.slow("Numba compiles each call", "numba", "torch-numba")
 def test_the_usual_dtype_changes_nothing(xp):
     """Not even the path."""
     for name in ("float32", *xp.halves):

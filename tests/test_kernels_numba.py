@@ -339,6 +339,7 @@ def test_a_class_that_a_mask_left_out_passes_no_gradient_on(every_size, shape, a
 # --------------------------------------------------------------------------- temperature
 
 
+@pytest.mark.slow("each layout is compiled for each dtype")
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 @pytest.mark.parametrize(("n", "axis"), [(10, -1), (300, -1), (9000, -1), (40, 0)])
 @pytest.mark.parametrize("temperature", [0.1, 3.0, 1e3])

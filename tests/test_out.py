@@ -83,6 +83,7 @@ def test_what_is_written_are_the_bits_of_a_new_array(xp, operation, shape, axis)
         np.testing.assert_array_equal(xp.numpy(mine), theirs)
 
 
+@pytest.mark.slow("Numba compiles each layout", "numba", "torch-numba")
 @pytest.mark.libraries("numpy", "torch", "cupy")
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -45,7 +45,7 @@ threaded = pytest.mark.libraries("numpy", "torch")
 
 
 @threaded
-@pytest.mark.slow("each call on each path", "numba", "torch-portable", "torch-numba")
+@pytest.mark.slow("each call on each path", "numba", "torch", "torch-portable", "torch-numba")
 @every_call
 def test_every_call_gives_the_same_bits(xp, call):
     expected = bits(xp, call.outputs(xp.from_numpy))

@@ -34,8 +34,8 @@ def finite(torch, function):
 # --------------------------------------------------------------------------- derivatives
 
 
-@pytest.mark.slow("difference quotients on each path", "torch-portable", "torch-numba")
-@every_call_compiled("difference quotients for every argument")
+@pytest.mark.slow("difference quotients for every argument")
+@every_call
 def test_gradcheck_and_gradgradcheck(torch, xp, call):
     """Jacobians entry by entry on one path, and along a random direction on the others."""
     function, arrays = call.on(xp.from_numpy)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from portable_softmax import _checks, portable
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries import Library
+from portable_softmax.libraries import Library, dtype_name
 
 ROWS = ("softmax", "log_softmax", "logsumexp")
 VJPS = ("softmax_vjp", "log_softmax_vjp")
@@ -213,7 +213,13 @@ class Request(NamedTuple):
     @property
     def rounding(self) -> float:
         """What rounding to the dtype of `x` may have changed in it, relative to it."""
-        return portable.ROUNDING.get(self.dtype.partition(" ")[0], 0.0)  # in whatever byte order
+        name = dtype_name(self.x.dtype)  # in whatever byte order
+        return portable.ROUNDING.get(name, 0.0)
+
+    @property
+    def off_one(self) -> float:
+        """How far from 1 the sum of a softmax `x` may be."""
+        return portable.off_one(float(self.xp.finfo(self.compute_dtype).eps), self.rounding)
 
     @property
     def axis(self) -> int:

@@ -201,19 +201,23 @@ def logsumexp_vjp(request: Request) -> Any:
     return out
 
 
-def _from_output(request: Request, *masked: bool) -> Any:
-    """softmax_vjp or log_softmax_vjp over the axes.
-
-    `masked` tells the latter whether an entry of -inf is a masked one.
-    """
+def _from_output(request: Request, *number: Any) -> Any:
+    """softmax_vjp or log_softmax_vjp over the axes, with the kernel's number."""
     drive, layout, x = _compiled(), _layout(request), request.x
     out = _out(request)
     arrays = (_handed(a, layout) for a in (x, request.dy, out))
-    getattr(drive, request.operation)(*arrays, drive.Layout(*layout), *masked)
+    getattr(drive, request.operation)(*arrays, drive.Layout(*layout), *number)
     return out
 
 
-softmax_vjp = log_softmax_vjp = _from_output
+def softmax_vjp(request: Request) -> Any:
+    """y * (dy - sum(y * dy)), with the digits of confident rows."""
+    return _from_output(request, request.off_one)
+
+
+def log_softmax_vjp(request: Request, *masked: bool) -> Any:
+    """dy - exp(log_y) * sum(dy); `masked` tells whether an entry of -inf is a masked one."""
+    return _from_output(request, *masked)
 
 
 def _loss(request: Request) -> Any:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from portable_softmax import portable
 from portable_softmax.kernels import _threads
 from portable_softmax.kernels._numba import _long
 from portable_softmax.kernels._numba._exp import temperature as prepared
@@ -210,24 +209,9 @@ def logsumexp_vjp(x: Any, dy: Any, out: Any, layout: Layout, mask: Any = None) -
     _run("logsumexp_vjp", (x, dy, out, mask), 0, layout)
 
 
-def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout) -> None:
-    """Two reads and one write."""
-    _run("softmax_vjp", (y, dy, out), _OFF_ONE[y.dtype.char], layout)
-
-
-# How far from 1 the sum of a softmax may be, by the dtype that its numbers are passed in.
-_OFF_ONE = {
-    np.dtype(passed).char: portable.off_one(
-        float(np.finfo("float64" if name == "float64" else "float32").eps),
-        portable.ROUNDING.get(name, 0.0),
-    )
-    for passed, name in (
-        ("float64", "float64"),
-        ("float32", "float32"),
-        ("uint16", "float16"),
-        ("int16", "bfloat16"),
-    )
-}
+def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout, off: float) -> None:
+    """Two reads and one write. The sum of a softmax may be `off` from 1."""
+    _run("softmax_vjp", (y, dy, out), off, layout)
 
 
 def log_softmax_vjp(log_y: Any, dy: Any, out: Any, layout: Layout, masked: bool = True) -> None:

@@ -213,12 +213,9 @@ def left_out_of(job):
     return math.nan if integer_of(job) else math.inf
 
 
-def _off_one_of(dtype):
+def _off_one_of(dtype, compute):
     """Return the function that returns how far from 1 the sum of a softmax may be."""
-    off = portable.off_one(
-        float(np.finfo("float64" if dtype == "float64" else "float32").eps),
-        portable.ROUNDING.get(dtype, 0.0),
-    )
+    off = portable.off_one(float(np.finfo(compute.name).eps), portable.ROUNDING.get(dtype, 0.0))
 
     @function
     def off_one_of(job):
@@ -607,7 +604,9 @@ def handler(name, operation, layout, dtype, *variants):
         body = _upstream(run, stored, compute, "where" in variants)
         return _handler(name, body, nothing, nothing, compute)
     if operation in ("softmax_vjp", "log_softmax_vjp"):
-        number_of = _off_one_of(dtype) if operation == "softmax_vjp" else left_out_of
+        number_of = left_out_of
+        if operation == "softmax_vjp":
+            number_of = _off_one_of(dtype, compute)
         body = _three(run, number_of, *(_rows_of(role, stored) for role in (X, SECOND, OUT)))
         return _handler(name, body, nothing, nothing, compute)
     gradient = operation.endswith("value_and_grad")

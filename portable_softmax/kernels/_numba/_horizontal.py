@@ -43,26 +43,21 @@ def are_finite(typing, a):
     return types.boolean(a), generate
 
 
-@intrinsic
-def are_at_least(typing, a, b):
-    """Whether a number, or every lane of a vector, is at least `b`; a nan is not."""
+def _are(sign: str) -> Any:
+    """Return whether a number, or every lane of a vector, is so to `b`; a nan is not."""
 
-    def generate(context, builder, signature, args):
-        low = converted(context, builder, a, b, args[1])
-        return _all(builder, builder.fcmp_ordered(">=", args[0], low))
+    @intrinsic
+    def are(typing, a, b):
+        def generate(context, builder, signature, args):
+            other = converted(context, builder, a, b, args[1])
+            return _all(builder, builder.fcmp_ordered(sign, args[0], other))
 
-    return types.boolean(a, b), generate
+        return types.boolean(a, b), generate
+
+    return are
 
 
-@intrinsic
-def are_equal(typing, a, b):
-    """Whether a number, or every lane of a vector, is equal to `b`; a nan is not."""
-
-    def generate(context, builder, signature, args):
-        other = converted(context, builder, a, b, args[1])
-        return _all(builder, builder.fcmp_ordered("==", args[0], other))
-
-    return types.boolean(a, b), generate
+are_at_least, are_equal = _are(">="), _are("==")
 
 
 # --------------------------------------------------------------------------- counts

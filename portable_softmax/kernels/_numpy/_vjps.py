@@ -22,7 +22,7 @@ _FEW = 16
 def softmax_vjp(request: Request, layout: Layout, upstream: Layout) -> Any:
     """y * (dy - sum(y * dy)), with the digits of confident rows."""
     (out, answers), axis = layout.answers(request, request.result_dtype), layout.axis
-    off = portable.off_one(float(np.finfo(layout.compute).eps), request.rounding)
+    off = request.off_one
 
     def work(_: int, piece: Any, buffers: Buffers) -> None:
         y, target = layout.read(piece, buffers), layout.view(answers, piece)

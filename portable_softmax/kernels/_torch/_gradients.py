@@ -184,8 +184,7 @@ def formula(request: Request, dy: Tensor) -> Tensor:
     if where is not None:
         dy = torch.where(where, dy, 0.0)
     if request.operation == "softmax":
-        rounding = portable.ROUNDING.get(request.library.dtype(request.x.dtype).name, 0.0)
-        dx = portable.softmax_vjp(xp, x, dy, axes, rounding=rounding)
+        dx = portable.softmax_vjp(xp, x, dy, axes, rounding=request.rounding)
     else:
         if request.dtype in _HALVES:
             x = portable.log_softmax(xp, x, axes, where=where, temperature=temperature)

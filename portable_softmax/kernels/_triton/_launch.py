@@ -9,7 +9,7 @@ from typing import Any
 
 import triton.language as tl
 
-from portable_softmax import libraries, portable
+from portable_softmax import libraries
 from portable_softmax.kernels._request import Request
 from portable_softmax.kernels._triton import (
     _cupy,
@@ -273,10 +273,7 @@ def pull_back(call: Request, *, masked: bool = True) -> Any:
     operation = call.operation
     if operation == "log_softmax_vjp" and not masked:
         operation = "log_softmax_gradient"
-    library = call.library
-    rounding = portable.ROUNDING.get(library.dtype(call.x.dtype).name, 0.0)
-    off = portable.off_one(float(call.xp.finfo(call.compute_dtype).eps), rounding)
-    constants = {"OP": operation, "TEMPERED": temperature != 1.0, "OFF": off}
+    constants = {"OP": operation, "TEMPERED": temperature != 1.0, "OFF": call.off_one}
     scalars = {"temperature": temperature}
     plan.run(_rows.pull_back, (*arrays, plan.flags()), constants, scalars)
     return plan.arrays["y"]
