@@ -71,7 +71,7 @@ def measure(part: str, layer: str, classes: str, *, quick: bool, cpu_time: bool)
         array = scale_chunks.QUICK if quick else scale_chunks.ARRAY
         yield from scale_chunks.measure(*array, effort, cpu_time=cpu_time)
     elif part == "worker":
-        yield from scale_worker.measure(*(scale_worker.QUICK if quick else scale_worker.THOROUGH))
+        yield from scale_worker.measure(scale_worker.QUICK if quick else scale_worker.THOROUGH)
     else:
         whole, ranks, rounds = scale_ranks.QUICK if quick else scale_ranks.THOROUGH
         yield from scale_ranks.measure(whole, ranks, rounds, cpu_time=cpu_time)

@@ -1,6 +1,6 @@
-"""``scale``, fourth part: an array that is larger than the one worker of Dask that works on it.
+"""``scale``, fourth part: arrays that are larger than the workers of Dask that work on them.
 
-Each function runs on a worker process of one thread with a limit of memory, of an array whose
+Each function runs on worker processes of one thread with a limit of memory, of an array whose
 chunks are made as they are needed; its largest entry, or the number that it is, comes back. Nothing
 is spilled to disk, and a worker that goes beyond its limit is killed and fails the row.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,10 +21,23 @@ import portable_softmax as ps
 from bench import memory_cell, tables
 from bench.errors import one_line
 
-# Shape, bytes of a chunk, and bytes that the worker may have.
-THOROUGH = (300_000, 1000), 60 * 10**6, 10**9
-QUICK = (4000, 1000), 10**6, 10**9
-PARTS = (1, 4)  # of the class axis
+
+class Task(NamedTuple):
+    """An array, and who works on it."""
+
+    shape: tuple[int, int]
+    chunk_bytes: int
+    parts: int  # of the class axis
+    workers: int
+    limit_bytes: int  # of each worker
+
+
+THOROUGH = (
+    Task((300_000, 1000), 60 * 10**6, 1, 1, 10**9),
+    Task((300_000, 1000), 60 * 10**6, 4, 1, 10**9),
+    Task((5_000_000, 1000), 60 * 10**6, 1, 2, 2 * 10**9),  # 20 GB
+)
+QUICK = (Task((4000, 1000), 10**6, 1, 1, 10**9), Task((4000, 1000), 10**6, 4, 2, 10**9))
 PATIENCE = 600  # seconds
 
 FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -38,15 +51,16 @@ FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
 
 @dataclass
 class Row:
-    """One function on one way to cut the array."""
+    """One function on one way to cut an array."""
 
     shape: tuple[int, int]
     chunk: tuple[int, int]
+    workers: int
     limit_bytes: int
     operation: str
     seconds: float = math.nan
     peak_bytes: float = math.nan
-    """The most memory that the worker's process has had so far."""
+    """The most memory that a worker's process has had so far."""
     problem: str = ""
 
     def __post_init__(self) -> None:
@@ -58,30 +72,30 @@ class Row:
         return not self.problem and self.peak_bytes <= self.limit_bytes
 
 
-def measure(shape: tuple[int, int], chunk: int, limit: int) -> Iterator[Row]:
-    """Yield a row for each cut and function."""
+def measure(tasks: tuple[Task, ...]) -> Iterator[Row]:
+    """Yield a row for each task and function."""
     dask, distributed = map(importlib.import_module, ("dask", "distributed"))
     settings = {
         f"distributed.worker.memory.{name}": False for name in ("target", "spill", "pause")
     } | {"distributed.scheduler.allowed-failures": 0}
-    one = {"n_workers": 1, "threads_per_worker": 1, "memory_limit": limit}
-    for parts in PARTS:
+    for shape, chunk, parts, workers, limit in tasks:
         with ExitStack() as stack:
             stack.enter_context(dask.config.set(settings))
             cluster = distributed.LocalCluster(
-                processes=True, dashboard_address="127.0.0.1:0", **one
-            )
+                processes=True, dashboard_address="127.0.0.1:0",
+                n_workers=workers, threads_per_worker=1, memory_limit=limit,
+            )  # fmt: skip
             client = stack.enter_context(distributed.Client(stack.enter_context(cluster)))
             width = shape[1] // parts
             cut = (max(1, chunk // (4 * width)), width)
             x, labels = arrays(shape, cut)
             for name, function in FUNCTIONS.items():
-                row = Row(shape, cut, limit, name)
+                row = Row(shape, cut, workers, limit, name)
                 started = perf_counter()
                 try:
                     client.compute(function(x, labels)).result(timeout=PATIENCE)
                     row.seconds = perf_counter() - started
-                    (row.peak_bytes,) = client.run(memory_cell.most_resident).values()
+                    row.peak_bytes = max(client.run(memory_cell.most_resident).values())
                 except Exception as error:  # a worker that was killed, or none in time
                     row.problem = one_line(error)
                 yield row
@@ -103,10 +117,10 @@ def _made(chunk: Any) -> Any:
 
 # --------------------------------------------------------------------------- as text
 
-HEADINGS = ("operation", "array", "chunks", "seconds", "peak", "worker", "finished")
+HEADINGS = ("operation", "array", "chunks", "seconds", "peak", "workers", "finished")
 LEGEND = (
-    "An array whose chunks are made when they are needed, on one worker process of one thread. "
-    "`peak` is the most memory that the process has had so far, all libraries included."
+    "An array whose chunks are made when they are needed, on worker processes of one thread. "
+    "`peak` is the most memory that one of them has had so far, all libraries included."
 )
 
 
@@ -116,7 +130,7 @@ def cells(rows: list[Row]) -> list[list[str]]:
         [
             row.operation, tables.shape(row.shape), tables.shape(row.chunk),
             row.problem or f"{row.seconds:.1f}", f"{row.peak_bytes / 1e6:.0f} MB",
-            f"{row.limit_bytes / 1e6:.0f} MB", "yes" if row.held else "NO",
+            f"{row.workers} of {row.limit_bytes / 1e6:.0f} MB", "yes" if row.held else "NO",
         ]
         for row in rows
     ]  # fmt: skip
