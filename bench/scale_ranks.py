@@ -132,11 +132,15 @@ def _step(
     """Return a call of the loss and its gradients, on the shards of rank 0."""
     n, h, c = size
 
-    def shard(shape: tuple[int, ...], axis: int | None, integers: bool = False) -> Any:
+    def shard(
+        shape: tuple[int, ...], axis: int | None, integers: bool = False, scale: float = 1.0
+    ) -> Any:
         p, local = mesh.size(), list(shape)
         if axis is not None:
             local[axis] = -(-shape[axis] // p)
-        a = torch.zeros(local, dtype=torch.int64) if integers else torch.randn(local)
+        # Hidden entries of this size make logits of size 1. Of much larger ones a gradient is
+        # full of subnormal numbers, with which a product takes twenty times as long.
+        a = torch.zeros(local, dtype=torch.int64) if integers else torch.randn(local) * scale
         at = tensor.Replicate() if axis is None else tensor.Shard(axis)
         return tensor.DTensor.from_local(
             a, mesh, [at], run_check=False, shape=torch.Size(shape),
@@ -149,7 +153,7 @@ def _step(
     if call == "cross_entropy":
         inputs = [shard((n, c), 1 if by_classes else 0)]
     else:
-        inputs = [shard((n, h), rows), shard((c, h), 0 if by_classes else None)]
+        inputs = [shard((n, h), rows, scale=h**-0.5), shard((c, h), 0 if by_classes else None)]
     inputs = [a.requires_grad_() for a in inputs]
     function = getattr(ps, call)
 
