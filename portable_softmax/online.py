@@ -39,7 +39,8 @@ from typing import Any, NamedTuple
 
 from portable_softmax import _checks, portable
 from portable_softmax._typing import Array, ArrayT, Axis
-from portable_softmax.libraries import Library
+from portable_softmax.kernels import _folding
+from portable_softmax.kernels._decide import operation
 
 __all__ = [
     "State",
@@ -75,6 +76,7 @@ class State(NamedTuple):
     """The sum of exp(x - max) without one maximum: -1 if there is no entry, nan beside +inf."""
 
 
+@operation
 def fold(
     x: Array, /, *, axis: Axis = -1, where: Array | None = None, temperature: float = 1.0
 ) -> State:
@@ -134,16 +136,14 @@ def fold(
         _checks.mask(where, "x", x, library)
     if type(temperature) is not float or temperature != 1.0:
         temperature = _checks.temperature(temperature)
-    arrays = [library.cast(x, compute_dtype), where]
+    arrays: list[Any] = [x, where]
     if not axes:
         arrays = [None if a is None else library.xp.expand_dims(a, axis=-1) for a in arrays]
-    found = library.quietly(_folded, library, *arrays, axes or (x.ndim,), temperature)
-    return found if axes else State(*[library.squeeze(part, (x.ndim,)) for part in found])
-
-
-def _folded(library: Library, x: Any, where: Any, axes: tuple[int, ...], temperature: Any) -> State:
-    function = library.compiled(portable.fold_part)
-    return State(*function(library.xp, x, axes, where=where, temperature=temperature))
+    reduced = axes or (x.ndim,)
+    m, rest = _folding.fold(library, arrays[0], arrays[1], reduced, compute_dtype, temperature)
+    if temperature != 1.0:
+        m = library.quietly(portable.divided, library.xp, m, temperature)
+    return State(*[m, rest] if axes else [library.squeeze(part, reduced) for part in (m, rest)])
 
 
 def identity(x: Array, /, *, axis: Axis = -1) -> State:

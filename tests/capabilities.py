@@ -21,7 +21,7 @@ from backends import BACKENDS, LIBRARIES
 import portable_softmax
 from portable_softmax import libraries
 from portable_softmax.kernels import _table
-from portable_softmax.kernels._request import FAMILY, LINEAR, OPERATIONS, RUNNING, SPARSE
+from portable_softmax.kernels._request import FAMILY, FOLD, LINEAR, OPERATIONS, RUNNING, SPARSE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,8 +101,11 @@ def compiler(name: str) -> str:
 
 
 def kernels(library: str) -> str:
-    found = [f"{k.name} ({operations(k)})" for k in _table.TABLE if k.library == library]
-    return "; ".join(dict.fromkeys(found)) or "none"
+    found: dict[str, dict[str, None]] = {}
+    for k in _table.TABLE:
+        if k.library == library:
+            found.setdefault(k.name, {})[operations(k)] = None
+    return "; ".join(f"{name} ({', '.join(takes)})" for name, takes in found.items()) or "none"
 
 
 def operations(kernel: _table.Kernel) -> str:
@@ -116,6 +119,7 @@ def operations(kernel: _table.Kernel) -> str:
         OPERATIONS: "softmax family, cross_entropy",
         LINEAR: "linear_cross_entropy",
         SPARSE: "entmax, sparsemax",
+        (FOLD,): "online.fold",
     }
     return named.get(kernel.operations) or ", ".join(kernel.operations)
 

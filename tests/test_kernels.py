@@ -71,12 +71,12 @@ def test_every_kernel_of_the_table_exists():
     for kernel in _table.TABLE:
         module = importlib.import_module(kernel.module)
         for operation in kernel.operations:
-            assert operation in ps.__all__
+            assert operation in (*ps.__all__, *ps.online.__all__)
             # One function for all operations is an adapter of the kernel's own.
             own = kernel.adapter.startswith(f"{kernel.module}.")
             assert own or callable(getattr(module, operation))
         if not module.missing():
-            assert kernels.available()[kernel.name] == kernel.operations
+            assert {*kernel.operations} <= {*kernels.available()[kernel.name]}
 
 
 @pytest.mark.parametrize("row", ["rows", _table.TABLE[0]])
@@ -162,7 +162,7 @@ def test_each_option_is_active_when_it_is_not_neutral(options):
 
 def test_explain_takes_what_the_function_takes():
     x, t = np.ones((2, 3)), np.asarray([0, 1])
-    with pytest.raises(ValueError, match="operation is 'relu', expected one of 'cross_entropy'"):
+    with pytest.raises(ValueError, match=r"operation is 'relu', expected one of .*'cross_entropy'"):
         kernels.explain("relu", x)
     with pytest.raises(TypeError, match="unexpected keyword argument 'axes'"):
         kernels.explain("softmax", x, axes=1)

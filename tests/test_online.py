@@ -16,7 +16,7 @@ from test_cross_entropy import GOLDEN
 from test_properties import arrays
 
 import portable_softmax as ps
-from portable_softmax import online
+from portable_softmax import kernels, online
 
 INF, NAN = np.inf, np.nan
 EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
@@ -429,6 +429,59 @@ def test_torch_compiles(torch, xp, arrays_of):
     grad = torch.autograd.grad(loss.sum(), x)[0]
     want = torch.autograd.grad(_through_parts(x, 0).sum(), x)[0]
     torch.testing.assert_close(grad, want, rtol=1e-13, atol=1e-15)
+
+
+# --------------------------------------------------------------------------- kernels
+
+ROWS = np.asarray(
+    [[0.5, -1.0, 2.0, 2.0], [-INF] * 4, [INF, 0.0, 1.0, -INF], [NAN, 0.0, 1.0, 2.0],
+     [INF, NAN, 0.0, 1.0], [80.0, 0.0, -9.0, 1.0], [-INF, 3.0, -100.0, -INF]]
+)  # fmt: skip
+
+
+def with_rows(shape, axis, rng):
+    """Return an array of a shape of which ROWS are among the rows along an axis, or some."""
+    axes = np.atleast_1d(axis)
+    others = [n for a, n in enumerate(shape) if a not in axes]
+    lengths = [shape[a] for a in axes]
+    x = 10 * rng.normal(size=(np.prod(others), np.prod(lengths)))
+    k = min(ROWS.shape[1], x.shape[1])
+    x[: len(ROWS)] = -5.0
+    x[: len(ROWS), :k] = ROWS[:, :k]
+    return np.moveaxis(x.reshape(*others, *lengths), range(-len(axes), 0), axes).copy()
+
+
+@pytest.mark.slow("Numba compiles each layout for each dtype", "numba", "torch-numba")
+@pytest.mark.libraries("numpy", "torch")
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((70, 1000), 1), ((70, 12), 1), ((70, 3), 1), ((35, 60, 2), 1), ((7, 5, 300), (1, 2))],
+)
+@pytest.mark.parametrize("option", [None, "temperature", "where"])
+def test_a_kernel_folds_as_the_portable_path(xp, shape, axis, option):
+    """Each layout of rows, some of which hold an infinity or a nan."""
+    rng = np.random.default_rng(0)
+    x, mask = with_rows(shape, axis, rng), xp.asarray(rng.random(shape) > 0.3)
+    options = {None: {}, "temperature": {"temperature": 3.0}, "where": {"where": mask}}[option]
+    for dtype in ("float32", "float64", *xp.halves):
+        given = xp.asarray(x, dtype)
+        found = online.fold(given, axis=axis, **options)
+        with kernels.portable():
+            want = online.fold(given, axis=axis, **options)
+        units = 2.0**-52 if dtype == "float64" else 2.0**-23
+        for one, other, limit in zip(found, want, (0, 12), strict=True):
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
+            np.testing.assert_allclose(xp.numpy(one), xp.numpy(other), rtol=limit * units)
+
+
+def test_which_kernel_folds(xp):
+    x = xp.asarray(np.zeros((300, 400)), "float32")
+    taken = dict.fromkeys(("numpy", "torch"), "numpy tiles")
+    taken |= dict.fromkeys(("numba", "torch-numba"), "numba rows")
+    assert kernels.explain("fold", x).partition(":")[0] == taken.get(xp.name, "portable")
+    if xp.library == "torch":  # its derivatives are torch's own
+        explained = kernels.explain("fold", x.requires_grad_())
+        assert explained.startswith("portable")
 
 
 # --------------------------------------------------------------------------- JAX

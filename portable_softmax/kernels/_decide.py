@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
 
 from portable_softmax import _checks
-from portable_softmax.kernels._request import OUT, Request
+from portable_softmax.kernels._request import FOLD, OUT, Request
 from portable_softmax.kernels._switches import Switches, switched, switches
 from portable_softmax.kernels._table import Kernel, table
 from portable_softmax.libraries import traced_as_constant
@@ -200,7 +200,7 @@ def run(request: Request, portable: Callable[[Request], Any]) -> Any:
         raise _Decided(decision, request)
     taken = decision.taken
     if taken is None:
-        if request.library.sharded:
+        if request.library.sharded and request.operation != FOLD:  # which its operations answer
             why = [decision.why, *[why for _, why in decision.passed_over]]
             raise _checks.not_of_shards(request.operation, "; ".join(filter(None, why)))
         answer = portable
@@ -271,7 +271,7 @@ def explain(operation: str, /, *args: Any, **kwargs: Any) -> str:
     Parameters
     ----------
     operation
-        A public function's name, such as ``"softmax"``.
+        A public function's name, such as ``"softmax"``, or ``"fold"`` for `online.fold`.
     *args, **kwargs
         What would be passed to that function.
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from portable_softmax import libraries, portable
-from portable_softmax.kernels import _threads
-from portable_softmax.kernels._request import LossOptions
+from portable_softmax.kernels import _folding, _threads
+from portable_softmax.kernels._request import LossOptions, Request
 from portable_softmax.libraries import Library
 
 _TILE = 1 << 18  # elements
@@ -82,14 +82,20 @@ class Rows(NamedTuple):
     def fold(self, x: Any, where: Any = None) -> Any:
         """Return the state of a part."""
         library = libraries.library_of(x)
+        compute, _ = library.compute_dtype(x)
+        if compute != self.compute:
+            x = library.cast(x, self.compute)
+            compute, _ = library.compute_dtype(x)
+        where = with_axes(where, x.ndim)
 
-        def fold(x: Any, where: Any) -> Any:
-            return portable.fold_part(
-                library.xp, library.cast(x, self.compute), self.axes, where=where,
-                temperature=self.temperature, divide=False,
-            )  # fmt: skip
+        def in_tiles(request: Request) -> Any:
+            def fold(x: Any, where: Any) -> Any:
+                options = request.options._replace(where=where)
+                return _folding.in_its_operations(request._replace(x=x, options=options))
 
-        return tiled(fold, self.axes, x, with_axes(where, x.ndim), merge=self.merge)
+            return tiled(fold, self.axes, x, where, merge=self.merge)
+
+        return _folding.fold(library, x, where, self.axes, compute, self.temperature, in_tiles)
 
     def merge(self, states: list[Any]) -> Any:
         """Return the state of all parts."""

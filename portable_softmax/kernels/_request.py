@@ -26,6 +26,7 @@ FAMILY = (
     "logmeanexp",
     *RUNNING,
 )
+FOLD = "fold"  # whose answer is the pair (max, rest) of x / temperature, `max` not divided yet
 LINEAR = ("linear_cross_entropy", "linear_cross_entropy_value_and_grad")
 
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from portable_softmax.kernels._request import (
     EXTREME,
     FAMILY,
+    FOLD,
     LINEAR,
     OPERATIONS,
     OTHER_DTYPE,
@@ -118,6 +119,10 @@ _TILES = Kernel(
     dtypes=(*FLOATS, *INTEGERS),
     options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", EXTREME, "dtype", SAMPLES, OUT),
 )
+_FOLDS = (
+    _NUMBA._replace(operations=(FOLD,), options=("temperature", "where")),
+    _TILES._replace(operations=(FOLD,), options=()),
+)
 _PACKED = _TILES._replace(
     name="packed rows",
     why="only the entries near the maximum",
@@ -207,6 +212,8 @@ TABLE = (
         dtypes=(*FLOATS, *INTEGERS, "complex64", "complex128"),
         options=_OF_PARTS,
     ),
+    *_FOLDS,
+    *(row._replace(**_LENT) for row in _FOLDS),
     _LINEAR,
     _LINEAR._replace(library="cupy"),
     _LINEAR._replace(library="torch", adapter=f"{_TORCH}._linear", tracing=("torch.compile",)),

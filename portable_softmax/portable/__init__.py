@@ -19,7 +19,13 @@ from portable_softmax.portable._cross_entropy import (
     softcapped,
     with_class_axis,
 )
-from portable_softmax.portable._divisor import divisor, ordinary, powers_of_2, times_power_of_2
+from portable_softmax.portable._divisor import (
+    divided,
+    divisor,
+    ordinary,
+    powers_of_2,
+    times_power_of_2,
+)
 from portable_softmax.portable._entmax import (
     entmax,
     entmax_loss,

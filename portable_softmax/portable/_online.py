@@ -18,7 +18,7 @@ from typing import Any
 from portable_softmax import libraries
 from portable_softmax._typing import Namespace
 from portable_softmax.libraries import cast, constant, device, scalar
-from portable_softmax.portable._divisor import divided, divisor, times_power_of_2
+from portable_softmax.portable._divisor import divisor, times_power_of_2
 from portable_softmax.portable._softmax import masked
 from portable_softmax.portable._state import exponentials, fold, from_maximum, maximum
 
@@ -32,14 +32,12 @@ def fold_part(
     *,
     where: Any = None,
     temperature: float = 1.0,
-    divide: bool = True,
 ) -> Folded:
-    """Return the state of x / temperature, the axes kept with length 1.
+    """Return the maximum of x, and the rest of x / temperature, the axes kept with length 1.
 
-    Without `divide` the maximum is that of x, to be merged and finished with the same temperature:
-    then nothing of it is rounded before it is subtracted. `rest` has the wider dtype, so that any
-    number of merges adds nothing to its error that counts in the dtype of `x`, if there is a wider
-    one.
+    They are merged and finished with the same temperature, so that nothing of the maximum is
+    rounded before it is subtracted. `rest` has the wider dtype, so that any number of merges adds
+    nothing to its error that counts in the dtype of `x`, if there is a wider one.
     """
     some = None
     if where is not None:
@@ -50,8 +48,6 @@ def fold_part(
     exponent = divisor(xp, temperature, x).exponent
     shift = times_power_of_2(xp, finite_m, -max(exponent, 0))
     rest = fold(xp, x, axes, shift=shift, temperature=temperature).rest
-    if divide and temperature != 1.0:
-        m = divided(xp, m, temperature)
     if some is not None:
         m = xp.where(some, m, scalar(xp, -math.inf, m))
         rest = xp.where(some, rest, scalar(xp, -1.0, rest))

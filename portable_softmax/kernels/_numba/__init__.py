@@ -181,6 +181,16 @@ def _row_by_row(request: Request) -> Any:
 softmax = log_softmax = _row_by_row
 
 
+def fold(request: Request) -> Any:
+    """Maxima and rests over the axes, kept with length 1."""
+    drive, layout, x = _compiled(), _layout(request), request.x
+    m, rest = (np.empty(request.reduced_shape(), request.compute_dtype) for _ in range(2))
+    flat = m.reshape(-1), rest.reshape(-1)
+    temperature, mask = request.options.temperature, _mask(request, layout)
+    drive.fold(_handed(x, layout), *flat, drive.Layout(*layout), temperature, mask)
+    return m, rest.astype(np.float64, copy=False)
+
+
 def logsumexp(request: Request) -> Any:
     """Logsumexp over the axes, kept with length 1."""
     drive, layout, x = _compiled(), _layout(request), request.x

@@ -199,6 +199,14 @@ def log_softmax(
     _run("log_softmax", (x, out, mask), t, layout)
 
 
+def fold(
+    x: Any, maxima: Any, rests: Any, layout: Layout, temperature: float, mask: Any = None
+) -> None:
+    """One read; the others have a number of the computation's dtype for each row."""
+    t = prepared(temperature, compute_dtype(x.dtype).type)
+    _run("fold", (x, maxima, rests, mask), t, layout)
+
+
 def logsumexp(x: Any, out: Any, layout: Layout, mask: Any = None) -> None:
     """One read."""
     _run("logsumexp", (x, out, mask), 0, layout)

@@ -40,7 +40,7 @@ from portable_softmax.kernels._numba._memory import (
     typed,
 )
 from portable_softmax.kernels._numba._softcap import capped, slopes_of
-from portable_softmax.kernels._numba._values import LOGSUMEXP, LOSS, MAX, WEIGHT, values
+from portable_softmax.kernels._numba._values import LOGSUMEXP, LOSS, MAX, REST, WEIGHT, values
 
 
 def _threaded(name: str, work: Any) -> Any:
@@ -138,6 +138,24 @@ def _logsumexp(layout: ModuleType) -> Any:
             copy(values(workspace, LOGSUMEXP, T), ahead(o, first), rows)
 
     return _threaded(f"{layout.__name__}.logsumexp", work)
+
+
+def _fold(layout: ModuleType) -> Any:
+    """Return the state of rows; arrays = (logits, maxima, rests, mask or None), numbers = (T,)."""
+    body = _operations.fold_of(layout)
+
+    def work(arrays, numbers, shape, workspace, lo, hi, piece):
+        p, maxima, rests = pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2])
+        n, inner, T = shape[0], shape[1], layout.height(workspace, shape[2])
+        for i in range(lo, hi):
+            at, rows, first = layout.place(i, T, n, inner)
+            group = logits(ahead(p, at), arrays[3], at)
+            x = layout.fetch(group, 0, workspace, T, n, inner, rows)
+            body(x, n, rows, T, workspace, numbers[0])
+            copy(values(workspace, MAX, T), ahead(maxima, first), rows)
+            copy(values(workspace, REST, T), ahead(rests, first), rows)
+
+    return _threaded(f"{layout.__name__}.fold", work)
 
 
 def _logsumexp_vjp(layout: ModuleType) -> Any:
@@ -285,6 +303,7 @@ def _kernels(layout: ModuleType) -> dict[str, Any]:
     return {
         "softmax": _row_by_row(layout, "softmax", 0.0),
         "log_softmax": _row_by_row(layout, "log_softmax", -math.inf),
+        "fold": _fold(layout),
         "logsumexp": _logsumexp(layout),
         "logsumexp_vjp": _logsumexp_vjp(layout),
         "softmax_vjp": _vjp(layout, "softmax_vjp"),

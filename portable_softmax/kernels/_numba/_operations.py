@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 from portable_softmax.kernels._numba._exp import log1p
 from portable_softmax.kernels._numba._horizontal import are_equal
 from portable_softmax.kernels._numba._jit import function
@@ -69,6 +71,21 @@ def log_softmax_of(layout):
         write_logs(p, 0.0, o, n, rows, T, workspace, (t,))
 
     return log_softmax
+
+
+def fold_of(layout):
+    @function
+    def fold(p, n, rows, T, workspace, t):
+        """Write the state of rows to the values: (-inf, -1) of nothing, a nan with what is nan."""
+        layout.fold(p, 0, 0, n, rows, T, workspace, t)
+        maxima, rests = values(workspace, MAX, T), values(workspace, REST, T)
+        for r in range(0, T, layout.step(workspace)):
+            m, rest = layout.get(maxima, r), layout.get(rests, r)
+            of_infinity = where_equal(m, -math.inf, -1.0, math.nan)
+            layout.put(maxima, r, where_finite(m, where_finite(rest, m, math.nan), m))
+            layout.put(rests, r, where_finite(m, rest, of_infinity))
+
+    return fold
 
 
 def logsumexp_of(layout):

@@ -15,7 +15,7 @@ import numpy as np
 
 from portable_softmax.kernels._numpy import _general, _losses, _rows, _small, _sparse, _vjps
 from portable_softmax.kernels._numpy._layout import Layout, layout
-from portable_softmax.kernels._request import LOSSES, ROWS, SPARSE, VJPS, Request
+from portable_softmax.kernels._request import FOLD, LOSSES, ROWS, SPARSE, VJPS, Request
 
 # From here on tiles of softmax_vjp win, measured on rows of 1000, or of 16 and 100: timeit with and
 # without kernels.portable(). Those of log_softmax_vjp, which takes more passes, always do.
@@ -32,6 +32,9 @@ def missing() -> str:
 
 def declines(request: Request, asked: bool) -> str:
     """Return why a call is not for tiles."""
+    if request.operation == FOLD:
+        found = layout(request.x, request.axes, request.compute_dtype)
+        return "not one block in memory with the axes together" if found is None else ""
     if request.operation not in VJPS:
         return ""
     if _small.upstream_of(request) is not None:
@@ -68,6 +71,13 @@ def log_softmax(request: Request) -> Any:
     if rows is None:
         return _row_by_row(request, _rows.log_softmax)
     return _small.log_softmax(request, rows)
+
+
+def fold(request: Request) -> Any:
+    """Maxima and rests over the axes, kept with length 1."""
+    found = layout(request.x, request.axes, request.compute_dtype)
+    assert found is not None  # declined
+    return _rows.fold(request, found)
 
 
 def logsumexp(request: Request) -> Any:

@@ -72,10 +72,25 @@ def _log_softmax_with_temperature(request: Request, layout: Layout) -> Any:
     return layout.fill(request, request.answer_dtype, work)
 
 
+def fold(request: Request, layout: Layout) -> Any:
+    """Max and rest; the axes are kept."""
+    found = [np.empty(request.reduced_shape(), layout.compute) for _ in range(2)]
+    answers = [a.reshape(layout.shape) for a in found]
+
+    def work(_: int, piece: Any, buffers: Buffers) -> None:
+        m, rest = _maths.fold(layout.read(piece, buffers), None, layout.axis, buffers)
+        rest = np.where(np.isfinite(m), rest, np.where(m == -np.inf, -1.0, np.nan))
+        for answer, part in zip(answers, (m, rest), strict=True):
+            layout.positions(answer, piece)[...] = part.reshape(-1)
+
+    layout.run(work)
+    m, rest = found
+    return m, rest.astype(np.float64, copy=False)
+
+
 def logsumexp(request: Request, layout: Layout) -> Any:
     """Max + log1p(rest); the axes are kept."""
-    shape = [1 if a in request.axes else n for a, n in enumerate(request.x.shape)]
-    out = np.empty(shape, request.answer_dtype)
+    out = np.empty(request.reduced_shape(), request.answer_dtype)
     answers, axis = out.reshape(layout.shape), layout.axis
 
     def work(_: int, piece: Any, buffers: Buffers) -> None:
