@@ -129,9 +129,8 @@ def fold(
     array([[3.],
            [3.]])
     """
-    library, dtype = _checks.array("x", x)
+    library, _ = _checks.array("x", x)
     axes = _checks.axes(axis, x.ndim)
-    compute_dtype, _ = dtype.computed or library.compute_dtype(x)
     if where is not None:
         _checks.mask(where, "x", x, library)
     if type(temperature) is not float or temperature != 1.0:
@@ -140,7 +139,7 @@ def fold(
     if not axes:
         arrays = [None if a is None else library.xp.expand_dims(a, axis=-1) for a in arrays]
     reduced = axes or (x.ndim,)
-    m, rest = _folding.fold(library, arrays[0], arrays[1], reduced, compute_dtype, temperature)
+    m, rest = _folding.fold(library, arrays[0], arrays[1], reduced, temperature)
     if temperature != 1.0:
         m = library.quietly(portable.divided, library.xp, m, temperature)
     return State(*[m, rest] if axes else [library.squeeze(part, reduced) for part in (m, rest)])

@@ -37,11 +37,11 @@ def fold(
     x: Any,
     where: Any,
     axes: tuple[int, ...],
-    compute: Any,
     temperature: float,
     otherwise: Callable[[Request], Any] = in_its_operations,
 ) -> Any:
     """Return the maximum of x, and the rest of x / temperature, by a kernel or `otherwise`."""
+    compute, _ = library.compute_dtype(x)
     options = RowOptions(where, temperature)
     given = active(options, PLAIN_ROWS)
     if is_extreme(library, temperature, compute):

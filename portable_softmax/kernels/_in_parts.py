@@ -82,10 +82,8 @@ class Rows(NamedTuple):
     def fold(self, x: Any, where: Any = None) -> Any:
         """Return the state of a part."""
         library = libraries.library_of(x)
-        compute, _ = library.compute_dtype(x)
-        if compute != self.compute:
+        if library.compute_dtype(x)[0] != self.compute:
             x = library.cast(x, self.compute)
-            compute, _ = library.compute_dtype(x)
         where = with_axes(where, x.ndim)
 
         def in_tiles(request: Request) -> Any:
@@ -95,7 +93,7 @@ class Rows(NamedTuple):
 
             return tiled(fold, self.axes, x, where, merge=self.merge)
 
-        return _folding.fold(library, x, where, self.axes, compute, self.temperature, in_tiles)
+        return _folding.fold(library, x, where, self.axes, self.temperature, in_tiles)
 
     def merge(self, states: list[Any]) -> Any:
         """Return the state of all parts."""
@@ -220,7 +218,8 @@ class Loss(NamedTuple):
         """Return the sums of a tile, and which labels are among its classes."""
         library = libraries.library_of(x)
         part, _, hit = self.part(library, x, *arrays)
-        sums = portable.fold_part_of_loss(library.xp, part)
+        state = _folding.fold(library, part.x, None, (1,), 1.0)
+        sums = portable.fold_part_of_loss(library.xp, part, state)
         found = sums if hit is None else (*sums, hit)
         return tuple(self.back(library.xp, a, x.shape) for a in found)
 

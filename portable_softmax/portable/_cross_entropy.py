@@ -250,11 +250,14 @@ def softcapped(xp: Namespace, x: Any, cap: float) -> Any:
     """cap * tanh(x / cap)."""
     if 2.0**-60 < cap < 2.0**60:
         return cap * xp.tanh(x / cap)
-    if cap > float(xp.finfo(x.dtype).max):
-        return x
     # Beside such a cap x / cap may underflow. There, and at 0 for every cap, this is x.
     ratio = divided(xp, x, cap)
-    return xp.where(xp.abs(ratio) < 2.0**-30, x, cap * xp.tanh(ratio))
+    is_x = xp.abs(ratio) < 2.0**-30
+    if cap <= float(xp.finfo(x.dtype).max):
+        return xp.where(is_x, x, cap * xp.tanh(ratio))
+    is_x = is_x | xp.isinf(x)
+    ratio = xp.where(is_x, scalar(xp, 1.0, ratio), ratio)
+    return xp.where(is_x, x, x * (xp.tanh(ratio) / ratio))
 
 
 def softcap_derivative(xp: Namespace, x: Any, cap: float) -> Any:

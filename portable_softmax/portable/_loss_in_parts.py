@@ -88,9 +88,9 @@ def _gap(xp: Namespace, q: Any, difference: Any) -> Any:
     return xp.where(nothing, scalar(xp, 0.0, difference), times(xp, q, difference))
 
 
-def fold_part_of_loss(xp: Namespace, part: Part) -> Sums:
-    """Return the sums of a part."""
-    m, rest = fold_part(xp, part.x, (1,))
+def fold_part_of_loss(xp: Namespace, part: Part, state: tuple[Any, Any] | None = None) -> Sums:
+    """Return the sums of a part; `state` is that of its logits, where it is known."""
+    m, rest = fold_part(xp, part.x, (1,)) if state is None else state
     gap = total(xp, _gap(xp, part.q, _finite(xp, m) - part.x), (1,))
     return Sums(m, rest, gap, total(xp, part.q, (1,)), part.u)
 
