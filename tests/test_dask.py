@@ -460,3 +460,14 @@ def test_what_a_mask_hides_reaches_no_gradient(da, xp, hidden):
     grad = xp.numpy(grad)
     assert np.isfinite(grad).all()
     assert_array_equal(grad[~mask], 0.0)
+
+
+def test_a_part_of_rows_is_folded_by_a_kernel(da, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("folded in the library's own operations")
+
+    x = np.random.default_rng(0).normal(size=(8, 30)).astype(np.float32)
+    parts = da.from_array(x, chunks=(4, 10)).map_blocks(np.ascontiguousarray)
+    monkeypatch.setattr("portable_softmax.portable.fold_part", refuse)
+    found = ps.logsumexp(parts, axis=1).compute(scheduler="sync")
+    np.testing.assert_allclose(found, ps.logsumexp(x, axis=1), rtol=1e-6)

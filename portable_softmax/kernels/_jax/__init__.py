@@ -28,6 +28,10 @@ def declines(request: Request, asked: bool) -> str:
         if not all(map(request.library.is_known, lengths)):
             return "symbolic shapes"
         return "nothing to reduce" if 0 in lengths else ""
+    if "softcap" in request.active:
+        cap, most = request.options.softcap, float(request.xp.finfo(request.compute_dtype).max)
+        if cap > most:  # no number of the dtype
+            return f"a softcap of {cap}, beyond {most}"
     return ""
 
 
