@@ -269,3 +269,11 @@ def test_a_weight_that_the_dtype_cannot_hold(xp):
     assert_close(xp, loss, expected, "float32")
     loss = ps.cross_entropy(x, xp.asarray(labels * 0 + 1), weight=weight, reduction="sum")
     assert_close(xp, loss, np.inf, "float32")
+
+
+def test_a_softcap_beyond_the_range_bends_logits_that_are_near_it(xp):
+    values, cap = np.asarray([[2e38, 1e38, -3e38]]), 1e40
+    capped = cap * np.tanh(values / cap)
+    x, labels = xp.asarray(values, "float32"), xp.asarray([1])
+    loss = ps.cross_entropy(x, labels, softcap=cap)
+    np.testing.assert_allclose(xp.numpy(loss), capped[0, 0] - capped[0, 1], rtol=1e-5)

@@ -575,14 +575,6 @@ def test_a_row_that_spans_more_than_the_range(xp, dtype):
         assert_close(xp, log_y, expected, dtype)
 
 
-def test_a_softcap_beyond_the_range_bends_logits_that_are_near_it(xp):
-    values, cap = np.asarray([[2e38, 1e38, -3e38]]), 1e40
-    capped = cap * np.tanh(values / cap)
-    x, labels = xp.asarray(values, "float32"), xp.asarray([1])
-    loss = ps.cross_entropy(x, labels, softcap=cap)
-    np.testing.assert_allclose(xp.numpy(loss), capped[0, 0] - capped[0, 1], rtol=1e-5)
-
-
 @pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.parametrize("cap", [*EXTREMES, 1e30])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
