@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -68,7 +68,8 @@ def run_speed(args: argparse.Namespace, argv: list[str]) -> int:
     before = gpu.state(place)
     effort = speed.QUICK if args.quick else speed.THOROUGH
     rows = _followed(
-        speed.measure(all_providers, operations, shapes, dtypes, effort, cpu_time=args.cpu_time)
+        speed.measure(all_providers, operations, shapes, dtypes, effort, cpu_time=args.cpu_time),
+        tables.cells,
     )
     document = _document(
         "speed", argv, load, rows, backend=place.name, device=place.device_name, peers=args.peers,
@@ -123,7 +124,7 @@ def run_memory(args: argparse.Namespace, argv: list[str]) -> int:
     place = places.open_backend(args.backend)
     all_providers, missing = providers.all_providers(place, "own", slow_starts=not args.quick)
     some = [provider for provider in all_providers if provider.ours or args.peers == "own"]
-    cells = _followed(memory.measure(args.backend, some, operations, shapes, dtypes))
+    cells = _followed(memory.measure(args.backend, some, operations, shapes, dtypes), memory.cells)
     document = {
         "benchmark": "memory",
         **report.provenance(argv, load),
@@ -185,7 +186,8 @@ def run_versus(args: argparse.Namespace, argv: list[str]) -> int:
         keys += versus.chosen(backend, offered, **asked)
     effort = speed.QUICK if args.quick else versus.EFFORT
     cells = _followed(
-        versus.measure(other, keys, limit=args.limit, fresh=args.fresh, effort=effort)
+        versus.measure(other, keys, limit=args.limit, fresh=args.fresh, effort=effort),
+        lambda some: versus.text(some, args.limit),
     )
     if not cells:
         raise CommandError("nothing to compare: no such path and operation in both trees")
@@ -207,7 +209,7 @@ def run_thresholds(args: argparse.Namespace, argv: list[str]) -> int:
     """Time both sides of each size at which the Numba rows change their method."""
     load = report.load()
     thresholds.check()
-    rows = _followed(thresholds.measure(_dtypes(args.dtypes), quick=args.quick))
+    rows = _followed(thresholds.measure(_dtypes(args.dtypes), quick=args.quick), thresholds.cells)
     _shown("sizes of the Numba rows", thresholds, rows)
     _close(_document("thresholds", argv, load, rows, "ratio"), [], args.json)
     return 0
@@ -216,7 +218,7 @@ def run_thresholds(args: argparse.Namespace, argv: list[str]) -> int:
 def run_options(args: argparse.Namespace, argv: list[str]) -> int:
     """Time calls with options beside the plain calls and the forms by hand."""
     load = report.load()
-    rows = _followed(options.measure(_dtypes(args.dtypes), quick=args.quick))
+    rows = _followed(options.measure(_dtypes(args.dtypes), quick=args.quick), options.cells)
     _shown("what options cost", options, rows)
     _close(_document("options", argv, load, rows), [], args.json)
     return 1 if any(row.problem for row in rows) else 0
@@ -228,7 +230,7 @@ def run_jax(args: argparse.Namespace, argv: list[str]) -> int:
     default = transforms.QUICK_SHAPES if args.quick else transforms.SHAPES
     shapes, place = speed.parse_shapes(args.shapes or default), places.open_backend("jax")
     effort = speed.QUICK if args.quick else speed.THOROUGH
-    rows = _followed(transforms.measure(place, shapes, effort))
+    rows = _followed(transforms.measure(place, shapes, effort), transforms.cells)
     _shown(f"transforms on {place}", transforms, rows)
     report.table("over the faster peer", transforms.SUMMARY, transforms.summary(rows))
     document = _document("jax", argv, load, rows, "ratio", device=place.device_name)
@@ -239,7 +241,7 @@ def run_jax(args: argparse.Namespace, argv: list[str]) -> int:
 def run_compile(args: argparse.Namespace, argv: list[str]) -> int:
     """Compare how long XLA compiles, and how large the programs are, with the peers'."""
     load, place = report.load(), places.open_backend("jax")
-    rows = _followed(compilation.measure(place, quick=args.quick))
+    rows = _followed(compilation.measure(place, quick=args.quick), compilation.cells)
     _shown(f"compiling on {place}", compilation, rows)
     document = _document("compile", argv, load, rows, "ratios", device=place.device_name)
     _close(document, [], args.json)
@@ -256,7 +258,7 @@ def run_scale(args: argparse.Namespace, argv: list[str]) -> int:
         part = scale.PARTS[name]
         asked = name, args.layer, args.classes
         measured = scale.measure(*asked, quick=args.quick, cpu_time=args.cpu_time)
-        rows = found[name] = _followed(measured)
+        rows = found[name] = _followed(measured, part.cells)
         _shown(name, part, rows)
     document = {
         "benchmark": "scale",
@@ -275,22 +277,22 @@ def run_steps(args: argparse.Namespace, argv: list[str]) -> int:
     """Time training steps beside torch's; return 1 if one misses its goal."""
     load = report.load()
     steps.check()
-    rows = _followed(steps.measure(quick=args.quick))
+    rows = _followed(steps.measure(quick=args.quick), steps.cells)
     _shown("a training step", steps, rows)
     _close(_document("steps", argv, load, rows, "ratio"), [], args.json)
     # The few steps of a quick run show that it runs.
     return 1 if not args.quick and any(row.ratio > row.goal for row in rows) else 0
 
 
-def _followed(measured: Iterator[Any]) -> list[Any]:
-    """Collect the measurements, and show the progress on a terminal."""
+def _followed(
+    measured: Iterator[Any], cells: Callable[[list[Any]], list[list[str]]] | None = None
+) -> list[Any]:
+    """Collect the measurements, and write each to stderr: a run takes minutes, some an hour."""
     found = []
     for item in measured:
         found.append(item)
-        if sys.stderr.isatty():
-            print(f"\r{len(found)} measured", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print("\r", end="", file=sys.stderr)
+        line = cells([item])[0] if cells else [f"{len(found)} measured"]
+        print(*filter(None, map(str.strip, line)), sep="  ", file=sys.stderr, flush=True)
     return found
 
 
