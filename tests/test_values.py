@@ -155,6 +155,21 @@ def test_a_maximum_may_lie_anywhere(xp, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_maximum_of_any_size(xp, dtype):
+    """A step of the maximum's own size may be larger than any that exp has a number for."""
+    size = 2.0 ** np.arange(12, np.finfo(dtype).maxexp - 1)
+    m = np.concatenate([size, 1.25 * size, np.nextafter(2 * size.astype(dtype), 0)])
+    x = (m[:, None] * np.asarray([1.0, 1.0, -1.0, 0.0])).astype(dtype)
+    p = np.broadcast_to([0.5, 0.5, 0.0, 0.0], x.shape)
+    labels, given = np.zeros(len(x), np.int64), xp.asarray(x)
+    assert_close(xp, ps.softmax(given), p, dtype, rtol=1e-6)
+    assert_close(xp, ps.softmax(xp.asarray(x.T), axis=0).T, p, dtype, rtol=1e-6)
+    loss, grad = ps.cross_entropy_value_and_grad(given, xp.asarray(labels), reduction="none")
+    assert_close(xp, loss, np.full(len(x), np.log(2)), dtype, rtol=1e-6)
+    assert_close(xp, grad, p - [1.0, 0.0, 0.0, 0.0], dtype, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_difference_may_overflow_beside_any_row(xp, dtype):
     """As that of the ends of the range does, in an array with a row of some moderate maximum."""
     largest = float(np.finfo(dtype).max)

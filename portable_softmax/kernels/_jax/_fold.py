@@ -119,12 +119,14 @@ def base(x: Any, m: Any, axes: Axes) -> tuple[Any, Any]:
     that each x that counts is negative as well, or large, or at most 8 below it. XLA divides by a
     sum as it multiplies by its inverse, which it takes for 0 where that is subnormal. A long row's
     sum would need a larger c, and have such x further below; there the power keeps it in range.
-    None is 1.
+    None is 1. From a large maximum on c is as large, since from a huge one no smaller number is
+    within the range of the exponential.
     """
     count = _count(x, axes)
     bits = count.bit_length() if count > _BLOCK else 0
     far = -math.log(float(jnp.finfo(x.dtype).tiny)) - 1.01 - (0.0 if bits else math.log(count))
-    c = jnp.floor(lax.min(m, jnp.maximum(m - far, 0.0)))
+    c = jnp.maximum(m - far, 0.0) + jnp.maximum(m - 4.0 * far, 0.0)
+    c = jnp.floor(lax.min(m, c))
     return c, select(m > far - bits, lax.full_like(m, 2.0**-bits), 1.0) if bits else None
 
 

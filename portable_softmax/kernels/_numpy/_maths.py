@@ -133,7 +133,8 @@ def base(m: Any) -> tuple[Any, bool]:
     Half a unit of a difference of 64 is 32 units of its exp. So nothing is subtracted where exp(x)
     is fine, which is None where no row takes any. An integer of no more than all that are below a
     negative maximum is subtracted without rounding, and so is one near a large maximum wherever the
-    exp is not 0: both are within a factor of 2 (Sterbenz, 1974).
+    exp is not 0: both are within a factor of 2 (Sterbenz, 1974). From a huge maximum it is up to
+    the power of 2 above `far` away, as m - far is rounded.
     """
     far, apart = RANGES[m.dtype].far, _APART[m.dtype]
     least, most = np.minimum.reduce(m, axis=None), np.maximum.reduce(m, axis=None)
@@ -192,13 +193,13 @@ class Plain(NamedTuple):
 
 
 class _Range(NamedTuple):
-    far: float  # exp of this, times any number of classes, is finite
+    far: float  # exp of the power of 2 above it, times any number of classes, is finite
     tiny: float  # the sum of fewer than 1e6 terms that underflow is nothing beside this
 
 
 RANGES = {
     np.dtype(t): _Range(far, float(np.finfo(t).smallest_normal) * 1e6 / float(np.finfo(t).eps))
-    for t, far in ((np.float32, 48.0), (np.float64, 600.0))
+    for t, far in ((np.float32, 48.0), (np.float64, 500.0))
 }
 
 # Half of this is so far below it that its exp is 0 beside it.
