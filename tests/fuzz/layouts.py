@@ -83,7 +83,7 @@ def conditioned(values: np.ndarray, layout: str) -> np.ndarray:
 
 def laid_out(array: Any, layout: str, library: str, namespace: Any) -> Any:
     """Return an array as the layout says."""
-    code = BY_LIBRARY[library][layout]
+    code = BY_LIBRARY[library].get(layout, "a")  # "C order" is as the library makes an array
     if code == "a":
         return array
     return eval(code, {"np": np, "torch": namespace, "xp": namespace, "a": array})

@@ -125,6 +125,14 @@ def offset(rng, r, n, format):
     return _normal(rng, r, n) + min(10.0 ** rng.uniform(1, 9), most) * rng.choice([-1, 1])
 
 
+def coarse(rng, r, n, format):
+    """Numbers so large that a unit in their last place is worth an exp, or more than its range."""
+    exponent = rng.integers(format.bits - 3, format.bits + 12, size=(r, 1))
+    largest = np.ldexp(1 + rng.random((r, 1)).astype(np.longdouble), exponent)
+    unit = np.ldexp(np.longdouble(1), exponent - format.bits + 1)
+    return largest * rng.choice([-1, 1], size=(r, 1)) - unit * rng.integers(4, size=(r, n))
+
+
 def huge(rng, r, n, format):
     return rng.uniform(-1, 1, size=(r, n)) * (format.max * rng.choice([1.0, 0.49, 1e-3]))
 
@@ -147,7 +155,7 @@ def one_apart(rng, r, n, format):
 
 
 FAMILIES: tuple[Family, ...] = (
-    plain, plain, plain, ties, constant, confident, confident, spread, offset, huge, tiny,
+    plain, plain, plain, ties, constant, confident, confident, spread, offset, coarse, huge, tiny,
     log_probabilities, one_apart,
 )  # fmt: skip
 

@@ -90,10 +90,12 @@ def arrays(request: Request) -> Placed:
 def numbers(request: Request) -> dict[str, Any]:
     """Return the axes, and the options that are no arrays."""
     options, neutral = request.options, request.options._field_defaults
+    # A dtype of NumPy that is float64 equals None.
     given = {
         name: value
         for name, value in options._asdict().items()
-        if not hasattr(value, "chunks") and value != neutral.get(name)
+        if not hasattr(value, "chunks")
+        and (type(value) is not type(neutral.get(name)) or value != neutral.get(name))
     }
     return {**given, "axis": request.axes if len(request.axes) > 1 else request.axis}
 
