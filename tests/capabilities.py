@@ -21,7 +21,7 @@ from backends import BACKENDS, LIBRARIES
 import portable_softmax
 from portable_softmax import libraries
 from portable_softmax.kernels import _table
-from portable_softmax.kernels._request import FAMILY, FOLD, LINEAR, OPERATIONS, RUNNING, SPARSE
+from portable_softmax.kernels._request import FAMILY, LINEAR, OPERATIONS, PARTS, RUNNING, SPARSE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -119,7 +119,7 @@ def operations(kernel: _table.Kernel) -> str:
         OPERATIONS: "softmax family, cross_entropy",
         LINEAR: "linear_cross_entropy",
         SPARSE: "entmax, sparsemax",
-        (FOLD,): "online.fold",
+        PARTS: "parts of rows",
     }
     return named.get(kernel.operations) or ", ".join(kernel.operations)
 

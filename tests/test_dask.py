@@ -462,12 +462,48 @@ def test_what_a_mask_hides_reaches_no_gradient(da, xp, hidden):
     assert_array_equal(grad[~mask], 0.0)
 
 
-def test_a_part_of_rows_is_folded_by_a_kernel(da, monkeypatch):
+@pytest.mark.parametrize("chunks", [(2, -1), (2, 2)], ids=["whole rows", "parts"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_chunks_answer_in_the_dtype_asked_for(da, chunks, dtype):
+    """numpy.dtype("float64") equals None."""
+    other = "float32" if dtype == "float64" else "float64"
+    x = da.from_array(np.arange(12, dtype=other).reshape(3, 4), chunks=chunks)
+    labels = da.from_array(np.asarray([0, 1, 2]))
+    for found in (
+        ps.softmax(x, dtype=dtype),
+        ps.log_softmax(x, dtype=np.dtype(dtype)),
+        ps.logsumexp(x, axis=1, dtype=dtype),
+        ps.cross_entropy(x, labels, dtype=dtype),
+        ps.cross_entropy(x, labels, dtype=dtype, reduction="none"),
+        ps.cross_entropy_value_and_grad(x, labels, dtype=dtype)[0],
+    ):
+        assert found.dtype == found.compute().dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (ps.logsumexp, {"axis": 1}),
+        (ps.softmax, {}),
+        (ps.cross_entropy, {}),
+        (lambda *args, **options: ps.cross_entropy_value_and_grad(*args, **options)[1], {}),
+        (
+            lambda *args, **options: ps.cross_entropy_value_and_grad(*args, **options)[1],
+            {"ignore_index": 3, "z_loss": 0.1, "weight": np.linspace(0.5, 2.0, 30)},
+        ),
+    ],
+    ids=["logsumexp", "softmax", "loss", "gradient", "gradient with options"],
+)
+def test_a_part_of_rows_is_made_by_kernels(da, function, options, monkeypatch):
     def refuse(*_, **__):
-        raise AssertionError("folded in the library's own operations")
+        raise AssertionError("made in the library's own operations")
 
     x = np.random.default_rng(0).normal(size=(8, 30)).astype(np.float32)
     parts = da.from_array(x, chunks=(4, 10)).map_blocks(np.ascontiguousarray)
-    monkeypatch.setattr("portable_softmax.portable.fold_part", refuse)
-    found = ps.logsumexp(parts, axis=1).compute(scheduler="sync")
-    np.testing.assert_allclose(found, ps.logsumexp(x, axis=1), rtol=1e-6)
+    labels = [] if function in (ps.logsumexp, ps.softmax) else [np.arange(8) * 3]
+    want = function(x, *labels, **options)
+    for name in ("fold_part", "softmax_of"):
+        monkeypatch.setattr(f"portable_softmax.portable.{name}", refuse)
+    lazy = {n: da.from_array(v) if isinstance(v, np.ndarray) else v for n, v in options.items()}
+    found = function(parts, *map(da.from_array, labels), **lazy).compute(scheduler="sync")
+    np.testing.assert_allclose(found, want, rtol=2e-6, atol=1e-9)

@@ -295,7 +295,7 @@ def explain(operation: str, /, *args: Any, **kwargs: Any) -> str:
 
 
 def available() -> dict[str, tuple[str, ...]]:
-    """Return the kernels that can run here: name to operations.
+    """Return the kernels that can run here: name to those of its operations that are public.
 
     Examples
     --------
@@ -306,7 +306,6 @@ def available() -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for kernel in table():
         if not import_module(kernel.module).missing():
-            found[kernel.name] = tuple(
-                dict.fromkeys((*found.get(kernel.name, ()), *kernel.operations))
-            )
+            named = (name for name in kernel.operations if name in _PUBLIC)
+            found[kernel.name] = tuple(dict.fromkeys((*found.get(kernel.name, ()), *named)))
     return found

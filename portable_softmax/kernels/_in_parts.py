@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
 from typing import Any, NamedTuple
@@ -69,6 +69,57 @@ def state_dtypes(compute: Any) -> tuple[Any, Any]:
     return compute, np.result_type(compute, np.float64)
 
 
+def folded(
+    library: Library, x: Any, where: Any, axes: tuple[int, ...], temperature: float = 1.0
+) -> Any:
+    """Return the state of a part, by a kernel or in tiles."""
+
+    def in_tiles(request: Request) -> Any:
+        def fold(x: Any, where: Any) -> Any:
+            options = request.options._replace(where=where)
+            return _folding.in_its_operations(request._replace(x=x, options=options))
+
+        def merge(states: list[Any]) -> Any:
+            return library.quietly(portable.merge, library.xp, states, temperature)
+
+        return tiled(fold, axes, x, where, merge=merge)
+
+    return _folding.fold(library, x, where, axes, temperature, in_tiles)
+
+
+def softmax_times(
+    library: Library, x: Any, where: Any, axes: tuple[int, ...], state: Any, factor: Any = None
+) -> Any:
+    """Return the softmax of rows, times a number a row, in a part of them.
+
+    `state` is that of the rows. The softmax of the part alone is times the share of it.
+    """
+    xp, own = library.xp, folded(library, x, where, axes)
+    share = library.quietly(portable.share_of, xp, own, *state)
+
+    def in_tiles(request: Request) -> Any:
+        def times(x: Any, where: Any, m: Any, rest: Any, amount: Any) -> Any:
+            y = portable.softmax_of(xp, library.cast(x, request.compute_dtype), m, rest) * amount
+            y = xp.where(xp.isinf(m), library.scalar(0.0, y), y)
+            y = y if where is None else xp.where(where, y, library.scalar(0.0, y))
+            return library.cast(y, request.result_dtype)
+
+        return tiled(times, (), x, where, *own, amount)
+
+    ignored = xp.zeros_like(own[0], dtype=xp.bool) if factor is None else factor == 0
+    amount = share if factor is None else share * factor
+    amount = library.cast(xp.where(ignored, library.scalar(0.0, amount), amount), own[0].dtype)
+    y = _folding.softmax_times(library, x, where, axes, amount, in_tiles)
+    # Rows without a softmax are nan, of which a kernel has written 0 where all are infinite; what
+    # is ignored is 0, of which it has written nan where one is.
+    nan = xp.isnan(share) & xp.isinf(own[0]) & ~ignored
+    zero = ignored & xp.isnan(own[1])
+    if bool(xp.any(nan | zero)):
+        nan = nan if where is None else nan & where
+        y = xp.where(nan, library.scalar(math.nan, y), xp.where(zero, library.scalar(0.0, y), y))
+    return y
+
+
 class Rows(NamedTuple):
     """A call of the softmax family but for its arrays, the same for each part."""
 
@@ -84,16 +135,7 @@ class Rows(NamedTuple):
         library = libraries.library_of(x)
         if library.compute_dtype(x)[0] != self.compute:
             x = library.cast(x, self.compute)
-        where = with_axes(where, x.ndim)
-
-        def in_tiles(request: Request) -> Any:
-            def fold(x: Any, where: Any) -> Any:
-                options = request.options._replace(where=where)
-                return _folding.in_its_operations(request._replace(x=x, options=options))
-
-            return tiled(fold, self.axes, x, where, merge=self.merge)
-
-        return _folding.fold(library, x, where, self.axes, self.temperature, in_tiles)
+        return folded(library, x, with_axes(where, x.ndim), self.axes, self.temperature)
 
     def merge(self, states: list[Any]) -> Any:
         """Return the state of all parts."""
@@ -108,6 +150,11 @@ class Rows(NamedTuple):
     def finish(self, x: Any, m: Any, rest: Any, where: Any) -> Any:
         """Return the softmax, or its logarithm, of a part from the state of its rows."""
         library = libraries.library_of(x)
+        if self.operation == "softmax" and self.temperature == 1.0:
+            if library.compute_dtype(x)[1] != self.answer:
+                x = library.cast(x, self.compute)
+            y = softmax_times(library, x, where, self.axes, (m, rest))
+            return library.cast(y, self.answer)
         xp, function, masked = library.xp, portable.softmax_of, 0.0
         if self.operation == "log_softmax":
             function, masked = portable.log_softmax_of, -math.inf
@@ -214,18 +261,59 @@ class Loss(NamedTuple):
         positions = shape[: self.axis] + shape[self.axis + 1 :]
         return xp.moveaxis(xp.reshape(a, (*positions, a.shape[-1])), -1, self.axis)
 
+    def at_labels(self, x: Any) -> bool:
+        """Return whether a part is its rows' exps and the entries at the labels, and no more."""
+        plain = self.options.label_smoothing == 0.0 and self.options.softcap is None
+        library = libraries.library_of(x)
+        return self.indices and plain and library.gathers and x.shape[self.axis] > 0
+
+    def rows(self, library: Library, x: Any, arrays: Sequence[Any]) -> tuple[Any, Any]:
+        """Return the logits as kernels take them, and the mask or None."""
+        x = x if library.compute_dtype(x)[0] == self.compute else library.cast(x, self.compute)
+        return x, dict(zip(self.names, arrays, strict=True)).get("where")
+
+    def of_labels(self, library: Library, x: Any, arrays: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """Return the entries at the labels, as a part of one class, and where that class is."""
+        xp, given, shape = library.xp, dict(zip(self.names, arrays, strict=True)), [*x.shape]
+        shape[self.axis] = 1
+        labels, numbers = given["labels"], xp.reshape(given["numbers"], (-1,))
+        label = xp.broadcast_to(library.cast(labels, library.default_int(labels)), tuple(shape))
+        at = label - numbers[0]
+        here = (at >= 0) & (at < x.shape[self.axis])
+        at = xp.where(here, at, xp.zeros_like(at))
+        given["numbers"] = xp.where(here, label, ~label)  # the number of no label
+        if "weight" in given:
+            weight = xp.take(xp.reshape(given["weight"], (-1,)), xp.reshape(at, (-1,)))
+            given["weight"] = xp.reshape(weight, at.shape)
+        if "where" in given:
+            where = xp.broadcast_to(given["where"], x.shape)
+            given["where"] = library.take_along_axis(where, at, self.axis)
+        return at, [library.take_along_axis(x, at, self.axis), *given.values()]
+
     def fold_tile(self, x: Any, *arrays: Any) -> tuple[Any, ...]:
         """Return the sums of a tile, and which labels are among its classes."""
         library = libraries.library_of(x)
-        part, _, hit = self.part(library, x, *arrays)
-        state = _folding.fold(library, part.x, None, (1,), 1.0)
-        sums = portable.fold_part_of_loss(library.xp, part, state)
+        xp = library.xp
+        if self.at_labels(x):
+            _, entries = self.of_labels(library, x, arrays)
+            part, target, hit = self.part(library, *entries)
+            rows = folded(library, *self.rows(library, x, arrays), (self.axis,))
+            m, rest = (self.flat(xp, a) for a in rows)
+            if target.counted is not None:  # what is ignored may hold anything
+                m, rest = (xp.where(target.counted, a, library.scalar(0.0, a)) for a in (m, rest))
+        else:
+            part, _, hit = self.part(library, x, *arrays)
+            m, rest = _folding.fold(library, part.x, None, (1,), 1.0)
+        sums = portable.fold_part_of_loss(xp, part, (m, rest))
         found = sums if hit is None else (*sums, hit)
-        return tuple(self.back(library.xp, a, x.shape) for a in found)
+        return tuple(self.back(xp, a, x.shape) for a in found)
 
     def fold(self, x: Any, *arrays: Any) -> Any:
         """Return the same of a part."""
-        return tiled(self.fold_tile, (self.axis,), x, *self.arrays(x, *arrays))
+        given = self.arrays(x, *arrays)
+        if self.at_labels(x):
+            return libraries.library_of(x).quietly(self.fold_tile, x, *given)
+        return tiled(self.fold_tile, (self.axis,), x, *given)
 
     def finish(self, sums: Any, *arrays: Any) -> Any:
         """Return the losses of positions, and what their gradients need."""
@@ -240,27 +328,53 @@ class Loss(NamedTuple):
         finished = portable.finished_loss
         return *library.quietly(finished, library.xp, sums, target, self.options), *sums
 
-    def gradient_tile(self, finished: tuple[Any, ...], x: Any, *arrays: Any) -> Any:
-        """Return the gradient of a tile of logits."""
+    def gradient_tile(self, finished: Any, factor: Any, x: Any, *arrays: Any) -> Any:
+        """Return the gradient of a tile of logits times a number a position, or None for 1."""
         library = libraries.library_of(x)
         xp = library.xp
-        part, target, _ = self.part(library, x, *arrays)
         a, *more = (self.flat(xp, s) for s in finished)
         sums = portable.Sums(*more)
-        g = portable.gradient_of_part(xp, part, sums, a, self.options, target.counted)
-        return self.back(xp, g, x.shape)
+
+        def of(part: portable.Part, target: portable.Target) -> Any:
+            counted = target.counted
+            g = portable.gradient_of_part(xp, part, sums, a, self.options, counted)
+            g = self.back(xp, g, x.shape)
+            return g if factor is None else scaled(xp, g, factor)
+
+        if self.at_labels(x):
+            at, entries = self.of_labels(library, x, arrays)
+            part, target, _ = self.part(library, *entries)
+            amount = self.back(xp, sums.q + a, x.shape)
+            amount = amount if factor is None else scaled(xp, amount, factor)
+            if bool(xp.all(xp.isfinite(amount))):  # times a probability of 0 it is 0
+                rows, state = self.rows(library, x, arrays), finished[1:3]
+                g = softmax_times(library, *rows, (self.axis,), state, amount)
+                entry = library.cast(of(part, target), g.dtype)
+                return library.put_along_axis(g, at, entry, self.axis)
+        part, target, _ = self.part(library, x, *arrays)
+        return of(part, target)
 
     def gradient(self, dtype: Any, divisor: Any, x: Any, finished: Any, *arrays: Any) -> Any:
         """Return the gradient of a part."""
         library = libraries.library_of(x)
-        mean, more = self.options.reduction == "mean", self.arrays(x, *arrays)
-        divisor = portable.nothing_to_inf(library.xp, library.cast(divisor, self.compute))
+        factor, more = None, self.arrays(x, *arrays)
+        if self.options.reduction == "mean":
+            divisor = portable.nothing_to_inf(library.xp, library.cast(divisor, self.compute))
+            factor = with_axes(1.0 / divisor, x.ndim)
+        return self.scaled_gradient(dtype, factor, x, more, finished[1:])
 
-        def gradient(x: Any, *given: Any) -> Any:
-            g = self.gradient_tile(given[len(more) :], x, *given[: len(more)])
-            return library.cast(g / divisor if mean else g, dtype)
+    def scaled_gradient(
+        self, dtype: Any, factor: Any, x: Any, given: list[Any], finished: Any
+    ) -> Any:
+        """Return the gradient of a part times a number a position, or None for 1."""
+        library, n = libraries.library_of(x), len(given)
 
-        return tiled(gradient, (self.axis,), x, *more, *finished[1:])
+        def gradient(x: Any, factor: Any, *more: Any) -> Any:
+            return library.cast(self.gradient_tile(more[n:], factor, x, *more[:n]), dtype)
+
+        if self.at_labels(x):
+            return library.quietly(gradient, x, factor, *given, *finished)
+        return tiled(gradient, (self.axis,), x, factor, *given, *finished)
 
 
 def scaled(xp: Any, g: Any, upstream: Any) -> Any:
@@ -329,9 +443,8 @@ class Layer(NamedTuple):
             here = problem(hidden, *given[:n])
             logits = portable.logits_of(library.xp, here)
             end = n + len(finished) - 1
-            g = self.loss.gradient_tile(given[n:end], logits, *given[:n])
-            if upstream is not None:
-                g = scaled(library.xp, g, given[end])
+            factor = None if upstream is None else given[end]
+            g = self.loss.gradient_tile(given[n:end], factor, logits, *given[:n])
             return portable.gradients_of(library.xp, here, g)
 
         more = finished[1:] if upstream is None else (*finished[1:], upstream)

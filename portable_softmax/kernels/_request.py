@@ -27,6 +27,8 @@ FAMILY = (
     *RUNNING,
 )
 FOLD = "fold"  # whose answer is the pair (max, rest) of x / temperature, `max` not divided yet
+LOGSUMEXP_VJP = "logsumexp_vjp"
+PARTS = (FOLD, LOGSUMEXP_VJP)  # what is asked of parts of rows
 LINEAR = ("linear_cross_entropy", "linear_cross_entropy_value_and_grad")
 
 

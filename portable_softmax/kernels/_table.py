@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 from portable_softmax.kernels._request import (
     EXTREME,
     FAMILY,
-    FOLD,
     LINEAR,
     OPERATIONS,
     OTHER_DTYPE,
     OUT,
+    PARTS,
     PROBABILITIES,
     RUNNING,
     SPARSE,
@@ -119,9 +119,9 @@ _TILES = Kernel(
     dtypes=(*FLOATS, *INTEGERS),
     options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", EXTREME, "dtype", SAMPLES, OUT),
 )
-_FOLDS = (
-    _NUMBA._replace(operations=(FOLD,), options=("temperature", "where")),
-    _TILES._replace(operations=(FOLD,), options=()),
+_ON_PARTS = (
+    _NUMBA._replace(operations=PARTS, options=("temperature", "where")),
+    _TILES._replace(operations=PARTS, options=()),
 )
 _PACKED = _TILES._replace(
     name="packed rows",
@@ -212,8 +212,8 @@ TABLE = (
         dtypes=(*FLOATS, *INTEGERS, "complex64", "complex128"),
         options=_OF_PARTS,
     ),
-    *_FOLDS,
-    *(row._replace(**_LENT) for row in _FOLDS),
+    *_ON_PARTS,
+    *(row._replace(**_LENT) for row in _ON_PARTS),
     _LINEAR,
     _LINEAR._replace(library="cupy"),
     _LINEAR._replace(library="torch", adapter=f"{_TORCH}._linear", tracing=("torch.compile",)),

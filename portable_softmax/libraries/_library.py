@@ -264,6 +264,13 @@ class Library:
         """Return the entries of `x` at `index` along `axis`; other axes have the same lengths."""
         return self.xp.take_along_axis(x, index, axis=axis)
 
+    def put_along_axis(self, x: Any, index: Any, values: Any, axis: int) -> Any:
+        """Return `x`, which may be written to, with one entry along `axis` replaced."""
+        shape = [1] * x.ndim
+        shape[axis] = x.shape[axis]
+        numbers = self.xp.arange(x.shape[axis], dtype=index.dtype, device=self.device(x))
+        return self.xp.where(self.xp.reshape(numbers, tuple(shape)) == index, values, x)
+
     def barrier(self, *arrays: Any) -> tuple[Any, ...]:
         """Return these arrays; a compiler fuses nothing across."""
         return arrays

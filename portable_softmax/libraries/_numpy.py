@@ -100,6 +100,11 @@ class NumPy(Library):
         """Return `x` without these axes, by the method, which costs a third of the function."""
         return x.squeeze(axes)
 
+    def put_along_axis(self, x: Any, index: Any, values: Any, axis: int) -> Any:
+        """Write to `x`."""
+        np.put_along_axis(x, index, values, axis)
+        return x
+
     def product(self, a: Any, b: Any, out: Any = None) -> Any:
         """Return a @ b, in `out`."""
         return np.matmul(a, b, out=out)

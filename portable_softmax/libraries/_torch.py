@@ -186,6 +186,10 @@ class Torch(Library):
         """Gather: take_along_dim broadcasts, and torch.compile compiles it for one batch size."""
         return x.gather(axis, index)
 
+    def put_along_axis(self, x: Any, index: Any, values: Any, axis: int) -> Any:
+        """Write to `x`."""
+        return x.scatter_(axis, index, values)
+
     def product(self, a: Any, b: Any, out: Any = None) -> Any:
         """Return a @ b, in `out` or in new memory, which autocast leaves in its dtype."""
         if out is None:

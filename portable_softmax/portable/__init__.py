@@ -57,6 +57,7 @@ from portable_softmax.portable._linear_cross_entropy import (
 )
 from portable_softmax.portable._logsums import logcumsumexp, logcumsumexp_vjp, logmeanexp
 from portable_softmax.portable._loss_in_parts import (
+    Part,
     Sums,
     finished_loss,
     fold_part_of_loss,
@@ -72,6 +73,7 @@ from portable_softmax.portable._online import (
     logsumexp_of,
     merge,
     of_nothing,
+    share_of,
     softmax_of,
     toward,
 )

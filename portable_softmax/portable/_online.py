@@ -96,6 +96,15 @@ def toward(xp: Namespace, state: Folded, m: Any, temperature: float = 1.0) -> tu
     return rest * exps + (exps - is_max), is_max
 
 
+def share_of(xp: Namespace, part: Folded, m: Any, rest: Any) -> Any:
+    """Return the sum of the probabilities of a part of rows whose state is (m, rest).
+
+    It is nan in a row without a softmax, whose `rest` is infinite, nan or -1.
+    """
+    sum_of_others, is_max = toward(xp, part, m)
+    return (sum_of_others + is_max) / (1.0 + rest)
+
+
 def _moved(xp: Namespace, m: Any, shift: Any, temperature: float) -> Any:
     """Return exp((m - shift) / temperature)."""
     by = divisor(xp, temperature, m)

@@ -21,7 +21,7 @@ from portable_softmax.kernels._dtensor._mesh import (
     shard,
 )
 from portable_softmax.kernels._dtensor._watch import watched
-from portable_softmax.kernels._in_parts import Layer, Loss, scaled, tiled
+from portable_softmax.kernels._in_parts import Layer, Loss
 from portable_softmax.kernels._request import LossOptions, Request
 
 Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
@@ -317,15 +317,8 @@ class _Logits(NamedTuple):
 
     def gradients(self, finished: Any, upstream: Tensor, x: Tensor, *given: Tensor) -> Any:
         """Return the gradient of the shard."""
-        loss, library = self.loss, libraries.library_of(x)
-        more = loss.arrays(x, *given)
-
-        def gradient(x: Any, *rest: Any) -> Any:
-            others, upstream = rest[:-1], rest[-1]
-            g = loss.gradient_tile(others[len(more) :], x, *others[: len(more)])
-            return library.cast(scaled(library.xp, g, upstream), self.dtype)
-
-        return (tiled(gradient, (loss.axis,), x, *more, *finished[1:], upstream),)
+        more = self.loss.arrays(x, *given)
+        return (self.loss.scaled_gradient(self.dtype, upstream, x, more, finished[1:]),)
 
 
 class _Layers(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from portable_softmax.kernels._numba import _support
-from portable_softmax.kernels._request import LOSSES, Layout, Request
+from portable_softmax.kernels._request import LOSSES, VJPS, Layout, Request
 
 # Rows across memory are copied to a tile, which has to stay small.
 LONGEST_ACROSS = 1 << 14
@@ -57,7 +57,7 @@ def declines(request: Request, asked: bool) -> str:
     arrays = [a for a in (x, request.dy, request.out) if a is not None]
     if not all(a.flags.c_contiguous and a.flags.aligned for a in arrays):
         return "not in C order"
-    if request.dy is not None and request.dy.dtype != x.dtype:
+    if request.operation in VJPS and request.dy.dtype != x.dtype:
         return f"dtypes: {x.dtype} and {request.dy.dtype}"
     if request.operation in LOSSES and request.in_place():
         return "a gradient in the place of the logits"  # which are read again after the exps

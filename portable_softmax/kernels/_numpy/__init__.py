@@ -101,9 +101,9 @@ def logsumexp_vjp(request: Request) -> Any:
     first = p[tuple([slice(0, 1) if a in request.axes else slice(None) for a in range(p.ndim)])]
     if np.isnan(first.item(first.argmin())):  # a nan is the least entry
         where = True if request.options.where is None else request.options.where
-        m = np.max(request.x, request.axes, keepdims=True, initial=-np.inf, where=where)
+        m = np.max(of_softmax.x, request.axes, keepdims=True, initial=-np.inf, where=where)
         p[np.broadcast_to(np.isinf(m), p.shape)] = 0.0
-    return p.astype(request.x.dtype, copy=False)
+    return p.astype(request.result_dtype, copy=False)
 
 
 def _row_by_row(request: Request, tiled: Any) -> Any:

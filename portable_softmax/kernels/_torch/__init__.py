@@ -12,22 +12,22 @@ from typing import Any
 
 import torch
 
-from portable_softmax.kernels._request import FOLD, PROBABILITIES, SPARSE, Request
+from portable_softmax.kernels._request import PARTS, PROBABILITIES, SPARSE, Request
 from portable_softmax.kernels._torch import _autograd, _gradients, _lending, _operators
 
 
 def looks_at(operation: str, dtype: str, active: tuple[str, ...]) -> bool:
     """Return whether `declines` of a call that is not traced depends on more than these."""
     floats = {PROBABILITIES, "weight", "sample_weight"}  # which may require a gradient
-    return operation in (*SPARSE, FOLD) or dtype == "bfloat16" or not floats.isdisjoint(active)
+    return operation in (*SPARSE, *PARTS) or dtype == "bfloat16" or not floats.isdisjoint(active)
 
 
 def declines(engine: Any, request: Request, asked: bool) -> str:
     """Return why a call is not for a kernel; empty if it is."""
     if request.labels is not None and (why := _not_a_kernels(request)):
         return why
-    if request.operation == FOLD and torch.is_grad_enabled() and request.x.requires_grad:
-        return "a state that is differentiated"
+    if request.operation in PARTS and torch.is_grad_enabled() and request.x.requires_grad:
+        return "a part of rows that is differentiated"
     if request.operation in SPARSE and (why := _not_of_numbers(request)):
         return why
     if request.tracing and not _are_numbers(request):
