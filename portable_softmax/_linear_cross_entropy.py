@@ -251,6 +251,7 @@ def _answer(
     if where is not None:
         _checks.companion("where", where, "hidden", hidden, library)
         _checks.mask_of_shape(where, "the logits", logits.shape, library)
+        where = library.xp.reshape(where, (1,)) if where.ndim == 0 else where
     options = loss_options(
         library, "hidden", hidden, logits, axis, indices, compute_dtype, weight, ignore_index,
         label_smoothing, z_loss, softcap, where, reduction, dtype, sample_weight,
@@ -266,17 +267,22 @@ def _answer(
         given if indices else (*given, PROBABILITIES), None, labels, indices, check_labels,
     )  # fmt: skip
     answer = run(request, _portable)
+    return library.quietly(_finished, request, answer)
+
+
+def _finished(request: Request, answer: Any) -> Any:
+    """Return the loss and its gradients, or None, in their shapes and dtypes."""
+    library, hidden = request.library, request.x
     loss, grads = answer if isinstance(answer, tuple) else (answer, None)
-    if options.reduction == "none" and hidden.ndim != 2:
+    if request.options.loss.reduction == "none" and hidden.ndim != 2:
         loss = library.xp.reshape(loss, hidden.shape[:-1])
     loss = library.scalar_if_0d(library.cast(loss, request.answer_dtype))
     if grads is None:
         return loss, None
-    d_hidden = library.cast(grads.hidden, result_dtype)
+    found = [None if g is None else library.cast(g, request.result_dtype) for g in grads]
     if hidden.ndim != 2:
-        d_hidden = library.xp.reshape(d_hidden, hidden.shape)
-    others = [None if g is None else library.cast(g, result_dtype) for g in grads[1:]]
-    return loss, (d_hidden, *others)
+        found[0] = library.xp.reshape(found[0], hidden.shape)
+    return loss, tuple(found)
 
 
 def _portable(request: Request) -> Any:

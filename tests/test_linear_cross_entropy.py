@@ -423,6 +423,40 @@ def test_axes_of_length_0(xp, n, classes, h, tile):
     check(xp, found, stored(hidden, classifier, t, bias))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_weights_of_no_classes(xp, reduction):
+    """A label has none of them then, unless it is ignored; then there is nothing to weigh."""
+    arrays = xp.asarray(np.ones((3, 2))), xp.asarray(np.ones((0, 2)))
+    options = {"weight": xp.asarray(np.ones(0)), "reduction": reduction}
+    if not xp.lazy:
+        with pytest.raises(IndexError, match=r"labels.*outside \[0, 0\)"):
+            ps.linear_cross_entropy(*arrays, xp.asarray(np.asarray([-1, 0, -1])), **options)
+    labels = xp.asarray(np.full(3, -1))
+    loss = ps.linear_cross_entropy(*arrays, labels, ignore_index=-1, **options)
+    assert_close(xp, loss, NAN if reduction == "mean" else np.zeros(3))
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_one_mask_for_all(xp, masked):
+    """It has no axes, and leaves every class or none."""
+    labels = xp.asarray(PROBABILITIES)
+    arrays = xp.asarray(HIDDEN), xp.asarray(CLASSIFIER), labels
+    want = ps.linear_cross_entropy(*arrays) if masked else 0.0
+    found = ps.linear_cross_entropy(*arrays, where=xp.asarray(np.asarray(masked)))
+    assert_close(xp, found, xp.numpy(want) if masked else want, rtol=1e-12)
+
+
+@pytest.mark.libraries("numpy")
+def test_an_answer_beyond_a_half_type_warns_of_nothing(xp):
+    hidden = np.asarray([[6e4, -6e4], [6e4, -6e4]], np.float16)
+    labels = np.asarray([1, 1])
+    loss, (_, grad, _) = ps.linear_cross_entropy_value_and_grad(
+        hidden, np.eye(2, dtype=np.float16), labels, reduction="sum"
+    )
+    assert loss == np.inf
+    assert_close(xp, grad, [[np.inf, -np.inf], [-np.inf, np.inf]], "float16")
+
+
 @pytest.mark.parametrize("tile", [None, 16], ids=["one tile", "two classes"])
 def test_infinite_logits(xp, tile):
     """A bias of -inf is a class that is never taken; +inf and nan make their positions nan."""

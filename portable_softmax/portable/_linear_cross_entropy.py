@@ -305,7 +305,7 @@ def label_target(xp: Namespace, problem: Linear) -> Target:
         valid = valid & _at_label(xp, options.where, flat)
     weight = None
     if options.weight is not None:
-        weight = xp.take(options.weight, flat, axis=0)[:, None]
+        weight = _taken(xp, options.weight, flat)
     return weighted_target(xp, labels, index, valid, weight, 1, options, problem.dtype)
 
 
@@ -314,8 +314,15 @@ def _at_label(xp: Namespace, where: Any, index: Any) -> Any:
     if where.shape[-1] == 1:
         return where if where.ndim == 2 else where[None, :]
     if where.ndim == 1 or where.shape[0] == 1:
-        return xp.take(xp.reshape(where, (-1,)), index, axis=0)[:, None]
+        return _taken(xp, xp.reshape(where, (-1,)), index)
     return pick(xp, where, index[:, None], 1, where)
+
+
+def _taken(xp: Namespace, values: Any, index: Any) -> Any:
+    """Return values[index] in a column; 0 where there are no classes."""
+    if values.shape[0] == 0:
+        return xp.zeros_like(index, dtype=values.dtype)[:, None]
+    return xp.take(values, index, axis=0)[:, None]
 
 
 def _count(xp: Namespace, problem: Linear) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tests.fuzz import binary, family, losses, reference
-from tests.fuzz.cases import BINARY, FAMILY, LOSSES, Case, Refused
+from tests.fuzz.cases import BINARY, FAMILY, LINEAR, LOSSES, Case, Refused
 from tests.fuzz.draw import Traits, from_rows, to_rows
 from tests.fuzz.reference import Answer, Rounding
 from tests.fuzz.values import FORMATS, name_of
@@ -44,6 +45,8 @@ def expected(
     with np.errstate(all="ignore"):
         if case.function in LOSSES:
             return _loss(case, x, rounding, own.result.name, reads_labels)
+        if case.function in LINEAR:
+            return _linear(case, x, rounding, own.result.name, reads_labels)
         if case.function in BINARY:
             return _binary(case, x, dtype, rounding)
         found = (_family if case.function in FAMILY else _rows)(case, x, rounding)
@@ -196,6 +199,38 @@ def _loss(
     if case.function == "cross_entropy":
         return Expected((loss,), (rounding.result.name,))
     return Expected((loss, grad), (rounding.result.name, own))
+
+
+def _linear(
+    case: Case, x: np.ndarray, rounding: Rounding, own: str, reads_labels: bool
+) -> Expected | Refused:
+    """Return the answers of a linear layer whose classifier is the unit matrix."""
+    both = _loss(replace(case, function=LOSSES[1]), x, rounding, own, reads_labels)
+    if isinstance(both, Refused):
+        return both
+    loss, grad = both.answers
+    if case.function == LINEAR[0]:
+        return Expected((loss,), both.dtypes[:1])
+    # Gradients are sums over the positions, of what a half type may have rounded before.
+    g, slack, hidden = (to_rows(a, case.axes) for a in (*grad, x.astype(np.longdouble)))
+    # A product with the unit matrix spreads what is nan, or not known.
+    g, slack = (np.where(np.isnan(a).any(1, keepdims=True), np.nan, a) for a in (g, slack))
+    u = len(g) * rounding.compute.u + FORMATS[own].u
+    found = [loss, _whole(Answer(g, slack), case.first.shape, case.axes)]
+    for factor in (hidden, np.ones((len(g), 1))) if "bias" in case.arrays else (hidden,):
+        values, size = g.T @ factor, np.abs(g).T @ np.abs(factor)
+        # What underflows may have been divided, or be multiplied, by the weights of a mean.
+        compute = rounding.compute
+        lost = 2000 * len(g) * (compute.smallest_normal if rounding.flushes else compute.smallest)
+        error = slack.T @ np.abs(factor) + u * size + lost
+        # The sum before a mean divides it, and what is divided first, may leave the range.
+        largest = np.maximum(size, np.max(np.abs(factor), initial=0))
+        error = np.where(largest * (1000 * len(g)) > compute.max, np.nan, error)
+        tolerance = rounding._replace(result=FORMATS[own]).tolerance(values, 1, error)
+        found.append(Answer(values, tolerance))
+    if "bias" in case.arrays:
+        found[-1] = Answer(*(part[:, 0] for part in found[-1]))
+    return Expected(tuple(found), (both.dtypes[0], *[own] * (len(found) - 1)))
 
 
 def _binary(case: Case, z: np.ndarray, dtype: str, rounding: Rounding) -> Expected:

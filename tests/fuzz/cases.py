@@ -30,6 +30,8 @@ FUNCTIONS = {
     "softmax_jacobian": 4,
     "cross_entropy": 12,
     "cross_entropy_value_and_grad": 24,
+    "linear_cross_entropy": 2,
+    "linear_cross_entropy_value_and_grad": 6,
     "entmax": 6,
     "sparsemax": 3,
     "entropy": 4,
@@ -40,13 +42,14 @@ FUNCTIONS = {
     "sigmoid_cross_entropy_value_and_grad": 6,
 }
 LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
+LINEAR = ("linear_cross_entropy", "linear_cross_entropy_value_and_grad")
 FAMILY = ("entmax", "sparsemax", "entropy", "logmeanexp", "logcumsumexp", "kl_divergence")
 BINARY = ("sigmoid_cross_entropy", "sigmoid_cross_entropy_value_and_grad")
 VJPS = ("softmax_vjp", "log_softmax_vjp")
 
 SUMS = ("logsumexp", "logmeanexp")  # all axes by default
 
-POSITIONAL = ("x", "other", "y", "log_y", "logits", "labels", "dy")
+POSITIONAL = ("x", "other", "y", "log_y", "hidden", "classifier", "logits", "labels", "dy")
 
 
 class Refused(NamedTuple):
@@ -97,19 +100,27 @@ def make(traits: Traits, seed: int, number: int, functions: tuple[str, ...] = ()
     draw = Draw(traits, seed, number)
     chosen = {f: w for f, w in FUNCTIONS.items() if not functions or f in functions}
     function = draw.weighted(chosen)
-    one_axis = function in (*LOSSES, "softmax_jacobian", "logcumsumexp", "kl_divergence")
+    one_axis = function in (*LOSSES, *LINEAR, "softmax_jacobian", "logcumsumexp", "kl_divergence")
     dtype = _dtype(draw, function)
     shape, axis = shape_and_axis(draw, dtype, one_axis=one_axis)
+    if function in LINEAR:
+        dtype = dtype if dtype in values.FORMATS and dtype != "longdouble" else "float64"
+        shape, axis = (*shape[:-1], min(shape[-1], 64)), -1
+        if draw.traits.library == "dask" and 0 in shape[:-1]:  # it reshapes no more axes of it
+            shape = (0, shape[-1])
     if function == "softmax_jacobian":
         shape = tuple(min(n, 20) for n in shape)
     case = Case(seed, number, function, {}, {})
     default = None if function in SUMS else -1
-    if function not in BINARY and (axis != default or draw.chance() < 0.3):
+    if function not in (*BINARY, *LINEAR) and (axis != default or draw.chance() < 0.3):
         case.options["axis"] = axis
     if function in BINARY:
         draw_losses.fill_binary(draw, case, shape, axis, dtype)
-    elif function in LOSSES:
+    elif function in (*LOSSES, *LINEAR):
         draw_losses.fill(draw, case, shape, axis, dtype)
+        if function in LINEAR:
+            draw_losses.make_linear(draw, case)
+            return case
     elif function in VJPS or function == "softmax_jacobian":
         _fill_from_output(draw, case, shape, axis, dtype)
     elif function in FAMILY:
@@ -124,7 +135,7 @@ def _dtype(draw: Draw, function: str) -> str:
     floats["float32"] = floats["float64"] = 4.0
     if "longdouble" in floats:
         floats["longdouble"] = 0.5
-    if function in VJPS or function == "softmax_jacobian" or draw.chance() < 0.88:
+    if function in (*VJPS, *LINEAR, "softmax_jacobian") or draw.chance() < 0.88:
         return draw.weighted(floats)
     return draw.one_of(draw.traits.integers)
 

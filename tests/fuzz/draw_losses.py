@@ -35,6 +35,20 @@ def fill(draw: Draw, case: Case, shape: tuple[int, ...], axis: Any, dtype: str) 
     answer_dtype(draw, case)
 
 
+def make_linear(draw: Draw, case: Case) -> None:
+    """Make logits the product of themselves and of the unit matrix, which rounds nothing."""
+    logits = case.arrays.pop("logits").values
+    hidden = np.where(np.isfinite(logits), logits, np.zeros_like(logits))
+    n, dtype = hidden.shape[-1], hidden.dtype
+    case.arrays = {
+        "hidden": draw.argument(hidden),
+        "classifier": draw.argument(np.eye(n).astype(dtype), plain=1.0),
+        **case.arrays,
+    }
+    if draw.chance() < 0.3:
+        case.arrays["bias"] = draw.argument(np.zeros(n, dtype), plain=1.0)
+
+
 def fill_binary(draw: Draw, case: Case, shape: tuple[int, ...], axis: Any, dtype: str) -> None:
     """Give a case logits, yes-or-no labels and options."""
     axes, folded = rows_of(shape, axis)
