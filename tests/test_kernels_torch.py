@@ -411,6 +411,23 @@ def test_gradients_at_infinities_are_those_of_the_portable_path(torch, xp, name,
 # --------------------------------------------------------------------------- the upstream gradient
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("axis", [0, -1, (0, 1)])
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_upstream_of_a_masked_entry_counts_for_nothing(torch, xp, name, axis, value):
+    x, dy = normal(xp, (4, 3)).requires_grad_(), normal(xp, (4, 3), seed=1)
+    where = torch.ones((4, 3), dtype=torch.bool)
+    where[0, 0] = where[2, 1] = False
+    y = getattr(ps, name)(x, axis=axis, where=where)
+    y = torch.where(where, y, 0.0) if name == "log_softmax" else y  # which is -inf there
+    found, want = (
+        torch.autograd.grad(y, x, torch.where(where, dy, hidden), retain_graph=True)[0]
+        for hidden in (value, 0.0)
+    )
+    assert (found[~where] == 0).all()
+    torch.testing.assert_close(found, want)
+
+
 @every_function
 @pytest.mark.parametrize("axis", [0, -1])
 def test_a_tangent_of_the_upstream_gradient_is_not_dropped(torch, xp, ran, name, axis):

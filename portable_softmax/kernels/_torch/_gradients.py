@@ -64,6 +64,15 @@ def gradient(engine: Any, request: Request, dy: Tensor) -> Tensor:
 
 
 def _softmax(engine: Any, request: Request, dy: Tensor) -> Tensor:
+    where = request.options.where if request.active else None
+    if where is not None:
+        # What is masked out has a probability of 0, and so a gradient of 0 from a finite dy. Any
+        # other dy makes the sum of its row nan, and with it each entry.
+        alone = request._replace(options=request.options._replace(where=None))
+        dx = _from_output(engine, alone, request.x, dy)
+        ends = [slice(0, 1) if a in request.axes else slice(None) for a in range(dx.ndim)]
+        if math.isfinite(dx[tuple(ends)].sum().item()):
+            return dx
     return _from_output(engine, request, request.x, dy)
 
 

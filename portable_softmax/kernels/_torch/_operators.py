@@ -82,9 +82,18 @@ def _request(
     return import_module(engine), request
 
 
-def _as_promised(found: Tensor, like: Tensor) -> Tensor:
-    """Return `found` with the strides of `like`, by which compiled code goes."""
-    return found if found.stride() == like.stride() else torch.empty_like(like).copy_(found)
+def _as_promised(found: Tensor, x: Tensor) -> Tensor:
+    """Return what is as large as `x` with the strides of ``empty_like(x)``.
+
+    Compiled code goes by them. None is made beside the answer: memory that is taken and given back
+    with it is memory that both are given anew.
+    """
+    if found.stride() == x.stride():
+        return found
+    strides = torch.empty_like(x, device="meta").stride()
+    if found.stride() == strides:
+        return found
+    return found.new_empty_strided(found.shape, strides).copy_(found)
 
 
 def _shaped(request: Request) -> tuple[Tensor, Tensor]:
@@ -110,10 +119,11 @@ def _shaped(request: Request) -> tuple[Tensor, Tensor]:
 def _value(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Return the answer of a kernel; the second is empty where there is only one."""
     engine, request = _request(*arguments)
-    found = _gradients.value(engine, request)
-    value, grad = found if isinstance(found, tuple) else (found, request.x.new_empty(0))
-    like = _shaped(request)
-    return _as_promised(value, like[0]), _as_promised(grad, like[1])
+    found, x = _gradients.value(engine, request), request.x
+    if isinstance(found, tuple):
+        return found[0], _as_promised(found[1], x)
+    reduced = request.operation in (*LOSSES, "logsumexp")
+    return found.contiguous() if reduced else _as_promised(found, x), x.new_empty(0)
 
 
 @_value.register_fake
