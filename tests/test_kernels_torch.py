@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import subprocess
 import sys
 import weakref
 from contextlib import nullcontext
+from threading import Event, get_ident
 
 import numpy as np
 import pytest
 
 import portable_softmax as ps
 from portable_softmax import kernels, libraries
-from portable_softmax.kernels import _table
+from portable_softmax.kernels import _table, _threads
 from portable_softmax.kernels._request import LOSSES, OPERATIONS, VJPS, Request
 from portable_softmax.libraries._torch import PRIVATE
 
@@ -406,6 +408,91 @@ def test_gradients_at_infinities_are_those_of_the_portable_path(torch, xp, name,
             y = function(x, axis=-1, where=where)
             found += torch.autograd.grad(y, x, dy[:, 0] if name == "logsumexp" else dy)
     torch.testing.assert_close(found[0], found[1], equal_nan=True)
+
+
+# --------------------------------------------------------------------------- threads
+
+
+@pytest.fixture
+def team(torch, monkeypatch):
+    """torch's own threads, of which there are two, whatever this machine has."""
+    found = libraries.library_of(torch.zeros(1)).team
+    if found is None:
+        pytest.skip("this torch has no GNU OpenMP of its own")
+    monkeypatch.setattr(_threads, "limit", lambda: 2)
+    return found
+
+
+@pytest.mark.libraries("torch")
+def test_kernels_run_in_the_threads_of_torch(torch, xp, team, monkeypatch):
+    if xp.name == "torch-portable":
+        pytest.skip("no kernels on this backend")
+    asked = []
+
+    def counted(member, threads):
+        asked.append(threads)
+        team(member, threads)
+
+    monkeypatch.setattr(libraries.library_of(torch.zeros(1)), "team", counted)
+    x = torch.randn(3000, 500, dtype=torch.float64).requires_grad_()  # large enough for two threads
+    ps.softmax(x).sum().backward()
+    assert asked == [2, 2]
+    with kernels.portable():
+        want = ps.softmax(x)
+    torch.testing.assert_close(ps.softmax(x), want)
+
+
+@pytest.mark.libraries("torch")
+def test_torch_s_threads_share_the_pieces(team):
+    done, seen, met = [], set(), Event()
+
+    def work(piece):
+        seen.add(get_ident())
+        if len(seen) == 2:
+            met.set()
+        met.wait(5)
+        done.append(piece)
+
+    _threads.on_team(team, _threads.run, work, range(50))
+    assert sorted(done) == list(range(50))
+    assert len(seen) == 2
+
+
+@pytest.mark.libraries("torch")
+def test_torch_s_threads_share_errors_and_errstate(team):
+    def fails(piece):
+        if piece == 3:
+            raise ZeroDivisionError(piece)
+
+    def divides(_):
+        return np.float32(1) / np.zeros(1000, np.float32)
+
+    with pytest.raises(ZeroDivisionError, match="3"):
+        _threads.on_team(team, _threads.run, fails, range(100))
+    with np.errstate(all="ignore"):
+        _threads.on_team(team, _threads.run, divides, range(8))
+    with np.errstate(all="raise"), pytest.raises(FloatingPointError):
+        _threads.on_team(team, _threads.run, divides, range(8))
+
+
+@pytest.mark.libraries("torch")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_does_without_the_threads_of_torch(team):
+    """GNU's OpenMP waits there for threads of the parent, in torch's own operations too."""
+    code = """
+import os, sys, warnings, torch
+import portable_softmax as ps
+from portable_softmax.kernels import _threads
+warnings.simplefilter("ignore")
+_threads.limit = lambda: 2
+x = torch.randn(3000, 500, dtype=torch.float64)
+want = ps.softmax(x).numpy()
+child = os.fork()
+if not child:
+    os._exit(0 if (ps.softmax(x).numpy() == want).all() else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 # --------------------------------------------------------------------------- the upstream gradient

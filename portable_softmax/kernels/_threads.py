@@ -4,6 +4,9 @@ It takes as many threads as the machine, the control group, OMP_NUM_THREADS, thr
 leave to this process, and one call at a time. A call that comes while another one has the pool,
 from within it or from a thread of the user's own, runs in its caller's thread alone: whoever
 already works in parallel is not multiplied.
+
+A library that has threads of its own is asked to run the call on those (`on_team`): after each of
+its operations they spin for a while, and would share their cores with any others.
 """
 
 from __future__ import annotations
@@ -15,13 +18,19 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from contextvars import copy_context
+from contextvars import ContextVar, copy_context
 from functools import cache
 from math import ceil
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 Piece = TypeVar("Piece")
+Answer = TypeVar("Answer")
+Team: TypeAlias = Callable[[Callable[[], None], int], None]
+"""Calls a function once in each of so many threads, and waits for them."""
+
+_TEAM: ContextVar[Team | None] = ContextVar("portable_softmax team", default=None)
+_is_forked = False
 
 
 class _Pool:
@@ -46,12 +55,26 @@ _pool = _Pool()
 
 def _forget() -> None:
     """Give a forked child a pool of its own: its parent's threads do not exist there."""
-    global _pool
-    _pool = _Pool()
+    global _pool, _is_forked
+    _pool, _is_forked = _Pool(), True
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
+
+
+def on_team(team: Team | None, function: Callable[..., Answer], *args: Any) -> Answer:
+    """Return ``function(*args)``, which runs its pieces in the threads of `team`, if there is one.
+
+    A forked child has no threads but those that it starts.
+    """
+    if team is None or _is_forked:
+        return function(*args)
+    token = _TEAM.set(team)
+    try:
+        return function(*args)
+    finally:
+        _TEAM.reset(token)
 
 
 def run(
@@ -67,15 +90,18 @@ def run(
         for piece in pieces:
             function(piece)
         return
+    team, work = _TEAM.get(), _work(function, pieces)
     try:
-        _run_on(pool, function, pieces, others)
+        if team is None:
+            _run_on(pool, work, others)
+        else:
+            _run_in(team, work, others + 1)
     finally:
         pool.taken.release()
 
 
-def _run_on(
-    pool: _Pool, function: Callable[[Any], Any], pieces: Sequence[Any], others: int
-) -> None:
+def _work(function: Callable[[Any], Any], pieces: Sequence[Any]) -> Callable[[], None]:
+    """Return what each thread calls: it takes pieces until there are none left."""
     left = deque(pieces)
 
     def work() -> None:
@@ -90,6 +116,25 @@ def _run_on(
             left.clear()
             raise
 
+    return work
+
+
+def _run_in(team: Team, work: Callable[[], None], threads: int) -> None:
+    # NumPy's errstate is part of the context.
+    contexts, errors = [copy_context() for _ in range(threads)], []
+
+    def member() -> None:
+        try:
+            contexts.pop().run(work)
+        except BaseException as error:
+            errors.append(error)
+
+    team(member, threads)
+    for error in errors:
+        raise error
+
+
+def _run_on(pool: _Pool, work: Callable[[], None], others: int) -> None:
     helpers: list[Future[Any]] = []
     with suppress(RuntimeError):  # the interpreter is shutting down: this thread does it all
         for _ in range(others):

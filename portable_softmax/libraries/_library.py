@@ -87,6 +87,9 @@ class Library:
     holds anyway, and a product of one is long enough to run at full speed."""
     only_device = ""
     """The kind of the one device that a library has, of which its arrays know nothing."""
+    team: Any = None
+    """What calls a function in so many of the library's own threads; None where it has none, or
+    nobody knows how: `kernels._threads.on_team`."""
     kernels: tuple[Any, ...] = ()
     """Rows of `portable_softmax.kernels.Kernel`, of a class that a package of its own registers."""
 

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable
 from functools import reduce
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -67,6 +68,25 @@ def _in_graph(function: Callable[..., Any]) -> str:
     return name
 
 
+def _team(torch: Any) -> Callable[[Callable[[], None], int], None] | None:
+    """Return what calls a function in so many of torch's own threads; None where nobody knows how.
+
+    On Linux its wheels hold GNU's OpenMP. A region of it runs in the threads that torch's own
+    operations run in, if the same thread calls both.
+    """
+    import ctypes
+
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    found = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
+    try:
+        parallel: Any = ctypes.CDLL(str(found[0])).GOMP_parallel
+    except (IndexError, OSError, AttributeError):
+        return None
+    parallel.argtypes = kind, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+    parallel.restype = None
+    return lambda member, threads: parallel(kind(lambda _: member()), None, threads, 0)
+
+
 class Torch(Library):
     """Tensors of any device; autograd, functional transforms and compilers follow them."""
 
@@ -82,6 +102,7 @@ class Torch(Library):
         torch: Any = sys.modules["torch"]  # somebody has imported it to make a tensor
         self._torch = torch
         self._own_types = (torch.Tensor, torch.nn.Parameter)
+        self.team = _team(torch)
         private = {what: _private(torch, path) for what, path in PRIVATE.items()}
         self._interpreter = private["functional transforms"]
         self._is_batched = private["the vmap of is_grads_batched"]

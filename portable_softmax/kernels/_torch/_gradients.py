@@ -15,7 +15,14 @@ import torch
 
 from portable_softmax import portable
 from portable_softmax.kernels._request import SPARSE, Request
-from portable_softmax.kernels._torch._lending import COMPUTE_DTYPE, NUMPY, lent, on_numpy, taken
+from portable_softmax.kernels._torch._lending import (
+    COMPUTE_DTYPE,
+    NUMPY,
+    computed,
+    lent,
+    on_numpy,
+    taken,
+)
 
 Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
@@ -28,7 +35,7 @@ def value(engine: Any, request: Request) -> Any:
     if engine.TENSORS:
         return function(request)
     lent = on_numpy(request)
-    found = NUMPY.quietly(function, lent)
+    found = computed(request, function, lent)
     dtype, options = request.result_dtype, request.options
     answer = dtype if options is None or options.dtype is None else options.dtype
     if type(found) is tuple:
@@ -94,14 +101,14 @@ def _from_output(engine: Any, request: Request, y: Tensor, dy: Tensor, *masked: 
     )  # fmt: skip
     if engine.declines(vjp, False):
         return formula(request._replace(x=y), dy)
-    dx = taken(NUMPY.quietly(getattr(engine, vjp.operation), vjp, *masked), y.dtype)
+    dx = taken(computed(request, getattr(engine, vjp.operation), vjp, *masked), y.dtype)
     temperature = request.options.temperature
     return _masked(request, dx if temperature == 1.0 else dx.div_(temperature))
 
 
 def _logsumexp(engine: Any, request: Request, dy: Tensor) -> Tensor:
     vjp = on_numpy(request.on(request.x, dy, None, request.options, "logsumexp_vjp"))
-    return taken(NUMPY.quietly(engine.logsumexp_vjp, vjp), request.x.dtype)
+    return taken(computed(request, engine.logsumexp_vjp, vjp), request.x.dtype)
 
 
 def _loss(engine: Any, request: Request, dy: Tensor) -> Tensor:
@@ -121,7 +128,7 @@ def _loss(engine: Any, request: Request, dy: Tensor) -> Tensor:
 
 def _entmax(engine: Any, request: Request, dy: Tensor) -> Tensor:
     vjp = on_numpy(request._replace(operation="entmax_vjp", dy=dy))
-    return taken(NUMPY.quietly(engine.entmax_vjp, vjp), request.x.dtype)
+    return taken(computed(request, engine.entmax_vjp, vjp), request.x.dtype)
 
 
 _GRADIENTS = {

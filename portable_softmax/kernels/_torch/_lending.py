@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from portable_softmax import libraries
+from portable_softmax.kernels import _threads
 from portable_softmax.kernels._request import Request
 
 Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
@@ -58,6 +60,11 @@ def taken(array: Any, dtype: Any) -> Tensor:
     if dtype is torch.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(dtype)
     return torch.from_numpy(array)
+
+
+def computed(request: Request, function: Callable[..., Any], *args: Any) -> Any:
+    """Return what a kernel on NumPy's arrays answers, in the threads of the tensors' library."""
+    return _threads.on_team(request.library.team, NUMPY.quietly, function, *args)
 
 
 def on_numpy(request: Request) -> Request:
