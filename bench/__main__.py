@@ -292,7 +292,8 @@ def _followed(
     for item in measured:
         found.append(item)
         line = cells([item])[0] if cells else [f"{len(found)} measured"]
-        print(*filter(None, map(str.strip, line)), sep="  ", file=sys.stderr, flush=True)
+        known = [cell for cell in map(str.strip, line) if cell not in ("", "nan")]
+        print(*known, sep="  ", file=sys.stderr, flush=True)
     return found
 
 

@@ -66,9 +66,10 @@ if hasattr(os, "register_at_fork"):
 def on_team(team: Team | None, function: Callable[..., Answer], *args: Any) -> Answer:
     """Return ``function(*args)``, which runs its pieces in the threads of `team`, if there is one.
 
-    A forked child has no threads but those that it starts.
+    A forked child has no threads but those that it starts, and an interpreter that shuts down lets
+    no other thread in.
     """
-    if team is None or _is_forked:
+    if team is None or _is_forked or sys.is_finalizing():
         return function(*args)
     token = _TEAM.set(team)
     try:
