@@ -210,6 +210,14 @@ def test_explain_names_what_ran(xp, taken, call):
     assert taken == ([] if path == "portable" else [path])
 
 
+@pytest.mark.libraries("numpy", "torch", "array_api_strict", "jax", "dask", "mlx")
+def test_one_entry_of_each_row_is_replaced(xp):
+    x = xp.asarray(np.arange(6.0).reshape(2, 3))
+    index, values = xp.asarray(np.asarray([[2], [0]])), xp.asarray(np.asarray([[7.0], [8.0]]))
+    found = libraries.library_of(x).put_along_axis(x, index, values, 1)
+    np.testing.assert_array_equal(xp.numpy(found), [[0.0, 1.0, 7.0], [8.0, 4.0, 5.0]])
+
+
 def test_what_each_library_has(xp):
     x = xp.asarray(np.ones((2, 3)))
     explained = kernels.explain("softmax", x)
