@@ -93,7 +93,10 @@ def run(
     for number in numbers:
         with np.errstate(all="ignore"):
             case = cases.make(TRAITS[backend.name], seed, number)
-        failures.extend(check(case, backend, ways, tallies))
+        for failure in check(case, backend, ways, tallies):
+            failures.append(failure)
+            if progress is not None:  # a run takes up to an hour, and may be ended before its end
+                progress.console.print(f"case {number}, {failure.path.name}: a difference")
         if progress is not None and task is not None:
             progress.advance(task)
     return tallies, failures

@@ -127,7 +127,7 @@ def base(x: Any, m: Any, axes: Axes) -> tuple[Any, Any]:
     far = -math.log(float(jnp.finfo(x.dtype).tiny)) - 1.01 - (0.0 if bits else math.log(count))
     c = jnp.maximum(m - far, 0.0) + jnp.maximum(m - 4.0 * far, 0.0)
     c = jnp.floor(lax.min(m, c))
-    return c, select(m > far - bits, lax.full_like(m, 2.0**-bits), 1.0) if bits else None
+    return c, select(m - c > far - bits, lax.full_like(m, 2.0**-bits), 1.0) if bits else None
 
 
 def shifted(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
