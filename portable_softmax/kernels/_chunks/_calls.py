@@ -11,7 +11,7 @@ from operator import add
 from typing import Any, NamedTuple
 
 from portable_softmax.kernels._decide import public
-from portable_softmax.kernels._request import Request
+from portable_softmax.kernels._request import Request, active
 from portable_softmax.kernels._switches import NOTHING_SET, Switches, switched, switches
 
 Axes = tuple[int, ...]
@@ -89,14 +89,9 @@ def arrays(request: Request) -> Placed:
 
 def numbers(request: Request) -> dict[str, Any]:
     """Return the axes, and the options that are no arrays."""
-    options, neutral = request.options, request.options._field_defaults
-    # A dtype of NumPy that is float64 equals None.
-    given = {
-        name: value
-        for name, value in options._asdict().items()
-        if not hasattr(value, "chunks")
-        and (type(value) is not type(neutral.get(name)) or value != neutral.get(name))
-    }
+    options = request.options
+    named = {name: getattr(options, name) for name in active(options, type(options)())}
+    given = {name: value for name, value in named.items() if not hasattr(value, "chunks")}
     return {**given, "axis": request.axes if len(request.axes) > 1 else request.axis}
 
 
