@@ -109,6 +109,9 @@ def writing(entry, values_of, own=False):
         w, workspace, constants = numbers
         its = (typed(workspace, 1.0), *values_of(workspace, height(workspace, 0), r), *constants)
         at = r * n + j if own else j
+        if own:  # nothing has prefetched these arrays for the next block
+            prefetch_to_read(x, r * n + height(workspace, 0) * n, k)
+            prefetch_to_read(w, at + height(workspace, 0) * n, k)
         write(y, r * n, entry(read(x, r * n, k, 0.0), read(w, at, k, 0.0), its), k)
 
     @function

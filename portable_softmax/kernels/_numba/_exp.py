@@ -191,21 +191,20 @@ class Writer:
         return self.b.fmul(e, scale)
 
     def exp(self, x):
-        f, b = self.f, self.b
+        return self.exp_and_expm1(x)[0]
+
+    def exp_and_expm1(self, x):
+        """exp(x) and exp(x) - 1, the latter with its own digits near 0."""
+        f, b, one = self.f, self.b, self.number(1.0)
         x = self.at_most(f.highest, self.at_least(f.lowest, x))
-        e, n = self.reduced(x, self.magic(0))
+        m, n = self.reduced_less_one(x, self.magic(0))
         # The lowest bits as a signed number, and in two steps: either may be a subnormal's.
         unused = self.integer(f.bits.width - f.mantissa + 1)
         n = b.ashr(b.shl(n, unused), unused)
         a = b.ashr(n, self.integer(1))
-        return b.fmul(b.fmul(e, self.two_to(a)), self.two_to(b.sub(n, a)))
-
-    def expm1(self, x):
-        b = self.b
-        m, _ = self.reduced_less_one(x, self.magic(0))
-        far = b.fsub(self.exp(x), self.number(1.0))
+        e = b.fmul(b.fmul(b.fadd(m, one), self.two_to(a)), self.two_to(b.sub(n, a)))
         near = b.fcmp_ordered("<", self.size(x), self.number(0.34))  # x is not reduced
-        return b.select(near, m, far)
+        return e, b.select(near, m, b.fsub(e, one))
 
     def log1p(self, x):
         f, b = self.f, self.b
@@ -239,6 +238,12 @@ def _rounded(value: float, mantissa: int) -> float:
 
 
 @elementwise
+def size(builder, x):
+    """|x|."""
+    return Writer(builder, x).size(x)
+
+
+@elementwise
 def exp(builder, x):
     """exp(x) for any x."""
     return Writer(builder, x).exp(x)
@@ -247,7 +252,7 @@ def exp(builder, x):
 @elementwise
 def expm1(builder, x):
     """exp(x) - 1 for any x, with its own digits near 0."""
-    return Writer(builder, x).expm1(x)
+    return Writer(builder, x).exp_and_expm1(x)[1]
 
 
 @elementwise

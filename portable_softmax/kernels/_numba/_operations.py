@@ -14,11 +14,11 @@ from portable_softmax.kernels._numba._memory import ahead, typed
 from portable_softmax.kernels._numba._passes import (
     gradients,
     log_probability,
+    log_softmax_vjp_entry,
     probability,
     products,
     products_less,
     sums,
-    write_log_softmax_vjp,
     write_softmax_vjp,
 )
 from portable_softmax.kernels._numba._values import (
@@ -156,6 +156,12 @@ def softmax_vjp_of(layout):
 
 def log_softmax_vjp_of(layout):
     @function
+    def sum_of_upstream(workspace, T, r):
+        return (layout.value(values(workspace, SUM, T), r),)
+
+    write_vjp = layout.writing(log_softmax_vjp_entry, sum_of_upstream, own=True)
+
+    @function
     def log_softmax_vjp(p, q, o, n, rows, T, workspace, left_out):
         """Write dy - exp(log_y) * sum(dy), `dy` counting as 0 where log_y is +-left_out."""
         size, left_out = layout.length(workspace, n), typed(workspace, left_out)
@@ -165,8 +171,6 @@ def log_softmax_vjp_of(layout):
                 workspace, T, SUM, r, gradients(ahead(p, at), ahead(q, at), size, (left_out,))
             )
         layout.reduce_partials(workspace, T, SUM)
-        for r in range(0, rows, layout.stride(workspace)):
-            at, numbers = r * n, (left_out, layout.value(values(workspace, SUM, T), r))
-            write_log_softmax_vjp(ahead(p, at), ahead(q, at), ahead(o, at), size, numbers)
+        write_vjp(p, q, o, n, rows, T, workspace, (left_out,))
 
     return log_softmax_vjp

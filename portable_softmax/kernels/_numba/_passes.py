@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 from portable_softmax.kernels._numba._compensation import added, compensated
-from portable_softmax.kernels._numba._exp import exp, exp_up, expm1, exponent
+from portable_softmax.kernels._numba._exp import exp, exp_up, expm1, exponent, size
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._vectors import (
     lanes,
@@ -181,8 +181,7 @@ def row_writing(entry):
 @function
 def counted(log_y, dy, numbers):
     """`dy`, 0 where log_y is +-left_out."""
-    left_out = numbers[0]
-    return where_equal(log_y, left_out, 0.0, where_equal(log_y, -left_out, 0.0, dy))
+    return where_equal(size(log_y), numbers[0], 0.0, dy)
 
 
 @function
@@ -205,20 +204,11 @@ def _softmax_vjp(y, dy, numbers):
     return y * ((dy - numbers[0]) - numbers[1])
 
 
-@function
-def _log_softmax_vjp(log_y, dy, numbers):
-    dy = counted(log_y, dy, numbers)
-    # As dy - exp(log_y) * s, with the digits that 1 - exp(log_y) has near log_y = 0.
-    return -dy * expm1(log_y) - exp(log_y) * (numbers[1] - dy)
-
-
 products_less = _sums_of(_less_constant)  # of y * (dy - c); numbers = (c,)
 gradients = _sums_of(counted)  # of what counts of dy; numbers = (left_out,)
 sums = _sums_of(_itself)
 gaps = _sums_of(_gap)  # of w_j (m - x_j); numbers = (m,)
 write_softmax_vjp = row_writing(_softmax_vjp)  # y * ((dy - c) - s); numbers = (c, s)
-# dy - exp(log_y) * s; numbers = (left_out, s)
-write_log_softmax_vjp = row_writing(_log_softmax_vjp)
 
 
 # --------------------------------------------------------------------------- entries for layouts
@@ -271,3 +261,11 @@ def _in_units(e, unit, inverse):
 def gradient_entry(p, a, q, rest, scale):
     """(p A - q (1 + rest)) * scale for the exp p of a class, without its cancellation."""
     return ((p * a - q) - q * rest) * scale
+
+
+@function
+def log_softmax_vjp_entry(log_y, dy, numbers):
+    """dy - exp(log_y) * s, with the digits that 1 - exp(log_y) has near log_y = 0."""
+    _, s, left_out = numbers
+    dy = counted(log_y, dy, (left_out,))
+    return -dy * expm1(log_y) - exp(log_y) * (s - dy)

@@ -221,7 +221,7 @@ def nothing(context: Any, builder: Any, signature: Any, args: Any) -> Any:
 def _prefetching(is_write: int) -> Any:
     @intrinsic
     def prefetch(typing, p, j, k):
-        if isinstance(p, types.Integer) or not isinstance(k, types.NoneType):
+        if isinstance(p, types.Number) or not isinstance(k, types.NoneType):
             return types.void(p, types.intp, k), nothing
 
         def generate(context, builder, signature, args):
@@ -237,7 +237,7 @@ def _prefetching(is_write: int) -> Any:
 
 
 # Ask for the line of the cache around ``p[j]``, to be read or to be written; it may lie anywhere.
-# Nothing if `p` is null, or in a masked tail, where `k` is not None.
+# Nothing if `p` is null or a number for all of them, or in a masked tail, where `k` is not None.
 prefetch_to_read, prefetch_to_write = _prefetching(0), _prefetching(1)
 
 
