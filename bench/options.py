@@ -75,6 +75,12 @@ def _loss(x: Any, q: Any, samples: Any = None, mask: Any = None) -> tuple[Any, A
     return -(w * terms.sum(axis=-1, keepdims=True)).sum(), w * (e / s - q)
 
 
+def _capped_loss(x: Any, q: Any, cap: float) -> tuple[Any, Any]:
+    t = np.tanh(x / cap)
+    loss, grad = _loss(cap * t, q)
+    return loss, grad * (1 - t * t)
+
+
 def _calls(dtype: str, quick: bool) -> Iterator[tuple[str, _Call]]:
     rng = np.random.default_rng(0)
     n, c = (64, 32) if quick else (4096, 512)
@@ -107,6 +113,7 @@ def _calls(dtype: str, quick: bool) -> Iterator[tuple[str, _Call]]:
         ("where", plain, {"where": mask}, lambda: _loss(x, one_hot, mask=mask)),
         ("probabilities", (x, t), {}, lambda: _loss(x, t)),
         ("sample_weight", plain, {"sample_weight": samples}, lambda: _loss(x, one_hot, samples)),
+        ("softcap", plain, {"softcap": 30.0}, lambda: _capped_loss(x, one_hot, 30.0)),
     ):
         yield f"loss and gradient, {name}", _Call(gradient, arrays, options, plain, by_hand)
     few = rng.standard_normal((100 if quick else 100_000, 3)).astype(dtype)

@@ -66,7 +66,10 @@ def test_the_ways_of_an_array(seen):
     assert "_rows.log_softmax" in way(np.zeros((10, 10)), axis=0)
     assert "_rows.log_softmax" in way(np.zeros((10, 10), np.float16))
     assert way(np.zeros((10, 20))[:, ::2]) == ["_general.rows"]
-    assert way(np.zeros((10, 20)), where=np.ones((10, 20), bool)) == ["_general.rows"]
+    assert way(np.zeros((10, 20)), where=np.ones((10, 20), bool)) == []
+    assert way(np.zeros((10, 20)), temperature=0.7) != []
+    mask = np.ones((10, _small._SMALL), bool)
+    assert "_general.rows" in way(np.zeros(mask.shape), where=mask)
 
 
 def test_the_ways_of_a_loss(seen):

@@ -283,6 +283,17 @@ def test_meta_and_fake_tensors_give_the_shape_and_dtype(torch, xp, arrays_of, ca
             assert y.device.type == ("cpu" if actual is fake else "meta")
 
 
+def test_weights_of_a_row_of_minus_infinities_in_any_layout(torch, xp):
+    """Sums in another order do not cancel to the last digit."""
+    random = torch.Generator().manual_seed(0)
+    x, b = torch.full((5, 5, 26), -torch.inf), torch.randn(1, 5, 26, generator=random)
+    x[:4] = torch.randn(4, 5, 26, generator=random)
+    last_axis_outermost = x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    value, sign = ps.logsumexp(last_axis_outermost, b=b, axis=-1, return_sign=True)
+    assert (value[4] == -torch.inf).all()
+    assert (sign[4] == 0).all()
+
+
 # --------------------------------------------------------------------------- torch.compile
 
 

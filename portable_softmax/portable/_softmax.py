@@ -264,8 +264,9 @@ def _weighted(xp: Namespace, x: Any, axes: Axes, b: Any) -> tuple[Any, Any]:
     live, m, shifted = _shifted_where_it_counts(xp, x, x, axes, b)
     exps = xp.exp(shifted)
     # s = (weight at the maximum) + others; the constant 1 leaves the maximum's value, and not
-    # its derivative, out of the others.
-    is_max = cast(xp, live == m, exps.dtype)
+    # its derivative, out of the others. In a row of -inf it would be 1 everywhere, and two sums in
+    # another order not quite each other's negative.
+    is_max = cast(xp, (live == m) & (m > -math.inf), exps.dtype)
     at_max = total(xp, b * is_max, axes)
     others = total(xp, b * (exps - is_max), axes)
     s = at_max + others

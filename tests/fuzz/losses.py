@@ -64,7 +64,9 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
     cap, lost = options.softcap, L(0)
     capped = x
     if cap is not None:
-        capped = L(cap) * np.tanh(x / L(cap))
+        ratio = x / L(cap)
+        # Beside a large cap it is x, which is not to be rounded: a row may be units apart.
+        capped = np.where(np.abs(ratio) < 2.0**-33, x, L(cap) * np.tanh(ratio))
         finite = np.abs(np.where(np.isfinite(capped), capped, 0))
         lost = 8 * u * np.max(finite, axis=1, keepdims=True, initial=0)
     rows = fold(capped, live)

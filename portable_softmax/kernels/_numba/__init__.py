@@ -59,8 +59,8 @@ def declines(request: Request, asked: bool) -> str:
         return "not in C order"
     if request.operation in VJPS and request.dy.dtype != x.dtype:
         return f"dtypes: {x.dtype} and {request.dy.dtype}"
-    if request.operation in LOSSES and request.in_place():
-        return "a gradient in the place of the logits"  # which are read again after the exps
+    if "softcap" in request.active and request.in_place():
+        return "a gradient in the place of logits with a softcap"  # whose slopes are read last
     if request.labels is not None and not request.labels.dtype.isnative:
         return f"dtype of labels: {request.labels.dtype}"
     return declines_shape(x.shape, request.axes)
@@ -237,6 +237,8 @@ def _loss(request: Request) -> Any:
     positions = (*x.shape[: request.axis], *x.shape[request.axis + 1 :])
     each = np.empty(positions, compute_dtype) if options.reduction == "none" else None
     wants_gradient = request.operation == "cross_entropy_value_and_grad"
+    if request.in_place() and request.check_labels:
+        request.target()  # an error leaves the logits as they are
     grad = _out(request) if wants_gradient else None
     out = (
         None if each is None else each.reshape(-1),

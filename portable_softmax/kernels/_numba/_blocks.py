@@ -19,7 +19,7 @@ from portable_softmax.kernels._numba._horizontal import (
     sum_of_each,
 )
 from portable_softmax.kernels._numba._jit import function
-from portable_softmax.kernels._numba._memory import ahead, either, load, store, typed
+from portable_softmax.kernels._numba._memory import ahead, apart_from, either, load, store, typed
 from portable_softmax.kernels._numba._softcap import seen_by, uncapped
 from portable_softmax.kernels._numba._values import (
     BASE,
@@ -67,8 +67,9 @@ def place(i, T, n, inner):
 
 
 @function
-def scratch(o, workspace, T, n):
-    return either(o, ahead(after_values(workspace, T), T * lanes(workspace)))
+def scratch(o, workspace, T, n, apart):
+    space = ahead(after_values(workspace, T), T * lanes(workspace))
+    return apart_from(either(o, space), space, apart)
 
 
 # --------------------------------------------------------------------------- passes and values

@@ -59,7 +59,8 @@ def target(o, tile, workspace, T, n):
 
 
 @function
-def scratch(o, workspace, T, n):
+def scratch(o, workspace, T, n, apart):
+    """The tile of the result, which is always apart."""
     return o
 
 

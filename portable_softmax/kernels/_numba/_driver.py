@@ -19,7 +19,7 @@ from portable_softmax.kernels._numba import _long
 from portable_softmax.kernels._numba._exp import temperature as prepared
 from portable_softmax.kernels._numba._jit import is_at_hand
 from portable_softmax.kernels._numba._kernels import BLOCKS, COLUMNS, NARROW, ROWS, scan
-from portable_softmax.kernels._numba._losses import EACH, IGNORING, SAMPLED, WEIGHTED
+from portable_softmax.kernels._numba._losses import EACH, IGNORING, OVER, SAMPLED, WEIGHTED
 from portable_softmax.kernels._numba._values import size_of_values
 
 # Shorter rows, in bytes of the computation, are worked on as many at once as a vector has lanes.
@@ -87,11 +87,14 @@ def in_groups(n: int, compute: Any) -> bool:
     return n <= FEW or n * compute.itemsize < SHORT
 
 
-def plan(operation: str, layout: Layout, dtype: Any, compute: Any) -> Plan:
-    """Choose between rows one by one, in blocks and columns, and cut the work into pieces."""
+def plan(operation: str, layout: Layout, dtype: Any, compute: Any, over: bool = False) -> Plan:
+    """Choose between rows one by one, in blocks and columns, and cut the work into pieces.
+
+    A gradient `over` the logits has its exps in the workspace, as those of half types are.
+    """
     (outer, n, inner), tiles = layout, TILES.get(operation, 1)
     lanes = 64 // compute.itemsize
-    exact = dtype.itemsize == compute.itemsize
+    exact = dtype.itemsize == compute.itemsize and not over
     if inner > 1:
         vectors = VECTORS if n * VECTORS * 64 <= TILE else 1
         height = lanes * min(vectors, -(-inner // lanes))
@@ -257,7 +260,8 @@ def losses(
     options = np.asarray([loss.smoothing, loss.z, classes, scale])
     each = np.empty(1, compute) if each is None else each
     operation = "cross_entropy" if grad is None else "cross_entropy_value_and_grad"
-    planned = plan(operation, layout, x.dtype, compute)
+    flags |= OVER * (over := _is_over(grad, x))
+    planned = plan(operation, layout, x.dtype, compute, over)
     sums = np.zeros((planned.pieces, 3))
     arrays: tuple[Any, ...] = (x, labels, each, w, options, sums, loss.mask, loss.samples)
     arrays = arrays if grad is None else (*arrays, grad)
@@ -278,14 +282,23 @@ def soft_losses(
     """
     compute = compute_dtype(x.dtype)
     operation = "soft_cross_entropy" if grad is None else "soft_cross_entropy_value_and_grad"
-    planned = plan(operation, layout, x.dtype, compute)
-    sums, flags = np.zeros(planned.pieces), EACH * (each is not None)
+    over = _is_over(grad, x)
+    planned = plan(operation, layout, x.dtype, compute, over)
+    sums, flags = np.zeros(planned.pieces), EACH * (each is not None) | OVER * over
     each = np.empty(1, compute) if each is None else each
     options = np.asarray([z, 1.0 / layout.rows if mean else 1.0])
     arrays: tuple[Any, ...] = (x, t, each, options, sums)
     arrays = arrays if grad is None else (*arrays, grad)
     run(operation, arrays, (flags,), planned, compute)
     return _sum(sums)
+
+
+def _is_over(grad: Any, x: Any) -> bool:
+    """Return whether a gradient goes to where the logits are."""
+    if grad is None:
+        return False
+    first, second = (a.__array_interface__["data"][0] for a in (grad, x))
+    return bool(first == second)
 
 
 def _sum(parts: Any) -> float:

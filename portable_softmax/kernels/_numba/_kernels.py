@@ -24,7 +24,7 @@ from portable_softmax.kernels._numba import (
 from portable_softmax.kernels._numba import _soft as _soft_losses
 from portable_softmax.kernels._numba._compensation import compensated
 from portable_softmax.kernels._numba._jit import INLINED, function, kernel
-from portable_softmax.kernels._numba._losses import EACH, IGNORING
+from portable_softmax.kernels._numba._losses import EACH, IGNORING, OVER
 from portable_softmax.kernels._numba._memory import (
     Masked,
     ahead,
@@ -222,7 +222,7 @@ def _cross_entropy(layout: ModuleType, gradient: bool) -> Any:
             if gradient:
                 o = pointer(arrays[8])
                 y = layout.target(ahead(o, at), 1, workspace, T, n)
-                e = layout.scratch(y, workspace, T, n)
+                e = layout.scratch(y, workspace, T, n, flags & OVER)
             else:
                 e = 0
             if ignored < rows:
@@ -272,7 +272,7 @@ def _soft(layout: ModuleType, gradient: bool) -> Any:
             if gradient:
                 o = pointer(arrays[5])
                 y = layout.target(ahead(o, at), 2, workspace, T, n)
-                e = layout.scratch(y, workspace, T, n)
+                e = layout.scratch(y, workspace, T, n, numbers[0] & OVER)
             else:
                 e = 0
             value = write_losses(x, t, e, n, rows, T, workspace, z)

@@ -51,7 +51,7 @@ from portable_softmax.kernels._numba._values import (
 )
 from portable_softmax.kernels._numba._vectors import times
 
-WEIGHTED, IGNORING, EACH, SAMPLED = 1, 2, 4, 8
+WEIGHTED, IGNORING, EACH, SAMPLED, OVER = 1, 2, 4, 8, 16
 
 
 @function

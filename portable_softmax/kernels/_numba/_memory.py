@@ -145,6 +145,18 @@ def either(typing, p, scratch):
 
 
 @intrinsic
+def apart_from(typing, p, scratch, apart):
+    """`scratch` if `apart` is not 0 and the two are of one dtype, else `p`."""
+    alike = p == scratch
+
+    def generate(context, builder, signature, args):
+        wanted = builder.icmp_signed("!=", args[2], args[2].type(0))
+        return builder.select(wanted, args[1], args[0]) if alike else args[0]
+
+    return p(p, scratch, apart), generate
+
+
+@intrinsic
 def ahead(typing, p, n):
     """``p + n``; null stays null, and a number in place of an array of equal ones stays, too."""
     if isinstance(p, (types.Integer, types.Float)):

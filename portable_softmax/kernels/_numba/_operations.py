@@ -44,7 +44,7 @@ def softmax_of(layout):
 
     @function
     def softmax(p, o, n, rows, T, workspace, t):
-        e, sums = layout.scratch(o, workspace, T, n), values(workspace, SUM, T)
+        e, sums = layout.scratch(o, workspace, T, n, 0), values(workspace, SUM, T)
         layout.write_sums(p, e, o, n, rows, T, workspace, t)
         for r in range(0, T, layout.step(workspace)):
             layout.put(sums, r, typed(workspace, 1.0) / layout.get(sums, r))
@@ -113,7 +113,7 @@ def logsumexp_vjp_of(layout):
     @function
     def logsumexp_vjp(p, o, n, rows, T, workspace):
         """Write softmax times the upstream gradients, which are among the values."""
-        e, sums = layout.scratch(o, workspace, T, n), values(workspace, TOTAL, T)
+        e, sums = layout.scratch(o, workspace, T, n, 0), values(workspace, TOTAL, T)
         layout.fold(p, e, o, n, rows, T, workspace, 1)
         for r in range(0, T, layout.step(workspace)):
             dy = layout.get(values(workspace, WEIGHT, T), r)

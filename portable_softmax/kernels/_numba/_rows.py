@@ -20,7 +20,7 @@ from portable_softmax.kernels._numba._horizontal import (
 )
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._long import PART
-from portable_softmax.kernels._numba._memory import ahead, either, load, store, typed
+from portable_softmax.kernels._numba._memory import ahead, apart_from, either, load, store, typed
 from portable_softmax.kernels._numba._passes import exps, maxima, row_writing, sums_below
 from portable_softmax.kernels._numba._softcap import seen_by, uncapped
 from portable_softmax.kernels._numba._values import (
@@ -78,9 +78,13 @@ def deliver(written, o, T, n, inner, rows):
 
 
 @function
-def scratch(o, workspace, T, n):
-    """Where exps go: to the result if that has the dtype of the computation."""
-    return either(o, ahead(after_values(workspace, T), _long.space(n)))
+def scratch(o, workspace, T, n, apart):
+    """Where exps go: to the result if that has the dtype of the computation, and is not `apart`.
+
+    It has to be where the result replaces logits that are read after their exps.
+    """
+    space = ahead(after_values(workspace, T), _long.space(n))
+    return apart_from(either(o, space), space, apart)
 
 
 # --------------------------------------------------------------------------- passes and values

@@ -61,13 +61,13 @@ def declines_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
 
 def softmax(request: Request) -> Any:
     """Softmax over the axes."""
-    rows = None if request.active else _small.rows_of(request)
+    rows = _small.logits_of(request)
     return _row_by_row(request, _rows.softmax) if rows is None else _small.softmax(request, rows)
 
 
 def log_softmax(request: Request) -> Any:
     """log_softmax over the axes."""
-    rows = None if request.active else _small.rows_of(request)
+    rows = _small.logits_of(request)
     if rows is None:
         return _row_by_row(request, _rows.log_softmax)
     return _small.log_softmax(request, rows)
@@ -82,7 +82,7 @@ def fold(request: Request) -> Any:
 
 def logsumexp(request: Request) -> Any:
     """Logsumexp over the axes, kept with length 1."""
-    rows = None if request.active else _small.rows_of(request)
+    rows = _small.logits_of(request)
     if rows is None:
         return _row_by_row(request, _rows.logsumexp)
     return _small.logsumexp(request, rows)

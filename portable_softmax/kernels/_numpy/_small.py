@@ -1,9 +1,9 @@
 """Small arrays, where the calls cost more than the numbers: each formula in as few as it takes.
 
-`rows_of` and `losses` return None for a call that is left to tiles: other options, another layout,
-a label without a class. A row's values change nothing for other rows. The formulas are those of
-`_maths.plain` and `_maths.fold`. What there is one of per row has one axis, and entries are found
-by their place in the flat array: that costs half of what `take`, `put` and `keepdims` do.
+`logits_of` and `losses` return None for a call that is left to tiles: other options, another
+layout, a label without a class. A row's values change nothing for other rows. The formulas are
+those of `_maths.plain` and `_maths.fold`. What there is one of per row has one axis, and entries
+are found by their place in the flat array: that costs half of what `take`, `put` and `keepdims` do.
 """
 
 from __future__ import annotations
@@ -47,6 +47,24 @@ def rows_of(request: Request) -> Any:
     ):
         return None
     return x if dims == 2 else x.reshape(-1, n)
+
+
+def logits_of(request: Request) -> Any:
+    """As `rows_of`, with -inf for what a mask leaves out; None for a call with another option."""
+    if not request.active:
+        return rows_of(request)
+    rows = rows_of(request) if request.active == ("where",) else None
+    if rows is None:
+        return None
+    masked = np.where(request.options.where, request.x, rows.dtype.type(-np.inf))
+    return masked.reshape(rows.shape)
+
+
+def _leave_out(request: Request, found: Any, number: float) -> None:
+    """Write a number to what a mask leaves out, where it is nan with the rest of its row."""
+    if request.active:
+        where = np.broadcast_to(request.options.where, request.x.shape).reshape(found.shape)
+        found[np.isnan(found) & ~where] = number
 
 
 def _least(x: Any) -> Any:
@@ -110,7 +128,7 @@ def _shifted(rows: Any) -> Any:
 
 def softmax(request: Request, rows: Any) -> Any:
     """exp(x) / sum(exp(x)), of x in the range of exp: rows beyond it are shifted."""
-    e = np.exp(rows)
+    e, unfit = np.exp(rows), None
     s = _sums(e)
     if not (_least(s) >= _LOW_SUM and _most(s) < math.inf):
         normal = e.min(1) >= _maths.SMALLEST_NORMAL[e.dtype]
@@ -119,6 +137,8 @@ def softmax(request: Request, rows: Any) -> Any:
             e[unfit] = some = _shifted(rows[unfit])
             s[unfit] = _sums(some)
     e /= s[:, None]
+    if unfit is not None:
+        _leave_out(request, e, 0.0)
     return e if request.x.ndim == 2 else e.reshape(request.x.shape)
 
 
@@ -130,6 +150,8 @@ def log_softmax(request: Request, rows: Any) -> Any:
         rest[unfit] = _fold(rows[unfit])[1]
     d = rows - m[:, None]
     d -= np.log1p(rest, rest)[:, None]
+    if unfit is not None:
+        _leave_out(request, d, -math.inf)
     return d if request.x.ndim == 2 else d.reshape(request.x.shape)
 
 

@@ -63,7 +63,10 @@ def kept(request: Request, y: Tensor) -> Tensor:
 
 
 def gradient(engine: Any, request: Request, dy: Tensor) -> Tensor:
-    """Return the gradient with respect to the logits; `request.x` is what was kept."""
+    """Return the gradient with respect to the logits; `request.x` is what was kept.
+
+    It is in `request.out`, if the request has one and nothing is left to do to the kernel's.
+    """
     if engine.TENSORS:
         return engine.gradient(request, dy)
     dx: Tensor = _GRADIENTS[request.operation](engine, request, dy)
@@ -98,6 +101,7 @@ def _from_output(engine: Any, request: Request, y: Tensor, dy: Tensor, *masked: 
     vjp = Request(
         f"{request.operation}_vjp", NUMPY, array, dtype, request.axes, COMPUTE_DTYPE[dtype],
         array.dtype, "", None, (), lent(dy.contiguous()),
+        out=None if request.out is None else lent(request.out),
     )  # fmt: skip
     if engine.declines(vjp, False):
         return formula(request._replace(x=y), dy)
@@ -117,7 +121,7 @@ def _loss(engine: Any, request: Request, dy: Tensor) -> Tensor:
         request = _in_float32(request)
     again = request.on(
         request.x, None, request.labels, request.options, "cross_entropy_value_and_grad"
-    )
+    )._replace(out=request.out)
     _, grad = value(engine, again)
     if factor == 1.0:
         return grad

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 from importlib import import_module
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -23,7 +23,7 @@ from portable_softmax.kernels._request import (
     RowOptions,
     active,
 )
-from portable_softmax.kernels._torch import _autograd, _gradients
+from portable_softmax.kernels._torch import _autograd, _gradients, _inductor
 
 Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
@@ -32,6 +32,7 @@ _SCHEMA = (
     "str engine, str operation, int[] axes, float temperature, int? ignore_index, "
     "float label_smoothing, float z_loss, float? softcap, str reduction, ScalarType? dtype)"
 )
+_INTO = f"{_SCHEMA[:-1]}, Tensor(a!) out) -> ()"
 
 
 def answer(engine: str, request: Request) -> Any:
@@ -43,6 +44,27 @@ def answer(engine: str, request: Request) -> Any:
 def _gradient_of(engine: str, request: Request, dy: Tensor) -> Tensor:
     found: Tensor = _gradient(*_arguments(engine, request._replace(dy=dy)))
     return found
+
+
+class _Arguments(NamedTuple):
+    """Those of the operators."""
+
+    x: Tensor
+    dy: Tensor | None
+    labels: Tensor | None
+    weight: Tensor | None
+    where: Tensor | None
+    sample: Tensor | None
+    engine: str
+    operation: str
+    axes: list[int]
+    temperature: float
+    ignore_index: int | None
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    reduction: str
+    dtype: Any
 
 
 def _arguments(engine: str, request: Request) -> tuple[Any, ...]:
@@ -57,29 +79,26 @@ def _arguments(engine: str, request: Request) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _request(
-    x: Tensor, dy: Tensor | None, labels: Tensor | None, weight: Tensor | None,
-    where: Tensor | None, sample: Tensor | None, engine: str, operation: str, axes: list[int],
-    temperature: float, ignore_index: int | None, label_smoothing: float, z_loss: float,
-    softcap: float | None, reduction: str, dtype: Any,
-) -> tuple[Any, Request]:  # fmt: skip
+def _request(*arguments: Any) -> tuple[Any, Request]:
     """Return the kernel's module and the request that the operators' arguments stand for."""
-    library = libraries.library_of(x)
+    call = _Arguments(*arguments)
+    x, library = call.x, libraries.library_of(call.x)
     options: Any
     neutral: Any
-    if operation in LOSSES:
+    if call.operation in LOSSES:
         neutral = PLAIN_LOSS
         options = LossOptions(
-            weight, ignore_index, label_smoothing, z_loss, softcap, where, reduction, dtype, sample
-        )
+            call.weight, call.ignore_index, call.label_smoothing, call.z_loss, call.softcap,
+            call.where, call.reduction, call.dtype, call.sample,
+        )  # fmt: skip
     else:
-        options, neutral = RowOptions(where, temperature, dtype=dtype), PLAIN_ROWS
+        options, neutral = RowOptions(call.where, call.temperature, dtype=call.dtype), PLAIN_ROWS
     request = Request(
-        operation, library, x, library.dtype(x.dtype).name, tuple(axes),
-        *library.compute_dtype(x), "", options, active(options, neutral), dy, labels,
-        labels is None or labels.ndim < x.ndim, False,
+        call.operation, library, x, library.dtype(x.dtype).name, tuple(call.axes),
+        *library.compute_dtype(x), "", options, active(options, neutral), call.dy, call.labels,
+        call.labels is None or call.labels.ndim < x.ndim, False,
     )  # fmt: skip
-    return import_module(engine), request
+    return import_module(call.engine), request
 
 
 def _as_promised(found: Tensor, x: Tensor) -> Tensor:
@@ -128,6 +147,7 @@ def _value(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 @_value.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    _register()
     return _shaped(_request(*arguments)[1])
 
 
@@ -146,7 +166,69 @@ def _gradient(*arguments: Any) -> Tensor:
 
 @_gradient.register_fake
 def _(*arguments: Any) -> Tensor:
+    _register()
     return torch.empty_like(arguments[0])
+
+
+# --------------------------------------------------------------------------- over an argument
+
+
+@partial(
+    torch.library.custom_op,
+    "portable_softmax::value_into",
+    mutates_args=("out",),
+    schema=_INTO,
+)
+def _value_into(*arguments: Any) -> None:
+    """Write the value to `out`, which may be the logits."""
+    *given, out = arguments
+    engine, request = _request(*given)
+    _gradients.value(engine, request._replace(out=out))
+
+
+@partial(
+    torch.library.custom_op,
+    "portable_softmax::gradient_into",
+    mutates_args=("out",),
+    schema=_INTO,
+)
+def _gradient_into(*arguments: Any) -> None:
+    """Write the gradient to `out`, which may be what was kept or the upstream gradient."""
+    *given, out = arguments
+    engine, request = _request(*given)
+    found = _gradients.gradient(engine, request._replace(dy=None, out=out), request.dy)
+    if found.data_ptr() != out.data_ptr():
+        out.copy_(found)
+
+
+for _into in (_value_into, _gradient_into):
+    _into.register_fake(lambda *_: None)
+
+
+def _value_over(*arguments: Any) -> tuple[Any, ...]:
+    """Return which arguments a value may be written over."""
+    call = _Arguments(*arguments)
+    rows = call.operation in ("softmax", "log_softmax") and call.dtype is None
+    return (call.x,) if rows and not import_module(call.engine).TENSORS else ()
+
+
+def _gradient_over(*arguments: Any) -> tuple[Any, ...]:
+    """Return which arguments a gradient may be written over: by what reads them no further."""
+    call = _Arguments(*arguments)
+    if import_module(call.engine).TENSORS or call.x.dtype not in (torch.float32, torch.float64):
+        return ()
+    if call.operation == "cross_entropy":
+        return (call.x,) if call.softcap is None else ()
+    # That of a masked softmax is taken again if it is not finite.
+    rows = call.operation in ("softmax", "log_softmax") and call.where is None
+    return (call.dy, call.x) if rows else ()
+
+
+def _register() -> None:
+    """Tell Inductor of them, once it is there."""
+    ops = torch.ops.portable_softmax
+    _inductor.register(ops.value.default, ops.value_into.default, _value_over)
+    _inductor.register(ops.gradient.default, ops.gradient_into.default, _gradient_over)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
