@@ -59,8 +59,6 @@ def declines(request: Request, asked: bool) -> str:
         return "not in C order"
     if request.operation in VJPS and request.dy.dtype != x.dtype:
         return f"dtypes: {x.dtype} and {request.dy.dtype}"
-    if "softcap" in request.active and request.in_place():
-        return "a gradient in the place of logits with a softcap"  # whose slopes are read last
     if request.labels is not None and not request.labels.dtype.isnative:
         return f"dtype of labels: {request.labels.dtype}"
     return declines_shape(x.shape, request.axes)

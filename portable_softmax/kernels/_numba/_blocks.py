@@ -72,6 +72,11 @@ def scratch(o, workspace, T, n, apart):
     return apart_from(either(o, space), space, apart)
 
 
+@function
+def slopes_at(workspace, T, n):
+    return ahead(after_values(workspace, T), T * (lanes(workspace) + n))
+
+
 # --------------------------------------------------------------------------- passes and values
 #
 # Vector by vector, all rows in turn: nothing in the inner loops depends on the length of a row.

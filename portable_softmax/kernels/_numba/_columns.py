@@ -65,6 +65,11 @@ def scratch(o, workspace, T, n, apart):
 
 
 @function
+def slopes_at(workspace, T, n):
+    return 0
+
+
+@function
 def fetch(p, tile, workspace, T, n, inner, rows):
     """Copy a group to a tile."""
     L, copied = lanes(workspace), target(p, tile, workspace, T, n)

@@ -87,14 +87,23 @@ def in_groups(n: int, compute: Any) -> bool:
     return n <= FEW or n * compute.itemsize < SHORT
 
 
-def plan(operation: str, layout: Layout, dtype: Any, compute: Any, over: bool = False) -> Plan:
+def plan(
+    operation: str,
+    layout: Layout,
+    dtype: Any,
+    compute: Any,
+    over: bool = False,
+    capped: bool = False,
+) -> Plan:
     """Choose between rows one by one, in blocks and columns, and cut the work into pieces.
 
-    A gradient `over` the logits has its exps in the workspace, as those of half types are.
+    A gradient `over` the logits has its exps in the workspace, as those of half types are, and one
+    of `capped` logits the slopes of the softcap behind them.
     """
     (outer, n, inner), tiles = layout, TILES.get(operation, 1)
     lanes = 64 // compute.itemsize
     exact = dtype.itemsize == compute.itemsize and not over
+    in_workspace = 2 if capped else 0 if exact else 1  # arrays of a group's size
     if inner > 1:
         vectors = VECTORS if n * VECTORS * 64 <= TILE else 1
         height = lanes * min(vectors, -(-inner // lanes))
@@ -107,10 +116,10 @@ def plan(operation: str, layout: Layout, dtype: Any, compute: Any, over: bool = 
     elif in_groups(n, compute):
         height = VECTORS * lanes
         kernels, groups, size = BLOCKS, -(-outer // height), n * height
-        inner, workspace = outer, height * lanes + (0 if exact else size)
+        inner, workspace = outer, height * lanes + in_workspace * size
     else:
         kernels, groups, size, height, inner = ROWS, outer, n, 1, outer
-        workspace = _long.space.py_func(n) + (0 if exact else n)
+        workspace = _long.space.py_func(n) + in_workspace * n
     workspace += size_of_values.py_func(height) + lanes  # the last ones to align it
     step, everything = groups, groups * size * dtype.itemsize
     if everything >= THREADED:
@@ -261,7 +270,8 @@ def losses(
     each = np.empty(1, compute) if each is None else each
     operation = "cross_entropy" if grad is None else "cross_entropy_value_and_grad"
     flags |= OVER * (over := _is_over(grad, x))
-    planned = plan(operation, layout, x.dtype, compute, over)
+    capped = grad is not None and loss.cap is not None
+    planned = plan(operation, layout, x.dtype, compute, over, capped)
     sums = np.zeros((planned.pieces, 3))
     arrays: tuple[Any, ...] = (x, labels, each, w, options, sums, loss.mask, loss.samples)
     arrays = arrays if grad is None else (*arrays, grad)

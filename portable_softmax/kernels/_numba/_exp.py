@@ -154,15 +154,24 @@ class Writer:
         q = self.polynomial(f.exp, r)
         return self.fma(q, b.fmul(r, r), r), b.bitcast(bits, self.bits)
 
-    def tanh(self, x):
-        """-m / (2 + m) for m = exp(-2 |x|) - 1, which keeps the digits of a small x."""
-        f, b = self.f, self.b
-        u = self.at_least(-80.0, b.fmul(self.number(-2.0), self.size(x)))
-        m, n = self.reduced_less_one(u, self.magic(f.bias))
-        scale = b.bitcast(b.shl(n, self.integer(f.mantissa)), self.kind)
-        m = self.fma(scale, m, b.fsub(scale, self.number(1.0)))
-        y = b.fdiv(m, b.fadd(m, self.number(2.0)))
-        return b.select(b.fcmp_ordered("<", x, self.number(0.0)), y, b.fneg(y))
+    def tanh_and_slope(self, x):
+        """tanh(x / 2) as (1 - e) / (1 + e) for e = exp(-|x|), and its slope 1 - tanh**2.
+
+        1 - e has the digits of a small x, and the slope e (1 + |tanh|)**2 those of a small e.
+        """
+        f, b, one = self.f, self.b, self.number(1.0)
+        sign = self.integer(1 << (f.bits.width - 1))
+        bits = b.bitcast(x, self.bits)
+        u = self.at_least(f.lowest, b.bitcast(b.or_(bits, sign), self.kind))
+        m, n = self.reduced_less_one(u, self.magic(f.bias + 64))
+        up = b.bitcast(b.shl(n, self.integer(f.mantissa)), self.kind)
+        scale = b.fmul(up, self.number(DOWN))
+        less = self.fma(b.fneg(scale), m, b.fsub(one, scale))
+        y = b.fdiv(less, b.fsub(self.number(2.0), less))
+        both = b.fadd(one, y)
+        slope = b.fmul(b.fmul(self.fma(scale, m, scale), both), both)
+        y = b.or_(b.bitcast(y, self.bits), b.and_(bits, sign))
+        return b.bitcast(y, self.kind), slope
 
     def size(self, x):
         """|x|."""

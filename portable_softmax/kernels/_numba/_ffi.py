@@ -121,7 +121,9 @@ def target(
         plan[_handlers.FLAGS], plan[_handlers.IGNORE] = flags, loss.ignore or 0
         plan[_handlers.LENGTH], plan[_handlers.MEAN] = flat.rows, loss.mean
         plan.view(np.float64)[_handlers.SCALE] = loss.scale
-    planned = _driver.plan(operation, flat, stored, _driver.compute_dtype(stored))
+    capped = loss is not None and loss.capped
+    compute = _driver.compute_dtype(stored)
+    planned = _driver.plan(operation, flat, stored, compute, capped=capped)
     kind = next(name for name, found in _handlers.LAYOUTS.items() if found is planned.kernels)
     plan[: _handlers.PIECES + 1] = (
         *(*planned.shape, planned.workspace),

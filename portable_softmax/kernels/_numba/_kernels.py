@@ -223,15 +223,16 @@ def _cross_entropy(layout: ModuleType, gradient: bool) -> Any:
                 o = pointer(arrays[8])
                 y = layout.target(ahead(o, at), 1, workspace, T, n)
                 e = layout.scratch(y, workspace, T, n, flags & OVER)
+                left = layout.slopes_at(workspace, T, n)
             else:
-                e = 0
+                e = left = 0
             if ignored < rows:
-                bounded = logits(capped(ahead(p, at), cap), arrays[6], at)
+                bounded = logits(capped(ahead(p, at), cap, left), arrays[6], at)
                 x = layout.fetch(bounded, 0, workspace, T, n, inner, rows)
                 value = write_losses(x, e, some, rows, T, workspace, w, n, c, flags, ignore)
                 loss = _losses.with_term(loss, value)
                 if gradient:
-                    d = slopes(group, cap, workspace, T, n, inner, rows)
+                    d = slopes(group, cap, left, workspace, T, n, inner, rows)
                     write_gradients(e, y, some, d, rows, T, workspace, w, n, c, flags)
             else:  # nothing of them is read
                 fill(losses, rows, 0.0)

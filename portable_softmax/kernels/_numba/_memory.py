@@ -50,9 +50,20 @@ class View(types.Type):
         """The type of what else it takes."""
         raise TypeError("a view says what")
 
-    def seen(self, builder: Any, other: Any, x: Any) -> Any:
+    def seen(self, builder: Any, number: Any, x: Any) -> Any:
         """What a number or vector of the logits reads as."""
         raise TypeError("a view says how")
+
+    def number(self, builder: Any, other: Any) -> Any:
+        """What `seen` takes of what else there is."""
+        return other
+
+    def moved(self, builder: Any, other: Any, n: Any) -> Any:
+        """What else there is, n places ahead."""
+        return builder.gep(other, [n]) if isinstance(self.other(), types.CPointer) else other
+
+    def left(self, builder: Any, other: Any, number: Any, x: Any) -> Any:
+        """Where a vector of the logits leaves something in memory, and what; None for nothing."""
 
 
 class Masked(View):
@@ -76,8 +87,8 @@ def moved(builder: Any, p: Any, at: Any, n: Any) -> Any:
     if not isinstance(p, View):
         return builder.gep(at, [n])
     logits, other = (builder.extract_value(at, i) for i in range(2))
-    other = builder.gep(other, [n]) if isinstance(p.other(), types.CPointer) else other
-    return struct_of(builder, at.type, (moved(builder, p.pointer, logits, n), other))
+    members = moved(builder, p.pointer, logits, n), p.moved(builder, other, n)
+    return struct_of(builder, at.type, members)
 
 
 def stored(builder: Any, p: Any, at: Any) -> Any:
@@ -244,7 +255,7 @@ def load(typing, p, j):
         logits, other = (builder.extract_value(at, i) for i in range(2))
         value = number(builder, p.pointer, logits, j)
         if not isinstance(p, Masked):
-            return p.seen(builder, other, value)
+            return p.seen(builder, p.number(builder, other), value)
         counts = builder.load(builder.gep(other, [j]))
         counts = builder.icmp_unsigned("!=", counts, ir.Constant(counts.type, 0))
         return builder.select(counts, value, ir.Constant(value.type, -math.inf))

@@ -11,7 +11,7 @@ from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, load, store, typed
 from portable_softmax.kernels._numba._vectors import lanes
 
-place, position = _blocks.place, _rows.position
+place, position, slopes_at = _blocks.place, _rows.position, _columns.slopes_at
 height, element, target, scratch = (
     _columns.height,
     _columns.element,

@@ -87,6 +87,12 @@ def scratch(o, workspace, T, n, apart):
     return apart_from(either(o, space), space, apart)
 
 
+@function
+def slopes_at(workspace, T, n):
+    """Where the slopes of a softcap go, null where logits are read in another order than exps."""
+    return ahead(after_values(workspace, T), _long.space(n) + n)
+
+
 # --------------------------------------------------------------------------- passes and values
 #
 # A pass of `_passes` works on `stride` rows at once, on `length` numbers. `value` reads what it is

@@ -1,6 +1,6 @@
 """Logits under a softcap: views that read as cap * tanh(x / cap), and as the slope of that.
 
-The slope 1 - tanh**2 is written as 1 / cosh**2, which keeps its digits where tanh is close to 1.
+The slopes are left in memory as the logits are read, where these lie as the exps do.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload, register_model
 
-from portable_softmax.kernels._numba._exp import DOWN, Writer
+from portable_softmax.kernels._numba._exp import Writer
 from portable_softmax.kernels._numba._jit import INLINED
 from portable_softmax.kernels._numba._memory import COMPUTE, View, ViewModel, struct_of, typed
-from portable_softmax.kernels._numba._vectors import converted
+from portable_softmax.kernels._numba._vectors import converted, greater
 
 
 class _OfCap(View):
@@ -25,27 +26,47 @@ class _OfCap(View):
 class Capped(_OfCap):
     """Logits that read as cap * tanh(x / cap)."""
 
-    def seen(self, builder: Any, cap: Any, x: Any) -> Any:
-        write = Writer(builder, x)
-        ratio = builder.fmul(x, builder.fdiv(write.number(1.0), cap))
-        bounded = builder.fmul(cap, write.tanh(ratio))
-        # Where x / cap may underflow this is x.
-        small = builder.fcmp_ordered("<", write.size(ratio), write.number(2.0**-30))
-        return builder.select(small, x, bounded)
+    def seen(self, builder: Any, number: Any, x: Any) -> Any:
+        return builder.fmul(number, _tanh_and_slope(builder, number, x)[0])
+
+
+class Recorded(Capped):
+    """The same, of which each vector that is read leaves its slopes in memory.
+
+    They have one exponential and one division in common.
+    """
+
+    def other(self) -> Any:
+        return types.Tuple((COMPUTE[self.dtype], types.CPointer(COMPUTE[self.dtype])))
+
+    def number(self, builder: Any, other: Any) -> Any:
+        return builder.extract_value(other, 0)
+
+    def moved(self, builder: Any, other: Any, n: Any) -> Any:
+        return builder.insert_value(other, builder.gep(builder.extract_value(other, 1), [n]), 1)
+
+    def left(self, builder: Any, other: Any, number: Any, x: Any) -> Any:
+        slope = _tanh_and_slope(builder, number, x)[1]
+        # What a mask leaves out may be nan; the exp of a nan that counts is one itself.
+        return builder.extract_value(other, 1), greater(builder, slope, ir.Constant(x.type, None))
 
 
 class Slopes(_OfCap):
     """Logits that read as the slope of their softcap."""
 
-    def seen(self, builder: Any, cap: Any, x: Any) -> Any:
-        write = Writer(builder, x)
-        ratio = builder.fmul(write.size(x), builder.fdiv(write.number(1.0), cap))
-        e = write.exp_up(builder.fmul(write.number(-2.0), ratio))
-        both = write.fma(e, write.number(DOWN), write.number(1.0))
-        return builder.fdiv(builder.fmul(e, write.number(4 * DOWN)), builder.fmul(both, both))
+    def seen(self, builder: Any, number: Any, x: Any) -> Any:
+        return _tanh_and_slope(builder, number, x)[1]
 
 
-for _view in (Capped, Slopes):
+def _tanh_and_slope(builder: Any, cap: Any, x: Any) -> tuple[Any, Any]:
+    write = Writer(builder, x)
+    found: tuple[Any, Any] = write.tanh_and_slope(
+        builder.fmul(x, builder.fdiv(write.number(2.0), cap))
+    )
+    return found
+
+
+for _view in (Capped, Recorded, Slopes):
     register_model(_view)(ViewModel)
 
 
@@ -67,6 +88,19 @@ _capped, _slopes = _view_of(Capped), _view_of(Slopes)
 
 
 @intrinsic
+def _recorded(typing, p, cap, place):
+    kind = Recorded(p)
+
+    def generate(context, builder, signature, args):
+        at, given, place_ = args
+        number = context.cast(builder, given, cap, COMPUTE[p.dtype])
+        other = struct_of(builder, context.get_value_type(kind.other()), (number, place_))
+        return struct_of(builder, context.get_value_type(kind), (at, other))
+
+    return kind(p, cap, place), generate
+
+
+@intrinsic
 def uncapped(typing, p):
     """What is under a softcap, which does not change which logit is the largest."""
     if not isinstance(p, Capped):
@@ -81,35 +115,39 @@ def seen_by(typing, p, x):
     def generate(context, builder, signature, args):
         if not isinstance(p, Capped):
             return args[1]
-        cap = builder.extract_value(args[0], 1)
-        return p.seen(builder, converted(context, builder, x, p.other(), cap), args[1])
+        cap = p.number(builder, builder.extract_value(args[0], 1))
+        return p.seen(builder, converted(context, builder, x, COMPUTE[p.dtype], cap), args[1])
 
     return x(p, x), generate
 
 
-def capped(p, cap):
-    """Return `p` under a softcap; None is no cap."""
+def capped(p, cap, place):
+    """Return `p` under a softcap; None is no cap. The slopes go to `place` unless that is null."""
 
 
 @overload(capped, jit_options=INLINED)
-def _capped_or_not(p, cap):
+def _capped_or_not(p, cap, place):
     if isinstance(cap, types.NoneType):
-        return lambda p, cap: p
-    return lambda p, cap: _capped(p, cap)
+        return lambda p, cap, place: p
+    if isinstance(place, types.Integer):
+        return lambda p, cap, place: _capped(p, cap)
+    return lambda p, cap, place: _recorded(p, cap, place)
 
 
 def slopes_of(layout: ModuleType) -> Any:
     """Return the function that gives the slopes of a softcap at a group of logits."""
 
-    def slopes(p, cap, workspace, T, n, inner, rows):
+    def slopes(p, cap, place, workspace, T, n, inner, rows):
         """They lie as the exps do; without a cap they are 1."""
 
     @overload(slopes, jit_options=INLINED)
-    def slopes_or_one(p, cap, workspace, T, n, inner, rows):
+    def slopes_or_one(p, cap, place, workspace, T, n, inner, rows):
         if isinstance(cap, types.NoneType):
-            return lambda p, cap, workspace, T, n, inner, rows: typed(workspace, 1.0)
+            return lambda p, cap, place, workspace, T, n, inner, rows: typed(workspace, 1.0)
+        if not isinstance(place, types.Integer):
+            return lambda p, cap, place, workspace, T, n, inner, rows: place
 
-        def fetched(p, cap, workspace, T, n, inner, rows):
+        def fetched(p, cap, place, workspace, T, n, inner, rows):
             return _slopes(layout.fetch(p, 0, workspace, T, n, inner, rows), cap)
 
         return fetched

@@ -132,6 +132,14 @@ def _load(context: Any, builder: Any, p: Any, place: Any, mask: Any, fill: Any) 
     return value if exact else builder.select(mask, widened(builder, p.dtype, value), fill)
 
 
+def _store(builder: Any, place: Any, value: Any, mask: Any, align: int) -> None:
+    if mask is None:
+        builder.store(value, place, align=align)
+        return
+    name = f"llvm.masked.store.{_suffix(value.type)}.p0"
+    call(builder, name, ir.VoidType(), [value, place, I32(align), mask])
+
+
 def _vector(context: Any, builder: Any, p: Any, at: Any, j: Any, mask: Any, fill: Any) -> Any:
     """The vector from ``p[j]`` on; `fill` where the mask of a tail is not set."""
     n = fill.type.count
@@ -143,7 +151,11 @@ def _vector(context: Any, builder: Any, p: Any, at: Any, j: Any, mask: Any, fill
         counts = _unmasked(builder, builder.gep(other, [j]), mask, n)
         value = builder.select(counts, value, ir.Constant(value.type, [-math.inf] * n))
     else:
-        value = p.seen(builder, _splat(builder, other, n), value)
+        number = _splat(builder, p.number(builder, other), n)
+        left, value = p.left(builder, other, number, value), p.seen(builder, number, value)
+        if left is not None:
+            place = place_of(builder, left[0], j, n)
+            _store(builder, place, left[1], mask, 8 if n == LANES[types.float64] else 4)
     return value if mask is None else builder.select(mask, value, fill)
 
 
@@ -201,13 +213,9 @@ def write(typing, p, j, value, k):
     def generate(context, builder, signature, args):
         p_, j, value, k = args
         n = value.type.count
-        place, align = place_of(builder, p_, j, n), alignment(context, p)
-        value = narrowed(builder, p.dtype, value)
-        if masked:
-            name = f"llvm.masked.store.{_suffix(value.type)}.p0"
-            call(builder, name, ir.VoidType(), [value, place, I32(align), _first(builder, k, n)])
-        else:
-            builder.store(value, place, align=align)
+        mask = _first(builder, k, n) if masked else None
+        value, place = narrowed(builder, p.dtype, value), place_of(builder, p_, j, n)
+        _store(builder, place, value, mask, alignment(context, p))
         return context.get_dummy_value()
 
     return types.void(p, types.intp, vector_of(p), k_type), generate
