@@ -169,4 +169,7 @@ def kl_divergence(x: Any, y: Any, temperature: float, rounding: Rounding) -> Ans
     # Logits that nearly overflow may do so here as well.
     largest = np.max(np.where(np.isfinite(x), np.abs(x), 0), axis=1, keepdims=True, initial=0)
     unsure = np.maximum(largest, np.maximum(finite, depth)) > rounding.compute.max / 16
+    # Half of the smallest number rounds to it or to 0, and so a divergence from 0 is inf or not.
+    nearly = (np.exp(p) > rounding.compute.smallest / 4) & gone & np.isneginf(q)
+    unsure |= nearly.any(axis=1, keepdims=True)
     return Answer(k, np.where(unsure, ANY, rounding.tolerance(k, 1, slack)))

@@ -105,6 +105,9 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
         + np.abs(q).sum(axis=1, keepdims=True) * (lost + lost_rest)
         + np.abs(z * label_weight) * (2 * np.abs(lse) * (lse_error + lost) + 8 * u * lse * lse)
     )
+    # Beyond the range, squares of weights of both signs may meet.
+    opposed = (named < 0).any(axis=1, keepdims=True) & (z * lse * lse > compute.max)
+    error = np.where(opposed, ANY, error)
 
     p = np.where(live, np.exp(-surprise), 0)
     slope = total_q + np.where(label_weight == 0, 0, 2 * z * label_weight * lse)

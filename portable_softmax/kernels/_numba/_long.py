@@ -3,7 +3,7 @@
 A part is read from memory once: its maximum is found and its exps are taken while it is in the
 first cache, relative to the largest maximum so far (Milakov & Gimelshein, 2018). Its sum is kept
 with that maximum and brought to the row's at the end, so that each sum is scaled once, by a power
-of two for most. There is space for two numbers a part at `factors`, which a part's exps are to be
+of two for most. There is space for three numbers a part at `factors`, which a part's exps are to be
 multiplied by at last.
 """
 
@@ -22,7 +22,7 @@ from portable_softmax.kernels._numba._exp import (
 from portable_softmax.kernels._numba._horizontal import max_of_all, sum_of_all
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, load, store, typed
-from portable_softmax.kernels._numba._passes import exps, maxima
+from portable_softmax.kernels._numba._passes import exps, exps_and_lower, maxima
 from portable_softmax.kernels._numba._softcap import seen_by, uncapped
 from portable_softmax.kernels._numba._vectors import larger, product
 
@@ -33,13 +33,13 @@ PART = 1 << 12
 @function
 def factor_of(factors, start):
     """Where the factor of the part that begins at `start` is."""
-    return ahead(factors, start // PART * 2)
+    return ahead(factors, start // PART * 3)
 
 
 @function
 def space(n):
     """How many numbers the factors of a row take."""
-    return 0 if n <= PART else 2 * ((n + PART - 1) // PART)
+    return 0 if n <= PART else 3 * ((n + PART - 1) // PART)
 
 
 @function
@@ -50,29 +50,48 @@ def _ratio(most, m, t):
     return product(exp_up(its_base, reference(base, power - its_power, t), t), DOWN)
 
 
-@function
-def sum_of_exps(p, e, n, t, factors):
-    """Return the maximum and the sum of the exps; these go to `e`, but for their factors."""
-    m, zero = typed(p, -math.inf), typed(p, 0.0)
-    for start in range(0, n, PART):
-        k, x, y, own = (
-            min(PART, n - start),
-            ahead(p, start),
-            ahead(e, start),
-            factor_of(factors, start),
-        )
-        m = larger(m, seen_by(p, max_of_all(maxima(uncapped(x), k))))
-        nothing = m == -math.inf  # yet, or a nan
-        at = reference_of(zero if nothing else m, t)
-        s = sum_of_all(exps(x, y, ahead(x, k), k, at, t))
-        store(own, 1, s - s if nothing else s)
-        store(own, 0, m)
-    total = lost = zero
-    for start in range(0, n, PART):
-        own = factor_of(factors, start)
-        most = load(own, 0)
-        factor = zero if most == -math.inf else _ratio(most, m, t)
-        store(own, 0, factor)
-        total, lost = added(total, lost, load(own, 1) * factor)
-    # A row of nothing but -inf has no sum.
-    return m, (total + lost) + (m - m)
+def _sums(leaves_out):
+    """Return the function that gives the maximum, and the sums that `_passes` has of a row.
+
+    The exps go to `e`, but for their factors.
+    """
+
+    @function
+    def sums(p, e, n, t, factors):
+        m, zero = typed(p, -math.inf), typed(p, 0.0)
+        for start in range(0, n, PART):
+            k, x, y, own = (
+                min(PART, n - start),
+                ahead(p, start),
+                ahead(e, start),
+                factor_of(factors, start),
+            )
+            m = larger(m, seen_by(p, max_of_all(maxima(uncapped(x), k))))
+            nothing = m == -math.inf  # yet, or a nan
+            most = zero if nothing else m
+            at = reference_of(most, t)
+            if leaves_out:
+                s, lower = exps_and_lower(x, y, ahead(x, k), k, at, exp_up(most, at, t), t)
+                store(own, 2, sum_of_all(lower))
+            else:
+                s = exps(x, y, ahead(x, k), k, at, 0, t)
+            s = sum_of_all(s)
+            store(own, 1, s - s if nothing else s)
+            store(own, 0, m)
+        total = lost = lower_total = lost_of_lower = zero
+        for start in range(0, n, PART):
+            own = factor_of(factors, start)
+            most, s = load(own, 0), load(own, 1)
+            factor = zero if most == -math.inf else _ratio(most, m, t)
+            store(own, 0, factor)
+            total, lost = added(total, lost, s * factor)
+            if leaves_out:
+                lower = load(own, 2) if most == m else s  # no exp of it is that of the maximum
+                lower_total, lost_of_lower = added(lower_total, lost_of_lower, lower * factor)
+        # A row of nothing but -inf has no sum.
+        return m, (total + lost) + (m - m), lower_total + lost_of_lower
+
+    return sums
+
+
+sum_of_exps, sums_of_exps = _sums(False), _sums(True)

@@ -21,7 +21,7 @@ from portable_softmax.kernels._numba._horizontal import (
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._long import PART
 from portable_softmax.kernels._numba._memory import ahead, apart_from, either, load, store, typed
-from portable_softmax.kernels._numba._passes import exps, maxima, row_writing, sums_below
+from portable_softmax.kernels._numba._passes import exps, exps_and_lower, maxima, row_writing
 from portable_softmax.kernels._numba._softcap import seen_by, uncapped
 from portable_softmax.kernels._numba._values import (
     MAX,
@@ -187,12 +187,8 @@ def put(those, r, v):
 
 
 @function
-def _sum_of_exps(p, e, n, t, factors):
-    """Return the maximum and the sum of the exps; these go to `e`, but for the parts' factors."""
-    if n > PART:
-        return _long.sum_of_exps(p, e, n, t, factors)
-    m = seen_by(p, max_of_all(maxima(uncapped(p), n)))
-    return m, sum_of_all(exps(p, e, ahead(p, n), n, reference_of(m, t), t))
+def _maximum(p, n):
+    return seen_by(p, max_of_all(maxima(uncapped(p), n)))
 
 
 @function
@@ -209,7 +205,11 @@ def top(p, n, between):
 @function
 def write_sums(p, e, o, n, rows, T, workspace, t):
     """Write the sums of the exps, which go to `e`; `o` is where the result will be."""
-    s = _sum_of_exps(p, e, n, t, after_values(workspace, T))[1]
+    if n > PART:
+        s = _long.sum_of_exps(p, e, n, t, after_values(workspace, T))[1]
+    else:
+        at = reference_of(_maximum(p, n), t)
+        s = sum_of_all(exps(p, e, ahead(p, n), n, at, 0, t))
     store(values(workspace, SUM, T), 0, s)
 
 
@@ -221,14 +221,21 @@ def fold(p, e, o, n, rows, T, workspace, t):
     will be, if there is one of that size. From a remainder of 1 on, the maximum costs the sum no
     digits.
     """
-    m, s = _sum_of_exps(p, e, n, t, after_values(workspace, T))
-    at = reference_of(m, t)
-    unit = exp_up(m, at, t)
+    if n > PART:
+        m, s, lower = _long.sums_of_exps(p, e, n, t, after_values(workspace, T))
+        unit = exp_up(m, reference_of(m, t), t)
+    else:
+        m = _maximum(p, n)
+        at = reference_of(m, t)
+        unit = exp_up(m, at, t)
+        both = exps_and_lower(p, e, ahead(p, n), n, at, unit, t)
+        s, lower = sum_of_all(both[0]), sum_of_all(both[1])
     rest = (s - unit) / unit
     if not are_at_least(rest, 1.0):
         if m - m == 0:
-            below, count = sums_below(p, n, at, unit, t)
-            rest = (sum_of_all(below) + (sum_of_all(count) - typed(p, 1.0)) * unit) / unit
+            # Two maxima are a rest of 1, or what a rounded sum makes of it.
+            others = unit if s - lower > unit + unit / 2 else typed(p, 0.0)
+            rest = (lower + others) / unit
         else:
             m = top(p, n, 1)  # an infinity, or a nan passed over
     store(values(workspace, MAX, T), 0, m)
