@@ -14,7 +14,7 @@ from portable_softmax.kernels._numba._exp import exp_up, reference_of
 from portable_softmax.kernels._numba._horizontal import are_at_least, are_finite
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, store, typed
-from portable_softmax.kernels._numba._passes import exps, exps_and_lower, maxima, row_writing
+from portable_softmax.kernels._numba._passes import exps, maxima, row_writing, sums_below
 from portable_softmax.kernels._numba._rows import top
 from portable_softmax.kernels._numba._values import (
     MAX,
@@ -153,25 +153,24 @@ def write_sums(p, e, o, n, rows, T, workspace, t):
     for r in range(0, rows, lanes(workspace)):
         x = ahead(p, r * n)
         at = reference_of(maxima(x, size), t)
-        put(values(workspace, SUM, T), r, exps(x, ahead(e, r * n), 0, size, at, 0, t))
+        put(values(workspace, SUM, T), r, exps(x, ahead(e, r * n), 0, size, at, t))
 
 
 @function
 def fold(p, e, o, n, rows, T, workspace, t):
-    """As in `_rows`; what an infinity may have passed over is looked for in that lane only."""
+    """As in `_rows`; what is summed again for one lane is taken for that lane only."""
     L, one, size = lanes(workspace), splat(workspace, 1.0), length(workspace, n)
     for r in range(0, rows, L):
         x, most = ahead(p, r * n), ahead(values(workspace, MAX, T), r)
         m = maxima(x, size)
         at = reference_of(m, t)
-        unit = exp_up(m, at, t)
-        s, lower = exps_and_lower(x, ahead(e, r * n), 0, size, at, unit, t)
+        s, unit = exps(x, ahead(e, r * n), 0, size, at, t), exp_up(m, at, t)
         rest = (s - unit) / unit
         put(most, 0, m)
         if not are_at_least(rest, 1.0):
-            others = where_at_least((s - lower) / unit, one + one / 2.0, unit, 0.0)
-            rest = where_at_least(rest, one, rest, (lower + others) / unit)
-            if not are_finite(m):
+            below, count = sums_below(x, size, at, unit, t)
+            rest = where_at_least(rest, one, rest, (below + (count - one) * unit) / unit)
+            if not are_finite(m):  # an infinity may have passed over a nan
                 for i in range(L):
                     store(most, i, top(ahead(x, i), n, L))
         put(values(workspace, REST, T), r, rest)

@@ -3,13 +3,16 @@
 A part is read from memory once: its maximum is found and its exps are taken while it is in the
 first cache, relative to the largest maximum so far (Milakov & Gimelshein, 2018). Its sum is kept
 with that maximum and brought to the row's at the end, so that each sum is scaled once, by a power
-of two for most. There is space for three numbers a part at `factors`, which a part's exps are to be
-multiplied by at last.
+of two for most. There is space for three numbers a part at `factors`; the first is what its exps
+are to be multiplied by at last.
 """
 
 from __future__ import annotations
 
 import math
+
+from numba import types
+from numba.extending import overload
 
 from portable_softmax.kernels._numba._compensation import added
 from portable_softmax.kernels._numba._exp import (
@@ -20,14 +23,14 @@ from portable_softmax.kernels._numba._exp import (
     split,
 )
 from portable_softmax.kernels._numba._horizontal import max_of_all, sum_of_all
-from portable_softmax.kernels._numba._jit import function
+from portable_softmax.kernels._numba._jit import INLINED, function
 from portable_softmax.kernels._numba._memory import ahead, load, store, typed
-from portable_softmax.kernels._numba._passes import exps, exps_and_lower, maxima
+from portable_softmax.kernels._numba._passes import exps, lower_exps, maxima, sums_below
 from portable_softmax.kernels._numba._softcap import seen_by, uncapped
-from portable_softmax.kernels._numba._vectors import larger, product
+from portable_softmax.kernels._numba._vectors import lanes, larger, product
 
-# Classes of a part.
-PART = 1 << 12
+# Classes of a part; and vectors of a stretch of it, whose exps may be summed again.
+PART, STRETCH = 1 << 12, 128
 
 
 @function
@@ -38,8 +41,39 @@ def factor_of(factors, start):
 
 @function
 def space(n):
-    """How many numbers the factors of a row take."""
+    """How many numbers the parts of a row take."""
     return 0 if n <= PART else 3 * ((n + PART - 1) // PART)
+
+
+def lower_sum(p, e, n, at, unit, t):
+    """Return the sum of the exps that do not equal `unit`: of those at `e`, unless it is null."""
+
+
+@overload(lower_sum, jit_options=INLINED)
+def _lower_sum(p, e, n, at, unit, t):
+    if isinstance(e, types.Integer):
+        return lambda p, e, n, at, unit, t: sum_of_all(sums_below(p, n, at, unit, t)[0])
+    return lambda p, e, n, at, unit, t: sum_of_all(lower_exps(e, 0.0, n, (unit,)))
+
+
+@function
+def sums_of_exps(p, e, n, at, unit, t):
+    """Return the sum of the exps, and of those that do not equal `unit`.
+
+    The second is taken where a stretch has the maximum of a confident row. From twice the unit on
+    it is not of one, and has no such exp where its sum is below the unit.
+    """
+    total = lost = lower = lost_of_lower = typed(p, 0.0)
+    size = STRETCH * lanes(p)
+    for start in range(0, n, size):
+        k, x, y = min(size, n - start), ahead(p, start), ahead(e, start)
+        s = sum_of_all(exps(x, y, ahead(x, n), k, at, t))
+        below = s
+        if s >= unit and s - unit < unit:
+            below = lower_sum(x, y, k, at, unit, t)
+        total, lost = added(total, lost, s)
+        lower, lost_of_lower = added(lower, lost_of_lower, below)
+    return total + lost, lower + lost_of_lower
 
 
 @function
@@ -50,48 +84,41 @@ def _ratio(most, m, t):
     return product(exp_up(its_base, reference(base, power - its_power, t), t), DOWN)
 
 
-def _sums(leaves_out):
-    """Return the function that gives the maximum, and the sums that `_passes` has of a row.
+@function
+def row_sums(p, e, n, t, factors):
+    """Return the maximum, the sum of the exps, and that of those below the maximum's.
 
-    The exps go to `e`, but for their factors.
+    The exps go to `e`, but for their factors, unless it is null.
     """
-
-    @function
-    def sums(p, e, n, t, factors):
-        m, zero = typed(p, -math.inf), typed(p, 0.0)
-        for start in range(0, n, PART):
-            k, x, y, own = (
-                min(PART, n - start),
-                ahead(p, start),
-                ahead(e, start),
-                factor_of(factors, start),
-            )
-            m = larger(m, seen_by(p, max_of_all(maxima(uncapped(x), k))))
-            nothing = m == -math.inf  # yet, or a nan
-            most = zero if nothing else m
-            at = reference_of(most, t)
-            if leaves_out:
-                s, lower = exps_and_lower(x, y, ahead(x, k), k, at, exp_up(most, at, t), t)
-                store(own, 2, sum_of_all(lower))
-            else:
-                s = exps(x, y, ahead(x, k), k, at, 0, t)
-            s = sum_of_all(s)
-            store(own, 1, s - s if nothing else s)
-            store(own, 0, m)
-        total = lost = lower_total = lost_of_lower = zero
-        for start in range(0, n, PART):
-            own = factor_of(factors, start)
-            most, s = load(own, 0), load(own, 1)
-            factor = zero if most == -math.inf else _ratio(most, m, t)
-            store(own, 0, factor)
-            total, lost = added(total, lost, s * factor)
-            if leaves_out:
-                lower = load(own, 2) if most == m else s  # no exp of it is that of the maximum
-                lower_total, lost_of_lower = added(lower_total, lost_of_lower, lower * factor)
-        # A row of nothing but -inf has no sum.
-        return m, (total + lost) + (m - m), lower_total + lost_of_lower
-
-    return sums
-
-
-sum_of_exps, sums_of_exps = _sums(False), _sums(True)
+    m, zero = typed(p, -math.inf), typed(p, 0.0)
+    if n <= PART:
+        m = seen_by(p, max_of_all(maxima(uncapped(p), n)))
+        at = reference_of(m, t)
+        s, lower = sums_of_exps(p, e, n, at, exp_up(m, at, t), t)
+        return m, s, lower
+    for start in range(0, n, PART):
+        k, x, y, own = (
+            min(PART, n - start),
+            ahead(p, start),
+            ahead(e, start),
+            factor_of(factors, start),
+        )
+        m = larger(m, seen_by(p, max_of_all(maxima(uncapped(x), k))))
+        nothing = m == -math.inf  # yet, or a nan
+        most = zero if nothing else m
+        at = reference_of(most, t)
+        s, lower = sums_of_exps(x, y, k, at, exp_up(most, at, t), t)
+        store(own, 2, lower)
+        store(own, 1, s - s if nothing else s)
+        store(own, 0, m)
+    total = lost = lower_total = lost_of_lower = zero
+    for start in range(0, n, PART):
+        own = factor_of(factors, start)
+        most, s = load(own, 0), load(own, 1)
+        factor = zero if most == -math.inf else _ratio(most, m, t)
+        store(own, 0, factor)
+        lower = load(own, 2) if most == m else s  # no exp of it is that of the row's maximum
+        total, lost = added(total, lost, s * factor)
+        lower_total, lost_of_lower = added(lower_total, lost_of_lower, lower * factor)
+    # A row of nothing but -inf has no sum.
+    return m, (total + lost) + (m - m), lower_total + lost_of_lower

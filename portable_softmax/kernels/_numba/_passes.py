@@ -52,64 +52,67 @@ def maxima(p, n):
     return larger(larger(a, b), larger(c, d))
 
 
-def _exps(leaves_out):
-    """Return the pass that sums exps, or these and those below that of the maximum."""
+@function
+def exps(p, e, following, n, at, t):
+    """The sums of the exps, which go to `e` unless it is null.
 
-    @function
-    def below(e, unit):
-        """What counts of exps for the second sum: all but those that equal `unit`."""
-        return where_equal(e, unit, 0.0, e) if leaves_out else e
-
-    @function
-    def exps(p, e, following, n, at, unit, t):
-        L = lanes(p)
-        total = lost = lower = lost_of_lower = zero = splat(p, 0.0)
-        j = 0
-        while j + 4 * L <= n:
-            s = b = zero
-            stop = min(j + RUN * 4 * L, n) - 4 * L
-            while j <= stop:
-                for k in range(0, 4 * L, L):
-                    prefetch_to_read(following, j + k, None)
-                e0 = exp_up(read(p, j, None, 0.0), at, t)
-                e1 = exp_up(read(p, j + L, None, 0.0), at, t)
-                e2 = exp_up(read(p, j + 2 * L, None, 0.0), at, t)
-                e3 = exp_up(read(p, j + 3 * L, None, 0.0), at, t)
-                write(e, j, e0, None)
-                write(e, j + L, e1, None)
-                write(e, j + 2 * L, e2, None)
-                write(e, j + 3 * L, e3, None)
-                s = s + ((e0 + e1) + (e2 + e3))
-                if leaves_out:
-                    b = b + (
-                        (below(e0, unit) + below(e1, unit)) + (below(e2, unit) + below(e3, unit))
-                    )
-                j += 4 * L
-            total, lost = added(total, lost, s)
-            if leaves_out:
-                lower, lost_of_lower = added(lower, lost_of_lower, b)
-        s = b = zero
-        while j + L <= n:
+    The next row, at `following`, is prefetched.
+    """
+    L = lanes(p)
+    total = lost = zero = splat(p, 0.0)
+    j = 0
+    while j + 4 * L <= n:
+        s = zero
+        stop = min(j + RUN * 4 * L, n) - 4 * L
+        while j <= stop:
+            for k in range(0, 4 * L, L):
+                prefetch_to_read(following, j + k, None)
             e0 = exp_up(read(p, j, None, 0.0), at, t)
+            e1 = exp_up(read(p, j + L, None, 0.0), at, t)
+            e2 = exp_up(read(p, j + 2 * L, None, 0.0), at, t)
+            e3 = exp_up(read(p, j + 3 * L, None, 0.0), at, t)
             write(e, j, e0, None)
-            s, b = s + e0, b + below(e0, unit)
-            j += L
-        if j < n:
-            e0 = exp_up(read(p, j, n - j, -math.inf), at, t)
-            write(e, j, e0, n - j)
-            s, b = s + e0, b + below(e0, unit)
+            write(e, j + L, e1, None)
+            write(e, j + 2 * L, e2, None)
+            write(e, j + 3 * L, e3, None)
+            s = s + ((e0 + e1) + (e2 + e3))
+            j += 4 * L
         total, lost = added(total, lost, s)
-        if not leaves_out:
-            return total + lost
-        lower, lost_of_lower = added(lower, lost_of_lower, b)
-        return total + lost, lower + lost_of_lower
+    s = zero
+    while j + L <= n:
+        e0 = exp_up(read(p, j, None, 0.0), at, t)
+        write(e, j, e0, None)
+        s = s + e0
+        j += L
+    if j < n:
+        e0 = exp_up(read(p, j, n - j, -math.inf), at, t)
+        write(e, j, e0, n - j)
+        s = s + e0
+    total, lost = added(total, lost, s)
+    return total + lost
 
-    return exps
 
-
-# The sums of the exps, which go to `e` unless it is null; the next row, at `following`, is
-# prefetched. The second gives the sums of those that do not equal `unit` as well.
-exps, exps_and_lower = _exps(False), _exps(True)
+@function
+def sums_below(p, n, at, unit, t):
+    """The sums of the exps below that of the maximum, and how many equal it."""
+    L = lanes(p)
+    one = splat(p, 1.0)
+    total = lost = count = zero = splat(p, 0.0)
+    j = 0
+    while j + L <= n:
+        s = zero
+        stop = min(j + RUN * L, n) - L
+        while j <= stop:
+            e = exp_up(read(p, j, None, 0.0), at, t)
+            s = s + where_equal(e, unit, zero, e)
+            count = count + where_equal(e, unit, one, zero)
+            j += L
+        total, lost = added(total, lost, s)
+    if j < n:
+        e = exp_up(read(p, j, n - j, -math.inf), at, t)
+        total, lost = added(total, lost, where_equal(e, unit, zero, e))
+        count = count + where_equal(e, unit, one, zero)
+    return total + lost, count
 
 
 def _sums_of(term):
@@ -197,6 +200,11 @@ def _itself(x, _, numbers):
 
 
 @function
+def _lower(e, _, numbers):
+    return where_equal(e, numbers[0], 0.0, e)
+
+
+@function
 def _softmax_vjp(y, dy, numbers):
     return y * ((dy - numbers[0]) - numbers[1])
 
@@ -204,6 +212,7 @@ def _softmax_vjp(y, dy, numbers):
 products_less = _sums_of(_less_constant)  # of y * (dy - c); numbers = (c,)
 gradients = _sums_of(counted)  # of what counts of dy; numbers = (left_out,)
 sums = _sums_of(_itself)
+lower_exps = _sums_of(_lower)  # of those that do not equal u; numbers = (u,)
 gaps = _sums_of(_gap)  # of w_j (m - x_j); numbers = (m,)
 write_softmax_vjp = row_writing(_softmax_vjp)  # y * ((dy - c) - s); numbers = (c, s)
 

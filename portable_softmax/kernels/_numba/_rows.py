@@ -15,14 +15,19 @@ from portable_softmax.kernels._numba._exp import exp_up, reference_of
 from portable_softmax.kernels._numba._horizontal import (
     are_at_least,
     are_equal,
-    max_of_all,
     sum_of_all,
 )
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._long import PART
-from portable_softmax.kernels._numba._memory import ahead, apart_from, either, load, store, typed
-from portable_softmax.kernels._numba._passes import exps, exps_and_lower, maxima, row_writing
-from portable_softmax.kernels._numba._softcap import seen_by, uncapped
+from portable_softmax.kernels._numba._memory import (
+    ahead,
+    apart_from,
+    either,
+    load,
+    store,
+    typed,
+)
+from portable_softmax.kernels._numba._passes import row_writing
 from portable_softmax.kernels._numba._values import (
     MAX,
     REST,
@@ -187,11 +192,6 @@ def put(those, r, v):
 
 
 @function
-def _maximum(p, n):
-    return seen_by(p, max_of_all(maxima(uncapped(p), n)))
-
-
-@function
 def top(p, n, between):
     """The maximum of numbers that lie `between` apart; nan if one is."""
     m = typed(p, -math.inf)
@@ -205,11 +205,7 @@ def top(p, n, between):
 @function
 def write_sums(p, e, o, n, rows, T, workspace, t):
     """Write the sums of the exps, which go to `e`; `o` is where the result will be."""
-    if n > PART:
-        s = _long.sum_of_exps(p, e, n, t, after_values(workspace, T))[1]
-    else:
-        at = reference_of(_maximum(p, n), t)
-        s = sum_of_all(exps(p, e, ahead(p, n), n, at, 0, t))
+    s = _long.row_sums(p, e, n, t, after_values(workspace, T))[1]
     store(values(workspace, SUM, T), 0, s)
 
 
@@ -221,15 +217,8 @@ def fold(p, e, o, n, rows, T, workspace, t):
     will be, if there is one of that size. From a remainder of 1 on, the maximum costs the sum no
     digits.
     """
-    if n > PART:
-        m, s, lower = _long.sums_of_exps(p, e, n, t, after_values(workspace, T))
-        unit = exp_up(m, reference_of(m, t), t)
-    else:
-        m = _maximum(p, n)
-        at = reference_of(m, t)
-        unit = exp_up(m, at, t)
-        both = exps_and_lower(p, e, ahead(p, n), n, at, unit, t)
-        s, lower = sum_of_all(both[0]), sum_of_all(both[1])
+    m, s, lower = _long.row_sums(p, e, n, t, after_values(workspace, T))
+    unit = exp_up(m, reference_of(m, t), t)
     rest = (s - unit) / unit
     if not are_at_least(rest, 1.0):
         if m - m == 0:
