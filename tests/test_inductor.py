@@ -109,6 +109,7 @@ def test_rows_behind_and_before_a_product(torch, compiled, factors, operation):
         {},
         {"reduction": "sum", "label_smoothing": 0.1, "z_loss": 1e-3},
         {"reduction": "none", "ignore_index": 7},
+        {"softcap": 3.0},
     ],
     ids=str,
 )
@@ -202,10 +203,6 @@ def columns(a, b, labels):
     return ps.softmax((b.T @ a.T).T)
 
 
-def softcapped(a, b, labels):
-    return ps.cross_entropy(a @ b, labels, softcap=3.0)
-
-
 def masked(a, b, labels):
     return ps.softmax(a @ b, where=(labels % 2 == 0)[:, None])
 
@@ -221,7 +218,6 @@ PROGRAMS = [
     two_losses,
     used_by_the_backward_pass,
     columns,
-    softcapped,
     masked,
 ]
 

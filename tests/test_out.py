@@ -96,6 +96,34 @@ def test_in_place_of_an_input(xp, operation, shape, axis):
         np.testing.assert_array_equal(xp.numpy(arrays[which]), expected)
 
 
+@pytest.mark.slow("Numba compiles the options", "numba", "torch-numba")
+@pytest.mark.libraries("numpy", "torch", "cupy")
+@pytest.mark.parametrize("shape", [(300, 40), (7, 500), (2, 20_000)], ids=str)
+def test_in_place_of_logits_with_the_options(xp, shape):
+    """Confident rows too, whose logits and exps are read again."""
+    rng = np.random.default_rng(5)
+    x, labels = rng.normal(size=shape), rng.integers(shape[1], size=shape[0])
+    x[::2, 3] += 30.0
+    mask = rng.random(shape) < 0.7
+    mask[np.arange(shape[0]), labels] = True
+    labels, where = xp.asarray(labels), xp.asarray(mask)
+    weight = xp.asarray(rng.random(shape[1]), "float32")
+    samples = xp.asarray(rng.random(shape[0]), "float32")
+    for options in (
+        {"softcap": 20.0},
+        {"softcap": 20.0, "where": where, "reduction": "sum"},
+        {"where": where, "z_loss": 1e-3},
+        {"label_smoothing": 0.1, "weight": weight, "ignore_index": 3},
+        {"sample_weight": samples, "reduction": "none"},
+    ):
+        logits = xp.asarray(x, "float32")
+        loss, expected = ps.cross_entropy_value_and_grad(logits, labels, **options)
+        same, grad = ps.cross_entropy_value_and_grad(logits, labels, **options, grad_out=logits)
+        assert grad is logits
+        np.testing.assert_array_equal(xp.numpy(same), xp.numpy(loss))
+        np.testing.assert_array_equal(xp.numpy(grad), xp.numpy(expected))
+
+
 @pytest.mark.libraries("numpy", "torch", "cupy")
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_memory_that_an_input_has_in_part(xp, operation):

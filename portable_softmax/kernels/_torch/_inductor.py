@@ -2,8 +2,8 @@
 
 New memory costs as much as a softmax. The operators are functional, and Inductor writes its own
 elementwise results over an input that nothing reads later. Here it learns the same of softmax,
-log_softmax and the gradients. Of the functions' outputs and of what the backward pass was given for
-itself nothing else is written to.
+log_softmax and the gradients. Arguments and results of the compiled function are left alone; what
+its forward pass kept for the backward pass, and for nothing else, is not.
 
 All of this is private to torch. Where a name is missing, the operators answer in new memory.
 """

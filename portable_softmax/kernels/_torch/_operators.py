@@ -218,7 +218,7 @@ def _gradient_over(*arguments: Any) -> tuple[Any, ...]:
     if import_module(call.engine).TENSORS or call.x.dtype not in (torch.float32, torch.float64):
         return ()
     if call.operation == "cross_entropy":
-        return (call.x,) if call.softcap is None else ()
+        return (call.x,)
     # That of a masked softmax is taken again if it is not finite.
     rows = call.operation in ("softmax", "log_softmax") and call.where is None
     return (call.dy, call.x) if rows else ()
