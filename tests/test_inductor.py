@@ -8,6 +8,7 @@ import warnings
 import pytest
 
 import portable_softmax as ps
+from portable_softmax import kernels
 
 SHAPE = (64, 1200)  # more than is left to the portable path
 INNER = 24
@@ -146,6 +147,16 @@ def test_a_view_of_a_product(torch, compiled, factors):
         return ps.softmax((a @ b).unflatten(0, (4, 16))) * 2.0
 
     assert check(torch, compiled, program, a, b) == SOFTMAX
+
+
+def test_an_answer_that_a_kernel_puts_elsewhere(torch, compiled):
+    """The tiles take so many elements for a small array, whose answer is a new one."""
+    random = torch.Generator().manual_seed(0)
+    a = torch.randn(64, INNER, generator=random)
+    b = torch.randn(INNER, 1024, generator=random)
+    with kernels.without("numba rows"):
+        replaced = check(torch, compiled, lambda a, b: ps.softmax(a @ b) @ b.T, a, b)
+    assert replaced == SOFTMAX
 
 
 # --------------------------------------------------------------------------- what is read later

@@ -183,7 +183,7 @@ def _value_into(*arguments: Any) -> None:
     """Write the value to `out`, which may be the logits."""
     *given, out = arguments
     engine, request = _request(*given)
-    _gradients.value(engine, request._replace(out=out))
+    _put(_gradients.value(engine, request._replace(out=out)), out)
 
 
 @partial(
@@ -197,6 +197,11 @@ def _gradient_into(*arguments: Any) -> None:
     *given, out = arguments
     engine, request = _request(*given)
     found = _gradients.gradient(engine, request._replace(dy=None, out=out), request.dy)
+    _put(found, out)
+
+
+def _put(found: Tensor, out: Tensor) -> None:
+    """Copy what a kernel has put elsewhere, as that of small arrays does."""
     if found.data_ptr() != out.data_ptr():
         out.copy_(found)
 
