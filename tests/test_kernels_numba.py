@@ -146,6 +146,35 @@ def test_a_confident_row_keeps_its_digits(every_size, n, dtype):
         np.testing.assert_array_max_ulp(mean, losses[0], maxulp=1)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("apart", [1, 8, 16, 64, 128, 256])
+def test_a_confident_row_with_its_maximum_at_any_place(every_size, apart, dtype):
+    """The other class that counts is in its lane of the vectors or not, in its run of them or not.
+
+    A second maximum there is no rest of a confident row.
+    """
+    n = 300
+    places = np.arange(n)
+    others = (places + apart) % n
+    hidden = (places + 5) % n  # by a mask
+    for gap in (24.75, 0.0):
+        x = np.full((n, n), -1e4, dtype)
+        x[places, places] = 0.25
+        x[places, others] = 0.25 - gap
+        truth = np.log1p(np.exp(-np.longdouble(gap)))
+        y = x.copy()
+        y[places, hidden] = 40.0
+        found = {
+            "loss": ps.cross_entropy(x, places, reduction="none"),
+            "with its gradient": ps.cross_entropy_value_and_grad(x, places, reduction="none")[0],
+            "masked": ps.cross_entropy(y, places, reduction="none", where=y < 40),
+            "log_softmax": -ps.log_softmax(x)[places, places],
+            "tempered": -ps.log_softmax(x * 4, temperature=4.0)[places, places],
+        }
+        for name, losses in found.items():
+            assert np.all(abs(losses - truth) <= 4 * np.spacing(losses)), (name, gap)
+
+
 @pytest.mark.parametrize("dtype", ONE_HALF_TYPE)
 def test_long_rows_are_put_together(every_size, dtype):
     """Each part has a maximum of its own: rising, falling, nothing but -inf, infinite, nan."""

@@ -9,6 +9,8 @@ gradient of a loss.
 
 from __future__ import annotations
 
+import math
+
 from portable_softmax.kernels._numba import _blocks
 from portable_softmax.kernels._numba._exp import exp_up, reference_of
 from portable_softmax.kernels._numba._horizontal import are_at_least, are_finite
@@ -153,7 +155,8 @@ def write_sums(p, e, o, n, rows, T, workspace, t):
     for r in range(0, rows, lanes(workspace)):
         x = ahead(p, r * n)
         at = reference_of(maxima(x, size), t)
-        put(values(workspace, SUM, T), r, exps(x, ahead(e, r * n), 0, size, at, t))
+        total, lost, _, _ = exps(x, ahead(e, r * n), 0, size, at, math.inf, t)
+        put(values(workspace, SUM, T), r, total + lost)
 
 
 @function
@@ -164,7 +167,9 @@ def fold(p, e, o, n, rows, T, workspace, t):
         x, most = ahead(p, r * n), ahead(values(workspace, MAX, T), r)
         m = maxima(x, size)
         at = reference_of(m, t)
-        s, unit = exps(x, ahead(e, r * n), 0, size, at, t), exp_up(m, at, t)
+        unit = exp_up(m, at, t)
+        total, lost, _, _ = exps(x, ahead(e, r * n), 0, size, at, unit, t)
+        s = total + lost
         rest = (s - unit) / unit
         put(most, 0, m)
         if not are_at_least(rest, 1.0):

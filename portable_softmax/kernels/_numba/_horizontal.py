@@ -60,6 +60,31 @@ def _are(sign: str) -> Any:
 are_at_least, are_equal = _are(">="), _are("==")
 
 
+# --------------------------------------------------------------------------- single lanes
+
+
+@intrinsic
+def first_at_least(typing, a, b):
+    """The first lane that is; the number of lanes if none is."""
+
+    def generate(context, builder, signature, args):
+        found = builder.fcmp_ordered(">=", args[0], converted(context, builder, a, b, args[1]))
+        first = builder.cttz(_bits(builder, found), ir.Constant(ir.IntType(1), 0))
+        return builder.zext(first, I64)
+
+    return types.intp(a, b), generate
+
+
+@intrinsic
+def number_at(typing, a, lane):
+    """The number in a lane."""
+
+    def generate(context, builder, signature, args):
+        return builder.extract_element(args[0], builder.trunc(args[1], I32))
+
+    return a.dtype(a, lane), generate
+
+
 # --------------------------------------------------------------------------- counts
 #
 # As many 32-bit integers as a vector has lanes, in the place of a vector.

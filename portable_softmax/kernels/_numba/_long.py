@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import math
 
-from numba import types
-from numba.extending import overload
-
 from portable_softmax.kernels._numba._compensation import added
 from portable_softmax.kernels._numba._exp import (
     DOWN,
@@ -23,14 +20,14 @@ from portable_softmax.kernels._numba._exp import (
     split,
 )
 from portable_softmax.kernels._numba._horizontal import max_of_all, sum_of_all
-from portable_softmax.kernels._numba._jit import INLINED, function
+from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, load, store, typed
-from portable_softmax.kernels._numba._passes import exps, lower_exps, maxima, sums_below
+from portable_softmax.kernels._numba._passes import exps, maxima, others
 from portable_softmax.kernels._numba._softcap import seen_by, uncapped
-from portable_softmax.kernels._numba._vectors import lanes, larger, product
+from portable_softmax.kernels._numba._vectors import larger, product
 
-# Classes of a part; and vectors of a stretch of it, whose exps may be summed again.
-PART, STRETCH = 1 << 12, 128
+# Classes of a part.
+PART = 1 << 12
 
 
 @function
@@ -45,35 +42,18 @@ def space(n):
     return 0 if n <= PART else 3 * ((n + PART - 1) // PART)
 
 
-def lower_sum(p, e, n, at, unit, t):
-    """Return the sum of the exps that do not equal `unit`: of those at `e`, unless it is null."""
-
-
-@overload(lower_sum, jit_options=INLINED)
-def _lower_sum(p, e, n, at, unit, t):
-    if isinstance(e, types.Integer):
-        return lambda p, e, n, at, unit, t: sum_of_all(sums_below(p, n, at, unit, t)[0])
-    return lambda p, e, n, at, unit, t: sum_of_all(lower_exps(e, 0.0, n, (unit,)))
-
-
 @function
 def sums_of_exps(p, e, n, at, unit, t):
     """Return the sum of the exps, and of those that do not equal `unit`.
 
-    The second is taken where a stretch has the maximum of a confident row. From twice the unit on
-    it is not of one, and has no such exp where its sum is below the unit.
+    The second is that of a confident row's. From twice the unit on a sum is of none, and below the
+    unit it is without such an exp.
     """
-    total = lost = lower = lost_of_lower = typed(p, 0.0)
-    size = STRETCH * lanes(p)
-    for start in range(0, n, size):
-        k, x, y = min(size, n - start), ahead(p, start), ahead(e, start)
-        s = sum_of_all(exps(x, y, ahead(x, n), k, at, t))
-        below = s
-        if s >= unit and s - unit < unit:
-            below = lower_sum(x, y, k, at, unit, t)
-        total, lost = added(total, lost, s)
-        lower, lost_of_lower = added(lower, lost_of_lower, below)
-    return total + lost, lower + lost_of_lower
+    sums = exps(p, e, ahead(p, n), n, at, unit, t)
+    s = sum_of_all(sums[0] + sums[1])
+    if s >= unit and s - unit < unit:
+        return s, others(p, e, n, sums, at, unit, t)
+    return s, s
 
 
 @function

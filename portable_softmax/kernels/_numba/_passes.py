@@ -12,14 +12,19 @@ from __future__ import annotations
 
 import math
 
+from numba import types
+from numba.extending import overload
+
 from portable_softmax.kernels._numba._compensation import added, compensated
 from portable_softmax.kernels._numba._exp import exp, exp_up, expm1, exponent, size
-from portable_softmax.kernels._numba._jit import function
+from portable_softmax.kernels._numba._horizontal import first_at_least, number_at, sum_of_all
+from portable_softmax.kernels._numba._jit import INLINED, function
 from portable_softmax.kernels._numba._vectors import (
     lanes,
     larger,
     prefetch_to_read,
     read,
+    read_apart,
     splat,
     times,
     where_at_least,
@@ -27,9 +32,10 @@ from portable_softmax.kernels._numba._vectors import (
     write,
 )
 
-# So often four vectors are added up plainly before they go to the compensated sum: many equal terms
-# beside a 1 would all be rounded in the same direction.
+# A run is so many vectors, of exps four times as many. They are added up plainly before they go to
+# the compensated sum: many equal terms beside a 1 would all be rounded in the same direction.
 RUN = 4
+RUN_OF_EXPS = 4 * RUN
 
 
 @function
@@ -53,18 +59,19 @@ def maxima(p, n):
 
 
 @function
-def exps(p, e, following, n, at, t):
-    """The sums of the exps, which go to `e` unless it is null.
+def exps(p, e, following, n, at, unit, t):
+    """The sums of the exps, and what their rounding lost; the exps go to `e` unless it is null.
 
-    The next row, at `following`, is prefetched.
+    Then the sum of the last run that came to the unit, which the run of the maximum does, and where
+    it begins. The next row, at `following`, is prefetched.
     """
     L = lanes(p)
-    total = lost = zero = splat(p, 0.0)
+    total = lost = held = begin = zero = splat(p, 0.0)
     j = 0
-    while j + 4 * L <= n:
-        s = zero
-        stop = min(j + RUN * 4 * L, n) - 4 * L
-        while j <= stop:
+    while j < n:
+        first, s, stop = j, zero, min(j + RUN_OF_EXPS * L, n)
+        last = stop - 4 * L
+        while j <= last:
             for k in range(0, 4 * L, L):
                 prefetch_to_read(following, j + k, None)
             e0 = exp_up(read(p, j, None, 0.0), at, t)
@@ -77,19 +84,19 @@ def exps(p, e, following, n, at, t):
             write(e, j + 3 * L, e3, None)
             s = s + ((e0 + e1) + (e2 + e3))
             j += 4 * L
+        while j + L <= stop:
+            e0 = exp_up(read(p, j, None, 0.0), at, t)
+            write(e, j, e0, None)
+            s = s + e0
+            j += L
+        if j < stop:
+            e0 = exp_up(read(p, j, n - j, -math.inf), at, t)
+            write(e, j, e0, n - j)
+            s = s + e0
+            j = n
         total, lost = added(total, lost, s)
-    s = zero
-    while j + L <= n:
-        e0 = exp_up(read(p, j, None, 0.0), at, t)
-        write(e, j, e0, None)
-        s = s + e0
-        j += L
-    if j < n:
-        e0 = exp_up(read(p, j, n - j, -math.inf), at, t)
-        write(e, j, e0, n - j)
-        s = s + e0
-    total, lost = added(total, lost, s)
-    return total + lost
+        held, begin = where_at_least(s, unit, s, held), where_at_least(s, unit, first, begin)
+    return total, lost, held, begin
 
 
 @function
@@ -113,6 +120,37 @@ def sums_below(p, n, at, unit, t):
         total, lost = added(total, lost, where_equal(e, unit, zero, e))
         count = count + where_equal(e, unit, one, zero)
     return total + lost, count
+
+
+def column(p, e, n, j, at, t):
+    """The exps of p[j], p[j + L], ...: those at `e`, unless it is null."""
+
+
+@overload(column, jit_options=INLINED)
+def _column(p, e, n, j, at, t):
+    if isinstance(e, types.Integer):
+        return lambda p, e, n, j, at, t: exp_up(read_apart(p, j, n, -math.inf), at, t)
+    return lambda p, e, n, j, at, t: read_apart(e, j, n, 0.0)
+
+
+@function
+def others(p, e, n, sums, at, unit, t):
+    """The sum of the exps but for those equal to `unit`, in one lane at most.
+
+    `sums` is what `exps` returned. All but the run of that lane is what its compensated sums are
+    without it: the exps of the run are summed again.
+    """
+    total, lost, held, begin = sums
+    s = sum_of_all((total - held) + lost)
+    lane = first_at_least(held, unit)
+    if lane < lanes(p):
+        again = splat(p, 0.0)
+        for j in range(0, RUN_OF_EXPS, lanes(p)):
+            first = int(number_at(begin, lane)) + j * lanes(p) + lane
+            v = column(p, e, n, first, at, t)
+            again = again + where_equal(v, unit, 0.0, v)
+        s = s + sum_of_all(again)
+    return s
 
 
 def _sums_of(term):
@@ -200,11 +238,6 @@ def _itself(x, _, numbers):
 
 
 @function
-def _lower(e, _, numbers):
-    return where_equal(e, numbers[0], 0.0, e)
-
-
-@function
 def _softmax_vjp(y, dy, numbers):
     return y * ((dy - numbers[0]) - numbers[1])
 
@@ -212,7 +245,6 @@ def _softmax_vjp(y, dy, numbers):
 products_less = _sums_of(_less_constant)  # of y * (dy - c); numbers = (c,)
 gradients = _sums_of(counted)  # of what counts of dy; numbers = (left_out,)
 sums = _sums_of(_itself)
-lower_exps = _sums_of(_lower)  # of those that do not equal u; numbers = (u,)
 gaps = _sums_of(_gap)  # of w_j (m - x_j); numbers = (m,)
 write_softmax_vjp = row_writing(_softmax_vjp)  # y * ((dy - c) - s); numbers = (c, s)
 

@@ -200,6 +200,41 @@ def read(typing, p, j, k, fill):
 
 
 @intrinsic
+def read_apart(typing, p, j, n, fill):
+    """``p[j]``, ``p[j + L]``, ... in the L lanes of a vector; `fill` from ``p[n]`` on."""
+    kind = vector_of(p)
+    L = LANES[kind.dtype]
+
+    def numbers(builder, at, places):
+        value = ir.Constant(ir.VectorType(at.type.pointee, L), ir.Undefined)
+        for i, place in enumerate(places):
+            value = builder.insert_element(value, builder.load(builder.gep(at, [place])), I32(i))
+        return value
+
+    def logits(builder, p, at, places):
+        if not isinstance(p, View):
+            return widened(builder, p.dtype, numbers(builder, at, places))
+        at, other = (builder.extract_value(at, i) for i in range(2))
+        value = logits(builder, p.pointer, at, places)
+        if not isinstance(p, Masked):
+            return p.seen(builder, _splat(builder, p.number(builder, other), L), value)
+        counts = numbers(builder, other, places)
+        counts = builder.icmp_unsigned("!=", counts, ir.Constant(counts.type, None))
+        return builder.select(counts, value, ir.Constant(value.type, [-math.inf] * L))
+
+    def generate(context, builder, signature, args):
+        at, j, n, fill_ = args
+        every = builder.add(_splat(builder, j, L), constant(I64, range(0, L * L, L)))
+        mask = builder.icmp_signed("<", every, _splat(builder, n, L))
+        places = [builder.add(j, I64(i * L)) for i in range(L)]
+        places = [builder.select(builder.icmp_signed("<", k, n), k, I64(0)) for k in places]
+        fill_ = converted(context, builder, kind, fill, fill_)
+        return builder.select(mask, logits(builder, p, at, places), fill_)
+
+    return kind(p, types.intp, types.intp, fill), generate
+
+
+@intrinsic
 def write(typing, p, j, value, k):
     """Store a vector from ``p[j]`` on, or its first `k` numbers, each rounded once.
 
