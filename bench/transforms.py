@@ -25,6 +25,7 @@ from portable_softmax import kernels
 SHAPES = "32x10,512x64,4096x512,262144x16,1024x32000"
 QUICK_SHAPES = "64x32"
 BATCH = 4  # of vmap
+COMPILATIONS = 3  # of each program, as XLA may let one of them take fewer threads than another
 LOGITS = ("random", "confident")
 FORMS = ("jit", "vmap", "rows")  # the last maps a function of one row
 
@@ -108,13 +109,17 @@ def _compare(
         given = tuple(a.reshape(BATCH, -1, *a.shape[1:]) for a in given)
     given = tuple(places.put(place, a) for a in given)
     turns, clock = {}, gpu.clock(place)
+    compilations = COMPILATIONS if effort is speed.THOROUGH else 1
     ways = [(name, call.theirs[name], providers.nullcontext) for name in call.theirs]
     ways += [(name, call.ours, context) for name, context in paths().items()]
     for name, function, context in ways:
-        # A function of its own for each path, as JAX keeps what it has traced.
-        one = partial(_called, function)
-        compiled = jax.jit(one if form == "jit" else jax.vmap(one))
-        turns[name] = speed.Timed(speed.bound(compiled, *given), clock, context)
+        found = {}
+        for i in range(compilations):
+            # A function of its own for each path, as JAX keeps what it has traced.
+            one = partial(_called, function)
+            compiled = jax.jit(one if form == "jit" else jax.vmap(one))
+            found[str(i)] = speed.Timed(speed.bound(compiled, *given), clock, context)
+        turns[name] = _fastest(found)
     answers = {}
     for name, timed in turns.items():
         with timed.context():
@@ -129,6 +134,13 @@ def _compare(
     return rows
 
 
+def _fastest(compilations: dict[str, speed.Timed]) -> speed.Timed:
+    if len(compilations) == 1:
+        return next(iter(compilations.values()))
+    times = speed.interleaved(compilations, speed.QUICK)
+    return compilations[min(times, key=lambda i: min(times[i]))]
+
+
 def _called(function: peers.Call, x: Any, second: Any) -> Any:
     return function(x, second)
 
@@ -139,7 +151,8 @@ def _alike(ours: list[Any], theirs: list[Any]) -> bool:
 
 HEADINGS = ("call", "logits", "form", "shape", "path", "time", "peer", "its time", "ratio")
 LEGEND = (
-    "The fastest of several rounds in turns, float32. `peer` is the faster of jax.nn and optax, "
+    f"The fastest of several rounds in turns, float32, of the fastest of {COMPILATIONS} "
+    "compilations. `peer` is the faster of jax.nn and optax, "
     f"`vmap` is over {BATCH} parts of the rows, `rows` over each, and `+backward` is forward and "
     "backward."
 )
