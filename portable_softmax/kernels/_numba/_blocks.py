@@ -19,7 +19,15 @@ from portable_softmax.kernels._numba._horizontal import (
     sum_of_each,
 )
 from portable_softmax.kernels._numba._jit import function
-from portable_softmax.kernels._numba._memory import ahead, apart_from, either, load, store, typed
+from portable_softmax.kernels._numba._memory import (
+    ahead,
+    apart_from,
+    either,
+    load,
+    smaller,
+    store,
+    typed,
+)
 from portable_softmax.kernels._numba._softcap import seen_by, uncapped
 from portable_softmax.kernels._numba._values import (
     BASE,
@@ -63,7 +71,7 @@ def height(workspace, wanted):
 
 @function
 def place(i, T, n, inner):
-    return i * T * n, min(T, inner - i * T), i * T
+    return i * T * n, smaller(T, inner - i * T), i * T
 
 
 @function
@@ -254,5 +262,5 @@ def fold(p, e, o, n, rows, T, workspace, t):
         put(values(workspace, TOTAL, T), r, others + unit)
         put(s, r, others / unit)
         if not are_finite(get(m, r)):  # an infinity may have passed over a nan
-            for i in range(r, min(r + L, rows)):
+            for i in range(r, smaller(r + L, rows)):
                 store(m, i, _rows.top(ahead(p, i * n), n, 1))

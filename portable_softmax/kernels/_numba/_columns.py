@@ -15,7 +15,7 @@ from portable_softmax.kernels._numba import _blocks
 from portable_softmax.kernels._numba._exp import exp_up, reference_of
 from portable_softmax.kernels._numba._horizontal import are_at_least, are_finite
 from portable_softmax.kernels._numba._jit import function
-from portable_softmax.kernels._numba._memory import ahead, store, typed
+from portable_softmax.kernels._numba._memory import ahead, smaller, store, typed
 from portable_softmax.kernels._numba._passes import exps, maxima, row_writing, sums_below
 from portable_softmax.kernels._numba._rows import top
 from portable_softmax.kernels._numba._values import (
@@ -41,7 +41,7 @@ def height(workspace, wanted):
 def place(i, T, n, inner):
     groups = (inner + T - 1) // T
     column, outer = i % groups * T, i // groups * inner
-    return outer * n + column, min(T, inner - column), outer + column
+    return outer * n + column, smaller(T, inner - column), outer + column
 
 
 @function

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from portable_softmax.kernels._numba._jit import function
-from portable_softmax.kernels._numba._vectors import where_finite
+from functools import partial
+
+from portable_softmax.kernels._numba._vectors import elementwise, if_finite
 
 
-@function
-def difference_error(a, b, d):
-    """(a - b) - d for d the rounded a - b; nan beside an infinity."""
-    t = d - a
-    return (a - (d - t)) - (b + t)
+@partial(elementwise, results=2)
+def added(builder, total, lost, x):
+    """Add x to a sum and to what its rounding lost; nan beside an infinity."""
+    s, less = builder.fadd(total, x), builder.fneg(x)
+    t = builder.fsub(s, total)
+    error = builder.fsub(builder.fsub(total, builder.fsub(s, t)), builder.fadd(less, t))
+    return s, builder.fadd(lost, error)
 
 
-@function
-def added(total, lost, x):
-    """Add x to a sum and to what its rounding lost."""
-    s = total + x
-    return s, lost + difference_error(total, -x, s)
-
-
-@function
-def compensated(total, lost):
+@elementwise
+def compensated(builder, total, lost):
     """The sum; an infinite one as it is."""
-    return where_finite(total, total + lost, total)
+    return if_finite(builder, total, builder.fadd(total, lost), total)

@@ -25,10 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import overload
+from numba.extending import intrinsic
 
-from portable_softmax.kernels._numba._jit import INLINED, function
-from portable_softmax.kernels._numba._vectors import elementwise, fma, fused, product
+from portable_softmax.kernels._numba._vectors import Vector, converted, elementwise, fused
 
 UP, DOWN = 2.0**64, 2.0**-64
 
@@ -186,16 +185,42 @@ class Writer:
         """
         return -(self.f.bias + 64) * math.log(2)
 
-    def exp_up(self, x):
-        """2**64 * exp(x) for x <= 0."""
-        x = self.bounded(x, self.number(self.f.lowest), self.number(self.zero))
-        return self.scaled(x, self.magic(self.f.bias + 64))
+    def difference(self, x, m, t):
+        """x - m, times the scale of a temperature; None is none."""
+        if t is None:
+            return self.b.fsub(x, m)
+        return self.fma(x, t[0], self.b.fneg(self.b.fmul(m, t[0])))
 
-    def bounded(self, x, lowest, zero):
-        return self.b.select(self.b.fcmp_ordered(">", lowest, x), zero, x)
+    def exponent(self, x, m, t):
+        d = self.difference(x, m, t)
+        return d if t is None else self.fma(d, t[1], self.b.fmul(d, t[2]))
 
-    def scaled(self, x, magic, t=None):
-        e, n = self.reduced(x, magic, t)
+    def split(self, m, t):
+        b, magic = self.b, self.magic(0)
+        q = self.exponent(m, b.fmul(m, self.number(0.0)), t)
+        near = b.fcmp_ordered("<", self.size(q), self.number(self.f.near))
+        power = b.fsub(self.fma(q, self.number(1 / math.log(2)), magic), magic)
+        zero = self.number(0.0)
+        return b.select(near, zero, m), b.select(near, power, zero)
+
+    def reference(self, base, power, t):
+        magic = self.b.fsub(self.magic(self.f.bias + 64), power)
+        lowest = self.fma(power, self.number(math.log(2)), self.number(self.f.lowest))
+        return base, magic, self.times_divisor(lowest, t)
+
+    def reference_of(self, m, t):
+        return self.reference(*self.split(m, t), t)
+
+    def times_divisor(self, q, t):
+        """The difference of which q is the quotient, roughly."""
+        return q if t is None else self.b.fmul(q, t[4])
+
+    def exp_up(self, x, at, t):
+        base, magic, lowest = at
+        d, gap = self.difference(x, base, t), self.number(self.zero - self.f.lowest)
+        zero = self.b.fadd(lowest, self.times_divisor(gap, t))
+        d = self.b.select(self.b.fcmp_ordered(">", lowest, d), zero, d)
+        e, n = self.reduced(d, magic, None if t is None else (t[3], t[1], t[2]))
         scale = self.b.bitcast(self.b.shl(n, self.integer(self.f.mantissa)), self.kind)
         return self.b.fmul(e, scale)
 
@@ -294,131 +319,60 @@ def temperature(value: float, dtype: Any) -> int | tuple[float, ...]:
     return scale, float(first), second, float(inverse) / math.log(2), float(1 / inverse)
 
 
-def difference(x, m, t):
-    """x - m, times the scale of a temperature."""
+def _flat(kind):
+    return tuple(kind) if isinstance(kind, types.BaseTuple) else (kind,)
 
 
-@overload(difference, jit_options=INLINED)
-def _difference(x, m, t):
-    if isinstance(t, types.Integer):
-        return lambda x, m, t: x - m
-    return lambda x, m, t: fma(x, t[0], -product(m, t[0]))
+def _written(method, results, *given):
+    """Return what an intrinsic returns: its signature, and what writes it by a method of `Writer`.
+
+    What is given are numbers, vectors and tuples of them, and at last a temperature.
+    """
+    *values, _ = given
+    kind = next((a for value in values for a in _flat(value) if isinstance(a, Vector)), given[0])
+    result = kind if results == 1 else types.UniTuple(kind, results)
+
+    def generate(context, builder, signature, args):
+        def one(given, value):
+            if not isinstance(given, types.BaseTuple):
+                return converted(context, builder, kind, given, value)
+            return [one(a, builder.extract_value(value, i)) for i, a in enumerate(given)]
+
+        *found, number = [
+            None if isinstance(a, types.Integer) else one(a, value)
+            for a, value in zip(given, args, strict=True)
+        ]
+        found = method(Writer(builder, found[0]), *found, number)
+        return found if results == 1 else context.make_tuple(builder, result, found)
+
+    return result(*given), generate
 
 
-def quotient(d, t):
-    """(x - m) / T from the difference."""
-
-
-@overload(quotient, jit_options=INLINED)
-def _quotient(d, t):
-    if isinstance(t, types.Integer):
-        return lambda d, t: d
-    return lambda d, t: fma(d, t[1], product(d, t[2]))
-
-
-@function
-def exponent(x, m, t):
+@intrinsic
+def exponent(typing, x, m, t):
     """(x - m) / T."""
-    return quotient(difference(x, m, t), t)
+    return _written(Writer.exponent, 1, x, m, t)
 
 
-# --------------------------------------------------------------------------- the exps of a row
-
-
-@elementwise
-def _base(builder, m, exponent):
-    write = Writer(builder, m)
-    near = builder.fcmp_ordered("<", write.size(exponent), write.number(write.f.near))
-    return builder.select(near, write.number(0.0), m)
-
-
-@elementwise
-def _power(builder, exponent):
-    write = Writer(builder, exponent)
-    near = builder.fcmp_ordered("<", write.size(exponent), write.number(write.f.near))
-    magic = write.magic(0)
-    power = builder.fsub(write.fma(exponent, write.number(1 / math.log(2)), magic), magic)
-    return builder.select(near, power, write.number(0.0))
-
-
-@elementwise
-def _magic(builder, power):
-    write = Writer(builder, power)
-    return builder.fsub(write.magic(write.f.bias + 64), power)
-
-
-@elementwise
-def _lowest(builder, power):
-    write = Writer(builder, power)
-    return write.fma(power, write.number(math.log(2)), write.number(write.f.lowest))
-
-
-@elementwise
-def _gap(builder, x):
-    write = Writer(builder, x)
-    return write.number(write.zero - write.f.lowest)
-
-
-@elementwise
-def _bounded(builder, d, lowest, gap):
-    return Writer(builder, d).bounded(d, lowest, builder.fadd(lowest, gap))
-
-
-@elementwise
-def _exp_up(builder, d, magic):
-    return Writer(builder, d).scaled(d, magic)
-
-
-@elementwise
-def _tempered_exp_up(builder, d, magic, per_log_2, first, second):
-    return Writer(builder, d).scaled(d, magic, (per_log_2, first, second))
-
-
-def times_divisor(q, t):
-    """Return the difference of which q is the quotient, roughly."""
-
-
-@overload(times_divisor, jit_options=INLINED)
-def _times_divisor(q, t):
-    if isinstance(t, types.Integer):
-        return lambda q, t: q
-    return lambda q, t: product(q, t[4])
-
-
-def exp_of_difference(d, magic, t):
-    """Return 2**64 * exp(d / T), divided by 2**power for the power that `magic` is of."""
-
-
-@overload(exp_of_difference, jit_options=INLINED)
-def _exp_of_difference(d, magic, t):
-    if isinstance(t, types.Integer):
-        return lambda d, magic, t: _exp_up(d, magic)
-    return lambda d, magic, t: _tempered_exp_up(d, magic, t[3], t[1], t[2])
-
-
-@function
-def split(m, t):
+@intrinsic
+def split(typing, m, t):
     """The base and the power of rows with the maximum m."""
-    q = exponent(m, product(m, 0.0), t)
-    return _base(m, q), _power(q)
+    return _written(Writer.split, 2, m, t)
 
 
-@function
-def reference(base, power, t):
+@intrinsic
+def reference(typing, base, power, t):
     """What `exp_up` takes of them."""
-    return base, _magic(power), times_divisor(_lowest(power), t)
+    return _written(Writer.reference, 3, base, power, t)
 
 
-@function
-def reference_of(m, t):
+@intrinsic
+def reference_of(typing, m, t):
     """What `exp_up` takes of rows with the maximum m."""
-    base, power = split(m, t)
-    return reference(base, power, t)
+    return _written(Writer.reference_of, 3, m, t)
 
 
-@function
-def exp_up(x, at, t):
+@intrinsic
+def exp_up(typing, x, at, t):
     """2**(64 - power) * exp((x - base) / T), 0 where exp((x - m) / T) rounds to 0."""
-    base, magic, lowest = at
-    d = _bounded(difference(x, base, t), lowest, times_divisor(_gap(x), t))
-    return exp_of_difference(d, magic, t)
+    return _written(Writer.exp_up, 1, x, at, t)

@@ -31,7 +31,7 @@ from portable_softmax.kernels._numba._losses import (
     no_sum,
     with_term,
 )
-from portable_softmax.kernels._numba._memory import I64
+from portable_softmax.kernels._numba._memory import I64, smaller
 
 # Of the frame that is read here, and the last in which nothing that is read has moved.
 API, LAST_API = (0, 3), (0, 5)
@@ -521,7 +521,7 @@ def _handler(name, body, prepare, finish, compute):
         table, context = word(frame, API_TABLE), word(frame, CONTEXT)
         error = call(word(table, COUNT_THREADS), 32, context, job + 8 * THREADS, 0)
         if error == 0:
-            for _ in range(min(helpers, word(job, THREADS) - 1)):
+            for _ in range(smaller(helpers, word(job, THREADS) - 1)):
                 add(job, HOLDERS, 1)
                 error = call(word(table, SCHEDULE), 40, context, address_of(help_out), job)
                 if error != 0:

@@ -76,13 +76,13 @@ def first_at_least(typing, a, b):
 
 
 @intrinsic
-def number_at(typing, a, lane):
-    """The number in a lane."""
+def integer_at(typing, a, lane):
+    """The number in a lane, which is an integer."""
 
     def generate(context, builder, signature, args):
-        return builder.extract_element(args[0], builder.trunc(args[1], I32))
+        return builder.fptosi(builder.extract_element(args[0], builder.trunc(args[1], I32)), I64)
 
-    return a.dtype(a, lane), generate
+    return types.intp(a, lane), generate
 
 
 # --------------------------------------------------------------------------- counts

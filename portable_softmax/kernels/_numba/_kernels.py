@@ -35,6 +35,7 @@ from portable_softmax.kernels._numba._memory import (
     load,
     logits,
     pointer,
+    smaller,
     store,
     take_next,
     typed,
@@ -53,7 +54,7 @@ def _threaded(name: str, work: Any) -> Any:
         following, start = pointer(counter), aligned(pointer(workspace))
         piece = take_next(following)
         while piece * step < groups:
-            lo, hi = piece * step, min((piece + 1) * step, groups)
+            lo, hi = piece * step, smaller((piece + 1) * step, groups)
             work(arrays, numbers, shape, start, lo, hi, piece)
             piece = take_next(following)
 

@@ -10,6 +10,7 @@ are to be multiplied by at last.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from portable_softmax.kernels._numba._compensation import added
 from portable_softmax.kernels._numba._exp import (
@@ -21,7 +22,7 @@ from portable_softmax.kernels._numba._exp import (
 )
 from portable_softmax.kernels._numba._horizontal import max_of_all, sum_of_all
 from portable_softmax.kernels._numba._jit import function
-from portable_softmax.kernels._numba._memory import ahead, load, store, typed
+from portable_softmax.kernels._numba._memory import ahead, load, smaller, store, typed
 from portable_softmax.kernels._numba._passes import exps, maxima, others
 from portable_softmax.kernels._numba._softcap import seen_by, uncapped
 from portable_softmax.kernels._numba._vectors import larger, product
@@ -43,7 +44,15 @@ def space(n):
 
 
 @function
-def sums_of_exps(p, e, n, at, unit, t):
+def _sum_of_exps(p, e, n, at, unit, t):
+    """Return the sum of the exps, twice."""
+    total, lost, _, _ = exps(p, e, ahead(p, n), n, at, unit, t)
+    s = sum_of_all(total + lost)
+    return s, s
+
+
+@function
+def _sums_of_exps(p, e, n, at, unit, t):
     """Return the sum of the exps, and of those that do not equal `unit`.
 
     The second is that of a confident row's. From twice the unit on a sum is of none, and below the
@@ -64,41 +73,39 @@ def _ratio(most, m, t):
     return product(exp_up(its_base, reference(base, power - its_power, t), t), DOWN)
 
 
-@function
-def row_sums(p, e, n, t, factors):
-    """Return the maximum, the sum of the exps, and that of those below the maximum's.
+def _row_sums_of(sums_of_exps: Any) -> Any:
+    @function
+    def row_sums(p, e, n, t, factors):
+        """Return the maximum, the sum of the exps, and that of those below the maximum's.
 
-    The exps go to `e`, but for their factors, unless it is null.
-    """
-    m, zero = typed(p, -math.inf), typed(p, 0.0)
-    if n <= PART:
-        m = seen_by(p, max_of_all(maxima(uncapped(p), n)))
-        at = reference_of(m, t)
-        s, lower = sums_of_exps(p, e, n, at, exp_up(m, at, t), t)
-        return m, s, lower
-    for start in range(0, n, PART):
-        k, x, y, own = (
-            min(PART, n - start),
-            ahead(p, start),
-            ahead(e, start),
-            factor_of(factors, start),
-        )
-        m = larger(m, seen_by(p, max_of_all(maxima(uncapped(x), k))))
-        nothing = m == -math.inf  # yet, or a nan
-        most = zero if nothing else m
-        at = reference_of(most, t)
-        s, lower = sums_of_exps(x, y, k, at, exp_up(most, at, t), t)
-        store(own, 2, lower)
-        store(own, 1, s - s if nothing else s)
-        store(own, 0, m)
-    total = lost = lower_total = lost_of_lower = zero
-    for start in range(0, n, PART):
-        own = factor_of(factors, start)
-        most, s = load(own, 0), load(own, 1)
-        factor = zero if most == -math.inf else _ratio(most, m, t)
-        store(own, 0, factor)
-        lower = load(own, 2) if most == m else s  # no exp of it is that of the row's maximum
-        total, lost = added(total, lost, s * factor)
-        lower_total, lost_of_lower = added(lower_total, lost_of_lower, lower * factor)
-    # A row of nothing but -inf has no sum.
-    return m, (total + lost) + (m - m), lower_total + lost_of_lower
+        The exps go to `e`, but for their factors, unless it is null.
+        """
+        m, zero = typed(p, -math.inf), typed(p, 0.0)
+        for start in range(0, n, PART):
+            k, x, y = smaller(PART, n - start), ahead(p, start), ahead(e, start)
+            m = larger(m, seen_by(p, max_of_all(maxima(uncapped(x), k))))
+            nothing = m == -math.inf  # yet, or a nan
+            most = zero if nothing else m
+            at = reference_of(most, t)
+            s, lower = sums_of_exps(x, y, k, at, exp_up(most, at, t), t)
+            if n <= PART:
+                return m, s + (m - m), lower  # a row of nothing but -inf has no sum
+            own = factor_of(factors, start)
+            store(own, 2, lower)
+            store(own, 1, s - s if nothing else s)
+            store(own, 0, m)
+        total = lost = lower_total = lost_of_lower = zero
+        for start in range(0, n, PART):
+            own = factor_of(factors, start)
+            most, s = load(own, 0), load(own, 1)
+            factor = zero if most == -math.inf else _ratio(most, m, t)
+            store(own, 0, factor)
+            lower = load(own, 2) if most == m else s  # no exp of it is that of the row's maximum
+            total, lost = added(total, lost, s * factor)
+            lower_total, lost_of_lower = added(lower_total, lost_of_lower, lower * factor)
+        return m, (total + lost) + (m - m), lower_total + lost_of_lower
+
+    return row_sums
+
+
+row_sums, row_sum = _row_sums_of(_sums_of_exps), _row_sums_of(_sum_of_exps)

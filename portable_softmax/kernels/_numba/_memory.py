@@ -177,6 +177,17 @@ def ahead(typing, p, n):
 
 
 @intrinsic
+def smaller(typing, a, b):
+    """The smaller one of two integers; compiling `min` takes longer."""
+
+    def generate(context, builder, signature, args):
+        a, b = args
+        return builder.select(builder.icmp_signed("<", b, a), b, a)
+
+    return types.intp(types.intp, types.intp), generate
+
+
+@intrinsic
 def aligned(typing, p):
     """The first place from `p` on where a vector takes one line of the cache, not parts of two."""
 

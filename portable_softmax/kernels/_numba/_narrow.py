@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from portable_softmax.kernels._numba import _blocks, _columns, _rows
 from portable_softmax.kernels._numba._jit import function
-from portable_softmax.kernels._numba._memory import ahead, load, store, typed
+from portable_softmax.kernels._numba._memory import ahead, load, smaller, store, typed
 from portable_softmax.kernels._numba._vectors import lanes
 
 place, position, slopes_at = _blocks.place, _rows.position, _columns.slopes_at
@@ -58,6 +58,6 @@ def deliver(written, o, T, n, inner, rows):
     L = lanes(written)
     for r in range(0, rows, L):
         x, y = ahead(written, r * n), ahead(o, r * n)
-        for i in range(min(L, rows - r)):
+        for i in range(smaller(L, rows - r)):
             for j in range(n):
                 store(y, i * n + j, load(x, j * L + i))

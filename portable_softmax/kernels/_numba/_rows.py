@@ -24,6 +24,7 @@ from portable_softmax.kernels._numba._memory import (
     apart_from,
     either,
     load,
+    smaller,
     store,
     typed,
 )
@@ -116,9 +117,7 @@ def length(workspace, n):
     return n
 
 
-@function
-def value(those, r):
-    return load(those, r)
+value, get, put = load, load, store
 
 
 @function
@@ -144,7 +143,7 @@ def writing(entry, values_of, own=False):
             return
         for j in range(0, n, PART):
             factor = load(_long.factor_of(after_values(workspace, T), j), 0)
-            k = min(PART, n - j)
+            k = smaller(PART, n - j)
             write_row(ahead(e, j), ahead(w, j), ahead(o, j), k, (factor, *numbers))
 
     return run
@@ -178,16 +177,6 @@ def step(workspace):
     return 1
 
 
-@function
-def get(those, r):
-    return load(those, r)
-
-
-@function
-def put(those, r, v):
-    store(those, r, v)
-
-
 # --------------------------------------------------------------------------- folding a row
 
 
@@ -205,7 +194,7 @@ def top(p, n, between):
 @function
 def write_sums(p, e, o, n, rows, T, workspace, t):
     """Write the sums of the exps, which go to `e`; `o` is where the result will be."""
-    s = _long.row_sums(p, e, n, t, after_values(workspace, T))[1]
+    s = _long.row_sum(p, e, n, t, after_values(workspace, T))[1]
     store(values(workspace, SUM, T), 0, s)
 
 

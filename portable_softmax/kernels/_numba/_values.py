@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from numba import types
+from numba.extending import intrinsic
+
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead
 
@@ -13,10 +16,14 @@ CONSTANT = WEIGHT
 COUNT, BASE, MAGIC, LOWEST = SLOPE, LOSS, GAPS, FACTOR
 
 
-@function
-def values(workspace, kind, height):
-    """Where the values of a kind are."""
-    return ahead(workspace, kind * height)
+@intrinsic
+def values(typing, workspace, kind, height):
+    """Where the values of a kind are: a function would be compiled for each kind."""
+
+    def generate(context, builder, signature, args):
+        return builder.gep(args[0], [builder.mul(*args[1:])])
+
+    return workspace(workspace, types.intp, types.intp), generate
 
 
 @function

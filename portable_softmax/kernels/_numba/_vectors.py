@@ -287,17 +287,22 @@ prefetch_to_read, prefetch_to_write = _prefetching(0), _prefetching(1)
 # --------------------------------------------------------------------------- arithmetic
 
 
-def elementwise(generate: Any) -> Any:
-    """An intrinsic of up to five numbers or vectors of one dtype; a number meets every lane."""
+def elementwise(generate: Any, results: int = 1) -> Any:
+    """An intrinsic of up to five numbers or vectors of one dtype; a number meets every lane.
+
+    It returns a tuple where there are several results.
+    """
 
     def typed(*given: Any) -> Any:
         kind = next((a for a in given if isinstance(a, Vector)), given[0])
+        result = kind if results == 1 else types.UniTuple(kind, results)
 
         def instructions(context, builder, signature, args):
             pairs = zip(given, args, strict=True)
-            return generate(builder, *(converted(context, builder, kind, *p) for p in pairs))
+            found = generate(builder, *(converted(context, builder, kind, *p) for p in pairs))
+            return found if results == 1 else context.make_tuple(builder, result, found)
 
-        return kind(*given), instructions
+        return result(*given), instructions
 
     by_count = {
         2: lambda typing, a: typed(a),
@@ -383,11 +388,15 @@ def larger(builder, a, b):
     return greater(builder, a, b)
 
 
+def if_finite(builder: Any, a: Any, finite: Any, other: Any) -> Any:
+    difference = builder.fsub(a, a)
+    return builder.select(builder.fcmp_ordered("ord", difference, difference), finite, other)
+
+
 @elementwise
 def where_finite(builder, a, finite, other):
     """`finite` where `a` is, else `other`."""
-    difference = builder.fsub(a, a)
-    return builder.select(builder.fcmp_ordered("ord", difference, difference), finite, other)
+    return if_finite(builder, a, finite, other)
 
 
 @elementwise
