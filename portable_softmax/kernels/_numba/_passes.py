@@ -19,7 +19,7 @@ from portable_softmax.kernels._numba._compensation import added, compensated
 from portable_softmax.kernels._numba._exp import exp, exp_up, expm1, exponent, size
 from portable_softmax.kernels._numba._horizontal import first_at_least, integer_at, sum_of_all
 from portable_softmax.kernels._numba._jit import INLINED, function
-from portable_softmax.kernels._numba._memory import ahead, smaller
+from portable_softmax.kernels._numba._memory import smaller
 from portable_softmax.kernels._numba._vectors import (
     lanes,
     larger,
@@ -60,26 +60,6 @@ def maxima(p, n):
 
 
 @function
-def exp_at(p, e, k, at, t):
-    """The exps of a vector, or of its first k numbers, which go to `e` unless it is null."""
-    v = exp_up(read(p, 0, k, -math.inf), at, t)
-    write(e, 0, v, k)
-    return v
-
-
-@function
-def four_exps(p, e, following, at, t):
-    """The sum of those of four vectors; the same part of the next row is prefetched."""
-    L = lanes(p)
-    for k in range(0, 4 * L, L):
-        prefetch_to_read(following, k, None)
-    a, b = exp_at(p, e, None, at, t), exp_at(ahead(p, L), ahead(e, L), None, at, t)
-    p, e = ahead(p, 2 * L), ahead(e, 2 * L)
-    c, d = exp_at(p, e, None, at, t), exp_at(ahead(p, L), ahead(e, L), None, at, t)
-    return (a + b) + (c + d)
-
-
-@function
 def exps(p, e, following, n, at, unit, t):
     """The sums of the exps, and what their rounding lost; the exps go to `e` unless it is null.
 
@@ -93,13 +73,27 @@ def exps(p, e, following, n, at, unit, t):
         first, s, stop = j, zero, smaller(j + RUN_OF_EXPS * L, n)
         last = stop - 4 * L
         while j <= last:
-            s = s + four_exps(ahead(p, j), ahead(e, j), ahead(following, j), at, t)
+            for k in range(0, 4 * L, L):
+                prefetch_to_read(following, j + k, None)
+            e0 = exp_up(read(p, j, None, 0.0), at, t)
+            e1 = exp_up(read(p, j + L, None, 0.0), at, t)
+            e2 = exp_up(read(p, j + 2 * L, None, 0.0), at, t)
+            e3 = exp_up(read(p, j + 3 * L, None, 0.0), at, t)
+            write(e, j, e0, None)
+            write(e, j + L, e1, None)
+            write(e, j + 2 * L, e2, None)
+            write(e, j + 3 * L, e3, None)
+            s = s + ((e0 + e1) + (e2 + e3))
             j += 4 * L
         while j + L <= stop:
-            s = s + exp_at(ahead(p, j), ahead(e, j), None, at, t)
+            e0 = exp_up(read(p, j, None, 0.0), at, t)
+            write(e, j, e0, None)
+            s = s + e0
             j += L
         if j < stop:
-            s = s + exp_at(ahead(p, j), ahead(e, j), n - j, at, t)
+            e0 = exp_up(read(p, j, n - j, -math.inf), at, t)
+            write(e, j, e0, n - j)
+            s = s + e0
             j = n
         total, lost = added(total, lost, s)
         held, begin = where_at_least(s, unit, s, held), where_at_least(s, unit, first, begin)
