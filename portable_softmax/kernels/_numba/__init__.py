@@ -6,7 +6,7 @@ large enough to be worth it first needs them, one operation, dtype and layout at
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -100,6 +100,7 @@ def declines_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
     return _support.refusal()
 
 
+@cache
 def _compiled() -> Any:
     return import_module("portable_softmax.kernels._numba._driver")
 
@@ -121,10 +122,16 @@ class _Alias:
         }
 
 
+@cache
+def _bits(dtype: Any) -> Any:
+    """Return as what a dtype is handed over; the name of a dtype takes NumPy a microsecond."""
+    return HANDED[dtype.name]
+
+
 def _handed(x: Any, layout: Layout) -> Any:
     """Return an array as the kernels take it."""
     outer, n, inner = layout
-    x = np.asarray(x).view(HANDED[x.dtype.name])
+    x = np.asarray(x).view(_bits(x.dtype))
     x = x.reshape((outer, n) if inner == 1 else (outer * n, inner))
     return x if x.flags.writeable else np.asarray(_Alias(x))
 
@@ -193,7 +200,7 @@ def logsumexp(request: Request) -> Any:
     """Logsumexp over the axes, kept with length 1."""
     drive, layout, x = _compiled(), _layout(request), request.x
     out = np.empty(request.reduced_shape(), request.result_dtype)
-    flat: Any = out.view(HANDED[x.dtype.name]).reshape(-1)
+    flat: Any = out.view(_bits(x.dtype)).reshape(-1)
     drive.logsumexp(_handed(x, layout), flat, drive.Layout(*layout), _mask(request, layout))
     return out
 

@@ -25,7 +25,7 @@ from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, load, smaller, store, typed
 from portable_softmax.kernels._numba._passes import exps, maxima, others
 from portable_softmax.kernels._numba._softcap import seen_by, uncapped
-from portable_softmax.kernels._numba._vectors import larger, product
+from portable_softmax.kernels._numba._vectors import lanes, larger, product
 
 # Classes of a part.
 PART = 1 << 12
@@ -44,9 +44,17 @@ def space(n):
 
 
 @function
+def _following(p, n):
+    """Where to prefetch from: so many rows or parts ahead that memory has the time to answer."""
+    vectors = n // lanes(p)
+    rows = 3 if vectors <= 64 else 2 if vectors <= 256 else 1
+    return ahead(p, rows * n)
+
+
+@function
 def _sum_of_exps(p, e, n, at, unit, t):
     """Return the sum of the exps, twice."""
-    total, lost, _, _ = exps(p, e, ahead(p, n), n, at, unit, t)
+    total, lost, _, _ = exps(p, e, _following(p, n), n, at, unit, t)
     s = sum_of_all(total + lost)
     return s, s
 
@@ -58,7 +66,7 @@ def _sums_of_exps(p, e, n, at, unit, t):
     The second is that of a confident row's. From twice the unit on a sum is of none, and below the
     unit it is without such an exp.
     """
-    sums = exps(p, e, ahead(p, n), n, at, unit, t)
+    sums = exps(p, e, _following(p, n), n, at, unit, t)
     s = sum_of_all(sums[0] + sums[1])
     if s >= unit and s - unit < unit:
         return s, others(p, e, n, sums, at, unit, t)

@@ -64,7 +64,7 @@ def exps(p, e, following, n, at, unit, t):
     """The sums of the exps, and what their rounding lost; the exps go to `e` unless it is null.
 
     Then the sum of the last run that came to the unit, which the run of the maximum does, and where
-    it begins. The next row, at `following`, is prefetched.
+    it begins. A later row, at `following`, is prefetched.
     """
     L = lanes(p)
     total = lost = held = begin = zero = splat(p, 0.0)
