@@ -44,29 +44,28 @@ def space(n):
 
 
 @function
-def _following(p, n):
-    """Where to prefetch from: so many rows or parts ahead that memory has the time to answer."""
+def rows_ahead(p, n):
+    """How many rows, or parts of a long one, to prefetch ahead: memory takes its time to answer."""
     vectors = n // lanes(p)
-    rows = 3 if vectors <= 64 else 2 if vectors <= 256 else 1
-    return ahead(p, rows * n)
+    return 3 if vectors <= 64 else 2 if vectors <= 256 else 1
 
 
 @function
-def _sum_of_exps(p, e, n, at, unit, t):
+def _sum_of_exps(p, e, following, n, at, unit, t):
     """Return the sum of the exps, twice."""
-    total, lost, _, _ = exps(p, e, _following(p, n), n, at, unit, t)
+    total, lost, _, _ = exps(p, e, following, n, at, unit, t)
     s = sum_of_all(total + lost)
     return s, s
 
 
 @function
-def _sums_of_exps(p, e, n, at, unit, t):
+def _sums_of_exps(p, e, following, n, at, unit, t):
     """Return the sum of the exps, and of those that do not equal `unit`.
 
     The second is that of a confident row's. From twice the unit on a sum is of none, and below the
     unit it is without such an exp.
     """
-    sums = exps(p, e, _following(p, n), n, at, unit, t)
+    sums = exps(p, e, following, n, at, unit, t)
     s = sum_of_all(sums[0] + sums[1])
     if s >= unit and s - unit < unit:
         return s, others(p, e, n, sums, at, unit, t)
@@ -88,14 +87,14 @@ def _row_sums_of(sums_of_exps: Any) -> Any:
 
         The exps go to `e`, but for their factors, unless it is null.
         """
-        m, zero = typed(p, -math.inf), typed(p, 0.0)
+        m, zero, rows = typed(p, -math.inf), typed(p, 0.0), rows_ahead(p, n)
         for start in range(0, n, PART):
             k, x, y = smaller(PART, n - start), ahead(p, start), ahead(e, start)
             m = larger(m, seen_by(p, max_of_all(maxima(uncapped(x), k))))
             nothing = m == -math.inf  # yet, or a nan
             most = zero if nothing else m
             at = reference_of(most, t)
-            s, lower = sums_of_exps(x, y, k, at, exp_up(most, at, t), t)
+            s, lower = sums_of_exps(x, y, ahead(x, rows * k), k, at, exp_up(most, at, t), t)
             if n <= PART:
                 return m, s + (m - m), lower  # a row of nothing but -inf has no sum
             own = factor_of(factors, start)
