@@ -152,7 +152,7 @@ def _alike(ours: list[Any], theirs: list[Any]) -> bool:
 HEADINGS = ("call", "logits", "form", "shape", "path", "time", "peer", "its time", "ratio")
 LEGEND = (
     f"The fastest of several rounds in turns, float32, of the fastest of {COMPILATIONS} "
-    "compilations. `peer` is the faster of jax.nn and optax, "
+    "compilations (one with --quick). `peer` is the faster of jax.nn and optax, "
     f"`vmap` is over {BATCH} parts of the rows, `rows` over each, and `+backward` is forward and "
     "backward."
 )

@@ -288,7 +288,7 @@ prefetch_to_read, prefetch_to_write = _prefetching(0), _prefetching(1)
 
 
 def elementwise(generate: Any, results: int = 1) -> Any:
-    """An intrinsic of up to five numbers or vectors of one dtype; a number meets every lane.
+    """An intrinsic of up to four numbers or vectors of one dtype; a number meets every lane.
 
     It returns a tuple where there are several results.
     """
@@ -309,7 +309,6 @@ def elementwise(generate: Any, results: int = 1) -> Any:
         3: lambda typing, a, b: typed(a, b),
         4: lambda typing, a, b, c: typed(a, b, c),
         5: lambda typing, a, b, c, d: typed(a, b, c, d),
-        6: lambda typing, a, b, c, d, e: typed(a, b, c, d, e),
     }
     found = by_count[generate.__code__.co_argcount]
     found.__name__ = generate.__name__
@@ -359,12 +358,6 @@ def fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
     if not isinstance(a.type, ir.VectorType):
         return builder.fma(a, b, c)
     return call(builder, f"llvm.fma.{_suffix(a.type)}", a.type, [a, b, c])
-
-
-@elementwise
-def fma(builder, a, b, c):
-    """``a * b + c``, rounded once."""
-    return fused(builder, a, b, c)
 
 
 @elementwise
