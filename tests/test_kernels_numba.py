@@ -214,6 +214,17 @@ def test_long_rows_are_put_together(every_size, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_logsumexp_of_log_probabilities(every_size, axis, dtype):
+    """Near 0 the maximum and the logarithm cancel, but for what was rounded off the logarithm."""
+    x = np.random.default_rng(1).normal(0, 2, (20_000, 100)).astype(np.longdouble)
+    x = (x - np.log(np.exp(x).sum(1, keepdims=True))).astype(dtype)
+    truth = np.log(np.exp(x.astype(np.longdouble)).sum(1))
+    found = ps.logsumexp(x if axis else np.ascontiguousarray(x.T), axis=axis)
+    assert np.all(abs(found - truth) <= 2 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_exp_and_log1p_are_exact(dtype):
     from numba import njit
 

@@ -241,6 +241,7 @@ class Writer:
         return e, b.select(near, m, b.fsub(e, one))
 
     def log1p(self, x):
+        """log(1 + x) for x >= 0, as the two numbers that it is the sum of; the first is larger."""
         f, b = self.f, self.b
         one = self.number(1.0)
         u = b.fadd(one, x)
@@ -264,7 +265,10 @@ class Writer:
         r = b.fmul(z, self.polynomial(f.log, z))
         high, low = (0.69313812256, 9.0580006145e-06) if f.mantissa == 23 else f.ln2
         tail = b.fadd(b.fmul(s, b.fadd(half, r)), self.fma(k, self.number(low), c))
-        return self.fma(k, self.number(high), b.fsub(g, b.fsub(half, tail)))
+        k_log2 = b.fmul(k, self.number(high))  # exact
+        rest = b.fsub(g, b.fsub(half, tail))
+        log = b.fadd(k_log2, rest)
+        return log, b.fsub(rest, b.fsub(log, k_log2))
 
 
 def _rounded(value: float, mantissa: int) -> float:
@@ -292,7 +296,14 @@ def expm1(builder, x):
 @elementwise
 def log1p(builder, x):
     """log(1 + x) for x >= 0."""
-    return Writer(builder, x).log1p(x)
+    return Writer(builder, x).log1p(x)[0]
+
+
+@elementwise
+def plus_log1p(builder, m, x):
+    """m + log(1 + x) for x >= 0: where they cancel, with what rounding the logarithm lost."""
+    log, lost = Writer(builder, x).log1p(x)
+    return builder.fadd(builder.fadd(m, log), lost)
 
 
 # --------------------------------------------------------------------------- exponents

@@ -30,6 +30,10 @@ from portable_softmax.kernels._numba._vectors import lanes, larger, product
 # Classes of a part.
 PART = 1 << 12
 
+# So many vectors beyond that: two lines a multiple of 4096 bytes apart compete for their place in
+# the first cache, as those of float64 parts do, and a long row took up to twice the time.
+BEYOND = 18
+
 
 @function
 def factor_of(factors, start):
@@ -87,14 +91,16 @@ def _row_sums_of(sums_of_exps: Any) -> Any:
 
         The exps go to `e`, but for their factors, unless it is null.
         """
-        m, zero, rows = typed(p, -math.inf), typed(p, 0.0), rows_ahead(p, n)
+        m, zero = typed(p, -math.inf), typed(p, 0.0)
+        rows, beyond = rows_ahead(p, n), BEYOND * lanes(p)
         for start in range(0, n, PART):
             k, x, y = smaller(PART, n - start), ahead(p, start), ahead(e, start)
             m = larger(m, seen_by(p, max_of_all(maxima(uncapped(x), k))))
             nothing = m == -math.inf  # yet, or a nan
             most = zero if nothing else m
             at = reference_of(most, t)
-            s, lower = sums_of_exps(x, y, ahead(x, rows * k), k, at, exp_up(most, at, t), t)
+            following, unit = ahead(x, rows * k + beyond), exp_up(most, at, t)
+            s, lower = sums_of_exps(x, y, following, k, at, unit, t)
             if n <= PART:
                 return m, s + (m - m), lower  # a row of nothing but -inf has no sum
             own = factor_of(factors, start)

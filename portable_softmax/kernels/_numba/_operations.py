@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from portable_softmax.kernels._numba._exp import log1p
+from portable_softmax.kernels._numba._exp import log1p, plus_log1p
 from portable_softmax.kernels._numba._horizontal import are_equal
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, typed
@@ -98,7 +98,7 @@ def logsumexp_of(layout):
                 layout.get(values(workspace, MAX, T), r),
                 layout.get(values(workspace, REST, T), r),
             )
-            layout.put(values(workspace, LOGSUMEXP, T), r, where_finite(m, m + log1p(rest), m))
+            layout.put(values(workspace, LOGSUMEXP, T), r, where_finite(m, plus_log1p(m, rest), m))
 
     return logsumexp
 
