@@ -262,6 +262,50 @@ def test_exp_and_log1p_are_exact(dtype):
     assert np.max(np.abs(y[: x.size] - truth) / exact.unit(truth, dtype)) < 2.2
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_tanh_and_its_slope_are_exact(dtype):
+    """Read one by one and in vectors: what a lane reads as depends on that lane alone."""
+    from numba import njit
+
+    softcap, vectors, memory = heavy("_softcap"), heavy("_vectors"), heavy("_memory")
+    capped, slopes, pointer = softcap.capped, softcap.slopes_at, memory.pointer
+    load, store, read, write = memory.load, memory.store, vectors.read, vectors.write
+    lanes = vectors.lanes
+
+    @njit
+    def numbers(x, y, slope, cap):
+        for i in range(x.shape[0]):
+            store(pointer(y), i, load(capped(pointer(x), cap, 0), i))
+            store(pointer(slope), i, load(slopes(pointer(x), cap), i))
+
+    @njit
+    def whole(x, y, slope, cap):
+        for i in range(0, x.shape[0], lanes(pointer(x))):
+            write(pointer(y), i, read(capped(pointer(x), cap, 0), i, None, 0.0), None)
+            write(pointer(slope), i, read(slopes(pointer(x), cap), i, None, 0.0), None)
+
+    rng, cap = np.random.default_rng(0), np.dtype(dtype).type(1)
+    sizes = [
+        10.0 ** rng.uniform(-30, 1, 100_000),
+        rng.uniform(0.9, 1.1, 100_000),
+        np.linspace(0, 9, 99_984),
+    ]
+    x = np.concatenate([*sizes, [0.0, 1.0, 2.0, np.inf] * 4]).astype(dtype)
+    x = rng.permutation(x * rng.choice([-1, 1], x.size).astype(dtype))
+    y, slope = np.empty_like(x), np.empty_like(x)
+    numbers(x, y, slope, cap)
+    exactly = x.astype(np.longdouble)
+    truth = np.tanh(exactly)
+    assert np.max(abs(y - truth) / exact.unit(truth, dtype)) < 2.6
+    truth = 1 / np.cosh(exactly) ** 2
+    smallest = np.longdouble(np.finfo(dtype).smallest_normal)
+    assert np.max(abs(slope - truth) / exact.unit(np.maximum(truth, smallest), dtype)) < 5.5
+    in_vectors, its_slope = np.empty_like(x), np.empty_like(x)
+    whole(x, in_vectors, its_slope, cap)
+    np.testing.assert_array_equal(in_vectors, y)
+    np.testing.assert_array_equal(its_slope, slope)
+
+
 # --------------------------------------------------------------------------- every layout
 
 

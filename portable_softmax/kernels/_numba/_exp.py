@@ -33,7 +33,7 @@ UP, DOWN = 2.0**64, 2.0**-64
 
 
 class Format(NamedTuple):
-    """What exp and log1p need to know of a floating format."""
+    """What exp, log1p and tanh need to know of a floating format."""
 
     bits: ir.Type
     mantissa: int
@@ -44,10 +44,12 @@ class Format(NamedTuple):
     ln2: tuple[float, float]  # the first part times any exponent is exact
     exp: tuple[float, ...]
     log: tuple[float, ...]
+    tanh: tuple[float, ...]
 
 
 # exp(r) = 1 + r + r**2 * q(r) on |r| <= log(2)/2, q fitted in 40 digits with Lawson's weights to
 # the smallest relative error: 3.1e-9 and 3.6e-18. log1p: fdlibm's s_log1p.c and e_logf.c.
+# tanh(y) = y + y**3 * q(y**2) on |y| <= 3/4, by Remez' algorithm: 3.2e-8 and 2.9e-17.
 FORMATS = {
     "float": Format(
         bits=ir.IntType(32),
@@ -62,6 +64,10 @@ FORMATS = {
             0.0013814603019313672,
         ),
         log=(0.66666662693, 0.40000972152, 0.28498786688, 0.24279078841),
+        tanh=(
+            -0.3333306908607483, 0.13326521217823029, -0.0533902570605278, 0.019664913415908813,
+            -0.004769489634782076,
+        ),
     ),
     "double": Format(
         bits=ir.IntType(64),
@@ -80,6 +86,12 @@ FORMATS = {
             6.666666666666735130e-01, 3.999999999940941908e-01, 2.857142874366239149e-01,
             2.222219843214978396e-01, 1.818357216161805012e-01, 1.531383769920937332e-01,
             1.479819860511658591e-01,
+        ),
+        tanh=(
+            -0.3333333333333224, 0.13333333333200126, -0.05396825391155734, 0.021869487322286878,
+            -0.008863220242871611, 0.0035920048571687923, -0.0014551678843515835,
+            0.0005875408665956323, -0.00023266536378147853, 8.524602372995208e-05,
+            -2.487965110207331e-05, 4.073589977584733e-06,
         ),
     ),
 }  # fmt: skip
@@ -154,7 +166,38 @@ class Writer:
         return self.fma(q, b.fmul(r, r), r), b.bitcast(bits, self.bits)
 
     def tanh_and_slope(self, x):
-        """tanh(x / 2) as (1 - e) / (1 + e) for e = exp(-|x|), and its slope 1 - tanh**2.
+        """tanh(x / 2) and its slope 1 - tanh**2.
+
+        A polynomial up to |x| = 1.5, which most logits are, and `_wide_tanh_and_slope` where a lane
+        is beyond it. A lane's form depends on that lane alone.
+        """
+        b, one = self.b, self.number(1.0)
+        half = b.fmul(x, self.number(0.5))
+        square = b.fmul(half, half)
+        y = self.fma(b.fmul(half, square), self.polynomial(self.f.tanh, square), half)
+        near = y, self.fma(b.fneg(y), y, one)
+        beyond = b.fcmp_unordered(">", square, self.number(0.75**2))
+        before = b.block
+        with b.if_then(self._any(beyond), likely=False):
+            wide = self._wide_tanh_and_slope(x)
+            wide = [b.select(beyond, *pair) for pair in zip(wide, near, strict=True)]
+            after = b.block
+        return tuple(self._either(before, after, *pair) for pair in zip(near, wide, strict=True))
+
+    def _any(self, mask):
+        if not self.lanes:
+            return mask
+        bits = ir.IntType(self.lanes)
+        return self.b.icmp_unsigned("!=", self.b.bitcast(mask, bits), bits(0))
+
+    def _either(self, before, after, first, second):
+        found = self.b.phi(self.kind)
+        found.add_incoming(first, before)
+        found.add_incoming(second, after)
+        return found
+
+    def _wide_tanh_and_slope(self, x):
+        """The same as (1 - e) / (1 + e) for e = exp(-|x|).
 
         1 - e has the digits of a small x, and the slope e (1 + |tanh|)**2 those of a small e.
         """

@@ -62,8 +62,9 @@ class View(types.Type):
         """What else there is, n places ahead."""
         return builder.gep(other, [n]) if isinstance(self.other(), types.CPointer) else other
 
-    def left(self, builder: Any, other: Any, number: Any, x: Any) -> Any:
-        """Where a vector of the logits leaves something in memory, and what; None for nothing."""
+    def seen_and_left(self, builder: Any, other: Any, number: Any, x: Any) -> Any:
+        """What a vector of the logits reads as, and what that leaves in memory: where, and what."""
+        return self.seen(builder, number, x), None
 
 
 class Masked(View):

@@ -33,7 +33,7 @@ class Capped(_OfCap):
 class Recorded(Capped):
     """The same, of which each vector that is read leaves its slopes in memory.
 
-    They have one exponential and one division in common.
+    They have most of their arithmetic in common.
     """
 
     def other(self) -> Any:
@@ -45,10 +45,11 @@ class Recorded(Capped):
     def moved(self, builder: Any, other: Any, n: Any) -> Any:
         return builder.insert_value(other, builder.gep(builder.extract_value(other, 1), [n]), 1)
 
-    def left(self, builder: Any, other: Any, number: Any, x: Any) -> Any:
-        slope = _tanh_and_slope(builder, number, x)[1]
+    def seen_and_left(self, builder: Any, other: Any, number: Any, x: Any) -> Any:
+        y, slope = _tanh_and_slope(builder, number, x)
         # What a mask leaves out may be nan; the exp of a nan that counts is one itself.
-        return builder.extract_value(other, 1), greater(builder, slope, ir.Constant(x.type, None))
+        slope = greater(builder, slope, ir.Constant(x.type, None))
+        return builder.fmul(number, y), (builder.extract_value(other, 1), slope)
 
 
 class Slopes(_OfCap):
@@ -84,7 +85,7 @@ def _view_of(view: Any) -> Any:
     return of
 
 
-_capped, _slopes = _view_of(Capped), _view_of(Slopes)
+_capped, slopes_at = _view_of(Capped), _view_of(Slopes)
 
 
 @intrinsic
@@ -148,7 +149,7 @@ def slopes_of(layout: ModuleType) -> Any:
             return lambda p, cap, place, workspace, T, n, inner, rows: place
 
         def fetched(p, cap, place, workspace, T, n, inner, rows):
-            return _slopes(layout.fetch(p, 0, workspace, T, n, inner, rows), cap)
+            return slopes_at(layout.fetch(p, 0, workspace, T, n, inner, rows), cap)
 
         return fetched
 

@@ -152,7 +152,7 @@ def _vector(context: Any, builder: Any, p: Any, at: Any, j: Any, mask: Any, fill
         value = builder.select(counts, value, ir.Constant(value.type, [-math.inf] * n))
     else:
         number = _splat(builder, p.number(builder, other), n)
-        left, value = p.left(builder, other, number, value), p.seen(builder, number, value)
+        value, left = p.seen_and_left(builder, other, number, value)
         if left is not None:
             place = place_of(builder, left[0], j, n)
             _store(builder, place, left[1], mask, 8 if n == LANES[types.float64] else 4)
