@@ -166,20 +166,18 @@ class Writer:
         return self.fma(q, b.fmul(r, r), r), b.bitcast(bits, self.bits)
 
     def tanh_and_slope(self, x):
-        """tanh(x / 2) and its slope 1 - tanh**2.
+        """tanh(x) and its slope 1 - tanh**2, which is 0 at a nan.
 
-        A polynomial up to |x| = 1.5, which most logits are, and `_wide_tanh_and_slope` where a lane
+        A polynomial up to |x| = 3/4, which most logits are, and `_wide_tanh_and_slope` where a lane
         is beyond it. A lane's form depends on that lane alone.
         """
-        b, one = self.b, self.number(1.0)
-        half = b.fmul(x, self.number(0.5))
-        square = b.fmul(half, half)
-        y = self.fma(b.fmul(half, square), self.polynomial(self.f.tanh, square), half)
-        near = y, self.fma(b.fneg(y), y, one)
+        b, square = self.b, self.b.fmul(x, x)
+        y = self.fma(b.fmul(x, square), self.polynomial(self.f.tanh, square), x)
+        near = y, self.fma(b.fneg(y), y, self.number(1.0))
         beyond = b.fcmp_unordered(">", square, self.number(0.75**2))
         before = b.block
         with b.if_then(self._any(beyond), likely=False):
-            wide = self._wide_tanh_and_slope(x)
+            wide = self._wide_tanh_and_slope(b.fadd(x, x))
             wide = [b.select(beyond, *pair) for pair in zip(wide, near, strict=True)]
             after = b.block
         return tuple(self._either(before, after, *pair) for pair in zip(near, wide, strict=True))
@@ -197,7 +195,7 @@ class Writer:
         return found
 
     def _wide_tanh_and_slope(self, x):
-        """The same as (1 - e) / (1 + e) for e = exp(-|x|).
+        """The same of x / 2, as (1 - e) / (1 + e) for e = exp(-|x|).
 
         1 - e has the digits of a small x, and the slope e (1 + |tanh|)**2 those of a small e.
         """
@@ -212,6 +210,7 @@ class Writer:
         y = b.fdiv(less, b.fsub(self.number(2.0), less))
         both = b.fadd(one, y)
         slope = b.fmul(b.fmul(self.fma(scale, m, scale), both), both)
+        slope = b.select(b.fcmp_ordered("ord", x, x), slope, self.number(0.0))
         y = b.or_(b.bitcast(y, self.bits), b.and_(bits, sign))
         return b.bitcast(y, self.kind), slope
 

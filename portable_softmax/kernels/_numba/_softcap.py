@@ -8,14 +8,13 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload, register_model
 
 from portable_softmax.kernels._numba._exp import Writer
 from portable_softmax.kernels._numba._jit import INLINED
 from portable_softmax.kernels._numba._memory import COMPUTE, View, ViewModel, struct_of, typed
-from portable_softmax.kernels._numba._vectors import converted, greater
+from portable_softmax.kernels._numba._vectors import converted
 
 
 class _OfCap(View):
@@ -47,8 +46,6 @@ class Recorded(Capped):
 
     def seen_and_left(self, builder: Any, other: Any, number: Any, x: Any) -> Any:
         y, slope = _tanh_and_slope(builder, number, x)
-        # What a mask leaves out may be nan; the exp of a nan that counts is one itself.
-        slope = greater(builder, slope, ir.Constant(x.type, None))
         return builder.fmul(number, y), (builder.extract_value(other, 1), slope)
 
 
@@ -60,9 +57,10 @@ class Slopes(_OfCap):
 
 
 def _tanh_and_slope(builder: Any, cap: Any, x: Any) -> tuple[Any, Any]:
+    """A nan has a slope of 0: a mask may leave it out, and the exp of one that counts is nan."""
     write = Writer(builder, x)
     found: tuple[Any, Any] = write.tanh_and_slope(
-        builder.fmul(x, builder.fdiv(write.number(2.0), cap))
+        builder.fmul(x, builder.fdiv(write.number(1.0), cap))
     )
     return found
 
