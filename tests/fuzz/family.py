@@ -70,13 +70,7 @@ def _steep(d: Any, c: Any, u: Any) -> tuple[Any, Any]:
         z = np.where(inside, p**c + c * (base - np.where(inside, depth, 0)), 0)
         return np.where(inside, z ** (1 / c), 0)
 
-    base = np.zeros((len(d), 1), L)
-    for j in np.argsort(-depth, axis=1).T if d.shape[1] else ():
-        at = np.take_along_axis(depth, j[:, None], axis=1)
-        fits = np.isfinite(at) & (
-            powers(np.where(np.isfinite(at), at, 0), L(0)).sum(axis=1, keepdims=True) < 1
-        )
-        base = np.maximum(base, np.where(fits, at, 0))
+    base = _largest(lambda base: powers(base, L(0)).sum(axis=1, keepdims=True) < 1, depth)
     low, high = np.zeros((len(d), 1), L), np.ones((len(d), 1), L)
     for _ in range(90):
         middle = (low + high) / 2
@@ -88,6 +82,20 @@ def _steep(d: Any, c: Any, u: Any) -> tuple[Any, Any]:
     return p, np.where(
         unsure | (np.abs(c * (depth - base)) < 1e4 * u), ANY, 64 * u * np.ones(p.shape)
     )
+
+
+def _largest(fits: Any, depth: Any) -> Any:
+    """Return the largest finite depth of each row that fits, or 0: those below it do, too."""
+    depth = np.sort(depth, axis=1)
+    few, many = np.zeros((len(depth), 1), int), np.isfinite(depth).sum(axis=1, keepdims=True)
+    base = np.zeros((len(depth), 1), L)
+    while (few < many).any():
+        half = (few + many + 1) // 2
+        at = np.take_along_axis(depth, np.maximum(half - 1, 0), axis=1)
+        fit = fits(at) & (few < many)
+        base, few = np.where(fit, at, base), np.where(fit, half, few)
+        many = np.where(fit, many, half - 1)
+    return base
 
 
 def entropy(x: Any, rounding: Rounding) -> Answer:
