@@ -86,6 +86,8 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
     named = np.where(t == 0, 0, w * t)
     q = named * L(1.0 - options.smoothing) + (np.where(live, w * share, 0) if e else 0)
     total_q, label_weight = q.sum(axis=1, keepdims=True), named.sum(axis=1, keepdims=True)
+    # Weights of both signs may cancel in that sum, and the roundings of its terms do not.
+    terms_of_weight = np.abs(named).sum(axis=1, keepdims=True)
 
     z = L(options.z_loss)
     underflow = compute.smallest_normal if rounding.flushes else compute.smallest
@@ -103,7 +105,8 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
     error = (
         rounded
         + np.abs(q).sum(axis=1, keepdims=True) * (lost + lost_rest)
-        + np.abs(z * label_weight) * (2 * np.abs(lse) * (lse_error + lost) + 8 * u * lse * lse)
+        + np.abs(z * label_weight) * 2 * np.abs(lse) * (lse_error + lost)
+        + z * terms_of_weight * 8 * u * lse * lse
     )
     # Beyond the range, squares of weights of both signs may meet.
     opposed = (named < 0).any(axis=1, keepdims=True) & (z * lse * lse > compute.max)
@@ -121,8 +124,8 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
         )
     else:
         grad = p * slope - q
-        # Weights of both signs may cancel in the sum of the coefficients.
-        terms_of_slope = np.abs(q).sum(axis=1, keepdims=True) + np.abs(slope - total_q)
+        squares = np.where(terms_of_weight == 0, 0, 2 * z * terms_of_weight * np.abs(lse))
+        terms_of_slope = np.abs(q).sum(axis=1, keepdims=True) + squares
         sizes = p * terms_of_slope + np.abs(q)
     depth = np.minimum(rows.span, rounding.compute.depth)
     slack = u * (16 + 4 * depth) * sizes + np.where(p > 0, p * np.abs(slope), 0) * (4 * lost)
