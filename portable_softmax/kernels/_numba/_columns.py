@@ -154,8 +154,9 @@ def write_sums(p, e, o, n, rows, T, workspace, t):
     size = length(workspace, n)
     for r in range(0, rows, lanes(workspace)):
         x = ahead(p, r * n)
-        at = reference_of(maxima(x, size), t)
-        total, lost, _, _ = exps(x, ahead(e, r * n), 0, size, at, math.inf, t)
+        m = maxima(x, size)
+        total, lost, _, _ = exps(x, ahead(e, r * n), 0, size, reference_of(m, t), math.inf, t)
+        put(values(workspace, MAX, T), r, m)
         put(values(workspace, SUM, T), r, total + lost)
 
 

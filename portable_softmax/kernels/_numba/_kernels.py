@@ -162,7 +162,7 @@ def _fold(layout: ModuleType) -> Any:
 def _logsumexp_vjp(layout: ModuleType) -> Any:
     """Return softmax times upstream; arrays = (logits, upstream, result, mask or None).
 
-    A row whose maximum is infinite has the derivative 0.
+    A row whose maximum is infinite has the derivative 0, unless it has a nan.
     """
     body, leave_out = _operations.logsumexp_vjp_of(layout), leaving_out(layout, 0.0)
 
@@ -176,12 +176,16 @@ def _logsumexp_vjp(layout: ModuleType) -> Any:
             y = layout.target(ahead(o, at), 1, workspace, T, n)
             copy(ahead(q, first), values(workspace, WEIGHT, T), rows)
             body(x, y, n, rows, T, workspace)
-            leave_out(group, y, n, inner, rows, workspace)
             for r in range(rows):
                 m = load(values(workspace, MAX, T), r)
                 if m == math.inf or m == -math.inf:
+                    derivative = typed(workspace, 0.0)
                     for j in range(n):
-                        store(y, layout.element(workspace, r, j, n), typed(workspace, 0.0))
+                        v = load(x, layout.element(workspace, r, j, n))
+                        derivative = v if v != v else derivative
+                    for j in range(n):
+                        store(y, layout.element(workspace, r, j, n), derivative)
+            leave_out(group, y, n, inner, rows, workspace)
             layout.deliver(y, ahead(o, at), T, n, inner, rows)
 
     return _threaded(f"{layout.__name__}.logsumexp_vjp", work)

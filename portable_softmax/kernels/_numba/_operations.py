@@ -27,7 +27,6 @@ from portable_softmax.kernels._numba._values import (
     MAX,
     REST,
     SUM,
-    TOTAL,
     WEIGHT,
     values,
 )
@@ -106,15 +105,15 @@ def logsumexp_of(layout):
 def logsumexp_vjp_of(layout):
     @function
     def share_of_upstream(workspace, T, r):
-        return (layout.value(values(workspace, TOTAL, T), r),)
+        return (layout.value(values(workspace, SUM, T), r),)
 
     write_probabilities = layout.writing(probability, share_of_upstream)
 
     @function
     def logsumexp_vjp(p, o, n, rows, T, workspace):
         """Write softmax times the upstream gradients, which are among the values."""
-        e, sums = layout.scratch(o, workspace, T, n, 0), values(workspace, TOTAL, T)
-        layout.fold(p, e, o, n, rows, T, workspace, 1)
+        e, sums = layout.scratch(o, workspace, T, n, 0), values(workspace, SUM, T)
+        layout.write_sums(p, e, o, n, rows, T, workspace, 1)
         for r in range(0, T, layout.step(workspace)):
             dy = layout.get(values(workspace, WEIGHT, T), r)
             layout.put(sums, r, dy / layout.get(sums, r))

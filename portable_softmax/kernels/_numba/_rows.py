@@ -193,8 +193,12 @@ def top(p, n, between):
 
 @function
 def write_sums(p, e, o, n, rows, T, workspace, t):
-    """Write the sums of the exps, which go to `e`; `o` is where the result will be."""
-    s = _long.row_sum(p, e, n, t, after_values(workspace, T))[1]
+    """Write maxima and the sums of the exps, which go to `e`; `o` is where the result will be.
+
+    An infinite maximum may have passed over a nan.
+    """
+    m, s, _ = _long.row_sum(p, e, n, t, after_values(workspace, T))
+    store(values(workspace, MAX, T), 0, m)
     store(values(workspace, SUM, T), 0, s)
 
 

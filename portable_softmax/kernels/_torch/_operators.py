@@ -7,6 +7,7 @@ a class gives nan.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple, TypeAlias
@@ -33,6 +34,27 @@ _SCHEMA = (
     "float label_smoothing, float z_loss, float? softcap, str reduction, ScalarType? dtype)"
 )
 _INTO = f"{_SCHEMA[:-1]}, Tensor(a!) out) -> ()"
+
+_LIBRARY = torch.library.Library("portable_softmax", "FRAGMENT")
+
+
+def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function an operator for tensors of any device.
+
+    `custom_op` puts checks around it that take as long as the loss of a small batch.
+    """
+
+    def define(function: Callable[..., Any]) -> Any:
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.portable_softmax, name).default
+
+    return define
+
+
+def _shapes_of(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function the fake of an operator, which a trace calls for shapes."""
+    return partial(torch.library.register_fake, f"portable_softmax::{name}", lib=_LIBRARY)
 
 
 def answer(engine: str, request: Request) -> Any:
@@ -129,12 +151,7 @@ def _shaped(request: Request) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=answer), none
 
 
-@partial(
-    torch.library.custom_op,
-    "portable_softmax::value",
-    mutates_args=(),
-    schema=f"{_SCHEMA} -> (Tensor, Tensor)",
-)
+@_operator("value", f"{_SCHEMA} -> (Tensor, Tensor)")
 def _value(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Return the answer of a kernel; the second is empty where there is only one."""
     engine, request = _request(*arguments)
@@ -145,18 +162,13 @@ def _value(*arguments: Any) -> tuple[Tensor, Tensor]:
     return found.contiguous() if reduced else _as_promised(found, x), x.new_empty(0)
 
 
-@_value.register_fake
+@_shapes_of("value")
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     _register()
     return _shaped(_request(*arguments)[1])
 
 
-@partial(
-    torch.library.custom_op,
-    "portable_softmax::gradient",
-    mutates_args=(),
-    schema=f"{_SCHEMA} -> Tensor",
-)
+@_operator("gradient", f"{_SCHEMA} -> Tensor")
 def _gradient(*arguments: Any) -> Tensor:
     """Return the gradient with respect to the logits, from what was kept and upstream."""
     engine, request = _request(*arguments)
@@ -164,7 +176,7 @@ def _gradient(*arguments: Any) -> Tensor:
     return _as_promised(found, request.x)
 
 
-@_gradient.register_fake
+@_shapes_of("gradient")
 def _(*arguments: Any) -> Tensor:
     _register()
     return torch.empty_like(arguments[0])
@@ -173,12 +185,7 @@ def _(*arguments: Any) -> Tensor:
 # --------------------------------------------------------------------------- over an argument
 
 
-@partial(
-    torch.library.custom_op,
-    "portable_softmax::value_into",
-    mutates_args=("out",),
-    schema=_INTO,
-)
+@_operator("value_into", _INTO)
 def _value_into(*arguments: Any) -> None:
     """Write the value to `out`, which may be the logits."""
     *given, out = arguments
@@ -186,12 +193,7 @@ def _value_into(*arguments: Any) -> None:
     _put(_gradients.value(engine, request._replace(out=out)), out)
 
 
-@partial(
-    torch.library.custom_op,
-    "portable_softmax::gradient_into",
-    mutates_args=("out",),
-    schema=_INTO,
-)
+@_operator("gradient_into", _INTO)
 def _gradient_into(*arguments: Any) -> None:
     """Write the gradient to `out`, which may be what was kept or the upstream gradient."""
     *given, out = arguments
@@ -206,8 +208,8 @@ def _put(found: Tensor, out: Tensor) -> None:
         out.copy_(found)
 
 
-for _into in (_value_into, _gradient_into):
-    _into.register_fake(lambda *_: None)
+for _name in ("value_into", "gradient_into"):
+    _shapes_of(_name)(lambda *_: None)
 
 
 def _value_over(*arguments: Any) -> tuple[Any, ...]:
@@ -231,9 +233,8 @@ def _gradient_over(*arguments: Any) -> tuple[Any, ...]:
 
 def _register() -> None:
     """Tell Inductor of them, once it is there."""
-    ops = torch.ops.portable_softmax
-    _inductor.register(ops.value.default, ops.value_into.default, _value_over)
-    _inductor.register(ops.gradient.default, ops.gradient_into.default, _gradient_over)
+    _inductor.register(_value, _value_into, _value_over)
+    _inductor.register(_gradient, _gradient_into, _gradient_over)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -250,4 +251,6 @@ def _backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
     return dx, ddy, *(None,) * 14
 
 
-_value.register_autograd(_backward, setup_context=_keep)
+torch.library.register_autograd(
+    "portable_softmax::value", _backward, setup_context=_keep, lib=_LIBRARY
+)
