@@ -268,7 +268,7 @@ def test_tanh_and_its_slope_are_exact(dtype):
     from numba import njit
 
     softcap, vectors, memory = heavy("_softcap"), heavy("_vectors"), heavy("_memory")
-    capped, slopes, pointer = softcap.capped, softcap.slopes_at, memory.pointer
+    capped, slopes, pointer = softcap.capped, softcap.sloped, memory.pointer
     load, store, read, write = memory.load, memory.store, vectors.read, vectors.write
     lanes = vectors.lanes
 

@@ -83,7 +83,7 @@ def _view_of(view: Any) -> Any:
     return of
 
 
-_capped, slopes_at = _view_of(Capped), _view_of(Slopes)
+_capped, sloped = _view_of(Capped), _view_of(Slopes)
 
 
 @intrinsic
@@ -147,7 +147,7 @@ def slopes_of(layout: ModuleType) -> Any:
             return lambda p, cap, place, workspace, T, n, inner, rows: place
 
         def fetched(p, cap, place, workspace, T, n, inner, rows):
-            return slopes_at(layout.fetch(p, 0, workspace, T, n, inner, rows), cap)
+            return sloped(layout.fetch(p, 0, workspace, T, n, inner, rows), cap)
 
         return fetched
 
