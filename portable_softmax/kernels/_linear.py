@@ -1,7 +1,7 @@
 """A linear layer with a loss, tile by tile: the library's products, and row kernels between them.
 
-Two tiles of logits exist at a time, the logits and their gradient, in memory that every tile uses
-again: on a CPU new memory costs more than the rows do. The loss of a tile of rows is a call of its
+A tile's logits are in memory that every tile uses again, and on a CPU their gradient is written
+over them: new memory costs more there than the rows do. The loss of a tile of rows is a call of its
 own, so that it takes the kernel that such a call takes, whatever the library. Gradients are summed
 in place, in the dtype of the computation.
 """
@@ -79,11 +79,9 @@ def answer(
     if reduction == "mean":
         divisor = portable.nothing_to_inf(xp, portable.mean_divisor(xp, losses, _of(weight)))
     height, width = portable.tiles(problem, int(request.options.elements))
-    memory = memory_of_g = None
+    memory = None
     if width == problem.classes:
         memory = xp.empty((min(height, n), width), dtype=dtype, device=device)
-        if any(wanted) and library.device_type(memory) == "cpu":
-            memory_of_g = xp.empty_like(memory)
     for rows in portable.cuts(n, height) if n else ():
         at = rows if kept is None else kept[rows]
         part = portable.at_positions(problem, at)
@@ -94,7 +92,7 @@ def answer(
             loss, _ = portable.by_classes(xp, part, width, adds if any(wanted) else None)
         else:
             x = _logits(library, part, memory[: part.positions, :])
-            out = None if memory_of_g is None else memory_of_g[: part.positions, :]
+            out = x if any(wanted) and library.device_type(x) == "cpu" else None
             loss, g = _rows(request, part, x, out, with_gradient=any(wanted))
             if g is not None:
                 adds(slice(0, width), g)
