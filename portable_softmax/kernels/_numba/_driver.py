@@ -26,9 +26,9 @@ from portable_softmax.kernels._numba._values import size_of_values
 SHORT = 1024
 # Rows of up to so many classes are worked on as columns are: a vector would hold little of one.
 FEW = 4
-# So many columns are worked on side by side, in vectors of 64 bytes, while a tile of them stays in
-# the second cache; if not, one vector.
-VECTORS, TILE = 4, 1 << 18
+# So many vectors, of 64 bytes, of short rows and of columns are worked on side by side: columns are
+# read in runs of so many lines. Where a tile of columns would have more bytes, one vector is.
+VECTORS, COLUMN_VECTORS, TILE = 4, 8, 1 << 21
 # A piece of work is a part of the array, of so many bytes at least and at most: threads that take
 # one after the other share small arrays evenly, and write long stretches of large ones. Smaller
 # arrays than THREADED are left to one thread: to wake another takes as long as half of that
@@ -105,7 +105,7 @@ def plan(
     exact = dtype.itemsize == compute.itemsize and not over
     in_workspace = 2 if capped else 0 if exact else 1  # arrays of a group's size
     if inner > 1:
-        vectors = VECTORS if n * VECTORS * 64 <= TILE else 1
+        vectors = COLUMN_VECTORS if n * COLUMN_VECTORS * 64 <= TILE else 1
         height = lanes * min(vectors, -(-inner // lanes))
         kernels, groups, size = COLUMNS, outer * -(-inner // height), n * min(height, inner)
         workspace = tiles * n * height
