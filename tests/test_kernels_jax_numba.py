@@ -85,7 +85,7 @@ def test_explain_names_the_path_or_why_not(jax, xp):
     assert reason("softmax", x, temperature=1e-300) == "options: extreme temperature"
     assert reason("logsumexp", x, b=x) == "options: b"
     assert reason("cross_entropy", x, mask / 1.0, weight=x[0]) == "probabilities with weight"
-    assert reason("softmax", xp.asarray(np.arange(3))) == "dtype int64"
+    assert kernels.explain("softmax", xp.asarray(np.arange(3))) == NAME
     three = xp.asarray(np.zeros((2, 3, 4)))
     assert reason("softmax", three, axis=(0, 2)) == "axes apart from each other"
     assert reason("softmax_vjp", x, x.astype("float32")) == "dtypes: float64 and float32"

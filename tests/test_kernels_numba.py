@@ -372,12 +372,10 @@ def test_what_is_left_to_the_next_kernel(every_size):
 
     t = np.zeros((4, 6), np.int64)
 
-    assert why("softmax", x.T) == "not in C order"
-    assert why("softmax", x[:, ::2]) == "not in C order"
-    assert why("softmax", x, axis=(0, 2)) == "axes apart from each other"
+    unaligned = np.zeros(x.nbytes + 1, "u1")[1:].view(x.dtype).reshape(x.shape)
+    assert why("softmax", unaligned) == "not in C order"
     assert why("softmax", x, sink=0.0) == "options: sink"
     assert why("softmax", x.astype(">f4")) == "dtype float32 byteswapped"
-    assert why("softmax", x.astype(np.int32)) == "dtype int32"
     assert kernels.explain("softmax", x[:0]) == "portable: nothing to reduce"
     assert why("softmax_vjp", x, x.astype(float)) == "dtypes: float32 and float64"
     assert why("cross_entropy", x[..., 0], t[:, 0], softcap=1e30) == "a softcap of 1e+30"

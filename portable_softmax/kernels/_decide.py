@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
 
 from portable_softmax import _checks
+from portable_softmax.kernels._canonical import canonical
 from portable_softmax.kernels._request import FOLD, OUT, Request
 from portable_softmax.kernels._switches import Switches, switched, switches
 from portable_softmax.kernels._table import Kernel, table
@@ -195,6 +196,8 @@ def run(request: Request, portable: Callable[[Request], Any]) -> Any:
     switch, out = switches(), request.out
     if out is not None and request.overlaps():
         request = request._replace(out=None)
+    given = request
+    request, back = canonical(request)
     decision = decide(request, switch)
     if switch is not None and switch.explaining:
         raise _Decided(decision, request)
@@ -203,15 +206,35 @@ def run(request: Request, portable: Callable[[Request], Any]) -> Any:
         if request.library.sharded and request.operation != FOLD:  # which its operations answer
             why = [decision.why, *[why for _, why in decision.passed_over]]
             raise _checks.not_of_shards(request.operation, "; ".join(filter(None, why)))
-        answer = portable
+        answer, request, back = portable, given, None  # it takes any array
     elif request.tracing and taken.kernel.adapter:
         adapter, module = taken.traced()
         return adapter.answer(module, request)
     else:
         answer = taken.answer
+    if back is not None:
+        answer = partial(_answered_back, answer, given, back)
     if out is not None:
         answer = partial(_written, answer, out)
     return request.library.quietly(answer, request)
+
+
+def _answered_back(
+    answer: Callable[[Request], Any], given: Request, back: Callable[[Any], Any], request: Request
+) -> Any:
+    """Answer a call whose arrays are in C order as the one that was given."""
+    try:
+        found = answer(request)
+    except IndexError:
+        given.target()  # names the place of a label as it was given
+        raise
+    in_out = (
+        request.out is not None and (found[1] if type(found) is tuple else found) is request.out
+    )
+    found = back(found)
+    if not in_out:
+        return found
+    return (found[0], given.out) if type(found) is tuple else given.out
 
 
 def _written(answer: Callable[[Request], Any], out: Any, request: Request) -> Any:

@@ -15,6 +15,14 @@ class CuPy(Library):
     looks_at_subnormals = False  # that waits for the device
     numpy_dtypes = True
 
+    def strides(self, x: Any) -> Any:
+        """Return the strides, None in C order."""
+        return None if x.flags.c_contiguous else x.strides
+
+    def copy(self, x: Any) -> Any:
+        """Return a copy in C order."""
+        return x.copy()
+
     def product(self, a: Any, b: Any, out: Any = None) -> Any:
         """Return a @ b, in `out`."""
         return self.xp.matmul(a, b, out=out)

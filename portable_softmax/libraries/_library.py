@@ -126,6 +126,23 @@ class Library:
         """Return whether two arrays are the same entries of the same memory."""
         return False
 
+    # ----------------------------------------------------------------------- memory order
+
+    small = 0
+    """Arrays of up to so many elements are copied with their reduced axes last, which costs less
+    than to reduce another."""
+
+    def strides(self, x: Any) -> Any:
+        """Return how far apart entries lie along each axis; None for an array in C order.
+
+        Empty where a library's arrays have no order that can be told.
+        """
+        return ()
+
+    def copy(self, x: Any) -> Any:
+        """Return a copy in C order, of an array that is not."""
+        raise NotImplementedError
+
     # ----------------------------------------------------------------------- devices
 
     def device(self, x: Any) -> Any:

@@ -52,6 +52,7 @@ class NumPy(Library):
     writes = True
     numpy_dtypes = True
     only_device = "cpu"
+    small = 1 << 13
 
     def unwritable(self, out: Any, *inputs: Any) -> str:
         """Return why `out` cannot be written: it is read-only, or repeats itself."""
@@ -65,6 +66,14 @@ class NumPy(Library):
         """Return whether address, dtype and strides are the same, of arrays of one shape."""
         here, there = (a.__array_interface__["data"][0] for a in (x, y))
         return bool(here == there and x.dtype == y.dtype and x.strides == y.strides)
+
+    def strides(self, x: Any) -> Any:
+        """Return the strides, None in C order."""
+        return None if x.flags.c_contiguous else x.strides
+
+    def copy(self, x: Any) -> Any:
+        """Return a copy in C order."""
+        return x.copy()
 
     def size(self, x: Any) -> int:
         """Return the number of elements."""

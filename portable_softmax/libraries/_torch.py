@@ -159,6 +159,14 @@ class Torch(Library):
         same = x.data_ptr() == y.data_ptr() and x.dtype == y.dtype
         return bool(same and x.stride() == y.stride())
 
+    def strides(self, x: Any) -> Any:
+        """Return the strides, None in C order."""
+        return None if x.is_contiguous() else x.stride()
+
+    def copy(self, x: Any) -> Any:
+        """Return a copy in C order."""
+        return x.contiguous()
+
     def device(self, x: Any) -> Any:
         """Return the device."""
         return x.device

@@ -1,0 +1,118 @@
+"""Calls in the form that kernels take: floats in C order, the reduced axes last where that is free.
+
+Integers are cast to what they are computed in. The axes are taken in the order in which they lie in
+memory, which costs nothing, and what is still in bits is copied: one more pass, where a path that
+takes any array has a dozen. The answer has the memory order of the input, as those of NumPy's and
+torch's own functions. A small array is copied with its reduced axes last, and its answer back; one
+of which they lie apart is copied too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from portable_softmax.kernels._request import (
+    FOLD,
+    LOGSUMEXP_VJP,
+    LOSSES,
+    ROWS,
+    SPARSE,
+    VJPS,
+    LossOptions,
+    Request,
+    RowOptions,
+)
+from portable_softmax.libraries import cast
+
+Back: TypeAlias = Callable[[Any], Any]
+
+_ORDERED = frozenset((*ROWS, *VJPS, *LOSSES, *SPARSE, FOLD, LOGSUMEXP_VJP))
+_INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+
+
+def canonical(request: Request) -> tuple[Request, Back | None]:
+    """Return the call in that form, and what makes its answer that of this one, if anything."""
+    if request.tracing:
+        return request, None
+    if request.dtype in _INTEGERS and request.operation in ROWS:
+        x, dtype = cast(request.xp, request.x, request.compute_dtype), request.compute_dtype
+        request = request._replace(x=x, dtype=request.library.dtype(dtype).name)
+    order = _order(request)
+    return (request, None) if order is None else _reordered(request, order)
+
+
+def _order(request: Request) -> list[int] | None:
+    """Return the axes in the order in which a kernel should see them; None to leave them.
+
+    So is a call with an option that has axes of its own.
+    """
+    library, x, axes = request.library, request.x, request.axes
+    if not axes or x.ndim < 2 or request.operation not in _ORDERED:
+        return None
+    strides = library.strides(x)
+    if strides == () or (strides is None and min(axes) == x.ndim - len(axes)):
+        return None
+    options = request.options
+    if type(options) is RowOptions and not (options.b is None and options.sink is None):
+        return None
+    if library.size(x) > library.small:
+        order = list(range(x.ndim))
+        if strides is not None:
+            order.sort(key=lambda a: -abs(strides[a]))
+        places = [order.index(a) for a in axes]
+        if max(places) - min(places) == len(axes) - 1:
+            return None if strides is None else order
+    return [*(a for a in range(x.ndim) if a not in axes), *axes]
+
+
+def _reordered(request: Request, order: list[int]) -> tuple[Request, Back]:
+    library, xp, x, options = request.library, request.xp, request.x, request.options
+    there = [order.index(a) for a in range(x.ndim)]
+    axes = tuple(sorted(there[a] for a in request.axes))
+    positions = _without(order, request.axes)
+
+    def seen(a: Any, order: list[int] = order) -> Any:
+        """Return an array with its axes in another order."""
+        return xp.permute_dims(a, tuple(order))
+
+    def in_c_order(a: Any, order: list[int] = order) -> Any:
+        a = seen(a, order)
+        return a if library.strides(a) is None else library.copy(a)
+
+    out = None if request.out is None else seen(request.out)
+    if out is not None and library.strides(out) is not None:
+        out = None  # it is copied to
+    changed: dict[str, Any] = {}
+    if getattr(options, "where", None) is not None:
+        where = options.where
+        shape = (1,) * (x.ndim - where.ndim) + tuple(where.shape)
+        changed["where"] = seen(xp.reshape(where, shape))
+    if type(options) is LossOptions and options.sample_weight is not None:
+        changed["sample_weight"] = in_c_order(options.sample_weight, positions)
+    labels = request.labels
+    if labels is not None:
+        labels = in_c_order(labels, positions if request.indices else order)
+    found = request._replace(
+        x=in_c_order(x), axes=axes, out=out, labels=labels,
+        dy=None if request.dy is None else in_c_order(request.dy),
+        options=options._replace(**changed) if changed else options,
+    )  # fmt: skip
+    of_positions, moved = _without(there, axes), library.size(x) <= library.small
+
+    def back(answer: Any) -> Any:
+        """Return an answer, or both, with the axes where they were."""
+        if type(answer) is tuple:
+            return tuple(map(back, answer))
+        if answer.ndim == 0:
+            return answer
+        answer = seen(answer, there if answer.ndim == len(there) else of_positions)
+        return library.copy(answer) if moved and library.strides(answer) is not None else answer
+
+    return found, back
+
+
+def _without(order: list[int], axes: tuple[int, ...]) -> list[int]:
+    """Return the order of the axes that are left without some."""
+    left = sorted(a for a in order if a not in axes)
+    return [left.index(a) for a in order if a not in axes]

@@ -1,0 +1,138 @@
+"""Arrays in any memory order: the answers, the order and the path are those of C order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from asserts import assert_like
+
+import portable_softmax as ps
+from portable_softmax import kernels
+
+pytestmark = pytest.mark.libraries("numpy", "torch", "cupy")
+
+SHAPE = (3, 5, 4)
+
+# As the name says, of an array in C order: the same entries in other places.
+ORDERS = {
+    "reversed axes": lambda a: a.T.copy().T,
+    "class axis last": lambda a: np.moveaxis(np.moveaxis(a, 1, -1).copy(), -1, 1),
+    "every other": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
+    "without the last": lambda a: np.concatenate([a, a[:, :1]], axis=1)[:, :-1],
+    "repeated": lambda a: np.broadcast_to(a[:1], a.shape),
+}
+
+
+def in_order(xp, name, values):
+    """Return the values in an order, and an array of them in C order."""
+    values = np.asarray(values)
+    there = ORDERS[name](values)
+    if xp.library != "torch":
+        return xp.from_numpy(there), xp.from_numpy(np.ascontiguousarray(there))
+    whole = there if there.base is None else there.base
+    whole = whole if min(there.strides) else there[:1].copy()
+    strides = [n // there.itemsize for n in there.strides]
+    memory = xp.from_numpy(np.ascontiguousarray(whole.ravel(order="K")))
+    return memory.as_strided(there.shape, strides), xp.from_numpy(np.ascontiguousarray(there))
+
+
+def calls(xp, axis):
+    """Yield what is called on logits, and the options that have axes."""
+    rng = np.random.default_rng(1)
+    mask = xp.from_numpy(rng.random(SHAPE[1:]) < 0.8)
+    positions = SHAPE[:axis] + SHAPE[axis + 1 :]
+    labels = xp.from_numpy(rng.integers(SHAPE[axis], size=positions))
+    samples = xp.from_numpy(rng.uniform(0.5, 2, positions))
+    t = xp.from_numpy(rng.dirichlet(np.ones(SHAPE[1]), (3, 4)).transpose(0, 2, 1))
+    weight = xp.from_numpy(rng.uniform(0.5, 2, SHAPE[axis]))
+    for name in ("softmax", "log_softmax", "logsumexp", "entmax"):
+        yield lambda x, name=name: getattr(ps, name)(x, axis=axis)
+    yield lambda x: ps.softmax(x, axis=axis, where=mask, temperature=0.7)
+    yield lambda x: ps.logsumexp(x, axis=(0, 2), where=mask, keepdims=True)
+    yield lambda x: ps.log_softmax(x, axis=(2, 0))
+    yield lambda x: ps.softmax_vjp(ps.softmax(x, axis=axis), x, axis=axis)
+    for reduction in ("none", "mean"):
+        given = {"axis": axis, "reduction": reduction}
+        yield lambda x, given=given: ps.cross_entropy_value_and_grad(
+            x, labels, sample_weight=samples, weight=weight, **given
+        )
+    if axis == 1:
+        yield lambda x: ps.cross_entropy_value_and_grad(x, t, axis=1, reduction="none")
+
+
+@pytest.mark.slow("Numba compiles each operation", "numba", "torch-numba")
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_order_changes_no_answer(xp, order, axis):
+    x, same = in_order(xp, order, np.random.default_rng(0).standard_normal(SHAPE))
+    before = xp.numpy(x).copy()
+    for call in calls(xp, axis):
+        found, expected = call(x), call(same)
+        if not isinstance(found, tuple):
+            found, expected = (found,), (expected,)
+        for one, other in zip(found, expected, strict=True):
+            values = assert_like(xp, one, xp.numpy(other).shape, "float64")
+            np.testing.assert_allclose(values, xp.numpy(other), rtol=1e-12, atol=1e-13)
+    np.testing.assert_array_equal(xp.numpy(x), before)
+
+
+@pytest.mark.parametrize("order", ["reversed axes", "class axis last"])
+def test_the_order_is_that_of_the_input(xp, order):
+    """A small array is copied as it is handed over; a large one keeps its order."""
+    x, _ = in_order(xp, order, np.random.default_rng(0).standard_normal((30, 50, 40)))
+    arrays = x, ps.softmax(x, axis=1), ps.softmax_vjp(ps.softmax(x, axis=1), x, axis=1)
+    strides = [a.stride() if xp.library == "torch" else a.strides for a in arrays]
+    assert strides[0] == strides[1] == strides[2]
+
+
+@pytest.mark.parametrize("order", ["reversed axes", "class axis last", "without the last"])
+def test_an_order_takes_the_kernels(xp, order):
+    x, same = in_order(xp, order, np.random.default_rng(0).standard_normal((30, 50, 40)))
+    paths = [kernels.explain("softmax", a, axis=1).partition(":")[0] for a in (x, same)]
+    assert paths[0] == paths[1]
+
+
+@pytest.mark.libraries("numpy", "torch")
+def test_a_label_is_named_where_it_is(xp):
+    x, _ = in_order(xp, "reversed axes", np.zeros(SHAPE))
+    labels = np.zeros((3, 4), int)
+    labels[2, 1] = 9
+    with pytest.raises(IndexError, match=r"labels\[2, 1\] is 9.* axis 1 "):
+        ps.cross_entropy(x, xp.from_numpy(labels), axis=1)
+
+
+@pytest.mark.libraries("numpy", "torch")
+def test_answers_go_to_any_order(xp):
+    """One that lies as the logits do is written in place, and another is copied to."""
+    x, same = in_order(xp, "class axis last", np.random.default_rng(0).standard_normal(SHAPE))
+    expected = xp.numpy(ps.softmax(same, axis=1))
+    for order in ("class axis last", "reversed axes", "every other"):
+        out, _ = in_order(xp, order, np.zeros(SHAPE))
+        assert ps.softmax(x, axis=1, out=out) is out
+        np.testing.assert_allclose(xp.numpy(out), expected, rtol=1e-12)
+    assert ps.softmax(x, axis=1, out=x) is x
+    np.testing.assert_allclose(xp.numpy(x), expected, rtol=1e-12)
+
+
+def test_gradients_have_the_order_of_channels_last(torch):
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
+    labels = torch.randint(5, (2, 3, 4))
+    grads = []
+    for given in (x, x.contiguous()):
+        leaf = given.detach().requires_grad_()
+        loss = ps.cross_entropy(leaf, labels, axis=1) + (ps.softmax(leaf, axis=1) ** 2).sum()
+        (grad,) = torch.autograd.grad(loss, leaf)
+        grads.append(grad)
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-13)
+    leaf = x.detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: ps.softmax(x, axis=1), leaf)
+
+
+@pytest.mark.libraries("numpy")
+def test_integers_take_the_kernels(xp):
+    x = np.random.default_rng(0).integers(-9, 9, size=(30, 40))
+    for name in ("softmax", "log_softmax", "logsumexp"):
+        function = getattr(ps, name)
+        np.testing.assert_array_equal(function(x, axis=-1), function(x.astype(float), axis=-1))
+        paths = [kernels.explain(name, a, axis=-1) for a in (x, x.astype(float))]
+        assert paths[0] == paths[1]
