@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from bench import memory, options, places, scale, speed, thresholds, versus
+from bench import memory, places, scale, speed, thresholds, versus
 from bench.errors import CommandError
 
 _PEERS_HELP = "those of every library on that kind of device, or of the backend's own library only"
@@ -77,10 +77,9 @@ def parser() -> argparse.ArgumentParser:
         "thresholds", parents=[output], help="both sides of the kernels' sizes"
     )
     sizes.add_argument("--dtypes", default=thresholds.DTYPES, help="comma list")
-    with_options = commands.add_parser(
-        "options", parents=[output], help="what masks, soft labels and weights cost, on NumPy"
+    commands.add_parser(
+        "calls", parents=[output], help="calls that people make, beside what they use instead"
     )
-    with_options.add_argument("--dtypes", default=options.DTYPES, help="comma list")
     followed = commands.add_parser(
         "jax", parents=[output], help="JAX's jit, vmap and autodiff beside jax.nn and optax"
     )

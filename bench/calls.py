@@ -1,53 +1,102 @@
-"""``options``: what an option costs, beside the plain call and beside the form by hand in NumPy.
+"""``calls``: calls that people make, each beside what they would use instead, with a goal.
 
-The three work on the same arrays in turns. A result that is not that of the form by hand is named
-instead of timed.
+Options beside the plain call and the form by hand, soft labels, half types, images, few classes,
+layouts, rows that are not random, and answers in place. The two work in turns. A result that
+differs from that of the other is named instead of timed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 import portable_softmax as ps
-from bench import tables
+from bench import copies, tables
 from portable_softmax import kernels
 
-HEADINGS = ("call", "array", "dtype", "time", "/ plain", "/ by hand", "path")
+HEADINGS = ("call", "arrays", "time", "beside", "its time", "ratio", "goal", "", "path")
 LEGEND = (
-    "The fastest of several rounds, in turns. `/ plain` is the time in units of the same call "
-    "without the option, and `/ by hand` in units of the form in NumPy's own operations."
+    "The fastest of several rounds, in turns. `ratio` is the time in units of that beside it: "
+    "the plain call is the same one without the option, on random logits."
 )
-DTYPES = "float32,float64"
+OPTION, BY_HAND, LAYOUT, ROWS = 1.5, 0.6, 0.9, 1.15
+GRADIENT = "cross_entropy_value_and_grad"
+ROUNDS = 40
 
 
 @dataclass
 class Row:
-    """One call with an option."""
+    """One call beside another."""
 
     call: str
+    library: str
     shape: tuple[int, ...]
     dtype: str
-    seconds: float
-    plain: float
-    """The seconds of the call without the option."""
-    by_hand: float
+    beside: str
+    goal: float
     path: str
+    seconds: float = math.nan
+    other_seconds: float = math.nan
     problem: str = ""
 
+    @property
+    def ratio(self) -> float:
+        return self.seconds / self.other_seconds
 
-class _Call(NamedTuple):
+    @property
+    def missed(self) -> bool:
+        return bool(self.problem) or self.ratio > self.goal
+
+
+class Ours(NamedTuple):
+    """A call of this package."""
+
+    name: str
     operation: str
     arrays: tuple[Any, ...]
-    options: dict[str, Any]
-    plain: tuple[Any, ...]
-    """The arrays of the call without the option."""
-    by_hand: Callable[[], Any]
+    options: dict[str, Any] = {}  # noqa: RUF012 - never changed
+
+    def __call__(self) -> Any:
+        return getattr(ps, self.operation)(*self.arrays, **self.options)
+
+
+class Through(NamedTuple):
+    """A call of this package and what autograd does after it."""
+
+    name: str
+    logits: Any
+    call: Callable[[], Any]
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        return (self.logits,)
+
+    def __call__(self) -> Any:
+        return self.call()
+
+
+class Other(NamedTuple):
+    """What a call stands beside."""
+
+    name: str
+    call: Callable[[], Any]
+    goal: float
+    same: bool = True
+    """Whether it has the same result."""
+
+
+Case: TypeAlias = tuple[Any, ...]  # a call, and what it stands beside
+
+
+# --------------------------------------------------------------------------- NumPy
 
 
 def _softmax(x: Any, axis: int, mask: Any) -> Any:
@@ -81,7 +130,7 @@ def _capped_loss(x: Any, q: Any, cap: float) -> tuple[Any, Any]:
     return loss, grad * (1 - t * t)
 
 
-def _calls(dtype: str, quick: bool) -> Iterator[tuple[str, _Call]]:
+def _with_options(dtype: str, *, quick: bool) -> Iterator[Case]:
     rng = np.random.default_rng(0)
     n, c = (64, 32) if quick else (4096, 512)
     x = rng.standard_normal((n, c)).astype(dtype)
@@ -90,87 +139,238 @@ def _calls(dtype: str, quick: bool) -> Iterator[tuple[str, _Call]]:
     one_hot = np.arange(c) == labels[:, None]
     mask |= one_hot
     one_hot = one_hot.astype(dtype)
-    for operation in ("softmax", "log_softmax"):
-        given = (x,), {"where": mask}, (x,)
-        by_hand = lambda: _softmax(x, -1, mask)  # noqa: E731
-        if operation == "log_softmax":
-            by_hand = lambda: np.log(_softmax(x, -1, mask))  # noqa: E731
-        yield f"{operation}, where", _Call(operation, *given, by_hand)
-    yield (
-        "logsumexp, where",
-        _Call("logsumexp", (x,), {"where": mask, "axis": -1}, (x,), lambda: _logsumexp(x, mask)),
-    )
     heads = rng.standard_normal((2, 2, 16, 16) if quick else (8, 16, 256, 256)).astype(dtype)
     causal = np.tril(np.ones(heads.shape[-2:], bool))
-    yield (
-        "softmax, causal",
-        _Call(
-            "softmax", (heads,), {"where": causal}, (heads,), lambda: _softmax(heads, -1, causal)
+    last = {"axis": -1}
+    named = x, labels
+    for name, operation, arrays, options, plain, by_hand in (
+        ("where", "softmax", (x,), {"where": mask}, (x,), lambda: _softmax(x, -1, mask)),
+        (
+            "where", "log_softmax", (x,), {"where": mask}, (x,),
+            lambda: np.log(_softmax(x, -1, mask)),
         ),
-    )
-    gradient, plain = "cross_entropy_value_and_grad", (x, labels)
-    for name, arrays, options, by_hand in (
-        ("where", plain, {"where": mask}, lambda: _loss(x, one_hot, mask=mask)),
-        ("probabilities", (x, t), {}, lambda: _loss(x, t)),
-        ("sample_weight", plain, {"sample_weight": samples}, lambda: _loss(x, one_hot, samples)),
-        ("softcap", plain, {"softcap": 30.0}, lambda: _capped_loss(x, one_hot, 30.0)),
+        ("where", "logsumexp", (x,), {"where": mask}, (x,), lambda: _logsumexp(x, mask)),
+        ("causal", "softmax", (heads,), {"where": causal}, (heads,),
+         lambda: _softmax(heads, -1, causal)),
+        ("where", GRADIENT, named, {"where": mask}, named, lambda: _loss(x, one_hot, mask=mask)),
+        ("probabilities", GRADIENT, (x, t), {}, named, lambda: _loss(x, t)),
+        ("sample_weight", GRADIENT, named, {"sample_weight": samples}, named,
+         lambda: _loss(x, one_hot, samples)),
+        ("softcap", GRADIENT, named, {"softcap": 30.0}, named,
+         lambda: _capped_loss(x, one_hot, 30.0)),
+    ):  # fmt: skip
+        goal = 1.8 if name == "probabilities" else OPTION
+        yield (
+            Ours(f"{operation}, {name}", operation, arrays, last | options),
+            Other("plain", Ours("", operation, plain, last), goal, same=False),
+            Other("by hand", by_hand, BY_HAND),
+        )
+
+
+def _rows(dtype: str, *, quick: bool) -> Iterator[Case]:
+    """Rows that are confident, masked by -inf, and some of each among random ones."""
+    for shape in ((64, 32),) if quick else ((4096, 256), (4096, 512), (1024, 32_000)):
+        rng = np.random.default_rng(0)
+        random = rng.standard_normal(shape).astype(dtype)
+        labels = rng.integers(shape[1], size=shape[0])
+        right = np.arange(shape[1]) == labels[:, None]
+        left_out = (rng.random(shape) < 0.5) & ~right
+        third = rng.integers(3, size=(shape[0], 1))
+        kinds = {"confident": random + 25 * right, "masked": np.where(left_out, -np.inf, random)}
+        kinds["mixed"] = np.choose(third, [random, *kinds.values()])
+        for name, x in kinds.items():
+            x = x.astype(dtype)
+            for operation in ("softmax", "logsumexp", "cross_entropy", GRADIENT):
+                takes = (labels,) if "cross_entropy" in operation else ()
+                options = {"axis": -1}
+                plain = Ours("", operation, (random, *takes), options)
+                yield (
+                    Ours(f"{operation}, {name}", operation, (x, *takes), options),
+                    Other("plain", plain, ROWS, same=False),
+                )
+
+
+def _layouts(*, quick: bool) -> Iterator[Case]:
+    if not importlib.util.find_spec("scipy"):
+        return
+    from scipy import special
+
+    rng = np.random.default_rng(0)
+    shape = (64, 32) if quick else (4096, 512)
+    large = rng.standard_normal(shape)
+    for name, x, goal in (
+        ("Fortran order", np.asfortranarray(large, np.float32), LAYOUT),
+        ("Fortran order", np.asfortranarray(large), LAYOUT),
+        ("integers", rng.integers(-9, 9, size=(64, 64)), 1.1),
+        ("strided", rng.standard_normal((400, 60))[::2, ::2], LAYOUT),
     ):
-        yield f"loss and gradient, {name}", _Call(gradient, arrays, options, plain, by_hand)
-    few = rng.standard_normal((100 if quick else 100_000, 3)).astype(dtype)
-    named = rng.integers(3, size=len(few))
-    targets = np.eye(3, dtype=dtype)[named]
+        for operation in ("softmax", "log_softmax", "logsumexp"):
+            theirs = partial(getattr(special, operation), x, axis=-1)
+            yield (
+                Ours(f"{operation}, {name}", operation, (x,), {"axis": -1}),
+                Other("scipy.special", theirs, goal),
+            )
+
+
+def _few_classes(dtype: str, *, quick: bool) -> Iterator[Case]:
+    if not importlib.util.find_spec("sklearn"):
+        return
+    from sklearn._loss.loss import HalfMultinomialLoss
+
+    rng = np.random.default_rng(0)
+    for n, c in ((100, 3),) if quick else ((100_000, 2), (100_000, 3), (1000, 3)):
+        x = rng.standard_normal((n, c)).astype(dtype)
+        labels = rng.integers(c, size=n)
+        theirs = partial(
+            HalfMultinomialLoss(n_classes=c).loss_gradient, y_true=labels.astype(dtype),
+            raw_prediction=x, n_threads=copies.cores(),
+        )  # fmt: skip
+        yield (
+            Ours("few classes", GRADIENT, (x, labels), {"reduction": "none"}),
+            Other("scikit-learn", theirs, LAYOUT),
+        )
+
+
+def _in_place(dtype: str, *, quick: bool) -> Iterator[Case]:
+    rng = np.random.default_rng(0)
+    n, c = (64, 32) if quick else (4096, 4096)
+    x, out = rng.standard_normal((n, c)).astype(dtype), np.zeros((n, c), dtype)
+    labels = rng.integers(c, size=n)
+    for operation, arrays, option in (
+        ("softmax", (x,), "out"),
+        ("log_softmax", (x,), "out"),
+        (GRADIENT, (x, labels), "grad_out"),
+    ):
+        plain = Ours("", operation, arrays)
+        # Less than 1 by what new memory costs on a machine.
+        yield (
+            Ours(f"{operation}, {option}", operation, arrays, {option: out}),
+            Other("plain", plain, 1.0),
+        )
+
+
+# --------------------------------------------------------------------------- torch
+
+
+def _backward(torch: Any, loss: Callable[..., Any], x: Any, *rest: Any) -> tuple[Any, Any]:
+    x = x.detach().requires_grad_()
+    value = loss(x, *rest)
+    return value.detach(), torch.autograd.grad(value, x)[0]
+
+
+def _of_torch(*, quick: bool) -> Iterator[Case]:
+    if not importlib.util.find_spec("torch"):
+        return
+    import torch
+    from torch.nn import functional
+
+    random = torch.Generator().manual_seed(0)
+    n, c = (64, 32) if quick else (4096, 512)
+    x, t = (torch.randn((n, c), generator=random) for _ in range(2))
+    t = t.softmax(-1)
+    backward = partial(_backward, torch)
     yield (
-        "loss and gradient, 3 classes",
-        _Call(gradient, (few, named), {}, (few, named), lambda: _loss(few, targets)),
+        Through("soft labels, backward", x, partial(backward, ps.cross_entropy, x, t)),
+        Other("torch", partial(backward, functional.cross_entropy, x, t), BY_HAND),
+    )
+    heads = torch.randn((2, 2, 16, 16) if quick else (8, 16, 256, 256), generator=random)
+    seen = torch.ones(heads.shape[-2:], dtype=torch.bool).tril()
+    yield (
+        Ours("softmax, causal", "softmax", (heads,), {"where": seen}),
+        Other("torch", lambda: heads.masked_fill(~seen, -torch.inf).softmax(-1), BY_HAND),
+    )
+    side = 64 if quick else 4096
+    logits = torch.randn((side, side), generator=random)
+    labels = torch.randint(side, (side,), generator=random)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = logits.to(dtype)
+        ours = partial(backward, ps.cross_entropy, half, labels)
+        yield (
+            Through("loss, backward", half, ours),
+            Other("torch", partial(backward, functional.cross_entropy, half, labels), BY_HAND),
+        )
+    image = torch.randn((1, 3, 8, 8) if quick else (4, 21, 256, 256), generator=random)
+    classes = torch.randint(image.shape[1], (len(image), *image.shape[2:]), generator=random)
+    classes[classes == 0] = 255
+    yield (
+        Ours("softmax, image", "softmax", (image,), {"axis": 1}),
+        Other("torch", lambda: image.softmax(1), LAYOUT),
+    )
+    ignoring = {"ignore_index": 255}
+    yield (
+        Ours("loss, image", "cross_entropy", (image, classes), {"axis": 1, **ignoring}),
+        Other("torch", lambda: functional.cross_entropy(image, classes, **ignoring), LAYOUT),
     )
 
 
-def measure(dtypes: list[str], *, quick: bool) -> Iterator[Row]:
-    """Yield a row for each call and dtype."""
-    for dtype in dtypes:
-        for name, call in _calls(dtype, quick):
-            yield _measured(name, call, dtype, rounds=2 if quick else 30)
+# --------------------------------------------------------------------------- all
 
 
-def _measured(name: str, call: _Call, dtype: str, rounds: int) -> Row:
-    function = getattr(ps, call.operation)
-    axis = {"axis": -1} if call.operation == "logsumexp" else {}
-    ways = (
-        lambda: function(*call.arrays, **call.options),
-        lambda: function(*call.plain, **axis),
-        call.by_hand,
-    )
-    x = call.arrays[0]
-    path = kernels.explain(call.operation, *call.arrays, **call.options).partition(":")[0]
-    row = Row(name, x.shape, dtype, math.nan, math.nan, math.nan, path)
-    seconds = [math.inf] * 3
+def cases(*, quick: bool) -> Iterator[Case]:
+    """Yield each call, and what it stands beside."""
+    for dtype in ("float32", "float64"):
+        for part in (_with_options, _rows, _few_classes, _in_place):
+            yield from part(dtype, quick=quick)
+    yield from _layouts(quick=quick)
+    yield from _of_torch(quick=quick)
+
+
+def measure(*, quick: bool) -> Iterator[Row]:
+    """Yield a row for each call and what it stands beside."""
+    for ours, *others in cases(quick=quick):
+        yield from _measured(ours, others, rounds=2 if quick else ROUNDS)
+
+
+def _measured(ours: Any, others: list[Other], rounds: int) -> list[Row]:
+    x = ours.arrays[0]
+    path = "autograd"
+    if isinstance(ours, Ours):
+        path = kernels.explain(ours.operation, *ours.arrays, **ours.options).partition(":")[0]
+    library, dtype = type(x).__module__.partition(".")[0], str(x.dtype).rpartition(".")[2]
+    rows = [
+        Row(ours.name, library, tuple(x.shape), dtype, other.name, other.goal, path)
+        for other in others
+    ]
+    ways = [ours, *(other.call for other in others)]
+    seconds = [math.inf] * len(ways)
     with np.errstate(all="ignore"):
-        if not _alike(ways[0](), ways[2]()):
-            row.problem = "wrong result"
-            return row
-        order = list(range(3))
+        found = [way() for way in ways]
+        for row, other, theirs in zip(rows, others, found[1:], strict=True):
+            if other.same and not _alike(found[0], theirs, dtype):
+                row.problem = "wrong result"
+        del found
+        order = list(range(len(ways)))
         for _ in range(rounds):
             for i in order:
                 started = perf_counter()
                 ways[i]()
                 seconds[i] = min(seconds[i], perf_counter() - started)
             order.reverse()  # else one of them always finds what the form by hand has left in cache
-    row.seconds, row.plain, row.by_hand = seconds
-    return row
+    for row, other_seconds in zip(rows, seconds[1:], strict=True):
+        row.seconds, row.other_seconds = seconds[0], other_seconds
+    return rows
 
 
-def _alike(ours: Any, theirs: Any) -> bool:
+def _alike(ours: Any, theirs: Any, dtype: str) -> bool:
     pairs = zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]
-    return all(np.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in pairs)
+    rtol = {"float16": 5e-3, "bfloat16": 5e-2}.get(dtype, 1e-3)
+    return all(np.allclose(_array(a), _array(b), rtol=rtol, atol=1e-5) for a, b in pairs)
+
+
+def _array(x: Any) -> np.ndarray:
+    if "torch" in sys.modules and isinstance(x, sys.modules["torch"].Tensor):
+        x = x.detach().double()
+    return np.asarray(x)
 
 
 def cells(rows: list[Row]) -> list[list[str]]:
     """Return the rows as text."""
     return [
         [
-            row.call, "x".join(map(str, row.shape)), row.dtype,
-            row.problem or tables.duration(row.seconds),
-            f"{row.seconds / row.plain:.2f}", f"{row.seconds / row.by_hand:.2f}", row.path,
+            row.call, f"{row.library} {row.dtype} {'x'.join(map(str, row.shape))}",
+            row.problem or tables.duration(row.seconds), row.beside,
+            tables.duration(row.other_seconds), f"{row.ratio:.2f}", f"{row.goal:.2f}",
+            "OVER" if row.missed else "", row.path,
         ]
         for row in rows
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""``python -m bench options``: what options cost."""
+"""``python -m bench calls``: calls that people make, beside what they use instead."""
 
 from __future__ import annotations
 
@@ -8,26 +8,44 @@ import numpy as np
 import pytest
 
 import portable_softmax as ps
-from bench import options
+from bench import calls
 from bench.__main__ import main
 
 pytestmark = pytest.mark.once
 
 
-def test_every_call_is_timed_in_three_ways(tmp_path, capsys):
-    file = tmp_path / "options.json"
-    assert main(["options", "--quick", "--dtypes", "float32", "--json", str(file)]) == 0
+def test_every_call_is_timed_beside_another(tmp_path, capsys):
+    file = tmp_path / "calls.json"
+    assert main(["calls", "--quick", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["rows"]
-    assert {row["call"] for row in rows} >= {"softmax, where", "loss and gradient, probabilities"}
+    found = {(row["call"], row["beside"]) for row in rows}
+    assert found >= {
+        ("softmax, where", "plain"),
+        ("cross_entropy_value_and_grad, softcap", "by hand"),
+        ("logsumexp, confident", "plain"),
+        ("softmax, out", "plain"),
+    }
     for row in rows:
         assert not row["problem"]
-        assert all(0 < row[way] < 60 for way in ("seconds", "plain", "by_hand"))
-    assert "/ by hand" in capsys.readouterr().out
+        assert all(0 < row[way] < 60 for way in ("seconds", "other_seconds"))
+        assert row["ratio"] == pytest.approx(row["seconds"] / row["other_seconds"])
+    assert "by hand" in capsys.readouterr().out
 
 
 def test_a_wrong_result_is_named_instead_of_timed(monkeypatch, capsys):
     monkeypatch.setattr(ps, "softmax", lambda x, **_: np.zeros_like(x))
-    rows = [row for row in options.measure(["float64"], quick=True) if row.problem]
+    monkeypatch.setattr(calls, "cases", lambda quick: calls._with_options("float64", quick=quick))
+    rows = [row for row in calls.measure(quick=True) if row.problem]
     assert [row.call for row in rows] == ["softmax, where", "softmax, causal"]
-    assert options.cells(rows)[0][3] == "wrong result"
-    assert main(["options", "--quick", "--dtypes", "float64"]) == 1
+    assert all(row.missed for row in rows)
+    assert calls.cells(rows)[0][2] == "wrong result"
+    assert main(["calls", "--quick"]) == 1
+
+
+def test_a_missed_goal_fails(monkeypatch):
+    row = calls.Row("softmax, where", "numpy", (2, 3), "float32", "plain", 1.5, "", 2.0, 1.0)
+    monkeypatch.setattr(calls, "measure", lambda quick: iter([row]))
+    assert main(["calls", "--quick"]) == 0
+    assert main(["calls"]) == 1
+    row.goal = 2.5
+    assert main(["calls"]) == 0
