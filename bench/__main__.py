@@ -15,15 +15,18 @@ from bench import (
     accuracy,
     accuracy_family,
     arguments,
+    arrays,
     calls,
     comparison,
     compilation,
     exact,
+    fresh,
     gpu,
     memory,
     places,
     plots,
     providers,
+    ratio_plots,
     report,
     scale,
     scale_plots,
@@ -225,9 +228,38 @@ def run_calls(args: argparse.Namespace, argv: list[str]) -> int:
     return 1 if any(row.problem or (row.missed and not args.quick) for row in rows) else 0
 
 
+def run_arrays(args: argparse.Namespace, argv: list[str]) -> int:
+    """Time ours beside scipy.special on each library's arrays; return 1 if one misses its goal."""
+    load = report.load()
+    arrays.prepare()
+    if args.plot:
+        report.check_folder(args.plot.parent)
+    shapes = speed.parse_shapes(args.shapes or (speed.QUICK_SHAPES if args.quick else speed.SHAPES))
+    effort = speed.QUICK if args.quick else speed.THOROUGH
+    rows = _followed(arrays.measure(shapes, effort), arrays.cells)
+    _shown("beside scipy.special", arrays, rows)
+    document = _document("arrays", argv, load, rows, "ratio")
+    if args.plot:
+        ratio_plots.save_arrays(rows, document, args.plot)
+        report.line(f"drew {args.plot}")
+    _close(document, [], args.json)
+    return 1 if any(row.problem or (row.missed and not args.quick) for row in rows) else 0
+
+
+def run_fresh(args: argparse.Namespace, argv: list[str]) -> int:
+    """Time small arrays in new processes, and first calls; return 1 if one misses its goal."""
+    load = report.load()
+    rows = _followed(fresh.measure(quick=args.quick), fresh.cells)
+    _shown("in fresh processes", fresh, rows)
+    _close(_document("fresh", argv, load, rows, "ratio"), [], args.json)
+    return 1 if any(row.problem or (row.missed and not args.quick) for row in rows) else 0
+
+
 def run_jax(args: argparse.Namespace, argv: list[str]) -> int:
     """Time JAX's transforms of ours beside those of the peers."""
     load = report.load()
+    if args.plot:
+        report.check_folder(args.plot.parent)
     default = transforms.QUICK_SHAPES if args.quick else transforms.SHAPES
     shapes, place = speed.parse_shapes(args.shapes or default), places.open_backend("jax")
     effort = speed.QUICK if args.quick else speed.THOROUGH
@@ -235,6 +267,9 @@ def run_jax(args: argparse.Namespace, argv: list[str]) -> int:
     _shown(f"transforms on {place}", transforms, rows)
     report.table("over the faster peer", transforms.SUMMARY, transforms.summary(rows))
     document = _document("jax", argv, load, rows, "ratio", device=place.device_name)
+    if args.plot:
+        ratio_plots.save_jax(rows, document, args.plot)
+        report.line(f"drew {args.plot}")
     _close(document, [], args.json)
     return 1 if any(row.problem for row in rows) else 0
 
@@ -346,6 +381,8 @@ COMMANDS = {
     "plot": run_plot,
     "thresholds": run_thresholds,
     "calls": run_calls,
+    "arrays": run_arrays,
+    "fresh": run_fresh,
     "jax": run_jax,
     "compile": run_compile,
     "scale": run_scale,

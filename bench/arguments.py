@@ -80,10 +80,19 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "calls", parents=[output], help="calls that people make, beside what they use instead"
     )
+    own = commands.add_parser(
+        "arrays", parents=[output], help="beside scipy.special on each library's own arrays"
+    )
+    own.add_argument("--shapes", default="", metavar="ROWSxCLASSES,...", help="comma list")
+    own.add_argument("--plot", type=Path, metavar="FILE", help="draw a figure there")
+    commands.add_parser(
+        "fresh", parents=[output], help="small arrays in new processes, and the first call"
+    )
     followed = commands.add_parser(
         "jax", parents=[output], help="JAX's jit, vmap and autodiff beside jax.nn and optax"
     )
     followed.add_argument("--shapes", default="", metavar="ROWSxCLASSES,...", help="comma list")
+    followed.add_argument("--plot", type=Path, metavar="FILE", help="draw a figure there")
     commands.add_parser(
         "compile", parents=[output], help="how long XLA compiles, and the size of programs"
     )

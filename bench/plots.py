@@ -176,32 +176,44 @@ def _ratios(rows: list[Row], title: str, colours: dict[str, str]) -> Any:
 
 
 def _bars(axes: Any, rows: list[Row], colours: dict[str, str]) -> None:
-    from matplotlib.ticker import NullFormatter, NullLocator
-
     shapes = list(dict.fromkeys(row.shape for row in rows))
     first = next((row.provider for row in rows if row.role == OURS), None)
     names = [n for n in dict.fromkeys(row.provider for row in rows) if n != first]
+    times = {(row.provider, row.shape): row.min_s for row in rows}
+    ratios = {
+        (name, shape): times[name, shape] / times[first, shape]
+        for name, shape in times
+        if name != first and (first, shape) in times
+    }
+    grouped(axes, ratios, names, shapes, colours)
+
+
+def grouped(
+    axes: Any,
+    ratios: dict[tuple[str, tuple[int, int]], float],
+    names: list[str],
+    shapes: list[tuple[int, int]],
+    colours: dict[str, str],
+) -> None:
+    """Draw bars from 1 to each ratio, a group a shape and in it a bar a name."""
+    from matplotlib.ticker import NullFormatter, NullLocator
+
     width = 0.84 / max(1, len(names))
-    low, high = 0.5, 2.0
     for i, name in enumerate(names):
-        places, ratios = [], []
-        for group, shape in enumerate(shapes):
-            times = {row.provider: row.min_s for row in rows if row.shape == shape}
-            if name in times and first in times:
-                places.append(group - 0.42 + (i + 0.5) * width)
-                ratios.append(times[name] / times[first])
-        bottoms = [ratio - 1 for ratio in ratios]
+        at = {group: ratios[name, s] for group, s in enumerate(shapes) if (name, s) in ratios}
+        places = [group - 0.42 + (i + 0.5) * width for group in at]
+        bottoms = [ratio - 1 for ratio in at.values()]
         axes.bar(places, bottoms, width * 0.9, bottom=1, color=colours[name], label=name)
-        for place, ratio in zip(places, ratios, strict=True):
+        for place, ratio in zip(places, at.values(), strict=True):
             up = ratio >= 1
             axes.annotate(
                 _short(ratio), (place, ratio),
                 xytext=(0, 2 if up else -2), textcoords="offset points", fontsize=7.5,
                 color=INK, ha="center", va="bottom" if up else "top",
             )  # fmt: skip
-        low, high = min([low, *ratios]), max([high, *ratios])
     axes.axhline(1, color=_COLOURS[OURS], linewidth=2)
     axes.set_yscale("log")
+    low, high = min([0.5, *ratios.values()]), max([2.0, *ratios.values()])
     room = (high / low) ** 0.14  # for the numbers
     low, high = low / room, high * room
     axes.set_ylim(low, high)

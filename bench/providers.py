@@ -200,6 +200,15 @@ def our_providers(place: Place, *, slow_starts: bool = True) -> list[Provider]:
     ]
 
 
+def named(place: Place, name: str) -> tuple[Callable[[int, str], Offer], Any]:
+    """Return what a path of ours or a peer offers at a place, and what makes its context."""
+    for path in PATHS:
+        if path.name == name:
+            return path.offer, path.context()
+    (peer,) = [p for p in peers.PEERS if p.name == name and p.library == place.name]
+    return peer.offer, nullcontext
+
+
 def path_taken(provider: Any, operation: str, x: Any, second: Any, axis: int = -1) -> str:
     """Return the kernel that a call of ours takes, or "portable"."""
     forward = operation.partition("+")[0]

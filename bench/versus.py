@@ -143,11 +143,11 @@ class _Server:
             self.place = places.open_backend(backend)
             self.problem = speed.Problem((shape[0], shape[1]), dtype)
         place, problem = self.place, self.problem
-        (ours,) = [one for one in providers.PATHS if one.name == path]
+        offer, context = providers.named(place, path)
         second = problem.second(operation)
-        call = ours.offer(-1, "mean")[operation]
+        call = offer(-1, "mean")[operation]
         bound = speed.bound(call, problem.at(place, "x"), problem.at(place, second))
-        self.timed = speed.Timed(bound, gpu.clock(place), ours.context())
+        self.timed = speed.Timed(bound, gpu.clock(place), context)
         why = speed.wrong(problem, place, operation, problem.arrays[second], self.timed)
         if not why:
             self.repeats = speed.repeats(self.timed, slice_s)
