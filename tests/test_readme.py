@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import semantics_table
 from backends import BACKENDS, LIBRARIES, ml_dtypes
 
 import portable_softmax as ps
+from bench import speed, summary, transforms
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -87,6 +90,37 @@ def test_every_session_is_described():
 @pytest.mark.parametrize("name", capabilities.TABLES)
 def test_a_generated_table_is_that_of_the_code(name):
     assert capabilities.written(name) == capabilities.TABLES[name].make()
+
+
+def test_the_table_of_speed_is_that_of_the_results():
+    """Each row of README's table from the files in bench/results."""
+
+    def rows(library, kind):
+        kept = json.loads((ROOT / "bench" / "results" / f"{library}.json").read_text())["rows"]
+        names = {field.name for field in dataclasses.fields(kind)}
+        kept = [{k: v for k, v in row.items() if k in names} for row in kept]
+        return [kind(**row | {"shape": tuple(row["shape"])}) for row in kept]
+
+    def means(library, path):
+        lines = summary.lines(rows(library, speed.Row))
+        found = {line.dtype: line for line in lines if (line.size, line.path) == ("large", path)}
+        return [
+            f"{summary.geometric_mean(ratio.value for ratio in found[dtype].best):.2f}"
+            for dtype in ("float32", "float64")
+        ]
+
+    calls = [row for row in rows("jax", transforms.Row) if row.path == "numba rows"]
+    expected = [
+        means("numpy", "ours"),
+        [
+            "; ".join(both)
+            for both in zip(*(means("torch", f"ours{p}") for p in ("", ", autograd")), strict=True)
+        ],
+        [f"{summary.geometric_mean(row.ratio for row in calls):.2f}", ""],
+    ]
+    table = README.partition("## Speed")[2].partition("![")[0]
+    lines = [cells(line) for line in table.splitlines() if line.startswith("|")]
+    assert [line[1:] for line in lines[2:]] == expected
 
 
 def test_the_package_and_the_tests_agree_on_what_a_library_can_do():

@@ -1,5 +1,6 @@
 """``{generated}``: tables and figures made from the code, the tests and the kept benchmarks."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ import capabilities
 from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
-from bench import scale, summary, tables
+from bench import arrays, calls, fresh, scale, steps, summary, tables, transforms
 from bench.report import described
 from bench.speed import OURS, PEER, Row
 
@@ -71,6 +72,34 @@ def cells(name):
     return f"`{document['command']}`\n\n{described(document)}\n\n{table}\n\n{clock}"
 
 
+TIMED = {"arrays": arrays, "calls": calls, "fresh": fresh, "steps": steps, "jax": transforms}
+
+
+def timed(name, *, short=False):
+    """Return the table of a kept run of the command of this name."""
+    document, module = _document(name), TIMED[name]
+    names = [field.name for field in dataclasses.fields(module.Row)]
+    rows = [module.Row(**{name: _number(row[name]) for name in names}) for row in document["rows"]]
+    headings, texts = (
+        (module.SUMMARY, module.summary(rows)) if short else (module.HEADINGS, module.cells(rows))
+    )
+    lines = [headings, ["---"] * len(headings), *texts]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"`{document['command']}`\n\n{described(document)}\n\n{table}\n\n{module.LEGEND}"
+
+
+def in_short(name):
+    """Return the summary of such a run."""
+    return timed(name, short=True)
+
+
+def _number(value):
+    """Return a list as a tuple, and what JSON has no number for as a float."""
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
 def scaling(part):
     """Return one part of `scale`, from the kept run that has it."""
     kept = (_document(path.stem) for path in RESULTS.glob("scale-*.json"))
@@ -113,7 +142,9 @@ def figures(library):
     )
 
 
-_ALL = (backends_of, backends, kernels, speed, cells, scaling, slower, figures)
+_ALL = (
+    backends_of, backends, kernels, speed, cells, timed, in_short, scaling, slower, figures,
+)  # fmt: skip
 MAKERS = {f.__name__: f for f in _ALL}
 
 

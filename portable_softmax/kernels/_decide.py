@@ -196,8 +196,9 @@ def run(request: Request, portable: Callable[[Request], Any]) -> Any:
     switch, out = switches(), request.out
     if out is not None and request.overlaps():
         request = request._replace(out=None)
-    given = request
-    request, back = canonical(request)
+    given, back = request, None
+    if switch is None or not switch.portable:
+        request, back = canonical(request)
     decision = decide(request, switch)
     if switch is not None and switch.explaining:
         raise _Decided(decision, request)
