@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from bench import peers, places, providers, speed, tables
 from bench.errors import CommandError
+from bench.goals import Compared
 from bench.providers import Provider
 
 LIBRARIES = ("numpy", "torch", "jax", "dask")
@@ -29,7 +30,7 @@ _SWITCH = "SCIPY_ARRAY_API"
 
 
 @dataclass
-class Row:
+class Row(Compared):
     """One function on one library's arrays."""
 
     library: str
@@ -43,15 +44,6 @@ class Row:
     @property
     def goal(self) -> float:
         return GOALS.get(self.library, GOAL)
-
-    @property
-    def ratio(self) -> float:
-        """Our time in units of scipy.special's."""
-        return self.seconds / self.other_seconds
-
-    @property
-    def missed(self) -> bool:
-        return bool(self.problem) or self.ratio > self.goal
 
 
 def prepare() -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 import portable_softmax as ps
 from bench import copies, tables
+from bench.goals import Compared
 from portable_softmax import kernels
 
 HEADINGS = ("call", "arrays", "time", "beside", "its time", "ratio", "goal", "", "path")
@@ -33,7 +34,7 @@ ROUNDS = 40
 
 
 @dataclass
-class Row:
+class Row(Compared):
     """One call beside another."""
 
     call: str
@@ -46,14 +47,6 @@ class Row:
     seconds: float = math.nan
     other_seconds: float = math.nan
     problem: str = ""
-
-    @property
-    def ratio(self) -> float:
-        return self.seconds / self.other_seconds
-
-    @property
-    def missed(self) -> bool:
-        return bool(self.problem) or self.ratio > self.goal
 
 
 class Ours(NamedTuple):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bench import peers, places, speed, tables, versus
+from bench.goals import Compared
 from bench.report import ROOT
 from bench.summary import geometric_mean
 
@@ -59,7 +60,7 @@ def _cells() -> list[_Cell]:
 
 
 @dataclass
-class Row:
+class Row(Compared):
     """One call beside another."""
 
     call: str
@@ -69,14 +70,6 @@ class Row:
     other_seconds: float
     goal: float
     problem: str = ""
-
-    @property
-    def ratio(self) -> float:
-        return self.seconds / self.other_seconds
-
-    @property
-    def missed(self) -> bool:
-        return bool(self.problem) or self.ratio > self.goal
 
 
 def measure(*, quick: bool) -> Iterator[Row]:
