@@ -25,6 +25,7 @@ from bench import (
     memory,
     places,
     plots,
+    programs,
     providers,
     ratio_plots,
     report,
@@ -274,6 +275,16 @@ def run_jax(args: argparse.Namespace, argv: list[str]) -> int:
     return 1 if any(row.problem for row in rows) else 0
 
 
+def run_programs(args: argparse.Namespace, argv: list[str]) -> int:
+    """Time programs of JAX around calls, and calls with options; return 1 if one is wrong."""
+    load, place = report.load(), places.open_backend("jax")
+    rows = _followed(programs.measure(place, quick=args.quick), programs.cells)
+    _shown(f"programs on {place}", programs, rows)
+    document = _document("programs", argv, load, rows, "ratio", device=place.device_name)
+    _close(document, [], args.json)
+    return 1 if any(row.problem for row in rows) else 0
+
+
 def run_compile(args: argparse.Namespace, argv: list[str]) -> int:
     """Compare how long XLA compiles, and how large the programs are, with the peers'."""
     load, place = report.load(), places.open_backend("jax")
@@ -384,6 +395,7 @@ COMMANDS = {
     "arrays": run_arrays,
     "fresh": run_fresh,
     "jax": run_jax,
+    "programs": run_programs,
     "compile": run_compile,
     "scale": run_scale,
     "steps": run_steps,

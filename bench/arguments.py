@@ -94,6 +94,9 @@ def parser() -> argparse.ArgumentParser:
     followed.add_argument("--shapes", default="", metavar="ROWSxCLASSES,...", help="comma list")
     followed.add_argument("--plot", type=Path, metavar="FILE", help="draw a figure there")
     commands.add_parser(
+        "programs", parents=[output], help="JAX's calls inside programs, and with options"
+    )
+    commands.add_parser(
         "compile", parents=[output], help="how long XLA compiles, and the size of programs"
     )
     beyond = commands.add_parser(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import portable_softmax as ps
-from bench import compilation, transforms
+from bench import compilation, programs, transforms
 from bench.__main__ import main
 
 pytestmark = pytest.mark.slow("XLA compiles each function, and Numba two handlers")
@@ -57,6 +57,32 @@ def test_a_wrong_result_fails(monkeypatch, capsys):
     monkeypatch.setattr(ps, "softmax", lambda x, **_: x * 0)
     assert main(["jax", "--quick"]) == 1
     assert "wrong result" in capsys.readouterr().out
+
+
+def test_programs_are_timed_beside_the_peers(tmp_path, capsys):
+    file = tmp_path / "programs.json"
+    assert main(["programs", "--quick", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["path"] for row in rows} == {*transforms.paths()}
+    assert len({row["call"] for row in rows}) == 9
+    for row in rows:
+        assert not row["problem"]
+        assert row["ratio"] == row["seconds"] / row["peer_seconds"]
+    assert "program: softmax(x * scale + bias) @ v" in capsys.readouterr().out
+
+
+def test_a_goal_is_that_of_a_program_or_of_a_call_alone():
+    def row(call, path, seconds):
+        return transforms.Row(call, "random", "jit", (2, 3), path, seconds, "jax.nn", 1.0)
+
+    lines = programs.cells(
+        [
+            row("program: f", "numba rows", 0.95),
+            row("f", "numba rows", 0.95),
+            row("f", "jax rules", 0.95),
+        ]
+    )
+    assert [line[-2:] for line in lines] == [["1.00", ""], ["0.90", "OVER"], ["", ""]]
 
 
 def test_compile_counts_time_and_instructions(tmp_path, capsys):

@@ -114,6 +114,7 @@ def test_answers_go_to_any_order(xp):
     np.testing.assert_allclose(xp.numpy(x), expected, rtol=1e-12)
 
 
+@pytest.mark.libraries("torch")
 def test_gradients_have_the_order_of_channels_last(torch):
     x = torch.randn(2, 5, 3, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
     labels = torch.randint(5, (2, 3, 4))

@@ -9,7 +9,7 @@ import capabilities
 from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
-from bench import arrays, calls, fresh, scale, steps, summary, tables, transforms
+from bench import arrays, calls, fresh, programs, scale, steps, summary, tables, transforms
 from bench.report import described
 from bench.speed import OURS, PEER, Row
 
@@ -72,7 +72,10 @@ def cells(name):
     return f"`{document['command']}`\n\n{described(document)}\n\n{table}\n\n{clock}"
 
 
-TIMED = {"arrays": arrays, "calls": calls, "fresh": fresh, "steps": steps, "jax": transforms}
+TIMED = {
+    "arrays": arrays, "calls": calls, "fresh": fresh, "steps": steps, "jax": transforms,
+    "programs": programs,
+}  # fmt: skip
 
 
 def timed(name, *, short=False):
