@@ -9,8 +9,7 @@ from asserts import assert_like
 import portable_softmax as ps
 from portable_softmax import kernels
 
-pytestmark = pytest.mark.libraries("numpy", "torch", "cupy")
-
+ORDERED = pytest.mark.libraries("numpy", "torch", "cupy")
 SHAPE = (3, 5, 4)
 
 # As the name says, of an array in C order: the same entries in other places.
@@ -60,6 +59,7 @@ def calls(xp, axis):
         yield lambda x: ps.cross_entropy_value_and_grad(x, t, axis=1, reduction="none")
 
 
+@ORDERED
 @pytest.mark.slow("Numba compiles each operation", "numba", "torch-numba")
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("order", ORDERS)
@@ -76,6 +76,7 @@ def test_an_order_changes_no_answer(xp, order, axis):
     np.testing.assert_array_equal(xp.numpy(x), before)
 
 
+@ORDERED
 @pytest.mark.parametrize("order", ["reversed axes", "class axis last"])
 def test_the_order_is_that_of_the_input(xp, order):
     """A small array is copied as it is handed over; a large one keeps its order."""
@@ -85,6 +86,7 @@ def test_the_order_is_that_of_the_input(xp, order):
     assert strides[0] == strides[1] == strides[2]
 
 
+@ORDERED
 @pytest.mark.parametrize("order", ["reversed axes", "class axis last", "without the last"])
 def test_an_order_takes_the_kernels(xp, order):
     x, same = in_order(xp, order, np.random.default_rng(0).standard_normal((30, 50, 40)))
@@ -114,7 +116,6 @@ def test_answers_go_to_any_order(xp):
     np.testing.assert_allclose(xp.numpy(x), expected, rtol=1e-12)
 
 
-@pytest.mark.libraries("torch")
 def test_gradients_have_the_order_of_channels_last(torch):
     x = torch.randn(2, 5, 3, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
     labels = torch.randint(5, (2, 3, 4))
