@@ -7,7 +7,7 @@ import pytest
 from asserts import assert_like
 
 import portable_softmax as ps
-from portable_softmax import kernels
+from portable_softmax import kernels, libraries
 
 ORDERED = pytest.mark.libraries("numpy", "torch", "cupy")
 SHAPE = (3, 5, 4)
@@ -138,3 +138,17 @@ def test_integers_take_the_kernels(xp):
         np.testing.assert_array_equal(function(x, axis=-1), function(x.astype(float), axis=-1))
         paths = [kernels.explain(name, a, axis=-1) for a in (x, x.astype(float))]
         assert paths[0] == paths[1]
+
+
+@pytest.mark.libraries("numpy", "torch")
+def test_nothing_is_copied_for_a_kernel_that_is_not_there(xp, monkeypatch):
+    x, _ = in_order(xp, "every other", np.random.default_rng(0).standard_normal(SHAPE))
+    is_there = not kernels.explain("softmax", x, axis=1).startswith("portable")
+    library, copied = type(libraries.library_of(x)), []
+    real = library.copy
+    monkeypatch.setattr(library, "copy", lambda self, a: copied.append(a) or real(self, a))
+    with kernels.portable():
+        expected = xp.numpy(ps.softmax(x, axis=1))
+    assert not copied
+    np.testing.assert_allclose(xp.numpy(ps.softmax(x, axis=1)), expected, rtol=1e-12)
+    assert bool(copied) == is_there

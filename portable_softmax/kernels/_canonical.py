@@ -31,15 +31,22 @@ _ORDERED = frozenset((*ROWS, *VJPS, *LOSSES, *SPARSE, FOLD, LOGSUMEXP_VJP))
 _INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
-def canonical(request: Request) -> tuple[Request, Back | None]:
-    """Return the call in that form, and what makes its answer that of this one, if anything."""
+def canonical(request: Request, is_open: Callable[[Request], bool]) -> tuple[Request, Back | None]:
+    """Return the call in that form, and what makes its answer that of this one, if anything.
+
+    Where no kernel `is_open` to it, it is left as it is: the portable path takes any array.
+    """
     if request.tracing:
         return request, None
-    if request.dtype in _INTEGERS and request.operation in ROWS:
-        x, dtype = cast(request.xp, request.x, request.compute_dtype), request.compute_dtype
-        request = request._replace(x=x, dtype=request.library.dtype(dtype).name)
-    order = _order(request)
-    return (request, None) if order is None else _reordered(request, order)
+    found, order = request, _order(request)
+    integers = request.dtype in _INTEGERS and request.operation in ROWS
+    if integers:
+        found = request._replace(dtype=request.library.dtype(request.compute_dtype).name)
+    if not (integers or order) or not is_open(found):
+        return request, None
+    if integers:
+        found = found._replace(x=cast(request.xp, request.x, request.compute_dtype))
+    return (found, None) if order is None else _reordered(found, order)
 
 
 def _order(request: Request) -> list[int] | None:

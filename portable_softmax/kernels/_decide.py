@@ -147,11 +147,23 @@ def _route(
     return Route(tuple(found), Decision(None, "", tuple(closed)), up_to)
 
 
+def _call(request: Request) -> tuple[Any, ...]:
+    """Return what `route` takes of a call, but for the switches."""
+    active = request.active if request.out is None else (*request.active, OUT)
+    return request.library.name, request.operation, request.dtype, active, request.tracing
+
+
+def _is_open(switch: Switches | None, request: Request) -> bool:
+    """Return whether a kernel is open to a call on its device, for arrays that it takes."""
+    switches = () if switch is None else (switch.portable, switch.asked, switch.off)
+    found = route(*_call(request), *switches).open
+    device = request.library.device_type(request.x)
+    return any(not one.devices or device in one.devices for one in found)
+
+
 def decide(request: Request, switch: Switches | None) -> Decision:
     """Return the one path that a call takes."""
-    library, x, tracing = request.library, request.x, request.tracing
-    active = request.active if request.out is None else (*request.active, OUT)
-    call = library.name, request.operation, request.dtype, active, tracing
+    library, x, tracing, call = request.library, request.x, request.tracing, _call(request)
     if switch is None:
         # A traced call would be guarded by the whole of `_ROUTES`.
         known = None if tracing else _ROUTES.get(call)
@@ -196,9 +208,8 @@ def run(request: Request, portable: Callable[[Request], Any]) -> Any:
     switch, out = switches(), request.out
     if out is not None and request.overlaps():
         request = request._replace(out=None)
-    given, back = request, None
-    if switch is None or not switch.portable:
-        request, back = canonical(request)
+    given = request
+    request, back = canonical(request, partial(_is_open, switch))
     decision = decide(request, switch)
     if switch is not None and switch.explaining:
         raise _Decided(decision, request)
