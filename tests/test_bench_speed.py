@@ -267,7 +267,8 @@ def test_providers_take_turns_and_slow_ones_have_fewer_rounds():
         name: speed.Timed(lambda name=name, s=s: (name, s), clock, providers.nullcontext)
         for name, s in {"slow": 1.0, "middle": 0.3, "fast": 0.01}.items()
     }
-    times = speed.interleaved(turns, speed.Effort(seconds=1.5, rounds=3, most=10, slice_s=0.001))
+    effort = speed.Effort(seconds=1.5, rounds=3, most=10, slice_s=0.001, warm=0)
+    times = speed.interleaved(turns, effort)
     assert {name: len(taken) for name, taken in times.items()} == {
         "slow": 3,
         "middle": 5,
@@ -282,6 +283,19 @@ def test_two_rounds_of_a_call_that_takes_seconds_are_enough():
     turns = {"slow": speed.Timed(lambda: ("slow", 0.6), _Clock(), providers.nullcontext)}
     effort = speed.Effort(seconds=0.3, rounds=5, most=10, enough_s=1.0)
     assert len(speed.interleaved(turns, effort)["slow"]) == 2
+
+
+def test_the_clock_starts_when_the_warm_calls_are_done():
+    """JAX returns before the work is done."""
+    running, found = [], []
+
+    def call():
+        found.append(len(running))
+        running.append(None)
+
+    clock = gpu.HostClock(lambda _: running.clear())
+    speed.turn(speed.Timed(call, clock, providers.nullcontext), calls=3, warm=2)
+    assert found == [0] * 5
 
 
 def test_cpu_time_does_not_count_what_a_call_waits():
