@@ -102,11 +102,13 @@ def test_no_class_at_all(xp):
 
 
 def test_a_row_of_minus_inf_only(xp):
-    """a row of -inf only | softmax nan, logsumexp -inf, as every peer"""
-    x = xp.asarray([[-INF, -INF], [0.0, 0.0]])
+    """a row of -inf only | softmax nan, logsumexp -inf, as every peer; its gradient 0"""
+    values = [[-INF, -INF], [0.0, 0.0]]
+    x = xp.asarray(values)
     assert_close(xp, ps.softmax(x), [[NAN, NAN], [0.5, 0.5]])
     assert_close(xp, ps.log_softmax(x), [[NAN, NAN], [-np.log(2)] * 2])
     assert_close(xp, ps.logsumexp(x, axis=1), [-INF, np.log(2)])
+    check_slopes_of_logsumexp(xp, values, [[0.0, 0.0], [0.5, 0.5]])
 
 
 def test_a_row_fully_masked_by_where(xp):
@@ -127,22 +129,26 @@ def test_a_row_fully_masked_by_where(xp):
 
 
 def test_plus_inf_in_a_row(xp):
-    """+inf in a row | softmax nan; logsumexp +inf"""
-    x = xp.asarray([[INF, 0.0], [INF, INF], [INF, -INF], [0.0, 0.0]])
+    """+inf in a row | softmax nan; logsumexp +inf, its gradient 0"""
+    values = [[INF, 0.0], [INF, INF], [INF, -INF], [0.0, 0.0]]
+    x = xp.asarray(values)
     expected = np.full((4, 2), NAN)
     expected[3] = 0.5
     assert_close(xp, ps.softmax(x), expected)
     assert_close(xp, ps.log_softmax(x), np.log(expected))
     assert_close(xp, ps.logsumexp(x, axis=1), [INF, INF, INF, np.log(2)])
+    check_slopes_of_logsumexp(xp, values, [[0.0, 0.0]] * 3 + [[0.5, 0.5]])
 
 
 def test_nan_in_a_row(xp):
     """nan in a row | that row nan, no other row touched"""
-    x = xp.asarray([[NAN, 0.0, INF], [0.0, 0.0, 0.0], [1.0, NAN, -INF]])
+    values = [[NAN, 0.0, INF], [0.0, 0.0, 0.0], [1.0, NAN, -INF]]
+    x = xp.asarray(values)
     third = 1 / 3
     assert_close(xp, ps.softmax(x), [[NAN] * 3, [third] * 3, [NAN] * 3])
     assert_close(xp, ps.log_softmax(x), [[NAN] * 3, [-np.log(3)] * 3, [NAN] * 3])
     assert_close(xp, ps.logsumexp(x, axis=1), [NAN, np.log(3), NAN])
+    check_slopes_of_logsumexp(xp, values, [[NAN] * 3, [third] * 3, [NAN] * 3])
     loss, grad = ce(xp, x, xp.asarray([0, 0, 0]), reduction="none")
     assert_array_equal(np.isnan(loss), [True, False, True])
     assert_array_equal(np.isnan(grad).all(axis=1), [True, False, True])
@@ -798,17 +804,32 @@ def test_an_ignored_row_with_an_infinite_or_nan_upstream_gradient(xp, reduction,
 
 def differentiated(xp, x, labels, upstream, **options):
     """Return the gradient of the loss as the library finds it by itself."""
+    if xp.library != "torch":
+        options["check_labels"] = False
+    return pulled_back(xp, lambda x: ps.cross_entropy(x, labels, **options), x, upstream)
+
+
+def pulled_back(xp, f, x, upstream):
+    """Return the product of an upstream gradient and the Jacobian of f, by the library's means."""
     if xp.library == "torch":
         x = xp.asarray(x).requires_grad_()
-        ps.cross_entropy(x, labels, **options).backward(xp.asarray(upstream))
+        f(x).backward(xp.asarray(upstream))
         return xp.numpy(x.grad)
-    loss = lambda x: ps.cross_entropy(x, labels, check_labels=False, **options)  # noqa: E731
     if xp.library == "mlx":
-        return xp.numpy(xp.xp.vjp(loss, [xp.asarray(x)], [xp.asarray(upstream)])[1][0])
+        return xp.numpy(xp.xp.vjp(f, [xp.asarray(x)], [xp.asarray(upstream)])[1][0])
     import jax
 
-    slope = xp.program(lambda x, upstream: jax.vjp(loss, x)[1](upstream)[0])
+    slope = xp.program(lambda x, upstream: jax.vjp(f, x)[1](upstream)[0])
     return xp.numpy(slope(xp.asarray(x), xp.asarray(upstream)))
+
+
+def check_slopes_of_logsumexp(xp, values, expected):
+    if not xp.differentiates:
+        return
+    for dtype in ("float32", "float64"):
+        x = np.asarray(values, dtype)
+        slopes = pulled_back(xp, lambda x: ps.logsumexp(x, axis=1), x, np.ones(len(x), dtype))
+        np.testing.assert_allclose(slopes, expected, rtol=1e-6)
 
 
 @pytest.mark.slow("Triton interprets element by element", "triton")

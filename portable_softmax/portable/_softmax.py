@@ -248,9 +248,9 @@ def _unweighted(xp: Namespace, x: Any, axes: Axes) -> Any:
         return libraries.of(xp).reduce_chunks(x, axes, _logsumexp_of_a_chunk)
     m = maximum(xp, x, axes)
     infinite, zero = xp.isinf(m), scalar(xp, 0.0, m)
-    state = fold(xp, x, axes, shift=xp.where(infinite, zero, m))
-    # A row of -inf keeps its value, and has the derivative 0 instead of that of log1p(-1).
-    return xp.where(infinite, m, state.max + xp.log1p(xp.where(infinite, zero, state.rest)))
+    # An infinite row keeps its value, and has the derivative 0: that of a row of zeros, times 0.
+    state = fold(xp, xp.where(infinite, zero, x), axes, shift=xp.where(infinite, zero, m))
+    return xp.where(infinite, m, state.max + xp.log1p(state.rest))
 
 
 def _logsumexp_of_a_chunk(chunk: Any, axis: Axes, keepdims: bool) -> Any:

@@ -7,6 +7,7 @@ derivative along.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax import numpy as jnp
 from portable_softmax import portable
 from portable_softmax.kernels._jax._fold import (
     Axes,
+    base,
     exps,
     fold,
     in_blocks,
@@ -120,9 +122,23 @@ def _logsumexp(x: Any, axes: Axes) -> Any:
 def _logsumexp_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x,), (t,) = primals, tangents
     m, rest = fold(x, None, axes)
-    finite = lax.is_finite(m)  # another row has the derivative 0
-    p = select(spread(finite, x, axes), softmax_of(x, m, rest, None, axes), 0.0)
-    return select(finite, m + jnp.log1p(rest), m), jnp.sum(p * t, axis=axes)
+    y = select(lax.is_finite(m), m + jnp.log1p(rest), m)
+    return y, jnp.sum(_slopes_of_logsumexp(x, m, rest, axes) * t, axis=axes)
+
+
+def _slopes_of_logsumexp(x: Any, m: Any, rest: Any, axes: Axes) -> Any:
+    """Return softmax, and 0 for a row whose maximum is infinite.
+
+    XLA's CPU compiler makes no vectors of a select between numbers of rows that it spreads. So the
+    others have a factor of 0, and no exponential that is infinite.
+    """
+    counts, most = ~jnp.isinf(m), math.log(float(jnp.finfo(x.dtype).max)) - 1.0
+    c, power = base(x, m, axes)
+    unit = jnp.exp(m - c) if power is None else jnp.exp(m - c) * power
+    c, factor = select(counts, c, 0.0), select(counts, 1.0 / (unit * (1.0 + rest)), 0.0)
+    terms = jnp.exp(lax.min(x - spread(c, x, axes), lax.full_like(x, most)))
+    terms = terms if power is None else terms * spread(power, x, axes)
+    return terms * spread(factor, x, axes)
 
 
 @jit
