@@ -180,6 +180,54 @@ def test_logsumexp_and_its_gradient_are_a_handler_each(jax, xp):
     assert called(lambda x: jax.jvp(f, (x,), (x,))) == ["logsumexp"]
 
 
+def over(f, *arrays):
+    """Return which handlers of a compiled program write over the array that they are given."""
+    import jax
+
+    lines = jax.jit(f).lower(*arrays).compile().as_text().splitlines()
+    found = [re.search(r"portable_softmax\.ffi\.(\w+)", line) for line in lines]
+    return {m[1]: "output_to_operand" in line for m, line in zip(found, lines, strict=True) if m}
+
+
+@pytest.mark.slow("several programs")
+def test_an_answer_is_written_over_what_the_program_has_made(jax, xp):
+    """XLA would copy an array that it is given, or a view of one."""
+    x, _ = draw(xp, *ROWS, dtype="float32")
+    v = jax.numpy.asarray(draw(xp, 300, 300, dtype="float32")[0])
+    for softmax in (ps.softmax, ps.log_softmax):
+        name = softmax.__name__
+        for made in (lambda x: x * 2 + 1, lambda x: x @ v):
+            assert over(lambda x, softmax=softmax, made=made: softmax(made(x)), x) == {name: True}
+            close(jax.jit(lambda x: softmax(made(x)))(x), softmax(made(x)))  # noqa: B023
+        for given in (lambda x: x, lambda x: x.reshape(1, 7, 300)):
+            found = over(lambda x, softmax=softmax, given=given: softmax(given(x)), x)
+            assert found == {name: False}
+
+
+@pytest.mark.slow("several programs")
+def test_what_is_read_again_is_not_written_over(jax, xp):
+    x, _ = draw(xp, *ROWS, dtype="float32")
+
+    def f(x):
+        made = x * 2 + 1
+        return ps.softmax(made), made, ps.log_softmax(made)
+
+    y, made, z = jax.jit(f)(x)
+    same_bits((y, made, z), (ps.softmax(x * 2 + 1), x * 2 + 1, ps.log_softmax(x * 2 + 1)))
+
+
+@pytest.mark.slow("several programs")
+def test_a_gradient_is_written_over_its_upstream_alone(jax, xp):
+    """The memory of logits whose softmax is kept is better given to what comes next."""
+    x, _ = draw(xp, *ROWS, dtype="float32")
+
+    def f(x):
+        return jax.numpy.sum(ps.softmax(x * 2) ** 2)
+
+    assert over(jax.grad(f), x) == {"softmax": False, "softmax_vjp": True}
+    close(jax.jit(jax.grad(f))(x), jax.grad(f)(x))
+
+
 # --------------------------------------------------------------------------- transforms
 
 

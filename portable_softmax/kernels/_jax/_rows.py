@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,8 @@ class Call(NamedTuple):
     tree: Any  # of the arrays of a `_jax.Program`, and of what handlers alone take
     static: tuple[Any, ...]  # of a `_jax.Program`
     batch: int = 0  # axes that vmap has put before those of the logits, labels and gradients
+    kept: bool = False  # whether a derivative needs the answer again
+    over: int | None = None  # the array that the answer is written over
 
     @property
     def form(self) -> Any:
@@ -177,7 +180,7 @@ rows = import_module("jax.extend.core").Primitive("portable_softmax_rows")
 rows.multiple_results = True
 
 
-@partial(jax.jit, static_argnames="call")
+@partial(jax.jit, static_argnames="call", inline=True)
 def _compiled(*leaves: Any, call: Call) -> Any:
     return rows.bind(*leaves, call=call)
 
@@ -304,13 +307,13 @@ ad.primitive_jvps[rows] = _jvp
 
 
 def _softmax_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
-    (y,) = rows.bind(*leaves, call=call)
+    (y,) = rows.bind(*leaves, call=call._replace(kept=True))
     change = _linear("softmax_vjp", (y,), t, call)
     return y, _over_temperature(change, call.arrays(leaves)[2])
 
 
 def _log_softmax_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
-    (y,) = rows.bind(*leaves, call=call)
+    (y,) = rows.bind(*leaves, call=call._replace(kept=True))
     change = _linear("log_softmax_jvp", (y,), t, call)
     where = call.where(leaves)
     change = change if where is None else jnp.where(where, change, 0.0)
@@ -531,7 +534,9 @@ def _handled(
     target = handlers.target(_register, call.operation, layout, used, loss)
     arguments = [a for role, a in used.items() if role not in results]
     out = [jax.ShapeDtypeStruct(a.shape, a.dtype) for r, a in used.items() if r in results]
-    return list(jax.ffi.ffi_call(target.name, out)(*arguments, plan=target.plan))
+    over = None if call.over is None else {call.over: 0}
+    found = jax.ffi.ffi_call(target.name, out, input_output_aliases=over)
+    return list(found(*arguments, plan=target.plan))
 
 
 def _register(name: str, address: int) -> None:
@@ -543,8 +548,43 @@ def _lowered(context: Any, *values: Any, call: Call, on_cpu: bool) -> Any:
     native = on_cpu and _is_alone(context.module_context) and 0 not in context.avals_in[0].shape
     native = native and not call.operation.endswith("_jvp")  # forward mode has no kernel
     function = _by_handler if native else _by_xla
+    if native and (i := _written_over(call, context.avals_in)) is not None and _is_new(values[i]):
+        call = call._replace(over=i)
     lower = mlir.lower_fun(partial(function, call=call), multiple_results=True)
     return lower(context, *values)
+
+
+# What an answer may be written over: logits and upstream gradients, which are rarely read again.
+# XLA copies one that is.
+_OVER = {
+    "softmax": 0,
+    "log_softmax": 0,
+    "softmax_vjp": 1,
+    "log_softmax_vjp": 1,
+    "log_softmax_pullback": 1,
+}
+
+
+def _written_over(call: Call, avals: Any) -> int | None:
+    """Return the array that may be written over; None where that has been seen to be slower.
+
+    Fresh memory takes as long as the work. But where the answer is kept, it is what comes next
+    that is given fresh memory.
+    """
+    i = None if call.kept else _OVER.get(call.operation)
+    (out,) = _shapes(*avals, call=call) if i is not None else (None,)
+    return i if out is not None and out.dtype == avals[i].dtype else None
+
+
+def _is_new(value: Any) -> bool:
+    """Return whether a program has made an array by arithmetic; XLA copies another one."""
+    return getattr(value.owner, "name", "") in _ARITHMETIC  # an argument's owner has no name
+
+
+_ARITHMETIC = {
+    f"stablehlo.{name}"
+    for name in ("add", "subtract", "multiply", "divide", "select", "dot_general", "convert")
+}
 
 
 def _is_alone(module: Any) -> bool:
@@ -553,5 +593,10 @@ def _is_alone(module: Any) -> bool:
     return devices == 1 and not getattr(module.lowering_parameters, "for_export", True)
 
 
-mlir.register_lowering(rows, partial(_lowered, on_cpu=False))
-mlir.register_lowering(rows, partial(_lowered, on_cpu=True), platform="cpu")
+# A lowering that JAX keeps for other calls doesn't see what has made the arrays of this one.
+_OF_THIS_CALL: dict[str, Any] = {"cacheable": False}
+if "cacheable" not in signature(mlir.register_lowering).parameters:
+    _OF_THIS_CALL = {}
+for _platform in (None, "cpu"):
+    _lower = partial(_lowered, on_cpu=_platform == "cpu")
+    mlir.register_lowering(rows, _lower, platform=_platform, **_OF_THIS_CALL)

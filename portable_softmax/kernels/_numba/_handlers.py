@@ -478,12 +478,13 @@ def ask_for_large_pages(job):
     """Let Linux bring the results' memory in large pages, as NumPy does.
 
     XLA makes a result anew for each call: in small pages its first touch takes as long as three
-    passes over it.
+    passes over it. One that is written over an array has been touched.
     """
     for role in (OUT, GRAD):
         start, kind = word(job, BUFFERS + role), word(job, PLAN + KINDS + role)
         size = word(job, PLAN + SIZES + role) * item_size(kind)
-        if size >= HUGE:
+        over = start == word(job, BUFFERS + X) or start == word(job, BUFFERS + SECOND)
+        if size >= HUGE and not over:
             skipped = -start % PAGE
             madvise(start + skipped, size - skipped, MADV_HUGEPAGE)
 
