@@ -108,7 +108,7 @@ def test_a_row_of_minus_inf_only(xp):
     assert_close(xp, ps.softmax(x), [[NAN, NAN], [0.5, 0.5]])
     assert_close(xp, ps.log_softmax(x), [[NAN, NAN], [-np.log(2)] * 2])
     assert_close(xp, ps.logsumexp(x, axis=1), [-INF, np.log(2)])
-    check_slopes_of_logsumexp(xp, values, [[0.0, 0.0], [0.5, 0.5]])
+    check_slopes(xp, values, [[0.0, 0.0], [0.5, 0.5]])
 
 
 def test_a_row_fully_masked_by_where(xp):
@@ -137,7 +137,7 @@ def test_plus_inf_in_a_row(xp):
     assert_close(xp, ps.softmax(x), expected)
     assert_close(xp, ps.log_softmax(x), np.log(expected))
     assert_close(xp, ps.logsumexp(x, axis=1), [INF, INF, INF, np.log(2)])
-    check_slopes_of_logsumexp(xp, values, [[0.0, 0.0]] * 3 + [[0.5, 0.5]])
+    check_slopes(xp, values, [[0.0, 0.0]] * 3 + [[0.5, 0.5]])
 
 
 def test_nan_in_a_row(xp):
@@ -148,7 +148,7 @@ def test_nan_in_a_row(xp):
     assert_close(xp, ps.softmax(x), [[NAN] * 3, [third] * 3, [NAN] * 3])
     assert_close(xp, ps.log_softmax(x), [[NAN] * 3, [-np.log(3)] * 3, [NAN] * 3])
     assert_close(xp, ps.logsumexp(x, axis=1), [NAN, np.log(3), NAN])
-    check_slopes_of_logsumexp(xp, values, [[NAN] * 3, [third] * 3, [NAN] * 3])
+    check_slopes(xp, values, [[NAN] * 3, [third] * 3, [NAN] * 3])
     loss, grad = ce(xp, x, xp.asarray([0, 0, 0]), reduction="none")
     assert_array_equal(np.isnan(loss), [True, False, True])
     assert_array_equal(np.isnan(grad).all(axis=1), [True, False, True])
@@ -823,13 +823,20 @@ def pulled_back(xp, f, x, upstream):
     return xp.numpy(slope(xp.asarray(x), xp.asarray(upstream)))
 
 
-def check_slopes_of_logsumexp(xp, values, expected):
+def check_slopes(xp, values, of_logsumexp):
+    """Check the library's derivatives: that of a loss is nan in every row but the finite ones."""
     if not xp.differentiates:
         return
+    bad = ~np.isfinite(values).all(axis=1)
     for dtype in ("float32", "float64"):
-        x = np.asarray(values, dtype)
-        slopes = pulled_back(xp, lambda x: ps.logsumexp(x, axis=1), x, np.ones(len(x), dtype))
-        np.testing.assert_allclose(slopes, expected, rtol=1e-6)
+        x, upstream = np.asarray(values, dtype), np.ones(len(values), dtype)
+        slopes = pulled_back(xp, lambda x: ps.logsumexp(x, axis=1), x, upstream)
+        np.testing.assert_allclose(slopes, of_logsumexp, rtol=1e-6)
+        for label in range(x.shape[1]):
+            labels = xp.asarray(np.full(len(x), label))
+            slopes = np.isnan(differentiated(xp, x, labels, upstream, reduction="none"))
+            assert_array_equal(slopes.all(axis=1), bad)
+            assert_array_equal(slopes.any(axis=1), bad)
 
 
 @pytest.mark.slow("Triton interprets element by element", "triton")

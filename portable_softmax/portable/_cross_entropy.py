@@ -24,7 +24,7 @@ from portable_softmax._typing import Namespace
 from portable_softmax.libraries import cast, constant, device, scalar
 from portable_softmax.portable._divisor import divided
 from portable_softmax.portable._softmax import masked
-from portable_softmax.portable._state import State, fold
+from portable_softmax.portable._state import State, fold, maximum
 from portable_softmax.portable._sums import total
 
 
@@ -302,20 +302,20 @@ def _fold_from_label(
     loss = log sum_j exp(x_j - x_label) has the derivative -sum of the other probabilities at the
     label, because each term but the label's own depends on x_label. Written as (max - x_label) +
     log1p(rest) it would be p_label - 1, which cancels. So the value is the latter's and the
-    derivative is the former's: `attach` adds (x_j - x_label) minus its own value, a zero.
+    derivative is the former's: `attach` adds a zero with the derivative of x_j - x_label.
     """
-    zero = scalar(xp, 0.0, x)
-    infinite = xp.isinf(at_label)
+    zero, m = scalar(xp, 0.0, x), maximum(xp, x, (axis,))
+    finite = xp.isfinite(m)  # in another row every derivative is nan, as the loss is
+    infinite = finite & xp.isinf(at_label)
     linear = xp.where(infinite, zero, at_label)
     label = classes(xp, x, axis) == index
 
     def attach(shifted: Any) -> Any:
-        from_label = x - linear
-        value = constant(xp, from_label)
-        apart = label | ~xp.isfinite(value)  # the label's own term is a constant, as is exp(-inf)
-        return constant(xp, shifted) + xp.where(apart, zero, from_label - value)
+        moved = (x - constant(xp, x)) - (linear - constant(xp, linear))
+        apart = label | (constant(xp, shifted) == -math.inf)  # the label's term is a constant
+        return constant(xp, shifted) + xp.where(finite & apart, zero, moved)
 
-    state = fold(xp, x, (axis,), attach=attach)
+    state = fold(xp, x, (axis,), shift=m, attach=attach)
     gap = state.max - xp.where(infinite, at_label, constant(xp, at_label))
     # The derivative that the shift took from the logarithm goes to the maximum, for logsumexp.
     return state._replace(max=state.max + (linear - constant(xp, linear))), gap

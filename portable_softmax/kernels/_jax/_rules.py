@@ -69,11 +69,11 @@ def _softmax(x: Any, scale: Any, axes: Axes) -> Any:
 def _softmax_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x, scale), (t, _) = primals, tangents
     y = _softmax(x, scale, axes)
+    t = t if scale is None else t * inverse_temperature(scale)  # the transpose multiplies last
     change = y * (t - spread(jnp.sum(y * t, axis=axes), y, axes))
     # Nothing, as the changes of a row sum to 0. But its transpose takes a constant off the upstream
     # gradient, which keeps the digits of a confident row: see the portable `softmax_vjp`.
-    change = change - _confident(y) * spread(jnp.sum(change, axis=axes), y, axes)
-    return y, change if scale is None else change * inverse_temperature(scale)
+    return y, change - _confident(y) * spread(jnp.sum(change, axis=axes), y, axes)
 
 
 @jit
