@@ -44,8 +44,8 @@ def plans(monkeypatch):
     driver, seen = heavy("_driver"), []
     real = driver.plan
 
-    def spy(*args):
-        seen.append(real(*args))
+    def spy(*args, **options):
+        seen.append(real(*args, **options))
         return seen[-1]
 
     monkeypatch.setattr(driver, "plan", spy)
@@ -112,10 +112,12 @@ def test_every_kind_of_row_is_exact(every_size, plans, n, dtype):
         bound = np.broadcast_to(0.51 if half else bounds[name], answer.shape)
         assert np.all(~counted | (error <= bound)), (name, float(np.max(error[counted])))
     driver = heavy("_driver")
-    short = n * (8 if dtype == "float64" else 4) < driver.SHORT
-    expected = driver.BLOCKS if short else driver.ROWS
-    expected = driver.NARROW if n <= driver.FEW else expected
-    assert all(plan.kernels is expected for plan in plans)
+    size = n * (8 if dtype == "float64" else 4)
+    folds = driver.GROUPS if driver.SHORT <= size <= driver.MIDDLE else driver.ROWS
+    folds = driver.BLOCKS if size < driver.SHORT else folds
+    folds = driver.NARROW if n <= driver.FEW else folds
+    writes = driver.ROWS if folds is driver.GROUPS else folds
+    assert [plan.kernels for plan in plans[:4]] == [folds, writes, folds, folds]
     loss, grad = ps.cross_entropy_value_and_grad(x, labels, reduction="none")
     np.testing.assert_allclose(loss, results["cross_entropy"], rtol=4 * unit)
     got = grad[np.arange(64), labels].astype(np.longdouble)
@@ -385,6 +387,47 @@ def test_what_is_left_to_the_next_kernel(every_size):
     assert why("cross_entropy", x, t, **given) == "options together: label_smoothing, where"
     assert why("cross_entropy", x, x, weight=x[0, 0]) == "probabilities with weight"
     assert why("softmax", np.ones((20_000, 2)), axis=0).startswith("20,000 classes along an axis")
+
+
+@pytest.mark.parametrize("dtype", ONE_HALF_TYPE)
+@pytest.mark.parametrize("rows", [1, 15, 37])
+def test_groups_of_rows_come_to_the_bits_of_single_rows(every_size, monkeypatch, rows, dtype):
+    """The loss of a row and its log_softmax are of different layouts."""
+    driver, n = heavy("_driver"), 300
+    x = np.concatenate([families(n, dtype), families(n, dtype)[:9]])[:: 64 // rows][:rows]
+    labels, mask = np.arange(rows) * 7 % n, np.random.default_rng(0).random(x.shape) < 0.7
+    mask[np.arange(rows), labels] = True
+
+    def every():
+        found = [ps.logsumexp(x, axis=-1), ps.logsumexp(x, axis=-1, where=mask)]
+        found += [ps.softmax(x), ps.softmax(x, where=mask), ps.softmax(x, temperature=0.7)]
+        for options in ({}, {"softcap": 5.0}, {"where": mask}, {"label_smoothing": 0.1}):
+            given = {"reduction": "none", **options}
+            found += ps.cross_entropy_value_and_grad(x, labels, **given)
+            found.append(ps.cross_entropy(x, labels, **given))
+        q = np.abs(x.astype(np.float32))
+        found += ps.cross_entropy_value_and_grad(x, q / q.max(), reduction="none")
+        return found
+
+    with np.errstate(all="ignore"):
+        grouped = every()
+        monkeypatch.setattr(driver, "MIDDLE", 0)
+        for one, other in zip(grouped, every(), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("rows", "layout"), [(16, "GROUPS"), (20, "ROWS")])
+def test_no_group_crosses_the_end_of_a_repeated_mask(every_size, plans, rows, layout):
+    rng = np.random.default_rng(0)
+    x, mask = rng.standard_normal((3, rows, 300)), rng.random((rows, 300)) < 0.5
+    found = ps.softmax(x, where=mask), ps.logsumexp(x, axis=-1, where=mask)
+    assert [plan.kernels for plan in plans] == [getattr(heavy("_driver"), layout)] * 2
+    whole = np.broadcast_to(mask, x.shape).copy()
+    whole[0, 0, 0] ^= True  # nothing is repeated
+    expected = ps.softmax(x, where=whole), ps.logsumexp(x, axis=-1, where=whole)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one[1:], other[1:])
+        np.testing.assert_array_equal(one[0, 1:], other[0, 1:])
 
 
 def test_read_only_arrays_are_not_compiled_anew(every_size):

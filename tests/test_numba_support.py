@@ -160,7 +160,9 @@ def test_each_kernel_has_a_name_of_its_own():
     """The linker takes functions of one name for the same, whatever process compiled them."""
     from portable_softmax.kernels._numba import _kernels
 
-    layouts = _kernels.ROWS, _kernels.BLOCKS, _kernels.COLUMNS, _kernels.NARROW
+    layouts = [
+        getattr(_kernels, name) for name in ("ROWS", "GROUPS", "BLOCKS", "COLUMNS", "NARROW")
+    ]
     names = [kernel.py_func.__qualname__ for found in layouts for kernel in found.values()]
     assert len({*names}) == len(names)
 
@@ -174,7 +176,7 @@ x = np.zeros((300, 300), np.float32)
 assert kernels.explain("softmax", x).startswith("numba rows"), kernels.explain("softmax", x)
 softmax(x)
 from portable_softmax.kernels._numba import _driver
-stats = _driver.ROWS["softmax"].stats
+stats = _driver.GROUPS["softmax"].stats
 print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
 """
 
@@ -310,13 +312,13 @@ def test_what_is_still_to_be_compiled_is_explained(tmp_path):
     found = in_a_fresh_process(STEPS, HERE, **here).splitlines()
     assert all(line.startswith("numba rows: one pass in cache") for line in found)
     assert [compiled(line) for line in found] == [
-        "rows.softmax",
+        "groups.softmax",
         "",
-        "rows.softmax",  # with a mask it is another one
-        "scan, rows.cross_entropy_value_and_grad",
+        "groups.softmax",  # with a mask it is another one
+        "scan, groups.cross_entropy_value_and_grad",
     ]
     found = in_a_fresh_process(STEPS, HERE, **here).splitlines()
-    assert [compiled(line) for line in found[:3]] == ["", "", "rows.softmax"]
+    assert [compiled(line) for line in found[:3]] == ["", "", "groups.softmax"]
 
 
 def compiled(explained):
@@ -331,7 +333,7 @@ def test_an_explained_call_runs_no_kernel(library, monkeypatch):
     xp = pytest.importorskip(library)
     x, out = xp.zeros((300, 300)), xp.ones((300, 300))
     monkeypatch.setattr(_driver, "is_at_hand", lambda *_: False)
-    assert compiled(kernels.explain("softmax", x, out=out)) == "rows.softmax"
+    assert compiled(kernels.explain("softmax", x, out=out)) == "groups.softmax"
     assert (out == 1).all()
     monkeypatch.setattr(_driver, "is_at_hand", lambda *_: True)
     assert compiled(kernels.explain("softmax", x)) == ""
@@ -380,9 +382,9 @@ def test_warm_compiles_what_other_processes_load(tmp_path):
     warm = "from portable_softmax.__main__ import main; main(['warm', '--json', {}])"
     warm = warm.format("'--operations', 'softmax', '--libraries', 'numpy,jax'")
     first = json.loads(in_a_fresh_process(warm, HERE, **here))
-    assert (first["compiled"], first["loaded"]) == (8, 0)
+    assert (first["compiled"], first["loaded"]) == (10, 0)
     second = json.loads(in_a_fresh_process(warm, HERE, **here))
-    assert (second["compiled"], second["loaded"]) == (0, 8)
+    assert (second["compiled"], second["loaded"]) == (0, 10)
     assert in_a_fresh_process(LARGE, HERE, **here) == "1 0"
 
 

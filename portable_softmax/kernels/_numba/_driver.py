@@ -17,13 +17,25 @@ import numpy as np
 from portable_softmax.kernels import _threads
 from portable_softmax.kernels._numba import _long
 from portable_softmax.kernels._numba._exp import temperature as prepared
+from portable_softmax.kernels._numba._groups import SUMS
 from portable_softmax.kernels._numba._jit import is_at_hand
-from portable_softmax.kernels._numba._kernels import BLOCKS, COLUMNS, NARROW, ROWS, scan
+from portable_softmax.kernels._numba._kernels import (
+    BLOCKS,
+    COLUMNS,
+    GROUPS,
+    NARROW,
+    ROWS,
+    scan,
+)
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, OVER, SAMPLED, WEIGHTED
 from portable_softmax.kernels._numba._values import size_of_values
 
 # Shorter rows, in bytes of the computation, are worked on as many at once as a vector has lanes.
 SHORT = 1024
+# Up to so many bytes, as many rows are folded one after the other before what they come to is
+# reduced. An operation that has nothing to gain, or writes only after the fold, does without.
+MIDDLE = 4096
+ONE_BY_ONE = ("log_softmax", "softmax_vjp", "log_softmax_vjp")
 # Rows of up to so many classes are worked on as columns are: a vector would hold little of one.
 FEW = 4
 # So many vectors, of 64 bytes, of short rows and of columns are worked on side by side: columns are
@@ -94,16 +106,19 @@ def plan(
     compute: Any,
     over: bool = False,
     capped: bool = False,
+    mask: Any = None,
 ) -> Plan:
-    """Choose between rows one by one, in blocks and columns, and cut the work into pieces.
+    """Choose how rows are worked on, and cut the work into pieces.
 
     A gradient `over` the logits has its exps in the workspace, as those of half types are, and one
-    of `capped` logits the slopes of the softcap behind them.
+    of `capped` logits the slopes of the softcap behind them. No group crosses the end of a mask
+    that is repeated. One by one and in groups, a row comes to the same bits.
     """
     (outer, n, inner), tiles = layout, TILES.get(operation, 1)
     lanes = 64 // compute.itemsize
     exact = dtype.itemsize == compute.itemsize and not over
     in_workspace = 2 if capped else 0 if exact else 1  # arrays of a group's size
+    crossed = mask is not None and mask.size < outer * n and mask.size % (lanes * n) != 0
     if inner > 1:
         vectors = COLUMN_VECTORS if n * COLUMN_VECTORS * 64 <= TILE else 1
         height = lanes * min(vectors, -(-inner // lanes))
@@ -117,6 +132,10 @@ def plan(
         height = VECTORS * lanes
         kernels, groups, size = BLOCKS, -(-outer // height), n * height
         inner, workspace = outer, height * lanes + in_workspace * size
+    elif n * compute.itemsize <= MIDDLE and operation not in ONE_BY_ONE and not crossed:
+        height = lanes
+        kernels, groups, size = GROUPS, -(-outer // height), n * height
+        inner, workspace = outer, SUMS * height * lanes + in_workspace * size
     else:
         kernels, groups, size, height, inner = ROWS, outer, n, 1, outer
         workspace = _long.space.py_func(n) + in_workspace * n
@@ -188,10 +207,13 @@ def run(
     _threads.run(work, [planned.groups] * min(planned.pieces, _threads.limit()))
 
 
-def _run(operation: str, arrays: tuple[Any, ...], number: Any, layout: Layout) -> None:
+def _run(
+    operation: str, arrays: tuple[Any, ...], number: Any, layout: Layout, mask: Any = None
+) -> None:
     dtype = arrays[0].dtype
     compute = compute_dtype(dtype)
-    run(operation, arrays, (number,), plan(operation, layout, dtype, compute), compute)
+    planned = plan(operation, layout, dtype, compute, mask=mask)
+    run(operation, arrays, (number,), planned, compute)
 
 
 def softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0, mask: Any = None) -> None:
@@ -200,7 +222,7 @@ def softmax(x: Any, out: Any, layout: Layout, temperature: float = 1.0, mask: An
     A mask is bytes in one axis, as `mask_of` makes them.
     """
     t = prepared(temperature, compute_dtype(x.dtype).type)
-    _run("softmax", (x, out, mask), t, layout)
+    _run("softmax", (x, out, mask), t, layout, mask)
 
 
 def log_softmax(
@@ -208,7 +230,7 @@ def log_softmax(
 ) -> None:
     """One read and one write."""
     t = prepared(temperature, compute_dtype(x.dtype).type)
-    _run("log_softmax", (x, out, mask), t, layout)
+    _run("log_softmax", (x, out, mask), t, layout, mask)
 
 
 def fold(
@@ -216,17 +238,17 @@ def fold(
 ) -> None:
     """One read; the others have a number of the computation's dtype for each row."""
     t = prepared(temperature, compute_dtype(x.dtype).type)
-    _run("fold", (x, maxima, rests, mask), t, layout)
+    _run("fold", (x, maxima, rests, mask), t, layout, mask)
 
 
 def logsumexp(x: Any, out: Any, layout: Layout, mask: Any = None) -> None:
     """One read."""
-    _run("logsumexp", (x, out, mask), 0, layout)
+    _run("logsumexp", (x, out, mask), 0, layout, mask)
 
 
 def logsumexp_vjp(x: Any, dy: Any, out: Any, layout: Layout, mask: Any = None) -> None:
     """One read of the array and one write of its size; `dy` has a number for each row."""
-    _run("logsumexp_vjp", (x, dy, out, mask), 0, layout)
+    _run("logsumexp_vjp", (x, dy, out, mask), 0, layout, mask)
 
 
 def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout, off: float) -> None:
@@ -271,7 +293,7 @@ def losses(
     operation = "cross_entropy" if grad is None else "cross_entropy_value_and_grad"
     flags |= OVER * (over := _is_over(grad, x))
     capped = grad is not None and loss.cap is not None
-    planned = plan(operation, layout, x.dtype, compute, over, capped)
+    planned = plan(operation, layout, x.dtype, compute, over, capped, loss.mask)
     sums = np.zeros((planned.pieces, 3))
     arrays: tuple[Any, ...] = (x, labels, each, w, options, sums, loss.mask, loss.samples)
     arrays = arrays if grad is None else (*arrays, grad)

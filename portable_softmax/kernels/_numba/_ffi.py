@@ -19,6 +19,7 @@ from numba.core.ccallback import CFunc
 
 from portable_softmax.kernels._numba import _driver, _handlers, _jit
 from portable_softmax.kernels._numba._exp import temperature
+from portable_softmax.kernels._numba._kernels import LAYOUTS
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, SAMPLED, WEIGHTED
 
 __all__ = ["API", "LAST_API", "ROLES", "Loss", "Target", "made", "target", "temperature"]
@@ -123,8 +124,9 @@ def target(
         plan.view(np.float64)[_handlers.SCALE] = loss.scale
     capped = loss is not None and loss.capped
     compute = _driver.compute_dtype(stored)
-    planned = _driver.plan(operation, flat, stored, compute, capped=capped)
-    kind = next(name for name, found in _handlers.LAYOUTS.items() if found is planned.kernels)
+    mask = buffers.get("mask")
+    planned = _driver.plan(operation, flat, stored, compute, capped=capped, mask=mask)
+    kind = next(name for name, found in LAYOUTS.items() if found is planned.kernels)
     plan[: _handlers.PIECES + 1] = (
         *(*planned.shape, planned.workspace),
         *(planned.step, planned.groups, planned.pieces),

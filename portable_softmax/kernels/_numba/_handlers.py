@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 from portable_softmax import portable
 from portable_softmax.kernels._numba._compensation import compensated
 from portable_softmax.kernels._numba._jit import INLINED, function, named
-from portable_softmax.kernels._numba._kernels import BLOCKS, COLUMNS, NARROW, ROWS, scan
+from portable_softmax.kernels._numba._kernels import LAYOUTS, scan
 from portable_softmax.kernels._numba._losses import (
     EACH,
     IGNORING,
@@ -583,9 +583,6 @@ def _handler(name, body, prepare, finish, compute):
         return 0
 
     return named(handle, name)
-
-
-LAYOUTS = {"rows": ROWS, "blocks": BLOCKS, "columns": COLUMNS, "narrow": NARROW}
 
 
 def handler(name, operation, layout, dtype, *variants):

@@ -16,6 +16,7 @@ from numba.extending import overload
 from portable_softmax.kernels._numba import (
     _blocks,
     _columns,
+    _groups,
     _losses,
     _narrow,
     _operations,
@@ -321,4 +322,11 @@ def _kernels(layout: ModuleType) -> dict[str, Any]:
     }
 
 
-ROWS, BLOCKS, COLUMNS, NARROW = map(_kernels, (_rows, _blocks, _columns, _narrow))
+LAYOUTS = {
+    "rows": _kernels(_rows),
+    "groups": _kernels(_groups),
+    "blocks": _kernels(_blocks),
+    "columns": _kernels(_columns),
+    "narrow": _kernels(_narrow),
+}
+ROWS, GROUPS, BLOCKS, COLUMNS, NARROW = LAYOUTS.values()

@@ -124,7 +124,7 @@ def sums_below(p, n, at, unit, t):
 
 
 def column(p, e, n, j, at, t):
-    """The exps of p[j], p[j + L], ...: those at `e`, unless it is null."""
+    """The exps of p[j], p[j + L], ...: those at `e`, unless it is null; 0 from p[n] on."""
 
 
 @overload(column, jit_options=INLINED)
@@ -142,16 +142,17 @@ def others(p, e, n, sums, at, unit, t):
     without it: the exps of the run are summed again.
     """
     total, lost, held, begin = sums
-    s = sum_of_all((total - held) + lost)
+    s = (total - held) + lost
     lane = first_at_least(held, unit)
     if lane < lanes(p):
-        again = splat(p, 0.0)
-        for j in range(0, RUN_OF_EXPS, lanes(p)):
-            first = integer_at(begin, lane) + j * lanes(p) + lane
-            v = column(p, e, n, first, at, t)
-            again = again + where_equal(v, unit, 0.0, v)
-        s = s + sum_of_all(again)
-    return s
+        first = integer_at(begin, lane) + lane
+        for j in range(0, RUN_OF_EXPS * lanes(p), lanes(p) * lanes(p)):
+            if first + j + (lanes(p) - 1) * lanes(p) < n:
+                v = column(p, e, None, first + j, at, t)
+            else:
+                v = column(p, e, n, first + j, at, t)
+            s = s + where_equal(v, unit, 0.0, v)
+    return sum_of_all(s)
 
 
 def _sums_of(term):

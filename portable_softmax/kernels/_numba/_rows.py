@@ -1,9 +1,10 @@
 """Rows one after the other in memory, worked on one by one: a layout.
 
-A layout is a module with the names below: `_blocks` has them for blocks of short rows, `_columns`
-for rows that run across memory. `_operations` and `_losses` know rows by these names alone. They
-work on a group of `rows` rows of `n` classes, here one, in a workspace that begins with the
-per-position values of the group, see `_values`; what follows is the layout's.
+A layout is a module with the names below: `_groups` has them for rows of some vectors, `_blocks`
+for blocks of short rows, `_columns` for rows that run across memory. `_operations` and `_losses`
+know rows by these names alone. They work on a group of `rows` rows of `n` classes, here one, in a
+workspace that begins with the per-position values of the group, see `_values`; what follows is the
+layout's.
 """
 
 from __future__ import annotations

@@ -200,8 +200,11 @@ def read(typing, p, j, k, fill):
 
 
 @intrinsic
-def read_apart(typing, p, j, n, fill):
-    """``p[j]``, ``p[j + L]``, ... in the L lanes of a vector; `fill` from ``p[n]`` on."""
+def read_apart(typing, p, j, bound, fill):
+    """``p[j]``, ``p[j + L]``, ... in the L lanes of a vector; `fill` from ``p[n]`` on.
+
+    All of them are there where `n` is None.
+    """
     kind = vector_of(p)
     L = LANES[kind.dtype]
 
@@ -224,14 +227,16 @@ def read_apart(typing, p, j, n, fill):
 
     def generate(context, builder, signature, args):
         at, j, n, fill_ = args
+        places = [builder.add(j, I64(i * L)) for i in range(L)]
+        if isinstance(bound, types.NoneType):
+            return logits(builder, p, at, places)
         every = builder.add(_splat(builder, j, L), constant(I64, range(0, L * L, L)))
         mask = builder.icmp_signed("<", every, _splat(builder, n, L))
-        places = [builder.add(j, I64(i * L)) for i in range(L)]
         places = [builder.select(builder.icmp_signed("<", k, n), k, I64(0)) for k in places]
         fill_ = converted(context, builder, kind, fill, fill_)
         return builder.select(mask, logits(builder, p, at, places), fill_)
 
-    return kind(p, types.intp, types.intp, fill), generate
+    return kind(p, types.intp, bound, fill), generate
 
 
 @intrinsic
