@@ -25,6 +25,7 @@ from portable_softmax.kernels._numba._passes import exps, maxima, others, row_wr
 from portable_softmax.kernels._numba._softcap import seen_by, uncapped
 from portable_softmax.kernels._numba._values import (
     BASE,
+    COUNT,
     LOWEST,
     MAGIC,
     MAX,
@@ -35,7 +36,7 @@ from portable_softmax.kernels._numba._values import (
     after_values,
     values,
 )
-from portable_softmax.kernels._numba._vectors import lanes, read, write
+from portable_softmax.kernels._numba._vectors import lanes, read, splat, where_at_least, write
 
 element, position, fetch = _rows.element, _rows.position, _rows.fetch
 target, deliver = _rows.target, _rows.deliver
@@ -46,6 +47,8 @@ step, get, put = _blocks.step, _blocks.get, _blocks.put
 
 # How many vectors that are for each row.
 SUMS = 5
+
+LOWER = COUNT  # the sum of a row's exps without that of its maximum, while it is folded
 
 
 @function
@@ -154,13 +157,23 @@ def fold(p, e, o, n, rows, T, workspace, t):
     reduce_partials(workspace, T, TOTAL)
     unit = get(values(workspace, UNIT, T), 0)
     put(values(workspace, REST, T), 0, (get(values(workspace, TOTAL, T), 0) - unit) / unit)
+    found = False
     for r in range(rows):
         if not load(values(workspace, REST, T), r) >= 1.0:
             _leave_maximum_out(p, e, n, r, T, workspace, t)
+            found = True
+    if found:
+        reduce_partials(workspace, T, LOWER)
+        lower, rest = get(values(workspace, LOWER, T), 0), get(values(workspace, REST, T), 0)
+        # Two maxima are a rest of 1, or what a rounded sum makes of it.
+        apart, zero = get(values(workspace, TOTAL, T), 0) - lower, splat(workspace, 0.0)
+        more = where_at_least(apart, unit + unit * 0.5, unit, zero)
+        put(values(workspace, REST, T), 0, where_at_least(rest, 1.0, rest, (lower + more) / unit))
 
 
 @function
 def _leave_maximum_out(p, e, n, r, T, workspace, t):
+    """Write the sums of the other exps, or the maximum where an infinity has passed over a nan."""
     x, m = ahead(p, r * n), load(values(workspace, MAX, T), r)
     if m - m == 0:
         L, kept = lanes(workspace), _sums_of(workspace, T, r)
@@ -172,9 +185,6 @@ def _leave_maximum_out(p, e, n, r, T, workspace, t):
         )
         at, unit = _reference(workspace, T, r)
         lower = others(x, ahead(e, r * n), n, sums, at, unit, t)
-        s = load(values(workspace, TOTAL, T), r)
-        # Two maxima are a rest of 1, or what a rounded sum makes of it.
-        more = unit if s - lower > unit + unit / 2 else typed(p, 0.0)
-        store(values(workspace, REST, T), r, (lower + more) / unit)
+        store_partial(workspace, T, LOWER, r, lower)
     else:
         store(values(workspace, MAX, T), r, _rows.top(x, n, 1))

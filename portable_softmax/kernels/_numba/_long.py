@@ -72,7 +72,7 @@ def _sums_of_exps(p, e, following, n, at, unit, t):
     sums = exps(p, e, following, n, at, unit, t)
     s = sum_of_all(sums[0] + sums[1])
     if s >= unit and s - unit < unit:
-        return s, others(p, e, n, sums, at, unit, t)
+        return s, sum_of_all(others(p, e, n, sums, at, unit, t))
     return s, s
 
 

@@ -17,7 +17,7 @@ from numba.extending import overload
 
 from portable_softmax.kernels._numba._compensation import added, compensated
 from portable_softmax.kernels._numba._exp import exp, exp_up, expm1, exponent, size
-from portable_softmax.kernels._numba._horizontal import first_at_least, integer_at, sum_of_all
+from portable_softmax.kernels._numba._horizontal import first_at_least, integer_at
 from portable_softmax.kernels._numba._jit import INLINED, function
 from portable_softmax.kernels._numba._memory import smaller
 from portable_softmax.kernels._numba._vectors import (
@@ -136,7 +136,7 @@ def _column(p, e, n, j, at, t):
 
 @function
 def others(p, e, n, sums, at, unit, t):
-    """The sum of the exps but for those equal to `unit`, in one lane at most.
+    """The sums of the exps but for those equal to `unit`, in one lane at most.
 
     `sums` is what `exps` returned. All but the run of that lane is what its compensated sums are
     without it: the exps of the run are summed again.
@@ -152,7 +152,7 @@ def others(p, e, n, sums, at, unit, t):
             else:
                 v = column(p, e, n, first + j, at, t)
             s = s + where_equal(v, unit, 0.0, v)
-    return sum_of_all(s)
+    return s
 
 
 def _sums_of(term):
