@@ -64,9 +64,14 @@ class _Size(NamedTuple):
 _NEVER, _ALWAYS = 1 << 62, 1
 _SIZES = (
     _Size(
-        "SHORT", {"blocks": _NEVER, "one by one": _ALWAYS},
+        "SHORT", {"blocks": _NEVER, "groups": _ALWAYS},
         tuple((1 << 14, n) for n in (16, 32, 64, 100, 128, 192, 256, 384, 512)),
         lambda size, shape, width: shape[1] * width < size,
+    ),
+    _Size(
+        "MIDDLE", {"groups": _NEVER, "one by one": _ALWAYS},
+        tuple((1 << 13, n) for n in (256, 384, 512, 768, 1000, 1500, 2000, 4000)),
+        lambda size, shape, width: shape[1] * width <= size,
     ),
     _Size(
         "THREADED", {"one thread": _NEVER, "all": _ALWAYS},

@@ -21,7 +21,7 @@ def test_both_ways_are_timed_for_every_size(tmp_path, capsys):
     assert main(["thresholds", "--quick", "--dtypes", "float32", "--json", str(file)]) == 0
     assert before == driver.SHORT
     rows = json.loads(file.read_text())["rows"]
-    assert {row["size"] for row in rows} == {"SHORT", "THREADED"}
+    assert {row["size"] for row in rows} == {"SHORT", "MIDDLE", "THREADED"}
     for row in rows:
         assert row["taken"] in row["ways"]
         assert all(0 < seconds < 60 for seconds in row["seconds"])
@@ -34,10 +34,11 @@ def test_each_way_is_the_one_that_is_named(monkeypatch):
     driver = importlib.import_module(thresholds._HOME)
     taken = []
     real = driver.plan
-    monkeypatch.setattr(driver, "plan", lambda *a: taken.append(real(*a)) or taken[-1])
+    monkeypatch.setattr(driver, "plan", lambda *a, **k: taken.append(real(*a, **k)) or taken[-1])
     for size in thresholds._SIZES:
         taken.clear()
-        thresholds._measured(size, (20_000, 64), "float32", "softmax", rounds=1)
+        n = 300 if size.name == "MIDDLE" else 64
+        thresholds._measured(size, (20_000, n), "float32", "softmax", rounds=1)
         first, second = taken[0], taken[-1]
         assert first.kernels is not second.kernels or first.pieces < second.pieces
 

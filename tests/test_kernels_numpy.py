@@ -74,6 +74,20 @@ def test_the_ways_of_an_array(seen):
     assert "_general.rows" in way(np.zeros(mask.shape), where=mask)
 
 
+def test_the_ways_of_a_softmax_with_a_temperature(seen):
+    def way(x, temperature=0.7, **options):
+        seen.clear()
+        ps.softmax(x, temperature=temperature, **options)
+        return seen
+
+    assert way(np.zeros((10, 20))) == way(np.zeros((10, 20)), where=np.eye(10, 20) == 0) == []
+    for extreme in (1e-30, 1e30):
+        assert "_rows.softmax" in way(np.zeros((10, 20)), extreme)
+    for far in (np.inf, -np.inf, np.nan, 3e38):
+        assert "_rows.softmax" in way(np.full((10, 20), far, np.float32))
+    assert "_rows.softmax" in way(np.zeros((_small._SMALL // 100 + 1, 100)))
+
+
 def test_the_ways_of_a_loss(seen):
     x, t = RNG.normal(size=(3000, 100)), RNG.integers(0, 100, 3000)
 

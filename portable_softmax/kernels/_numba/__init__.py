@@ -167,7 +167,7 @@ def repeated(
 
     It is the same for each index of them. Blocks begin at any row: for these there are none.
     """
-    if layout.inner == 1 and _compiled().in_groups(layout.n, compute_dtype):
+    if layout.inner == 1 and _compiled().are_short(layout.n, compute_dtype):
         return 0
     same = next((a for a, n in enumerate(lengths) if n > 1), len(lengths))
     return min(same, *axes)

@@ -30,12 +30,12 @@ from portable_softmax.kernels._numba._kernels import (
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, OVER, SAMPLED, WEIGHTED
 from portable_softmax.kernels._numba._values import size_of_values
 
-# Shorter rows, in bytes of the computation, are worked on as many at once as a vector has lanes.
-SHORT = 1024
-# Up to so many bytes, as many rows are folded one after the other before what they come to is
-# reduced. An operation that has nothing to gain, or writes only after the fold, does without.
-MIDDLE = 4096
-ONE_BY_ONE = ("log_softmax", "softmax_vjp", "log_softmax_vjp")
+# Rows of fewer bytes, in the dtype of the computation, are worked on in blocks, vector by vector of
+# many of them; up to so many in groups, row by row; and longer ones one by one. An operation that
+# folds nothing gains less by a group, and log_softmax writes after the fold: so they have limits of
+# their own (`python -m bench thresholds`).
+SHORT, MIDDLE = 512, 4096
+LIMITS = {"log_softmax": (512, 1024), "softmax_vjp": (512, 0), "log_softmax_vjp": (1024, 0)}
 # Rows of up to so many classes are worked on as columns are: a vector would hold little of one.
 FEW = 4
 # So many vectors, of 64 bytes, of short rows and of columns are worked on side by side: columns are
@@ -94,8 +94,8 @@ class Plan(NamedTuple):
         return -(-self.groups // self.step)
 
 
-def in_groups(n: int, compute: Any) -> bool:
-    """Return whether rows of n classes are worked on several at once: in blocks, or as columns."""
+def are_short(n: int, compute: Any) -> bool:
+    """Return whether rows of n classes, which may be masked, are in blocks, or as columns."""
     return n <= FEW or n * compute.itemsize < SHORT
 
 
@@ -118,6 +118,7 @@ def plan(
     lanes = 64 // compute.itemsize
     exact = dtype.itemsize == compute.itemsize and not over
     in_workspace = 2 if capped else 0 if exact else 1  # arrays of a group's size
+    length, (short, middle) = n * compute.itemsize, LIMITS.get(operation, (SHORT, MIDDLE))
     crossed = mask is not None and mask.size < outer * n and mask.size % (lanes * n) != 0
     if inner > 1:
         vectors = COLUMN_VECTORS if n * COLUMN_VECTORS * 64 <= TILE else 1
@@ -128,11 +129,11 @@ def plan(
         height = VECTORS * lanes
         kernels, groups, size = NARROW, -(-outer // height), n * height
         inner, workspace = outer, tiles * size
-    elif in_groups(n, compute):
+    elif length < short:
         height = VECTORS * lanes
         kernels, groups, size = BLOCKS, -(-outer // height), n * height
         inner, workspace = outer, height * lanes + in_workspace * size
-    elif n * compute.itemsize <= MIDDLE and operation not in ONE_BY_ONE and not crossed:
+    elif length <= middle and not crossed:
         height = lanes
         kernels, groups, size = GROUPS, -(-outer // height), n * height
         inner, workspace = outer, SUMS * height * lanes + in_workspace * size

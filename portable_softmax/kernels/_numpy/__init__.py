@@ -61,7 +61,7 @@ def declines_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
 
 def softmax(request: Request) -> Any:
     """Softmax over the axes."""
-    rows = _small.logits_of(request)
+    rows = _small.tempered_logits_of(request)
     return _row_by_row(request, _rows.softmax) if rows is None else _small.softmax(request, rows)
 
 

@@ -26,6 +26,10 @@ _SHORT = 64
 
 _DTYPES = ("float32", "float64")
 
+# Temperatures that numbers are divided by without leaving the range, and maxima that the least
+# number less them does not leave.
+_ORDINARY, _MODERATE = (2.0**-20, 2.0**20), 1e30
+
 # Seen as unsigned, a negative label is at least the number beside it.
 _UNSIGNED = {np.dtype(f"i{n}"): (np.dtype(f"u{n}"), 1 << (8 * n - 1)) for n in (1, 2, 4, 8)}
 
@@ -60,9 +64,28 @@ def logits_of(request: Request) -> Any:
     return masked.reshape(rows.shape)
 
 
+def tempered_logits_of(request: Request) -> Any:
+    """As `logits_of`; with a temperature, what rows less their maxima are over it."""
+    options, active = request.options, request.active
+    if "temperature" not in active:
+        return logits_of(request)
+    rest = tuple(name for name in active if name != "temperature")
+    if not _ORDINARY[0] <= options.temperature <= _ORDINARY[1]:
+        return None
+    rows = logits_of(request._replace(active=rest))
+    if rows is None:
+        return None
+    m = _maxima(rows)[1]
+    if not _most(np.abs(m)) <= _MODERATE:
+        return None
+    d = rows - m[:, None]
+    d /= options.temperature
+    return d
+
+
 def _leave_out(request: Request, found: Any, number: float) -> None:
     """Write a number to what a mask leaves out, where it is nan with the rest of its row."""
-    if request.active:
+    if request.options.where is not None:
         where = np.broadcast_to(request.options.where, request.x.shape).reshape(found.shape)
         found[np.isnan(found) & ~where] = number
 
