@@ -186,9 +186,8 @@ def _maxima(x, o, j, r, n, vectors, k, numbers):
 
 
 @function
-def _reference(workspace, r):
-    """What `_exp.exp_up` takes of a row, as `_write_maxima` has left it."""
-    T = height(workspace, 0)
+def reference(workspace, T, r):
+    """What `_exp.exp_up` takes of a row, as `reduce_maxima` has left it."""
     return (
         load(values(workspace, BASE, T), r),
         load(values(workspace, MAGIC, T), r),
@@ -201,7 +200,7 @@ def _reference(workspace, r):
 def _exps(x, e, j, r, n, vectors, k, numbers):
     workspace, t = numbers
     prefetch_to_read(x, r * n + height(x, 0) * n, k)
-    v = exp_up(read(x, r * n, k, -math.inf), _reference(workspace, r), t)
+    v = exp_up(read(x, r * n, k, -math.inf), reference(workspace, height(workspace, 0), r), t)
     write(e, r * n, v, k)
     _add(vectors, j, r, v)
 
@@ -214,16 +213,16 @@ def _exps_below(x, e, j, r, n, vectors, k, numbers):
     T = height(workspace, 0)
     unit = splat(x, load(values(workspace, UNIT, T), r))
     prefetch_to_read(x, r * n + height(x, 0) * n, k)
-    v = exp_up(read(x, r * n, k, -math.inf), _reference(workspace, r), t)
+    v = exp_up(read(x, r * n, k, -math.inf), reference(workspace, height(workspace, 0), r), t)
     write(e, r * n, v, k)
     count_equal(values(workspace, COUNT, T), r, v, unit)
     _add(vectors, j, r, where_equal(v, unit, splat(x, 0.0), v))
 
 
 @function
-def _write_maxima(p, o, n, rows, T, workspace, t):
+def reduce_maxima(p, T, workspace, t):
+    """Write the maxima of the rows' vectors, and what exps are taken of."""
     L = lanes(workspace)
-    _maxima(uncapped(p), o, n, rows, workspace, ())
     for r in range(0, T, L):
         m = seen_by(p, max_of_each(ahead(after_values(workspace, T), r * L)))
         base, magic, lowest = reference_of(m, t)
@@ -231,6 +230,12 @@ def _write_maxima(p, o, n, rows, T, workspace, t):
         put(values(workspace, BASE, T), r, base)
         put(values(workspace, MAGIC, T), r, magic)
         put(values(workspace, LOWEST, T), r, lowest)
+
+
+@function
+def _write_maxima(p, o, n, rows, T, workspace, t):
+    _maxima(uncapped(p), o, n, rows, workspace, ())
+    reduce_maxima(p, T, workspace, t)
 
 
 @function

@@ -10,24 +10,19 @@ from __future__ import annotations
 
 from portable_softmax.kernels._numba import _blocks, _rows
 from portable_softmax.kernels._numba._exp import exp_up, reference_of
-from portable_softmax.kernels._numba._horizontal import max_of_each
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import (
     ahead,
     apart_from,
     either,
     load,
-    smaller,
     store,
     typed,
 )
 from portable_softmax.kernels._numba._passes import exps, maxima, others, row_writing
-from portable_softmax.kernels._numba._softcap import seen_by, uncapped
+from portable_softmax.kernels._numba._softcap import uncapped
 from portable_softmax.kernels._numba._values import (
-    BASE,
     COUNT,
-    LOWEST,
-    MAGIC,
     MAX,
     REST,
     SUM,
@@ -43,7 +38,7 @@ target, deliver = _rows.target, _rows.deliver
 stride, length, value, source = _rows.stride, _rows.length, _rows.value, _rows.source
 store_rare, whole = _rows.store_rare, _rows.whole
 store_partial, reduce_partials = _blocks.store_partial, _blocks.reduce_partials
-step, get, put = _blocks.step, _blocks.get, _blocks.put
+step, get, put, place = _blocks.step, _blocks.get, _blocks.put, _blocks.place
 
 # How many vectors that are for each row.
 SUMS = 5
@@ -55,11 +50,6 @@ LOWER = COUNT  # the sum of a row's exps without that of its maximum, while it i
 def height(workspace, wanted):
     """How many rows a group has, known when compiling."""
     return lanes(workspace)
-
-
-@function
-def place(i, T, n, inner):
-    return i * T * n, smaller(T, inner - i * T), i * T
 
 
 @function
@@ -99,24 +89,15 @@ def _write_maxima(p, n, rows, T, workspace, t):
     partials = after_values(workspace, T)
     for r in range(rows):
         write(partials, r * lanes(workspace), maxima(uncapped(ahead(p, r * n)), n), None)
-    m = seen_by(p, max_of_each(partials))
-    base, magic, lowest = reference_of(m, t)
-    put(values(workspace, MAX, T), 0, m)
-    put(values(workspace, BASE, T), 0, base)
-    put(values(workspace, MAGIC, T), 0, magic)
-    put(values(workspace, LOWEST, T), 0, lowest)
-    put(values(workspace, UNIT, T), 0, exp_up(m, (base, magic, lowest), t))
+    _blocks.reduce_maxima(p, T, workspace, t)
+    m = get(values(workspace, MAX, T), 0)
+    put(values(workspace, UNIT, T), 0, exp_up(m, reference_of(m, t), t))
 
 
 @function
 def _reference(workspace, T, r):
     """What `_exp.exp_up` takes of a row, and its exp of the maximum."""
-    at = (
-        load(values(workspace, BASE, T), r),
-        load(values(workspace, MAGIC, T), r),
-        load(values(workspace, LOWEST, T), r),
-    )
-    return at, load(values(workspace, UNIT, T), r)
+    return _blocks.reference(workspace, T, r), load(values(workspace, UNIT, T), r)
 
 
 @function
