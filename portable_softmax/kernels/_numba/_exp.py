@@ -31,6 +31,9 @@ from portable_softmax.kernels._numba._vectors import Vector, converted, elementw
 
 UP, DOWN = 2.0**64, 2.0**-64
 
+# With more coefficients than these, a polynomial is what a processor waits for.
+LONG = 8
+
 
 class Format(NamedTuple):
     """What exp, log1p and tanh need to know of a floating format."""
@@ -120,6 +123,11 @@ class Writer:
         return fused(self.b, a, b, c)
 
     def polynomial(self, coefficients, x):
+        """Horner's scheme, for even and odd powers apart where it is long: fewer steps wait."""
+        if len(coefficients) > LONG:
+            square = self.b.fmul(x, x)
+            even, odd = (self.polynomial(coefficients[i::2], square) for i in range(2))
+            return self.fma(odd, x, even)
         *lower, value = (self.number(c) for c in coefficients)
         for c in reversed(lower):
             value = self.fma(value, x, c)
@@ -162,7 +170,8 @@ class Writer:
             r = self.fma(x, t[1], b.fmul(n, self.number(-f.ln2[0])))
             r = self.fma(x, t[2], r)
         r = self.fma(n, self.number(-f.ln2[1]), r)
-        q = self.polynomial(f.exp, r)
+        first, *others = f.exp  # the largest by itself, for the last digits
+        q = self.fma(self.polynomial(others, r), r, self.number(first))
         return self.fma(q, b.fmul(r, r), r), b.bitcast(bits, self.bits)
 
     def tanh_and_slope(self, x):

@@ -93,10 +93,14 @@ def moved(builder: Any, p: Any, at: Any, n: Any) -> Any:
 
 
 def stored(builder: Any, p: Any, at: Any) -> Any:
-    """The pointer within a view."""
+    """The pointers to what lies in memory: a view's numbers, and its mask."""
+    found = []
     while isinstance(p, View):
-        p, at = p.pointer, builder.extract_value(at, 0)
-    return at
+        at, other = (builder.extract_value(at, i) for i in range(2))
+        if isinstance(p, Masked):
+            found.append(other)
+        p = p.pointer
+    return [at, *found]
 
 
 @intrinsic

@@ -75,10 +75,10 @@ def exps(p, e, following, n, at, unit, t):
         while j <= last:
             for k in range(0, 4 * L, L):
                 prefetch_to_read(following, j + k, None)
-            e0 = exp_up(read(p, j, None, 0.0), at, t)
-            e1 = exp_up(read(p, j + L, None, 0.0), at, t)
-            e2 = exp_up(read(p, j + 2 * L, None, 0.0), at, t)
-            e3 = exp_up(read(p, j + 3 * L, None, 0.0), at, t)
+            x0, x1 = read(p, j, None, 0.0), read(p, j + L, None, 0.0)
+            x2, x3 = read(p, j + 2 * L, None, 0.0), read(p, j + 3 * L, None, 0.0)
+            e0, e1 = exp_up(x0, at, t), exp_up(x1, at, t)
+            e2, e3 = exp_up(x2, at, t), exp_up(x3, at, t)
             write(e, j, e0, None)
             write(e, j + L, e1, None)
             write(e, j + 2 * L, e2, None)

@@ -273,10 +273,10 @@ def _prefetching(is_write: int) -> Any:
             return types.void(p, types.intp, k), nothing
 
         def generate(context, builder, signature, args):
-            place = builder.gep(stored(builder, p, args[0]), [args[1]])
-            place = builder.bitcast(place, ir.IntType(8).as_pointer())
             numbers = [I32(k) for k in (is_write, 3, 1)]  # to the first cache, as data
-            call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *numbers])
+            for at in stored(builder, p, args[0]):
+                place = builder.bitcast(builder.gep(at, [args[1]]), ir.IntType(8).as_pointer())
+                call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *numbers])
             return context.get_dummy_value()
 
         return types.void(p, types.intp, k), generate
