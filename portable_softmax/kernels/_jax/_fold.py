@@ -30,17 +30,17 @@ def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
     """
     x, axes = in_blocks(x, axes)
     m = jnp.max(x, axis=axes)
+    big = jnp.asarray(jnp.finfo(x.dtype).max, x.dtype)
     if scale is None:
-        root, factor, power = _roots(x, m, axes)
+        root, unit, power = _roots(x, m, big, axes)
         terms = root
     else:
-        terms, root, power = _tempered_terms(x, m, scale, axes), 1.0, jnp.ones_like(m)
-        factor = power
+        unit = power = jnp.ones_like(m)
+        terms, root = _tempered_terms(x, m, scale, axes), 1.0
     # Every maximum is left out of the sum; of those that are not one, 1 is kept.
     # Where a scan is differentiated in reverse and then forward, JAX drops the rule below and
     # differentiates this instead: it is right, as then the maximum is no constant either.
     n = lax.optimization_barrier(lax.stop_gradient(m))  # else XLA writes what is spread twice
-    big = jnp.asarray(jnp.finfo(x.dtype).max, x.dtype)
 
     def others(n: Any, power: Any, big: Any) -> Any:
         found = lax.min((spread(n, x, axes) - x) * big, spread(power, x, axes))
@@ -48,13 +48,14 @@ def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
 
     *first, inner = sorted(axes)
     outer, mask = tuple(first), others(n, power, big)
-    rest = sum_of(terms * mask * root, axes) * factor
-    if outer:  # the two sums are no one operation, and would have XLA write what they share
-        mask = others(*lax.optimization_barrier((n, power, big)))
-    sums = jnp.sum(mask, axis=inner)
-    sums = apart(sums) if outer else sums
-    maxima = x.shape[inner] - sums / (spread(power, sums, outer) if outer else power)
-    return m, rest + ((jnp.sum(maxima, axis=outer) if outer else maxima) - 1.0)
+    rest = sum_of(terms * mask * root, axes) / unit
+    if not outer:
+        return m, rest + ((x.shape[inner] - 1.0) - jnp.sum(mask, axis=inner) / power)
+    # The two sums are no one operation, and would have XLA write what they share.
+    mask = others(*lax.optimization_barrier((n, power, big)))
+    sums = apart(jnp.sum(mask, axis=inner))
+    maxima = x.shape[inner] - sums / spread(power, sums, outer)
+    return m, rest + (jnp.sum(maxima, axis=outer) - 1.0)
 
 
 @fold.defjvp
@@ -78,26 +79,27 @@ def exps(x: Any, m: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
     return (terms, unit) if power is None else (terms * spread(power, x, axes), unit * power)
 
 
-def _roots(x: Any, m: Any, axes: Axes) -> tuple[Any, Any, Any]:
-    """Return roots of exp(x - max) over a number of the row, that over a power of 2, and this.
+def _roots(x: Any, m: Any, big: Any, axes: Axes) -> tuple[Any, Any, Any]:
+    """Return roots of exp(x - max) over a number of the row, and this times and without a power.
 
     A confident row's rest is one exponential of a large difference. Let L be the largest one that
     counts, beyond which an exponential underflows. Below 0 the integer c below the maximum makes
     x - c as good as exact. From 2L on the maximum itself does, as each x that counts is within a
     factor of 2 of it (Sterbenz). In between twice the maximum's distance from L does. There the
     exponential of x - c may leave the range of the dtype, but that of (x - c) / 2 doesn't. The
-    power keeps the sum in range, and where XLA would flush terms to 0 of which a sum of many is
-    not, it is large.
+    power of 2 keeps the sum in range, and where XLA would flush terms to 0 of which a sum of many
+    is not, it is large.
     """
     info = jnp.finfo(x.dtype)
     limit, bits = -math.log(float(info.tiny)), _count(x, axes).bit_length()
-    between = jnp.ceil(jnp.maximum((m - limit) * 32.0, 0.0)) * 0.0625
-    c = jnp.floor(jnp.minimum(m, 0.0)) + lax.min(jnp.maximum(m, 0.0), between)
-    power = jnp.minimum((40.0 - (m - c)) * float(info.max), 2.0**40)
+    between = jnp.ceil((m - limit) * 32.0) * 0.0625
+    c = jnp.maximum(jnp.floor(jnp.minimum(m, 0.0)), jnp.minimum(m, between))
+    gap = m - c
+    power = jnp.minimum((40.0 - gap) * big, 2.0**40)
     # XLA would make one operation of two constant bounds, which its fast library does not have.
     least = lax.optimization_barrier(jnp.asarray(2.0**-bits, x.dtype))
     power = lax.stop_gradient(lax.max(power, jnp.broadcast_to(least, m.shape)))
-    return jnp.exp((x - spread(c, x, axes)) * 0.5), 1.0 / jnp.exp(m - c) / power, power
+    return jnp.exp((x - spread(c, x, axes)) * 0.5), jnp.exp(gap) * power, power
 
 
 def _count(x: Any, axes: Axes) -> int:

@@ -14,6 +14,7 @@ change the logits x. Here a, u and what else there is one of a position have no 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ class Terms(NamedTuple):
     counted: Any  # bool; None where every position counts
 
 
-@partial(jax.jit, static_argnames="form")
+@partial(jax.jit, static_argnames="form", inline=True)
 def cross_entropy(
     x: Any, labels: Any, weights: Weights, where: Any, numbers: Numbers, form: Form
 ) -> Any:
@@ -73,15 +74,22 @@ def cross_entropy(
     return loss.astype(form.answer)
 
 
-@partial(jax.jit, static_argnames="form")
+@partial(jax.jit, static_argnames="form", inline=True)
 def cross_entropy_value_and_grad(
     x: Any, labels: Any, weights: Weights, where: Any, numbers: Numbers, form: Form
 ) -> tuple[Any, Any]:
-    """Return the reduced loss and its gradient."""
-    loss, pull_back = jax.vjp(
-        lambda x: reduced(x, labels, weights, where, numbers, form), x.astype(form.compute)
-    )
-    (grad,) = pull_back(jnp.ones_like(loss))
+    """Return the reduced loss and its gradient.
+
+    What comes from upstream is known here, and multiplies where the gradient is made: that is one
+    pass less over what is as large as the logits.
+    """
+    x, axis = x.astype(form.compute), form.axis
+    terms, reduce = _prepared(x, labels, weights, where, numbers, form)
+    x, pull_back = jax.vjp(partial(_conditioned, terms, where, numbers.softcap, axis), x)
+    state, _, losses = _folded(x, terms, axis)
+    loss, of_losses = jax.vjp(reduce, losses)
+    (upstream,) = of_losses(jnp.ones_like(loss))
+    (grad,) = pull_back(_gradient(x, state, terms, axis, upstream))
     return loss.astype(form.answer), grad.astype(form.gradient)
 
 
@@ -96,6 +104,15 @@ def every_label_has_a_class(
 
 
 def reduced(x: Any, labels: Any, weights: Weights, where: Any, numbers: Numbers, form: Form) -> Any:
+    terms, reduce = _prepared(x, labels, weights, where, numbers, form)
+    x = _conditioned(terms, where, numbers.softcap, form.axis, x)
+    return reduce(_losses(x, terms, form.axis))
+
+
+def _prepared(
+    x: Any, labels: Any, weights: Weights, where: Any, numbers: Numbers, form: Form
+) -> tuple[Terms, Callable[[Any], Any]]:
+    """Return the coefficients, and what reduces the losses of the positions; x has its shape."""
     axis = form.axis
     where = None if where is None else mask_like(where, x.ndim)
     index = counted = valid = None
@@ -108,23 +125,25 @@ def reduced(x: Any, labels: Any, weights: Weights, where: Any, numbers: Numbers,
         counted = weighs if counted is None else counted & weighs
     if form.indices and form.check:
         valid = _valid(labels, index, counted, where, x.shape, axis)
-    x = _conditioned(x, counted, where, numbers.softcap, axis)
     terms, total = _terms(x, labels, index, counted, weights, where, numbers, axis)
-    loss = _losses(x, terms, axis)
-    if valid is not None:
-        loss = loss * select(valid, jnp.ones_like(loss), math.nan)
-    if counted is not None:
-        loss = select(counted, loss, 0.0)
-    if form.reduction == "none":
-        return loss
-    # Else XLA's CPU compiler makes one operation of the rows' sums and of this one.
-    loss = select(loss == loss, loss, math.nan)
-    if form.reduction == "sum":
-        return jnp.sum(loss)
-    if total is None:
-        return jnp.mean(loss)
-    # Smoothing may leave a loss where the weights sum to 0, which is no infinite mean.
-    return jnp.where(total == 0, jnp.nan, jnp.sum(loss) / jnp.where(total == 0, jnp.inf, total))
+
+    def reduce(loss: Any) -> Any:
+        if valid is not None:
+            loss = loss * select(valid, jnp.ones_like(loss), math.nan)
+        if counted is not None:
+            loss = select(counted, loss, 0.0)
+        if form.reduction == "none":
+            return loss
+        # Else XLA's CPU compiler makes one operation of the rows' sums and of this one.
+        loss = select(loss == loss, loss, math.nan)
+        if form.reduction == "sum":
+            return jnp.sum(loss)
+        if total is None:
+            return jnp.mean(loss)
+        # Smoothing may leave a loss where the weights sum to 0, which is no infinite mean.
+        return jnp.where(total == 0, jnp.nan, jnp.sum(loss) / jnp.where(total == 0, jnp.inf, total))
+
+    return terms, reduce
 
 
 # --------------------------------------------------------------------------- labels
@@ -249,8 +268,9 @@ def _weighted(c: Any, weight: Any, shape: Any) -> Any:
 # --------------------------------------------------------------------------- logits
 
 
-def _conditioned(x: Any, counted: Any, where: Any, softcap: Any, axis: int) -> Any:
+def _conditioned(terms: Terms, where: Any, softcap: Any, axis: int, x: Any) -> Any:
     """Return the logits that are folded."""
+    counted, where = terms.counted, None if where is None else mask_like(where, x.ndim)
     if softcap is not None:  # neither bounds nor differentiates what does not count
         if where is not None:
             x = jnp.where(where, x, 0.0)
@@ -282,24 +302,36 @@ def _capped_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 # --------------------------------------------------------------------------- positions
 
 
+class State(NamedTuple):
+    """What rows come to."""
+
+    m: Any
+    rest: Any
+    log: Any  # log1p(rest)
+
+
+def _folded(x: Any, terms: Terms, axis: int) -> tuple[State, list[Any], Any]:
+    """Return what rows come to, what the coefficients multiply, and the loss of each position."""
+    m, rest = fold(x, None, (axis,))
+    state = State(m, rest, jnp.log1p(rest))
+    values = _multiplied(x, state, terms, axis)
+    return state, values, _summed(terms, values, state.log, axis)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _losses(x: Any, terms: Terms, axis: int) -> Any:
     """Return the loss of each position."""
-    m, rest = fold(x, None, (axis,))
-    log = jnp.log1p(rest)
-    return _summed(terms, _multiplied(x, m, log, terms, axis), log, axis)
+    return _folded(x, terms, axis)[2]
 
 
 @partial(_losses.defjvp, symbolic_zeros=True)
 def _losses_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x, terms), (t, changes) = primals, tangents
-    m, rest = fold(x, None, (axis,))
-    log = jnp.log1p(rest)
-    values = _multiplied(x, m, log, terms, axis)
-    loss = _summed(terms, values, log, axis)
+    state, values, loss = _folded(x, terms, axis)
+    log = state.log
     parts = []
     if not isinstance(t, SymbolicZero):
-        parts.append(jnp.sum(_gradient(x, m, rest, log, terms, axis) * t, axis=axis))
+        parts.append(jnp.sum(_gradient(x, state, terms, axis) * t, axis=axis))
     # The loss is linear in the coefficients.
     a, c, u = (None if isinstance(part, SymbolicZero) else part for part in changes[1:4])
     if any(part is not None for part in (a, c, u)):
@@ -315,9 +347,9 @@ def _losses_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
     return loss, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(loss)
 
 
-def _multiplied(x: Any, m: Any, log: Any, terms: Terms, axis: int) -> list[Any]:
+def _multiplied(x: Any, state: State, terms: Terms, axis: int) -> list[Any]:
     """Return what a, c and u multiply, finite where the coefficient is 0; None where it is None."""
-    label = every = square = None
+    (m, _, log), label, every, square = state, None, None, None
     if terms.index is not None:
         label = (m - _at(x, terms.index, axis)) + log
     if terms.c is not None:
@@ -359,14 +391,14 @@ def _summed(terms: Terms, values: list[Any], log: Any, axis: int) -> Any:
 _FEW = 64
 
 
-def _gradient(x: Any, m: Any, rest: Any, log: Any, terms: Terms, axis: int) -> Any:
-    """p_j * A - q_j with A = Q + 2 * u * logsumexp, without its cancellation.
+def _gradient(x: Any, state: State, terms: Terms, axis: int, upstream: Any = None) -> Any:
+    """p_j * A - q_j with A = Q + 2 * u * logsumexp, without its cancellation; times `upstream`.
 
     With p_j = e_j / (1 + rest) this is ((e_j Q - q_j) - q_j rest + e_j (A - Q)) / (1 + rest). At
     the label of a confident row e_j Q - q_j is an exact 0, and -q_j rest is minus the sum of the
     others.
     """
-    axes, more = (axis,), None
+    (m, rest, log), axes, more = state, (axis,), None
     if terms.u is not None:
         lse = jnp.where((terms.u == 0) & jnp.isinf(m), 0.0, m + log)
         more = 2.0 * terms.u * lse
@@ -381,9 +413,11 @@ def _gradient(x: Any, m: Any, rest: Any, log: Any, terms: Terms, axis: int) -> A
             more = more + 1.0 if a is None else more + a
         elif a is not None:
             more = a
+        own, n = own / (1.0 + rest), x.shape[axis]
+        if upstream is not None:
+            own, more = own * upstream, upstream if more is None else more * upstream
         if more is not None:
             found = found * spread(more, x, axes)
-        own, n = own / (1.0 + rest), x.shape[axis]
         if isinstance(n, int) and n < _FEW:
             grad = select(_is_label(terms.index, x, axis), spread(own, x, axes), found)
         else:
@@ -401,5 +435,6 @@ def _gradient(x: Any, m: Any, rest: Any, log: Any, terms: Terms, axis: int) -> A
         if more is not None:
             grad = grad + e * spread(more, x, axes)
         grad = grad * spread(1.0 / (1.0 + rest), x, axes)
+        grad = grad if upstream is None else grad * spread(upstream, x, axes)
     counted = terms.counted
     return grad if counted is None else select(spread(counted, x, axes), grad, 0.0)

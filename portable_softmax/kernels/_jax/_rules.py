@@ -31,7 +31,7 @@ from portable_softmax.kernels._jax._fold import (
     wide,
 )
 
-jit = partial(jax.jit, static_argnames=("axes", "compute", "answer"))
+jit = partial(jax.jit, static_argnames=("axes", "compute", "answer"), inline=True)
 
 
 def masked(x: Any, where: Any, axes: Axes) -> tuple[Any, Any]:
