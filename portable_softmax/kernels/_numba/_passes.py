@@ -200,6 +200,31 @@ def products(p, q, n, bound):
     return compensated(total, lost), above
 
 
+@function
+def distribution(p, q, following, n, m):
+    """The sums of q * (m - x), 0 where q is, and of q. A later `q`, at `following`, is prefetched.
+
+    What a nan would be at a q of 0 is in the sum of the exps.
+    """
+    L = lanes(p)
+    gaps = lost = whole = lower = zero = splat(p, 0.0)
+    j = 0
+    while j + L <= n:
+        s = v = zero
+        stop = smaller(j + RUN * L, n) - L
+        while j <= stop:
+            prefetch_to_read(following, j, None)
+            x, t = read(p, j, None, 0.0), read(q, j, None, 0.0)
+            s, v = s + where_equal(t, 0.0, t, t * (m - x)), v + t
+            j += L
+        (gaps, lost), (whole, lower) = added(gaps, lost, s), added(whole, lower, v)
+    if j < n:
+        x, t = read(p, j, n - j, 0.0), read(q, j, n - j, 0.0)
+        s = where_equal(t, 0.0, t, t * (m - x))
+        (gaps, lost), (whole, lower) = added(gaps, lost, s), added(whole, lower, t)
+    return compensated(gaps, lost), compensated(whole, lower)
+
+
 def row_writing(entry):
     """Return the pass that writes ``entry(p[j], q[j], numbers)`` to `o`, which may be `p`."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from portable_softmax.kernels._numba._exp import log1p
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, total, typed
-from portable_softmax.kernels._numba._passes import gaps, soft_gradient, sums
+from portable_softmax.kernels._numba._passes import distribution, soft_gradient
 from portable_softmax.kernels._numba._values import (
     FACTOR,
     GAPS,
@@ -40,12 +40,11 @@ def losses_of(layout):
         size = layout.length(workspace, n)
         for r in range(0, rows, layout.stride(workspace)):
             x, t, m = ahead(p, r * n), ahead(q, r * n), layout.value(maxima, r)
-            layout.store_partial(workspace, T, GAPS, r, gaps(x, t, size, (m,)))
+            following = ahead(t, T * n) if layout.step(workspace) > 1 else t
+            gaps, whole = distribution(x, t, following, size, m)
+            layout.store_partial(workspace, T, GAPS, r, gaps)
+            layout.store_rare(workspace, T, WEIGHT, r, whole)  # there is room for one partial
         layout.reduce_partials(workspace, T, GAPS)
-        for r in range(0, rows, layout.stride(workspace)):
-            t = ahead(q, r * n)
-            layout.store_partial(workspace, T, WEIGHT, r, sums(t, t, size, ()))
-        layout.reduce_partials(workspace, T, WEIGHT)
         for r in range(0, T, layout.step(workspace)):
             m, rest = layout.get(maxima, r), layout.get(values(workspace, REST, T), r)
             u, v = layout.get(values(workspace, WEIGHT, T), r), log1p(rest)
