@@ -73,15 +73,15 @@ def _order(request: Request) -> list[int] | None:
     return [*(a for a in range(x.ndim) if a not in axes), *axes]
 
 
-def _reordered(request: Request, order: list[int]) -> tuple[Request, Back]:
+def _reordered(request: Request, order: list[int]) -> tuple[Request, Back | None]:
     library, xp, x, options = request.library, request.xp, request.x, request.options
     there = [order.index(a) for a in range(x.ndim)]
     axes = tuple(sorted(there[a] for a in request.axes))
-    positions = _without(order, request.axes)
+    positions, same = _without(order, request.axes), order == sorted(order)
 
     def seen(a: Any, order: list[int] = order) -> Any:
         """Return an array with its axes in another order."""
-        return xp.permute_dims(a, tuple(order))
+        return a if same else xp.permute_dims(a, tuple(order))
 
     def in_c_order(a: Any, order: list[int] = order) -> Any:
         a = seen(a, order)
@@ -105,6 +105,8 @@ def _reordered(request: Request, order: list[int]) -> tuple[Request, Back]:
         dy=None if request.dy is None else in_c_order(request.dy),
         options=options._replace(**changed) if changed else options,
     )  # fmt: skip
+    if same:
+        return found, None
     of_positions, moved = _without(there, axes), library.size(x) <= library.small
 
     def back(answer: Any) -> Any:

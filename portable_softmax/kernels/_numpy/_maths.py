@@ -209,8 +209,14 @@ SMALLEST_NORMAL = {
     np.dtype(t): float(np.finfo(t).smallest_normal) for t in (np.float32, np.float64)
 }
 
-# Below this maximum, exp(x) of a class underflows although its probability does not.
+# Below this maximum, exp(x) of a class may underflow although its probability does not.
 LOW_FOR_PROBABILITIES = -1.0
+
+
+def low_for_probabilities(e: Any) -> float:
+    """Return the least maximum of which each exp has its digits: any, if none of `e` underflows."""
+    normal = e.item(e.argmin()) >= SMALLEST_NORMAL[e.dtype]
+    return -RANGES[e.dtype].far if normal else LOW_FOR_PROBABILITIES
 
 
 def plain(x: Any, out: Any, axis: int, buffers: Buffers) -> Plain:
@@ -238,9 +244,11 @@ def plain(x: Any, out: Any, axis: int, buffers: Buffers) -> Plain:
             s = np.where(fine, s, others)
             rest = np.where(fine, rest, others / grown + ties)
     far, tiny = RANGES[x.dtype]
-    low = -far if out is None else LOW_FOR_PROBABILITIES
+    least, low = np.minimum.reduce(m, axis=None), -far
+    if out is not None and not least >= LOW_FOR_PROBABILITIES:
+        low = low_for_probabilities(out)
     if (
-        np.minimum.reduce(m, axis=None) >= low
+        least >= low
         and np.maximum.reduce(m, axis=None) <= far
         and np.minimum.reduce(s, axis=None) >= tiny
     ):
