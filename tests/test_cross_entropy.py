@@ -14,6 +14,7 @@ from covering import combined
 from mpmath import mp, mpf
 
 import portable_softmax as ps
+from portable_softmax import kernels
 
 GOLDEN = json.loads(Path(__file__).with_name("cross_entropy_golden.json").read_text())
 SOURCES = sorted({case["source"] for case in GOLDEN})
@@ -269,6 +270,26 @@ def test_a_weight_that_the_dtype_cannot_hold(xp):
     assert_close(xp, loss, expected, "float32")
     loss = ps.cross_entropy(x, xp.asarray(labels * 0 + 1), weight=weight, reduction="sum")
     assert_close(xp, loss, np.inf, "float32")
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_gradient_through_a_softcap_keeps_its_digits(xp, axis):
+    """Where tanh is close to 1, few digits are left of 1 - tanh^2, which libraries take."""
+    if not xp.differentiates:
+        pytest.skip(f"{xp.name} does not differentiate")
+    x, cap = np.asarray([[9.0, -11.5, 0.5], [-0.3, 1e-3, 13.0]], "float32"), 2.0
+    y = np.asarray([2, 0])
+    capped = cap * np.tanh(x.astype(np.longdouble) / cap)
+    p = np.exp(capped) / np.exp(capped).sum(axis=1, keepdims=True)
+    p[[0, 1], y] -= 1
+    expected = p / np.cosh(x.astype(np.longdouble) / cap) ** 2
+
+    def total(x):
+        return ps.cross_entropy(x, xp.asarray(y), axis=axis, softcap=cap, reduction="sum")
+
+    with kernels.portable():
+        found = xp.numpy(xp.grad(total)(xp.asarray(x if axis else x.T.copy())))
+    np.testing.assert_allclose(found if axis else found.T, expected.astype("float64"), rtol=2e-6)
 
 
 def test_a_softcap_beyond_the_range_bends_logits_that_are_near_it(xp):

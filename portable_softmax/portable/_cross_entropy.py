@@ -249,21 +249,38 @@ def through_conditions(
 def softcapped(xp: Namespace, x: Any, cap: float) -> Any:
     """cap * tanh(x / cap)."""
     if 2.0**-60 < cap < 2.0**60:
-        return cap * xp.tanh(x / cap)
+        return cap * _tanh(xp, x / cap)
     # Beside such a cap x / cap may underflow. There, and at 0 for every cap, this is x.
     ratio = divided(xp, x, cap)
     is_x = xp.abs(ratio) < 2.0**-30
     if cap <= float(xp.finfo(x.dtype).max):
-        return xp.where(is_x, x, cap * xp.tanh(ratio))
+        return xp.where(is_x, x, cap * _tanh(xp, ratio))
     is_x = is_x | xp.isinf(x)
     ratio = xp.where(is_x, scalar(xp, 1.0, ratio), ratio)
-    return xp.where(is_x, x, x * (xp.tanh(ratio) / ratio))
+    return xp.where(is_x, x, x * (_tanh(xp, ratio) / ratio))
+
+
+def _tanh(xp: Namespace, y: Any) -> Any:
+    """tanh(y), so that a library that differentiates it has the digits of the derivative.
+
+    That is 1 - tanh^2 to libraries, of which few digits are left where tanh is close to 1.
+    """
+    if not libraries.of(xp).differentiates:
+        return xp.tanh(y)
+    size = _size(xp, y)
+    e = xp.exp(-2.0 * size)
+    far = (1.0 - e) / (1.0 + e)
+    return xp.where(size < 0.5, xp.tanh(y), xp.where(y < 0, -far, far))
+
+
+def _size(xp: Namespace, x: Any) -> Any:
+    """Return abs(x), but with a second derivative at 0."""
+    return xp.where(x < 0, -x, x)
 
 
 def softcap_derivative(xp: Namespace, x: Any, cap: float) -> Any:
     """1 - tanh(x/cap)^2, written as 1/cosh^2 to keep its digits where tanh is close to 1."""
-    size = xp.where(x < 0, -x, x)  # abs, but with a second derivative at 0
-    e = xp.exp(-2.0 * divided(xp, size, cap))
+    e = xp.exp(-2.0 * divided(xp, _size(xp, x), cap))
     return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 
