@@ -31,6 +31,9 @@ from portable_softmax.kernels._numba._vectors import Vector, converted, elementw
 
 UP, DOWN = 2.0**64, 2.0**-64
 
+# From this logarithm of a probability on, 1 - exp(log_y) loses digits.
+CONFIDENT = -0.5
+
 # With more coefficients than these, a polynomial is what a processor waits for.
 LONG = 8
 
@@ -184,12 +187,32 @@ class Writer:
         y = self.fma(b.fmul(x, square), self.polynomial(self.f.tanh, square), x)
         near = y, self.fma(b.fneg(y), y, self.number(1.0))
         beyond = b.fcmp_unordered(">", square, self.number(0.75**2))
-        before = b.block
-        with b.if_then(self._any(beyond), likely=False):
-            wide = self._wide_tanh_and_slope(b.fadd(x, x))
-            wide = [b.select(beyond, *pair) for pair in zip(wide, near, strict=True)]
-            after = b.block
-        return tuple(self._either(before, after, *pair) for pair in zip(near, wide, strict=True))
+        return self._rarely(beyond, near, lambda: self._wide_tanh_and_slope(b.fadd(x, x)))
+
+    def log_softmax_vjp(self, log_y, dy, s):
+        """dy - exp(log_y) * s, as dy * (1 - exp) - exp * (s - dy) from `CONFIDENT` on.
+
+        Below it a probability has no more than half of the digits of 1 - exp.
+        """
+        b, zero = self.b, self.number(0.0)
+        up = self.exp_up(log_y, self.reference(zero, zero, None), None)
+        near = (self.fma(b.fneg(b.fmul(up, self.number(DOWN))), s, dy),)
+
+        def confident():
+            e, less_one = self.exp_and_expm1(log_y)
+            kept = b.fneg(b.fmul(dy, less_one))
+            return (b.fsub(kept, b.fmul(e, b.fsub(s, dy))),)
+
+        beyond = b.fcmp_unordered(">", log_y, self.number(CONFIDENT))
+        return self._rarely(beyond, near, confident)[0]
+
+    def _rarely(self, beyond, near, others):
+        """What `near` is, but in lanes that are beyond it what `others` computes, if any is."""
+        before = self.b.block
+        with self.b.if_then(self._any(beyond), likely=False):
+            found = [self.b.select(beyond, *pair) for pair in zip(others(), near, strict=True)]
+            after = self.b.block
+        return tuple(self._either(before, after, *pair) for pair in zip(near, found, strict=True))
 
     def _any(self, mask):
         if not self.lanes:
@@ -275,9 +298,6 @@ class Writer:
         scale = self.b.bitcast(self.b.shl(n, self.integer(self.f.mantissa)), self.kind)
         return self.b.fmul(e, scale)
 
-    def exp(self, x):
-        return self.exp_and_expm1(x)[0]
-
     def exp_and_expm1(self, x):
         """exp(x) and exp(x) - 1, the latter with its own digits near 0."""
         f, b, one = self.f, self.b, self.number(1.0)
@@ -333,15 +353,9 @@ def size(builder, x):
 
 
 @elementwise
-def exp(builder, x):
-    """exp(x) for any x."""
-    return Writer(builder, x).exp(x)
-
-
-@elementwise
-def expm1(builder, x):
-    """exp(x) - 1 for any x, with its own digits near 0."""
-    return Writer(builder, x).exp_and_expm1(x)[1]
+def log_softmax_vjp(builder, log_y, dy, s):
+    """dy - exp(log_y) * s, with the digits that 1 - exp(log_y) has near log_y = 0."""
+    return Writer(builder, log_y).log_softmax_vjp(log_y, dy, s)
 
 
 @elementwise
