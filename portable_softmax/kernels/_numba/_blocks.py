@@ -59,6 +59,7 @@ VECTORS = 4
 
 # --------------------------------------------------------------------------- where rows are
 
+LONG = False
 element, position, fetch = _rows.element, _rows.position, _rows.fetch
 target, deliver = _rows.target, _rows.deliver
 

@@ -29,6 +29,8 @@ from portable_softmax.kernels._numba._values import (
 )
 from portable_softmax.kernels._numba._vectors import lanes, read, splat, where_at_least, write
 
+LONG = False  # each lane is a row
+
 # --------------------------------------------------------------------------- where rows are
 
 

@@ -190,21 +190,18 @@ class Writer:
         return self._rarely(beyond, near, lambda: self._wide_tanh_and_slope(b.fadd(x, x)))
 
     def log_softmax_vjp(self, log_y, dy, s):
-        """dy - exp(log_y) * s, as dy * (1 - exp) - exp * (s - dy) from `CONFIDENT` on.
+        """dy - exp(log_y) * s, as dy * (1 - exp) - exp * (s - dy)."""
+        e, less_one = self.exp_and_expm1(log_y)
+        kept = self.b.fneg(self.b.fmul(dy, less_one))
+        return self.b.fsub(kept, self.b.fmul(e, self.b.fsub(s, dy)))
 
-        Below it a probability has no more than half of the digits of 1 - exp.
-        """
+    def log_softmax_vjp_of_many(self, log_y, dy, s):
+        """As it stands below `CONFIDENT`, where a probability costs 1 - exp no more than a bit."""
         b, zero = self.b, self.number(0.0)
         up = self.exp_up(log_y, self.reference(zero, zero, None), None)
         near = (self.fma(b.fneg(b.fmul(up, self.number(DOWN))), s, dy),)
-
-        def confident():
-            e, less_one = self.exp_and_expm1(log_y)
-            kept = b.fneg(b.fmul(dy, less_one))
-            return (b.fsub(kept, b.fmul(e, b.fsub(s, dy))),)
-
         beyond = b.fcmp_unordered(">", log_y, self.number(CONFIDENT))
-        return self._rarely(beyond, near, confident)[0]
+        return self._rarely(beyond, near, lambda: (self.log_softmax_vjp(log_y, dy, s),))[0]
 
     def _rarely(self, beyond, near, others):
         """What `near` is, but in lanes that are beyond it what `others` computes, if any is."""
@@ -356,6 +353,12 @@ def size(builder, x):
 def log_softmax_vjp(builder, log_y, dy, s):
     """dy - exp(log_y) * s, with the digits that 1 - exp(log_y) has near log_y = 0."""
     return Writer(builder, log_y).log_softmax_vjp(log_y, dy, s)
+
+
+@elementwise
+def log_softmax_vjp_of_many(builder, log_y, dy, s):
+    """The same in less time where few vectors have an entry near 0, and in more where many have."""
+    return Writer(builder, log_y).log_softmax_vjp_of_many(log_y, dy, s)
 
 
 @elementwise

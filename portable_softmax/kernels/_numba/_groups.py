@@ -33,6 +33,7 @@ from portable_softmax.kernels._numba._values import (
 )
 from portable_softmax.kernels._numba._vectors import lanes, read, splat, where_at_least, write
 
+LONG = _rows.LONG
 element, position, fetch = _rows.element, _rows.position, _rows.fetch
 target, deliver = _rows.target, _rows.deliver
 stride, length, value, source = _rows.stride, _rows.length, _rows.value, _rows.source

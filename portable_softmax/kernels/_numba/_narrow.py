@@ -11,6 +11,7 @@ from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, load, smaller, store, typed
 from portable_softmax.kernels._numba._vectors import lanes
 
+LONG = False
 place, position, slopes_at = _blocks.place, _rows.position, _columns.slopes_at
 height, element, target, scratch = (
     _columns.height,

@@ -15,6 +15,7 @@ from portable_softmax.kernels._numba._passes import (
     gradients,
     log_probability,
     log_softmax_vjp_entry,
+    log_softmax_vjp_entry_of_many,
     probability,
     products,
     products_less,
@@ -158,7 +159,8 @@ def log_softmax_vjp_of(layout):
     def sum_of_upstream(workspace, T, r):
         return (layout.value(values(workspace, SUM, T), r),)
 
-    write_vjp = layout.writing(log_softmax_vjp_entry, sum_of_upstream, own=True)
+    entry = log_softmax_vjp_entry_of_many if layout.LONG else log_softmax_vjp_entry
+    write_vjp = layout.writing(entry, sum_of_upstream, own=True)
 
     @function
     def log_softmax_vjp(p, q, o, n, rows, T, workspace, left_out):

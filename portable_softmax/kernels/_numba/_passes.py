@@ -16,7 +16,13 @@ from numba import types
 from numba.extending import overload
 
 from portable_softmax.kernels._numba._compensation import added, compensated
-from portable_softmax.kernels._numba._exp import exp_up, exponent, log_softmax_vjp, size
+from portable_softmax.kernels._numba._exp import (
+    exp_up,
+    exponent,
+    log_softmax_vjp,
+    log_softmax_vjp_of_many,
+    size,
+)
 from portable_softmax.kernels._numba._horizontal import first_at_least, integer_at
 from portable_softmax.kernels._numba._jit import INLINED, function
 from portable_softmax.kernels._numba._memory import smaller
@@ -330,6 +336,11 @@ def gradient_entry(p, a, q, rest, scale):
 
 @function
 def log_softmax_vjp_entry(log_y, dy, numbers):
-    """dy - exp(log_y) * s, with the digits that 1 - exp(log_y) has near log_y = 0."""
     _, s, left_out = numbers
     return log_softmax_vjp(log_y, counted(log_y, dy, (left_out,)), s)
+
+
+@function
+def log_softmax_vjp_entry_of_many(log_y, dy, numbers):
+    _, s, left_out = numbers
+    return log_softmax_vjp_of_many(log_y, counted(log_y, dy, (left_out,)), s)

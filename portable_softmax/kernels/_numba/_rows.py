@@ -40,6 +40,9 @@ from portable_softmax.kernels._numba._values import (
     values,
 )
 
+# Whether rows have so many vectors that few of these have a confident class.
+LONG = True
+
 # --------------------------------------------------------------------------- where rows are
 
 
