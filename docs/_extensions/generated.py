@@ -9,7 +9,18 @@ import capabilities
 from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
-from bench import arrays, calls, fresh, programs, scale, steps, summary, tables, transforms
+from bench import (
+    arrays,
+    calls,
+    compilation,
+    fresh,
+    programs,
+    scale,
+    steps,
+    summary,
+    tables,
+    transforms,
+)
 from bench.report import described
 from bench.speed import OURS, PEER, Row
 
@@ -73,8 +84,8 @@ def cells(name):
 
 
 TIMED = {
-    "arrays": arrays, "calls": calls, "fresh": fresh, "steps": steps, "jax": transforms,
-    "programs": programs,
+    "arrays": arrays, "calls": calls, "compile": compilation, "fresh": fresh, "steps": steps,
+    "jax": transforms, "programs": programs,
 }  # fmt: skip
 
 
