@@ -112,7 +112,7 @@ def reduced(x: Any, labels: Any, weights: Weights, where: Any, numbers: Numbers,
 def _prepared(
     x: Any, labels: Any, weights: Weights, where: Any, numbers: Numbers, form: Form
 ) -> tuple[Terms, Callable[[Any], Any]]:
-    """Return the coefficients, and what reduces the losses of the positions; x has its shape."""
+    """Return the coefficients, and what reduces the losses; of `x` only shape and dtype count."""
     axis = form.axis
     where = None if where is None else mask_like(where, x.ndim)
     index = counted = valid = None
