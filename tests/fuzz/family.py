@@ -106,11 +106,8 @@ def entropy(x: Any, rounding: Rounding) -> Answer:
     if not x.shape[1]:
         return Answer(np.zeros(h.shape), np.zeros(h.shape))
     h = np.where(rows.bad, L("nan"), h)
-    compute = rounding.compute
-    lost = np.where(h < 64 * compute.smallest_normal, 64, 2) * x.shape[1]
-    # What underflows may be multiplied by the depth after that.
-    gone = compute.smallest_normal if rounding.flushes else compute.smallest
-    slack = lost * gone * (1 + compute.depth)
+    lost = np.where(h < 64 * rounding.compute.smallest_normal, 64, 2) * x.shape[1]
+    slack = lost * rounding.compute.smallest * (1 + rounding.compute.depth)
     return Answer(h, rounding.tolerance(h, 8, slack))
 
 
