@@ -84,6 +84,7 @@ from portable_softmax.portable._sigmoid import (
 )
 from portable_softmax.portable._softmax import (
     CONFIDENT,
+    LOG_CONFIDENT,
     ROUNDING,
     log_softmax,
     log_softmax_vjp,

@@ -114,6 +114,9 @@ def softmax_vjp_of(
 # Two entries above it do not sum to 1, however they are rounded.
 CONFIDENT = 0.75
 
+LOG_CONFIDENT = -0.5
+"""From this logarithm of a probability on, 1 - exp(log_y) loses digits."""
+
 
 def confident(xp: Namespace, y: Any) -> Any:
     """Return where an entry is confident: one of a row at most, if that is a softmax."""

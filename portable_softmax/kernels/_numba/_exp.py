@@ -28,11 +28,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from portable_softmax.kernels._numba._vectors import Vector, converted, elementwise, fused
+from portable_softmax.portable import LOG_CONFIDENT
 
 UP, DOWN = 2.0**64, 2.0**-64
-
-# From this logarithm of a probability on, 1 - exp(log_y) loses digits.
-CONFIDENT = -0.5
 
 # With more coefficients than these, a polynomial is what a processor waits for.
 LONG = 8
@@ -196,11 +194,11 @@ class Writer:
         return self.b.fsub(kept, self.b.fmul(e, self.b.fsub(s, dy)))
 
     def log_softmax_vjp_of_many(self, log_y, dy, s):
-        """As it stands below `CONFIDENT`, where a probability costs 1 - exp no more than a bit."""
+        """As it stands up to `LOG_CONFIDENT`, where 1 - exp has its digits."""
         b, zero = self.b, self.number(0.0)
         up = self.exp_up(log_y, self.reference(zero, zero, None), None)
         near = (self.fma(b.fneg(b.fmul(up, self.number(DOWN))), s, dy),)
-        beyond = b.fcmp_unordered(">", log_y, self.number(CONFIDENT))
+        beyond = b.fcmp_unordered(">", log_y, self.number(LOG_CONFIDENT))
         return self._rarely(beyond, near, lambda: (self.log_softmax_vjp(log_y, dy, s),))[0]
 
     def _rarely(self, beyond, near, others):

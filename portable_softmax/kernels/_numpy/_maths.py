@@ -51,10 +51,6 @@ def total(x: Any, axis: int, buffers: Buffers) -> Any:
     return np.add.reduce(sums[:half], axis=0, keepdims=True)
 
 
-CONFIDENT = -0.5
-"""From this logarithm of a probability on, 1 - exp(log_y) loses digits."""
-
-
 def mended(log_y: Any, dy: Any, s: Any) -> Any:
     """Return dy - exp(log_y) * s, with the digits of 1 - exp(log_y); s is the sum of a row's dy."""
     return -dy * np.expm1(log_y) - np.exp(log_y) * (s - dy)
@@ -70,7 +66,7 @@ class Confident(NamedTuple):
 
 def confident(log_y: Any, dy: Any) -> Confident:
     """Return the confident entries."""
-    flat = np.flatnonzero(np.greater(log_y, CONFIDENT, order="C"))
+    flat = np.flatnonzero(np.greater(log_y, portable.LOG_CONFIDENT, order="C"))
     at = np.unravel_index(flat, log_y.shape)
     return Confident(at, log_y[at], dy[at])
 

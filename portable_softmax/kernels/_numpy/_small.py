@@ -17,7 +17,7 @@ import numpy as np
 from portable_softmax.kernels._numpy import _maths
 from portable_softmax.kernels._numpy._layout import Buffers
 from portable_softmax.kernels._request import Request
-from portable_softmax.portable import CONFIDENT, off_one
+from portable_softmax.portable import CONFIDENT, LOG_CONFIDENT, off_one
 
 # From about here on the usual way costs the same, for short rows and for others:
 # `python -m bench speed --backend numpy --shapes 320x10,800x10,16x1000,64x1000`.
@@ -243,9 +243,9 @@ def log_softmax_vjp(request: Request, dy: Any, masked: bool) -> Any:
     d, s = np.exp(log_y), _sums(dy)
     d *= s[:, None]
     np.subtract(dy, d, d)
-    if not _most(log_y) <= _maths.CONFIDENT:
+    if not _most(log_y) <= LOG_CONFIDENT:
         flat = log_y.ravel()
-        at = (flat > _maths.CONFIDENT).nonzero()[0]
+        at = (flat > LOG_CONFIDENT).nonzero()[0]
         d.ravel()[at] = _maths.mended(flat[at], dy.ravel()[at], s[at // d.shape[1]])
     return d if request.x.ndim == 2 else d.reshape(request.x.shape)
 
