@@ -147,7 +147,7 @@ def logcumsumexp(x: ArrayT, /, *, axis: int = -1) -> ArrayT:
     >>> logcumsumexp(np.asarray([0.0, 0.0, 1000.0])).round(4)
     array([0.000e+00, 6.931e-01, 1.000e+03])
     """
-    return _running("logcumsumexp", x, None, axis)
+    return _running("logcumsumexp", x, None, axis, _checks.array("x", x))
 
 
 @operation
@@ -196,13 +196,12 @@ def logcumsumexp_vjp(x: ArrayT, dy: ArrayT, /, *, axis: int = -1) -> ArrayT:
     >>> logcumsumexp_vjp(np.asarray([0.0, 0.0, 0.0]), np.asarray([0.0, 1.0, 0.0]))
     array([0.5, 0.5, 0. ])
     """
-    _checks.with_upstream("x", x, dy)
-    return _running("logcumsumexp_vjp", x, dy, axis)
+    return _running("logcumsumexp_vjp", x, dy, axis, _checks.with_upstream("x", x, dy))
 
 
-def _running(operation: str, x: ArrayT, dy: Any, axis: Any) -> ArrayT:
-    """Check the arguments of a running sum and answer."""
-    library, dtype = _checks.array("x", x)
+def _running(operation: str, x: ArrayT, dy: Any, axis: Any, known: Any) -> ArrayT:
+    """Check the axis of a running sum and answer; `known` is what the check of `x` returned."""
+    library, dtype = known
     axes = (_checks.one_axis(axis, x.ndim),)
     _checks.known_length("x", x, axes[0])
     compute_dtype, result_dtype = dtype.computed or library.compute_dtype(x)

@@ -197,6 +197,17 @@ def da(xp: Backend):
 
 
 @pytest.fixture(autouse=True)
+def _own_draws(request: pytest.FixtureRequest) -> None:
+    """Let a test that draws from its module's `RNG` draw the same, whatever ran before it."""
+    rng = getattr(request.module, "RNG", None)
+    if rng is not None:
+        rng.bit_generator.state = _DRAWN.setdefault(request.module, rng.bit_generator.state)
+
+
+_DRAWN: dict[object, object] = {}
+
+
+@pytest.fixture(autouse=True)
 def _report(request: pytest.FixtureRequest, record_property) -> None:
     """Leave what the table of results wants to know, beside the first test of a process."""
     stash = request.config.stash

@@ -400,6 +400,11 @@ def test_an_unknown_number_of_classes(da):
     remedy = r"\(8, nan\), expected a known number .* axis 1: call .*compute_chunk_sizes\(\)"
     with pytest.raises(ValueError, match=remedy):
         ps.softmax_jacobian(x)
+    for f in (ps.logcumsumexp, ps.entmax, ps.sparsemax, lambda x: ps.logcumsumexp_vjp(x, x)):
+        with pytest.raises(ValueError, match=remedy):
+            f(x)
+    with pytest.raises(ValueError, match=remedy):
+        ps.entmax_loss(x, labels)
     for given, options in (
         (labels, {}),
         (x, {"label_smoothing": 0.1}),

@@ -811,3 +811,53 @@ def test_kernels_that_two_processes_have_compiled_are_told_apart(jax, tmp_path):
         [sys.executable, "-c", COUNTED_ANEW], env={**os.environ, **environment}, timeout=300
     )
     assert ran.returncode == 0
+
+
+ANOTHER_VERSION = """
+import importlib
+import jax
+module = importlib.import_module({module!r})
+delattr(module, {name!r})
+from portable_softmax import kernels, softmax
+x = jax.numpy.ones((300, 300))
+print(kernels.explain("softmax", x))
+print(round(float(softmax(x).sum())))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "reason"),
+    [
+        ("jax.interpreters.batching", "primitive_batchers", "_jax._rows cannot be imported"),
+        ("jax.interpreters.mlir", "register_lowering", "_jax._rows cannot be imported"),
+        ("numba.core.ccallback", "CFunc", "_numba._ffi cannot be imported"),
+    ],
+)
+def test_without_a_private_name_the_rules_answer(jax, module, name, reason):
+    program = ANOTHER_VERSION.format(module=module, name=name)
+    environment = {k: v for k, v in os.environ.items() if k != "PORTABLE_SOFTMAX_KERNELS"}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], env=environment, text=True, capture_output=True,
+        timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    explained, total = ran.stdout.splitlines()
+    assert explained.startswith("jax rules: ")
+    assert f"not numba rows: portable_softmax.kernels.{reason}: " in explained
+    assert name in explained
+    assert total == "300"
+
+
+def test_handlers_work_without_a_cache(jax, tmp_path):
+    """As where another version of Numba lacks a class of its cache."""
+    program = ANOTHER_VERSION.format(module="numba.core.caching", name="_CacheLocator")
+    environment = {"PORTABLE_SOFTMAX_KERNELS": "numba rows", "NUMBA_CACHE_DIR": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment}, text=True,
+        capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    explained, total = ran.stdout.splitlines()
+    assert explained.startswith(NAME)
+    assert total == "300"
+    assert not list(tmp_path.rglob("*.nb*"))

@@ -87,6 +87,16 @@ def test_the_order_is_that_of_the_input(xp, order):
 
 
 @ORDERED
+@pytest.mark.parametrize("shape", [(6, 5), (300, 400)], ids=str)
+def test_c_order_stays_c_order(xp, shape):
+    """Whatever the axes, for which an array may be worked on in another order."""
+    x = xp.asarray(np.random.default_rng(0).standard_normal(shape))
+    for axis in (0, 1):
+        for y in (ps.softmax(x, axis=axis), ps.log_softmax(x, axis=axis)):
+            assert y.is_contiguous() if xp.library == "torch" else y.flags.c_contiguous
+
+
+@ORDERED
 @pytest.mark.parametrize("order", ["reversed axes", "class axis last", "without the last"])
 def test_an_order_takes_the_kernels(xp, order):
     x, same = in_order(xp, order, np.random.default_rng(0).standard_normal((30, 50, 40)))

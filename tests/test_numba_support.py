@@ -211,9 +211,10 @@ def test_kernels_are_kept_until_any_source_changes(copied, tmp_path):
     hit, miss = "1 0", "0 1"
     assert in_a_fresh_process(LARGE, copied, **here) == miss
     assert in_a_fresh_process(LARGE, copied, **here) == hit
-    source = copied / "portable_softmax" / "kernels" / "_numba" / "_rows.py"
-    source.write_text(source.read_text() + "\n# Another version.\n")
-    assert in_a_fresh_process(LARGE, copied, **here) == miss
+    for name in ("kernels/_numba/_rows.py", "portable/_softmax.py"):
+        source = copied / "portable_softmax" / name
+        source.write_text(source.read_text() + "\n# Another version.\n")
+        assert in_a_fresh_process(LARGE, copied, **here) == miss
     for path in (tmp_path / "kept").rglob("*.nb*"):
         path.write_bytes(b"half a file")
     assert in_a_fresh_process(LARGE, copied, **here) == miss

@@ -3,8 +3,8 @@
 Integers are cast to what they are computed in. The axes are taken in the order in which they lie in
 memory, which costs nothing, and what is still in bits is copied: one more pass, where a path that
 takes any array has a dozen. The answer has the memory order of the input, as those of NumPy's and
-torch's own functions. A small array is copied with its reduced axes last, and its answer back; one
-of which they lie apart is copied too.
+torch's own functions. A small array is copied with its reduced axes last, and its answer back to C
+order; one of which they lie apart is copied too.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Candidate:
-    """A kernel of the table with its module loaded."""
+    """A kernel of the table with its module loaded, which lacks nothing."""
 
-    __slots__ = ("answer", "any_layout", "declines", "kernel", "missing", "remark")
+    __slots__ = ("answer", "any_layout", "declines", "kernel", "remark")
 
     def __init__(self, kernel: Kernel, operation: str) -> None:
         module = import_module(kernel.module)
@@ -34,7 +34,6 @@ class Candidate:
         self.declines: Callable[[Request, bool], str]
         self.answer: Callable[[Request], Any]
         self.remark: Callable[[Request], str]
-        self.missing: str = module.missing()
         if kernel.adapter:
             adapter = import_module(kernel.adapter)
             self.declines = partial(adapter.declines, module)
@@ -124,16 +123,17 @@ def _route(
     found: list[Open] = []
     closed: dict[tuple[str, str], None] = {}
     for kernel in sorted(kernels, key=lambda k: k.name not in asked):
-        candidate, first = Candidate(kernel, operation), kernel.name in asked
+        first = kernel.name in asked
         if kernel.name in off:
             why = "switched off by kernels.without()"
         elif not (first or kernel.on_by_default):
             why = f"off by default, see kernels.use({kernel.name!r})"
         else:
-            why = kernel.undeclared(dtype, active, tracing) or candidate.missing
+            why = kernel.undeclared(dtype, active, tracing) or _missing(kernel)
         if why:
             closed[kernel.name, why] = None
             continue
+        candidate = Candidate(kernel, operation)
         decision = Decision(candidate, kernel.why, tuple(closed))
         sizes = (0, math.inf) if first else (kernel.at_least, kernel.at_most)
         always = candidate.any_layout and not tracing
@@ -145,6 +145,18 @@ def _route(
         if head.always and not head.at_least:
             up_to = head.at_most
     return Route(tuple(found), Decision(None, "", tuple(closed)), up_to)
+
+
+def _missing(kernel: Kernel) -> str:
+    """Return what a kernel lacks, such as a name of another version of the library."""
+    if why := str(import_module(kernel.module).missing()):
+        return why
+    try:
+        if kernel.adapter:
+            import_module(kernel.adapter)
+    except (ImportError, AttributeError) as error:
+        return f"{kernel.adapter} cannot be imported: {error}"
+    return ""
 
 
 def _call(request: Request) -> tuple[Any, ...]:

@@ -140,7 +140,11 @@ def _no_handlers(engine: str) -> str:
         return f"jax {jax.__version__} has no jax.ffi"
     if sys.platform == "win32":
         return "handlers are made for POSIX systems"
-    first, last = _handlers(engine).API, _handlers(engine).LAST_API
+    try:
+        handlers = _handlers(engine)
+    except (ImportError, AttributeError) as error:  # another version of Numba
+        return f"{engine}._ffi cannot be imported: {error}"
+    first, last = handlers.API, handlers.LAST_API
     try:
         header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
         found = re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", header)

@@ -1,9 +1,10 @@
 """How the functions here are compiled, and cached on disk.
 
 `function` is for what is inlined into a kernel, `kernel` for what Python calls. Numba's own cache
-looks at the file of the compiled function alone. A kernel is made of all files of this folder, and
-is cached with a digest of them all, in the folders that `_folders` names; without one kernels are
-compiled in each process. An unreadable or broken file counts as missing.
+looks at the file of the compiled function alone. A kernel is made of all files of this folder and
+of constants of the portable mathematics, and is cached with a digest of both folders, in those that
+`_folders` names; without one kernels are compiled in each process. An unreadable or broken file
+counts as missing.
 
 Numba's cache classes are not public: their names stand in `_cache_class` and nowhere else. Where
 one is missing, kernels are not cached.
@@ -21,7 +22,7 @@ from numba import njit
 from numba.core import caching, runtime
 
 from portable_softmax.kernels._numba import _inlined
-from portable_softmax.kernels._numba._folders import HERE, folders
+from portable_softmax.kernels._numba._folders import HERE, PORTABLE, folders
 
 INLINED = {
     "nogil": True,
@@ -40,10 +41,8 @@ def kernel(name: str) -> Callable[[Any], Any]:
 
     def compiled(python_function: Any) -> Any:
         dispatcher = njit(nogil=True, error_model="numpy")(named(python_function, name))
-        # A kernel goes uncached where Numba's cache classes differ from those known here.
-        with suppress(AttributeError, TypeError, NotImplementedError):
-            if (files := kept(python_function, name)) is not None:
-                dispatcher._cache = files
+        if (files := kept(python_function, name)) is not None:
+            dispatcher._cache = files
         return dispatcher
 
     return compiled
@@ -71,20 +70,25 @@ def named(python_function: Any, name: str) -> Any:
 
 
 def kept(python_function: Any, name: str) -> Any:
-    """Return Numba's cache of one function in the folders in use, None without a folder."""
+    """Return Numba's cache of one function in the folders in use.
+
+    It is None without a folder, and where Numba's cache classes differ from those known here.
+    """
     found = folders()
     places = [*found.read] if found.written is None else [found.written, *found.read]
-    others: list[Any] = []
-    for folder in reversed(places):
-        others = [_cache_class()(python_function, name, str(folder), others), *others]
-    return others[0] if others else None
+    files = None
+    with suppress(AttributeError, TypeError, NotImplementedError):
+        for folder in reversed(places):
+            others = () if files is None else (files, *files.others)
+            files = _cache_class()(python_function, name, str(folder), others)
+    return files
 
 
 @cache
 def stamp() -> str:
-    """Return a digest of every source file here; Numba adds its own version and the CPU."""
+    """Return a digest of the source files; Numba adds its own version and the CPU."""
     digest = hashlib.sha256()
-    for path in sorted(HERE.glob("*.py")):
+    for path in (*sorted(HERE.glob("*.py")), *sorted(PORTABLE.glob("*.py"))):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
@@ -116,7 +120,7 @@ def _cache_class() -> Any:
                     self._lineno = 0
                     self._filename_base = self.get_filename_base(name, "")
 
-            self._impl_class, self._others = Implementation, tuple(others)
+            self._impl_class, self.others = Implementation, tuple(others)
             super().__init__(python_function)
 
         def _index_key(self, sig: Any, codegen: Any) -> Any:
@@ -125,7 +129,7 @@ def _cache_class() -> Any:
 
         def holds(self, sig: Any, target_context: Any) -> bool:
             key = self._index_key(sig, target_context.codegen())
-            for files in (self, *self._others):
+            for files in (self, *self.others):
                 with suppress(Exception):
                     if key in files._cache_file._load_index():
                         return True
@@ -134,7 +138,7 @@ def _cache_class() -> Any:
         def load_overload(self, sig: Any, target_context: Any) -> Any:
             # Numba's own way imports all that it needs to compile, which takes longer than to load.
             runtime.rtsys.initialize(target_context)
-            for files in (self, *self._others):
+            for files in (self, *self.others):
                 # Whatever a file of another version or half a file may raise.
                 with suppress(Exception):
                     if (found := files._load_overload(sig, target_context)) is not None:
