@@ -93,6 +93,29 @@ for function, spec, most in (
 x, t = on(mesh, ROWS)
 close(jax.jit(jax.grad(of_rows))(x, t), grad)
 
+# Loops and branches within it: what differs between devices, and what does not, is typed.
+hidden, classifier = logits[:, :6], logits[:, 6:12]
+linear = partial(ps.linear_cross_entropy, reduction="sum")
+given = (hidden, labels % 8)
+OWN_PART = (
+    lambda x, t: ps.sparsemax(x),
+    lambda x, t: ps.entmax(x, alpha=1.3),
+    lambda x, t: jax.grad(lambda x: jnp.sum(ps.entmax(x) ** 2))(x),
+    lambda x, t: ps.entmax_loss(x, t % 6, reduction="none"),
+    lambda x, t: ps.linear_cross_entropy(x, classifier, t, reduction="none", tile=8),
+    lambda x, t: jax.grad(linear)(x, classifier, t),
+    lambda x, t: ps.linear_cross_entropy_value_and_grad(x, classifier, t, tile=8)[1][0],
+)
+for function in OWN_PART[:-1]:
+    own_part = shard_map(function, in_specs=(ROWS, P("d")), out_specs=P("d"))
+    close(jax.jit(own_part)(*given), function(*given))
+own_part = shard_map(OWN_PART[-1], in_specs=(ROWS, P("d")), out_specs=P("d"))
+close(jax.jit(own_part)(*given) / 4, OWN_PART[-1](*given))  # the mean of a quarter each
+summed = shard_map(
+    lambda c, x, t: jax.grad(linear, 1)(x, c, t), in_specs=(P(), ROWS, P("d")), out_specs=P()
+)
+close(jax.jit(summed)(classifier, *given), jax.grad(linear, 1)(hidden, classifier, given[1]))
+
 # A mesh whose shardings are part of the types, which JAX's make_mesh makes by default.
 mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
 with jax.set_mesh(mesh):

@@ -255,6 +255,20 @@ def test_labels_are_read_by_nobody_under_a_mapped_mask(jax, xp):
     assert_allclose(losses, [[np.log(3)] * 2, [np.log(2), NAN]], rtol=1e-14)
 
 
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_are_read_by_nobody_under_mapped_weights(jax, xp, label):
+    """Not even one that is no tracer: its class would be another."""
+    x, labels = xp.asarray([[0.0, 1.0, 2.0]]), xp.asarray([label])
+    weights = xp.asarray([[0.0], [1.0]])
+
+    def loss(x, w):
+        return ps.cross_entropy(x, labels, sample_weight=w, reduction="sum")
+
+    assert_array_equal(jax.vmap(loss, (None, 0))(x, weights), [0.0, NAN])
+    grads = jax.vmap(jax.grad(loss), (None, 0))(x, weights)
+    assert_array_equal(grads, [[[0.0] * 3], [[NAN] * 3]])
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int8", "int32"])
 def test_labels_of_every_integer_dtype_have_no_derivative(jax, xp, dtype):
     x, labels = xp.asarray(np.zeros((2, 3))), xp.asarray([0, 2], dtype)

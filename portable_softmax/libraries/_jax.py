@@ -86,7 +86,8 @@ class Jax(Library):
         def once(state: Any) -> Any:
             return (state[0] + 1, *step(state[1]))
 
-        return jax.lax.while_loop(again, once, (0, x, jax.numpy.asarray(True)))[1]
+        moves = like_others(True, (), bool, x)
+        return jax.lax.while_loop(again, once, (0, x, moves))[1]
 
     def reads_values(self, x: Any) -> bool:
         """Return whether `x` is no tracer."""
@@ -99,6 +100,19 @@ class Jax(Library):
     def tracing(self, *arrays: Any) -> str:
         """Return ``"traced"`` under jit, grad, vmap and so on."""
         return "traced" if any(_is_traced(x) for x in arrays) else ""
+
+
+def like_others(value: float, shape: Any, dtype: Any, others: Any) -> Any:
+    """Return an array of one value, as one that may differ where the other arrays may.
+
+    Within a shard_map JAX tells an array that differs between devices from one that is the same. A
+    loop, and each branch, has to return what it was given or what the other one returns.
+    """
+    numpy = sys.modules["jax"].numpy
+    found = numpy.full(shape, value, dtype)
+    for other in sys.modules["jax"].tree.leaves(others):
+        found = found + numpy.zeros_like(other, dtype, shape=())
+    return found
 
 
 def _call_compiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ and a tile of them alone is skipped.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from portable_softmax.kernels._jax import _losses
+from portable_softmax.libraries._jax import like_others
 
 
 class Layer(NamedTuple):
@@ -207,6 +209,11 @@ def _logits(hidden: Any, layer: Layer, dtype: Any) -> Any:
     return x if layer.bias is None else x + layer.bias.astype(dtype)
 
 
+def _zeros(layer: Layer, rest: Rest, dtype: Any) -> Callable[[Any], Any]:
+    """Return the function that makes zeros which may differ wherever the arrays do."""
+    return lambda shape: like_others(0.0, shape, dtype, (layer, rest))
+
+
 def _losses_of(x: Any, tile: _Tile, rest: Rest, form: Form) -> Any:
     where = rest.where if tile.where is None else tile.where
     if tile.live is not None:
@@ -219,6 +226,7 @@ def _losses_of(x: Any, tile: _Tile, rest: Rest, form: Form) -> Any:
 def _each(layer: Layer, rest: Rest, form: Form) -> Any:
     """Return the losses, whose derivatives are JAX's of the scan: it keeps no logits."""
     tiles, dtype = _tiles(layer, rest, form), form.loss.compute
+    zeros = _zeros(layer, rest, dtype)
 
     @jax.checkpoint
     def losses(layer: Layer, rest: Rest, tile: _Tile) -> Any:
@@ -228,7 +236,7 @@ def _each(layer: Layer, rest: Rest, form: Form) -> Any:
         return None, losses(layer, rest, tile)
 
     def nothing(_: None, tile: _Tile) -> Any:
-        return None, jnp.zeros(form.height, dtype)
+        return None, zeros(form.height)
 
     _, found = lax.scan(partial(tiles.step, step, nothing), None, tiles.parts)
     return tiles.back(found)
@@ -237,6 +245,7 @@ def _each(layer: Layer, rest: Rest, form: Form) -> Any:
 def _with_gradients(layer: Layer, rest: Rest, form: Form) -> tuple[Any, Layer]:
     """Return the losses and the gradients of their sum, from three products for each tile."""
     dtype, tiles = form.loss.compute, _tiles(layer, rest, form)
+    zeros = _zeros(layer, rest, dtype)
 
     def step(sums: tuple[Any, Any], tile: _Tile) -> Any:
         d_classifier, d_bias = sums
@@ -250,12 +259,9 @@ def _with_gradients(layer: Layer, rest: Rest, form: Form) -> tuple[Any, Layer]:
         return (d_classifier, d_bias), (loss, d_hidden)
 
     def nothing(sums: tuple[Any, Any], tile: _Tile) -> Any:
-        return sums, (jnp.zeros(form.height, dtype), jnp.zeros(tile.hidden.shape, dtype))
+        return sums, (zeros(form.height), zeros(tile.hidden.shape))
 
-    start = (
-        jnp.zeros(layer.classifier.shape, dtype),
-        None if layer.bias is None else jnp.zeros(layer.bias.shape, dtype),
-    )
+    start = zeros(layer.classifier.shape), None if layer.bias is None else zeros(layer.bias.shape)
     scanned = partial(tiles.step, step, nothing)
     sums, (losses, d_hidden) = lax.scan(scanned, start, tiles.parts)
     return tiles.back(losses), Layer(tiles.back(d_hidden), *sums)
