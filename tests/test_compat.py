@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -87,6 +88,14 @@ def test_both_columns_of_the_page_that_migrates_agree(heading, modules, from_num
         expected, answer = (np.asarray(eval(code, names)) for code in (before, after))
         np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=1e-6, err_msg=after)
         assert answer.dtype == expected.dtype, after
+
+
+@pytest.mark.once
+def test_the_module_that_needs_torch_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "portable_softmax.compat.torch_nn", raising=False)
+    with pytest.raises(ImportError, match=r'pip install "portable_softmax\[torch\]"'):
+        importlib.import_module("portable_softmax.compat.torch_nn")
 
 
 # --------------------------------------------------------------------------- scipy.special
