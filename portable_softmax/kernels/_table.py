@@ -232,7 +232,7 @@ TABLE = (
     _CHUNKS._replace(name="cubed chunks", library="cubed", operations=(*OPERATIONS, *FAMILY)),
     Kernel(
         name="dtensor shards",
-        why="each shard by the kernel of its own, then all-reduces of one number a position",
+        why="each shard by the kernel of its own, then all-reduces of one number per position",
         library="dtensor",
         module=f"{_HERE}._dtensor",
         adapter=f"{_HERE}._dtensor._answers",

@@ -1,4 +1,4 @@
-"""What differs between array libraries, and nothing else: one class a library, one file each.
+"""What differs between array libraries, and nothing else: one class per library, one file each.
 
 This room is the only importer of array_api_compat. A library is recognised by the type of its
 array and never imported for it: an array can only exist after somebody else has imported the
