@@ -11,35 +11,39 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bench import (
-    accuracy,
-    accuracy_family,
-    arguments,
-    arrays,
-    calls,
-    comparison,
-    compilation,
-    exact,
-    fresh,
-    gpu,
-    memory,
-    places,
-    plots,
-    programs,
-    providers,
-    ratio_plots,
-    report,
-    scale,
-    scale_plots,
-    speed,
-    steps,
-    summary,
-    tables,
-    thresholds,
-    transforms,
-    versus,
-)
-from bench.errors import CommandError, chosen
+try:
+    from bench import (
+        accuracy,
+        accuracy_family,
+        arguments,
+        arrays,
+        calls,
+        comparison,
+        compilation,
+        exact,
+        fresh,
+        gpu,
+        memory,
+        places,
+        plots,
+        programs,
+        providers,
+        ratio_plots,
+        report,
+        scale,
+        scale_plots,
+        speed,
+        steps,
+        summary,
+        tables,
+        thresholds,
+        transforms,
+        versus,
+    )
+    from bench.errors import CommandError, chosen
+except ModuleNotFoundError as error:  # such as mpmath
+    print(f'bench: {error.name} is not installed: pip install ".[bench]"', file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     pair.add_argument("--ops", default="", help="comma list")
     pair.add_argument("--dtypes", default=speed.DTYPES, help="comma list")
     pair.add_argument("--path", action="append", help="such as 'ours, autograd'; may be repeated")
-    pair.add_argument("--fresh", action="store_true", help="small arrays, a process a cell")
+    pair.add_argument("--fresh", action="store_true", help="small arrays, a process per cell")
     pair.add_argument("--limit", type=float, default=versus.LIMIT, help="largest ratio that passes")
     sizes = commands.add_parser(
         "thresholds", parents=[output], help="both sides of the kernels' sizes"

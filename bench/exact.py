@@ -37,7 +37,7 @@ def measures(dtype: str) -> bool:
 
 
 def solve(x: np.ndarray, labels: np.ndarray) -> Exact:
-    """Answer for rows `x` of shape (rows, classes), with one label a row."""
+    """Answer for rows `x` of shape (rows, classes), with one label per row."""
     x = x.astype(np.longdouble)
     rows = np.arange(x.shape[0])
     top = x.argmax(axis=-1)

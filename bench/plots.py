@@ -111,7 +111,7 @@ def plain(axes: Any, title: str) -> None:
 
 
 def _bandwidth(rows: list[Row], title: str, colours: dict[str, str]) -> Any:
-    """Draw GB/s against the length of a row: a panel an operation, a line a provider."""
+    """Draw GB/s against the length of a row: a panel per operation, a line per provider."""
     large = [row for row in rows if is_large(row)] or rows
     operations = list(dict.fromkeys(row.operation for row in large))
     down = math.ceil(len(operations) / _COLUMNS)
@@ -162,7 +162,7 @@ def _lines(axes: Any, rows: list[Row], colours: dict[str, str]) -> None:
 
 
 def _ratios(rows: list[Row], title: str, colours: dict[str, str]) -> Any:
-    """Draw each provider's time in units of ours: a panel an operation, a group of bars a shape."""
+    """Draw each provider's time / ours: a panel per operation, a group of bars per shape."""
     timed = [row for row in rows if row.role != COPY]
     operations = list(dict.fromkeys(row.operation for row in timed))
     subtitle = "time in units of our first path's, log scale: a bar upwards is slower than ours"
@@ -195,7 +195,7 @@ def grouped(
     shapes: list[tuple[int, int]],
     colours: dict[str, str],
 ) -> None:
-    """Draw bars from 1 to each ratio, a group a shape and in it a bar a name."""
+    """Draw bars from 1 to each ratio, a group per shape and in it a bar per name."""
     from matplotlib.ticker import NullFormatter, NullLocator
 
     width = 0.84 / max(1, len(names))

@@ -15,7 +15,7 @@ _LABELS = {"numba rows": "ours, Numba", "jax rules": "ours, XLA alone"}
 
 
 def save_arrays(rows: list[arrays.Row], document: dict[str, Any], path: Path) -> None:
-    """Draw the time in units of scipy.special's: a panel an operation, a bar a library."""
+    """Draw the time in units of scipy.special's: a panel per operation, a bar per library."""
     timed = [row for row in rows if not row.problem]
     operations, libraries, shapes = (
         list(dict.fromkeys(getattr(row, name) for row in timed))
@@ -35,12 +35,12 @@ def save_arrays(rows: list[arrays.Row], document: dict[str, Any], path: Path) ->
 
 
 def save_jax(rows: list[transforms.Row], document: dict[str, Any], path: Path) -> None:
-    """Draw the time in units of the faster peer's: a panel a form, a column of dots a shape."""
+    """Draw the time in units of the faster peer's: a panel per form, a column of dots per shape."""
     timed = [row for row in rows if not row.problem]
     forms, shapes = (list(dict.fromkeys(getattr(r, n) for r in timed)) for n in ("form", "shape"))
     title = f"JAX, compiled, float32, {_where(document)}"
     subtitle = (
-        "our time in units of the faster of jax.nn and optax, log scale: a dot a call, values, "
+        "our time in units of the faster of jax.nn and optax, log scale: a dot per call, values, "
         "gradients and autodiff; the bar is their geometric mean"
     )
     figure = new_figure(14, 4.6, title, subtitle)

@@ -1,9 +1,10 @@
 """``scale``, second part: chunks of whole rows in Dask.
 
 Ours stands beside what it cannot do without, the kernel's own calls on the same chunks one after
-another and a task a chunk that does nothing, and beside `scipy.special` by `map_blocks` and on the
-lazy array itself. All take turns in one process, on the scheduler of threads; chunks that are made
-are kept, as `persist` does. The memory of each is that of a largest entry, in a process of its own.
+another and a task per chunk that does nothing, and beside `scipy.special` by `map_blocks` and on
+the lazy array itself. All take turns in one process, on the scheduler of threads; chunks that are
+made are kept, as `persist` does. The memory of each is that of a largest entry, in a process of its
+own.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def save(found: dict[str, list[Any]], document: dict[str, Any], folder: Path) ->
 
 
 def _linear(rows: list[scale_linear.Row], where: str) -> Any:
-    """Draw time and memory against the number of classes, a line a provider."""
+    """Draw time and memory against the number of classes, a line per provider."""
     n, h, _ = rows[0].size
     title = f"the loss of a linear layer and its gradients, ({n}, {h}), float32, {where}"
     subtitle = (
@@ -79,7 +79,7 @@ def _linear(rows: list[scale_linear.Row], where: str) -> Any:
 
 
 def _chunks(rows: list[scale_chunks.Row], where: str) -> Any:
-    """Draw bars of time and memory, a group an operation."""
+    """Draw bars of time and memory, a group per operation."""
     (n, c), chunks = rows[0].shape, rows[0].chunks
     title = f"Dask, ({n}, {c}) float32 in {chunks} chunks, {where}"
     drawn = new_figure(

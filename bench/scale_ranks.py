@@ -13,7 +13,7 @@ the positions cut among the ranks ::
     linear, classes cut       4 N + 48 N                     4 N H
     linear, positions cut     24                             4 C H
 
-A maximum takes 4 bytes a position, and six sums that belong to it 48; a mean takes three numbers.
+A maximum takes 4 bytes per position, and six sums that belong to it 48; a mean takes three numbers.
 
 The model of time: an all-reduce of n bytes among p ranks takes the less of a ring and a tree ::
 

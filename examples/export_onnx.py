@@ -1,19 +1,21 @@
 """Export a trained classifier with its loss and gradient to ONNX, and run it in ONNX Runtime.
 
+    pip install "portable_softmax[ndonnx]"
     python examples/export_onnx.py [digits.onnx]
 
 The classifier learns the handwritten digits of the package by NumPy. One graph, for a batch of any
 size, then gives the probabilities, the loss and its gradient; ONNX Runtime's answers are compared
-with those of the same code on NumPy, in units in the last place. It needs ndonnx and onnxruntime,
-as the extra `ndonnx` brings them; with torch and onnxscript at hand, the size of what torch's
-exporter writes is shown.
+with those of the same code on NumPy, in units in the last place. Where torch and onnxscript are
+installed, the size of what torch's exporter writes is shown.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from importlib.resources import files
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import ndonnx
@@ -96,13 +98,17 @@ def size_of_torch(W: np.ndarray, b: np.ndarray) -> tuple[int, int]:
     return size(program.model_proto)
 
 
-def main(path: str = "digits.onnx") -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Train, export, run, compare; return 1 if an answer is off."""
+    parser = argparse.ArgumentParser(description="Export a trained classifier to ONNX, and run it.")
+    parser.add_argument(
+        "path", type=Path, nargs="?", default=Path("digits.onnx"), help="the ONNX file to write"
+    )
+    path = parser.parse_args(arguments).path
     x, t = digits()
     W, b = train(x, t)
     model = graph(W, b)
-    with open(path, "wb") as file:
-        file.write(model.SerializeToString())
+    path.write_bytes(model.SerializeToString())
     session = onnxruntime.InferenceSession(path)
     for rows in (len(x), 1):
         names = ["logits", "softmax", "loss", "grad"]
@@ -136,4 +142,4 @@ def main(path: str = "digits.onnx") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

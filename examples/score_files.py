@@ -20,7 +20,7 @@ from distributed import Client, progress
 
 from portable_softmax import cross_entropy
 
-BLOCK = 1 << 26  # bytes of logits a task
+BLOCK = 1 << 26  # bytes of logits per task
 
 
 def rows_of(path: str, block_info: Any) -> Any:

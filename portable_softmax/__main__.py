@@ -11,24 +11,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from portable_softmax import __version__
 from portable_softmax._cli import demo, listing, warm
 from portable_softmax._cli.backends import TRAINABLE
 from portable_softmax._cli.errors import CommandError
 from portable_softmax._cli.report import choose
 
-PROGRAM = "portable_softmax"
+NAME = "portable_softmax"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 2 for what the user can put right, or 130 after Ctrl-C."""
     try:
-        args = _parser().parse_args(argv)
+        parser = _parser()
+        args = parser.parse_args(argv)
+        if args.command is None:
+            parser.print_help()
+            return 0
         result = _run(args)
         if args.json:
             print(json.dumps(_finite(result), allow_nan=False))
         sys.stdout.flush()
     except CommandError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        print(f"{NAME}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -79,8 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--plain", action="store_true", help="plain lines even on a terminal")
     output.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
-    parser = _Parser(prog=PROGRAM, description="Softmax and cross-entropy on any array library.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|backends|warm")
+    parser = _Parser(
+        prog=f"python -m {NAME}", description="Softmax and cross-entropy on any array library."
+    )
+    parser.add_argument("--version", action="version", version=f"{NAME} {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="demo|backends|warm")
     commands.add_parser(
         "backends", parents=[output], help="which libraries, devices, dtypes and kernels are here"
     )
@@ -93,11 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     first.add_argument(
         "--dtypes", type=_names(warm.DTYPES), default=("float32",), metavar="NAME,...",
-        help=f"of {', '.join(warm.DTYPES)}, float32 by default",
+        help=f"any of {', '.join(warm.DTYPES)}; default: float32",
     )  # fmt: skip
     first.add_argument(
         "--libraries", type=_names(warm.LIBRARIES), default=("numpy",), metavar="NAME,...",
-        help="numpy, also for torch, by default; jax: what XLA calls",
+        help="numpy (serves torch too; the default), jax (the kernels that XLA calls)",
     )  # fmt: skip
     learn = commands.add_parser(
         "demo", parents=[output], help="train a softmax classifier on handwritten digits"

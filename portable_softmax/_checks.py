@@ -270,7 +270,7 @@ def real_answer(dtype: Any, compute_dtype: Any, library: Library) -> None:
 
 
 def sink(value: Any, x: Any, axes: tuple[int, ...], library: Library) -> Any:
-    """Return the sink of a softmax: a number below inf, or an array of one a row."""
+    """Return the sink of a softmax: a number below inf, or an array of one per row."""
     if not isinstance(value, bool) and isinstance(value, Real):
         number = float(real("sink", value, "[-inf, inf)"))
         if not number < math.inf:
@@ -595,7 +595,7 @@ def real_weights(name: str, x: Any, library: Library) -> None:
 
 
 def sample_weight(weight: Any, logits: Any, axis: int, library: Library) -> None:
-    """Check the array of one weight a position, of the library and device of the logits."""
+    """Check the array of one weight per position, of the library and device of the logits."""
     real_weights("sample_weight", weight, library)
     positions = (*logits.shape[:axis], *logits.shape[axis + 1 :])
     if not _same_shape(weight.shape, positions):
@@ -606,7 +606,7 @@ def sample_weight(weight: Any, logits: Any, axis: int, library: Library) -> None
 
 
 def class_weight(weight: Any, logits: Any, axis: int, library: Library) -> None:
-    """Check the array of one weight a class, of the library and device of the logits."""
+    """Check the array of one weight per class, of the library and device of the logits."""
     real_weights("weight", weight, library)
     n = logits.shape[axis]
     if tuple(weight.shape) != (n,):

@@ -116,12 +116,17 @@ def cross_entropy(
     Notes
     -----
     The loss is computed as (max - x_y) + log1p(rest), rest being the sum of exp(x_j - max)
-    without one maximum, so that a confident row keeps its digits. A coefficient q_j of 0 makes
-    the class contribute 0 even at a logit of -inf. If every label is ignored, or the weights sum
-    to 0, or there is no position, the mean is nan, the sum 0 and the gradient 0. The conventions
-    of class weights, smoothing and mean are those of torch, those of `sample_weight` those of
-    scikit-learn and Keras; label smoothing: Szegedy et al. 2016; z_loss: Chowdhery et al. 2022
-    (PaLM); softcap: Bello et al. 2016.
+    without one maximum, so that a confident row keeps its digits.
+
+    A row that holds nan or +inf is nan, and so is one of -inf only; its gradient is nan. A label at
+    a logit of -inf has the loss inf. Another class at -inf contributes nothing and has the gradient
+    0, as a coefficient q_j of 0 makes the class contribute 0 there. No other row is touched. If
+    every label is ignored, or the weights sum to 0, or there is no position, the mean is nan, the
+    sum 0 and the gradient 0.
+
+    The conventions of class weights, smoothing and mean are those of torch, those of
+    `sample_weight` those of scikit-learn and Keras; label smoothing: Szegedy et al. 2016; z_loss:
+    Chowdhery et al. 2022 (PaLM); softcap: Bello et al. 2016.
 
     Probabilities passed as logits cannot be told from logits: pass what softmax would be given.
 

@@ -188,9 +188,9 @@ def kl_divergence(
 
     Where p is 0, as at a logit of -inf, the term is 0, and so is the gradient with respect to
     `logits_p`; a q of 0 beside it is no infinity. Where q is 0 and p is not, the divergence is inf.
-    A row of -inf only, or one that holds +inf or nan, is nan. Of no class it is 0; the mean of no
-    position is nan. The divergence is that of Kullback & Leibler (1951, "On information and
-    sufficiency").
+    A row of -inf only, or one that holds +inf or nan, is nan. With no classes the divergence is 0;
+    the mean over no positions is nan. The divergence is that of Kullback & Leibler (1951, "On
+    information and sufficiency").
 
     See Also
     --------

@@ -41,7 +41,7 @@ def softmax(
     sink: float | Array | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
-    r"""Turn logits into probabilities that are positive and sum to one.
+    r"""Return the softmax of logits: probabilities, none negative, that sum to one.
 
     Let `x` hold the logits and T be the temperature; over the reduced axes ::
 

@@ -29,7 +29,8 @@ def _no_forward(layer: object) -> RuntimeError:
 class Softmax(Generic[ArrayT]):
     """A softmax with its backward pass.
 
-    ``forward(a)`` returns y = softmax(a); ``backward(dout)`` returns ``y * (dout - sum(y*dout))``.
+    ``forward(a)`` returns y = softmax(a), of the shape of `a`; ``backward(dout)``, for a gradient
+    `dout` of the same shape, returns ``y * (dout - sum(y*dout))``.
 
     Parameters
     ----------
@@ -42,6 +43,18 @@ class Softmax(Generic[ArrayT]):
         Empty lists.
     out
         y, or None before the first forward pass.
+
+    Raises
+    ------
+    RuntimeError
+        If `backward` is called before `forward`.
+    TypeError, ValueError
+        As `portable_softmax.softmax` and `portable_softmax.softmax_vjp`.
+
+    See Also
+    --------
+    portable_softmax.softmax : the function, with all options.
+    SoftmaxWithLoss : with the cross-entropy behind it, which keeps more digits than two layers.
 
     Examples
     --------
@@ -76,8 +89,8 @@ class Softmax(Generic[ArrayT]):
 class LogSoftmax(Generic[ArrayT]):
     """A log_softmax with its backward pass.
 
-    ``forward(a)`` returns log_y = log_softmax(a); ``backward(dout)`` returns
-    ``dout - exp(log_y) * sum(dout)``.
+    ``forward(a)`` returns log_y = log_softmax(a), of the shape of `a`; ``backward(dout)``, for a
+    gradient `dout` of the same shape, returns ``dout - exp(log_y) * sum(dout)``.
 
     Parameters
     ----------
@@ -90,6 +103,18 @@ class LogSoftmax(Generic[ArrayT]):
         Empty lists.
     out
         log_y, or None before the first forward pass.
+
+    Raises
+    ------
+    RuntimeError
+        If `backward` is called before `forward`.
+    TypeError, ValueError
+        As `portable_softmax.log_softmax` and `portable_softmax.log_softmax_vjp`.
+
+    See Also
+    --------
+    portable_softmax.log_softmax : the function, with all options.
+    SoftmaxWithLoss : with the cross-entropy behind it.
 
     Examples
     --------
@@ -124,8 +149,10 @@ class LogSoftmax(Generic[ArrayT]):
 class SoftmaxWithLoss(Generic[ArrayT]):
     """A softmax and its cross-entropy in one, whose gradient is (y - t) / batch.
 
-    ``forward(x, t)`` returns `portable_softmax.cross_entropy` of the logits x and labels t;
-    ``backward(dout)`` returns its gradient with respect to x, times `dout`.
+    ``forward(x, t)`` returns `portable_softmax.cross_entropy` of the logits x and labels t, which
+    are class indices or of the shape of x: 0-d, or one loss for each position with
+    ``reduction="none"``. ``backward(dout)`` returns its gradient with respect to x, times `dout`,
+    of the shape of x; `dout` is 1, another number, or an array of the shape of the loss.
 
     Parameters
     ----------
@@ -140,6 +167,19 @@ class SoftmaxWithLoss(Generic[ArrayT]):
         The probabilities softmax(x), or None before the first forward pass.
     t
         The labels, or None before the first forward pass.
+
+    Raises
+    ------
+    RuntimeError
+        If `backward` is called before `forward`.
+    TypeError
+        If an option is unknown, and as `portable_softmax.cross_entropy`.
+    ValueError, IndexError
+        As `portable_softmax.cross_entropy`.
+
+    See Also
+    --------
+    portable_softmax.cross_entropy_value_and_grad : both passes as one function.
 
     Examples
     --------

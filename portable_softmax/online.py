@@ -113,8 +113,8 @@ def fold(
 
     Notes
     -----
-    A row without an entry, and one of -inf only, is (-inf, -1), as `identity`. The rest of a row
-    that holds +inf or nan is nan, and its maximum that.
+    A row without an entry, and one of -inf only, is (-inf, -1), as `identity`. For a row that
+    holds +inf or nan, `rest` is nan and `max` is that +inf or nan.
 
     See Also
     --------

@@ -70,8 +70,8 @@ def softmax_naive(x: ArrayT) -> ArrayT:
         y_i = exp(x_i) / sum_k exp(x_k)
 
     The formula is right, and this program is not: exp leaves the range of floating numbers long
-    before the scores get strange. It is inf from x = 709.8 on (float64), 88.8 (float32) or 11.1
-    (float16), and inf / inf is nan. On the other side it is 0 from x = -745.2 down (float64), and
+    before the scores get strange. It is inf above 88.72 in float32, 11.09 in float16, 709.78 in
+    float64, and inf / inf is nan. On the other side it is 0 from x = -745.2 down (float64), and
     where all the scores lie there, 0 / 0 is nan too. Yet y itself is harmless: each y_i lies
     between 0 and 1. Only the way to it overflows, and `softmax_shifted` takes another way.
 

@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COMPILERS = {"torch": "torch.compile", "jax": "jax.jit", "mlx": "mx.compile"}
 
 HEADINGS = (
-    "backend", "extra", "float16", "bfloat16", "autodiff", "compiled", "lazy", "fused kernels",
-    "tested",
+    "backend", "extra", "float16 tested", "bfloat16 tested", "autodiff", "compiled", "lazy",
+    "fused kernels", "tested",
 )  # fmt: skip
 
 
@@ -125,7 +125,8 @@ def operations(kernel: _table.Kernel) -> str:
 
 
 BY_OPERATION = (
-    "backend", "kernels", "float16", "bfloat16", "autodiff", "compiled", "lazy", "tested",
+    "backend", "kernels", "float16 tested", "bfloat16 tested", "autodiff", "compiled", "lazy",
+    "tested",
 )  # fmt: skip
 
 

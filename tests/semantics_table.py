@@ -4,7 +4,7 @@
     python tests/semantics_table.py .nox/reports docs/semantics.md
 
 The first line of a test's docstring is its row, ``case | answer``; the outcomes are those of the
-JUnit reports that the tests leave, one a backend.
+JUnit reports that the tests leave, one per backend.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ import ast
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -27,6 +29,19 @@ from bench.__main__ import main
 from portable_softmax import kernels
 
 PROVENANCE = {"benchmark", "command", "date", "commit", "machine", "threads", "versions"}
+
+
+@pytest.mark.once
+def test_without_its_extra_it_says_what_to_install(tmp_path):
+    (tmp_path / "mpmath.py").write_text("raise ModuleNotFoundError('none', name='mpmath')")
+    path = os.pathsep.join([str(tmp_path), str(Path(portable_softmax.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "--help"],
+        cwd=Path(__file__).parents[1], env={**os.environ, "PYTHONPATH": path},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == 'bench: mpmath is not installed: pip install ".[bench]"\n'
 
 
 # --------------------------------------------------------------------------- accuracy

@@ -252,6 +252,25 @@ def test_json_has_no_token_for_nan_and_infinities(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": {"c": None}}
 
 
+# ------------------------------------------------------------------------------- help
+
+
+def test_without_an_argument_it_prints_the_help(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.startswith("usage: python -m portable_softmax ")
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert capsys.readouterr().out == printed.out
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"portable_softmax {portable_softmax.__version__}\n"
+
+
 # ------------------------------------------------------------------------------- failures
 
 
@@ -268,7 +287,6 @@ def assert_fails(capsys, arguments, *words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["demo|backends"]),
         (["learn"], ["learn", "demo"]),
         (["demo", "--backend", "abacus"], ["abacus", "numpy", "torch"]),
         (["demo", "--device", "cuda"], ["numpy has no device 'cuda'", "it has cpu"]),

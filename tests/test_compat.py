@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -64,29 +65,54 @@ MIGRATING = Path(__file__).parents[1] / "docs" / "migrating.md"
 
 
 @pytest.mark.once
+def test_the_imports_of_the_page_that_migrates_bring_the_same_names():
+    rows = re.findall(r"^\| `(from .+)` \| `(from .+)` \|$", MIGRATING.read_text(), re.M)
+    assert len(rows) == 4
+    for before, after in rows:
+        for peer in ("torch", "scipy", "optax"):
+            if peer in before:
+                pytest.importorskip(peer)
+        theirs, ours = {}, {}
+        exec(before, theirs)
+        exec(after, ours)
+        assert ours.keys() == theirs.keys()
+
+
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("heading", "modules", "from_numpy"),
     [
-        ("SciPy", {"special": "scipy.special"}, "numpy.asarray"),
+        ("SciPy", {"special": "scipy.special", "stats": "scipy.stats"}, "numpy.asarray"),
         ("torch", {"F": "torch.nn.functional", "nn": "torch.nn"}, "torch.as_tensor"),
         ("JAX and optax", {"optax": "optax"}, "jax.numpy.asarray"),
+        ("entmax", {"entmax": "entmax"}, "torch.as_tensor"),
     ],
 )
 def test_both_columns_of_the_page_that_migrates_agree(heading, modules, from_numpy):
     library = from_numpy.partition(".")[0]
     peers = {name: pytest.importorskip(path) for name, path in modules.items()}
-    names = vars(ps) | {"np": np, library: importlib.import_module(library)} | peers
+    names = {"np": np, library: importlib.import_module(library)}
     make = eval(from_numpy, {library: importlib.import_module(library)})
     t, p = np.asarray([2, 0, 1, 1]), np.exp(LOG_P)
     arrays = {"x": X, "s": B, "t": t, "u": t.reshape(2, 2)[:, [0, 1, 0]], "p": p, "w": WEIGHT}
+    arrays |= {"z": X[::-1].copy(), "b": np.where(p > 0.3, 1.0, 0.0)}
     names |= {name: make(array) for name, array in arrays.items()} | {"m": make(p > 0.2)}
     section = MIGRATING.read_text(encoding="utf-8").partition(f"\n### {heading}\n")[2]
     rows = re.findall(r"^\| `(.+)` \| `(.+)` \|$", section.partition("\n### ")[0], re.M)
-    assert len(rows) >= 7
+    assert len(rows) >= (2 if heading == "entmax" else 7)
     for before, after in rows:
-        expected, answer = (np.asarray(eval(code, names)) for code in (before, after))
+        expected = np.asarray(eval(before, names | peers))
+        answer = np.asarray(eval(after, vars(ps) | names))
         np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=1e-6, err_msg=after)
         assert answer.dtype == expected.dtype, after
+
+
+@pytest.mark.once
+def test_the_module_that_needs_torch_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "portable_softmax.compat.torch_nn", raising=False)
+    with pytest.raises(ImportError, match=r'pip install "portable_softmax\[torch\]"'):
+        importlib.import_module("portable_softmax.compat.torch_nn")
 
 
 # --------------------------------------------------------------------------- scipy.special

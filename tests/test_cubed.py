@@ -77,7 +77,7 @@ def test_loss_and_gradient_in_chunks_are_those_of_the_whole(xp):
 
 
 ON_CHUNKS = [
-    name for name in CALLS if name.partition("(")[0] in kernels.available()["cubed chunks"]
+    name for name in CALLS if name.partition("(")[0] in kernels.available().get("cubed chunks", ())
 ]
 
 

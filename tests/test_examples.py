@@ -58,6 +58,15 @@ def test_export_onnx(arrays_of, tmp_path):
     assert target.stat().st_size < 200_000
 
 
+@pytest.mark.libraries("ndonnx")
+def test_export_onnx_writes_nothing_for_help(arrays_of, tmp_path):
+    command = [sys.executable, str(EXAMPLES / "export_onnx.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: export_onnx.py ")
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.slow("torch.compile calls a C++ compiler")
 @pytest.mark.libraries("torch")
 @pytest.mark.parametrize("mode", ["eager", "bfloat16", "compiled"])

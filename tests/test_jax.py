@@ -37,7 +37,7 @@ def finite(jax, function):
 @pytest.mark.slow("XLA compiles the derivatives of each call")
 @every_call
 def test_derivatives_are_the_limits_of_differences(jax, xp, call):
-    """The first and the second along a line, forward and reverse, in one program a call.
+    """The first and the second along a line, forward and reverse, in one program per call.
 
     JAX's own check_grads compiles one for each step of each derivative.
     """

@@ -75,9 +75,17 @@ def test_every_kernel_of_the_table_exists():
             # One function for all operations is an adapter of the kernel's own.
             own = kernel.adapter.startswith(f"{kernel.module}.")
             assert own or callable(getattr(module, operation))
-        if not module.missing():
+        if libraries.is_installed(kernel.library) and not module.missing():
             public = {*kernel.operations} & {*ps.__all__, *ps.online.__all__}
             assert public <= {*kernels.available()[kernel.name]}
+
+
+def test_a_kernel_without_its_library_is_not_available(monkeypatch):
+    for kernel in _table.TABLE:
+        if kernel.library not in ("numpy", "dtensor"):
+            monkeypatch.setitem(sys.modules, kernel.library, None)
+    of_numpy = {kernel.name for kernel in _table.TABLE if kernel.library == "numpy"}
+    assert {"numpy tiles", "packed rows"} <= kernels.available().keys() <= of_numpy
 
 
 @pytest.mark.parametrize("row", ["rows", _table.TABLE[0]])
@@ -360,10 +368,22 @@ def test_use_takes_a_kernel_first_and_whatever_the_size():
                 assert kernels.explain("softmax", x) == "numpy tiles: row tiles in cache"
         with kernels.portable():
             assert kernels.explain("softmax", x).startswith("portable: forced")
-    with pytest.raises(ValueError, match="name is 'tiles', expected one of 'numpy tiles'"):
-        kernels.use("tiles").__enter__()
-    with pytest.raises(ValueError, match="name is 'tiles', expected one of 'numpy tiles'"):
-        kernels.without("tiles").__enter__()
+    for switch in (kernels.use, kernels.without):
+        with pytest.raises(ValueError, match="name is 'tiles', expected one of 'numpy tiles' or "):
+            switch("tiles").__enter__()
+
+
+def test_the_first_word_of_a_kernels_name_is_enough():
+    x = np.ones((2, 3))
+    first = [name.partition(" ")[0] for name in _table.names()]
+    assert len(set(first)) == len(first)
+    for name in first:
+        with kernels.use(name):
+            explained = kernels.explain("softmax", x)
+        with kernels.use(next(full for full in _table.names() if full.startswith(f"{name} "))):
+            assert kernels.explain("softmax", x) == explained
+    with kernels.without("numpy"):
+        assert "not numpy tiles: switched off" in kernels.explain("softmax", x)
 
 
 def test_a_switch_belongs_to_its_thread_and_task():

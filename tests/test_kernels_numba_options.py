@@ -59,7 +59,7 @@ def test_a_masked_row_is_the_row_without_those_classes(shape, axis, operation, d
     rng = np.random.default_rng(0)
     x = (3 * rng.standard_normal(shape)).astype(dtype)
     mask = rng.random(shape) < 0.6
-    np.moveaxis(mask, axis, -1)[..., 1] = True  # at least one class a row
+    np.moveaxis(mask, axis, -1)[..., 1] = True  # at least one class per row
     x[~mask] = rng.choice([np.nan, np.inf, 1e30, -np.inf], size=np.count_nonzero(~mask))
     function = getattr(ps, operation)
     assert kernels.explain(operation, x, axis=axis, where=mask).startswith(NAME)

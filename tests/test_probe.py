@@ -1,4 +1,4 @@
-"""A library that nobody has tested: right answers, or a refusal with a remedy; once a process."""
+"""A library that nobody has tested: right answers, or a refusal with a remedy; once per process."""
 
 from __future__ import annotations
 

@@ -101,22 +101,29 @@ def test_the_table_of_speed_is_that_of_the_results():
         kept = [{k: v for k, v in row.items() if k in names} for row in kept]
         return [kind(**row | {"shape": tuple(row["shape"])}) for row in kept]
 
-    def means(library, path):
+    def means(library, path, size="large"):
         lines = summary.lines(rows(library, speed.Row))
-        found = {line.dtype: line for line in lines if (line.size, line.path) == ("large", path)}
+        found = {line.dtype: line for line in lines if (line.size, line.path) == (size, path)}
         return [
             f"{summary.geometric_mean(ratio.value for ratio in found[dtype].best):.2f}"
             for dtype in ("float32", "float64")
         ]
 
-    calls = [row for row in rows("jax", transforms.Row) if row.path == "numba rows"]
+    def mean_of_jax(path):
+        calls = [row for row in rows("jax", transforms.Row) if row.path == path]
+        return f"{summary.geometric_mean(row.ratio for row in calls):.2f}"
+
+    without = means("numpy", "ours, no Numba")
+    small = [means(library, "ours", "small") for library in ("numpy", "torch")]
     expected = [
         means("numpy", "ours"),
         [
             "; ".join(both)
             for both in zip(*(means("torch", f"ours{p}") for p in ("", ", autograd")), strict=True)
         ],
-        [f"{summary.geometric_mean(row.ratio for row in calls):.2f}", ""],
+        [mean_of_jax("numba rows"), ""],
+        [f"{without[0]}; {mean_of_jax('jax rules')}", without[1]],
+        ["; ".join(both) for both in zip(*small, strict=True)],
     ]
     table = README.partition("## Speed")[2].partition("![")[0]
     lines = [cells(line) for line in table.splitlines() if line.startswith("|")]
@@ -253,6 +260,17 @@ def test_the_conda_recipe_needs_what_the_package_needs():
     found = {line.strip("- ").replace(" ", "") for line in needed.splitlines()}
     assert found == {"python>=${{python_min}}", *project["dependencies"]}
     assert f'python_min: "{project["requires-python"].removeprefix(">=")}"' in recipe
+
+
+def test_the_page_that_installs_names_the_oldest_versions():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    text = " ".join(page.lower().split())
+    extras = project["optional-dependencies"]
+    named = [extra for extra in extras if extra not in ("dev", "demo", "bench", "peers")]
+    for needed in (*project["dependencies"], *(extras[extra][0] for extra in named)):
+        name, version = re.match(r"([\w-]+?)(?:-cuda1\dx)?(?:\[\w+\])?>=([\d.]+)", needed).groups()
+        assert re.search(rf"\b{name} {re.escape(version)}(?![.\d]*\d)", text), needed
 
 
 @pytest.mark.parametrize("workflow", ["ci", "release"])

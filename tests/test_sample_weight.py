@@ -1,4 +1,4 @@
-"""sample_weight: one weight a position; beside every other option in test_cross_entropy.py."""
+"""sample_weight: one weight per position; beside every other option in test_cross_entropy.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of semantics: one test a row, named after it, on every backend.
+"""The table of semantics: one test per row, named after it, on every backend.
 
 The first line of each docstring is the row: `case | answer`.
 """

@@ -126,7 +126,7 @@ def small(monkeypatch):
 
 
 # Shape and axis on both sides of each threshold above, the pass that is taken, and that of what
-# writes no more than one value a row, if it is another one.
+# writes no more than one value per row, if it is another one.
 SIDES = {
     "short": ((5, 8), 1, "registers"),
     "a row a program": ((5, 9), 1, "registers"),

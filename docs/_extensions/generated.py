@@ -27,16 +27,16 @@ from bench.speed import OURS, PEER, Row
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 FIGURES = {
-    "bandwidth": "Gigabytes a second against the length of a row, one panel an operation: "
+    "bandwidth": "Gigabytes per second against the length of a row, one panel per operation: "
     "this package, its peers and a plain copy, {dtype}, arrays of {library}.",
-    "ratios": "Every provider's time in units of ours, one panel an operation and one row an "
+    "ratios": "Every provider's time in units of ours, one panel per operation and one row per "
     "array shape, {dtype}, arrays of {library}.",
 }
 SCALING = {
-    "linear": "Two panels by number of classes, a line a provider: the time of a linear layer's "
+    "linear": "Two panels by number of classes, a line per provider: the time of a linear layer's "
     "loss and gradients in units of its bare products, and memory beyond inputs and gradients.",
-    "ranks": "Seconds by number of ranks, a panel a function and cut: a rank's own work, measured, "
-    "and its all-reduces and an all-gather of logits, of a model.",
+    "ranks": "Seconds by number of ranks, a panel per function and cut: a rank's own work, "
+    "measured, and its all-reduces and an all-gather of logits, of a model.",
 }
 
 
@@ -182,6 +182,7 @@ class Generated(SphinxDirective):
 FILES = {"contributing": "CONTRIBUTING.md", "changes": "CHANGELOG.md"}
 LINKS = {
     "CHANGELOG.md": "changes.md",
+    "README.md#backends": "reference/backends.md",
     "docs/accuracy.md": "results/accuracy.md",
     "docs/reported.md": "results/reported.md",
     "docs/semantics.md": "results/semantics.md",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import portable_softmax
+from portable_softmax import libraries
 from portable_softmax._cli.errors import CommandError, one_line
-from portable_softmax.libraries import namespace
 
 
 @dataclass(frozen=True)
@@ -127,14 +126,14 @@ def open_place(name: str, device: str | None = None) -> Place:
         name=name,
         version=_version(backend),
         device_name=device_name,
-        xp=namespace(sys.modules[backend.module].asarray(0.0)),
+        xp=libraries.namespace(sys.modules[backend.module].asarray(0.0)),
         device=devices[device_name],
     )
 
 
 def is_installed(name: str) -> bool:
     """Say whether the library of a backend could be imported, without importing it."""
-    return importlib.util.find_spec(BACKENDS[name].library) is not None
+    return libraries.is_installed(BACKENDS[name].library)
 
 
 def _version(backend: Backend) -> str:

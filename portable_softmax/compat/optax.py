@@ -97,7 +97,7 @@ def softmax_cross_entropy_with_integer_labels(
 
 
 def _losses(logits: ArrayT, labels: Array, axis: int, where: Any) -> ArrayT:
-    """Return one loss a position, 0 where a position is masked as a whole."""
+    """Return one loss per position, 0 where a position is masked as a whole."""
     options: dict[str, Any] = {}
     if where is not None:
         library = libraries.library_of(logits)

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+try:
+    import torch
+except ImportError as error:
+    raise ImportError(
+        f"portable_softmax.compat.torch_nn needs torch ({error}): "
+        'pip install "portable_softmax[torch]"'
+    ) from error
 
 from portable_softmax.compat import torch_functional
 

@@ -18,7 +18,7 @@ from portable_softmax.kernels._canonical import canonical
 from portable_softmax.kernels._request import FOLD, OUT, Request
 from portable_softmax.kernels._switches import Switches, switched, switches
 from portable_softmax.kernels._table import Kernel, table
-from portable_softmax.libraries import traced_as_constant
+from portable_softmax.libraries import is_installed, traced_as_constant
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -322,6 +322,12 @@ def explain(operation: str, /, *args: Any, **kwargs: Any) -> str:
     *args, **kwargs
         What would be passed to that function.
 
+    Returns
+    -------
+    str
+        ``"KERNEL: what it does; not OTHER: why"``, with each kernel that was passed over before
+        the one that is taken; KERNEL is ``portable`` where none is.
+
     Raises
     ------
     ValueError
@@ -333,8 +339,11 @@ def explain(operation: str, /, *args: Any, **kwargs: Any) -> str:
     --------
     >>> import numpy as np
     >>> from portable_softmax import kernels
-    >>> kernels.explain("softmax", np.ones(3), axis=0).partition(":")[0]
-    'numpy tiles'
+    >>> x = np.ones((2, 3))
+    >>> kernels.explain("softmax", x, axis=0)
+    'numpy tiles: row tiles in cache'
+    >>> kernels.explain("logsumexp", x, b=x)
+    'portable: not numpy tiles: options: b; not numba rows: options: b'
     """
     decision, request = decision_for(operation, *args, **kwargs)
     remark = "" if decision.taken is None else decision.taken.remark(request)
@@ -344,6 +353,8 @@ def explain(operation: str, /, *args: Any, **kwargs: Any) -> str:
 def available() -> dict[str, tuple[str, ...]]:
     """Return the kernels that can run here: name to those of its operations that are public.
 
+    A kernel whose library, or what else it needs, is not installed is left out.
+
     Examples
     --------
     >>> from portable_softmax import kernels
@@ -352,7 +363,7 @@ def available() -> dict[str, tuple[str, ...]]:
     """
     found: dict[str, tuple[str, ...]] = {}
     for kernel in table():
-        if not import_module(kernel.module).missing():
+        if is_installed(kernel.library) and not import_module(kernel.module).missing():
             named = (name for name in kernel.operations if name in _PUBLIC)
             found[kernel.name] = tuple(dict.fromkeys((*found.get(kernel.name, ()), *named)))
     return found

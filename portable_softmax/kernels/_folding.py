@@ -53,7 +53,7 @@ def softmax_times(
     factor: Any,
     otherwise: Callable[[Request], Any],
 ) -> Any:
-    """Return the softmax of a part times a number a row, by a kernel or `otherwise`.
+    """Return the softmax of a part times a number per row, by a kernel or `otherwise`.
 
     It is 0 where a mask leaves an entry out, and where the maximum of a part is infinite.
     """

@@ -90,7 +90,7 @@ def folded(
 def softmax_times(
     library: Library, x: Any, where: Any, axes: tuple[int, ...], state: Any, factor: Any = None
 ) -> Any:
-    """Return the softmax of rows, times a number a row, in a part of them.
+    """Return the softmax of rows, times a number per row, in a part of them.
 
     `state` is that of the rows. The softmax of the part alone is times the share of it.
     """
@@ -329,7 +329,7 @@ class Loss(NamedTuple):
         return *library.quietly(finished, library.xp, sums, target, self.options), *sums
 
     def gradient_tile(self, finished: Any, factor: Any, x: Any, *arrays: Any) -> Any:
-        """Return the gradient of a tile of logits times a number a position, or None for 1."""
+        """Return the gradient of a tile of logits times a number per position, or None for 1."""
         library = libraries.library_of(x)
         xp = library.xp
         a, *more = (self.flat(xp, s) for s in finished)
@@ -366,7 +366,7 @@ class Loss(NamedTuple):
     def scaled_gradient(
         self, dtype: Any, factor: Any, x: Any, given: list[Any], finished: Any
     ) -> Any:
-        """Return the gradient of a part times a number a position, or None for 1."""
+        """Return the gradient of a part times a number per position, or None for 1."""
         library, n = libraries.library_of(x), len(given)
 
         def gradient(x: Any, factor: Any, *more: Any) -> Any:

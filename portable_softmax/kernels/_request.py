@@ -169,7 +169,46 @@ class Layout(NamedTuple):
 class Request(NamedTuple):
     """A call of one operation, its arguments checked and its axes non-negative.
 
-    A kernel's function takes one and returns the answer, in `answer_dtype`.
+    A kernel's function takes one and returns the answer in its property `answer_dtype`. Every
+    operation sets the fields up to `active`, the others where they are named.
+
+    Parameters
+    ----------
+    operation
+        The name of the public function.
+    library
+        What differs between libraries, an instance of the class of the arrays' library.
+    x
+        The first array: logits, the hidden array of ``linear_cross_entropy``, or the output that a
+        vector-Jacobian product starts from.
+    dtype
+        The name of the dtype of `x`.
+    axes
+        The reduced axes; one for the losses, none for ``sigmoid_cross_entropy``.
+    compute_dtype
+        What is computed in.
+    result_dtype
+        The dtype of the answer where no option names another, and of gradients.
+    tracing
+        What follows or replaces the values of the arrays, such as ``"torch.compile"``, or empty.
+    options
+        The options, a named tuple of the operation's own; that of ``linear_cross_entropy`` holds
+        the classifier and the bias as well.
+    active
+        The names of the options that are not neutral. ``"probabilities"`` is among them where the
+        labels are a distribution, and a few more say what of an option a kernel may not take.
+    dy
+        For vector-Jacobian products the upstream gradient, for ``kl_divergence`` the second array.
+    labels
+        For losses: class indices, or an array of the shape of the logits.
+    indices
+        For losses, whether `labels` are class indices.
+    check_labels
+        For losses of class indices, whether to raise for one out of range.
+    out
+        Where the answer of softmax, log_softmax and their gradients goes, and the gradient of
+        ``cross_entropy_value_and_grad``, or None. A kernel that takes it returns it, or a new
+        array. `x` or `dy` may lie in it, entry by entry, and nothing else that is given.
 
     Examples
     --------
@@ -186,21 +225,19 @@ class Request(NamedTuple):
 
     operation: str
     library: Library
-    x: Any  # logits, or the output that a vector-Jacobian product starts from
-    dtype: str  # the name of the dtype of `x`
+    x: Any
+    dtype: str
     axes: tuple[int, ...]
     compute_dtype: Any
     result_dtype: Any
-    tracing: str = ""  # what follows or replaces the arrays' values, such as "torch.compile"
+    tracing: str = ""
     options: Any = PLAIN_ROWS
-    active: tuple[str, ...] = NONE_GIVEN  # the options that are not neutral, and the kind of labels
-    dy: Any = None  # an upstream gradient, or the second of two arrays
+    active: tuple[str, ...] = NONE_GIVEN
+    dy: Any = None
     labels: Any = None
-    indices: bool = True  # class indices, or else probabilities
+    indices: bool = True
     check_labels: bool = True
     out: Any = None
-    """Where the answer goes, or the gradient of a loss. A kernel that takes it returns it, or a new
-    array, and finds in it `x` or `dy`, entry by entry, or no memory of what is given."""
 
     @property
     def xp(self) -> Namespace:

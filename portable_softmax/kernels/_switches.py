@@ -33,16 +33,20 @@ def _from_environment() -> Switches:
         return NOTHING_SET
     if value == "portable":
         return Switches(portable=f"{VARIABLE}=portable")
-    known = names()
-    short = {name.partition(" ")[0]: name for name in known}
-    asked = [short.get(part.strip(), part.strip()) for part in value.split(",") if part.strip()]
-    for name in asked:
-        if name not in known:
-            raise ValueError(
-                f"{VARIABLE} is {value!r}, expected 'portable', nothing, or one or more of "
-                f"{', '.join(map(repr, known))}: correct or unset it"
-            )
-    return Switches(asked=tuple(asked))
+    given = [part.strip() for part in value.split(",") if part.strip()]
+    said = f"{VARIABLE} is {value!r}, expected 'portable', nothing, or one or more of"
+    return Switches(asked=tuple([_known(name, said, "correct or unset it") for name in given]))
+
+
+def _known(name: str, said: str = "", remedy: str = "correct it") -> str:
+    """Return the kernel of a name, which may be its first word alone."""
+    known = {full: full.partition(" ")[0] for full in names()}
+    for full, short in known.items():
+        if name in (full, short):
+            return full
+    expected = ", ".join(f"{full!r} or {short!r}" for full, short in known.items())
+    said = said or f"name is {name!r}, expected one of"
+    raise ValueError(f"{said} {expected}: {remedy}")
 
 
 _ENVIRONMENT = _from_environment()
@@ -67,12 +71,6 @@ def switched(**changes: Any) -> Iterator[None]:
         yield
     finally:
         _SWITCHES.reset(token)
-
-
-def _known(name: str) -> str:
-    if name not in (known := names()):
-        raise ValueError(f"name is {name!r}, expected one of {', '.join(map(repr, known))}")
-    return name
 
 
 @contextmanager
@@ -100,15 +98,17 @@ def portable() -> Iterator[None]:
 def use(name: str) -> Iterator[None]:
     """Take one kernel in this block wherever it can be taken, before all others.
 
-    Arrays are not too small for it then, and it need not be on by default. Calls that it does not
-    take go on to the other kernels. It counts for the current thread or task only; the variable
+    Its size limits are ignored then, and it need not be on by default. Calls that it does not take
+    go on to the other kernels. A kernel that cannot run here is passed over without an error;
+    `explain` gives the reason. It counts for the current thread or task only; the variable
     PORTABLE_SOFTMAX_KERNELS does the same for a whole process. Code of torch.compile keeps what was
     set while it was traced.
 
     Parameters
     ----------
     name
-        As `available` lists it.
+        A kernel's name, as `available` lists it, or the first word of it: ``"numba"`` for
+        ``"numba rows"``.
 
     Raises
     ------
@@ -119,12 +119,12 @@ def use(name: str) -> Iterator[None]:
     --------
     >>> import numpy as np
     >>> from portable_softmax import kernels, softmax
-    >>> with kernels.use("numpy tiles"):
+    >>> with kernels.use("numpy"):
     ...     print(kernels.explain("softmax", np.ones((1000, 1000))).partition(":")[0])
     numpy tiles
     """
-    now = _SWITCHES.get()
-    asked = (_known(name), *(other for other in now.asked if other != name))
+    now, name = _SWITCHES.get(), _known(name)
+    asked = (name, *(other for other in now.asked if other != name))
     off = tuple(other for other in now.off if other != name)
     with switched(portable="", asked=asked, off=off):
         yield
@@ -140,7 +140,7 @@ def without(name: str) -> Iterator[None]:
     Parameters
     ----------
     name
-        As `available` lists it.
+        As in `use`.
 
     Raises
     ------
@@ -155,7 +155,7 @@ def without(name: str) -> Iterator[None]:
     ...     print(kernels.explain("softmax", np.ones(3)).partition(":")[0])
     portable
     """
-    now = _SWITCHES.get()
-    off = (*now.off, _known(name))
+    now, name = _SWITCHES.get(), _known(name)
+    off = (*now.off, name)
     with switched(asked=tuple(other for other in now.asked if other != name), off=off):
         yield

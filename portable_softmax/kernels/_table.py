@@ -51,7 +51,39 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 class Kernel(NamedTuple):
     """What a fused implementation takes of one library's calls.
 
-    `module` is the name of the module that holds it. What is not declared goes to the next kernel.
+    What is not declared goes to the next kernel.
+
+    Parameters
+    ----------
+    name
+        Two words, by which `use` and `explain` know it; `use` takes the first alone, too. Rows of
+        the table may share a name.
+    why
+        What it does, in some words: `explain` shows them.
+    library
+        The package of the arrays that it takes.
+    module
+        The name of the module that holds it: ``missing()``, ``declines(request, asked)``, and a
+        function for each operation, under the operation's name.
+    operations
+        The names of the functions that it answers.
+    dtypes
+        The names of the dtypes of the first array that it takes.
+    options
+        The options that it takes with values other than their neutral ones; none by default.
+    devices
+        The types of device that it runs on, such as ``"cpu"``; any if this is empty.
+    tracing
+        The transforms and compilers under which it runs, such as ``"torch.compile"``; none by
+        default.
+    at_least, at_most
+        Arrays with fewer elements or with more are left to others, unless `use` names it.
+    adapter
+        The name of the module that stands between the library and the kernel, or empty. It has
+        ``declines`` and ``answer``, both of the module and a request, and is imported for an array
+        of the library.
+    on_by_default
+        Whether it is taken where neither `use` nor PORTABLE_SOFTMAX_KERNELS names it.
 
     Examples
     --------
@@ -72,15 +104,11 @@ class Kernel(NamedTuple):
     operations: tuple[str, ...] = OPERATIONS
     dtypes: Names = FLOATS
     options: Names = ()
-    devices: Names = ()  # any
+    devices: Names = ()
     tracing: Names = ()
     at_least: int = 0
-    """Arrays with fewer elements are left to others, unless `kernels.use` names the kernel."""
     at_most: float = math.inf
-    """Likewise arrays with more."""
     adapter: str = ""
-    """The module that stands between the library and the kernel; it has `declines` and
-    `answer`, both of the module and a request, and is imported for an array of the library."""
     on_by_default: bool = True
 
     def undeclared(self, dtype: str, active: Names, tracing: str) -> str:
@@ -204,7 +232,7 @@ TABLE = (
     _CHUNKS._replace(name="cubed chunks", library="cubed", operations=(*OPERATIONS, *FAMILY)),
     Kernel(
         name="dtensor shards",
-        why="each shard by the kernel of its own, then all-reduces of one number a position",
+        why="each shard by the kernel of its own, then all-reduces of one number per position",
         library="dtensor",
         module=f"{_HERE}._dtensor",
         adapter=f"{_HERE}._dtensor._answers",

@@ -1,4 +1,4 @@
-"""What differs between array libraries, and nothing else: one class a library, one file each.
+"""What differs between array libraries, and nothing else: one class per library, one file each.
 
 This room is the only importer of array_api_compat. A library is recognised by the type of its
 array and never imported for it: an array can only exist after somebody else has imported the
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import array_api_compat as compat
@@ -43,6 +44,7 @@ __all__ = [
     "constant",
     "device",
     "dtype_name",
+    "is_installed",
     "library_of",
     "namespace",
     "of",
@@ -104,6 +106,12 @@ def _registered(package: str) -> type[Library] | None:
         )
     CLASSES[package] = cls
     return cls
+
+
+def is_installed(name: str) -> bool:
+    """Return whether a library can be imported, without importing it."""
+    package = (_SHARDED if name == "dtensor" else name).partition(".")[0]
+    return sys.modules.get(package) is not None or find_spec(package) is not None
 
 
 def library_of(array: Any) -> Library:

@@ -1,4 +1,4 @@
-"""Libraries whose arrays are lazy and cut into chunks: what a kernel a chunk asks of one."""
+"""Libraries whose arrays are lazy and cut into chunks: what a kernel per chunk asks of one."""
 
 from __future__ import annotations
 

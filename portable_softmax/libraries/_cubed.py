@@ -17,7 +17,8 @@ from portable_softmax._typing import Namespace
 from portable_softmax.libraries._chunked import Chunked
 from portable_softmax.libraries._namespace import Adapted
 
-# Bytes that a task needs at most beside its chunks: what is no kernel works on tiles, one a thread.
+# Bytes that a task needs at most beside its chunks: what is no kernel works on tiles, one per
+# thread.
 _SCRATCH = (12 << 20) * (os.cpu_count() or 1)
 
 

@@ -66,7 +66,7 @@ class Library:
     differentiates = False
     """Whether the library may differentiate through what is computed."""
     gathers = False
-    """Whether picking one entry a row costs less than a masked sum over the row."""
+    """Whether picking one entry per row costs less than a masked sum over the row."""
     sharded = False
     """Whether an array is one shard a rank, so that a call needs a kernel that knows the ranks."""
     lazy = False

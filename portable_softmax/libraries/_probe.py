@@ -1,4 +1,4 @@
-"""Whether a library that nobody has tested can give the right answers: one array, once a process.
+"""Whether a library that nobody has tested can give the right answers: one array, once per process.
 
 A few operations of the standard, on two rows whose answers are known, show it. What they show
 depends on the library and its version alone. A lazy library is asked for types and shapes only.

@@ -39,7 +39,7 @@ class Options(NamedTuple):
     where: Any = None
     reduction: str = "mean"
     dtype: Any = None  # of the loss, where that is not the usual one
-    sample_weight: Any = None  # one a position
+    sample_weight: Any = None  # one per position
 
 
 class Target(NamedTuple):

@@ -177,7 +177,7 @@ SINKS = (0.0, 0, -3.5, 2, 60.0, -90.0, 1e5, -np.inf)
 
 
 def _sink(draw: Draw, case: Case, shape: tuple[int, ...], axes: Any, dtype: str) -> None:
-    """Give a case a sink, a number or one a row."""
+    """Give a case a sink, a number or one per row."""
     if draw.chance() < 0.5:
         case.options["sink"] = draw.one_of(SINKS)
         return

@@ -2,7 +2,7 @@
 
 Where a chunk holds whole rows it is a call of its own: one task, that takes the kernel which the
 chunk's library takes for it (`_calls`). Where rows are cut into several chunks, each is folded into
-its state, the states merge in a tree, and a second task a chunk finishes it (`_parts`, `_losses`,
+its state, the states merge in a tree, and a second task per chunk finishes it (`_parts`, `_losses`,
 `_linear`); these work on tiles that fit in cache, so that a task needs little memory beside its
 chunk and its answer.
 """

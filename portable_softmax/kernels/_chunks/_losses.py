@@ -1,4 +1,4 @@
-"""Cross-entropy of chunks: of whole rows in one call a chunk, of parts of rows by their sums."""
+"""Cross-entropy of chunks: of whole rows in one call per chunk, of parts of rows by their sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards of torch's DTensors: a call on each, and all-reduces of one number a position.
+"""Shards of torch's DTensors: a call on each, and all-reduces of one number per position.
 
 Where a rank holds whole rows, its shard is a call of its own, with the kernel that such a tensor
 takes (`_answers`). Where rows are cut, each shard is folded into its state, and two all-reduces,

@@ -1,6 +1,6 @@
 """Cross-entropy as JAX traces it.
 
-With the coefficients ``q_j = a * [j is the label] + c_j``, where a is one number a position and c
+With the coefficients ``q_j = a * [j is the label] + c_j``, where a is one number per position and c
 is an array that broadcasts to the logits, either may be missing, and with Q = a + sum_j c_j ::
 
     loss   = a * ((max - x_label) + log1p(rest)) + sum_j c_j ((max - x_j) + log1p(rest))

@@ -2,7 +2,7 @@
 
 The portable mathematics walks an array once for each operation, which is fine in cache and slow
 in memory. `_layout` cuts an array into tiles, `_rows`, `_vjps` and `_losses` work on them in place
-with `_maths`, in scratch that is made once a thread. `_small` answers for small arrays, where the
+with `_maths`, in scratch that is made once per thread. `_small` answers for small arrays, where the
 calls cost more than the numbers, and `_general` runs the portable functions on tiles for the rest.
 `_sparse` packs what entmax may leave above 0.
 """

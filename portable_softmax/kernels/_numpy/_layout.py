@@ -193,7 +193,7 @@ class Layout:
                 free.append(buffers)
 
         numbered = list(enumerate(self.pieces))
-        # Broadcasting a number a row copies it out to the size of the buffer, unless rows are
+        # Broadcasting a number per row copies it out to the size of the buffer, unless rows are
         # longer than that. The user's size is back when the caller's errstate ends.
         if self.axis == 1 and self.x.shape[1] >= 256 and _sums_are_whole():
             np.setbufsize(256)

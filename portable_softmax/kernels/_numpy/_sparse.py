@@ -1,7 +1,7 @@
 """entmax, sparsemax and the gradient through them, on the entries that may have a probability.
 
 Those further than 1/(alpha - 1) below the maximum have none: one pass finds the maximum and one the
-others, which are packed side by side. Then the portable functions take a few entries a row.
+others, which are packed side by side. Then the portable functions take a few entries per row.
 
 Bytes moved: two reads of the input, the second in cache, and a write of the output's entries that
 are not 0.
