@@ -558,7 +558,9 @@ def label_values(
     position = np.unravel_index(int(xp.argmax(flat)), tuple(valid.shape))
     starts = start or (0,) * len(position)
     at = ", ".join(str(int(i) + first) for i, first in zip(position, starts, strict=True))
-    value = int(labels[tuple(int(i) for i in position)])
+    value = labels[tuple(int(i) for i in position)]
+    # The integer of a torch tensor goes through 64 bits with a sign; not every library has `item`.
+    value = int(value.item() if hasattr(value, "item") else value)
     label = f"labels[{at}] is {value}" if at else f"the label is {value}"
     if 0 <= value < n and where is not None:
         raise IndexError(

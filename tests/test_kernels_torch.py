@@ -796,6 +796,40 @@ def test_without_a_private_name_calls_take_the_portable_path(arrays_of):
         assert abs(float(gradient)) < 1e-6
 
 
+def test_what_is_raised_in_a_thread_of_torch_s_is_not_lost(torch, xp):
+    """As by a signal that comes when nothing can catch it yet; ctypes would only print it."""
+    team = libraries.of(xp.xp).team
+    if team is None:
+        pytest.skip("this torch has no GNU OpenMP")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    before = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt):
+        team(interrupted, 2)
+    assert sys.unraisablehook is before
+
+
+INTERRUPTED = """
+import torch, portable_softmax as ps
+real = torch.library.register_autograd
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+torch.library.register_autograd = interrupted
+try:
+    ps.softmax(torch.zeros(3))
+except KeyboardInterrupt:
+    torch.library.register_autograd = real
+    print(round(float(ps.softmax(torch.zeros(3)).sum())))
+"""
+
+
+@pytest.mark.slow("a fresh process imports torch")
+def test_an_import_that_was_interrupted_is_made_again(torch):
+    assert in_a_fresh_process(INTERRUPTED) == ["1"]
+
+
 # --------------------------------------------------------------------------- torch.compile
 
 

@@ -96,6 +96,14 @@ def test_c_order_stays_c_order(xp, shape):
             assert y.is_contiguous() if xp.library == "torch" else y.flags.c_contiguous
 
 
+@pytest.mark.libraries("torch")
+@pytest.mark.parametrize(("made", "shape"), [((1, 400), (300, 400)), ((300, 1), (300, 400))])
+def test_a_repeated_axis_stays_where_it_is(xp, torch, made, shape):
+    x = xp.asarray(np.random.default_rng(0).standard_normal(made)).expand(shape)
+    for y in (ps.softmax(x), ps.log_softmax(x, axis=0)):
+        assert y.stride() == torch.empty_like(x).stride()
+
+
 @ORDERED
 @pytest.mark.parametrize("order", ["reversed axes", "class axis last", "without the last"])
 def test_an_order_takes_the_kernels(xp, order):

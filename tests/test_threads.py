@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
-from threading import Barrier, Event, current_thread
+from threading import Barrier, Event, Thread, current_thread
 from time import sleep
 from types import SimpleNamespace
 
@@ -157,6 +157,30 @@ def test_an_exception_stops_the_rest_and_is_raised(two, culprit):
         _threads.run(work, range(100))
     assert len(done) < 10
     assert len(names_of(range(8))) == 2  # the pool is free again
+
+
+@pytest.mark.once
+def test_a_signal_ends_no_wait_for_a_thread_that_is_at_work():
+    """What it raises is raised when all have stopped."""
+    release = Event()
+
+    class Interrupted(Future):
+        def exception(self, timeout=None):
+            release.set()
+            raise KeyboardInterrupt
+
+    helper = Interrupted()
+
+    def work():
+        assert release.wait(10)
+        helper.set_result(None)
+
+    thread = Thread(target=work)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        _threads._wait_for([helper])
+    assert helper.done()
+    thread.join()
 
 
 def test_workers_share_the_caller_s_errstate(two):

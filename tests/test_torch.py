@@ -250,10 +250,13 @@ def test_integers_take_the_default_dtype(torch, xp):
     x, labels = xp.asarray([[1, 2, 3]]), xp.asarray([0])
     before = torch.get_default_dtype()
     try:
-        for dtype in (torch.float64, torch.float32):
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             torch.set_default_dtype(dtype)
             for y in (ps.softmax(x), ps.logsumexp(x), ps.cross_entropy(x, labels)):
                 assert y.dtype == dtype
+            assert torch.equal(ps.softmax(x), ps.softmax(x.to(dtype)))
+            state = ps.online.fold(x)  # of a half type in float32, as others are
+            assert ps.online.logsumexp(state).dtype == torch.promote_types(dtype, torch.float32)
     finally:
         torch.set_default_dtype(before)
 
@@ -265,6 +268,10 @@ def test_labels_of_every_integer_dtype(torch, xp, dtype):
     assert torch.equal(ps.cross_entropy(x, xp.asarray(labels, dtype)), expected)
     with pytest.raises(IndexError, match=r"labels\[2\] is 4"):
         ps.cross_entropy(x, xp.asarray([3, 0, 4], dtype))
+    most = np.iinfo(dtype).max
+    for loss in (ps.cross_entropy, ps.entmax_loss):
+        with pytest.raises(IndexError, match=rf"labels\[2\] is {most}, outside \[0, 4\)"):
+            loss(x, xp.from_numpy(np.asarray([3, 0, most], dtype)))
 
 
 # --------------------------------------------------------------------------- no values to read

@@ -9,6 +9,7 @@ order; one of which they lie apart is copied too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -40,6 +41,8 @@ def canonical(request: Request, is_open: Callable[[Request], bool]) -> tuple[Req
         return request, None
     found, order = request, _order(request)
     integers = request.dtype in _INTEGERS and request.operation in ROWS
+    if integers and request.compute_dtype != request.result_dtype:
+        return request, None  # the default dtype of torch is a half type
     if integers:
         found = request._replace(dtype=request.library.dtype(request.compute_dtype).name)
     if not (integers or order) or not is_open(found):
@@ -66,11 +69,22 @@ def _order(request: Request) -> list[int] | None:
     if library.size(x) > library.small:
         order = list(range(x.ndim))
         if strides is not None:
-            order.sort(key=lambda a: -abs(strides[a]))
+            order.sort(key=_steps(strides).__getitem__, reverse=True)
         places = [order.index(a) for a in axes]
         if max(places) - min(places) == len(axes) - 1:
             return None if strides is None else order
     return [*(a for a in range(x.ndim) if a not in axes), *axes]
+
+
+def _steps(strides: tuple[int, ...]) -> list[float]:
+    """Return how far apart the entries of each axis are; a repeated one goes with that before it.
+
+    A sort from far to near leaves it there, as NumPy and torch do in new arrays.
+    """
+    steps: list[float] = []
+    for stride in strides:
+        steps.append(abs(stride) or (steps[-1] if steps else math.inf))
+    return steps
 
 
 def _reordered(request: Request, order: list[int]) -> tuple[Request, Back | None]:

@@ -146,10 +146,22 @@ def _run_on(pool: _Pool, work: Callable[[], None], others: int) -> None:
     finally:
         # One that has not begun yet would find nothing left: it is not waited for.
         helpers = [helper for helper in helpers if not helper.cancel()]
-        for helper in helpers:
-            helper.exception()
+        _wait_for(helpers)
     for helper in helpers:
         helper.result()
+
+
+def _wait_for(helpers: list[Future[Any]]) -> None:
+    """Wait until all have stopped; what a signal raises on the way is raised then."""
+    interrupt = None
+    for helper in helpers:
+        while not helper.done():
+            try:
+                helper.exception()
+            except BaseException as error:
+                interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 # --------------------------------------------------------------------------- how many

@@ -230,7 +230,7 @@ class Library:
         computed = self.dtype(x.dtype).computed
         if computed is None:
             default = self.default_float(x)
-            return default, default
+            return self.dtype(default).computed or (default, default)
         return computed
 
     def complex_dtype(self, dtype: Any) -> Any:

@@ -84,7 +84,30 @@ def _team(torch: Any) -> Callable[[Callable[[], None], int], None] | None:
         return None
     parallel.argtypes = kind, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
     parallel.restype = None
-    return lambda member, threads: parallel(kind(lambda _: member()), None, threads, 0)
+
+    def team(member: Callable[[], None], threads: int) -> None:
+        def one(_: Any) -> None:
+            member()
+
+        # A signal that comes just as `one` begins is raised there, and ctypes hands it to a hook.
+        lost: list[BaseException] = []
+        others = sys.unraisablehook
+
+        def hook(found: Any) -> None:
+            if found.object is one or repr(one) in (found.err_msg or ""):
+                lost.append(found.exc_value)
+            else:
+                others(found)
+
+        sys.unraisablehook = hook
+        try:
+            parallel(kind(one), None, threads, 0)
+        finally:
+            sys.unraisablehook = others
+        for error in lost:
+            raise error
+
+    return team
 
 
 class Torch(Library):
@@ -220,10 +243,14 @@ class Torch(Library):
         return x.scatter_(axis, index, values)
 
     def product(self, a: Any, b: Any, out: Any = None) -> Any:
-        """Return a @ b, in `out` or in new memory, which autocast leaves in its dtype."""
-        if out is None:
-            out = a.new_empty((a.shape[0], b.shape[1]))
-        return self._torch.mm(a, b, out=out)
+        """Return a @ b, in the dtype that they have whatever autocast says."""
+        torch, kind = self._torch, a.device.type
+        if out is not None:  # which autocast leaves as it is
+            return torch.mm(a, b, out=out)
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return torch.mm(a, b)
+        with torch.autocast(kind, enabled=False):
+            return torch.mm(a, b)
 
     def add_product(self, so_far: Any, a: Any, b: Any) -> Any:
         """Add a @ b in place."""

@@ -216,7 +216,7 @@ def logits_of(xp: Namespace, problem: Linear, classes: Any = None) -> Any:
     if classes is not None:
         classifier = classifier[classes, :]
         bias = None if bias is None else bias[classes]
-    x = xp.matmul(
+    x = libraries.of(xp).product(
         cast(xp, problem.hidden, problem.dtype),
         xp.matrix_transpose(cast(xp, classifier, problem.dtype)),
     )
@@ -226,9 +226,10 @@ def logits_of(xp: Namespace, problem: Linear, classes: Any = None) -> Any:
 def gradients_of(xp: Namespace, problem: Linear, g: Any, classes: Any = None) -> Gradients:
     """Return what the gradient with respect to the logits adds to the others."""
     classifier = problem.classifier if classes is None else problem.classifier[classes, :]
+    product = libraries.of(xp).product
     return Gradients(
-        xp.matmul(g, cast(xp, classifier, problem.dtype)),
-        xp.matmul(xp.matrix_transpose(g), cast(xp, problem.hidden, problem.dtype)),
+        product(g, cast(xp, classifier, problem.dtype)),
+        product(xp.matrix_transpose(g), cast(xp, problem.hidden, problem.dtype)),
         None if problem.bias is None else xp.squeeze(total(xp, g, (0,)), axis=0),
     )
 

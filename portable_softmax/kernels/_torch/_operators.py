@@ -35,7 +35,11 @@ _SCHEMA = (
 )
 _INTO = f"{_SCHEMA[:-1]}, Tensor(a!) out) -> ()"
 
-_LIBRARY = torch.library.Library("portable_softmax", "FRAGMENT")
+_NAMESPACE: Any = torch.ops.portable_softmax
+# An import that was interrupted has left some of the operators, which cannot be defined again.
+if _LEFT := vars(_NAMESPACE).get("library"):
+    _LEFT._destroy()
+_LIBRARY = _NAMESPACE.library = torch.library.Library("portable_softmax", "FRAGMENT")
 
 
 def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
