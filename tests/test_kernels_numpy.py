@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -311,3 +312,18 @@ def test_log_softmax_vjp_of_any_size_is_for_tiles(shape):
     with kernels.without("numba rows"):
         assert kernels.explain("log_softmax_vjp", x, x).startswith("numpy tiles: ")
         assert kernels.explain("softmax_vjp", x, x).startswith("portable: ")
+
+
+def test_numpy_is_silenced_with_and_without_its_private_names():
+    """As `np.errstate` does it: nothing warns, and the caller's settings are back afterwards."""
+    from numpy._core import _ufunc_config
+
+    from portable_softmax.libraries import _numpy
+
+    assert all(hasattr(_ufunc_config, name) for name in _numpy.PRIVATE)
+    assert _numpy._quiet_by(SimpleNamespace()) is _numpy._quiet_by_errstate
+    with np.errstate(all="raise"):
+        for quietly in (_numpy.quietly, _numpy._quiet_by_errstate):
+            assert quietly(np.log, np.zeros(1))[0] == -np.inf
+            with pytest.raises(FloatingPointError):
+                np.log(np.zeros(1))

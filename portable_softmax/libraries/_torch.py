@@ -1,8 +1,9 @@
 """torch: what follows its operations, and which of its tensors are no more than their memory.
 
-The names of torch that are private stand here, and nowhere else. Without one of them in some
-version nobody can tell whether an operation is followed: kernels then leave its tensors to torch's
-own operations, which are always right.
+The private names of torch stand here; those of its compiler's code generator are in
+`kernels/_torch/_inductor.py`. Without one of `PRIVATE` in some version nobody can tell whether an
+operation is followed: kernels then leave its tensors to torch's own operations, which are always
+right.
 """
 
 from __future__ import annotations
