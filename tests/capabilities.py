@@ -21,7 +21,15 @@ from backends import BACKENDS, LIBRARIES
 import portable_softmax
 from portable_softmax import libraries
 from portable_softmax.kernels import _table
-from portable_softmax.kernels._request import FAMILY, LINEAR, OPERATIONS, PARTS, RUNNING, SPARSE
+from portable_softmax.kernels._request import (
+    ENTROPIES,
+    FAMILY,
+    LINEAR,
+    OPERATIONS,
+    PARTS,
+    RUNNING,
+    SPARSE,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,7 +118,8 @@ def kernels(library: str) -> str:
 
 def operations(kernel: _table.Kernel) -> str:
     named = {
-        (*OPERATIONS, *LINEAR): "softmax family, cross_entropy, linear_cross_entropy",
+        (*OPERATIONS, *LINEAR, *ENTROPIES): "softmax family, entropy, cross_entropy, "
+        "linear_cross_entropy",
         (*OPERATIONS, *LINEAR, *FAMILY): "softmax family, entmax, entropy, cross_entropy, "
         "linear_cross_entropy",
         (*OPERATIONS, *FAMILY): "softmax family, entmax, entropy, cross_entropy",

@@ -58,6 +58,29 @@ def test_every_row_is_exact(xp, name, dtype):
         assert reference.ulps(xp.numpy(grad)[i][normal], [p[j] for j in normal]) <= 8
 
 
+@pytest.mark.parametrize("name", [*ROWS, "gone"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_entropy_and_its_gradients_are_exact(jax, xp, name, dtype):
+    """By JAX's autodiff too; and of probabilities that are no normal numbers, but have a share."""
+    tiny = float(np.finfo(dtype).tiny)
+    row = np.asarray([0.0, np.log(tiny) - 0.5, -np.inf] if name == "gone" else ROWS[name], dtype)
+    exact = [reference.mpf(float(v)) for v in row]
+    most = max(exact)
+    gaps = [most - v for v in exact]
+    p = reference.softmax(exact)
+    mean = sum(q * gap for q, gap in zip(p, gaps, strict=True) if q)
+    rest = reference.mp.fsum(reference.mp.exp(-gap) for gap in gaps) - 1
+    h, grad = ps.entropy_value_and_grad(xp.asarray(row))
+    wanted = reference.mp.log1p(rest) + mean
+    # XLA takes a rest that is no normal number for 0.
+    lost = rest if name == "gone" else 0
+    assert abs(float(h) - wanted) <= 8 * np.finfo(dtype).eps * wanted + lost
+    for found in (xp.numpy(grad), xp.numpy(jax.grad(ps.entropy)(xp.asarray(row)))):
+        for v, q, gap in zip(found, p, gaps, strict=True):
+            bound = 8 * np.finfo(dtype).eps * q * (gap + mean) if q else 0
+            assert abs(float(v) - (q * (gap - mean) if q else 0)) <= bound + tiny
+
+
 @pytest.fixture
 def by_xla():
     """Take the path of the rules on the other backend, too."""

@@ -15,12 +15,12 @@ LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
 OPERATIONS = (*ROWS, *VJPS, *LOSSES)
 SPARSE = ("entmax", "sparsemax", "entmax_vjp")
 RUNNING = ("logcumsumexp", "logcumsumexp_vjp")
+ENTROPIES = ("entropy", "entropy_value_and_grad")
 FAMILY = (
     *SPARSE,
     "entmax_loss",
     "entmax_loss_value_and_grad",
-    "entropy",
-    "entropy_value_and_grad",
+    *ENTROPIES,
     "kl_divergence",
     "kl_divergence_value_and_grad",
     "logmeanexp",

@@ -24,6 +24,7 @@ import os
 from typing import Any, NamedTuple
 
 from portable_softmax.kernels._request import (
+    ENTROPIES,
     EXTREME,
     FAMILY,
     LINEAR,
@@ -208,7 +209,7 @@ TABLE = (
         why="one compiled call, without a branch",
         library="jax",
         module=f"{_HERE}._jax",
-        operations=(*OPERATIONS, *LINEAR),
+        operations=(*OPERATIONS, *LINEAR, *ENTROPIES),
         dtypes=(*FLOATS, *INTEGERS),
         options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", "dtype", OTHER_DTYPE, SAMPLES),
         tracing=("traced",),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from portable_softmax import portable
-from portable_softmax.kernels._request import LINEAR, LOSSES, VJPS, Request
+from portable_softmax.kernels._request import ENTROPIES, LINEAR, LOSSES, VJPS, Request
 
 
 def missing() -> str:
@@ -71,6 +71,8 @@ def program(request: Request) -> Program:
     if operation in LOSSES:
         return _loss(request)
     function, static = getattr(_module("_rules"), operation), (request.axes, *_dtypes(request))
+    if operation in ENTROPIES:
+        return Program(function, (x,), static)
     if operation == "logsumexp":
         return Program(function, (x, where), static)
     if operation in VJPS:
@@ -99,7 +101,7 @@ def _run(request: Request) -> Any:
 
 
 softmax = log_softmax = logsumexp = softmax_vjp = log_softmax_vjp = _run
-cross_entropy = cross_entropy_value_and_grad = _run
+cross_entropy = cross_entropy_value_and_grad = entropy = entropy_value_and_grad = _run
 
 
 def _linear(request: Request) -> Any:

@@ -32,7 +32,7 @@ def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
     m = jnp.max(x, axis=axes)
     big = jnp.asarray(jnp.finfo(x.dtype).max, x.dtype)
     if scale is None:
-        root, unit, power = _roots(x, m, big, axes)
+        root, unit, power = roots(x, m, big, axes)
         terms = root
     else:
         unit = power = jnp.ones_like(m)
@@ -79,7 +79,7 @@ def exps(x: Any, m: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
     return (terms, unit) if power is None else (terms * spread(power, x, axes), unit * power)
 
 
-def _roots(x: Any, m: Any, big: Any, axes: Axes) -> tuple[Any, Any, Any]:
+def roots(x: Any, m: Any, big: Any, axes: Axes) -> tuple[Any, Any, Any]:
     """Return roots of exp(x - max) over a number of the row, and this times and without a power.
 
     A confident row's rest is one exponential of a large difference. Let L be the largest one that

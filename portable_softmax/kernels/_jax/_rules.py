@@ -23,6 +23,7 @@ from portable_softmax.kernels._jax._fold import (
     fold,
     in_blocks,
     inverse_temperature,
+    roots,
     select,
     shifted,
     softmax_of,
@@ -185,3 +186,53 @@ def log_softmax_vjp(log_y: Any, dy: Any, axes: Axes, compute: Any, answer: Any) 
     dy = jnp.where(jnp.isinf(log_y), 0.0, dy)
     others = jnp.sum(dy, axis=axes, keepdims=True) - dy
     return (-dy * jnp.expm1(log_y) - jnp.exp(log_y) * others).astype(answer)
+
+
+@jit
+def entropy(x: Any, axes: Axes, compute: Any, answer: Any) -> Any:
+    """log1p(rest) + sum(p * (max - x))."""
+    return _entropy(x.astype(compute), axes).astype(answer)
+
+
+@jit
+def entropy_value_and_grad(x: Any, axes: Axes, compute: Any, answer: Any) -> tuple[Any, Any]:
+    """Return the same, and p * ((max - x) - sum(p * (max - x)))."""
+    h, grad = _entropy_and_slopes(x.astype(compute), axes)
+    return h.astype(answer), grad.astype(answer)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _entropy(x: Any, axes: Axes) -> Any:
+    m, rest = fold(x, None, axes)
+    return jnp.log1p(rest) + _mean_gap(x, m, rest, axes)[0]
+
+
+@_entropy.defjvp
+def _entropy_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    h, slopes = _entropy_and_slopes(primals[0], axes)
+    return h, jnp.sum(slopes * tangents[0], axis=axes)
+
+
+def _entropy_and_slopes(x: Any, axes: Axes) -> tuple[Any, Any]:
+    m, rest = fold(x, None, axes)
+    mean, times_p, gaps = _mean_gap(x, m, rest, axes)
+    return jnp.log1p(rest) + mean, times_p(gaps - spread(mean, x, axes))
+
+
+def _mean_gap(x: Any, m: Any, rest: Any, axes: Axes) -> tuple[Any, Any, Any]:
+    """Return sum(p * (max - x)), the product with p, and max - x.
+
+    A probability that XLA would flush to 0 may have a product that is none: it is taken with the
+    root of it twice.
+    """
+    root, unit, power = roots(x, m, jnp.asarray(jnp.finfo(x.dtype).max, x.dtype), axes)
+    # Of a logit of -inf any finite number, as its root is 0.
+    gaps = lax.min(
+        spread(m, x, axes) - x, lax.full_like(x, 4.0 * -math.log(jnp.finfo(x.dtype).tiny))
+    )
+
+    def times_p(y: Any) -> Any:
+        of_exps = root * (y * spread(power, x, axes)) * root
+        return of_exps * spread(1.0 / (unit * (1.0 + rest)), x, axes)
+
+    return sum_of(*in_blocks(times_p(gaps), axes, 0.0)), times_p, gaps
