@@ -41,6 +41,7 @@ from portable_softmax import _checks, portable
 from portable_softmax._typing import Array, ArrayT, Axis
 from portable_softmax.kernels import _folding
 from portable_softmax.kernels._decide import operation
+from portable_softmax.libraries import Library
 
 __all__ = [
     "State",
@@ -394,8 +395,12 @@ def _finished(function: Any, x: Any, state: State) -> Any:
         _checks.broadcastable(f"state.{name}", part, x.shape, "x")
     x = library.cast(x, compute_dtype)
     _checks.like_dtype("state.max", state.max, "x", x)
-    y = library.quietly(library.compiled(function), library.xp, x, *state)
-    return library.scalar_if_0d(library.cast(y, result_dtype))
+    y = library.quietly(_rounded, library, result_dtype, function, x, *state)
+    return library.scalar_if_0d(y)
+
+
+def _rounded(library: Library, dtype: Any, function: Any, *arrays: Any) -> Any:
+    return library.cast(library.compiled(function)(library.xp, *arrays), dtype)
 
 
 def cross_entropy(state: State, logit_at_label: ArrayT, /) -> ArrayT:
@@ -453,7 +458,7 @@ def cross_entropy(state: State, logit_at_label: ArrayT, /) -> ArrayT:
     compute_dtype, result_dtype = dtype.computed or library.compute_dtype(logit_at_label)
     at_label = library.cast(logit_at_label, compute_dtype)
     _checks.like_dtype("state.max", state.max, "logit_at_label", at_label)
-    function = library.compiled(portable.cross_entropy_of)
-    loss = library.quietly(function, library.xp, *state, at_label)
-    found: ArrayT = library.scalar_if_0d(library.cast(loss, result_dtype))
+    function = portable.cross_entropy_of
+    loss = library.quietly(_rounded, library, result_dtype, function, *state, at_label)
+    found: ArrayT = library.scalar_if_0d(loss)
     return found

@@ -165,7 +165,7 @@ def nll_loss(
     if weight is not None:
         _checks.companion("weight", weight, "input", input, library)
         _checks.class_weight(weight, input, axis, library)
-        weight = library.cast(weight, compute_dtype)
+        weight = library.quietly(library.cast, weight, compute_dtype)
     options = LossOptions(
         weight=weight,
         ignore_index=_checks.ignore_index(ignore_index, True),
@@ -175,11 +175,17 @@ def nll_loss(
         "nll_loss", library, input, found.name, (axis,), compute_dtype, result_dtype,
         options=options, labels=target,
     )  # fmt: skip
-    loss = library.compiled(portable.nll_loss)(
-        library.xp, library.cast(input, compute_dtype), request.target(), axis, options
-    )
-    answer: ArrayT = library.scalar_if_0d(library.cast(loss, result_dtype))
+    answer: ArrayT = library.scalar_if_0d(library.quietly(_nll_loss, request))
     return answer
+
+
+def _nll_loss(request: Request) -> Any:
+    library = request.library
+    log_y = library.cast(request.x, request.compute_dtype)
+    loss = library.compiled(portable.nll_loss)(
+        library.xp, log_y, request.target(), request.axis, request.options
+    )
+    return library.cast(loss, request.result_dtype)
 
 
 def _axis(name: str, input: Any, dim: int | None, stacklevel: int) -> int | None:
