@@ -165,6 +165,11 @@ class Layout(NamedTuple):
     n: int
     inner: int
 
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return self.outer * self.inner
+
 
 class Request(NamedTuple):
     """A call of one operation, its arguments checked and its axes non-negative.
