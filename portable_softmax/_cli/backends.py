@@ -234,7 +234,6 @@ BACKENDS: dict[str, Backend] = {
     "ndonnx": Backend(
         module="ndonnx",
         devices=lambda _: {"onnx": None},
-        to_numpy=lambda array: array.unwrap_numpy(),
         lazy=True,
     ),
     "mlx": Backend(
@@ -247,7 +246,6 @@ BACKENDS: dict[str, Backend] = {
     "cubed": Backend(
         module="cubed.array_api",
         devices=lambda _: {"cpu": None},
-        to_numpy=lambda array: array.compute(),
         lazy=True,
     ),
     "dpnp": Backend(
