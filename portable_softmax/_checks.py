@@ -158,12 +158,12 @@ def like_shape(name: str, x: Any, of: str, like: Any) -> None:
         )
 
 
-def like_dtype(name: str, x: Any, of: str, like: Any) -> None:
+def like_dtype(name: str, x: Any, of: str, like: Any, remedy: str) -> None:
     """Check that `x` has the dtype of `like`."""
     if x.dtype != like.dtype:
         raise TypeError(
             f"{name} has dtype {dtype_name(x.dtype)}, expected {dtype_name(like.dtype)}, as {of}: "
-            "fold arrays of one dtype, cast to it first"
+            f"{remedy}"
         )
 
 
@@ -433,15 +433,6 @@ def known_length(name: str, x: Any, axis: int) -> None:
 
 
 # --------------------------------------------------------------------------- linear layers
-
-
-def same_dtype(name: str, x: Any, of: str, like: Any) -> None:
-    """Check that two arrays that are multiplied have one dtype."""
-    if x.dtype != like.dtype:
-        raise TypeError(
-            f"{name} has dtype {dtype_name(x.dtype)}, expected {dtype_name(like.dtype)}, the dtype "
-            f"of {of}: cast one of them first"
-        )
 
 
 def layer(hidden: Any, classifier: Any, bias: Any) -> None:

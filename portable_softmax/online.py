@@ -55,6 +55,9 @@ __all__ = [
 ]
 
 
+_REMEDY = "fold arrays of one dtype, cast to it first"
+
+
 class State(NamedTuple):
     """What is left of rows that were folded, a pair of arrays: `max` and `rest`.
 
@@ -243,7 +246,7 @@ def merge(*states: State) -> State:
         for name, part, like in zip(State._fields, other, first, strict=True):
             _checks.companion(f"states[{i}].{name}", part, f"states[0].{name}", like, library)
             _checks.like_shape(f"states[{i}].{name}", part, f"states[0].{name}", like)
-            _checks.like_dtype(f"states[{i}].{name}", part, f"states[0].{name}", like)
+            _checks.like_dtype(f"states[{i}].{name}", part, f"states[0].{name}", like, _REMEDY)
     if len(states) == 1:
         return first
     pairs = [tuple(state) for state in states]
@@ -394,7 +397,7 @@ def _finished(function: Any, x: Any, state: State) -> Any:
         _checks.companion(f"state.{name}", part, "x", x, library)
         _checks.broadcastable(f"state.{name}", part, x.shape, "x")
     x = library.cast(x, compute_dtype)
-    _checks.like_dtype("state.max", state.max, "x", x)
+    _checks.like_dtype("state.max", state.max, "x", x, _REMEDY)
     y = library.quietly(_rounded, library, result_dtype, function, x, *state)
     return library.scalar_if_0d(y)
 
@@ -457,7 +460,7 @@ def cross_entropy(state: State, logit_at_label: ArrayT, /) -> ArrayT:
     _checks.like_shape("logit_at_label", logit_at_label, "state.max", state.max)
     compute_dtype, result_dtype = dtype.computed or library.compute_dtype(logit_at_label)
     at_label = library.cast(logit_at_label, compute_dtype)
-    _checks.like_dtype("state.max", state.max, "logit_at_label", at_label)
+    _checks.like_dtype("state.max", state.max, "logit_at_label", at_label, _REMEDY)
     function = portable.cross_entropy_of
     loss = library.quietly(_rounded, library, result_dtype, function, *state, at_label)
     found: ArrayT = library.scalar_if_0d(loss)
