@@ -158,12 +158,12 @@ def like_shape(name: str, x: Any, of: str, like: Any) -> None:
         )
 
 
-def like_dtype(name: str, x: Any, of: str, like: Any) -> None:
+def like_dtype(name: str, x: Any, of: str, like: Any, remedy: str) -> None:
     """Check that `x` has the dtype of `like`."""
     if x.dtype != like.dtype:
         raise TypeError(
             f"{name} has dtype {dtype_name(x.dtype)}, expected {dtype_name(like.dtype)}, as {of}: "
-            "fold arrays of one dtype, cast to it first"
+            f"{remedy}"
         )
 
 
@@ -298,6 +298,8 @@ def shards(name: str, x: Any, problem: str, remedy: str) -> TypeError:
 
 # --------------------------------------------------------------------------- axes and numbers
 
+_AXIS = "an int, or where several are allowed a tuple of ints or None"
+
 
 def axes(axis: Any, ndim: int) -> tuple[int, ...]:
     """Return `axis`, an int, a tuple of ints or None for all, as non-negative ints."""
@@ -307,7 +309,7 @@ def axes(axis: Any, ndim: int) -> tuple[int, ...]:
         return (axis % ndim,)
     given = axis if isinstance(axis, tuple) else (axis,)
     if ndim == 0 and given:
-        raise _axis_error(_axis_number(given[0]), ndim, "pass axis=None")
+        raise _axis_error(_int("axis", given[0], _AXIS), ndim, "pass axis=None")
     found = tuple(one_axis(a, ndim) for a in given)
     if len(set(found)) != len(found):
         raise ValueError(f"axis is {axis}, which names an axis twice: name each axis once")
@@ -316,22 +318,20 @@ def axes(axis: Any, ndim: int) -> tuple[int, ...]:
 
 def one_axis(axis: Any, ndim: int) -> int:
     """Return the int `axis` as a non-negative one."""
-    index = _axis_number(axis)
+    index = _int("axis", axis, _AXIS)
     if not -ndim <= index < ndim:
         raise _axis_error(index, ndim)
     return index % ndim
 
 
-def _axis_number(axis: Any) -> int:
+def _int(name: str, value: Any, expected: str) -> int:
+    """Return `value` as an int, which a bool is not."""
     try:
-        if isinstance(axis, bool):
+        if isinstance(value, bool):
             raise TypeError
-        return operator.index(axis)
+        return operator.index(value)
     except TypeError:
-        raise TypeError(
-            f"axis is {axis!r}, expected an int, or where several are allowed a tuple of ints "
-            "or None"
-        ) from None
+        raise TypeError(f"{name} is {value!r}, expected {expected}") from None
 
 
 def _axis_error(axis: Any, ndim: int, remedy: str = "") -> Exception:
@@ -420,14 +420,7 @@ def ignore_index(value: Any, indices: bool) -> int | None:
             f"ignore_index is {value}, but labels are a distribution, which no index can leave "
             "out: set those rows of labels to 0, or pass class indices"
         )
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"ignore_index is {value!r}, expected an int or None: pass int(ignore_index)"
-        ) from None
+    return _int("ignore_index", value, "an int or None: pass int(ignore_index)")
 
 
 def known_length(name: str, x: Any, axis: int) -> None:
@@ -440,15 +433,6 @@ def known_length(name: str, x: Any, axis: int) -> None:
 
 
 # --------------------------------------------------------------------------- linear layers
-
-
-def same_dtype(name: str, x: Any, of: str, like: Any) -> None:
-    """Check that two arrays that are multiplied have one dtype."""
-    if x.dtype != like.dtype:
-        raise TypeError(
-            f"{name} has dtype {dtype_name(x.dtype)}, expected {dtype_name(like.dtype)}, the dtype "
-            f"of {of}: cast one of them first"
-        )
 
 
 def layer(hidden: Any, classifier: Any, bias: Any) -> None:
@@ -472,14 +456,7 @@ def layer(hidden: Any, classifier: Any, bias: Any) -> None:
 
 def tile(value: Any) -> int:
     """Return the largest number of bytes of a tile."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        found = operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"tile is {value!r}, expected a number of bytes, an int, or None: pass int(tile)"
-        ) from None
+    found = _int("tile", value, "a number of bytes, an int, or None: pass int(tile)")
     if found < 1:
         raise ValueError(f"tile is {found}, expected a positive number of bytes, or None")
     return found

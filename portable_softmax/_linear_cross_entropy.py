@@ -239,7 +239,7 @@ def _answer(
     for name, array in (("classifier", classifier), ("bias", bias)):
         if name == "classifier" or array is not None:
             _checks.companion(name, array, "hidden", hidden, library)
-            _checks.same_dtype(name, array, "hidden", hidden)
+            _checks.like_dtype(name, array, "hidden", hidden, "cast one of them first")
     _checks.layer(hidden, classifier, bias)
     _checks.companion("labels", labels, "hidden", hidden, library)
     logits = _Logits((*hidden.shape[:-1], classifier.shape[0]))

@@ -46,4 +46,6 @@ ArrayT = TypeVar("ArrayT", bound=Array)
 
 # An array API namespace is a module, whose attributes no type checker can follow.
 Namespace: TypeAlias = Any
+# torch.Tensor, which mypy knows where torch is installed only.
+Tensor: TypeAlias = Any
 Axis: TypeAlias = int | tuple[int, ...] | None

@@ -6,14 +6,16 @@ network collects both from all of its layers alike.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from numbers import Real
-from operator import mul
 from typing import Any, Generic, final
 
 from portable_softmax import _checks, libraries, portable
 from portable_softmax._cross_entropy import LOSS_OPTIONS, cross_entropy_value_and_grad
 from portable_softmax._softmax import log_softmax, log_softmax_vjp, softmax, softmax_vjp
-from portable_softmax._typing import Array, ArrayT, Axis, Namespace
+from portable_softmax._typing import Array, ArrayT, Axis
+from portable_softmax.libraries import Library
 
 __all__ = ["LogSoftmax", "Softmax", "SoftmaxWithLoss"]
 
@@ -202,18 +204,38 @@ class SoftmaxWithLoss(Generic[ArrayT]):
         self.options = options
         self.params: list[Any] = []
         self.grads: list[Any] = []
-        self.y: ArrayT | None = None
         self.t: Array | None = None
+        self._y: Callable[[], ArrayT] | None = None
         self._dx: ArrayT | None = None
         self._loss_shape: tuple[int, ...] = ()
+        self._axis = 0
+        self._masks: tuple[Any, ...] = ()
+
+    @property
+    def y(self) -> ArrayT | None:
+        """The probabilities softmax(x), or None before the first forward pass.
+
+        Neither the loss nor the gradient needs them: they are computed each time they are read,
+        from x as it is then.
+        """
+        return None if self._y is None else self._y()
 
     def forward(self, x: ArrayT, t: Array) -> ArrayT:
         """Return the loss of the logits `x` for the labels `t`, keeping what backward needs."""
         loss: ArrayT
-        loss, self._dx = cross_entropy_value_and_grad(x, t, **self.options)
+        options = self.options
+        loss, self._dx = cross_entropy_value_and_grad(x, t, **options)
         self._loss_shape = loss.shape
-        self.y = self._probabilities(x)
+        self._axis = axis = _checks.one_axis(options.get("axis", -1), x.ndim)
+        where = options.get("where")
+        self._y = partial(_probabilities, x, axis, where, options.get("softcap"))
         self.t = t
+        counted = portable.counted_positions(
+            libraries.library_of(x).xp, t, options.get("ignore_index"), options.get("sample_weight")
+        )
+        if counted is not None:
+            counted = portable.with_class_axis(counted, axis)
+        self._masks = tuple(mask for mask in (where, counted) if mask is not None)
         return loss
 
     def backward(self, dout: Any = 1) -> ArrayT:
@@ -229,39 +251,34 @@ class SoftmaxWithLoss(Generic[ArrayT]):
             raise _no_forward(self)
         dx: Any = self._dx
         library = libraries.library_of(dx)
-        axis = _checks.one_axis(self.options.get("axis", -1), dx.ndim)
-        compute_dtype, result_dtype = library.compute_dtype(dx)
         if isinstance(dout, Real):
-            number = _checks.real("dout", dout)
-            dout = library.xp.asarray(number, dtype=compute_dtype, device=library.device(dx))
+            dout = _checks.real("dout", dout)
         else:
             _checks.array("dout", dout)
             _checks.companion("dout", dout, "logits", dx, library)
             _checks.upstream(dout, self._loss_shape)
             if dout.ndim:  # one for each position, with reduction="none"
-                dout = portable.with_class_axis(dout, axis)
-        dx = library.quietly(
-            mul, library.cast(dx, compute_dtype), library.cast(dout, compute_dtype)
-        )
-        for takes_part in (self.options.get("where"), self._counted(library.xp, axis)):
-            if takes_part is not None:  # or else dout may be infinite, and 0 * inf is nan
-                dx = library.xp.where(takes_part, dx, library.scalar(0.0, dx))
-        answered: ArrayT = library.cast(dx, result_dtype)
+                dout = portable.with_class_axis(dout, self._axis)
+        answered: ArrayT = library.quietly(_times, library, dx, dout, self._masks)
         return answered
 
-    def _counted(self, xp: Namespace, axis: int) -> Any:
-        """Return which positions are neither ignored nor of weight 0, or None if all are."""
-        ignore_index, sample = self.options.get("ignore_index"), self.options.get("sample_weight")
-        counted = portable.counted_positions(xp, self.t, ignore_index, sample)
-        return None if counted is None else portable.with_class_axis(counted, axis)
 
-    def _probabilities(self, x: Any) -> Any:
-        axis, where = self.options.get("axis", -1), self.options.get("where")
-        softcap = self.options.get("softcap")
-        if softcap is None:
-            return softmax(x, axis=axis, where=where)
-        library = libraries.library_of(x)
-        compute_dtype, result_dtype = library.compute_dtype(x)
-        x = library.cast(x, compute_dtype)
-        capped = library.quietly(portable.softcapped, library.xp, x, float(softcap))
-        return library.cast(softmax(capped, axis=axis, where=where), result_dtype)
+def _times(library: Library, dx: Any, dout: Any, masks: tuple[Any, ...]) -> Any:
+    """Return a gradient times a number or an array, and 0 where a mask is False."""
+    compute_dtype, result_dtype = library.compute_dtype(dx)
+    if isinstance(dout, Real):
+        dout = library.xp.asarray(dout, dtype=compute_dtype, device=library.device(dx))
+    dx = library.cast(dx, compute_dtype) * library.cast(dout, compute_dtype)
+    for mask in masks:  # dout may be infinite, and 0 * inf is nan
+        dx = library.xp.where(mask, dx, library.scalar(0.0, dx))
+    return library.cast(dx, result_dtype)
+
+
+def _probabilities(x: Any, axis: int, where: Any, softcap: Any) -> Any:
+    if softcap is None:
+        return softmax(x, axis=axis, where=where)
+    library = libraries.library_of(x)
+    compute_dtype, result_dtype = library.compute_dtype(x)
+    x = library.cast(x, compute_dtype)
+    capped = library.quietly(portable.softcapped, library.xp, x, float(softcap))
+    return softmax(capped, axis=axis, where=where, dtype=result_dtype)

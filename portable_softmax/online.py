@@ -41,6 +41,7 @@ from portable_softmax import _checks, portable
 from portable_softmax._typing import Array, ArrayT, Axis
 from portable_softmax.kernels import _folding
 from portable_softmax.kernels._decide import operation
+from portable_softmax.libraries import Library
 
 __all__ = [
     "State",
@@ -52,6 +53,9 @@ __all__ = [
     "merge",
     "softmax",
 ]
+
+
+_REMEDY = "fold arrays of one dtype, cast to it first"
 
 
 class State(NamedTuple):
@@ -242,7 +246,7 @@ def merge(*states: State) -> State:
         for name, part, like in zip(State._fields, other, first, strict=True):
             _checks.companion(f"states[{i}].{name}", part, f"states[0].{name}", like, library)
             _checks.like_shape(f"states[{i}].{name}", part, f"states[0].{name}", like)
-            _checks.like_dtype(f"states[{i}].{name}", part, f"states[0].{name}", like)
+            _checks.like_dtype(f"states[{i}].{name}", part, f"states[0].{name}", like, _REMEDY)
     if len(states) == 1:
         return first
     pairs = [tuple(state) for state in states]
@@ -393,9 +397,13 @@ def _finished(function: Any, x: Any, state: State) -> Any:
         _checks.companion(f"state.{name}", part, "x", x, library)
         _checks.broadcastable(f"state.{name}", part, x.shape, "x")
     x = library.cast(x, compute_dtype)
-    _checks.like_dtype("state.max", state.max, "x", x)
-    y = library.quietly(library.compiled(function), library.xp, x, *state)
-    return library.scalar_if_0d(library.cast(y, result_dtype))
+    _checks.like_dtype("state.max", state.max, "x", x, _REMEDY)
+    y = library.quietly(_rounded, library, result_dtype, function, x, *state)
+    return library.scalar_if_0d(y)
+
+
+def _rounded(library: Library, dtype: Any, function: Any, *arrays: Any) -> Any:
+    return library.cast(library.compiled(function)(library.xp, *arrays), dtype)
 
 
 def cross_entropy(state: State, logit_at_label: ArrayT, /) -> ArrayT:
@@ -452,8 +460,8 @@ def cross_entropy(state: State, logit_at_label: ArrayT, /) -> ArrayT:
     _checks.like_shape("logit_at_label", logit_at_label, "state.max", state.max)
     compute_dtype, result_dtype = dtype.computed or library.compute_dtype(logit_at_label)
     at_label = library.cast(logit_at_label, compute_dtype)
-    _checks.like_dtype("state.max", state.max, "logit_at_label", at_label)
-    function = library.compiled(portable.cross_entropy_of)
-    loss = library.quietly(function, library.xp, *state, at_label)
-    found: ArrayT = library.scalar_if_0d(library.cast(loss, result_dtype))
+    _checks.like_dtype("state.max", state.max, "logit_at_label", at_label, _REMEDY)
+    function = portable.cross_entropy_of
+    loss = library.quietly(_rounded, library, result_dtype, function, *state, at_label)
+    found: ArrayT = library.scalar_if_0d(loss)
     return found

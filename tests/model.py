@@ -11,14 +11,6 @@ import numpy as np
 WIDE = np.longdouble
 
 
-def softmax_row(x):
-    """Return the probabilities of a row."""
-    x = np.asarray(x, WIDE)
-    with np.errstate(all="ignore"):
-        e = np.exp(x - x.max())
-        return e / e.sum()
-
-
 def logsumexp_row(x):
     x = np.asarray(x, WIDE)
     m = x.max() if x.size else WIDE(-np.inf)

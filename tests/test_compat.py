@@ -275,6 +275,32 @@ def test_torch_nll_loss_of_an_ignored_row_and_of_a_class_of_weight_0():
     assert torch_functional.nll_loss(log_p, labels) == np.inf
 
 
+@pytest.mark.once
+def test_torch_refuses_what_is_no_array():
+    rows, label, p = X.tolist(), T % 3, np.exp(LOG_P)
+    for call in (
+        lambda: torch_functional.softmax(rows, dim=0),
+        lambda: torch_functional.log_softmax(rows),
+        lambda: torch_functional.logsumexp(rows, 0),
+        lambda: torch_functional.cross_entropy(rows, label),
+        lambda: torch_functional.nll_loss(rows, label),
+    ):
+        with pytest.raises(TypeError, match="input is a list, which is no array: pass an array"):
+            call()
+    with pytest.raises(TypeError, match="labels is a list, which is no array: pass an array"):
+        torch_functional.cross_entropy(X, label.tolist())
+    with pytest.raises(TypeError, match="ignore_index is '1', expected an int or None"):
+        torch_functional.cross_entropy(X, p, ignore_index="1")
+
+
+@pytest.mark.once
+def test_torch_no_index_is_ignored_for_none():
+    t, p = T % 3, np.exp(LOG_P)
+    for target, expected in ((t, -LOG_P[np.arange(4), t].mean()), (p, -(p * LOG_P).sum(1).mean())):
+        answer = torch_functional.cross_entropy(X, target, ignore_index=None)
+        np.testing.assert_allclose(answer, expected, rtol=1e-13)
+
+
 @pytest.mark.libraries("torch")
 @pytest.mark.usefixtures("arrays_of")
 def test_torch_nll_loss_is_differentiated(torch):
@@ -378,6 +404,15 @@ def test_optax_label_that_is_masked_out_is_nan():
 def test_optax_refuses_what_is_no_array():
     with pytest.raises(TypeError, match="logits is a list"):
         optax.softmax_cross_entropy([1.0], np.ones(1))
+    integer, t = optax.softmax_cross_entropy_with_integer_labels, np.asarray([2, 0, 1, 1])
+    with pytest.raises(TypeError, match="where is a list, which is no array"):
+        integer(X, t, where=[True, False, True, True])
+    with pytest.raises(TypeError, match="where has dtype int64, expected bool"):
+        integer(X, t, where=np.asarray([1, 0, 1, 1]))
+    with pytest.raises(ValueError, match=r"where has shape \(4, 2\), which does not broadcast"):
+        integer(X, t, where=np.ones((4, 2), bool))
+    with pytest.raises(ValueError, match=r"the shape \(4,\) of logits without axis 1: give it"):
+        integer(X, t, where=np.ones(3, bool))
     with pytest.raises(IndexError, match="is -1, outside"):
         optax.softmax_cross_entropy_with_integer_labels(X, np.asarray([0, -1, 1, 1]))
 

@@ -241,7 +241,7 @@ def test_what_each_library_has(xp):
     elif xp.name == "dask":
         assert explained == "dask chunks: each chunk by the kernel of its own library"
     elif xp.name == "strict":
-        assert explained == "portable: no kernel for softmax on strict"
+        assert explained == "portable: no kernel for softmax on array_api_strict"
 
 
 # --------------------------------------------------------------------------- answers

@@ -9,6 +9,7 @@ import pytest
 from asserts import assert_close, assert_like
 
 import portable_softmax as ps
+from portable_softmax import layers
 
 RNG = np.random.default_rng(8)
 
@@ -81,6 +82,28 @@ def test_softmax_with_loss_scales_each_position(xp):
     assert_close(xp, actual, slope_of(weighed, x), rtol=1e-6, atol=1e-9)
     with pytest.raises(ValueError, match=r"dout has shape \(4,\), expected \(\) or \(2, 4\)"):
         layer.backward(xp.asarray(dout[0]))
+
+
+def test_softmax_with_loss_goes_back_from_what_forward_was_given(xp):
+    """Whatever becomes of its labels and options in between."""
+    layer = ps.SoftmaxWithLoss(axis=0, ignore_index=1)
+    layer.forward(xp.asarray(np.zeros((2, 2))), xp.asarray([0, 1]))
+    layer.t = xp.asarray([1, 0])
+    layer.options |= {"axis": 1, "softcap": 1.0, "sample_weight": xp.asarray([0.0, 0.0])}
+    assert_close(xp, layer.backward(np.inf), [[-np.inf, 0.0], [np.inf, 0.0]])
+    assert_close(xp, layer.y, np.full((2, 2), 0.5))
+
+
+@pytest.mark.once
+def test_softmax_with_loss_passes_over_its_logits_once(monkeypatch):
+    """The probabilities are computed for who reads them."""
+    layer = ps.SoftmaxWithLoss()
+    x, labels = np.asarray([[0.0, 0.0]]), np.asarray([0])
+    with monkeypatch.context() as patched:
+        patched.setattr(layers, "softmax", lambda *_, **__: pytest.fail("a second pass"))
+        layer.forward(x, labels)
+        layer.backward()
+    np.testing.assert_array_equal(layer.y, [[0.5, 0.5]])
 
 
 def test_softmax_with_loss_takes_the_losss_options(xp):

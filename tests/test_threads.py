@@ -144,18 +144,26 @@ def test_a_second_caller_works_alone(two):
 
 
 @pytest.mark.parametrize("culprit", [0, 1, 5])
-def test_an_exception_stops_the_rest_and_is_raised(two, culprit):
-    done = []
+def test_an_exception_stops_the_rest_and_is_raised(two, culprit, monkeypatch):
+    """The other thread ends the piece that it has, and begins none."""
+    done, stopped = [], Event()
+
+    class Left(_threads.deque):
+        def clear(self):
+            super().clear()
+            stopped.set()
 
     def work(piece):
         if piece == culprit:
             raise ZeroDivisionError(piece)
-        sleep(0.01)
+        assert piece < culprit or stopped.wait(10)
         done.append(piece)
 
+    monkeypatch.setattr(_threads, "deque", Left)
     with pytest.raises(ZeroDivisionError, match=str(culprit)):
         _threads.run(work, range(100))
-    assert len(done) < 10
+    assert stopped.is_set()
+    assert set(done) <= set(range(culprit + 2))
     assert len(names_of(range(8))) == 2  # the pool is free again
 
 

@@ -13,7 +13,8 @@ from mpmath import mp, mpc, mpf
 
 import portable_softmax as ps
 from bench import exact
-from portable_softmax import kernels
+from portable_softmax import kernels, online
+from portable_softmax.compat import scipy_special, torch_functional
 
 RNG = np.random.default_rng(20240607)
 ROWS = {
@@ -658,3 +659,41 @@ def test_an_empty_axis_stays_in_the_graph(xp, torch):
         assert y.requires_grad
         (grad,) = torch.autograd.grad(y.sum(), x)
         assert grad.shape == x.shape
+
+
+# --------------------------------------------------------------------------- NumPy's warnings
+
+
+def backward(dtype, dout):
+    layer = ps.SoftmaxWithLoss()
+    layer.forward(np.zeros((1, 2), dtype), np.asarray([0]))
+    return layer.backward(dout)
+
+
+@pytest.mark.once
+def test_documented_infinities_and_nans_raise_no_warnings():
+    nll_loss = torch_functional.nll_loss
+    zeros, labels = np.zeros((2, 3)), np.asarray([0, 0])
+    half = np.asarray([[40000.0, -40000.0]], np.float16)
+    small = np.asarray([[0.0, -17.0]], np.float16)
+    capped = ps.SoftmaxWithLoss(softcap=30.0)
+    capped.forward(small, labels[:1])
+    with np.errstate(all="raise"):
+        found = [
+            (nll_loss(zeros, np.asarray([-100, -100])), np.nan),
+            (nll_loss(zeros[:0], labels[:0]), np.nan),
+            (nll_loss(zeros - 1e308, labels, reduction="sum"), np.inf),
+            (nll_loss(np.float32(zeros) - 1, labels, np.asarray([1e300, 1, 1]), None, -1, None,
+                        "none"), [np.inf, np.inf]),
+            (nll_loss(np.float16(zeros) - 40000, labels, reduction="sum"), np.inf),
+            (scipy_special.logsumexp(np.zeros(2, np.float16), b=1e10), np.inf),
+            (online.log_softmax(half, online.fold(half)), [[0.0, -np.inf]]),
+            (online.softmax(small, online.fold(small))[:, 0], [1.0]),
+            (online.cross_entropy(online.fold(half), half[:, 1:]), [[np.inf]]),
+            (backward(np.float16, 2.0**17), [[-np.inf, np.inf]]),
+            (backward(np.float32, 1e300), [[-np.inf, np.inf]]),
+            (backward(np.float32, np.asarray(1e300)), [[-np.inf, np.inf]]),
+            (capped.y[:, 0], [1.0]),
+        ]  # fmt: skip
+    for answer, expected in found:
+        np.testing.assert_array_equal(answer, expected)

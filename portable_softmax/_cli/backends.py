@@ -233,7 +233,6 @@ BACKENDS: dict[str, Backend] = {
     "ndonnx": Backend(
         module="ndonnx",
         devices=lambda _: {"onnx": None},
-        to_numpy=lambda array: array.unwrap_numpy(),
         lazy=True,
     ),
     "mlx": Backend(
@@ -246,7 +245,6 @@ BACKENDS: dict[str, Backend] = {
     "cubed": Backend(
         module="cubed.array_api",
         devices=lambda _: {"cpu": None},
-        to_numpy=lambda array: array.compute(),
         lazy=True,
     ),
     "dpnp": Backend(

@@ -43,7 +43,7 @@ def softmax_cross_entropy(
     xp = library.xp
     if labels.shape != logits.shape:
         logits, labels = xp.broadcast_arrays(logits, labels)
-    where = _mask(xp, logits, where, axis)
+    where = _mask(library, logits, where, axis)
     if not isinstance(axis, int):
         logits, labels, where = (_last(xp, x, axis) for x in (logits, labels, where))
         axis = -1
@@ -88,10 +88,9 @@ def softmax_cross_entropy_with_integer_labels(
     """
     logits, labels, where = joined(logits, labels, where)
     library, _ = _checks.array("logits", logits)
-    xp = library.xp
-    where = _mask(xp, logits, where, axis)
+    where = _mask(library, logits, where, axis)
     if not isinstance(axis, int):
-        logits, where = (_last(xp, x, axis) for x in (logits, where))
+        logits, where = (_last(library.xp, x, axis) for x in (logits, where))
         axis = -1
     return _losses(logits, labels, axis, where)
 
@@ -107,14 +106,22 @@ def _losses(logits: ArrayT, labels: Array, axis: int, where: Any) -> ArrayT:
     return _cross_entropy.cross_entropy(logits, labels, axis=axis, reduction="none", **options)
 
 
-def _mask(xp: Namespace, logits: Any, where: Any, axis: Any) -> Any:
+def _mask(library: libraries.Library, logits: Any, where: Any, axis: Any) -> Any:
     """Return a mask of the shape of the logits; one of whole positions lacks their `axis`."""
     if where is None:
         return None
+    _checks.companion("where", where, "logits", logits, library)
+    xp, shape = library.xp, logits.shape
     if where.ndim != logits.ndim:
-        for a in sorted(_checks.axes(axis, logits.ndim)):
+        axes = sorted(_checks.axes(axis, logits.ndim))
+        positions = tuple(n for a, n in enumerate(shape) if a not in axes)
+        of = f"logits without axis {', '.join(map(str, axes))}"
+        _checks.mask_of_shape(where, of, positions, library)
+        where = xp.broadcast_to(where, positions)
+        for a in axes:
             where = xp.expand_dims(where, axis=a)
-    return xp.broadcast_to(where, logits.shape)
+    _checks.mask_of_shape(where, "logits", shape, library)
+    return xp.broadcast_to(where, shape)
 
 
 def _last(xp: Namespace, x: Any, axis: Axis) -> Any:

@@ -8,6 +8,7 @@ float32; confident rows keep their digits.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from portable_softmax import _softmax, libraries
@@ -91,10 +92,9 @@ def _promoted(a: Any, b: Any) -> tuple[Any, Any]:
     except TypeError:  # the standard leaves open what an integer and a float make
         floats = (x for x in (a, b) if not _is_integer(library, x))
         dtype = xp.result_type(library.default_float(like), *floats)
-    a, b = (
-        library.cast(x, dtype) if is_array(x) else xp.asarray(x, dtype=dtype, device=device)
-        for x in (a, b)
-    )
+    cast = partial(library.quietly, library.cast)
+    new = partial(library.quietly, partial(xp.asarray, dtype=dtype, device=device))
+    a, b = (cast(x, dtype) if is_array(x) else new(x) for x in (a, b))
     if a.shape != b.shape:
         a, b = xp.broadcast_arrays(a, b)
     return a, b

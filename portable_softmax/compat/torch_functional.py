@@ -94,6 +94,7 @@ def logsumexp(input: Any, dim: Any, keepdim: bool = False) -> Any:
     >>> F.logsumexp(np.asarray([[1000.0, 1000.0]]), 1, keepdim=True)
     array([[1000.69314718]])
     """
+    _checks.array("input", input, complex_too=True)
     axis = tuple(dim) if isinstance(dim, list) else dim
     return _softmax.logsumexp(input, axis=_of_scalar(input, axis), keepdims=keepdim)
 
@@ -120,13 +121,16 @@ def cross_entropy(
     >>> print(F.cross_entropy(np.asarray([[30.0, 0.0, 0.0]] * 2), np.asarray([0, -100])))
     1.8715245937...e-13
     """
-    no_index = target.ndim == input.ndim and ignore_index < 0  # a distribution: the default counts
+    _checks.array("input", input)
+    ignored = _checks.ignore_index(ignore_index, True)
+    if ignored is not None and ignored < 0 and getattr(target, "ndim", None) == input.ndim:
+        ignored = None  # the default says nothing of a distribution
     return _cross_entropy.cross_entropy(
         input,
         target,
         axis=_class_axis(input),
         weight=weight,
-        ignore_index=None if no_index else ignore_index,
+        ignore_index=ignored,
         label_smoothing=label_smoothing,
         reduction=_reduction(size_average, reduce, reduction),
     )
@@ -165,7 +169,7 @@ def nll_loss(
     if weight is not None:
         _checks.companion("weight", weight, "input", input, library)
         _checks.class_weight(weight, input, axis, library)
-        weight = library.cast(weight, compute_dtype)
+        weight = library.quietly(library.cast, weight, compute_dtype)
     options = LossOptions(
         weight=weight,
         ignore_index=_checks.ignore_index(ignore_index, True),
@@ -175,15 +179,22 @@ def nll_loss(
         "nll_loss", library, input, found.name, (axis,), compute_dtype, result_dtype,
         options=options, labels=target,
     )  # fmt: skip
-    loss = library.compiled(portable.nll_loss)(
-        library.xp, library.cast(input, compute_dtype), request.target(), axis, options
-    )
-    answer: ArrayT = library.scalar_if_0d(library.cast(loss, result_dtype))
+    answer: ArrayT = library.scalar_if_0d(library.quietly(_nll_loss, request))
     return answer
+
+
+def _nll_loss(request: Request) -> Any:
+    library = request.library
+    log_y = library.cast(request.x, request.compute_dtype)
+    loss = library.compiled(portable.nll_loss)(
+        library.xp, log_y, request.target(), request.axis, request.options
+    )
+    return library.cast(loss, request.result_dtype)
 
 
 def _axis(name: str, input: Any, dim: int | None, stacklevel: int) -> int | None:
     """Return `dim`, or the one that torch chooses where none is named."""
+    _checks.array("input", input)
     if dim is None:
         warnings.warn(
             f"Implicit dimension choice for {name} has been deprecated. "

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from portable_softmax.kernels._request import (
     FOLD,
+    INTEGERS,
     LOGSUMEXP_VJP,
     LOSSES,
     ROWS,
@@ -29,7 +30,7 @@ from portable_softmax.libraries import cast
 Back: TypeAlias = Callable[[Any], Any]
 
 _ORDERED = frozenset((*ROWS, *VJPS, *LOSSES, *SPARSE, FOLD, LOGSUMEXP_VJP))
-_INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_INTEGERS = frozenset(INTEGERS)
 
 
 def canonical(request: Request, is_open: Callable[[Request], bool]) -> tuple[Request, Back | None]:

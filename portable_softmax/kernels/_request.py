@@ -31,6 +31,8 @@ LOGSUMEXP_VJP = "logsumexp_vjp"
 PARTS = (FOLD, LOGSUMEXP_VJP)  # what is asked of parts of rows
 LINEAR = ("linear_cross_entropy", "linear_cross_entropy_value_and_grad")
 
+INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+
 
 class RowOptions(NamedTuple):
     """The options of softmax, log_softmax and logsumexp, with their neutral values."""
@@ -164,6 +166,11 @@ class Layout(NamedTuple):
     outer: int
     n: int
     inner: int
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return self.outer * self.inner
 
 
 class Request(NamedTuple):

@@ -27,6 +27,7 @@ from portable_softmax.kernels._request import (
     ENTROPIES,
     EXTREME,
     FAMILY,
+    INTEGERS,
     LINEAR,
     OPERATIONS,
     OTHER_DTYPE,
@@ -41,7 +42,6 @@ from portable_softmax.libraries import CLASSES
 Names = tuple[str, ...]  # torch.compile cannot look into sets that it takes for constants
 
 FLOATS = ("float32", "float64", "float16", "bfloat16")
-INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 LABELS_AND_WEIGHTS = ("ignore_index", "reduction", "weight")
 LOSS_OPTIONS = (*LABELS_AND_WEIGHTS, "label_smoothing", "z_loss", "softcap", "where")
 SAMPLES = "sample_weight"

@@ -225,5 +225,9 @@ def _torch() -> int:
 
 @cache
 def _linear_algebra() -> list[Any]:
+    """Return the BLAS libraries that are loaded at the first call; it takes milliseconds to look.
+
+    One that is loaded later is never asked.
+    """
     controller = sys.modules["threadpoolctl"].ThreadpoolController()
     return list(controller.select(user_api="blas").lib_controllers)

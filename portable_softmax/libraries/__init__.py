@@ -82,9 +82,8 @@ def of(xp: Namespace) -> Library:
         # array_api_compat.torch, array_api_compat.dask.array, jax.numpy, array_api_strict, ...
         parts = xp.__name__.split(".")
         package = parts[1] if parts[0] == "array_api_compat" else parts[0]
-        name = {"array_api_strict": "strict"}.get(package, package)
         cls = CLASSES.get(package) or _registered(package) or Library
-        found = _BY_NAMESPACE[xp.__name__] = cls(xp, name)
+        found = _BY_NAMESPACE[xp.__name__] = cls(xp, package)
     return found
 
 

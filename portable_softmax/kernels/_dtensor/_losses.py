@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import Shard
 
 from portable_softmax import _checks, libraries, portable
+from portable_softmax._typing import Tensor
 from portable_softmax.kernels._decide import public
 from portable_softmax.kernels._dtensor._mesh import (
     Axes,
@@ -24,7 +25,6 @@ from portable_softmax.kernels._dtensor._watch import watched
 from portable_softmax.kernels._in_parts import Layer, Loss
 from portable_softmax.kernels._request import LossOptions, Request
 
-Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 _ARRAYS = ("weight", "where", "sample_weight")
 
 

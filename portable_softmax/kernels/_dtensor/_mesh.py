@@ -11,8 +11,8 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from portable_softmax import _checks, libraries, portable
+from portable_softmax._typing import Tensor
 
-Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 Axes: TypeAlias = tuple[int, ...]
 Reduce: TypeAlias = Callable[[Tensor, str], Tensor]
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from portable_softmax import _checks, libraries, portable
+from portable_softmax._typing import Tensor
 from portable_softmax.kernels._dtensor._mesh import Place, Reduce, constant, merged
 from portable_softmax.kernels._dtensor._watch import watched
 from portable_softmax.kernels._in_parts import Rows, added, tiled, with_axes
 from portable_softmax.kernels._request import VJPS, Request
-
-Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
 
 def in_parts(request: Request, place: Place) -> Any:

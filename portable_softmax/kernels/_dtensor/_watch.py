@@ -5,13 +5,12 @@ Operations on a DTensor leave no trace at its shard: only the whole array knows 
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
+from portable_softmax._typing import Tensor
 from portable_softmax.kernels._request import Request
-
-Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
 
 def watched(shard: Tensor, request: Request) -> Tensor:

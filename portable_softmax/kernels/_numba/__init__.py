@@ -179,7 +179,7 @@ def _row_by_row(request: Request) -> Any:
     out = _out(request)
     function, temperature = getattr(drive, request.operation), request.options.temperature
     arrays = _handed(x, layout), _handed(out, layout)
-    function(*arrays, drive.Layout(*layout), temperature, _mask(request, layout))
+    function(*arrays, layout, temperature, _mask(request, layout))
     return out
 
 
@@ -192,7 +192,7 @@ def fold(request: Request) -> Any:
     m, rest = (np.empty(request.reduced_shape(), request.compute_dtype) for _ in range(2))
     flat = m.reshape(-1), rest.reshape(-1)
     temperature, mask = request.options.temperature, _mask(request, layout)
-    drive.fold(_handed(x, layout), *flat, drive.Layout(*layout), temperature, mask)
+    drive.fold(_handed(x, layout), *flat, layout, temperature, mask)
     return m, rest.astype(np.float64, copy=False)
 
 
@@ -201,7 +201,7 @@ def logsumexp(request: Request) -> Any:
     drive, layout, x = _compiled(), _layout(request), request.x
     out = np.empty(request.reduced_shape(), request.result_dtype)
     flat: Any = out.view(_bits(x.dtype)).reshape(-1)
-    drive.logsumexp(_handed(x, layout), flat, drive.Layout(*layout), _mask(request, layout))
+    drive.logsumexp(_handed(x, layout), flat, layout, _mask(request, layout))
     return out
 
 
@@ -212,7 +212,7 @@ def logsumexp_vjp(request: Request) -> Any:
     dy = np.ascontiguousarray(request.dy, request.compute_dtype).reshape(-1)
     dy = dy if dy.flags.writeable else dy.copy()
     arrays = _handed(x, layout), dy, _handed(out, layout)
-    drive.logsumexp_vjp(*arrays, drive.Layout(*layout), _mask(request, layout))
+    drive.logsumexp_vjp(*arrays, layout, _mask(request, layout))
     return out
 
 
@@ -221,7 +221,7 @@ def _from_output(request: Request, *number: Any) -> Any:
     drive, layout, x = _compiled(), _layout(request), request.x
     out = _out(request)
     arrays = (_handed(a, layout) for a in (x, request.dy, out))
-    getattr(drive, request.operation)(*arrays, drive.Layout(*layout), *number)
+    getattr(drive, request.operation)(*arrays, layout, *number)
     return out
 
 
@@ -255,7 +255,7 @@ def _loss(request: Request) -> Any:
         loss, weights, wrong = drive.losses(
             _handed(x, layout),
             labels,
-            drive.Layout(*layout),
+            layout,
             drive.Loss(
                 options.weight,
                 ignore,
@@ -272,8 +272,8 @@ def _loss(request: Request) -> Any:
     else:
         t = np.ascontiguousarray(request.labels, compute_dtype)
         arrays = _handed(x, layout), _handed(t, layout)
-        loss = drive.soft_losses(*arrays, drive.Layout(*layout), options.z_loss, *out)
-        weights = layout.outer * layout.inner
+        loss = drive.soft_losses(*arrays, layout, options.z_loss, *out)
+        weights = layout.rows
     if each is None:
         if options.reduction == "mean":
             loss = loss / weights if weights else np.nan

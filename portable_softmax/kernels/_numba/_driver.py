@@ -29,6 +29,7 @@ from portable_softmax.kernels._numba._kernels import (
 )
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, OVER, SAMPLED, WEIGHTED
 from portable_softmax.kernels._numba._values import size_of_values
+from portable_softmax.kernels._request import Layout
 
 # Rows of fewer bytes, in the dtype of the computation, are worked on in blocks, vector by vector of
 # many of them; up to so many in groups, row by row; and longer ones one by one. An operation that
@@ -54,18 +55,6 @@ TILES = {
     "soft_cross_entropy": 2,
     "soft_cross_entropy_value_and_grad": 3,
 }
-
-
-class Layout(NamedTuple):
-    """How rows lie in memory."""
-
-    outer: int
-    n: int
-    inner: int
-
-    @property
-    def rows(self) -> int:
-        return self.outer * self.inner
 
 
 class Loss(NamedTuple):

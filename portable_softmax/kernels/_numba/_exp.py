@@ -1,7 +1,7 @@
 """exp and log1p written out, for numbers and for vectors, and the exps of a row.
 
 Both are within one unit in the last place. A row's exps are exp((x - max) / T) times the number
-`unit` of the row, which is theirs of the maximum, in [sqrt(1/2), sqrt(2)] times UP = 2**64. The
+`unit` of the row, which is theirs of the maximum, in [sqrt(1/2), sqrt(2)] times 2**64. The
 factor keeps every exp above 0 a normal number down to where exp itself rounds to 0: one
 multiplication scales the polynomial, and a division by a sum with the same factor rounds once, also
 to subnormal numbers.
@@ -30,7 +30,7 @@ from numba.extending import intrinsic
 from portable_softmax.kernels._numba._vectors import Vector, converted, elementwise, fused
 from portable_softmax.portable import LOG_CONFIDENT
 
-UP, DOWN = 2.0**64, 2.0**-64
+DOWN = 2.0**-64
 
 # With more coefficients than these, a polynomial is what a processor waits for.
 LONG = 8

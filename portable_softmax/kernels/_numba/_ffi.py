@@ -21,6 +21,7 @@ from portable_softmax.kernels._numba import _driver, _handlers, _jit
 from portable_softmax.kernels._numba._exp import temperature
 from portable_softmax.kernels._numba._kernels import LAYOUTS
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, SAMPLED, WEIGHTED
+from portable_softmax.kernels._request import Layout
 
 __all__ = ["API", "LAST_API", "ROLES", "Loss", "Target", "made", "target", "temperature"]
 
@@ -100,14 +101,13 @@ class Loss(NamedTuple):
 def target(
     register: Register,
     operation: str,
-    layout: tuple[int, int, int],
+    layout: Layout,
     buffers: dict[str, Any],
     loss: Loss | None,
 ) -> Target:
     """Return the handler of a call; `buffers` are its arrays by their roles, and the results."""
     dtype = buffers["x"].dtype.name
     stored = np.dtype({"float16": "u2", "bfloat16": "i2"}.get(dtype, dtype))
-    flat = _driver.Layout(*layout)
     plan = np.zeros(_handlers.WORDS, np.int64)
     variants = [name for role, name in _VARIANTS.items() if role in buffers]
     if loss is None:
@@ -120,12 +120,12 @@ def target(
         flags = EACH * loss.each | IGNORING * (loss.ignore is not None)
         flags |= WEIGHTED * loss.weighted | SAMPLED * ("samples" in buffers)
         plan[_handlers.FLAGS], plan[_handlers.IGNORE] = flags, loss.ignore or 0
-        plan[_handlers.LENGTH], plan[_handlers.MEAN] = flat.rows, loss.mean
+        plan[_handlers.LENGTH], plan[_handlers.MEAN] = layout.rows, loss.mean
         plan.view(np.float64)[_handlers.SCALE] = loss.scale
     capped = loss is not None and loss.capped
     compute = _driver.compute_dtype(stored)
     mask = buffers.get("mask")
-    planned = _driver.plan(operation, flat, stored, compute, capped=capped, mask=mask)
+    planned = _driver.plan(operation, layout, stored, compute, capped=capped, mask=mask)
     kind = next(name for name, found in LAYOUTS.items() if found is planned.kernels)
     plan[: _handlers.PIECES + 1] = (
         *(*planned.shape, planned.workspace),

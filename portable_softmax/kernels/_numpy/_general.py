@@ -5,7 +5,6 @@ The array is cut along its longest batch axis, and each piece is worked on as a 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -79,8 +78,5 @@ def _cuts(x: Any, axes: tuple[int, ...], compute: Any) -> list[Cut]:
     axis = max(batch, key=lambda a: x.shape[a])
     n = x.shape[axis]
     step = max(1, TILE_BYTES * n // (x.size * compute.itemsize))
-    before, after = (slice(None),) * axis, (slice(None),) * (x.ndim - axis - 1)
-    return [
-        (*before, slice(i * step, min((i + 1) * step, n)), *after)
-        for i in range(math.ceil(n / step))
-    ]
+    before = (slice(None),) * axis
+    return [(*before, cut) for cut in portable.cuts(n, step)]

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from portable_softmax import portable
 from portable_softmax.kernels import _threads
 from portable_softmax.kernels._request import Request
 
@@ -59,12 +60,11 @@ class Buffers:
 def chunks(tile: Any, axis: int) -> list[tuple[slice, ...]]:
     """Return the cuts along its classes of a tile that is larger than a tile should be."""
     n = tile.shape[axis]
-    step = TILE_BYTES * n // (tile.size * tile.itemsize)
-    if n <= max(step, 1):
+    step = max(TILE_BYTES * n // (tile.size * tile.itemsize), 1)
+    if n <= step:
         return [(slice(None),)]
     before = (slice(None),) * axis
-    step = max(step, 1)
-    return [(*before, slice(i, i + step)) for i in range(0, n, step)]
+    return [(*before, cut) for cut in portable.cuts(n, step)]
 
 
 class Layout:
@@ -88,14 +88,14 @@ class Layout:
             if self.axis == 0 and step > 16:
                 # Classes a power of two apart would share one place in the cache.
                 step |= 16
-            self.pieces: list[Any] = [slice(i, i + step) for i in range(0, before, step)]
+            self.pieces: list[Any] = portable.cuts(before, step)
         elif elements // (n * after) > 1:
             self.stacked = self.copies = True
             step = elements // (n * after)
-            self.pieces = [slice(i, i + step) for i in range(0, before, step)]
+            self.pieces = portable.cuts(before, step)
         else:
             step = min(after, max(_RUN, elements // n))
-            cuts = [slice(i, i + step) for i in range(0, after, step)]
+            cuts = portable.cuts(after, step)
             self.pieces = [(a, cut) for a in range(before) for cut in cuts]
 
     def answers(self, request: Request, dtype: Any) -> tuple[Any, Any]:

@@ -74,8 +74,7 @@ def _row_by_row(request: Request, arrays: tuple[Any, ...], work: Callable[..., N
         work(*tiles, out[piece])
 
     step = max(1, TILE_BYTES // (n * compute.itemsize))
-    pieces = [slice(i, i + step) for i in range(0, len(out), step)]
-    on_threads(one, pieces, request.x.nbytes)
+    on_threads(one, portable.cuts(len(out), step), request.x.nbytes)
     kept = [length for a, length in enumerate(shape) if a not in axes]
     there = out.reshape(*kept, *(shape[a] for a in axes))
     return np.ascontiguousarray(np.moveaxis(there, last, axes))

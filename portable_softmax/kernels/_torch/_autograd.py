@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
+from portable_softmax._typing import Tensor
 from portable_softmax.kernels._request import VJPS, Request
 from portable_softmax.kernels._torch import _gradients
-
-Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
 
 def answer(engine: Any, request: Request) -> Any:

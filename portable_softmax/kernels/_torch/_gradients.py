@@ -9,11 +9,12 @@ the input.
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from portable_softmax import portable
+from portable_softmax._typing import Tensor
 from portable_softmax.kernels._request import SPARSE, Request
 from portable_softmax.kernels._torch._lending import (
     COMPUTE_DTYPE,
@@ -23,8 +24,6 @@ from portable_softmax.kernels._torch._lending import (
     on_numpy,
     taken,
 )
-
-Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
 _HALVES = ("float16", "bfloat16")
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
 from portable_softmax import libraries
+from portable_softmax._typing import Tensor
 from portable_softmax.kernels import _threads
 from portable_softmax.kernels._request import Request
-
-Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
 NUMPY = libraries.BY_TYPE[np.ndarray]
 

@@ -9,15 +9,14 @@ follows the derivative itself, the formula in its own operations takes over.
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from portable_softmax import portable
+from portable_softmax._typing import Tensor
 from portable_softmax.kernels._request import Request
 from portable_softmax.kernels._torch import _linear_operator
-
-Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
 _FEW = 1 << 16  # logits that the compiler keeps: an operator would cost more
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from functools import partial
 from importlib import import_module
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from portable_softmax import libraries
+from portable_softmax._typing import Tensor
 from portable_softmax.kernels._request import LinearOptions, LossOptions, Request
-
-Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
 _SCHEMA = (
     "(Tensor hidden, Tensor classifier, Tensor? bias, Tensor labels, Tensor? weight, "

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 
 from portable_softmax import libraries
+from portable_softmax._typing import Tensor
 from portable_softmax.kernels._request import (
     LOSSES,
     PLAIN_LOSS,
@@ -25,8 +26,6 @@ from portable_softmax.kernels._request import (
     active,
 )
 from portable_softmax.kernels._torch import _autograd, _gradients, _inductor
-
-Tensor: TypeAlias = Any  # torch.Tensor, which mypy knows where torch is installed only
 
 _SCHEMA = (
     "(Tensor x, Tensor? dy, Tensor? labels, Tensor? weight, Tensor? where, Tensor? sample, "
