@@ -56,6 +56,11 @@ def dtype_name(dtype: Any) -> str:
     return str(getattr(dtype, "name", None) or dtype).rpartition(".")[2]
 
 
+def selected(xp: Namespace, first: Any, x: Any, y: Any) -> Any:
+    """Return `x` where it is the first of both or nan, `y` elsewhere."""
+    return xp.where(first | (x != x), x, y)
+
+
 class Library:
     """A library of the standard, of which nothing else is known.
 
@@ -268,6 +273,17 @@ class Library:
     def constant(self, x: Any) -> Any:
         """Return `x` with its derivative cut off."""
         return x
+
+    def maximum(self, x: Any, y: Any) -> Any:
+        """Return the greater of two entries, nan where one is."""
+        # The standard has had it and `minimum` since 2023.12.
+        known = getattr(self.xp, "maximum", None)
+        return selected(self.xp, x >= y, x, y) if known is None else known(x, y)
+
+    def minimum(self, x: Any, y: Any) -> Any:
+        """Return the smaller of two entries, nan where one is."""
+        known = getattr(self.xp, "minimum", None)
+        return selected(self.xp, x <= y, x, y) if known is None else known(x, y)
 
     def scalar(self, value: float, like: Any) -> Any:
         """Return `value` as a 0-d array with the dtype and device of `like`.

@@ -69,7 +69,7 @@ def merge(xp: Namespace, states: Sequence[Folded], temperature: float = 1.0) -> 
     """Return the state of all parts, each read once."""
     m = states[0][0]
     for other, _ in states[1:]:
-        m = xp.maximum(m, other)
+        m = libraries.of(xp).maximum(m, other)
     m = constant(xp, m)  # nothing depends on what is subtracted; the rest has the derivatives
     terms, maxima = [], scalar(xp, -1.0, states[0][1])
     for state in states:
