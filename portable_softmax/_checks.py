@@ -219,7 +219,7 @@ def upstream(dout: Any, shape: Any) -> None:
 def broadcastable(name: str, x: Any, shape: tuple[int, ...], of: str) -> None:
     """Check that `x` broadcasts to `shape` without making it larger."""
     ok = x.ndim <= len(shape) and all(
-        have in (1, want) or have != have or want != want  # an unknown length is nan in Dask
+        have in (1, want) or _unknown(have) or _unknown(want)
         for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
     )
     if not ok:
@@ -432,10 +432,16 @@ def ignore_index(value: Any, indices: bool) -> int | None:
 
 def known_length(name: str, x: Any, axis: int) -> None:
     """Check that the length of an axis is known, as it is not in Dask after a boolean filter."""
-    if x.shape[axis] != x.shape[axis]:
+    n = x.shape[axis]
+    if n is None or n != n:
+        remedy = (
+            "give the argument of the graph that length in its shape, not a name"
+            if n is None
+            else f"call {name}.compute_chunk_sizes() first"
+        )
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}, expected a known number of classes along axis "
-            f"{axis}: call {name}.compute_chunk_sizes() first"
+            f"{axis}: {remedy}"
         )
 
 
@@ -518,9 +524,14 @@ def labels_are_indices(logits: Any, labels: Any, axis: int, library: Library) ->
 def _same_shape(have: Any, want: Any) -> bool:
     if have == want:
         return True
-    return len(have) == len(want) and all(  # an unknown length is nan in Dask
-        a == b or a != a or b != b for a, b in zip(have, want, strict=True)
+    return len(have) == len(want) and all(
+        a == b or _unknown(a) or _unknown(b) for a, b in zip(have, want, strict=True)
     )
+
+
+def _unknown(length: Any) -> bool:
+    """Return whether a length is nan, as in Dask, or None, as in a graph of ndonnx."""
+    return length is None or length != length
 
 
 def _label_shape_message(logits: Any, labels: Any, axis: int, positions: tuple[int, ...]) -> str:

@@ -166,6 +166,10 @@ class Library:
         """Return `labels`, as an array of the library where it takes those of another."""
         return labels
 
+    def shape(self, x: Any) -> Any:
+        """Return the shape of `x`, as the library's functions take one."""
+        return x.shape
+
     def size(self, x: Any) -> int:
         """Return the number of elements."""
         return math.prod(x.shape)

@@ -29,7 +29,7 @@ def logmeanexp(xp: Namespace, x: Any, axes: Axes, *, where: Any = None) -> Any:
         n = _count(xp, x, axes)
     else:
         x, some = masked(xp, x, where, axes)
-        part = xp.broadcast_to(with_axes(where, x.ndim), x.shape)
+        part = xp.broadcast_to(with_axes(where, x.ndim), libraries.of(xp).shape(x))
         n = total(xp, cast(xp, part, x.dtype), axes)
         n = xp.where(some, n, scalar(xp, 1.0, n))
     m = maximum(xp, x, axes)

@@ -57,9 +57,9 @@ def fold_part(
 def of_nothing(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Folded:
     """Return the state of no entry, for parts of an array like `x`."""
     shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
-    if all(n == n for n in shape):
+    if all(n is not None and n == n for n in shape):
         m = xp.full(shape, -math.inf, dtype=x.dtype, device=device(x))
-    else:  # nan: chunks of unknown length, which only an array of that shape has
+    else:  # a length is unknown, which only an array of that shape has
         nothing = xp.zeros_like(xp.sum(x, axis=axes, keepdims=True))
         m = nothing + scalar(xp, -math.inf, nothing)
     return m, cast(xp, xp.full_like(m, -1.0), libraries.of(xp).wider_dtype(m))
