@@ -90,11 +90,29 @@ def _library(name: str, x: Any) -> Library:
         else:
             if library.refused:
                 raise TypeError(_refusal(name, library, library.refused))
+            if library.made_of_arrays:
+                _made_of(name, library.made_of(x), library)
             return library
     raise TypeError(
         f"{name} is a {cls.__module__}.{cls.__qualname__}, which is no array: {remedy}".replace(
             "builtins.", ""
         )
+    )
+
+
+def _made_of(name: str, cls: type, library: Library) -> None:
+    """Check the class of an array's chunks: NumPy's subclasses are refused there too."""
+    if not issubclass(cls, np.ndarray) or cls in (np.ndarray, np.memmap):
+        return
+    remedy = f"pass {name}.map_blocks(numpy.asarray)"
+    if issubclass(cls, np.ma.MaskedArray):
+        remedy = (
+            f"pass {name}.map_blocks(numpy.ma.getdata), with "
+            f"where=~{name}.map_blocks(numpy.ma.getmaskarray)"
+        )
+    raise TypeError(
+        f"{name} is an array of {library.name} in chunks of {cls.__module__}.{cls.__qualname__}, "
+        f"which is no array: {remedy}"
     )
 
 

@@ -316,6 +316,27 @@ def test_labels_of_numpy(da, xp, computes_nothing, chunks):
         ps.cross_entropy(x, LABELS[:3])
 
 
+def test_chunks_of_masked_arrays_are_refused_as_those_are(da, xp, computes_nothing):
+    """Their masked values would take part; the remedy gives what NumPy gives for the same."""
+    hidden = TABLE > 1.0
+    given = np.ma.masked_array(TABLE, hidden)
+    x, plain = da.from_array(given, (3, 5), asarray=False), da.from_array(TABLE, (3, 5))
+    wrong = r"{0} is an array of dask in chunks of numpy\.ma\.\S*MaskedArray, .*{0}\.map_blocks"
+    for f in (ps.softmax, ps.logsumexp, ps.sparsemax, ps.online.fold):
+        with pytest.raises(TypeError, match=wrong.format("x")):
+            f(x)
+    with pytest.raises(TypeError, match=wrong.format("logits")):
+        ps.entropy(x)
+    with pytest.raises(TypeError, match=wrong.format("labels")):
+        ps.cross_entropy(plain, x)
+    other = da.from_array(TABLE.view(type("Other", (np.ndarray,), {})), (3, 5), asarray=False)
+    with pytest.raises(TypeError, match=r"Other, .*pass x\.map_blocks\(numpy\.asarray\)"):
+        ps.softmax(other)
+    where = ~x.map_blocks(np.ma.getmaskarray)
+    y = ps.softmax(x.map_blocks(np.ma.getdata), where=where)
+    assert_allclose(xp.numpy(y), ps.softmax(TABLE, where=~hidden), rtol=1e-13)
+
+
 def test_equal_calls_are_one_computation(da):
     x, labels = da.from_array(TABLE, (3, 5)), da.from_array(LABELS, 3)
     for f in (ps.softmax, lambda x: ps.cross_entropy_value_and_grad(x, labels)[1]):

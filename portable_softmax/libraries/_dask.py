@@ -16,6 +16,11 @@ class Dask(Chunked):
     """It has no gather, and reads no value before compute()."""
 
     only_device = "cpu"  # chunks are where their workers are
+    made_of_arrays = True
+
+    def made_of(self, x: Any) -> type:
+        """Return the class of the chunks."""
+        return type(x._meta)
 
     def adopt(self, labels: Any, logits: Any, axis: int) -> Any:
         """Return `labels`, those of NumPy in chunks as the logits have."""

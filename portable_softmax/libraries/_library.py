@@ -78,6 +78,8 @@ class Library:
     """Whether nothing is computed, nor a value to be read, before it is asked for."""
     chunked = False
     """Whether arrays are split into chunks, so that slicing one adds to a task graph."""
+    made_of_arrays = False
+    """Whether arrays are made of arrays of another class, which has to be looked at as well."""
     stores_chunks = False
     """Whether what a task gives for a chunk is stored as one array."""
     writes = False
@@ -169,6 +171,10 @@ class Library:
     def shape(self, x: Any) -> Any:
         """Return the shape of `x`, as the library's functions take one."""
         return x.shape
+
+    def made_of(self, x: Any) -> type:
+        """Return the class of the arrays that `x` is made of, its own if it is of none."""
+        return type(x)
 
     def size(self, x: Any) -> int:
         """Return the number of elements."""
