@@ -414,6 +414,17 @@ def test_a_filter_that_leaves_an_empty_chunk(da, xp, computes_nothing, kept):
         assert_allclose(actual, e, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2])
+@pytest.mark.parametrize("axis", [0, 1, None])
+@pytest.mark.parametrize("chunks", [(1, 3), (2, 2)])
+def test_a_mean_of_an_unknown_number(da, chunks, axis, kept):
+    """Of none it is nan, without a warning."""
+    some = da.from_array(np.arange(2) < kept, chunks[0])
+    x = da.from_array(TABLE[:2, :3], chunks)[some]
+    found = ps.logmeanexp(x, axis=axis).compute(scheduler="synchronous")
+    assert_allclose(found, ps.logmeanexp(TABLE[:kept, :3], axis=axis), rtol=1e-14)
+
+
 def test_an_unknown_number_of_classes(da):
     """What only sums over the classes needs no number; what counts them asks for it."""
     x = da.from_array(TABLE, (3, 5))[:, da.from_array(TABLE[0] > 0, 5)]

@@ -113,6 +113,16 @@ def test_what_only_sums_over_the_classes_needs_no_number(xp):
         np.testing.assert_allclose(y, function(LOGITS), rtol=1e-13, atol=1e-15)
 
 
+def test_a_mean_of_an_open_number(xp):
+    """Of none it is nan."""
+    x = xp.xp.argument(shape=("N", "C"), dtype=xp.xp.float64)
+    means = {"a": ps.logmeanexp(x, axis=1), "b": ps.logmeanexp(x)}
+    for n in (0, 1, 3):
+        one, all_of_them = run(xp, {"x": x}, means, x=LOGITS[:, :n])
+        np.testing.assert_allclose(one, ps.logmeanexp(LOGITS[:, :n], axis=1), rtol=1e-14)
+        np.testing.assert_allclose(all_of_them, ps.logmeanexp(LOGITS[:, :n]), rtol=1e-14)
+
+
 def test_what_counts_the_classes_asks_for_their_number(xp):
     onnx = xp.xp
     x = onnx.argument(shape=("N", "C"), dtype=onnx.float64)

@@ -25,12 +25,16 @@ def logmeanexp(xp: Namespace, x: Any, axes: Axes, *, where: Any = None) -> Any:
         return total(xp, x, axes) + math.nan  # the mean of nothing
     zero = scalar(xp, 0.0, x)
     part = some = None
-    if where is None:
-        n = _count(xp, x, axes)
-    else:
+    if where is not None:
         x, some = masked(xp, x, where, axes)
         part = xp.broadcast_to(with_axes(where, x.ndim), libraries.of(xp).shape(x))
         n = total(xp, cast(xp, part, x.dtype), axes)
+    elif all(libraries.of(xp).is_known(n) and n == n for n in (x.shape[a] for a in axes)):
+        n = scalar(xp, float(math.prod([x.shape[a] for a in axes])), x)
+    else:  # there may turn out to be none
+        n = total(xp, xp.ones_like(x), axes)
+        some = n > 0
+    if some is not None:
         n = xp.where(some, n, scalar(xp, 1.0, n))
     m = maximum(xp, x, axes)
     infinite = xp.isinf(m)
@@ -43,14 +47,6 @@ def logmeanexp(xp: Namespace, x: Any, axes: Axes, *, where: Any = None) -> Any:
     mean = xp.where(near, xp.log1p(xp.where(near, lost, zero)), xp.log((1.0 + rest) / n))
     value = xp.where(infinite, m, shift + mean)
     return value if some is None else xp.where(some, value, scalar(xp, math.nan, value))
-
-
-def _count(xp: Namespace, x: Any, axes: Axes) -> Any:
-    """Return the number of entries of a row."""
-    lengths = [x.shape[a] for a in axes]
-    if all(libraries.of(xp).is_known(n) and n == n for n in lengths):
-        return scalar(xp, float(math.prod(lengths)), x)
-    return total(xp, xp.ones_like(x), axes)
 
 
 def logcumsumexp(xp: Namespace, x: Any, axis: int) -> Any:
