@@ -70,8 +70,16 @@ class Mlx(Library):
         return self.xp.stop_gradient(x)
 
     def reads_values(self, x: Any) -> bool:
-        """Return True; a value that is read inside of a transform raises an error of MLX."""
+        """Return whether the values of `x` can be computed now, which only trying shows."""
+        try:
+            self.xp.eval(x)
+        except ValueError:  # inside of `mx.compile` or `mx.vmap`
+            return False
         return True
+
+    def tracing(self, *arrays: Any) -> str:
+        """Return the empty string: to find out would compute what is still lazy."""
+        return ""
 
 
 class _Namespace(Adapted):
