@@ -84,6 +84,28 @@ def test_the_default_dtype_is_that_of_the_device(strict):
         assert y.device == x.device
 
 
+@every_call
+@pytest.mark.parametrize("version", VERSIONS[1:])  # before, sums are float64, on any device
+@pytest.mark.parametrize("name", ["no_float64", "no_x64"])
+def test_a_device_without_64_bits(strict, xp, call, name, version):
+    """What is computed in a wider dtype elsewhere is computed in float32 there."""
+    narrow = {"float64": np.float32, "int64": np.int32, "complex128": np.complex64}
+
+    def small(a):
+        return np.asarray(a).astype(narrow.get(a.dtype.name, a.dtype))
+
+    try:
+        device = strict.Device(name)
+        context = strict.ArrayAPIStrictFlags(api_version=version)
+    except ValueError:
+        pytest.skip(f"array_api_strict {strict.__version__} does not know {name} or {version}")
+    with context:
+        actual = call.outputs(lambda a: strict.asarray(small(a), device=device))
+    for a, e in zip(actual, call.outputs(small), strict=True):
+        assert a.device == device
+        np.testing.assert_allclose(xp.numpy(a), e, rtol=2e-5, atol=2e-6)
+
+
 def assert_same(xp, actual, expected):
     for a, e in zip(actual, expected, strict=True):
         np.testing.assert_allclose(xp.numpy(a), e, rtol=1e-13, atol=1e-15)

@@ -16,6 +16,10 @@ class Chunked(Library, ABC):
     lazy = chunked = True
     numpy_dtypes = True
 
+    def has_float64(self, x: Any) -> bool:
+        """Return True."""
+        return True
+
     def chunks_along(self, x: Any, axes: Sequence[int]) -> int:
         """Return how many chunks a row along `axes` is cut into."""
         return math.prod(x.numblocks[a] for a in axes)

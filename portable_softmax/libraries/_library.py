@@ -254,7 +254,16 @@ class Library:
 
     def wider_dtype(self, x: Any) -> Any:
         """Return a floating dtype with twice the digits of that of `x`, or its own without one."""
-        return self.xp.float64 if x.dtype == self.xp.float32 else x.dtype
+        wider = x.dtype == self.xp.float32 and self.has_float64(x)
+        return self.xp.float64 if wider else x.dtype
+
+    def has_float64(self, x: Any) -> bool:
+        """Return whether the device of `x` has float64."""
+        inspection = getattr(self.xp, "__array_namespace_info__", None)
+        if inspection is None:  # a version of the standard before 2023.12
+            return True
+        found = inspection().dtypes(device=self.device(x), kind="real floating")
+        return "float64" in found
 
     def default_float(self, x: Any) -> Any:
         """Return the floating dtype that the library gives to a Python float today."""

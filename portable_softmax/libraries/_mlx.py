@@ -38,9 +38,9 @@ class Mlx(Library):
         """Return True."""
         return True
 
-    def wider_dtype(self, x: Any) -> Any:
-        """Return float64 on the CPU, which alone has it."""
-        return super().wider_dtype(x) if self.device_type(x) == "cpu" else x.dtype
+    def has_float64(self, x: Any) -> bool:
+        """Return whether operations run on the CPU, which alone has it."""
+        return self.device_type(x) == "cpu"
 
     def scalar(self, value: float, like: Any) -> Any:
         """Return a 0-d array; MLX takes no Python int beyond int64."""

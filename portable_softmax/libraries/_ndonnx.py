@@ -30,6 +30,10 @@ class Ndonnx(Library):
         """Return both: arrays of a graph lie nowhere."""
         return x, y
 
+    def has_float64(self, x: Any) -> bool:
+        """Return True."""
+        return True
+
     def longest_sum(self, x: Any, axis: int) -> float:
         """Return that of a running sum: ONNX Runtime's is one, in a few lanes, along any axis."""
         return RUNNING_SUM

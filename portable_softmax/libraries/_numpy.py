@@ -97,6 +97,10 @@ class NumPy(Library):
         """Return int64."""
         return _INT
 
+    def has_float64(self, x: Any) -> bool:
+        """Return True."""
+        return True
+
     def cast(self, x: Any, dtype: Any) -> Any:
         """Return `x` in `dtype`; NumPy 2.0's astype takes no scalars, which its reductions give."""
         return x if x.dtype == dtype else x.astype(dtype)

@@ -16,6 +16,14 @@ class Strict(Library):
         """Return that of a running sum: NumPy sums, and does not show the strides that decide."""
         return RUNNING_SUM
 
+    def has_float64(self, x: Any) -> bool:
+        """Return whether the device of `x` has it, by trying: before 2023.12 nothing tells."""
+        try:
+            self.xp.empty(0, dtype=self.xp.float64, device=x.device)
+        except ValueError:
+            return False
+        return True
+
     def maximum(self, x: Any, y: Any) -> Any:
         """Return the greater of two entries; before 2023.12 the function is there, but raises."""
         return selected(self.xp, x >= y, x, y)
