@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from calls import CALLS, as_tuple, every_call
+from calls import CALLS, IMPOSSIBLE, WITH_IMPOSSIBLE, as_tuple, every_call
 from numpy.testing import assert_allclose, assert_array_equal
 from test_values import EPS, MARGINS, confident
 
@@ -101,8 +101,7 @@ def test_chunks_of_whole_rows(da, name):
         return da.from_array(array, chunks=(1, *array.shape[1:]) if array.ndim > 1 else -1)
 
     expected = call.outputs(np.asarray)
-    # A mean of rows in several chunks is left to operations on lazy arrays, which warn at -inf.
-    with dask.config.set(scheduler="synchronous"), np.errstate(invalid="ignore"):
+    with dask.config.set(scheduler="synchronous"):
         found = dask.compute(*call.outputs(cut))
     for y, e in zip(found, expected, strict=True):
         assert (y.dtype, y.shape) == (e.dtype, e.shape)
@@ -497,6 +496,21 @@ def test_what_a_mask_hides_reaches_no_gradient(da, xp, hidden):
     grad = xp.numpy(grad)
     assert np.isfinite(grad).all()
     assert_array_equal(grad[~mask], 0.0)
+
+
+@pytest.mark.parametrize("chunks", [(2, -1), (2, 2)], ids=["whole rows", "parts"])
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_an_impossible_class_raises_no_warning_of_numpy(da, name, chunks):
+    """Though a chunk of a row, or a row of its chunk, holds no other."""
+    import dask
+
+    def cut(a):
+        return da.from_array(a, chunks[: a.ndim])
+
+    x, f = np.asarray(WITH_IMPOSSIBLE), TABLE[:4, :4]
+    found = dask.compute(*as_tuple(IMPOSSIBLE[name](cut(x), cut(f))), scheduler="synchronous")
+    for y, e in zip(found, as_tuple(IMPOSSIBLE[name](x, f)), strict=True):
+        assert_allclose(y, e, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("chunks", [(2, -1), (2, 2)], ids=["whole rows", "parts"])

@@ -7,7 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from portable_softmax.libraries._library import Library
+
+
+def quietly(function: Callable[..., Any], *chunks: Any, **options: Any) -> Any:
+    """Call a function in a task, where documented infinities and nans raise no warnings."""
+    with np.errstate(all="ignore"):
+        return function(*chunks, **options)
 
 
 class Chunked(Library, ABC):

@@ -362,6 +362,10 @@ class Library:
         """
         return function(x, number)
 
+    def entrywise(self, function: Callable[..., Any], x: Any, *others: Any) -> Any:
+        """Return ``function(x, *others)``, arithmetic of entries that gives the dtype of `x`."""
+        return function(x, *others)
+
     def iterate(self, step: Callable[[Any], tuple[Any, Any]], x: Any, most: int) -> Any:
         """Return x after steps, each of which tells whether it changed anything; `most` at most.
 
