@@ -43,6 +43,21 @@ def test_nothing_is_computed_before_it_is_asked_for(da, xp, computes_nothing, ca
         outputs[0].compute()
 
 
+@every_call
+def test_big_endian_chunks_are_answered_in_native_byte_order(da, xp, call):
+    """As NumPy answers; so Dask says before, too."""
+    import dask
+
+    def swapped(a):
+        return xp.from_numpy(a.astype(a.dtype.newbyteorder(">")))
+
+    outputs = call.outputs(swapped)
+    found = dask.compute(*outputs, scheduler="synchronous")
+    for y, a, e in zip(outputs, found, call.outputs(np.asarray), strict=True):
+        assert y.dtype == y._meta.dtype == a.dtype == e.dtype
+        assert_allclose(a, e, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("dtype", ["complex64", "complex128"])
 def test_a_complex_sum_is_declared_as_a_real_logarithm_and_a_sign(da, dtype):
     x = np.asarray([[1 + 2j, 0.5], [-3j, 1 - 1j]], dtype)

@@ -222,7 +222,7 @@ class Library:
         return "other"
 
     def _native(self, dtype: Any) -> Any:
-        return dtype
+        return numpy_dtype(dtype) if self.numpy_dtypes else dtype
 
     def own_dtype(self, dtype: Any) -> Any:
         """Return a dtype that a user names as arrays have it; TypeError for no dtype."""

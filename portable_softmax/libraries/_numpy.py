@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax.libraries._library import RUNNING_SUM, Library, dtype_name, numpy_dtype
+from portable_softmax.libraries._library import RUNNING_SUM, Library, dtype_name
 
 # What `numpy.errstate` sets and sets back, at a third of its cost: for a small array that is a
 # twelfth of a whole call. The names are private, and without them errstate does it.
@@ -85,9 +85,6 @@ class NumPy(Library):
         if dtype.kind == "f" and dtype.itemsize > 8:  # its name depends on the platform
             return "longdouble"
         return dtype_name(dtype) if dtype.isnative else dtype_name(dtype) + " byteswapped"
-
-    def _native(self, dtype: Any) -> Any:
-        return numpy_dtype(dtype)
 
     def default_float(self, x: Any) -> Any:
         """Return float64."""
