@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -170,10 +171,28 @@ def weights(name: str, x: Any, library: Library) -> None:
 
 def like_shape(name: str, x: Any, of: str, like: Any) -> None:
     """Check that `x` has the shape of `like`."""
+    if x.shape == like.shape:
+        return
     if not _same_shape(x.shape, like.shape):
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}, expected {tuple(like.shape)}, the shape of {of}"
         )
+    chunks_correspond(name, x, of, like, range(x.ndim))
+
+
+def chunks_correspond(name: str, x: Any, of: str, like: Any, axes: Sequence[int]) -> None:
+    """Check that no chunks of known lengths lie beside others whose lengths are unknown.
+
+    The axes of `x` are those `axes` of `like`.
+    """
+    for i, a in enumerate(axes):
+        n, m = x.shape[i], like.shape[a]
+        if (n != n) != (m != m):
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)} and {of} {tuple(like.shape)}, where nan stands "
+                "for chunks of unknown lengths, which may not be those of the other: "
+                f"call {name if n != n else of}.compute_chunk_sizes() first"
+            )
 
 
 def like_dtype(name: str, x: Any, of: str, like: Any) -> None:
@@ -539,6 +558,12 @@ def labels_are_indices(logits: Any, labels: Any, axis: int, library: Library) ->
     raise ValueError(_label_shape_message(logits, labels, axis, tuple(positions)))
 
 
+def chunks_of_labels(labels: Any, logits: Any, axis: int, indices: bool) -> None:
+    """Check that chunks of labels and of logits are both of known lengths, or both not."""
+    axes = [a for a in range(logits.ndim) if not (indices and a == axis)]
+    chunks_correspond("labels", labels, "logits", logits, axes)
+
+
 def _same_shape(have: Any, want: Any) -> bool:
     if have == want:
         return True
@@ -609,11 +634,14 @@ def binary_labels(labels: Any, logits: Any, library: Library) -> None:
             f"labels have dtype {dtype_name(labels.dtype)}, expected booleans, integers or floats "
             "from 0 to 1: cast them first"
         )
+    if labels.shape == logits.shape:
+        return
     if not _same_shape(labels.shape, logits.shape):
         raise ValueError(
             f"labels have shape {tuple(labels.shape)}, expected {tuple(logits.shape)}, one label "
             "for each logit: reshape labels, or make them one-hot"
         )
+    chunks_correspond("labels", labels, "logits", logits, range(logits.ndim))
 
 
 def real_weights(name: str, x: Any, library: Library) -> None:

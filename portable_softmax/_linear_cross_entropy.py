@@ -245,8 +245,10 @@ def _answer(
     logits = _Logits((*hidden.shape[:-1], classifier.shape[0]))
     axis = logits.ndim - 1
     indices = _checks.labels_are_indices(logits, labels, axis, library)
-    if library.lazy and not library.chunked:
-        _checks.known_length("classifier", classifier, 0)
+    if library.lazy:
+        _checks.chunks_correspond("labels", labels, "hidden", hidden, range(axis))
+        if not library.chunked:
+            _checks.known_length("classifier", classifier, 0)
     assert found.computed is not None  # it is floating
     compute_dtype, dtype, more = loss_dtype(library, hidden, dtype, *found.computed)
     result_dtype = found.computed[1]

@@ -428,6 +428,42 @@ def test_a_filter_that_leaves_an_empty_chunk(da, xp, computes_nothing, kept):
         assert_allclose(actual, e, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.parametrize("chunks", [(3, 12), (3, 5)])
+def test_running_sums_of_an_unknown_number_of_rows(da, chunks):
+    kept = TABLE[:, 0] > 0
+    x = da.from_array(TABLE, chunks)[da.from_array(kept, 3)]
+    for f in (ps.logcumsumexp, lambda x: ps.logcumsumexp_vjp(x, x)):
+        assert_allclose(f(x).compute(scheduler="synchronous"), f(TABLE[kept]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_chunks_of_known_and_of_unknown_lengths(da, computes_nothing, whole):
+    """Nobody knows whether they are the same."""
+    kept = da.from_array(TABLE[:, 0] > 0, 3)
+    known, labels = da.from_array(TABLE, (3, -1 if whole else 5)), da.from_array(LABELS, 3)
+    x, t = known[kept], labels[kept]
+    losses = (
+        (ps.cross_entropy, "logits"),
+        (ps.entmax_loss, "logits"),
+        (lambda x, t: ps.linear_cross_entropy(x, known, t), "hidden"),
+    )
+    for f, name in losses:
+        for given in (labels, labels.rechunk(-1), LABELS):
+            if given is LABELS and name == "hidden":
+                continue  # which takes no labels of NumPy
+            with pytest.raises(ValueError, match=rf"call {name}\.compute_chunk_sizes\(\)"):
+                f(x, given)
+        with pytest.raises(ValueError, match=r"call labels\.compute_chunk_sizes\(\)"):
+            f(known, t)
+    for f in (ps.cross_entropy, ps.sigmoid_cross_entropy):
+        with pytest.raises(ValueError, match=r"labels has .* call logits\.compute_chunk_sizes\(\)"):
+            f(x, ps.softmax(known))
+    with pytest.raises(ValueError, match=r"dy has .* call y\.compute_chunk_sizes\(\)"):
+        ps.softmax_vjp(x, known)
+    with pytest.raises(ValueError, match=r"call logits_q\.compute_chunk_sizes\(\)"):
+        ps.kl_divergence(known, x)
+
+
 @pytest.mark.parametrize("kept", [0, 1, 2])
 @pytest.mark.parametrize("axis", [0, 1, None])
 @pytest.mark.parametrize("chunks", [(1, 3), (2, 2)])

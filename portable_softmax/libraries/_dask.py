@@ -51,6 +51,10 @@ class Dask(Chunked):
         kept = [a for a in every if a not in axes]
         return self.each_chunk(partial(_squeezed, axes), kept, (x, every), dtype=x.dtype)
 
+    def concat(self, arrays: Sequence[Any], axis: int) -> Any:
+        """Return arrays one after another along an axis; others may have an unknown length."""
+        return self.xp.concat(arrays, axis=axis, allow_unknown_chunksizes=True)
+
     def numbers_along(self, x: Any, axis: int) -> Any:
         """Return 0, 1, ... in chunks as those of an axis of `x`."""
         return self.xp.arange(x.shape[axis], chunks=(x.chunks[axis],))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import array_api_compat as compat
@@ -310,6 +310,10 @@ class Library:
         Versions of the standard before 2024.12 take no Python scalars in functions such as `where`.
         """
         return self.xp.asarray(value, dtype=like.dtype, device=self.device(like))
+
+    def concat(self, arrays: Sequence[Any], axis: int) -> Any:
+        """Return arrays one after another along an axis; others may have an unknown length."""
+        return self.xp.concat(arrays, axis=axis)
 
     def squeeze(self, x: Any, axes: tuple[int, ...]) -> Any:
         """Return `x` without these axes of length 1."""

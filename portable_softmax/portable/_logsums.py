@@ -55,17 +55,17 @@ def logcumsumexp(xp: Namespace, x: Any, axis: int) -> Any:
     Each round merges the state of the last 1, 2, 4, ... entries with that of as many before them
     (Hillis & Steele 1986, "Data parallel algorithms"), so that no error grows with the length.
     """
-    m, rest = x, xp.zeros_like(x)
+    own, m, rest = libraries.of(xp), x, xp.zeros_like(x)
     n, step = x.shape[axis], 1
     before = (slice(None),) * axis
     while step < n:
         first, early = (*before, slice(0, step), ...), (*before, slice(0, n - step), ...)
         late = (*before, slice(step, n), ...)
         merged_m, merged = _merged(xp, m[early], rest[early], m[late], rest[late])
-        m = xp.concat([m[first], merged_m], axis=axis)
-        rest = xp.concat([rest[first], merged], axis=axis)
+        m = own.concat([m[first], merged_m], axis)
+        rest = own.concat([rest[first], merged], axis)
         # XLA may take minutes to compile rounds that it tries to fuse.
-        m, rest = libraries.of(xp).barrier(m, rest)
+        m, rest = own.barrier(m, rest)
         step *= 2
     infinite = xp.isinf(constant(xp, m))
     return xp.where(infinite, m, m + xp.log1p(xp.where(infinite, scalar(xp, 0.0, m), rest)))
@@ -78,7 +78,7 @@ def logcumsumexp_vjp(xp: Namespace, x: Any, dy: Any, axis: int) -> Any:
     """
     if 0 in x.shape:
         return xp.zeros_like(x)
-    y = logcumsumexp(xp, x, axis)
+    own, y = libraries.of(xp), logcumsumexp(xp, x, axis)
     n, step = x.shape[axis], 1
     before, zero = (slice(None),) * axis, scalar(xp, 0.0, x)
     finite = ~xp.isinf(y)
@@ -87,8 +87,8 @@ def logcumsumexp_vjp(xp: Namespace, x: Any, dy: Any, axis: int) -> Any:
         both = finite[first] & (finite[late] | (y[late] > 0))
         fall = xp.where(both, xp.exp(y[first] - y[late]), zero)
         end = dy[(*before, slice(n - step, n), ...)]
-        dy = xp.concat([dy[first] + fall * dy[late], end], axis=axis)
-        (dy,) = libraries.of(xp).barrier(dy)
+        dy = own.concat([dy[first] + fall * dy[late], end], axis)
+        (dy,) = own.barrier(dy)
         step *= 2
     return dy * xp.where(x == -math.inf, zero, xp.exp(x - y))
 
