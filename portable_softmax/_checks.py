@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -90,11 +91,29 @@ def _library(name: str, x: Any) -> Library:
         else:
             if library.refused:
                 raise TypeError(_refusal(name, library, library.refused))
+            if library.made_of_arrays:
+                _made_of(name, library.made_of(x), library)
             return library
     raise TypeError(
         f"{name} is a {cls.__module__}.{cls.__qualname__}, which is no array: {remedy}".replace(
             "builtins.", ""
         )
+    )
+
+
+def _made_of(name: str, cls: type, library: Library) -> None:
+    """Check the class of an array's chunks: NumPy's subclasses are refused there too."""
+    if not issubclass(cls, np.ndarray) or cls in (np.ndarray, np.memmap):
+        return
+    remedy = f"pass {name}.map_blocks(numpy.asarray)"
+    if issubclass(cls, np.ma.MaskedArray):
+        remedy = (
+            f"pass {name}.map_blocks(numpy.ma.getdata), with "
+            f"where=~{name}.map_blocks(numpy.ma.getmaskarray)"
+        )
+    raise TypeError(
+        f"{name} is an array of {library.name} in chunks of {cls.__module__}.{cls.__qualname__}, "
+        f"which is no array: {remedy}"
     )
 
 
@@ -152,10 +171,28 @@ def weights(name: str, x: Any, library: Library) -> None:
 
 def like_shape(name: str, x: Any, of: str, like: Any) -> None:
     """Check that `x` has the shape of `like`."""
+    if x.shape == like.shape:
+        return
     if not _same_shape(x.shape, like.shape):
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}, expected {tuple(like.shape)}, the shape of {of}"
         )
+    chunks_correspond(name, x, of, like, range(x.ndim))
+
+
+def chunks_correspond(name: str, x: Any, of: str, like: Any, axes: Sequence[int]) -> None:
+    """Check that no chunks of known lengths lie beside others whose lengths are unknown.
+
+    The axes of `x` are those `axes` of `like`.
+    """
+    for i, a in enumerate(axes):
+        n, m = x.shape[i], like.shape[a]
+        if (n != n) != (m != m):
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)} and {of} {tuple(like.shape)}, where nan stands "
+                "for chunks of unknown lengths, which may not be those of the other: "
+                f"call {name if n != n else of}.compute_chunk_sizes() first"
+            )
 
 
 def like_dtype(name: str, x: Any, of: str, like: Any, remedy: str) -> None:
@@ -219,7 +256,7 @@ def upstream(dout: Any, shape: Any) -> None:
 def broadcastable(name: str, x: Any, shape: tuple[int, ...], of: str) -> None:
     """Check that `x` broadcasts to `shape` without making it larger."""
     ok = x.ndim <= len(shape) and all(
-        have in (1, want) or have != have or want != want  # an unknown length is nan in Dask
+        have in (1, want) or _unknown(have) or _unknown(want)
         for have, want in zip(reversed(x.shape), reversed(shape), strict=False)
     )
     if not ok:
@@ -425,10 +462,16 @@ def ignore_index(value: Any, indices: bool) -> int | None:
 
 def known_length(name: str, x: Any, axis: int) -> None:
     """Check that the length of an axis is known, as it is not in Dask after a boolean filter."""
-    if x.shape[axis] != x.shape[axis]:
+    n = x.shape[axis]
+    if n is None or n != n:
+        remedy = (
+            "give the argument of the graph that length in its shape, not a name"
+            if n is None
+            else f"call {name}.compute_chunk_sizes() first"
+        )
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}, expected a known number of classes along axis "
-            f"{axis}: call {name}.compute_chunk_sizes() first"
+            f"{axis}: {remedy}"
         )
 
 
@@ -492,12 +535,23 @@ def labels_are_indices(logits: Any, labels: Any, axis: int, library: Library) ->
     raise ValueError(_label_shape_message(logits, labels, axis, tuple(positions)))
 
 
+def chunks_of_labels(labels: Any, logits: Any, axis: int, indices: bool) -> None:
+    """Check that chunks of labels and of logits are both of known lengths, or both not."""
+    axes = [a for a in range(logits.ndim) if not (indices and a == axis)]
+    chunks_correspond("labels", labels, "logits", logits, axes)
+
+
 def _same_shape(have: Any, want: Any) -> bool:
     if have == want:
         return True
-    return len(have) == len(want) and all(  # an unknown length is nan in Dask
-        a == b or a != a or b != b for a, b in zip(have, want, strict=True)
+    return len(have) == len(want) and all(
+        a == b or _unknown(a) or _unknown(b) for a, b in zip(have, want, strict=True)
     )
+
+
+def _unknown(length: Any) -> bool:
+    """Return whether a length is nan, as in Dask, or None, as in a graph of ndonnx."""
+    return length is None or length != length
 
 
 def _label_shape_message(logits: Any, labels: Any, axis: int, positions: tuple[int, ...]) -> str:
@@ -559,11 +613,14 @@ def binary_labels(labels: Any, logits: Any, library: Library) -> None:
             f"labels have dtype {dtype_name(labels.dtype)}, expected booleans, integers or floats "
             "from 0 to 1: cast them first"
         )
+    if labels.shape == logits.shape:
+        return
     if not _same_shape(labels.shape, logits.shape):
         raise ValueError(
             f"labels have shape {tuple(labels.shape)}, expected {tuple(logits.shape)}, one label "
             "for each logit: reshape labels, or make them one-hot"
         )
+    chunks_correspond("labels", labels, "logits", logits, range(logits.ndim))
 
 
 def real_weights(name: str, x: Any, library: Library) -> None:

@@ -249,8 +249,10 @@ def _answer(
     labels = library.adopt(labels, logits, at)
     _checks.companion("labels", labels, "logits", logits, library)
     indices = _checks.labels_are_indices(logits, labels, at, library)
-    if library.chunked and (indices or weight is not None or label_smoothing != 0.0):
-        _checks.known_length("logits", logits, at)
+    if library.lazy:
+        _checks.chunks_of_labels(labels, logits, at, indices)
+        if indices or weight is not None or label_smoothing != 0.0:
+            _checks.known_length("logits", logits, at)
     compute_dtype, result_dtype = found.computed or library.compute_dtype(logits)
     options, given, more = PLAIN_LOSS, NONE_GIVEN, NONE_GIVEN
     if dtype is not None or compute_dtype is not result_dtype:

@@ -185,7 +185,10 @@ def _answer(
     labels = library.adopt(labels, logits, at)
     _checks.companion("labels", labels, "logits", logits, library)
     indices = _checks.labels_are_indices(logits, labels, at, library)
-    _checks.known_length("logits", logits, at)
+    if library.lazy:
+        _checks.chunks_of_labels(labels, logits, at, indices)
+    if library.chunked or indices:
+        _checks.known_length("logits", logits, at)
     compute_dtype, result_dtype = found.computed or library.compute_dtype(logits)
     compute_dtype, dtype, more = loss_dtype(library, logits, None, compute_dtype, result_dtype)
     arrays = [logits, labels]

@@ -245,6 +245,10 @@ def _answer(
     logits = _Logits((*hidden.shape[:-1], classifier.shape[0]))
     axis = logits.ndim - 1
     indices = _checks.labels_are_indices(logits, labels, axis, library)
+    if library.lazy:
+        _checks.chunks_correspond("labels", labels, "hidden", hidden, range(axis))
+        if not library.chunked:
+            _checks.known_length("classifier", classifier, 0)
     assert found.computed is not None  # it is floating
     compute_dtype, dtype, more = loss_dtype(library, hidden, dtype, *found.computed)
     result_dtype = found.computed[1]
@@ -275,13 +279,13 @@ def _finished(request: Request, answer: Any) -> Any:
     library, hidden = request.library, request.x
     loss, grads = answer if isinstance(answer, tuple) else (answer, None)
     if request.options.loss.reduction == "none" and hidden.ndim != 2:
-        loss = library.xp.reshape(loss, hidden.shape[:-1])
+        loss = library.xp.reshape(loss, library.shape(hidden)[:-1])
     loss = library.scalar_if_0d(library.cast(loss, request.answer_dtype))
     if grads is None:
         return loss, None
     found = [None if g is None else library.cast(g, request.result_dtype) for g in grads]
     if hidden.ndim != 2:
-        found[0] = library.xp.reshape(found[0], hidden.shape)
+        found[0] = library.xp.reshape(found[0], library.shape(hidden))
     return loss, tuple(found)
 
 

@@ -153,6 +153,26 @@ CALLS = _calls()
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 
+# Of logits of which some are -inf, and of others that are finite; cut into chunks of two columns,
+# a chunk of the third row holds nothing else.
+WITH_IMPOSSIBLE = [[-np.inf, 0, 1, 2], [1, 2, 1, 1], [-np.inf, -np.inf, 0, 1], [3, -np.inf, 2, 2]]
+IMPOSSIBLE = {
+    "softmax": lambda x, f: ps.softmax(x, sink=0.5),
+    "logsumexp": lambda x, f: ps.logsumexp(x, axis=1, b=f, return_sign=True),
+    "logmeanexp": lambda x, f: ps.logmeanexp(x, axis=1),
+    "logmeanexp(where)": lambda x, f: ps.logmeanexp(f, axis=1, where=x > 0.5),
+    "entropy": lambda x, f: ps.entropy_value_and_grad(x),
+    "kl_divergence": lambda x, f: ps.kl_divergence(x, x, reduction="none"),
+    "kl_divergence_value_and_grad": lambda x, f: ps.kl_divergence_value_and_grad(x, f),
+    "sparsemax": lambda x, f: ps.sparsemax(x),
+    "online": lambda x, f: tuple(ps.online.merge(ps.online.fold(x), ps.online.fold(x + f))),
+    "online.softmax": lambda x, f: ps.online.softmax(x, ps.online.fold(x)),
+    "linear_cross_entropy": lambda x, f: ps.linear_cross_entropy(
+        f, f, ps.softmax(f), bias=x[0, :], reduction="none", where=x[0, :] > -np.inf
+    ),
+}
+
+
 def every_call_compiled(why: str) -> pytest.MarkDecorator:
     """Return `every_call`, most of it slow: not so is the call of each kind with most options."""
     kinds: dict[str, list[str]] = {}

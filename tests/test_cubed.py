@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from asserts import assert_close
-from calls import CALLS, as_tuple
+from calls import CALLS, IMPOSSIBLE, WITH_IMPOSSIBLE, as_tuple
 
 import portable_softmax as ps
 from portable_softmax import kernels
@@ -158,6 +158,21 @@ def test_what_answers_share_may_be_computed_for_each(xp, cut):
     first = [xp.numpy(a) for a in as_tuple((loss, grad))]
     for a, b in zip(first, (loss, grad), strict=True):
         np.testing.assert_array_equal(a, xp.numpy(b))
+
+
+@pytest.mark.parametrize("chunks", [(2, 4), (2, 2)], ids=["whole rows", "parts"])
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_an_impossible_class_raises_no_warning_of_numpy(xp, name, chunks):
+    """Though a chunk of a row, or a row of its chunk, holds no other."""
+
+    def cut(a):
+        return xp.xp.asarray(a, chunks=chunks[: a.ndim], spec=xp.spec)
+
+    x, f = np.asarray(WITH_IMPOSSIBLE), np.random.default_rng(0).normal(size=(4, 4))
+    answers = as_tuple(IMPOSSIBLE[name](cut(x), cut(f)))
+    found = xp.cubed.compute(*answers, executor=xp.executor)
+    for y, e in zip(found, as_tuple(IMPOSSIBLE[name](x, f)), strict=True):
+        np.testing.assert_allclose(y, e, rtol=1e-12, atol=1e-14)
 
 
 def test_arrays_of_two_specs_are_refused(xp):

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from calls import CALLS, as_tuple, every_call
+from calls import CALLS, IMPOSSIBLE, WITH_IMPOSSIBLE, as_tuple, every_call
 from numpy.testing import assert_allclose, assert_array_equal
 from test_values import EPS, MARGINS, confident
 
@@ -41,6 +41,21 @@ def test_nothing_is_computed_before_it_is_asked_for(da, xp, computes_nothing, ca
         assert (y.shape, y.dtype, y._meta.dtype) == (e.shape, e.dtype, e.dtype)
     with pytest.raises(AssertionError, match="somebody computed"):
         outputs[0].compute()
+
+
+@every_call
+def test_big_endian_chunks_are_answered_in_native_byte_order(da, xp, call):
+    """As NumPy answers; so Dask says before, too."""
+    import dask
+
+    def swapped(a):
+        return xp.from_numpy(a.astype(a.dtype.newbyteorder(">")))
+
+    outputs = call.outputs(swapped)
+    found = dask.compute(*outputs, scheduler="synchronous")
+    for y, a, e in zip(outputs, found, call.outputs(np.asarray), strict=True):
+        assert y.dtype == y._meta.dtype == a.dtype == e.dtype
+        assert_allclose(a, e, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "complex128"])
@@ -102,8 +117,7 @@ def test_chunks_of_whole_rows(da, name):
         return da.from_array(array, chunks=(1, *array.shape[1:]) if array.ndim > 1 else -1)
 
     expected = call.outputs(np.asarray)
-    # A mean of rows in several chunks is left to operations on lazy arrays, which warn at -inf.
-    with dask.config.set(scheduler="synchronous"), np.errstate(invalid="ignore"):
+    with dask.config.set(scheduler="synchronous"):
         found = dask.compute(*call.outputs(cut))
     for y, e in zip(found, expected, strict=True):
         assert (y.dtype, y.shape) == (e.dtype, e.shape)
@@ -317,6 +331,27 @@ def test_labels_of_numpy(da, xp, computes_nothing, chunks):
         ps.cross_entropy(x, LABELS[:3])
 
 
+def test_chunks_of_masked_arrays_are_refused_as_those_are(da, xp, computes_nothing):
+    """Their masked values would take part; the remedy gives what NumPy gives for the same."""
+    hidden = TABLE > 1.0
+    given = np.ma.masked_array(TABLE, hidden)
+    x, plain = da.from_array(given, (3, 5), asarray=False), da.from_array(TABLE, (3, 5))
+    wrong = r"{0} is an array of dask in chunks of numpy\.ma\.\S*MaskedArray, .*{0}\.map_blocks"
+    for f in (ps.softmax, ps.logsumexp, ps.sparsemax, ps.online.fold):
+        with pytest.raises(TypeError, match=wrong.format("x")):
+            f(x)
+    with pytest.raises(TypeError, match=wrong.format("logits")):
+        ps.entropy(x)
+    with pytest.raises(TypeError, match=wrong.format("labels")):
+        ps.cross_entropy(plain, x)
+    other = da.from_array(TABLE.view(type("Other", (np.ndarray,), {})), (3, 5), asarray=False)
+    with pytest.raises(TypeError, match=r"Other, .*pass x\.map_blocks\(numpy\.asarray\)"):
+        ps.softmax(other)
+    where = ~x.map_blocks(np.ma.getmaskarray)
+    y = ps.softmax(x.map_blocks(np.ma.getdata), where=where)
+    assert_allclose(xp.numpy(y), ps.softmax(TABLE, where=~hidden), rtol=1e-13)
+
+
 def test_equal_calls_are_one_computation(da):
     x, labels = da.from_array(TABLE, (3, 5)), da.from_array(LABELS, 3)
     for f in (ps.softmax, lambda x: ps.cross_entropy_value_and_grad(x, labels)[1]):
@@ -394,6 +429,53 @@ def test_a_filter_that_leaves_an_empty_chunk(da, xp, computes_nothing, kept):
         assert_allclose(actual, e, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.parametrize("chunks", [(3, 12), (3, 5)])
+def test_running_sums_of_an_unknown_number_of_rows(da, chunks):
+    kept = TABLE[:, 0] > 0
+    x = da.from_array(TABLE, chunks)[da.from_array(kept, 3)]
+    for f in (ps.logcumsumexp, lambda x: ps.logcumsumexp_vjp(x, x)):
+        assert_allclose(f(x).compute(scheduler="synchronous"), f(TABLE[kept]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_chunks_of_known_and_of_unknown_lengths(da, computes_nothing, whole):
+    """Nobody knows whether they are the same."""
+    kept = da.from_array(TABLE[:, 0] > 0, 3)
+    known, labels = da.from_array(TABLE, (3, -1 if whole else 5)), da.from_array(LABELS, 3)
+    x, t = known[kept], labels[kept]
+    losses = (
+        (ps.cross_entropy, "logits"),
+        (ps.entmax_loss, "logits"),
+        (lambda x, t: ps.linear_cross_entropy(x, known, t), "hidden"),
+    )
+    for f, name in losses:
+        for given in (labels, labels.rechunk(-1), LABELS):
+            if given is LABELS and name == "hidden":
+                continue  # which takes no labels of NumPy
+            with pytest.raises(ValueError, match=rf"call {name}\.compute_chunk_sizes\(\)"):
+                f(x, given)
+        with pytest.raises(ValueError, match=r"call labels\.compute_chunk_sizes\(\)"):
+            f(known, t)
+    for f in (ps.cross_entropy, ps.sigmoid_cross_entropy):
+        with pytest.raises(ValueError, match=r"labels has .* call logits\.compute_chunk_sizes\(\)"):
+            f(x, ps.softmax(known))
+    with pytest.raises(ValueError, match=r"dy has .* call y\.compute_chunk_sizes\(\)"):
+        ps.softmax_vjp(x, known)
+    with pytest.raises(ValueError, match=r"call logits_q\.compute_chunk_sizes\(\)"):
+        ps.kl_divergence(known, x)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+@pytest.mark.parametrize("axis", [0, 1, None])
+@pytest.mark.parametrize("chunks", [(1, 3), (2, 2)])
+def test_a_mean_of_an_unknown_number(da, chunks, axis, kept):
+    """Of none it is nan, without a warning."""
+    some = da.from_array(np.arange(2) < kept, chunks[0])
+    x = da.from_array(TABLE[:2, :3], chunks)[some]
+    found = ps.logmeanexp(x, axis=axis).compute(scheduler="synchronous")
+    assert_allclose(found, ps.logmeanexp(TABLE[:kept, :3], axis=axis), rtol=1e-14)
+
+
 def test_an_unknown_number_of_classes(da):
     """What only sums over the classes needs no number; what counts them asks for it."""
     x = da.from_array(TABLE, (3, 5))[:, da.from_array(TABLE[0] > 0, 5)]
@@ -466,6 +548,21 @@ def test_what_a_mask_hides_reaches_no_gradient(da, xp, hidden):
     grad = xp.numpy(grad)
     assert np.isfinite(grad).all()
     assert_array_equal(grad[~mask], 0.0)
+
+
+@pytest.mark.parametrize("chunks", [(2, -1), (2, 2)], ids=["whole rows", "parts"])
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_an_impossible_class_raises_no_warning_of_numpy(da, name, chunks):
+    """Though a chunk of a row, or a row of its chunk, holds no other."""
+    import dask
+
+    def cut(a):
+        return da.from_array(a, chunks[: a.ndim])
+
+    x, f = np.asarray(WITH_IMPOSSIBLE), TABLE[:4, :4]
+    found = dask.compute(*as_tuple(IMPOSSIBLE[name](cut(x), cut(f))), scheduler="synchronous")
+    for y, e in zip(found, as_tuple(IMPOSSIBLE[name](x, f)), strict=True):
+        assert_allclose(y, e, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("chunks", [(2, -1), (2, 2)], ids=["whole rows", "parts"])

@@ -51,6 +51,54 @@ def test_compile_and_vmap(xp):
     assert_close(xp, rows, xp.numpy(ps.softmax(logits)), rtol=1e-14)
 
 
+# Labels are checked where they can be read, and give nan elsewhere.
+TRANSFORMED = {
+    "cross_entropy": lambda x, t: ps.cross_entropy(x, t, reduction="none"),
+    "sparsemax": lambda x, _: ps.sparsemax(x),
+    "entmax": lambda x, _: ps.entmax(x, alpha=1.3),
+    "entmax_vjp": lambda x, _: ps.entmax_vjp(ps.softmax(x), x),
+    "entmax of a large alpha": lambda x, _: ps.entmax(x, alpha=3.0),
+    "entmax_loss": lambda x, t: ps.entmax_loss(x, t, reduction="none"),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_what_reads_values_goes_without_under_vmap(xp, name):
+    logits, labels, function = xp.asarray(LOGITS), xp.asarray([0, 0, 2]), TRANSFORMED[name]
+    expected = xp.numpy(function(logits, labels))
+    assert_close(xp, xp.xp.vmap(function)(logits, labels), expected, rtol=1e-13)
+
+
+_LONG = pytest.mark.slow("MLX compiles each step of a search")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "cross_entropy" else _LONG) for n in TRANSFORMED]
+)
+def test_what_reads_values_goes_without_when_compiled(xp, name):
+    logits, labels, function = xp.asarray(LOGITS), xp.asarray([0, 0, 2]), TRANSFORMED[name]
+    expected = xp.numpy(function(logits, labels))
+    assert_close(xp, xp.xp.compile(function)(logits, labels), expected, rtol=1e-13)
+
+
+def test_a_label_out_of_range_is_nan_in_a_transform(xp):
+    logits, labels = xp.asarray(LOGITS), xp.asarray([0, 3, -1])
+    with pytest.raises(IndexError, match=r"labels\[1\] is 3"):
+        ps.cross_entropy(logits, labels)
+    found = xp.numpy(xp.xp.vmap(ps.cross_entropy)(logits, labels))
+    np.testing.assert_array_equal(np.isnan(found), [False, True, True])
+
+
+def test_an_answer_is_as_lazy_as_what_it_is_made_of(xp):
+    mx = xp.xp
+    x = mx.arange(1 << 20, dtype=mx.float32) + 1.0
+    before = mx.get_active_memory()
+    answers = ps.softmax(x), ps.logsumexp(x), ps.kl_divergence(x, 2.0 * x)
+    assert mx.get_active_memory() - before < x.nbytes / 4
+    mx.eval(answers)
+    assert mx.get_active_memory() - before >= x.nbytes
+
+
 def test_one_call_of_float64_needs_no_device(xp):
     """The namespace takes `device=None`, which MLX's own functions do not know."""
     library = libraries.library_of(xp.asarray(LOGITS))

@@ -123,14 +123,22 @@ def is_extreme(library: Library, temperature: float, dtype: Any) -> bool:
     return library.is_known(temperature) and not 2.0**-most <= temperature <= 2.0**most
 
 
-def _flat(xp: Namespace, where: Any, positions: tuple[int, ...]) -> Any:
+def _flat(xp: Namespace, where: Any, hidden: Any) -> Any:
     """Return a mask with its positions in one axis; of one row if it is the same everywhere."""
     *batch, n = where.shape
     if all(length == 1 for length in batch):
         return xp.reshape(where, (1, n))
-    whole = math.prod(positions)
-    shape = (whole if whole == whole else -1, n)
-    return xp.reshape(xp.broadcast_to(where, (*positions, n)), shape)
+    positions = tuple(hidden.shape[:-1])
+    if any(length is None for length in positions):
+        where = xp.broadcast_arrays(where, hidden[..., :1])[0]
+    else:
+        where = xp.broadcast_to(where, (*positions, n))
+    return xp.reshape(where, (_product(positions), n))
+
+
+def _product(lengths: tuple[Any, ...]) -> int:
+    """Return the product of lengths, -1 where one is unknown: nan in chunks, None in a graph."""
+    return -1 if any(n is None or n != n for n in lengths) else math.prod(lengths)
 
 
 def answered_in(library: Library, dtype: Any, compute: Any, result: Any) -> tuple[Any, Any, Any]:
@@ -317,10 +325,9 @@ class Request(NamedTuple):
         classifier, bias, options, _ = self.options
         hidden, labels, where, sample = self.x, self.labels, options.where, options.sample_weight
         if where is not None and where.ndim > 1:
-            where = _flat(self.xp, where, hidden.shape[:-1])
+            where = _flat(self.xp, where, hidden)
         if hidden.ndim != 2:
-            n = math.prod(hidden.shape[:-1])
-            n = n if n == n else -1  # nan: chunks of unknown length
+            n = _product(hidden.shape[:-1])
             hidden = self.xp.reshape(hidden, (n, hidden.shape[-1]))
             shape = (n,) if self.indices else (n, labels.shape[-1])
             labels = self.xp.reshape(labels, shape)

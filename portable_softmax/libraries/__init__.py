@@ -132,7 +132,9 @@ def library_of(array: Any) -> Library:
             found = of(sys.modules["jax"].numpy)
         else:
             found = of(compat.array_namespace(array))
-        if found.refused or (type(found) is Library and _is_refused(found)):
+        if found.refused or found.made_of_arrays:
+            return found
+        if type(found) is Library and _is_refused(found):
             return found
         BY_TYPE[cls] = found
     return found

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from portable_softmax._typing import Namespace
-from portable_softmax.libraries._chunked import Chunked
+from portable_softmax.libraries._chunked import Chunked, quietly
 from portable_softmax.libraries._namespace import Adapted
 
 # Bytes that a task needs at most beside its chunks: what is no kernel works on tiles, one per
@@ -169,11 +169,16 @@ class Cubed(Chunked):
         if 0 in x.shape:
             folded = function(np.empty(x.shape, x.dtype), axis=axes, keepdims=True)
             return self.xp.asarray(folded, device=x.spec)
-        fold = partial(_quietly, function)
+        fold = partial(quietly, function)
         if not axes:
             return self._each_chunk(partial(fold, axis=axes, keepdims=True), x)
         reduction = sys.modules["cubed.core.ops"].reduction
         return reduction(x, fold, combine_func=fold, axis=axes, dtype=x.dtype, keepdims=True)
+
+    def entrywise(self, function: Callable[..., Any], x: Any, *others: Any) -> Any:
+        """Return ``function(x, *others)``, in one task a chunk that raises no warnings."""
+        elementwise = sys.modules["cubed.core.ops"].elemwise
+        return elementwise(partial(quietly, function), x, *others, dtype=x.dtype)
 
     def of_whole_rows(
         self, x: Any, axes: tuple[int, ...], function: Callable[..., Any], number: Any
@@ -252,10 +257,5 @@ def _merged(
     return merge([one for (one,) in states]) if alone else several.join(merge(states))
 
 
-def _quietly(function: Callable[..., Any], chunk: Any, **kwargs: Any) -> Any:
-    with np.errstate(all="ignore"):
-        return function(chunk, **kwargs)
-
-
 def _of_row(function: Callable[..., Any], number: Any, chunk: Any) -> Any:
-    return _quietly(function, chunk, alpha=number)
+    return quietly(function, chunk, alpha=number)

@@ -32,6 +32,10 @@ class CuPy(Library):
         so_far += self.xp.matmul(a, b)
         return so_far
 
+    def has_float64(self, x: Any) -> bool:
+        """Return True."""
+        return True
+
     def device_type(self, x: Any) -> str:
         """Return ``"cuda"``."""
         return "cuda"

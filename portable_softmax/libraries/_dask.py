@@ -9,13 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax.libraries._chunked import Chunked
+from portable_softmax.libraries._chunked import Chunked, quietly
 
 
 class Dask(Chunked):
     """It has no gather, and reads no value before compute()."""
 
     only_device = "cpu"  # chunks are where their workers are
+    made_of_arrays = True
+
+    def made_of(self, x: Any) -> type:
+        """Return the class of the chunks."""
+        return type(x._meta)
 
     def adopt(self, labels: Any, logits: Any, axis: int) -> Any:
         """Return `labels`, those of NumPy in chunks as the logits have."""
@@ -45,6 +50,10 @@ class Dask(Chunked):
         every = range(x.ndim)
         kept = [a for a in every if a not in axes]
         return self.each_chunk(partial(_squeezed, axes), kept, (x, every), dtype=x.dtype)
+
+    def concat(self, arrays: Sequence[Any], axis: int) -> Any:
+        """Return arrays one after another along an axis; others may have an unknown length."""
+        return self.xp.concat(arrays, axis=axis, allow_unknown_chunksizes=True)
 
     def numbers_along(self, x: Any, axis: int) -> Any:
         """Return 0, 1, ... in chunks as those of an axis of `x`."""
@@ -132,10 +141,13 @@ class Dask(Chunked):
 
     def reduce_chunks(self, x: Any, axes: tuple[int, ...], function: Callable[..., Any]) -> Any:
         """Fold each chunk, then merge what chunks gave in a tree."""
-        reduction = sys.modules["dask.array"].reduction
-        return reduction(
-            x, chunk=function, aggregate=function, axis=axes, keepdims=True, dtype=x.dtype
-        )
+        reduction, fold = sys.modules["dask.array"].reduction, partial(quietly, function)
+        return reduction(x, chunk=fold, aggregate=fold, axis=axes, keepdims=True, dtype=x.dtype)
+
+    def entrywise(self, function: Callable[..., Any], x: Any, *others: Any) -> Any:
+        """Return ``function(x, *others)``, in one task a chunk that raises no warnings."""
+        elementwise = sys.modules["dask.array"].core.elemwise
+        return elementwise(partial(quietly, function), x, *others, dtype=x.dtype)
 
     def alike(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Return both in the same chunks, and each of these as a new array lies in memory."""
@@ -150,7 +162,7 @@ class Dask(Chunked):
         """Return what `function` makes of `x` and a number, in chunks that hold whole rows."""
         cut = {axis: -1 for axis in axes if len(x.chunks[axis]) > 1}
         x = x.rechunk(cut) if cut else x
-        return x.map_blocks(function, number, dtype=x.dtype, meta=x._meta)
+        return x.map_blocks(partial(quietly, function), number, dtype=x.dtype, meta=x._meta)
 
 
 def _in_order(chunk: Any) -> Any:

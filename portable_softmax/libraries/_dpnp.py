@@ -23,9 +23,9 @@ class Dpnp(Library):
         """Return ``"cpu"``, ``"gpu"`` or another kind of SYCL's devices."""
         return str(x.sycl_device.device_type.name)
 
-    def wider_dtype(self, x: Any) -> Any:
-        """Return float64 where the device has it."""
-        return super().wider_dtype(x) if x.sycl_device.has_aspect_fp64 else x.dtype
+    def has_float64(self, x: Any) -> bool:
+        """Return whether the device of `x` has it."""
+        return bool(x.sycl_device.has_aspect_fp64)
 
     def reads_values(self, x: Any) -> bool:
         """Return True."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import array_api_compat as compat
@@ -56,6 +56,11 @@ def dtype_name(dtype: Any) -> str:
     return str(getattr(dtype, "name", None) or dtype).rpartition(".")[2]
 
 
+def selected(xp: Namespace, first: Any, x: Any, y: Any) -> Any:
+    """Return `x` where it is the first of both or nan, `y` elsewhere."""
+    return xp.where(first | (x != x), x, y)
+
+
 class Library:
     """A library of the standard, of which nothing else is known.
 
@@ -73,6 +78,8 @@ class Library:
     """Whether nothing is computed, nor a value to be read, before it is asked for."""
     chunked = False
     """Whether arrays are split into chunks, so that slicing one adds to a task graph."""
+    made_of_arrays = False
+    """Whether arrays are made of arrays of another class, which has to be looked at as well."""
     stores_chunks = False
     """Whether what a task gives for a chunk is stored as one array."""
     writes = False
@@ -161,6 +168,14 @@ class Library:
         """Return `labels`, as an array of the library where it takes those of another."""
         return labels
 
+    def shape(self, x: Any) -> Any:
+        """Return the shape of `x`, as the library's functions take one."""
+        return x.shape
+
+    def made_of(self, x: Any) -> type:
+        """Return the class of the arrays that `x` is made of, its own if it is of none."""
+        return type(x)
+
     def size(self, x: Any) -> int:
         """Return the number of elements."""
         return math.prod(x.shape)
@@ -207,7 +222,7 @@ class Library:
         return "other"
 
     def _native(self, dtype: Any) -> Any:
-        return dtype
+        return numpy_dtype(dtype) if self.numpy_dtypes else dtype
 
     def own_dtype(self, dtype: Any) -> Any:
         """Return a dtype that a user names as arrays have it; TypeError for no dtype."""
@@ -239,7 +254,16 @@ class Library:
 
     def wider_dtype(self, x: Any) -> Any:
         """Return a floating dtype with twice the digits of that of `x`, or its own without one."""
-        return self.xp.float64 if x.dtype == self.xp.float32 else x.dtype
+        wider = x.dtype == self.xp.float32 and self.has_float64(x)
+        return self.xp.float64 if wider else x.dtype
+
+    def has_float64(self, x: Any) -> bool:
+        """Return whether the device of `x` has float64."""
+        inspection = getattr(self.xp, "__array_namespace_info__", None)
+        if inspection is None:  # a version of the standard before 2023.12
+            return True
+        found = inspection().dtypes(device=self.device(x), kind="real floating")
+        return "float64" in found
 
     def default_float(self, x: Any) -> Any:
         """Return the floating dtype that the library gives to a Python float today."""
@@ -269,12 +293,27 @@ class Library:
         """Return `x` with its derivative cut off."""
         return x
 
+    def maximum(self, x: Any, y: Any) -> Any:
+        """Return the greater of two entries, nan where one is."""
+        # The standard has had it and `minimum` since 2023.12.
+        known = getattr(self.xp, "maximum", None)
+        return selected(self.xp, x >= y, x, y) if known is None else known(x, y)
+
+    def minimum(self, x: Any, y: Any) -> Any:
+        """Return the smaller of two entries, nan where one is."""
+        known = getattr(self.xp, "minimum", None)
+        return selected(self.xp, x <= y, x, y) if known is None else known(x, y)
+
     def scalar(self, value: float, like: Any) -> Any:
         """Return `value` as a 0-d array with the dtype and device of `like`.
 
         Versions of the standard before 2024.12 take no Python scalars in functions such as `where`.
         """
         return self.xp.asarray(value, dtype=like.dtype, device=self.device(like))
+
+    def concat(self, arrays: Sequence[Any], axis: int) -> Any:
+        """Return arrays one after another along an axis; others may have an unknown length."""
+        return self.xp.concat(arrays, axis=axis)
 
     def squeeze(self, x: Any, axes: tuple[int, ...]) -> Any:
         """Return `x` without these axes of length 1."""
@@ -326,6 +365,10 @@ class Library:
         It is of the shape and dtype of `x`, and needs whole rows.
         """
         return function(x, number)
+
+    def entrywise(self, function: Callable[..., Any], x: Any, *others: Any) -> Any:
+        """Return ``function(x, *others)``, arithmetic of entries that gives the dtype of `x`."""
+        return function(x, *others)
 
     def iterate(self, step: Callable[[Any], tuple[Any, Any]], x: Any, most: int) -> Any:
         """Return x after steps, each of which tells whether it changed anything; `most` at most.

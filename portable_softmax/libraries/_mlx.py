@@ -38,9 +38,9 @@ class Mlx(Library):
         """Return True."""
         return True
 
-    def wider_dtype(self, x: Any) -> Any:
-        """Return float64 on the CPU, which alone has it."""
-        return super().wider_dtype(x) if self.device_type(x) == "cpu" else x.dtype
+    def has_float64(self, x: Any) -> bool:
+        """Return whether operations run on the CPU, which alone has it."""
+        return self.device_type(x) == "cpu"
 
     def scalar(self, value: float, like: Any) -> Any:
         """Return a 0-d array; MLX takes no Python int beyond int64."""
@@ -70,8 +70,16 @@ class Mlx(Library):
         return self.xp.stop_gradient(x)
 
     def reads_values(self, x: Any) -> bool:
-        """Return True; a value that is read inside of a transform raises an error of MLX."""
+        """Return whether the values of `x` can be computed now, which only trying shows."""
+        try:
+            self.xp.eval(x)
+        except ValueError:  # inside of `mx.compile` or `mx.vmap`
+            return False
         return True
+
+    def tracing(self, *arrays: Any) -> str:
+        """Return the empty string: to find out would compute what is still lazy."""
+        return ""
 
 
 class _Namespace(Adapted):

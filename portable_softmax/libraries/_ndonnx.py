@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from portable_softmax._typing import Namespace
 from portable_softmax.libraries._library import RUNNING_SUM, Library
+from portable_softmax.libraries._namespace import Adapted
 
 
 class Ndonnx(Library):
@@ -16,6 +18,21 @@ class Ndonnx(Library):
 
     lazy = True  # of constants too: what an argument may hold decides
     only_device = "onnx"  # what runs the graph decides where
+
+    def __init__(self, xp: Namespace, name: str) -> None:
+        super().__init__(_Namespace(xp), name)
+
+    def shape(self, x: Any) -> Any:
+        """Return the shape that the graph finds."""
+        return x.dynamic_shape
+
+    def alike(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Return both: arrays of a graph lie nowhere."""
+        return x, y
+
+    def has_float64(self, x: Any) -> bool:
+        """Return True."""
+        return True
 
     def longest_sum(self, x: Any, axis: int) -> float:
         """Return that of a running sum: ONNX Runtime's is one, in a few lanes, along any axis."""
@@ -44,6 +61,18 @@ class Ndonnx(Library):
         start = [array.unwrap_spox() for array in (x if several else (x,))]
         arrays = tuple(map(self.xp.asarray, onnx.loop(limit, go, start, body=body)))
         return arrays if several else arrays[0]
+
+
+class _Namespace(Adapted):
+    """ndonnx, with a `matmul` that forgets no length because another one is open."""
+
+    def matmul(self, x: Any, y: Any) -> Any:
+        """Return x @ y of two matrices."""
+        found = self._xp.matmul(x, y)
+        lengths = x.shape[0], y.shape[1]
+        if found.shape == lengths or lengths == (None, None) or 0 in lengths:
+            return found
+        return self._xp.reshape(found, tuple(-1 if n is None else n for n in lengths))
 
 
 def _has_a_value(array: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax.libraries._library import RUNNING_SUM, Library, dtype_name, numpy_dtype
+from portable_softmax.libraries._library import RUNNING_SUM, Library, dtype_name
 
 # What `numpy.errstate` sets and sets back, at a third of its cost: for a small array that is a
 # twelfth of a whole call. The names are private, and without them errstate does it.
@@ -86,9 +86,6 @@ class NumPy(Library):
             return "longdouble"
         return dtype_name(dtype) if dtype.isnative else dtype_name(dtype) + " byteswapped"
 
-    def _native(self, dtype: Any) -> Any:
-        return numpy_dtype(dtype)
-
     def default_float(self, x: Any) -> Any:
         """Return float64."""
         return _FLOAT
@@ -96,6 +93,10 @@ class NumPy(Library):
     def default_int(self, x: Any) -> Any:
         """Return int64."""
         return _INT
+
+    def has_float64(self, x: Any) -> bool:
+        """Return True."""
+        return True
 
     def cast(self, x: Any, dtype: Any) -> Any:
         """Return `x` in `dtype`; NumPy 2.0's astype takes no scalars, which its reductions give."""

@@ -219,9 +219,9 @@ class Torch(Library):
         """Return ``"cpu"``, ``"cuda"`` and so on."""
         return "cpu" if x.is_cpu else str(x.device.type)
 
-    def wider_dtype(self, x: Any) -> Any:
-        """Return float64, which Apple's devices do not have."""
-        return x.dtype if x.device.type == "mps" else super().wider_dtype(x)
+    def has_float64(self, x: Any) -> bool:
+        """Return whether `x` is on no device of Apple."""
+        return bool(x.device.type != "mps")
 
     def constant(self, x: Any) -> Any:
         """Return `x` with its derivative cut off."""

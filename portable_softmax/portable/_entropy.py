@@ -104,14 +104,15 @@ def _divergence(
     u = xp.where(gone, zero, u)
     # Bounds beyond what is selected, as a derivative is shared where a bound is met. They take the
     # place of `where`, which is slow where neighbours differ.
-    small = p * exp_minus_its_tangent(xp, xp.minimum(u, two))
-    terms = xp.where(constant(xp, u) > 1.0, q - p * (1.0 + xp.maximum(u, zero)), small)
+    low, high = libraries.of(xp).minimum(u, two), libraries.of(xp).maximum(u, zero)
+    small = p * exp_minus_its_tangent(xp, low)
+    terms = xp.where(constant(xp, u) > 1.0, q - p * (1.0 + high), small)
     return total(xp, xp.where(gone, q, terms), axes), p, q, u
 
 
 def exp_minus_its_tangent(xp: Namespace, u: Any) -> Any:
     """Return exp(u) - 1 - u, for u <= 1."""
-    v = xp.maximum(u, scalar(xp, -2.0, u))
+    v = libraries.of(xp).maximum(u, scalar(xp, -2.0, u))
     return xp.where(constant(xp, u) >= -1.0, v * v * beyond_its_tangent(xp, v), xp.expm1(u) - u)
 
 

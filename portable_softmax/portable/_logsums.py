@@ -25,12 +25,16 @@ def logmeanexp(xp: Namespace, x: Any, axes: Axes, *, where: Any = None) -> Any:
         return total(xp, x, axes) + math.nan  # the mean of nothing
     zero = scalar(xp, 0.0, x)
     part = some = None
-    if where is None:
-        n = _count(xp, x, axes)
-    else:
+    if where is not None:
         x, some = masked(xp, x, where, axes)
-        part = xp.broadcast_to(with_axes(where, x.ndim), x.shape)
+        part = xp.broadcast_to(with_axes(where, x.ndim), libraries.of(xp).shape(x))
         n = total(xp, cast(xp, part, x.dtype), axes)
+    elif all(libraries.of(xp).is_known(n) and n == n for n in (x.shape[a] for a in axes)):
+        n = scalar(xp, float(math.prod([x.shape[a] for a in axes])), x)
+    else:  # there may turn out to be none
+        n = total(xp, xp.ones_like(x), axes)
+        some = n > 0
+    if some is not None:
         n = xp.where(some, n, scalar(xp, 1.0, n))
     m = maximum(xp, x, axes)
     infinite = xp.isinf(m)
@@ -45,31 +49,23 @@ def logmeanexp(xp: Namespace, x: Any, axes: Axes, *, where: Any = None) -> Any:
     return value if some is None else xp.where(some, value, scalar(xp, math.nan, value))
 
 
-def _count(xp: Namespace, x: Any, axes: Axes) -> Any:
-    """Return the number of entries of a row."""
-    lengths = [x.shape[a] for a in axes]
-    if all(libraries.of(xp).is_known(n) and n == n for n in lengths):
-        return scalar(xp, float(math.prod(lengths)), x)
-    return total(xp, xp.ones_like(x), axes)
-
-
 def logcumsumexp(xp: Namespace, x: Any, axis: int) -> Any:
     """Return log(cumsum(exp(x))): the states of all beginnings, merged in log2(n) rounds.
 
     Each round merges the state of the last 1, 2, 4, ... entries with that of as many before them
     (Hillis & Steele 1986, "Data parallel algorithms"), so that no error grows with the length.
     """
-    m, rest = x, xp.zeros_like(x)
+    own, m, rest = libraries.of(xp), x, xp.zeros_like(x)
     n, step = x.shape[axis], 1
     before = (slice(None),) * axis
     while step < n:
         first, early = (*before, slice(0, step), ...), (*before, slice(0, n - step), ...)
         late = (*before, slice(step, n), ...)
         merged_m, merged = _merged(xp, m[early], rest[early], m[late], rest[late])
-        m = xp.concat([m[first], merged_m], axis=axis)
-        rest = xp.concat([rest[first], merged], axis=axis)
+        m = own.concat([m[first], merged_m], axis)
+        rest = own.concat([rest[first], merged], axis)
         # XLA may take minutes to compile rounds that it tries to fuse.
-        m, rest = libraries.of(xp).barrier(m, rest)
+        m, rest = own.barrier(m, rest)
         step *= 2
     infinite = xp.isinf(constant(xp, m))
     return xp.where(infinite, m, m + xp.log1p(xp.where(infinite, scalar(xp, 0.0, m), rest)))
@@ -82,7 +78,7 @@ def logcumsumexp_vjp(xp: Namespace, x: Any, dy: Any, axis: int) -> Any:
     """
     if 0 in x.shape:
         return xp.zeros_like(x)
-    y = logcumsumexp(xp, x, axis)
+    own, y = libraries.of(xp), logcumsumexp(xp, x, axis)
     n, step = x.shape[axis], 1
     before, zero = (slice(None),) * axis, scalar(xp, 0.0, x)
     finite = ~xp.isinf(y)
@@ -91,8 +87,8 @@ def logcumsumexp_vjp(xp: Namespace, x: Any, dy: Any, axis: int) -> Any:
         both = finite[first] & (finite[late] | (y[late] > 0))
         fall = xp.where(both, xp.exp(y[first] - y[late]), zero)
         end = dy[(*before, slice(n - step, n), ...)]
-        dy = xp.concat([dy[first] + fall * dy[late], end], axis=axis)
-        (dy,) = libraries.of(xp).barrier(dy)
+        dy = own.concat([dy[first] + fall * dy[late], end], axis)
+        (dy,) = own.barrier(dy)
         step *= 2
     return dy * xp.where(x == -math.inf, zero, xp.exp(x - y))
 

@@ -57,9 +57,9 @@ def fold_part(
 def of_nothing(xp: Namespace, x: Any, axes: tuple[int, ...]) -> Folded:
     """Return the state of no entry, for parts of an array like `x`."""
     shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
-    if all(n == n for n in shape):
+    if all(n is not None and n == n for n in shape):
         m = xp.full(shape, -math.inf, dtype=x.dtype, device=device(x))
-    else:  # nan: chunks of unknown length, which only an array of that shape has
+    else:  # a length is unknown, which only an array of that shape has
         nothing = xp.zeros_like(xp.sum(x, axis=axes, keepdims=True))
         m = nothing + scalar(xp, -math.inf, nothing)
     return m, cast(xp, xp.full_like(m, -1.0), libraries.of(xp).wider_dtype(m))
@@ -69,7 +69,7 @@ def merge(xp: Namespace, states: Sequence[Folded], temperature: float = 1.0) -> 
     """Return the state of all parts, each read once."""
     m = states[0][0]
     for other, _ in states[1:]:
-        m = xp.maximum(m, other)
+        m = libraries.of(xp).maximum(m, other)
     m = constant(xp, m)  # nothing depends on what is subtracted; the rest has the derivatives
     terms, maxima = [], scalar(xp, -1.0, states[0][1])
     for state in states:

@@ -169,6 +169,10 @@ def difference_error(xp: Namespace, x: Any, m: Any, difference: Any) -> Any:
     A confident row's rest is one exponential of a large difference: half a unit lost in a
     difference of 64 is 32 units lost in the loss. This puts them back to first order.
     """
-    x, difference = constant(xp, x), constant(xp, difference)
+    own = libraries.of(xp)
+    return own.entrywise(_lost, own.constant(x), m, own.constant(difference))
+
+
+def _lost(x: Any, m: Any, difference: Any) -> Any:
     t = difference - x
     return (x - (difference - t)) - (m + t)
