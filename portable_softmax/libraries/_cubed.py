@@ -176,7 +176,7 @@ class Cubed(Chunked):
         return reduction(x, fold, combine_func=fold, axis=axes, dtype=x.dtype, keepdims=True)
 
     def entrywise(self, function: Callable[..., Any], x: Any, *others: Any) -> Any:
-        """Return ``function(x, *others)``, in one task a chunk that raises no warnings."""
+        """Return ``function(x, *others)``, in one task per chunk that raises no warnings."""
         elementwise = sys.modules["cubed.core.ops"].elemwise
         return elementwise(partial(quietly, function), x, *others, dtype=x.dtype)
 

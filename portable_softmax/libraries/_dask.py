@@ -145,7 +145,7 @@ class Dask(Chunked):
         return reduction(x, chunk=fold, aggregate=fold, axis=axes, keepdims=True, dtype=x.dtype)
 
     def entrywise(self, function: Callable[..., Any], x: Any, *others: Any) -> Any:
-        """Return ``function(x, *others)``, in one task a chunk that raises no warnings."""
+        """Return ``function(x, *others)``, in one task per chunk that raises no warnings."""
         elementwise = sys.modules["dask.array"].core.elemwise
         return elementwise(partial(quietly, function), x, *others, dtype=x.dtype)
 
