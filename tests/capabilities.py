@@ -22,6 +22,7 @@ import portable_softmax
 from portable_softmax import libraries
 from portable_softmax.kernels import _table
 from portable_softmax.kernels._request import (
+    DIVERGENCES,
     ENTROPIES,
     FAMILY,
     LINEAR,
@@ -129,6 +130,7 @@ def operations(kernel: _table.Kernel) -> str:
         LINEAR: "linear_cross_entropy",
         SPARSE: "entmax, sparsemax",
         PARTS: "parts of rows",
+        (*ENTROPIES, *DIVERGENCES): "entropy, kl_divergence",
     }
     return named.get(kernel.operations) or ", ".join(kernel.operations)
 

@@ -113,11 +113,11 @@ def test_every_kind_of_row_is_exact(every_size, plans, n, dtype):
         assert np.all(~counted | (error <= bound)), (name, float(np.max(error[counted])))
     driver = heavy("_driver")
     size = n * (8 if dtype == "float64" else 4)
-    folds = driver.GROUPS if driver.SHORT <= size <= driver.MIDDLE else driver.ROWS
-    folds = driver.BLOCKS if size < driver.SHORT else folds
-    folds = driver.NARROW if n <= driver.FEW else folds
-    writes = driver.ROWS if folds is driver.GROUPS and size > 1024 else folds
-    assert [plan.kernels for plan in plans[:4]] == [folds, writes, folds, folds]
+    folds = "groups" if driver.SHORT <= size <= driver.MIDDLE else "rows"
+    folds = "blocks" if size < driver.SHORT else folds
+    folds = "narrow" if n <= driver.FEW else folds
+    writes = "rows" if folds == "groups" and size > 1024 else folds
+    assert [plan.layout for plan in plans[:4]] == [folds, writes, folds, folds]
     loss, grad = ps.cross_entropy_value_and_grad(x, labels, reduction="none")
     np.testing.assert_allclose(loss, results["cross_entropy"], rtol=4 * unit)
     got = grad[np.arange(64), labels].astype(np.longdouble)
@@ -425,12 +425,12 @@ def test_groups_of_rows_come_to_the_bits_of_single_rows(every_size, monkeypatch,
             np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(("rows", "layout"), [(16, "GROUPS"), (20, "ROWS")])
+@pytest.mark.parametrize(("rows", "layout"), [(16, "groups"), (20, "rows")])
 def test_no_group_crosses_the_end_of_a_repeated_mask(every_size, plans, rows, layout):
     rng = np.random.default_rng(0)
     x, mask = rng.standard_normal((3, rows, 300)), rng.random((rows, 300)) < 0.5
     found = ps.softmax(x, where=mask), ps.logsumexp(x, axis=-1, where=mask)
-    assert [plan.kernels for plan in plans] == [getattr(heavy("_driver"), layout)] * 2
+    assert [plan.layout for plan in plans] == [layout] * 2
     whole = np.broadcast_to(mask, x.shape).copy()
     whole[0, 0, 0] ^= True  # nothing is repeated
     expected = ps.softmax(x, where=whole), ps.logsumexp(x, axis=-1, where=whole)
@@ -443,7 +443,7 @@ def test_read_only_arrays_are_not_compiled_anew(every_size):
     x = np.random.default_rng(0).standard_normal((50, 7))
     t = np.arange(50) % 7
     writeable = ps.softmax(x), ps.cross_entropy(x, t)
-    blocks = heavy("_driver").BLOCKS
+    blocks = heavy("_kernels").LAYOUTS["blocks"]
 
     def compiled():
         return [len(blocks[name].overloads) for name in ("softmax", "cross_entropy")]

@@ -16,13 +16,13 @@ OPERATIONS = (*ROWS, *VJPS, *LOSSES)
 SPARSE = ("entmax", "sparsemax", "entmax_vjp")
 RUNNING = ("logcumsumexp", "logcumsumexp_vjp")
 ENTROPIES = ("entropy", "entropy_value_and_grad")
+DIVERGENCES = ("kl_divergence", "kl_divergence_value_and_grad")
 FAMILY = (
     *SPARSE,
     "entmax_loss",
     "entmax_loss_value_and_grad",
     *ENTROPIES,
-    "kl_divergence",
-    "kl_divergence_value_and_grad",
+    *DIVERGENCES,
     "logmeanexp",
     *RUNNING,
 )

@@ -24,6 +24,7 @@ import os
 from typing import Any, NamedTuple
 
 from portable_softmax.kernels._request import (
+    DIVERGENCES,
     ENTROPIES,
     EXTREME,
     FAMILY,
@@ -140,6 +141,10 @@ _NUMBA = Kernel(
     options=(*LOSS_OPTIONS, SAMPLES, PROBABILITIES, "temperature", "dtype", OUT),
     at_least=_SMALL + 1,
 )
+_OF_DISTRIBUTIONS = _NUMBA._replace(
+    operations=(*ENTROPIES, *DIVERGENCES),
+    options=("temperature", "distillation", "reduction"),
+)
 _TILES = Kernel(
     name="numpy tiles",
     why="row tiles in cache",
@@ -202,6 +207,7 @@ TABLE = (
         options=(*LOSS_OPTIONS, SAMPLES, PROBABILITIES, "temperature", "dtype"),
         tracing=("traced",),
     ),
+    _OF_DISTRIBUTIONS,
     _PACKED,
     _PACKED._replace(**_LENT),
     Kernel(

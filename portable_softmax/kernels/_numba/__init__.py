@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from portable_softmax.kernels._numba import _support
-from portable_softmax.kernels._request import LOSSES, VJPS, Layout, Request
+from portable_softmax.kernels._request import DIVERGENCES, LOSSES, VJPS, Layout, Request
 
 # Rows across memory are copied to a tile, which has to stay small.
 LONGEST_ACROSS = 1 << 14
@@ -57,7 +57,7 @@ def declines(request: Request, asked: bool) -> str:
     arrays = [a for a in (x, request.dy, request.out) if a is not None]
     if not all(a.flags.c_contiguous and a.flags.aligned for a in arrays):
         return "not in C order"
-    if request.operation in VJPS and request.dy.dtype != x.dtype:
+    if request.operation in _OF_TWO and request.dy.dtype != x.dtype:
         return f"dtypes: {x.dtype} and {request.dy.dtype}"
     if request.labels is not None and not request.labels.dtype.isnative:
         return f"dtype of labels: {request.labels.dtype}"
@@ -82,6 +82,7 @@ def declines_options(request: Request) -> str:
     return ""
 
 
+_OF_TWO = (*VJPS, *DIVERGENCES)
 _READ = ("weight", "label_smoothing", "where", "sample_weight", "softcap")
 
 
@@ -235,12 +236,58 @@ def log_softmax_vjp(request: Request, *masked: bool) -> Any:
     return _from_output(request, *masked)
 
 
+def _entropy(request: Request) -> Any:
+    """Return the entropy; with it the gradient if that is asked for."""
+    drive, layout, x = _compiled(), _layout(request), request.x
+    h = np.empty(_positions(request), request.result_dtype)
+    flat: Any = h.view(_bits(x.dtype)).reshape(-1)
+    if request.operation == "entropy":
+        drive.entropy(_handed(x, layout), flat, None, layout)
+        return h
+    grad = _out(request)
+    drive.entropy(_handed(x, layout), flat, _handed(grad, layout), layout)
+    return h, grad
+
+
+entropy = entropy_value_and_grad = _entropy
+
+
+def _divergence(request: Request) -> Any:
+    """Return the reduced divergence; with it the gradients if they are asked for."""
+    drive, layout, options = _compiled(), _layout(request), request.options
+    t, distilled = options.temperature, options.distillation
+    each = np.empty(_positions(request), request.compute_dtype)
+    given = _handed(request.x, layout), _handed(request.dy, layout), each.reshape(-1)
+    grads = None
+    if request.operation == "kl_divergence":
+        drive.kl_divergence(*given, None, layout, t, 1.0)
+    else:
+        grads = _out(request), _out(request)
+        scale = (t if distilled else 1.0 / t) / (each.size if options.reduction == "mean" else 1)
+        handed = _handed(grads[0], layout), _handed(grads[1], layout)
+        drive.kl_divergence(*given, handed, layout, t, scale)
+    if distilled:
+        each *= t * t
+    if options.reduction != "none":
+        whole = np.sum(each, dtype=np.float64)
+        each = np.asarray(whole / each.size if options.reduction == "mean" else whole)
+    each = each.astype(request.answer_dtype, copy=False)
+    return each if grads is None else (each, *grads)
+
+
+kl_divergence = kl_divergence_value_and_grad = _divergence
+
+
+def _positions(request: Request) -> tuple[int, ...]:
+    """Return the shape of `x` without the reduced axes."""
+    return tuple([n for a, n in enumerate(request.x.shape) if a not in request.axes])
+
+
 def _loss(request: Request) -> Any:
     """Return the reduced loss; with it the gradient if that is asked for."""
     drive, layout, x, options = _compiled(), _layout(request), request.x, request.options
     compute_dtype = request.compute_dtype
-    positions = (*x.shape[: request.axis], *x.shape[request.axis + 1 :])
-    each = np.empty(positions, compute_dtype) if options.reduction == "none" else None
+    each = np.empty(_positions(request), compute_dtype) if options.reduction == "none" else None
     wants_gradient = request.operation == "cross_entropy_value_and_grad"
     if request.in_place() and request.check_labels:
         request.target()  # an error leaves the logits as they are

@@ -115,6 +115,7 @@ def _pass(body):
 
 stride, length, value, source = _rows.stride, _rows.length, _rows.value, _rows.source
 store_rare, whole = _rows.store_rare, _rows.whole
+most, keep = _rows.most, _rows.keep
 
 
 def writing(entry, values_of, own=False):

@@ -143,6 +143,9 @@ def whole(v):
     return v
 
 
+most, keep = whole, put
+
+
 @function
 def reduce_partials(workspace, T, kind):
     """Nothing is to be reduced."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -19,14 +20,7 @@ from portable_softmax.kernels._numba import _long
 from portable_softmax.kernels._numba._exp import temperature as prepared
 from portable_softmax.kernels._numba._groups import SUMS
 from portable_softmax.kernels._numba._jit import is_at_hand
-from portable_softmax.kernels._numba._kernels import (
-    BLOCKS,
-    COLUMNS,
-    GROUPS,
-    NARROW,
-    ROWS,
-    scan,
-)
+from portable_softmax.kernels._numba._kernels import LAYOUTS, scan
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, OVER, SAMPLED, WEIGHTED
 from portable_softmax.kernels._numba._values import size_of_values
 from portable_softmax.kernels._request import Layout
@@ -54,6 +48,8 @@ TILES = {
     "cross_entropy_value_and_grad": 2,
     "soft_cross_entropy": 2,
     "soft_cross_entropy_value_and_grad": 3,
+    "kl_divergence": 2,
+    "kl_divergence_value_and_grad": 3,
 }
 
 
@@ -72,7 +68,7 @@ class Loss(NamedTuple):
 class Plan(NamedTuple):
     """How rows are worked on: it depends on the call alone."""
 
-    kernels: dict[str, Any]
+    layout: str
     shape: tuple[int, int, int]  # n, inner and rows of a group, as `_kernels` has them
     workspace: int
     step: int  # groups of a piece
@@ -112,29 +108,29 @@ def plan(
     if inner > 1:
         vectors = COLUMN_VECTORS if n * COLUMN_VECTORS * 64 <= TILE else 1
         height = lanes * min(vectors, -(-inner // lanes))
-        kernels, groups, size = COLUMNS, outer * -(-inner // height), n * min(height, inner)
+        name, groups, size = "columns", outer * -(-inner // height), n * min(height, inner)
         workspace = tiles * n * height
     elif n <= FEW:
         height = VECTORS * lanes
-        kernels, groups, size = NARROW, -(-outer // height), n * height
+        name, groups, size = "narrow", -(-outer // height), n * height
         inner, workspace = outer, tiles * size
     elif length < short:
         height = VECTORS * lanes
-        kernels, groups, size = BLOCKS, -(-outer // height), n * height
+        name, groups, size = "blocks", -(-outer // height), n * height
         inner, workspace = outer, height * lanes + in_workspace * size
     elif length <= middle and not crossed:
         height = lanes
-        kernels, groups, size = GROUPS, -(-outer // height), n * height
+        name, groups, size = "groups", -(-outer // height), n * height
         inner, workspace = outer, SUMS * height * lanes + in_workspace * size
     else:
-        kernels, groups, size, height, inner = ROWS, outer, n, 1, outer
+        name, groups, size, height, inner = "rows", outer, n, 1, outer
         workspace = _long.space.py_func(n) + in_workspace * n
     workspace += size_of_values.py_func(height) + lanes  # the last ones to align it
     step, everything = groups, groups * size * dtype.itemsize
     if everything >= THREADED:
         piece = min(max(SMALLEST, everything // PART_OF_ALL), LARGEST)
         step = max(1, piece // (size * dtype.itemsize))
-    return Plan(kernels, (n, inner, height), workspace, step, groups)
+    return Plan(name, (n, inner, height), workspace, step, groups)
 
 
 def compute_dtype(dtype: Any) -> Any:
@@ -175,11 +171,19 @@ def _call(kernel: Any, *arguments: Any) -> Any:
     return 0.0
 
 
+def _kernels_of(operation: str) -> dict[str, dict[str, Any]]:
+    """Return the kernels of the layouts; those of few calls are in a module that waits for one."""
+    if operation in LAYOUTS["rows"]:
+        return LAYOUTS
+    found = import_module("portable_softmax.kernels._numba._entropies").LAYOUTS
+    return cast(dict[str, dict[str, Any]], found)
+
+
 def run(
     operation: str, arrays: tuple[Any, ...], numbers: tuple[Any, ...], planned: Plan, compute: Any
 ) -> None:
     """Run a compiled function on every piece: each thread calls it once."""
-    kernel = planned.kernels[operation]
+    kernel = _kernels_of(operation)[planned.layout][operation]
     counter = np.zeros(1, np.int64)
 
     def work(groups: int) -> None:
@@ -239,6 +243,22 @@ def logsumexp(x: Any, out: Any, layout: Layout, mask: Any = None) -> None:
 def logsumexp_vjp(x: Any, dy: Any, out: Any, layout: Layout, mask: Any = None) -> None:
     """One read of the array and one write of its size; `dy` has a number for each row."""
     _run("logsumexp_vjp", (x, dy, out, mask), 0, layout, mask)
+
+
+def entropy(x: Any, out: Any, grad: Any, layout: Layout) -> None:
+    """One read, and a write of the array's size if `grad` is not None."""
+    operation = "entropy" if grad is None else "entropy_value_and_grad"
+    _run(operation, (x, out) if grad is None else (x, out, grad), 0, layout)
+
+
+def kl_divergence(
+    x: Any, y: Any, out: Any, grads: tuple[Any, Any] | None, layout: Layout, temperature: float,
+    scale: float,
+) -> None:  # fmt: skip
+    """One read of both arrays, and a write of their sizes if there are `grads`, times `scale`."""
+    t = prepared(temperature, compute_dtype(x.dtype).type)
+    operation = "kl_divergence" if grads is None else "kl_divergence_value_and_grad"
+    _run(operation, (x, y, out, *(grads or ())), (t, scale), layout)
 
 
 def softmax_vjp(y: Any, dy: Any, out: Any, layout: Layout, off: float) -> None:

@@ -49,7 +49,11 @@ class Format(NamedTuple):
     exp: tuple[float, ...]
     log: tuple[float, ...]
     tanh: tuple[float, ...]
+    tangent: tuple[float, ...]
 
+
+# (exp(u) - 1 - u) / u**2 on |u| <= 1, where the value is above 1/3.
+_TANGENT = tuple(1.0 / math.factorial(k) for k in range(2, 19))
 
 # exp(r) = 1 + r + r**2 * q(r) on |r| <= log(2)/2, q fitted in 40 digits with Lawson's weights to
 # the smallest relative error: 3.1e-9 and 3.6e-18. log1p: fdlibm's s_log1p.c and e_logf.c.
@@ -72,6 +76,7 @@ FORMATS = {
             -0.3333306908607483, 0.13326521217823029, -0.0533902570605278, 0.019664913415908813,
             -0.004769489634782076,
         ),
+        tangent=_TANGENT[:10],
     ),
     "double": Format(
         bits=ir.IntType(64),
@@ -97,6 +102,7 @@ FORMATS = {
             0.0005875408665956323, -0.00023266536378147853, 8.524602372995208e-05,
             -2.487965110207331e-05, 4.073589977584733e-06,
         ),
+        tangent=_TANGENT,
     ),
 }  # fmt: skip
 
@@ -241,6 +247,25 @@ class Writer:
         y = b.or_(b.bitcast(y, self.bits), b.and_(bits, sign))
         return b.bitcast(y, self.kind), slope
 
+    def divergence_term(self, p, q, u):
+        """p (exp(u) - 1 - u) for q = p exp(u); q where p is 0.
+
+        Beyond 1 it is q - p (1 + u), where little or nothing cancels.
+        """
+        b, one = self.b, self.number(1.0)
+        near = b.fmul(b.fmul(p, b.fmul(u, u)), self.polynomial(self.f.tangent, u))
+        far = b.fsub(q, b.fmul(p, b.fadd(one, u)))
+        found = b.select(b.fcmp_ordered("<=", self.size(u), one), near, far)
+        return b.select(b.fcmp_ordered("==", p, self.number(0.0)), q, found)
+
+    def divergence_slope(self, p, q, u):
+        """q - p, as p (exp(u) - 1) where they are near each other."""
+        b = self.b
+        less_one = self.fma(b.fmul(u, u), self.polynomial(self.f.tangent, u), u)
+        near = b.fcmp_ordered("<=", self.size(u), self.number(1.0))
+        near = b.and_(near, b.fcmp_ordered("!=", p, self.number(0.0)))
+        return b.select(near, b.fmul(p, less_one), b.fsub(q, p))
+
     def size(self, x):
         """|x|."""
         return self.b.select(self.b.fcmp_ordered("<", x, self.number(0.0)), self.b.fneg(x), x)
@@ -357,6 +382,18 @@ def log_softmax_vjp(builder, log_y, dy, s):
 def log_softmax_vjp_of_many(builder, log_y, dy, s):
     """The same in less time where few vectors have an entry near 0, and in more where many have."""
     return Writer(builder, log_y).log_softmax_vjp_of_many(log_y, dy, s)
+
+
+@elementwise
+def divergence_term(builder, p, q, u):
+    """p (exp(u) - 1 - u) for q = p exp(u)."""
+    return Writer(builder, p).divergence_term(p, q, u)
+
+
+@elementwise
+def divergence_slope(builder, p, q, u):
+    """Return q - p for q = p exp(u)."""
+    return Writer(builder, p).divergence_slope(p, q, u)
 
 
 @elementwise

@@ -19,7 +19,6 @@ from numba.core.ccallback import CFunc
 
 from portable_softmax.kernels._numba import _driver, _handlers, _jit
 from portable_softmax.kernels._numba._exp import temperature
-from portable_softmax.kernels._numba._kernels import LAYOUTS
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, SAMPLED, WEIGHTED
 from portable_softmax.kernels._request import Layout
 
@@ -126,7 +125,6 @@ def target(
     compute = _driver.compute_dtype(stored)
     mask = buffers.get("mask")
     planned = _driver.plan(operation, layout, stored, compute, capped=capped, mask=mask)
-    kind = next(name for name, found in LAYOUTS.items() if found is planned.kernels)
     plan[: _handlers.PIECES + 1] = (
         *(*planned.shape, planned.workspace),
         *(planned.step, planned.groups, planned.pieces),
@@ -135,7 +133,7 @@ def target(
         i = _handlers.ROLES.index(role)
         plan[_handlers.KINDS + i] = _handlers.CODES[array.dtype.name]
         plan[_handlers.SIZES + i] = math.prod(array.shape)
-    return Target(_registered(register, operation, kind, dtype, *variants), plan)
+    return Target(_registered(register, operation, planned.layout, dtype, *variants), plan)
 
 
 # What a kernel is compiled for, by the buffer that holds it.

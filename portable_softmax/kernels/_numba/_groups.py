@@ -38,6 +38,7 @@ element, position, fetch = _rows.element, _rows.position, _rows.fetch
 target, deliver = _rows.target, _rows.deliver
 stride, length, value, source = _rows.stride, _rows.length, _rows.value, _rows.source
 store_rare, whole = _rows.store_rare, _rows.whole
+most, keep = _rows.most, _rows.keep
 store_partial, reduce_partials = _blocks.store_partial, _blocks.reduce_partials
 step, get, put, place = _blocks.step, _blocks.get, _blocks.put, _blocks.place
 

@@ -45,7 +45,7 @@ from portable_softmax.kernels._numba._softcap import capped, slopes_of
 from portable_softmax.kernels._numba._values import LOGSUMEXP, LOSS, MAX, REST, WEIGHT, values
 
 
-def _threaded(name: str, work: Any) -> Any:
+def threaded(name: str, work: Any) -> Any:
     """Return the function that Python calls from each thread."""
     work = function(work)
 
@@ -105,7 +105,7 @@ def _row_by_row(layout: ModuleType, operation: str, nothing: float) -> Any:
             leave_out(group, y, n, inner, rows, workspace)
             layout.deliver(y, ahead(o, at), T, n, inner, rows)
 
-    return _threaded(f"{layout.__name__}.{operation}", work)
+    return threaded(f"{layout.__name__}.{operation}", work)
 
 
 def _vjp(layout: ModuleType, operation: str) -> Any:
@@ -123,7 +123,7 @@ def _vjp(layout: ModuleType, operation: str) -> Any:
             body(x, dy, y, n, rows, T, workspace, numbers[0])
             layout.deliver(y, ahead(o, at), T, n, inner, rows)
 
-    return _threaded(f"{layout.__name__}.{operation}", work)
+    return threaded(f"{layout.__name__}.{operation}", work)
 
 
 def _logsumexp(layout: ModuleType) -> Any:
@@ -139,7 +139,7 @@ def _logsumexp(layout: ModuleType) -> Any:
             body(x, n, rows, T, workspace)
             copy(values(workspace, LOGSUMEXP, T), ahead(o, first), rows)
 
-    return _threaded(f"{layout.__name__}.logsumexp", work)
+    return threaded(f"{layout.__name__}.logsumexp", work)
 
 
 def _fold(layout: ModuleType) -> Any:
@@ -157,7 +157,7 @@ def _fold(layout: ModuleType) -> Any:
             copy(values(workspace, MAX, T), ahead(maxima, first), rows)
             copy(values(workspace, REST, T), ahead(rests, first), rows)
 
-    return _threaded(f"{layout.__name__}.fold", work)
+    return threaded(f"{layout.__name__}.fold", work)
 
 
 def _logsumexp_vjp(layout: ModuleType) -> Any:
@@ -189,7 +189,7 @@ def _logsumexp_vjp(layout: ModuleType) -> Any:
             leave_out(group, y, n, inner, rows, workspace)
             layout.deliver(y, ahead(o, at), T, n, inner, rows)
 
-    return _threaded(f"{layout.__name__}.logsumexp_vjp", work)
+    return threaded(f"{layout.__name__}.logsumexp_vjp", work)
 
 
 def _cross_entropy(layout: ModuleType, gradient: bool) -> Any:
@@ -253,7 +253,7 @@ def _cross_entropy(layout: ModuleType, gradient: bool) -> Any:
         store(totals, 3 * piece + 2, float(wrong))
 
     name = "cross_entropy_value_and_grad" if gradient else "cross_entropy"
-    return _threaded(f"{layout.__name__}.{name}", work)
+    return threaded(f"{layout.__name__}.{name}", work)
 
 
 def _soft(layout: ModuleType, gradient: bool) -> Any:
@@ -292,7 +292,7 @@ def _soft(layout: ModuleType, gradient: bool) -> Any:
         store(pointer(arrays[4]), piece, compensated(loss[0], loss[1]))
 
     name = "soft_cross_entropy_value_and_grad" if gradient else "soft_cross_entropy"
-    return _threaded(f"{layout.__name__}.{name}", work)
+    return threaded(f"{layout.__name__}.{name}", work)
 
 
 @kernel("scan")
@@ -322,11 +322,11 @@ def _kernels(layout: ModuleType) -> dict[str, Any]:
     }
 
 
-LAYOUTS = {
-    "rows": _kernels(_rows),
-    "groups": _kernels(_groups),
-    "blocks": _kernels(_blocks),
-    "columns": _kernels(_columns),
-    "narrow": _kernels(_narrow),
+MODULES = {
+    "rows": _rows,
+    "groups": _groups,
+    "blocks": _blocks,
+    "columns": _columns,
+    "narrow": _narrow,
 }
-ROWS, GROUPS, BLOCKS, COLUMNS, NARROW = LAYOUTS.values()
+LAYOUTS = {name: _kernels(layout) for name, layout in MODULES.items()}

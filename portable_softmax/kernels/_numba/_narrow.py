@@ -31,6 +31,7 @@ step, get, put, stride, value, length, source, writing = (
 )
 store_partial, reduce_partials = _columns.store_partial, _columns.reduce_partials
 store_rare, whole = _columns.store_rare, _columns.whole
+most, keep = _columns.most, _columns.keep
 write_sums, fold = _columns.write_sums, _columns.fold
 
 

@@ -161,8 +161,8 @@ def others(p, e, n, sums, at, unit, t):
     return s
 
 
-def _sums_of(term):
-    """Return the pass that sums ``term(p[j], q[j], numbers)``."""
+def sums_of(term, fill=0.0):
+    """Return the pass that sums ``term(p[j], q[j], numbers)``, which is 0 where both are `fill`."""
 
     @function
     def sums(p, q, n, numbers):
@@ -177,7 +177,7 @@ def _sums_of(term):
                 j += L
             total, lost = added(total, lost, s)
         if j < n:
-            s = term(read(p, j, n - j, 0.0), read(q, j, n - j, 0.0), numbers)
+            s = term(read(p, j, n - j, fill), read(q, j, n - j, fill), numbers)
             total, lost = added(total, lost, s)
         return compensated(total, lost)
 
@@ -275,10 +275,10 @@ def _softmax_vjp(y, dy, numbers):
     return y * ((dy - numbers[0]) - numbers[1])
 
 
-products_less = _sums_of(_less_constant)  # of y * (dy - c); numbers = (c,)
-gradients = _sums_of(counted)  # of what counts of dy; numbers = (left_out,)
-sums = _sums_of(_itself)
-gaps = _sums_of(_gap)  # of w_j (m - x_j); numbers = (m,)
+products_less = sums_of(_less_constant)  # of y * (dy - c); numbers = (c,)
+gradients = sums_of(counted)  # of what counts of dy; numbers = (left_out,)
+sums = sums_of(_itself)
+gaps = sums_of(_gap)  # of w_j (m - x_j); numbers = (m,)
 write_softmax_vjp = row_writing(_softmax_vjp)  # y * ((dy - c) - s); numbers = (c, s)
 
 

@@ -16,6 +16,7 @@ from portable_softmax.kernels._numba._exp import exp_up, reference_of
 from portable_softmax.kernels._numba._horizontal import (
     are_at_least,
     are_equal,
+    max_of_all,
     sum_of_all,
 )
 from portable_softmax.kernels._numba._jit import function
@@ -169,6 +170,15 @@ def store_rare(workspace, T, kind, r, v):
 def whole(v):
     """What a pass returned, as `value` reads it."""
     return sum_of_all(v)
+
+
+@function
+def most(v):
+    """The maximum of what a pass returned, as `value` reads it."""
+    return max_of_all(v)
+
+
+keep = store  # a value of as many rows as a pass works on
 
 
 @function
