@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from portable_softmax import _checks
 from portable_softmax.kernels._canonical import canonical
-from portable_softmax.kernels._request import FOLD, OUT, Request
+from portable_softmax.kernels._request import BINARY, FOLD, OUT, Request
 from portable_softmax.kernels._switches import Switches, switched, switches
 from portable_softmax.kernels._table import Kernel, table
 from portable_softmax.libraries import is_installed, traced_as_constant
@@ -186,7 +186,8 @@ def decide(request: Request, switch: Switches | None) -> Decision:
                 return found[0].decision
     else:
         found, otherwise, _ = route(*call, switch.portable, switch.asked, switch.off)
-    if found and (not request.axes or 0 in x.shape) and not library.sharded:
+    reduces = request.axes or request.operation in BINARY
+    if found and (not reduces or 0 in x.shape) and not library.sharded:
         return Decision(None, "nothing to reduce")
     more: tuple[tuple[str, str], ...] = ()
     # Who asks why: `explain`, which is a switch, and the error for shards.

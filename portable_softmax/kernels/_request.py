@@ -17,6 +17,7 @@ SPARSE = ("entmax", "sparsemax", "entmax_vjp")
 RUNNING = ("logcumsumexp", "logcumsumexp_vjp")
 ENTROPIES = ("entropy", "entropy_value_and_grad")
 DIVERGENCES = ("kl_divergence", "kl_divergence_value_and_grad")
+BINARY = ("sigmoid_cross_entropy", "sigmoid_cross_entropy_value_and_grad")  # entry by entry
 FAMILY = (
     *SPARSE,
     "entmax_loss",

@@ -24,6 +24,7 @@ import os
 from typing import Any, NamedTuple
 
 from portable_softmax.kernels._request import (
+    BINARY,
     DIVERGENCES,
     ENTROPIES,
     EXTREME,
@@ -145,6 +146,11 @@ _OF_DISTRIBUTIONS = _NUMBA._replace(
     operations=(*ENTROPIES, *DIVERGENCES),
     options=("temperature", "distillation", "reduction"),
 )
+_OF_ENTRIES = _NUMBA._replace(
+    operations=BINARY,
+    why="one pass",
+    options=("weight", "pos_weight", "label_smoothing", "reduction"),
+)
 _TILES = Kernel(
     name="numpy tiles",
     why="row tiles in cache",
@@ -208,6 +214,9 @@ TABLE = (
         tracing=("traced",),
     ),
     _OF_DISTRIBUTIONS,
+    _OF_DISTRIBUTIONS._replace(**_LENT),
+    _OF_ENTRIES,
+    _OF_ENTRIES._replace(**_LENT),
     _PACKED,
     _PACKED._replace(**_LENT),
     Kernel(

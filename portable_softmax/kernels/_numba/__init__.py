@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from portable_softmax.kernels._numba import _support
-from portable_softmax.kernels._request import DIVERGENCES, LOSSES, VJPS, Layout, Request
+from portable_softmax.kernels._request import BINARY, DIVERGENCES, LOSSES, VJPS, Layout, Request
 
 # Rows across memory are copied to a tile, which has to stay small.
 LONGEST_ACROSS = 1 << 14
@@ -59,6 +59,8 @@ def declines(request: Request, asked: bool) -> str:
         return "not in C order"
     if request.operation in _OF_TWO and request.dy.dtype != x.dtype:
         return f"dtypes: {x.dtype} and {request.dy.dtype}"
+    if request.operation in BINARY:
+        return _support.refusal()
     if request.labels is not None and not request.labels.dtype.isnative:
         return f"dtype of labels: {request.labels.dtype}"
     return declines_shape(x.shape, request.axes)
@@ -276,6 +278,40 @@ def _divergence(request: Request) -> Any:
 
 
 kl_divergence = kl_divergence_value_and_grad = _divergence
+
+
+def sigmoid_cross_entropy(request: Request) -> Any:
+    """Return the reduced loss of yes-or-no labels; with it the gradient if that is asked for."""
+    drive, x, compute, options = _compiled(), request.x, request.compute_dtype, request.options
+    t, weight, yeses = (
+        None if a is None else _flat(np.broadcast_to(a, x.shape), compute)
+        for a in (request.labels, options.weight, options.pos_weight)
+    )
+    with_grad = request.operation == "sigmoid_cross_entropy_value_and_grad"
+    each = np.empty(x.shape, compute) if options.reduction == "none" else None
+    grad = _out(request) if with_grad else None
+    loss = drive.binary_losses(
+        _handed_flat(x), t, weight, yeses, options.label_smoothing,
+        None if each is None else each.reshape(-1), None if grad is None else _handed_flat(grad),
+        1.0 / x.size if options.reduction == "mean" else 1.0,
+    )  # fmt: skip
+    if each is None:
+        each = np.asarray(loss / x.size if options.reduction == "mean" else loss)
+    each = each.astype(request.answer_dtype, copy=False)
+    return each if grad is None else (each, grad)
+
+
+sigmoid_cross_entropy_value_and_grad = sigmoid_cross_entropy
+
+
+def _flat(x: Any, dtype: Any) -> Any:
+    """Return an array in one axis and of a dtype, that may be written for Numba."""
+    x = np.ascontiguousarray(x, dtype).reshape(-1)
+    return x if x.flags.writeable else np.asarray(_Alias(x))
+
+
+def _handed_flat(x: Any) -> Any:
+    return _handed(x, Layout(1, x.size, 1))[0]
 
 
 def _positions(request: Request) -> tuple[int, ...]:

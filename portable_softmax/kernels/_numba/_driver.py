@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from importlib import import_module
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from portable_softmax.kernels._numba._jit import is_at_hand
 from portable_softmax.kernels._numba._kernels import LAYOUTS, scan
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, OVER, SAMPLED, WEIGHTED
 from portable_softmax.kernels._numba._values import size_of_values
-from portable_softmax.kernels._request import Layout
+from portable_softmax.kernels._request import DIVERGENCES, ENTROPIES, Layout
 
 # Rows of fewer bytes, in the dtype of the computation, are worked on in blocks, vector by vector of
 # many of them; up to so many in groups, row by row; and longer ones one by one. An operation that
@@ -31,8 +31,10 @@ from portable_softmax.kernels._request import Layout
 # their own (`python -m bench thresholds`).
 SHORT, MIDDLE = 512, 4096
 LIMITS = {"log_softmax": (512, 1024), "softmax_vjp": (512, 0), "log_softmax_vjp": (1024, 0)}
-# Rows of up to so many classes are worked on as columns are: a vector would hold little of one.
+# Rows of up to so many classes are worked on as columns are: a vector would hold little of one, and
+# each reduction of a row takes as long as some vectors.
 FEW = 4
+FEW_OF = {**dict.fromkeys(ENTROPIES, 64), **dict.fromkeys(DIVERGENCES, 24)}
 # So many vectors, of 64 bytes, of short rows and of columns are worked on side by side: columns are
 # read in runs of so many lines. Where a tile of columns would have more bytes, one vector is.
 VECTORS, COLUMN_VECTORS, TILE = 4, 8, 1 << 21
@@ -110,7 +112,7 @@ def plan(
         height = lanes * min(vectors, -(-inner // lanes))
         name, groups, size = "columns", outer * -(-inner // height), n * min(height, inner)
         workspace = tiles * n * height
-    elif n <= FEW:
+    elif n <= FEW_OF.get(operation, FEW):
         height = VECTORS * lanes
         name, groups, size = "narrow", -(-outer // height), n * height
         inner, workspace = outer, tiles * size
@@ -171,12 +173,18 @@ def _call(kernel: Any, *arguments: Any) -> Any:
     return 0.0
 
 
-def _kernels_of(operation: str) -> dict[str, dict[str, Any]]:
-    """Return the kernels of the layouts; those of few calls are in a module that waits for one."""
-    if operation in LAYOUTS["rows"]:
+# Where the kernels of fewer calls are, which are loaded when one is first needed.
+_ELSEWHERE = {
+    **dict.fromkeys((*ENTROPIES, *DIVERGENCES), "_entropies"),
+    "sigmoid_cross_entropy": "_entries",
+}
+
+
+def _kernels_of(operation: str) -> Any:
+    """Return the kernels of the layouts, an operation's among them."""
+    if operation not in _ELSEWHERE:
         return LAYOUTS
-    found = import_module("portable_softmax.kernels._numba._entropies").LAYOUTS
-    return cast(dict[str, dict[str, Any]], found)
+    return import_module(f"portable_softmax.kernels._numba.{_ELSEWHERE[operation]}").LAYOUTS
 
 
 def run(
@@ -332,6 +340,25 @@ def soft_losses(
     arrays: tuple[Any, ...] = (x, t, each, options, sums)
     arrays = arrays if grad is None else (*arrays, grad)
     run(operation, arrays, (flags,), planned, compute)
+    return _sum(sums)
+
+
+def binary_losses(
+    z: Any, t: Any, weights: Any, yeses: Any, smoothing: float, each: Any, grad: Any, scale: float
+) -> float:
+    """Return the sum of the losses of yes-or-no labels, which are of the computation's dtype.
+
+    All arrays have one axis. Weights of the entries and of yeses, where every loss goes, and where
+    the gradient times `scale`, are None if there are none.
+    """
+    compute, chunk = compute_dtype(z.dtype), 1 << 12
+    groups = -(-z.size // chunk)
+    step = groups if z.nbytes < THREADED else max(1, SMALLEST // (chunk * z.dtype.itemsize))
+    planned = Plan("rows", (z.size, 1, 1), 64, step, groups)
+    sums = np.zeros(planned.pieces)
+    numbers = (1.0 - smoothing, smoothing / 2.0, scale)
+    arrays = (z, t, weights, yeses, each, grad, sums)
+    run("sigmoid_cross_entropy", arrays, (numbers,), planned, compute)
     return _sum(sums)
 
 

@@ -12,8 +12,18 @@ from typing import Any
 
 import torch
 
-from portable_softmax.kernels._request import PARTS, PROBABILITIES, SPARSE, Request
+from portable_softmax.kernels._request import (
+    BINARY,
+    DIVERGENCES,
+    ENTROPIES,
+    PARTS,
+    PROBABILITIES,
+    SPARSE,
+    Request,
+)
 from portable_softmax.kernels._torch import _autograd, _gradients, _lending, _operators
+
+_WITH_GRADIENTS = (ENTROPIES[1], DIVERGENCES[1], BINARY[1])
 
 
 def looks_at(operation: str, dtype: str, active: tuple[str, ...]) -> bool:
@@ -28,6 +38,8 @@ def declines(engine: Any, request: Request, asked: bool) -> str:
         return why
     if request.operation in PARTS and torch.is_grad_enabled() and request.x.requires_grad:
         return "a part of rows that is differentiated"
+    if request.operation in _WITH_GRADIENTS and _is_followed(request):
+        return "a gradient that is differentiated again"
     if request.operation in SPARSE and (why := _not_of_numbers(request)):
         return why
     if request.tracing and not _are_numbers(request):
@@ -37,6 +49,12 @@ def declines(engine: Any, request: Request, asked: bool) -> str:
     if engine.TENSORS:
         return str(engine.declines(request, asked))
     return _lending.declines(engine, request, asked)
+
+
+def _is_followed(request: Request) -> bool:
+    """Return whether torch records a gradient of a call."""
+    given = (request.x, request.dy)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
 
 
 def _are_numbers(request: Request) -> bool:
@@ -49,8 +67,7 @@ def _not_of_numbers(request: Request) -> str:
     """Return why an entmax is torch's to follow."""
     if isinstance(request.options.alpha, torch.Tensor):
         return "an alpha in a tensor"
-    given = (request.x, request.dy)
-    if request.dy is not None and torch.is_grad_enabled() and any(t.requires_grad for t in given):
+    if request.dy is not None and _is_followed(request):
         return "a gradient that is differentiated again"
     return ""
 
@@ -59,13 +76,15 @@ def _not_a_kernels(request: Request) -> str:
     """Return what no kernel differentiates, or no operator takes."""
     options = request.options
     if torch.is_grad_enabled():
-        coefficients = request.labels, options.weight, options.sample_weight
+        names = ("weight", "pos_weight", "sample_weight")
+        coefficients = [request.labels, *[getattr(options, name, None) for name in names]]
         if any(t is not None and t.requires_grad for t in coefficients):
             return "labels or weights that require gradients"
         value_and_grad = request.operation == "cross_entropy_value_and_grad"
         if request.tracing and value_and_grad and request.x.requires_grad:
             return "a traced gradient that is differentiated again"
-    if request.tracing and options.ignore_index is not None and options.ignore_index >= 2**63:
+    ignored = getattr(options, "ignore_index", None)
+    if request.tracing and ignored is not None and ignored >= 2**63:
         return "an ignore_index of 64 bits"
     return ""
 
@@ -80,8 +99,6 @@ def answer(engine: Any, request: Request) -> Any:
     """Return the answer of a call, with its derivatives where torch asks for them."""
     if request.tracing:
         return _operators.answer(engine.__name__, request)
-    if torch.is_grad_enabled() and (
-        request.x.requires_grad or (request.dy is not None and request.dy.requires_grad)
-    ):
+    if _is_followed(request):
         return _autograd.answer(engine, request)
     return _gradients.value(engine, request)

@@ -45,12 +45,12 @@ class _Kernel(torch.autograd.Function):
 
 # --------------------------------------------------------------------------- shared with operators
 
-_ARRAY_OPTIONS = ("weight", "where", "sample_weight")
+_ARRAY_OPTIONS = ("weight", "where", "sample_weight", "pos_weight")
 
 
 def tensors(request: Request) -> tuple[Tensor | None, ...]:
-    """Return x, dy, labels and what `_ARRAY_OPTIONS` names."""
-    options = [getattr(request.options, name, None) for name in _ARRAY_OPTIONS]
+    """Return x, dy, labels and the array options that operators take."""
+    options = [getattr(request.options, name, None) for name in _ARRAY_OPTIONS[:3]]
     return request.x, request.dy, request.labels, *options
 
 
@@ -82,7 +82,7 @@ def pulled_back(
     request: Request,
     upstream: tuple[Tensor | None, ...],
     followed: Callable[..., str],
-    by_kernel: Callable[[Request, Tensor], Tensor],
+    by_kernel: Callable[[Request, Tensor], Any],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients with respect to `x` and `dy`; undefined ones are None.
 
@@ -93,7 +93,7 @@ def pulled_back(
         if dvalue is None:
             return None, None
         return _gradients.vjp_derivatives(request, dvalue)
-    dx = None
+    dx: Any = None
     if dvalue is not None:
         if others:
             request = request._replace(operation="cross_entropy")
@@ -101,6 +101,8 @@ def pulled_back(
             dx = _gradients.formula(request, dvalue)
         else:
             dx = by_kernel(request, dvalue)
+        if type(dx) is tuple:
+            return dx
     if others and others[0] is not None:
         further = _gradients.gradient_derivative(request, others[0])
         dx = further if dx is None else dx + further

@@ -15,7 +15,7 @@ import torch
 
 from portable_softmax import portable
 from portable_softmax._typing import Tensor
-from portable_softmax.kernels._request import SPARSE, Request
+from portable_softmax.kernels._request import BINARY, DIVERGENCES, ENTROPIES, SPARSE, Request
 from portable_softmax.kernels._torch._lending import (
     COMPUTE_DTYPE,
     NUMPY,
@@ -38,7 +38,7 @@ def value(engine: Any, request: Request) -> Any:
     dtype, options = request.result_dtype, request.options
     answer = dtype if options is None or options.dtype is None else options.dtype
     if type(found) is tuple:
-        return taken(found[0], answer), _own(request, lent, found[1], dtype)
+        return taken(found[0], answer), *[_own(request, lent, part, dtype) for part in found[1:]]
     return _own(request, lent, found, answer)
 
 
@@ -61,13 +61,16 @@ def kept(request: Request, y: Tensor) -> Tensor:
 # --------------------------------------------------------------------------- by a kernel
 
 
-def gradient(engine: Any, request: Request, dy: Tensor) -> Tensor:
+def gradient(engine: Any, request: Request, dy: Tensor) -> Any:
     """Return the gradient with respect to the logits; `request.x` is what was kept.
 
-    It is in `request.out`, if the request has one and nothing is left to do to the kernel's.
+    It is in `request.out`, if the request has one and nothing is left to do to the kernel's. That
+    of a divergence is a tuple of both.
     """
     if engine.TENSORS:
         return engine.gradient(request, dy)
+    if request.operation in DIVERGENCES:
+        return _slopes(engine, request, dy)
     dx: Tensor = _GRADIENTS[request.operation](engine, request, dy)
     return dx if dx.dtype is request.result_dtype else dx.to(request.result_dtype)
 
@@ -129,6 +132,18 @@ def _loss(engine: Any, request: Request, dy: Tensor) -> Tensor:
     return _masked(request, grad.mul_(_upstream(request, dy)))
 
 
+def _slopes(engine: Any, request: Request, dy: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of a value to which the upstream gradient is only a factor."""
+    again = _in_float32(request)
+    _, *slopes = value(engine, again._replace(operation=f"{request.operation}_value_and_grad"))
+    dy = _laid_out(request, dy)
+    return tuple([slope.mul_(dy).to(request.result_dtype) for slope in slopes])
+
+
+def _slope(engine: Any, request: Request, dy: Tensor) -> Tensor:
+    return _slopes(engine, request, dy)[0]
+
+
 def _entmax(engine: Any, request: Request, dy: Tensor) -> Tensor:
     vjp = on_numpy(request._replace(operation="entmax_vjp", dy=dy))
     return taken(computed(request, engine.entmax_vjp, vjp), request.x.dtype)
@@ -140,6 +155,8 @@ _GRADIENTS = {
     "softmax": _softmax,
     "log_softmax": _log_softmax,
     "logsumexp": _logsumexp,
+    "entropy": _slope,
+    "sigmoid_cross_entropy": _slope,
     "cross_entropy": _loss,
 }
 
@@ -151,8 +168,9 @@ def _in_float32(request: Request) -> Request:
     dtype, options = torch.float32, request.options
     if "dtype" in request.active:
         options = options._replace(dtype=None)
+    dy = request.dy if request.operation not in DIVERGENCES else request.dy.to(dtype)
     return request._replace(
-        x=request.x.to(dtype), dtype="float32", result_dtype=dtype, options=options,
+        x=request.x.to(dtype), dy=dy, dtype="float32", result_dtype=dtype, options=options,
         active=tuple(name for name in request.active if name != "dtype"),
     )  # fmt: skip
 
@@ -165,6 +183,12 @@ def _upstream(request: Request, dy: Tensor) -> Tensor:
     if request.options.ignore_index is not None or request.options.sample_weight is not None:
         counted = request.target().counted
     return dy if counted is None else torch.where(counted, dy, 0.0)
+
+
+def _laid_out(request: Request, dy: Tensor) -> Tensor:
+    """Return the upstream gradient of an entropy, or of a reduced loss, as it broadcasts to `x`."""
+    reduced = getattr(request.options, "reduction", "none") != "none"
+    return dy if reduced or not request.axes else dy.reshape(request.reduced_shape())
 
 
 def _masked(request: Request, dx: Tensor) -> Tensor:
@@ -184,7 +208,7 @@ def _infinite(request: Request) -> Tensor:
 # --------------------------------------------------------------------------- by the formula
 
 
-def formula(request: Request, dy: Tensor) -> Tensor:
+def formula(request: Request, dy: Tensor) -> Any:
     """Return the same gradient in torch's own operations, which torch differentiates again."""
     x, dy = request.x.to(request.compute_dtype), dy.to(request.compute_dtype)
     xp, axes, options = request.xp, request.axes, request.options
@@ -193,6 +217,8 @@ def formula(request: Request, dy: Tensor) -> Tensor:
             xp, x, request.target(), request.axis, options
         )
         return _masked(request, dx * _upstream(request, dy)).to(request.result_dtype)
+    if request.operation in (*ENTROPIES, *DIVERGENCES, *BINARY):
+        return _slopes_by_formula(request, x, dy)
     if request.operation in SPARSE:
         return portable.entmax_vjp(xp, x, dy, axes, alpha=options.alpha).to(request.result_dtype)
     where, temperature = options.where, options.temperature
@@ -211,6 +237,22 @@ def formula(request: Request, dy: Tensor) -> Tensor:
         dx = -dy * torch.expm1(x) - torch.exp(x) * (portable.total(xp, dy, axes) - dy)
     dx = dx if temperature == 1.0 else dx / temperature
     return _masked(request, dx).to(request.result_dtype)
+
+
+def _slopes_by_formula(request: Request, x: Tensor, dy: Tensor) -> Any:
+    xp, dy = request.xp, _laid_out(request, dy)
+    if request.operation in ENTROPIES:
+        _, slope = portable.entropy_value_and_grad(xp, x, request.axes)
+        return (slope * dy).to(request.result_dtype)
+    c, options = request.compute_dtype, request.options
+    if request.operation in BINARY:
+        _, slope = portable.sigmoid_cross_entropy_value_and_grad(
+            xp, x, request.labels.to(c), options
+        )
+        return (slope * dy).to(request.result_dtype)
+    q = request.dy.to(c)
+    _, *slopes = portable.kl_divergence_value_and_grad(xp, x, q, request.axis, options)
+    return tuple([(slope * dy).to(request.result_dtype) for slope in slopes])
 
 
 def vjp_derivatives(request: Request, u: Tensor) -> tuple[Tensor, Tensor]:
