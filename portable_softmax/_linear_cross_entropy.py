@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from portable_softmax import _checks, portable
 from portable_softmax._cross_entropy import loss_options
-from portable_softmax._typing import Array, ArrayT
+from portable_softmax._typing import Array, ArrayT, Mask
 from portable_softmax.kernels._decide import operation, run
 from portable_softmax.kernels._request import (
     PLAIN_LOSS,
@@ -35,7 +35,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
-    where: Array | None = None,
+    where: Mask | None = None,
     reduction: str = "mean",
     check_labels: bool = True,
     dtype: Any = None,
@@ -147,7 +147,7 @@ def linear_cross_entropy_value_and_grad(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
-    where: Array | None = None,
+    where: Mask | None = None,
     reduction: str = "mean",
     check_labels: bool = True,
     dtype: Any = None,

@@ -6,7 +6,7 @@ from typing import Any
 
 from portable_softmax import _checks, portable
 from portable_softmax._softmax import with_an_axis
-from portable_softmax._typing import Array, ArrayT
+from portable_softmax._typing import Array, ArrayT, Mask
 from portable_softmax.kernels._decide import operation, run
 from portable_softmax.kernels._request import (
     PLAIN_SIGMOID,
@@ -22,7 +22,7 @@ __all__ = ["sigmoid_cross_entropy", "sigmoid_cross_entropy_value_and_grad"]
 @operation
 def sigmoid_cross_entropy(
     logits: ArrayT,
-    labels: Array,
+    labels: Array | Mask,
     /,
     *,
     weight: Array | None = None,
@@ -117,7 +117,7 @@ def sigmoid_cross_entropy(
 @operation
 def sigmoid_cross_entropy_value_and_grad(
     logits: ArrayT,
-    labels: Array,
+    labels: Array | Mask,
     /,
     *,
     weight: Array | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 from portable_softmax import _checks, portable
 from portable_softmax._typing import Array, ArrayT, Axis, Mask, Namespace
@@ -204,9 +204,37 @@ def log_softmax(
     return y
 
 
-@operation
+@overload
 def logsumexp(
     x: ArrayT,
+    /,
+    *,
+    axis: Axis = None,
+    b: None = None,
+    keepdims: bool = False,
+    return_sign: Literal[False] = False,
+    where: Mask | None = None,
+    dtype: Any = None,
+) -> ArrayT: ...
+
+
+@overload
+def logsumexp(
+    x: Array,
+    /,
+    *,
+    axis: Axis = None,
+    b: Array | None = None,
+    keepdims: bool = False,
+    return_sign: bool = False,
+    where: Mask | None = None,
+    dtype: Any = None,
+) -> Any: ...
+
+
+@operation
+def logsumexp(
+    x: Array,
     /,
     *,
     axis: Axis = None,

@@ -38,7 +38,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from portable_softmax import _checks, portable
-from portable_softmax._typing import Array, ArrayT, Axis
+from portable_softmax._typing import Array, ArrayT, Axis, Mask
 from portable_softmax.kernels import _folding
 from portable_softmax.kernels._decide import operation
 from portable_softmax.libraries import Library
@@ -82,7 +82,7 @@ class State(NamedTuple):
 
 @operation
 def fold(
-    x: Array, /, *, axis: Axis = -1, where: Array | None = None, temperature: float = 1.0
+    x: Array, /, *, axis: Axis = -1, where: Mask | None = None, temperature: float = 1.0
 ) -> State:
     r"""Fold rows, or parts of rows, into their state.
 
