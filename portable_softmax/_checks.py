@@ -532,7 +532,8 @@ def labels_are_indices(logits: Any, labels: Any, axis: int, library: Library) ->
                 f"integer dtype, or pass a distribution of shape {tuple(shape)}"
             )
         return True
-    raise ValueError(_label_shape_message(logits, labels, axis, tuple(positions)))
+    swapped = kind != "integer" and library.dtype(logits.dtype).kind == "integer"
+    raise ValueError(_label_shape_message(logits, labels, axis, tuple(positions), swapped))
 
 
 def chunks_of_labels(labels: Any, logits: Any, axis: int, indices: bool) -> None:
@@ -554,12 +555,16 @@ def _unknown(length: Any) -> bool:
     return length is None or length != length
 
 
-def _label_shape_message(logits: Any, labels: Any, axis: int, positions: tuple[int, ...]) -> str:
+def _label_shape_message(
+    logits: Any, labels: Any, axis: int, positions: tuple[int, ...], swapped: bool
+) -> str:
     have, shape = tuple(labels.shape), tuple(logits.shape)
     message = (
         f"labels have shape {have}, expected {positions} for class indices or {shape} for a "
         f"distribution, since logits have shape {shape} and axis is {axis}"
     )
+    if swapped and len(have) > len(shape):
+        return f"{message}: pass the logits first, then the labels"
     for other in range(len(shape)):
         if other != axis and _same_shape(have, (*shape[:other], *shape[other + 1 :])):
             return f"{message}: pass axis={other} if that is the class axis"

@@ -45,6 +45,16 @@ def test_labels_of_a_shape_that_fits_nothing(xp):
     )
 
 
+def test_labels_before_logits(xp):
+    """scikit-learn and Keras take the truth first."""
+    labels, logits = xp.asarray(np.zeros(4, np.int64)), xp.asarray(np.zeros((4, 3)))
+    for function in (ps.cross_entropy, ps.cross_entropy_value_and_grad, ps.entmax_loss):
+        assert message(ValueError, function, labels, logits) == (
+            "labels have shape (4, 3), expected () for class indices or (4,) for a distribution, "
+            "since logits have shape (4,) and axis is 0: pass the logits first, then the labels"
+        )
+
+
 def test_class_indices_as_floats(xp):
     """As read from a file of numbers."""
     logits, labels = xp.asarray(np.zeros((2, 3))), xp.asarray([0.0, 1.0])
