@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 1 if a bound or limit is broken, 2 for a wrong command."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        args = arguments.parser().parse_args(argv)
+        described = {name: command.__doc__ or "" for name, command in COMMANDS.items()}
+        args = arguments.parser(described).parse_args(argv)
         report.check_writable(args.json)
         return COMMANDS[args.command](args, argv)
     except CommandError as error:

@@ -21,11 +21,13 @@ from bench import (
     exact,
     exact_family,
     families,
+    memory,
     peers,
     providers,
     report,
+    scale,
 )
-from bench.__main__ import main
+from bench.__main__ import COMMANDS, main
 from portable_softmax import kernels
 
 PROVENANCE = {"benchmark", "command", "date", "commit", "machine", "threads", "versions"}
@@ -42,6 +44,20 @@ def test_without_its_extra_it_says_what_to_install(tmp_path):
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == 'bench: mpmath is not installed: pip install ".[bench]"\n'
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_a_command_does_and_what_its_lists_hold(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert COMMANDS[command].__doc__ in out
+    lists = {"--ops OPS": memory.OPERATIONS, "--dtypes DTYPES": exact.FORMATS}
+    for option, choices in {**lists, "--parts PARTS": scale.PARTS}.items():
+        _, shown, said = out.rpartition(option)
+        assert all(choice in said for choice in choices) or not shown
 
 
 # --------------------------------------------------------------------------- accuracy
