@@ -128,7 +128,8 @@ def cross_entropy(
     `sample_weight` those of scikit-learn and Keras; label smoothing: Szegedy et al. 2016; z_loss:
     Chowdhery et al. 2022 (PaLM); softcap: Bello et al. 2016.
 
-    Probabilities passed as logits cannot be told from logits: pass what softmax would be given.
+    Probabilities passed as logits cannot be told from logits: pass what softmax would be given. Of
+    probabilities p that is log(p).
 
     See Also
     --------
