@@ -222,6 +222,18 @@ def test_backends_finds_the_backend_of_the_tests(arrays_of, monkeypatch, capsys)
     assert any(each.startswith(device) for each in found["devices"])
 
 
+@pytest.mark.once
+def test_backends_names_the_kernels_in_a_line_that_can_be_read(capsys):
+    """Their operations, some hundreds of characters, are in the JSON."""
+    assert main(["backends", "--json"]) == 0
+    kernels = json.loads(capsys.readouterr().out)["backends"]["numpy"]["kernels"]
+    assert "softmax" in kernels["numpy tiles"]
+    assert main(["backends"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [line for line in lines if line.startswith("numpy ")]
+    assert row.endswith("  " + ", ".join(kernels))
+
+
 def test_backends_reports_a_library_that_breaks_on_import_and_goes_on(
     monkeypatch, tmp_path, capsys
 ):

@@ -30,12 +30,12 @@ def run(*, report: Report) -> dict[str, Any]:
                 found["version"],
                 ", ".join(found["devices"]),
                 ", ".join(found["dtypes"]),
-                "; ".join(f"{kernel}: {', '.join(ops)}" for kernel, ops in found["kernels"].items())
-                or "none, the portable code runs",
+                ", ".join(found["kernels"]) or "none, the portable code runs",
             )
             for name, found in usable.items()
         ],
     )
+    report.line("Which operations each kernel has: --json. Which one a call takes: kernels.explain")
     if unusable:
         report.table("Backends that don't", ("backend", "why"), list(unusable.items()))
     return {
