@@ -6,7 +6,7 @@ closed forms of the docstrings, and share no code with the package.
 >>> import numpy as np
 >>> from portable_softmax.testing import check_library
 >>> print(check_library(np))
-numpy: right. 36 cases passed, 0 failed, 0 skipped.
+numpy: right. 46 cases passed, 0 failed, 0 skipped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,23 @@ import numpy as np
 
 from portable_softmax import libraries, online
 from portable_softmax._cross_entropy import cross_entropy, cross_entropy_value_and_grad
-from portable_softmax._linear_cross_entropy import linear_cross_entropy
+from portable_softmax._entmax import entmax, entmax_vjp, sparsemax
+from portable_softmax._entmax_loss import entmax_loss, entmax_loss_value_and_grad
+from portable_softmax._entropy import (
+    entropy,
+    entropy_value_and_grad,
+    kl_divergence,
+    kl_divergence_value_and_grad,
+)
+from portable_softmax._linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_value_and_grad,
+)
+from portable_softmax._logsums import logcumsumexp, logcumsumexp_vjp, logmeanexp
+from portable_softmax._sigmoid_cross_entropy import (
+    sigmoid_cross_entropy,
+    sigmoid_cross_entropy_value_and_grad,
+)
 from portable_softmax._softmax import (
     log_softmax,
     log_softmax_vjp,
@@ -103,9 +119,9 @@ def check_library(
 ) -> Report:
     """Return a report on whether this package answers rightly on a library.
 
-    Each case of the table of semantics that any library can meet, and exact values of every option,
-    in float32 and float64. Beside the values, the type, dtype and shape of each answer are
-    compared, and the inputs must be unchanged.
+    Exact values of every public function and of most options, in float32 and float64, and what
+    empty arrays, infinities, nan, masks and wrong arguments give. Beside the values, the type,
+    dtype and shape of each answer are compared, and the inputs must be unchanged.
 
     Parameters
     ----------
@@ -324,6 +340,7 @@ def _options_of_rows(a: Arrays) -> Case:
     kept = [_log_softmax([row[0], *row[2:]]) for row in ROWS]
     expected = [[row[0], -INF, *row[1:]] for row in kept]
     yield log_softmax(a(ROWS), where=a(mask, "bool")), expected
+    yield softmax(a(ROWS), sink=0.5), [_softmax([*row, 0.5])[:-1] for row in ROWS]
 
 
 def _gradients(a: Arrays) -> Case:
@@ -379,11 +396,69 @@ def _linear(a: Arrays) -> Case:
     logits = (np.asarray(h) @ np.asarray(w).T).tolist()
     expected = -(_log_softmax(logits[0])[1] + _log_softmax(logits[1])[2]) / 2
     yield linear_cross_entropy(a(h), a(w), a([1, 2], "int64")), expected
+    slopes = np.asarray([_slope(logits[0], 1), _slope(logits[1], 2)]) / 2
+    loss, (dh, dw, _) = linear_cross_entropy_value_and_grad(a(h), a(w), a([1, 2], "int64"))
+    yield loss, expected
+    yield dh, slopes @ np.asarray(w)
+    yield dw, slopes.T @ np.asarray(h)
 
 
 def _parts(a: Arrays) -> Case:
     parts = (online.fold(a([row[:2] for row in ROWS])), online.fold(a([row[2:] for row in ROWS])))
     yield online.logsumexp(online.merge(*parts)), [[_logsumexp(row)] for row in ROWS]
+
+
+def _sums(a: Arrays) -> Case:
+    yield logmeanexp(a(ROWS), axis=-1), [_logsumexp(row) - math.log(4) for row in ROWS]
+    sums = [[_logsumexp(row[: i + 1]) for i in range(4)] for row in ROWS]
+    yield logcumsumexp(a(ROWS)), sums
+    dy = [1.0, 0.5, 2.0, 0.25]
+    expected = [
+        [math.fsum(dy[i] * math.exp(row[j] - sums_[i]) for i in range(j, 4)) for j in range(4)]
+        for row, sums_ in zip(ROWS[:2], sums, strict=False)
+    ]
+    yield logcumsumexp_vjp(a(ROWS[:2]), a([dy, dy])), expected
+
+
+def _entropies(a: Arrays) -> Case:
+    logs = [_log_softmax(row) for row in ROWS]
+    expected = [-math.fsum(math.exp(v) * v for v in row) for row in logs]
+    yield entropy(a(ROWS)), expected
+    value, grad = entropy_value_and_grad(a(ROWS[0]))
+    yield value, expected[0]
+    yield grad, [math.exp(v) * (-v - expected[0]) for v in logs[0]]
+
+
+def _divergences(a: Arrays) -> Case:
+    x, z = [math.log(3), 0.0], [0.0, 0.0]
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    yield kl_divergence(a([x, z]), a([z, z]), reduction="none"), [expected, 0.0]
+    value, (dx, dz) = kl_divergence_value_and_grad(a([x]), a([z]))
+    yield value, expected
+    slope = 0.75 * 0.25 * math.log(3)
+    yield dx, [[slope, -slope]]
+    yield dz, [[-0.25, 0.25]]
+
+
+def _yes_or_no(a: Arrays) -> Case:
+    x, t = a([-2.0, 0.0, 0.5, 30.0]), a([1.0, 0.0, 1.0, 1.0])
+    expected = [math.log1p(math.exp(v)) for v in (2.0, 0.0, -0.5, -30.0)]
+    yield sigmoid_cross_entropy(x, t, reduction="none"), expected
+    loss, grad = sigmoid_cross_entropy_value_and_grad(x, t, reduction="sum")
+    yield loss, math.fsum(expected)
+    yield grad, [-1 / (1 + math.exp(-2)), 0.5, -1 / (1 + math.exp(0.5)), -1 / (1 + math.exp(30))]
+
+
+def _sparse(a: Arrays) -> Case:
+    yield sparsemax(a([0.5, 0.25, -1.0, 0.0])), [7 / 12, 1 / 3, 0.0, 1 / 12]
+    y = [0.64, 0.36, 0.0]  # whose roots, 0.8 and 0.6, differ by half as much as the logits
+    yield entmax(a([0.4, 0.0, -3.0])), y
+    yield entmax_vjp(a(y), a([1.0, -2.0, 5.0])), [0.8 * 9 / 7, -0.6 * 12 / 7, 0.0]
+    x, t = a([[1.0, 0.5, -1.0], [3.0, 0.0, 0.0]]), a([0, 0], "int64")
+    yield entmax_loss(x, t, alpha=2.0, reduction="none"), [0.0625, 0.0]
+    loss, grad = entmax_loss_value_and_grad(x, t, alpha=2.0)
+    yield loss, 0.03125
+    yield grad, [[-0.125, 0.125, 0.0], [0.0, 0.0, 0.0]]
 
 
 def _empty(a: Arrays) -> Case:
@@ -454,13 +529,18 @@ CASES: dict[str, Callable[[Arrays], Case]] = {
     "softmax, log_softmax and logsumexp": _three,
     "axes and shapes": _axes,
     "logsumexp with b": _weighted_sum,
-    "temperature and where": _options_of_rows,
+    "temperature, where and a sink": _options_of_rows,
     "gradients as functions": _gradients,
     "cross_entropy and its gradient": _losses,
     "cross_entropy with a distribution": _distributions,
     "options of cross_entropy": _options_of_losses,
     "linear_cross_entropy": _linear,
     "online: fold and merge": _parts,
+    "logmeanexp and logcumsumexp": _sums,
+    "entropy and its gradient": _entropies,
+    "kl_divergence and its gradients": _divergences,
+    "sigmoid_cross_entropy and its gradient": _yes_or_no,
+    "entmax, sparsemax and their loss": _sparse,
     "an empty axis, an empty batch": _empty,
     "infinities and nan": _infinities,
     "a row fully masked by where": _fully_masked,

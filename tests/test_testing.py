@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from portable_softmax import libraries
+import portable_softmax as ps
+from portable_softmax import libraries, testing
 from portable_softmax.testing import CASES, RTOL, Report, check_library
 
 ADAPTER = Path(__file__).parent / "adapter"
@@ -36,10 +37,24 @@ def test_the_defaults_read_and_make_arrays():
     report = check_library(np, skip={"axes and shapes, float32": "known"})
     assert report.ok, str(report)
     assert [str(one) for one in report.skipped] == ["axes and shapes, float32: known"]
-    assert str(report).startswith("numpy: right. 35 cases passed, 0 failed, 1 skipped.")
+    assert str(report).startswith("numpy: right. 45 cases passed, 0 failed, 1 skipped.")
     assert not Report("none", (), (), ()).ok
     with pytest.raises(ValueError, match="skip names no case: softmaxes"):
         check_library(np, skip={"softmaxes": "no such case"})
+
+
+@pytest.mark.once
+def test_every_public_function_is_checked(monkeypatch):
+    called = set()
+
+    def noted(name, function):
+        return lambda *args, **kwargs: (called.add(name), function(*args, **kwargs))[1]
+
+    functions = {n for n in ps.__all__ if n[0].islower() and callable(getattr(ps, n))}
+    for name in functions:
+        monkeypatch.setattr(testing, name, noted(name, getattr(ps, name)))
+    assert check_library(np).ok
+    assert called == functions
 
 
 @pytest.fixture
