@@ -174,6 +174,10 @@ def test_explain_takes_what_the_function_takes():
     x, t = np.ones((2, 3)), np.asarray([0, 1])
     with pytest.raises(ValueError, match=r"operation is 'relu', expected one of .*'cross_entropy'"):
         kernels.explain("relu", x)
+    with pytest.raises(ValueError, match=r"expected one of .*: pass its name, 'softmax'$"):
+        kernels.explain(ps.softmax, x)
+    with pytest.raises(ValueError, match=r"^operation is array.*expected one of "):
+        kernels.explain(x[0])
     with pytest.raises(TypeError, match="unexpected keyword argument 'axes'"):
         kernels.explain("softmax", x, axes=1)
     with pytest.raises(TypeError, match="labels"):

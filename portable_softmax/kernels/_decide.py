@@ -296,11 +296,13 @@ def public(name: str) -> Callable[..., Any]:
     return _PUBLIC[name]
 
 
-def decision_for(operation: str, *args: Any, **kwargs: Any) -> tuple[Decision, Request]:
+def decision_for(operation: Any, *args: Any, **kwargs: Any) -> tuple[Decision, Request]:
     """Call a public function up to the point where its path is decided."""
-    if operation not in _PUBLIC:
+    if not isinstance(operation, str) or operation not in _PUBLIC:
+        name = getattr(operation, "__name__", None)
+        remedy = f": pass its name, {name!r}" if name in _PUBLIC else ""
         raise ValueError(
-            f"operation is {operation!r}, expected one of {', '.join(map(repr, _PUBLIC))}"
+            f"operation is {operation!r}, expected one of {', '.join(map(repr, _PUBLIC))}{remedy}"
         )
     try:
         with switched(explaining=True):
