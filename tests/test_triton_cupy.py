@@ -51,7 +51,11 @@ def cupy(monkeypatch):
     """As much of CuPy as the host's side of a launch uses."""
 
     def array(function):
-        return lambda *a, **k: function(*a, **k).view(Array)
+        def made(*args, **options):
+            assert Device.current == 1  # CuPy makes arrays on the current device
+            return function(*args, **options).view(Array)
+
+        return made
 
     module = SimpleNamespace(
         __name__="array_api_compat.cupy", float32=np.float32, int32=np.int32, int64=np.int64,

@@ -48,8 +48,9 @@ def bare(x: Any) -> Any:
 
 
 def contiguous(x: Any) -> Any:
-    """Return the array in C order, a copy if it is not."""
-    return cupy().ascontiguousarray(x)
+    """Return the array in C order, a copy on its device if it is not."""
+    with x.device:
+        return cupy().ascontiguousarray(x)
 
 
 def broadcast(x: Any, shape: tuple[int, ...]) -> Any:
@@ -58,8 +59,9 @@ def broadcast(x: Any, shape: tuple[int, ...]) -> Any:
 
 
 def empty_like(x: Any, dtype: Any) -> Any:
-    """Return a new array with the shape and the order of the axes of `x`."""
-    return cupy().empty_like(x, dtype=dtype)
+    """Return a new array on the device of `x`, with its shape and the order of its axes."""
+    with x.device:  # else CuPy makes it on the current one
+        return cupy().empty_like(x, dtype=dtype)
 
 
 def empty(shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
