@@ -63,8 +63,9 @@ def cupy(monkeypatch):
         cuda=SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=0xABC)),
         expand_dims=np.expand_dims, squeeze=np.squeeze, sum=np.sum, mean=np.mean,
         where=np.where,
+        broadcast_to=np.broadcast_to,
         **{name: array(getattr(np, name)) for name in (
-            "ascontiguousarray", "broadcast_to", "empty_like", "empty", "zeros")},
+            "ascontiguousarray", "empty_like", "empty", "zeros")},
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module
@@ -163,6 +164,19 @@ def test_every_argument_of_a_kernel_is_given(launches, cupy):
     for arguments, stream, _ in (*forward.launched, *loss.launched, *weights.launched):
         assert stream == 0xABC
         assert arguments["UNIT"] == 1
+
+
+@pytest.mark.parametrize("ignore", [-1, 3, 2**63 - 1, 2**63, 2**64 - 1])
+def test_an_ignored_index_fits_into_64_bits(launches, cupy, ignore):
+    """A kernel compares it with labels as int64, and a launch takes no number beyond that."""
+    dtype = np.int64 if ignore < 2**63 else np.uint64
+    options, labels = LossOptions(ignore_index=ignore), np.zeros(2, dtype).view(Array)
+    x = np.ones((2, 3), np.float32).view(Array)
+    _triton.cross_entropy(request(cupy, "cross_entropy", x, 1, options, labels))
+    _, loss, weights = launches
+    for arguments, *_ in (*loss.launched, *weights.launched):
+        assert arguments["ignore"] == np.array(ignore, dtype).view(np.int64)
+        assert -(2**63) <= arguments["ignore"] < 2**63
 
 
 def test_triton_sees_a_pointer_and_its_dtype(cupy):

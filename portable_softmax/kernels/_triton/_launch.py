@@ -372,7 +372,8 @@ def _constants_and_scalars(call: Request) -> tuple[dict[str, Any], dict[str, Any
         "MASKED": options.where is not None,
     }
     scalars = {
-        "ignore": 0 if ignore is None else ignore,
+        # As labels are loaded, with 64 bits and a sign: a launch takes no larger number.
+        "ignore": 0 if ignore is None else (ignore + 2**63) % 2**64 - 2**63,
         "smoothing": options.label_smoothing,
         "z_loss": options.z_loss,
         "cap": 1.0 if options.softcap is None else options.softcap,
