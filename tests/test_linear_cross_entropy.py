@@ -797,6 +797,16 @@ def test_torch_compiles(torch, xp):
         torch.testing.assert_close(grad, slope, rtol=1e-10, atol=1e-12)
 
 
+def test_cuda_graphs_record_no_operator_that_waits_for_the_device(torch, xp):
+    """It reads which positions count: Inductor has to leave it out of what a graph replays."""
+    if not hasattr(torch.Tag, "cudagraph_unsafe"):
+        pytest.skip("this torch cannot be told")
+    from portable_softmax.kernels._torch import _linear_operator  # noqa: F401 - defines it
+
+    assert torch.Tag.cudagraph_unsafe in torch.ops.portable_softmax.linear.default.tags
+    assert torch.Tag.cudagraph_unsafe not in torch.ops.portable_softmax.value.default.tags
+
+
 COMPILED = {
     "mean": {},
     "none": {"reduction": "none", "z_loss": 0.1, "ignore_index": 3},
@@ -842,7 +852,7 @@ def test_torch_compiles_one_operator_that_keeps_no_logits(torch, xp, name):
     assert 0 < max(kept) <= classes * h
     want = function(*arrays)
     torch.testing.assert_close(loss, want)
-    upstream = torch.linspace(-1, 2, want.numel(), dtype=want.dtype).reshape(want.shape)
+    upstream = xp.asarray(np.linspace(-1, 2, want.numel()).reshape(want.shape)).to(want.dtype)
     for one, other in zip(
         torch.autograd.grad(loss, arrays, upstream),
         torch.autograd.grad(want, arrays, upstream),

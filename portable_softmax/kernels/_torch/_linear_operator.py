@@ -36,7 +36,16 @@ def answer(engine: str, request: Request, wanted: tuple[bool, ...]) -> tuple[Ten
     return found
 
 
-@partial(torch.library.custom_op, "portable_softmax::linear", mutates_args=(), schema=_SCHEMA)
+# It asks which positions count, and waits for the device: no CUDA graph can record that. Versions
+# before 2.8 cannot be told.
+_TAGS: dict[str, Any] = {}
+if hasattr(torch.Tag, "cudagraph_unsafe"):
+    _TAGS["tags"] = (torch.Tag.cudagraph_unsafe,)
+
+
+@partial(
+    torch.library.custom_op, "portable_softmax::linear", mutates_args=(), schema=_SCHEMA, **_TAGS
+)
 def _linear(
     hidden: Tensor, classifier: Tensor, bias: Tensor | None, labels: Tensor,
     weight: Tensor | None, where: Tensor | None, sample: Tensor | None, upstream: Tensor | None,
