@@ -179,7 +179,8 @@ def test_a_change_of_the_layer_is_noticed(torch, xp, layer, name, reduction):
 
 def packed_as_copies(torch):
     return torch.autograd.graph.saved_tensors_hooks(
-        lambda t: t.detach().numpy().copy(), lambda a: torch.from_numpy(a.copy())
+        lambda t: (t.detach().cpu().numpy().copy(), t.device),
+        lambda kept: torch.from_numpy(kept[0].copy()).to(kept[1]),
     )
 
 
