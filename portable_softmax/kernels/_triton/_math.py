@@ -282,13 +282,13 @@ def log1p(x):
         r = tl.fma(r, z, constant(3.999999999940941908e-01, x))
         r = tl.fma(r, z, constant(6.666666666666735130e-01, x)) * z
         low = tl.fma(s, half + r, kf * 1.90821492927058770002e-10)
-        y = tl.fma(kf, 6.93147180369123816490e-01, f - (half - low))
+        y = tl.fma(kf, constant(6.93147180369123816490e-01, x), f - (half - low))
     else:
         r = tl.fma(z, constant(0.24279078841, x), constant(0.28498786688, x))
         r = tl.fma(r, z, constant(0.40000972152, x))
         r = tl.fma(r, z, constant(0.66666662693, x)) * z
         low = tl.fma(s, half + r, kf * 9.0580006145e-06)
-        y = tl.fma(kf, 6.9313812256e-01, f - (half - low))
+        y = tl.fma(kf, constant(6.9313812256e-01, x), f - (half - low))
     y = tl.where(u == 0.0, float("-inf"), y)
     return tl.where((x - x == 0.0), y, x)  # infinities and nan
 
