@@ -358,13 +358,15 @@ def test(session: nox.Session, backend: str) -> None:
     must_run = required(session)
     more = f"test-{backend}" if f"test-{backend}" in PYPROJECT["dependency-groups"] else "test"
     extras = ("demo", "numba") if backend in ("torch", "jax") else ("demo",)
+    with_triton = backend == "cupy" and sys.platform == "linux"  # which it has wheels for
+    extras += ("triton",) if with_triton else ()
     install_backend(session, backend, *extras, also=group(more))
     names = [backend, "jax-numba"] if backend == "jax" else [backend]
+    if with_triton:
+        names.append("triton-cupy")
     if backend == "torch":
         names += ["torch-portable", "torch-numba"]
-        ask = "import torch; print(torch.cuda.is_available())"
-        answer = session.run("python", "-c", ask, silent=True) or ""  # none with --install-only
-        if "torch-cuda" in must_run or "True" in answer:
+        if "torch-cuda" in must_run or reaches_a_gpu(session):
             names.append("torch-cuda")
         else:
             run.note = f"torch-cuda: {cuda().missing or 'this build of torch reaches no GPU'}"
@@ -373,9 +375,18 @@ def test(session: nox.Session, backend: str) -> None:
     run_pytest(session, backend, "--backend", ",".join(names), *parallel, **options)
 
 
+def reaches_a_gpu(session: nox.Session) -> bool:
+    """Whether the session's build of torch does."""
+    ask = "import torch; print(torch.cuda.is_available())"
+    answer = session.run("python", "-c", ask, silent=True) or ""  # none with --install-only
+    return "True" in answer
+
+
 @nox.session(name="tests-triton")
 def tests_triton(session: nox.Session) -> None:
-    """Run the Triton kernels with Triton's interpreter, and compile a part of them; no GPU needed.
+    """Run the Triton kernels with Triton's interpreter, and compile a part of them.
+
+    Neither needs a GPU. Where torch reaches one, they run there as well.
 
     The table of semantics and the exact values go through the kernels; the path is asserted.
     """
@@ -386,6 +397,9 @@ def tests_triton(session: nox.Session) -> None:
     # Triton either interprets or compiles in a process.
     files = [f"tests/test_triton_{name}.py" for name in ("compile", "cupy")]
     run_pytest(session, "triton-compiled", "--backend", "torch", *files, *PARALLEL)
+    if reaches_a_gpu(session):
+        files = [f"tests/test_{name}.py" for name in (*names, "triton_device")]
+        run_pytest(session, "triton-cuda", "--backend", "triton-cuda", *files)
 
 
 @nox.session(name="triton-compile")

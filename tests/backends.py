@@ -307,18 +307,41 @@ class Triton(Torch):
     def missing(cls):
         if why := super().missing():
             return why
-        from portable_softmax.kernels import _triton
-
-        if why := _triton.missing():
-            return why
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return "" if interpreted else "TRITON_INTERPRET is not 1"
+        return _no_triton(interpreted=True)
 
     def version(self):
         return importlib.metadata.version("triton")
 
     def device_name(self):
         return "triton's interpreter"
+
+
+def _no_triton(*, interpreted: bool) -> str:
+    """Why Triton's kernels cannot be interpreted here, or compiled."""
+    from portable_softmax.kernels import _triton
+
+    if why := _triton.missing():
+        return why
+    wanted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return "" if wanted == interpreted else f"TRITON_INTERPRET is {'1' if wanted else 'not 1'}"
+
+
+_BY_TRITON = ("test_semantics", "test_values", "test_cross_entropy", "test_properties")
+
+
+class TritonCuda(TorchCuda):
+    """CUDA tensors of torch, by the kernels as Triton compiles them."""
+
+    name = "triton-cuda"
+    path = "triton rows"
+    quick = ("test_triton", "test_triton_device", *_BY_TRITON)
+
+    @classmethod
+    def missing(cls):
+        return super().missing() or _no_triton(interpreted=False)
+
+    def version(self):
+        return f"{super().version()}, triton {importlib.metadata.version('triton')}"
 
 
 class Jax(Backend):
@@ -471,6 +494,21 @@ class Cupy(Backend):
 
     def is_ours(self, array):
         return isinstance(array, self.xp.ndarray)
+
+
+class TritonCupy(Cupy):
+    """CuPy's arrays, by the kernels as Triton compiles them."""
+
+    name = "triton-cupy"
+    path = "triton rows"
+    quick = _BY_TRITON
+
+    @classmethod
+    def missing(cls):
+        return super().missing() or _no_triton(interpreted=False)
+
+    def version(self):
+        return f"{super().version()}, triton {importlib.metadata.version('triton')}"
 
 
 class Ndonnx(Lazy):
@@ -724,8 +762,8 @@ class Dpnp(Backend):
 BACKENDS: dict[str, type[Backend]] = {
     cls.name: cls
     for cls in (
-        *(NumPy, Numba, Strict, Torch, TorchPortable, TorchNumba, TorchCuda, Triton),
-        *(Jax, JaxNumba, Dask, Cupy, Ndonnx, Mlx, Cubed, Dpnp),
+        *(NumPy, Numba, Strict, Torch, TorchPortable, TorchNumba, TorchCuda, Triton, TritonCuda),
+        *(Jax, JaxNumba, Dask, Cupy, TritonCupy, Ndonnx, Mlx, Cubed, Dpnp),
     )
 }
 
