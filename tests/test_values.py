@@ -224,7 +224,8 @@ def test_a_remainder_over_several_axes_keeps_its_digits(xp, path):
 )
 def test_a_remainder_of_subnormal_terms_keeps_its_digits(xp, path, dtype, gap, others, rows):
     """The sum of many exponentials is a normal number where each of them is a subnormal one."""
-    if xp.library not in ("numpy", "torch", "array_api_strict") or xp.name == "triton":
+    on_device = xp.name == "torch-cuda" or (xp.name == "triton-cuda" and path == "portable")
+    if xp.library not in ("numpy", "torch", "array_api_strict") or xp.name == "triton" or on_device:
         pytest.skip("XLA takes them for 0; devices and Dask are not asked whether there are any")
     x = np.full((rows, others + 1), -gap, dtype)
     x[:, 7] = 0
