@@ -159,6 +159,10 @@ _TILES = Kernel(
     dtypes=(*FLOATS, *INTEGERS),
     options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", EXTREME, "dtype", SAMPLES, OUT),
 )
+_OF_MEANS = (
+    _NUMBA._replace(operations=("logmeanexp",), options=("where",)),
+    _TILES._replace(operations=("logmeanexp",), options=(), dtypes=FLOATS),
+)
 _ON_PARTS = (
     _NUMBA._replace(operations=PARTS, options=("temperature", "where")),
     _TILES._replace(operations=PARTS, options=()),
@@ -256,8 +260,8 @@ TABLE = (
         dtypes=(*FLOATS, *INTEGERS, "complex64", "complex128"),
         options=_OF_PARTS,
     ),
-    *_ON_PARTS,
-    *(row._replace(**_LENT) for row in _ON_PARTS),
+    *(*_OF_MEANS, *_ON_PARTS),
+    *(row._replace(**_LENT) for row in (*_OF_MEANS, *_ON_PARTS)),
     _LINEAR,
     _LINEAR._replace(library="cupy"),
     _LINEAR._replace(library="torch", adapter=f"{_TORCH}._linear", tracing=("torch.compile",)),

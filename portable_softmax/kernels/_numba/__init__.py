@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from portable_softmax.kernels import _means
 from portable_softmax.kernels._numba import _support
 from portable_softmax.kernels._request import BINARY, DIVERGENCES, LOSSES, VJPS, Layout, Request
 
@@ -197,6 +198,9 @@ def fold(request: Request) -> Any:
     temperature, mask = request.options.temperature, _mask(request, layout)
     drive.fold(_handed(x, layout), *flat, layout, temperature, mask)
     return m, rest.astype(np.float64, copy=False)
+
+
+logmeanexp = partial(_means.logmeanexp, fold)
 
 
 def logsumexp(request: Request) -> Any:

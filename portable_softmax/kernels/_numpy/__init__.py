@@ -9,10 +9,12 @@ calls cost more than the numbers, and `_general` runs the portable functions on 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from portable_softmax.kernels import _means
 from portable_softmax.kernels._numpy import _general, _losses, _rows, _small, _sparse, _vjps
 from portable_softmax.kernels._numpy._layout import Layout, layout
 from portable_softmax.kernels._request import FOLD, LOSSES, ROWS, SPARSE, VJPS, Request
@@ -32,7 +34,7 @@ def missing() -> str:
 
 def declines(request: Request, asked: bool) -> str:
     """Return why a call is not for tiles."""
-    if request.operation == FOLD:
+    if request.operation in (FOLD, "logmeanexp"):
         found = layout(request.x, request.axes, request.compute_dtype)
         return "not one block in memory with the axes together" if found is None else ""
     if request.operation not in VJPS:
@@ -78,6 +80,9 @@ def fold(request: Request) -> Any:
     found = layout(request.x, request.axes, request.compute_dtype)
     assert found is not None  # declined
     return _rows.fold(request, found)
+
+
+logmeanexp = partial(_means.logmeanexp, fold)
 
 
 def logsumexp(request: Request) -> Any:

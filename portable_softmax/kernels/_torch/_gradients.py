@@ -155,6 +155,7 @@ _GRADIENTS = {
     "softmax": _softmax,
     "log_softmax": _log_softmax,
     "logsumexp": _logsumexp,
+    "logmeanexp": _logsumexp,
     "entropy": _slope,
     "sigmoid_cross_entropy": _slope,
     "cross_entropy": _loss,
@@ -222,7 +223,7 @@ def formula(request: Request, dy: Tensor) -> Any:
     if request.operation in SPARSE:
         return portable.entmax_vjp(xp, x, dy, axes, alpha=options.alpha).to(request.result_dtype)
     where, temperature = options.where, options.temperature
-    if request.operation == "logsumexp":
+    if request.operation in ("logsumexp", "logmeanexp"):
         infinite = _infinite(request)
         p = portable.softmax(xp, torch.where(infinite, 0.0, x), axes, where=where)
         return torch.where(infinite, 0.0, p * dy).to(request.result_dtype)
