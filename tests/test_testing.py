@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import math
 import os
 import re
 import shutil
@@ -106,6 +107,45 @@ def test_a_wrong_library_is_found_out(shelf, name, wrong):
     assert "arguments that are refused, float64" in report.passed
 
 
+def of_dtype_float32(real):
+    import array_api_strict as strict
+
+    return lambda x, **options: strict.astype(real(x, **options), strict.float32)
+
+
+def of_no_axis(real):
+    return lambda x, **options: x
+
+
+def of_anything(real):
+    return lambda x, **options: real(x == x, **options)
+
+
+def that_writes_to_its_argument(real):
+    def function(x, y):
+        answer = real(x, y)
+        x[...] = 0
+        return answer
+
+    return function
+
+
+@strict_only
+@pytest.mark.parametrize(
+    ("name", "wrong", "case", "expected"),
+    [
+        ("squeeze", of_dtype_float32, "axes and shapes", "the dtype float64, not float32"),
+        ("squeeze", of_no_axis, "axes and shapes", "the shape (), not (1, 1)"),
+        ("all", of_anything, "a label out of range", "IndexError"),
+        ("matmul", that_writes_to_its_argument, "linear_cross_entropy", "inputs unchanged"),
+    ],
+)
+def test_what_else_than_a_value_is_wrong_is_named(shelf, name, wrong, case, expected):
+    library = shelf.library(f"wrong_{name}_{wrong.__name__}", {name: wrong})
+    found = {one.case: one.expected for one in check_library(library).failed}
+    assert found[f"{case}, float64"] == expected
+
+
 @strict_only
 def test_a_library_without_float64_skips_it(shelf):
     report = check_library(shelf.library("narrow", {}), asarray=None, skip=None)
@@ -116,6 +156,14 @@ def test_a_library_without_float64_skips_it(shelf):
     assert report.ok
     assert {one.reason for one in report.skipped} == {"float64 became float32"}
     assert len(report.skipped) == len(CASES)
+
+
+@pytest.mark.once
+def test_what_has_no_dtypes_is_no_right_library():
+    report = check_library(math)
+    assert not report.ok
+    assert (report.passed, report.failed) == ((), ())
+    assert {one.reason.partition(":")[0] for one in report.skipped} == {"no float64", "no float32"}
 
 
 # --- Adapters that an installed package registers -----------------------------------------------
