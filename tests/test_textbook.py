@@ -342,6 +342,14 @@ def test_labels_of_another_shape_are_refused(xp, t):
         cross_entropy_error(y, xp.asarray(t, dtype="int64"))
 
 
+def test_labels_of_another_library_are_refused(xp):
+    if xp.library == "numpy":
+        pytest.skip("the other backends each meet NumPy here")
+    y = xp.asarray(PROBABILITIES, dtype="float64")
+    with pytest.raises(TypeError, match=f"arrays of two libraries: {xp.library} and numpy"):
+        cross_entropy_error(y, np.asarray([0, 1]))
+
+
 @pytest.mark.parametrize("t", [0, [1.0, 0.0]], ids=["index", "one-hot"])
 def test_without_eps_a_perfect_prediction_is_nan(xp, t):
     y = xp.asarray([1.0, 0.0], dtype="float64")

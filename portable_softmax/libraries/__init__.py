@@ -179,21 +179,19 @@ if "torch" in sys.modules:  # else a call that is traced before any other may be
     _know_tensors(_BY_NAMESPACE[_tensor_namespace(sys.modules["torch"].Tensor)])
 
 
-def namespace(*arrays: Any) -> Namespace:
-    """Return the array API namespace that all `arrays` belong to.
+def namespace(array: Any, *others: Any) -> Namespace:
+    """Return the array API namespace that all arrays belong to.
 
     Raises
     ------
     TypeError
         If an argument is no array, or the arrays belong to two libraries.
     """
-    if not arrays:
-        raise TypeError("no array was given")
-    first, *others = map(library_of, arrays)
-    for other in others:
-        if other is not first:
-            raise TypeError(f"arrays of two libraries: {first.name} and {other.name}")
-    return first.xp
+    library = library_of(array)
+    for other in map(library_of, others):
+        if other is not library:
+            raise TypeError(f"arrays of two libraries: {library.name} and {other.name}")
+    return library.xp
 
 
 # --------------------------------------------------------------------------- by namespace
