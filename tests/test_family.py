@@ -408,3 +408,24 @@ def test_divergence_answers_in_float32_under_autocast(xp, torch):
         k = ps.kl_divergence(x, x.detach() * 0.5)
     assert k.dtype == torch.float32
     assert torch.autograd.grad(k, x)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.once
+def test_a_memory_map_is_an_array_of_numpy(tmp_path):
+    """The one subclass that is taken: what numpy.load gives for a file that is not read at once."""
+
+    def mapped(values):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.npy"
+        np.save(path, values)
+        return np.load(path, mmap_mode="r")
+
+    x, labels = np.random.default_rng(31).normal(size=(6, 5)), np.arange(6) % 5
+    assert type(mapped(x)) is np.memmap
+    for f in (ps.softmax, ps.logsumexp, ps.softmax_jacobian, ps.sparsemax, ps.entropy):
+        y = f(mapped(x))
+        assert type(y) is type(f(x))
+        np.testing.assert_array_equal(y, f(x))
+    for f in (ps.cross_entropy_value_and_grad, ps.entmax_loss_value_and_grad):
+        for y, expected in zip(f(mapped(x), mapped(labels)), f(x, labels), strict=True):
+            assert type(y) is type(expected)
+            np.testing.assert_array_equal(y, expected)
