@@ -329,6 +329,23 @@ def test_where(xp):
         ps.softmax(xp.asarray(x), where=xp.asarray(np.ones((2, 4), np.int64)))
 
 
+def test_arrays_of_options_where_nothing_is_reduced(xp):
+    """Each entry is a row of its own, a mask or weight of a row one of each."""
+    x = np.asarray([[1.0, np.nan, 2.0], [0.5, 3.0, -1.0]])
+    given, where = xp.asarray(x), xp.asarray(np.asarray([True, False, True]))
+    assert_close(xp, ps.softmax(given, axis=(), where=where), [[1.0, 0.0, 1.0]] * 2)
+    assert_close(xp, ps.log_softmax(given, axis=(), where=where), [[0.0, -np.inf, 0.0]] * 2)
+    kept = np.where([True, False, True], x, -np.inf)
+    assert_close(xp, ps.logsumexp(given, axis=(), where=where), kept)
+    sink = np.asarray([0.0, 1.0, -2.0])
+    y = ps.softmax(given, axis=(), sink=xp.asarray(sink))
+    assert_close(xp, y, 1 / (1 + np.exp(sink - x)))
+    b = np.asarray([[2.0], [-0.5]])
+    log, sign = ps.logsumexp(given, axis=(), b=xp.asarray(b), return_sign=True)
+    assert_close(xp, log, x + np.log(np.abs(b)))
+    assert_close(xp, sign, np.where(np.isnan(x), x, np.sign(b)))
+
+
 # --------------------------------------------------------------------------- weights and signs
 
 WEIGHTED = {
