@@ -143,6 +143,19 @@ def test_divergence_with_its_options(xp, reduction):
         assert_close(xp, distilled, expected * t * t, rtol=1e-13)
 
 
+@pytest.mark.parametrize("t", [2.0**1000, 2.0**-1000])
+def test_divergence_at_a_temperature_near_the_ends_of_the_range(xp, t):
+    """A power of 2 that the logits have too changes nothing but the scale of the gradients."""
+    given = np.random.default_rng(40).normal(size=(2, 3, 4))
+    value, grads = ps.kl_divergence_value_and_grad(*(xp.asarray(a) for a in given))
+    found, slopes = ps.kl_divergence_value_and_grad(
+        *(xp.asarray(a * t) for a in given), temperature=t
+    )
+    assert_close(xp, found, xp.numpy(value), rtol=1e-13)
+    for slope, grad in zip(slopes, grads, strict=True):
+        assert_close(xp, slope, xp.numpy(grad) / t, rtol=1e-12)
+
+
 def test_divergence_of_two_dtypes(xp):
     """It is computed in the wider precision and answered in the dtype of the first."""
     rng = np.random.default_rng(33)
