@@ -440,6 +440,17 @@ def test_one_mask_for_all(xp, masked):
     assert_close(xp, found, xp.numpy(want) if masked else want, rtol=1e-12)
 
 
+@pytest.mark.parametrize("mask", [SAMPLES[:, None] > 0.5, np.ones((1, 1), bool), np.ones(1, bool)])
+def test_a_mask_without_classes(xp, mask):
+    """It leaves out positions; a row in tiles looks there for the class of a label too."""
+    labels = np.where(SAMPLES > 0.5, LABELS, -1)
+    options = {"where": mask, "ignore_index": -1, "label_smoothing": 0.1, "reduction": "sum"}
+    arrays = [xp.asarray(a) for a in (HIDDEN, CLASSIFIER, labels)]
+    given = {**on(xp, options), "tile": None if xp.lazy else 16}
+    found = xp.call(ps.linear_cross_entropy_value_and_grad, *arrays, **given)
+    check(xp, found, stored(HIDDEN, CLASSIFIER, labels, **options))
+
+
 @pytest.mark.libraries("numpy")
 def test_an_answer_beyond_a_half_type_warns_of_nothing(xp):
     hidden = np.asarray([[6e4, -6e4], [6e4, -6e4]], np.float16)
