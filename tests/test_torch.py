@@ -356,6 +356,24 @@ def test_a_compiled_function_takes_other_lengths(torch, xp, compiled):
         torch.testing.assert_close(step(x, labels), ps.cross_entropy(x, labels))
 
 
+def test_an_operator_takes_no_ignore_index_of_64_bits(torch, xp, compiled):
+    """Its integers have a sign, those of labels need not: such a call is traced as it stands."""
+    rng, ignored = np.random.default_rng(4), 2**64 - 1
+    hidden, classifier = (
+        xp.asarray(rng.normal(size=(700, 3))),
+        xp.asarray(rng.normal(size=(100, 3))),
+    )
+    labels = np.arange(700, dtype=np.uint64) % 100
+    labels[::5] = ignored
+    labels, logits = xp.from_numpy(labels), hidden @ classifier.T
+    for function, arrays in (
+        (ps.cross_entropy, (logits, labels)),
+        (ps.linear_cross_entropy, (hidden, classifier, labels)),
+    ):
+        actual = compiled(function, backend="eager")(*arrays, ignore_index=ignored)
+        torch.testing.assert_close(actual, function(*arrays, ignore_index=ignored))
+
+
 @pytest.mark.slow("torch.compile compiles C++")
 def test_inductor_keeps_the_digits_of_a_confident_row(torch, xp, compiled):
     x = xp.asarray([[30.0, 0.0, 0.0], [0.0, 1.0, 2.0]], "float32")
