@@ -150,6 +150,16 @@ def test_scipy_weights_may_be_a_number_and_exponents_integers(xp):
     assert_close(xp, answer, expected, xp.dtype_name(answer), rtol=1e-6)
 
 
+def test_scipy_takes_integers_beside_floats(xp):
+    """Of exponents or weights; the standard leaves open what both together are."""
+    n, v = np.asarray([0, 1, 3]), np.asarray([0.5, 2.0, 1.25])
+    for x, b in ((n, v), (v, n), (n, 2.5), (2.5, n), (v, 2)):
+        given = [xp.asarray(a) if isinstance(a, np.ndarray) else a for a in (x, b)]
+        answer = scipy_special.logsumexp(given[0], b=given[1])
+        expected = np.log(np.sum(b * np.exp(x)))
+        assert_close(xp, answer, expected, xp.dtype_name(answer), rtol=1e-6)
+
+
 @pytest.mark.once
 def test_scipy_promotes_both_to_one_dtype():
     x, b = np.zeros(2, np.float32), np.ones(2)
