@@ -95,9 +95,10 @@ def test_a_row_has_the_same_bits_alone_and_beside_others(xp, packed, alpha):
         np.testing.assert_array_equal(xp.numpy(alone)[0], dx[i])
 
 
+@pytest.mark.parametrize("n", [700, 100], ids=["packed", "too short for it"])
 @pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0, 2.5])
-def test_the_gradient_is_that_of_the_formula(xp, packed, alpha):
-    x, dy = rows(), np.random.default_rng(83).normal(size=(9, 700))
+def test_the_gradient_is_that_of_the_formula(xp, packed, alpha, n):
+    x, dy = rows(classes=n), np.random.default_rng(83).normal(size=(9, n))
     y = ps.entmax(xp.asarray(x), alpha=alpha)
     p, inside = xp.numpy(y), xp.numpy(y) > 0
     g = np.where(inside, np.where(inside, p, 1.0) ** (2 - alpha), 0.0)
