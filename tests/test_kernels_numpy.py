@@ -285,6 +285,28 @@ def test_a_small_softmax_shifts_the_rows_that_need_it(monkeypatch):
         np.testing.assert_array_equal(ps.softmax(row), found)
 
 
+@pytest.mark.parametrize("dtype", ["float16", *DTYPES])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((5000, 10), 1), ((300, 400), 1), ((50, 4000), 0), ((70, 40, 33), 1), ((3, 40, 9000), 1)],
+)
+def test_the_vjps_of_every_layout(shape, axis, dtype):
+    """Of a confident entry in few rows, and in all."""
+    x, dy = (RNG.normal(size=shape).astype(dtype) for _ in range(2))
+    x[:3] += 30 * (np.argmax(x[:3], axis, keepdims=True) == np.indices(shape)[axis][:3])
+    for logits in (x, 8 * x):
+        y, log_y = ps.softmax(logits, axis=axis), ps.log_softmax(logits, axis=axis)
+        for function, out in ((ps.softmax_vjp, y), (ps.log_softmax_vjp, log_y)):
+            with kernels.use("numpy tiles"):
+                assert kernels.explain(function.__name__, out, dy, axis=axis).startswith("numpy")
+                dx = function(out, dy, axis=axis)
+            with kernels.portable():
+                plain = function(out, dy, axis=axis)
+            unit = (1 if dtype == "float16" else 32) * np.finfo(dtype).eps
+            assert dx.dtype == dtype
+            np.testing.assert_allclose(dx, plain, rtol=unit, atol=unit)
+
+
 def test_the_vjps_of_large_rows():
     for shape, dtype in (((1500, 1000), "float64"), ((4000, 600), "float32")):
         x, dy = (RNG.normal(size=shape).astype(dtype) for _ in range(2))
