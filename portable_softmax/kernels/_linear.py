@@ -140,14 +140,13 @@ def _blocks(problem: portable.Linear) -> list[slice]:
 
 
 def _logits(library: Library, problem: portable.Linear, out: Any) -> Any:
+    """Write the logits to `out`; each library of this kernel writes a product where it is told."""
     xp, dtype = library.xp, problem.dtype
     blocks = _blocks(problem)
     for classes in blocks:
         classifier = library.cast(problem.classifier[classes, :], dtype)
         to = out if len(blocks) == 1 else out[:, classes]
-        found = library.product(problem.hidden, xp.matrix_transpose(classifier), to)
-        if found is not to:
-            to[...] = found
+        library.product(problem.hidden, xp.matrix_transpose(classifier), to)
     if problem.bias is not None:
         out += library.cast(problem.bias, dtype)
     return out
@@ -192,10 +191,10 @@ class _Adds:
             grads.hidden[self._at, :] += d_hidden
         if grads.classifier is not None:
             to, factors = grads.classifier[classes, :], (xp.matrix_transpose(g), self._hidden)
-            add = library.add_product
-            found = library.product(*factors, to) if self._first else add(to, *factors)
-            if found is not to:
-                to[...] = found
+            if self._first:
+                library.product(*factors, to)
+            else:
+                library.add_product(to, *factors)
         if grads.bias is not None:
             grads.bias[classes] += xp.squeeze(portable.total(xp, g, (0,)), axis=0)
 

@@ -85,9 +85,7 @@ def _confident(
     return where, dy
 
 
-def log_softmax_vjp(
-    request: Request, layout: Layout, upstream: Layout, *, masked: bool = True
-) -> Any:
+def log_softmax_vjp(request: Request, layout: Layout, upstream: Layout, *, masked: bool) -> Any:
     """dy - exp(log_y) * sum(dy), and if entries are masked where log_y is not -inf."""
     axis = layout.axis
 
