@@ -560,6 +560,22 @@ def test_explain(xp):
 
 
 @pytest.mark.libraries("numpy", "torch")
+@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
+def test_tiles_whose_rows_no_kernel_takes(xp, tile):
+    """As CuPy's are unless Triton is asked for."""
+    with kernels.without("numpy tiles"), kernels.without("numba rows"), kernels.use("linear tiles"):
+        for labels in (LABELS, PROBABILITIES):
+            arrays = [xp.asarray(a) for a in (HIDDEN, CLASSIFIER, labels)]
+            explained = kernels.explain("linear_cross_entropy", *arrays)
+            assert explained.startswith("linear tiles")
+            options = {"bias": BIAS, "weight": WEIGHT, "z_loss": 0.1}
+            given = {**on(xp, options), "tile": tile}
+            found = ps.linear_cross_entropy_value_and_grad(*arrays, **given)
+            check(xp, found, stored(HIDDEN, CLASSIFIER, labels, **options))
+            assert_close(xp, ps.linear_cross_entropy(*arrays, **given), xp.numpy(found[0]))
+
+
+@pytest.mark.libraries("numpy", "torch")
 def test_what_is_ignored_costs_no_product(xp, monkeypatch):
     if xp.path == "portable":
         pytest.skip("a property of the kernel")
