@@ -22,7 +22,6 @@ import portable_softmax
 from portable_softmax import libraries
 from portable_softmax.kernels import _table
 from portable_softmax.kernels._request import (
-    DIVERGENCES,
     ENTROPIES,
     FAMILY,
     LINEAR,
@@ -130,9 +129,9 @@ def operations(kernel: _table.Kernel) -> str:
         LINEAR: "linear_cross_entropy",
         SPARSE: "entmax, sparsemax",
         PARTS: "parts of rows",
-        (*ENTROPIES, *DIVERGENCES): "entropy, kl_divergence",
     }
-    return named.get(kernel.operations) or ", ".join(kernel.operations)
+    alone = [name for name in kernel.operations if not name.endswith("_value_and_grad")]
+    return named.get(kernel.operations) or ", ".join(alone)
 
 
 BY_OPERATION = (

@@ -109,7 +109,7 @@ def test_textbook_stands_on_the_namespace_lookup_alone():
     assert "portable_softmax.libraries.namespace" in ours
 
 
-SHARED_BY_KERNELS = ("_folding", "_in_parts", "_request", "_threads")
+SHARED_BY_KERNELS = ("_folding", "_in_parts", "_means", "_request", "_threads")
 
 
 @pytest.mark.once

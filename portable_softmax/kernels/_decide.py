@@ -26,7 +26,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class Candidate:
     """A kernel of the table with its module loaded, which lacks nothing."""
 
-    __slots__ = ("answer", "any_layout", "declines", "kernel", "remark")
+    __slots__ = ("answer", "any_layout", "declines", "formulas", "kernel", "remark")
 
     def __init__(self, kernel: Kernel, operation: str) -> None:
         module = import_module(kernel.module)
@@ -43,6 +43,7 @@ class Candidate:
             self.declines = module.declines
             self.answer = getattr(module, operation)
             self.remark = getattr(module, "remark", _no_remark)
+        self.formulas = getattr(module, "Formulas", None)
         self.any_layout = operation in getattr(module, "ANY_LAYOUT", ())
 
     def traced(self) -> tuple[Any, Any]:
@@ -235,6 +236,9 @@ def run(request: Request, portable: Callable[[Request], Any]) -> Any:
     elif request.tracing and taken.kernel.adapter:
         adapter, module = taken.traced()
         return adapter.answer(module, request)
+    elif taken.formulas:
+        adapter, _ = taken.traced()
+        answer = partial(adapter.answer, taken.formulas(portable))
     else:
         answer = taken.answer
     if back is not None:

@@ -14,14 +14,14 @@ VJPS = ("softmax_vjp", "log_softmax_vjp")
 LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
 OPERATIONS = (*ROWS, *VJPS, *LOSSES)
 SPARSE = ("entmax", "sparsemax", "entmax_vjp")
+ENTMAX_LOSSES = ("entmax_loss", "entmax_loss_value_and_grad")
 RUNNING = ("logcumsumexp", "logcumsumexp_vjp")
 ENTROPIES = ("entropy", "entropy_value_and_grad")
 DIVERGENCES = ("kl_divergence", "kl_divergence_value_and_grad")
 BINARY = ("sigmoid_cross_entropy", "sigmoid_cross_entropy_value_and_grad")  # entry by entry
 FAMILY = (
     *SPARSE,
-    "entmax_loss",
-    "entmax_loss_value_and_grad",
+    *ENTMAX_LOSSES,
     *ENTROPIES,
     *DIVERGENCES,
     "logmeanexp",

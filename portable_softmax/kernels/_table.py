@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from portable_softmax.kernels._request import (
     BINARY,
     DIVERGENCES,
+    ENTMAX_LOSSES,
     ENTROPIES,
     EXTREME,
     FAMILY,
@@ -144,12 +145,12 @@ _NUMBA = Kernel(
 )
 _OF_DISTRIBUTIONS = _NUMBA._replace(
     operations=(*ENTROPIES, *DIVERGENCES),
-    options=("temperature", "distillation", "reduction"),
+    options=("temperature", "distillation", "reduction", "dtype"),
 )
 _OF_ENTRIES = _NUMBA._replace(
     operations=BINARY,
     why="one pass",
-    options=("weight", "pos_weight", "label_smoothing", "reduction"),
+    options=("weight", "pos_weight", "label_smoothing", "reduction", "dtype"),
 )
 _TILES = Kernel(
     name="numpy tiles",
@@ -162,6 +163,21 @@ _TILES = Kernel(
 _OF_MEANS = (
     _NUMBA._replace(operations=("logmeanexp",), options=("where",)),
     _TILES._replace(operations=("logmeanexp",), options=(), dtypes=FLOATS),
+)
+_FORMULAS = Kernel(
+    name="numpy formulas",
+    why="the portable formulas, on NumPy's view of a small tensor",
+    library="torch",
+    module=f"{_HERE}._formulas",
+    operations=(*ENTROPIES, *DIVERGENCES, *BINARY, *ENTMAX_LOSSES),
+    options=(
+        *("temperature", EXTREME, "distillation", "reduction", "weight", "pos_weight"),
+        *("label_smoothing", "focal_gamma", "alpha", "ignore_index", PROBABILITIES, SAMPLES),
+        "dtype",
+    ),
+    devices=("cpu",),
+    at_most=_SMALL,
+    adapter=_TORCH,
 )
 _ON_PARTS = (
     _NUMBA._replace(operations=PARTS, options=("temperature", "where")),
@@ -260,6 +276,7 @@ TABLE = (
         dtypes=(*FLOATS, *INTEGERS, "complex64", "complex128"),
         options=_OF_PARTS,
     ),
+    _FORMULAS,
     *(*_OF_MEANS, *_ON_PARTS),
     *(row._replace(**_LENT) for row in (*_OF_MEANS, *_ON_PARTS)),
     _LINEAR,

@@ -69,7 +69,7 @@ def declines(request: Request, asked: bool) -> str:
 
 def declines_options(request: Request) -> str:
     """Return why an operation is not taken with options that another is taken with."""
-    if "dtype" in request.active and request.operation not in LOSSES:
+    if "dtype" in request.active and request.operation not in _OF_LOSSES:
         return "dtype of the answer"
     if request.operation not in LOSSES:
         return ""
@@ -85,6 +85,7 @@ def declines_options(request: Request) -> str:
     return ""
 
 
+_OF_LOSSES = (*LOSSES, *DIVERGENCES, *BINARY)
 _OF_TWO = (*VJPS, *DIVERGENCES)
 _READ = ("weight", "label_smoothing", "where", "sample_weight", "softcap")
 

@@ -15,6 +15,7 @@ import torch
 from portable_softmax.kernels._request import (
     BINARY,
     DIVERGENCES,
+    ENTMAX_LOSSES,
     ENTROPIES,
     PARTS,
     PROBABILITIES,
@@ -23,7 +24,7 @@ from portable_softmax.kernels._request import (
 )
 from portable_softmax.kernels._torch import _autograd, _gradients, _lending, _operators
 
-_WITH_GRADIENTS = (ENTROPIES[1], DIVERGENCES[1], BINARY[1])
+_WITH_GRADIENTS = (ENTROPIES[1], DIVERGENCES[1], BINARY[1], ENTMAX_LOSSES[1])
 
 
 def looks_at(operation: str, dtype: str, active: tuple[str, ...]) -> bool:
@@ -40,7 +41,9 @@ def declines(engine: Any, request: Request, asked: bool) -> str:
         return "a part of rows that is differentiated"
     if request.operation in _WITH_GRADIENTS and _is_followed(request):
         return "a gradient that is differentiated again"
-    if request.operation in SPARSE and (why := _not_of_numbers(request)):
+    if request.operation in DIVERGENCES and request.dy.dtype is not request.x.dtype:
+        return f"dtypes: {request.x.dtype} and {request.dy.dtype}"
+    if request.operation in (*SPARSE, *ENTMAX_LOSSES) and (why := _not_of_numbers(request)):
         return why
     if request.tracing and not _are_numbers(request):
         return "a number that may be another one in the next call"

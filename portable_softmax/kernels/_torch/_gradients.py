@@ -15,7 +15,14 @@ import torch
 
 from portable_softmax import portable
 from portable_softmax._typing import Tensor
-from portable_softmax.kernels._request import BINARY, DIVERGENCES, ENTROPIES, SPARSE, Request
+from portable_softmax.kernels._request import (
+    BINARY,
+    DIVERGENCES,
+    ENTMAX_LOSSES,
+    ENTROPIES,
+    SPARSE,
+    Request,
+)
 from portable_softmax.kernels._torch._lending import (
     COMPUTE_DTYPE,
     NUMPY,
@@ -158,6 +165,7 @@ _GRADIENTS = {
     "logmeanexp": _logsumexp,
     "entropy": _slope,
     "sigmoid_cross_entropy": _slope,
+    "entmax_loss": _slope,
     "cross_entropy": _loss,
 }
 
@@ -218,7 +226,7 @@ def formula(request: Request, dy: Tensor) -> Any:
             xp, x, request.target(), request.axis, options
         )
         return _masked(request, dx * _upstream(request, dy)).to(request.result_dtype)
-    if request.operation in (*ENTROPIES, *DIVERGENCES, *BINARY):
+    if request.operation in (*ENTROPIES, *DIVERGENCES, *BINARY, *ENTMAX_LOSSES):
         return _slopes_by_formula(request, x, dy)
     if request.operation in SPARSE:
         return portable.entmax_vjp(xp, x, dy, axes, alpha=options.alpha).to(request.result_dtype)
@@ -249,6 +257,11 @@ def _slopes_by_formula(request: Request, x: Tensor, dy: Tensor) -> Any:
     if request.operation in BINARY:
         _, slope = portable.sigmoid_cross_entropy_value_and_grad(
             xp, x, request.labels.to(c), options
+        )
+        return (slope * dy).to(request.result_dtype)
+    if request.operation in ENTMAX_LOSSES:
+        _, slope = portable.entmax_loss_value_and_grad(
+            xp, x, request.target(), request.axis, options.alpha, options.reduction, followed=True
         )
         return (slope * dy).to(request.result_dtype)
     q = request.dy.to(c)
