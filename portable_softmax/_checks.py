@@ -20,7 +20,8 @@ from portable_softmax.libraries import Dtype, Library, dtype_name, traced_as_con
 
 REDUCTIONS = ("mean", "sum", "none")
 
-_REAL = frozenset({"real", "half", "integer"})
+_FLOATING = frozenset({"real", "half"})
+_REAL = _FLOATING | {"integer"}
 _COMPLEX = _REAL | {"complex"}
 
 # Types whose arithmetic is not an array's: by the module that defines them, since none of these
@@ -144,8 +145,8 @@ def _dtype_message(name: str, dtype: Any, kind: str, complex_too: bool) -> str:
 
 
 def floating(name: str, x: Any, library: Library) -> None:
-    """Check that `x` is floating: an integer array is no output of ours, nor a gradient."""
-    if library.dtype(x.dtype).kind == "integer":
+    """Check that `x` is real and floating: nothing else is an output of ours, or a gradient."""
+    if library.dtype(x.dtype).kind not in _FLOATING:
         raise TypeError(
             f"{name} has dtype {dtype_name(x.dtype)}, expected a floating dtype: "
             f"cast {name} to float32 or float64 first"

@@ -5,6 +5,8 @@ The rows of the table of semantics that are errors are in test_semantics.py.
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 import pytest
 
@@ -145,3 +147,63 @@ def test_nothing_is_computed_before_the_checks(xp, monkeypatch):
         message(ValueError, f, x, labels, reduction="average")
         message(ValueError, f, x, labels, softcap=-1.0)
     message(ValueError, ps.softmax, x, temperature=0.0)
+
+
+X, CLASSES, CLASSIFIER = np.zeros((2, 3)), np.asarray([0, 1]), np.zeros((4, 3))
+# Of each function the first arrays, and a right one of each that comes beside them.
+ARRAYS = {
+    "softmax": ((X,), {"where": X == 0, "sink": np.zeros((2, 1))}),
+    "log_softmax": ((X,), {"where": X == 0, "sink": np.zeros((2, 1))}),
+    "logsumexp": ((X,), {"where": X == 0, "b": X}),
+    "logmeanexp": ((X,), {"where": X == 0}),
+    "online.fold": ((X,), {"where": X == 0}),
+    **{f"{name}_vjp": ((X, X), {"dy": X}) for name in ("softmax", "log_softmax", "entmax")},
+    "logcumsumexp_vjp": ((X, X), {"dy": X}),
+    "kl_divergence": ((X, X), {"logits_q": X}),
+    "cross_entropy": (
+        (X, CLASSES),
+        {"labels": CLASSES, "weight": np.ones(3), "where": X == 0, "sample_weight": np.ones(2)},
+    ),
+    "entmax_loss": ((X, CLASSES), {"labels": CLASSES, "sample_weight": np.ones(2)}),
+    "sigmoid_cross_entropy": ((X, X), {"labels": X, "weight": X, "pos_weight": np.ones(3)}),
+    "linear_cross_entropy": (
+        (X, CLASSIFIER, CLASSES),
+        {
+            "classifier": CLASSIFIER,
+            "labels": CLASSES,
+            "bias": np.ones(4),
+            "weight": np.ones(4),
+            "where": np.ones((2, 4), bool),
+            "sample_weight": np.ones(2),
+        },
+    ),
+}
+
+
+POSITIONAL = ("dy", "logits_q", "labels", "classifier")
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_each_array_of_each_function_is_checked(xp, name):
+    """Its library, its dtype and its shape: the message begins with the name of the argument."""
+    first, others = ARRAYS[name]
+    functions = [operator.attrgetter(name)(ps)]
+    if (both := getattr(ps, f"{name}_value_and_grad", None)) is not None:
+        functions.append(both)
+    for argument, right in others.items():
+        wrong = [
+            (TypeError, right.tolist()),
+            (ValueError, xp.asarray(np.zeros((7, 5), right.dtype))),
+        ]
+        if xp.library != "numpy" and not (xp.library == "dask" and argument == "labels"):
+            wrong.append((TypeError, right))
+        if (name, argument) != ("sigmoid_cross_entropy", "labels"):  # they may be yes and no
+            other = right.astype("int64" if right.dtype == bool else "bool")
+            wrong.append((TypeError, xp.asarray(other)))
+        for error, value in wrong:
+            arrays, options = [xp.asarray(a) for a in first], {argument: value}
+            if argument in POSITIONAL:
+                place = -1 if argument == "labels" else 1
+                arrays[place], options = value, {}
+            for function in functions:
+                assert message(error, function, *arrays, **options).startswith(f"{argument} ")

@@ -367,6 +367,9 @@ def test_errors_name_the_argument_and_the_remedy(xp):
         online.identity(x, axis=2)
     with pytest.raises(TypeError, match=r"state.max has dtype int64, expected float32 or float64"):
         online.logsumexp(online.State(xp.asarray([1]), xp.asarray([1])))
+    for rest in (np.zeros((2, 1)).tolist(), xp.asarray(np.zeros((2, 1), bool))):
+        with pytest.raises(TypeError, match=r"^state.rest "):
+            online.logsumexp(online.State(state.max, rest))
     if (elsewhere := xp.other_device(state.max)) is not None:
         with pytest.raises(ValueError, match="device"):
             online.merge(state, online.State(elsewhere, xp.other_device(state.rest)))
