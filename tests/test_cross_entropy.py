@@ -298,3 +298,18 @@ def test_a_softcap_beyond_the_range_bends_logits_that_are_near_it(xp):
     x, labels = xp.asarray(values, "float32"), xp.asarray([1])
     loss = ps.cross_entropy(x, labels, softcap=cap)
     np.testing.assert_allclose(xp.numpy(loss), capped[0, 0] - capped[0, 1], rtol=1e-5)
+
+
+@pytest.mark.slow("XLA compiles each kind of labels", "jax")
+def test_an_infinite_weight_makes_the_loss_of_what_it_names_infinite(xp):
+    x = xp.asarray([[0.0, 1.0, -1.0], [2.0, 0.0, 1.0], [-800.0, 0.0, 0.0]])
+    weight, indices = xp.asarray([np.inf, 1.0, 2.0]), np.asarray([0, 1, 0])
+    t = np.asarray([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.25, 0.75, 0.0]])
+    cases = (indices, 0.0, [0, 2]), (indices, 0.1, [0, 1, 2]), (t, 0.0, [0, 2])
+    for labels, smoothing, infinite in cases:
+        loss = ps.cross_entropy(
+            x, xp.asarray(labels), weight=weight, label_smoothing=smoothing, reduction="none"
+        )
+        expected = np.isin(np.arange(3), infinite)
+        np.testing.assert_array_equal(np.isposinf(xp.numpy(loss)), expected)
+        np.testing.assert_array_equal(np.isfinite(xp.numpy(loss)), ~expected)

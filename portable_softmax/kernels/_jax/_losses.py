@@ -354,7 +354,11 @@ def _multiplied(x: Any, state: State, terms: Terms, axis: int) -> list[Any]:
         label = (m - _at(x, terms.index, axis)) + log
     if terms.c is not None:
         every = spread(m, x, (axis,)) - x
-        every = every if _same_everywhere(terms.c, axis) else every + spread(log, x, (axis,))
+        if _same_everywhere(terms.c, axis):
+            # At the maximum log alone is multiplied: an infinite weight must not meet a 0 here.
+            every = jnp.where((every == 0) & jnp.isinf(terms.c), 1.0, every)
+        else:
+            every = every + spread(log, x, (axis,))
     if terms.u is not None:
         square = (m + log) * (m + log)
     return [
