@@ -196,6 +196,14 @@ def test_the_mean_of_exponents_close_to_each_other(xp, dtype):
     assert reference.ulps(actual, [exact_mean(reference.exact(x))]) <= 6
 
 
+def test_a_mask_of_exponents_close_to_each_other(xp):
+    """What is left out counts in neither the sum nor the number of terms."""
+    x, where = np.zeros(102), np.arange(102) < 100
+    x[:100:2], x[100:] = -2e-20, [5.0, np.nan]
+    actual = ps.logmeanexp(xp.asarray(x), where=xp.asarray(where))
+    assert_close(xp, actual, -1e-20, rtol=1e-14)
+
+
 @pytest.mark.slow("XLA compiles each option", "jax")
 def test_logmeanexp_with_its_options(xp):
     rng = np.random.default_rng(35)

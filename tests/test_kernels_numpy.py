@@ -177,6 +177,23 @@ def test_both_forms_keep_the_digits(shape, dtype, margin, offset):
     np.testing.assert_allclose(lse, x.max(axis=1) + best, rtol=4 * unit, atol=4 * unit)
 
 
+@pytest.mark.parametrize("shape", [(700, 10), (3000, 10), (500, 300)])
+def test_a_logsumexp_near_0_is_as_exact_as_of_differences(shape):
+    """The maximum and the logarithm cancel there, so that the errors of both count."""
+    x = RNG.normal(size=shape)
+    x = (x - np.log(np.exp(x).sum(axis=1, keepdims=True))).astype(np.float32)
+    exact = np.log(np.exp(x.astype(np.float64)).sum(axis=1))
+    m = x.max(axis=1, keepdims=True)
+    e = np.exp(x - m)
+    e[np.arange(len(x)), x.argmax(axis=1)] = 0.0
+    plain = m[:, 0] + np.log1p(e.sum(axis=1))
+
+    def error(value):
+        return np.sqrt(np.mean((value - exact) ** 2))
+
+    assert error(ps.logsumexp(x, axis=1)) <= 1.1 * error(plain)
+
+
 def test_the_precise_form_is_taken_by_the_rows_that_need_it(seen, monkeypatch):
     far, _ = _maths.RANGES[np.dtype(np.float32)]
     folded = []
@@ -317,18 +334,50 @@ def test_the_vjps_of_large_rows():
         x[5, 7], dy[5], dy[5, 7] = 60, 0, 1
         y, log_y = ps.softmax(x), ps.log_softmax(x)
         log_y[3, 4] = -np.inf
-        dy[3, 4] = np.nan
-        for function, out in ((ps.softmax_vjp, y), (ps.log_softmax_vjp, log_y)):
-            if function is ps.softmax_vjp:
-                dy[3, 4] = 0
+        masked = dy.copy()
+        masked[3, 4] = np.nan
+        for function, out, upstream in (
+            (ps.softmax_vjp, y, dy),
+            (ps.log_softmax_vjp, log_y, masked),
+        ):
             name = function.__name__
-            assert ps.kernels.explain(name, out, dy).startswith("numpy tiles")
+            assert ps.kernels.explain(name, out, upstream).startswith("numpy tiles")
             with ps.kernels.portable():
-                plain = function(out, dy)
+                plain = function(out, upstream)
             unit = 16 * np.finfo(dtype).eps
-            dx = function(out, dy)
+            dx = function(out, upstream)
             np.testing.assert_allclose(dx, plain, rtol=unit, atol=unit)
             np.testing.assert_allclose(dx[5, 7], plain[5, 7], rtol=unit)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("every", [1, 2, 100], ids=lambda n: f"one of {n}")
+def test_the_gradient_through_many_confident_rows(dtype, axis, every):
+    """As through one, in tiles; a row beside them that does not sum to 1 has that of its values."""
+    rows, n = 300, 1000
+    x, dy, expected = (np.zeros((rows, n)) for _ in range(3))
+    x[::every, 1], dy[:, 1] = 40.0, 1.0
+    dy[:, 2:4] = np.asarray([[3.0], [1e6]])[np.arange(rows) % 2]  # the same for two entries
+    small = np.exp(-x[:, :2].max(axis=1))
+    p = small / (1.0 + (n - 1) * small)
+    top = np.where(x[:, 1] > 0, 1.0 / (1.0 + (n - 1) * small), p)
+    far = dy[:, 2]
+    # dy - sum(y * dy), as sums of products of differences, of which none cancels.
+    expected[:] = (p * -(top + 2 * p * far))[:, None]
+    expected[:, 2] = expected[:, 3] = p * (top * (far - 1) + (n - 3) * p * far)
+    expected[:, 1] = top * ((n - 3) * p + 2 * p * (1 - far))
+    x, dy = (np.ascontiguousarray(a.T if axis == 0 else a, dtype) for a in (x, dy))
+    y = ps.softmax(x, axis=axis)
+    odd = np.index_exp[:, 100] if axis == 0 else np.index_exp[100]
+    y[odd] *= 1.25
+    a, b = y[odd].astype(np.float64), dy[odd].astype(np.float64)
+    expected[100] = a * (b - (a * b).sum())
+    with kernels.use("numpy tiles"):
+        assert kernels.explain("softmax_vjp", y, dy, axis=axis).startswith("numpy tiles")
+        dx = ps.softmax_vjp(y, dy, axis=axis)
+    dx = dx.T if axis == 0 else dx
+    np.testing.assert_allclose(dx, expected, rtol=64 * np.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("shape", [(2000, 100), (300, 1000)])

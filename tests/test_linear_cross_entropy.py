@@ -119,6 +119,8 @@ def test_any_number_of_axes(xp, reduction):
         labels = np.where(mask.shape == (C,) and labels == 2, 0, labels)
         for given in (labels, t):
             options = {"reduction": reduction, "where": mask, "tile": tile}
+            if given is t:
+                options["sample_weight"] = np.asarray(rng.random(batch))
             arrays = xp.asarray(hidden), xp.asarray(CLASSIFIER), xp.asarray(given)
             found = xp.call(ps.linear_cross_entropy_value_and_grad, *arrays, **on(xp, options))
             options.pop("tile")
@@ -353,6 +355,26 @@ def test_a_padded_vocabulary_takes_no_part(xp, garbage, tile):
         np.append(slopes[2], [0, 0]),
     )
     check(xp, (loss, grads), (want, slopes), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.slow("XLA compiles many programs", "jax")
+@pytest.mark.parametrize("tile", [None, 16], ids=["one tile", "two classes"])
+def test_a_mask_of_one_row_is_one_of_classes(xp, tile):
+    """So is one with more axes, all of length 1; the classes that it leaves out may hold nan."""
+    classifier = np.where(CLASS_MASK[:, None], CLASSIFIER, NAN)
+    bias = np.where(CLASS_MASK, BIAS, NAN)
+    labels = np.where(LABELS == 2, 1, LABELS)
+    cases = (HIDDEN, labels, CLASS_MASK[None]), (HIDDEN[None], labels[None], CLASS_MASK[None, None])
+    for hidden, given, where in cases:
+        if hidden.ndim == 3 and xp.library == "cubed":
+            continue  # it cannot join axes
+        finite, flat = np.nan_to_num(classifier), np.nan_to_num(bias)
+        want = stored(hidden, finite, given, flat, where=where, label_smoothing=0.1)
+        found = ps.linear_cross_entropy_value_and_grad(
+            *map(xp.asarray, (hidden, classifier, given)), bias=xp.asarray(bias),
+            where=xp.asarray(where), label_smoothing=0.1, tile=tile,
+        )  # fmt: skip
+        check(xp, found, want, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.slow("XLA compiles each option", "jax")

@@ -85,6 +85,26 @@ def test_what_is_written_are_the_bits_of_a_new_array(xp, operation, shape, axis)
 
 @pytest.mark.slow("Numba compiles each layout", "numba", "torch-numba")
 @pytest.mark.libraries("numpy", "torch", "cupy")
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_answer_beside_arrays_of_the_same_order(xp, operation, axis):
+    """Which is not C order: a kernel sees the axes of all of them in another order."""
+    given = arrays_of(operation, (900, 80), axis)
+    expected = xp.numpy(call(operation, [xp.asarray(a) for a in given], axis))
+
+    def in_order(a):
+        a = xp.asarray(a)
+        return a if a.ndim == 1 else (a.T.copy() if xp.library != "torch" else a.T.contiguous()).T
+
+    arrays, out = [in_order(a) for a in given], in_order(np.full((900, 80), 7, np.float32))
+    assert call(operation, arrays, axis, out) is out
+    assert_near(operation, given, axis, xp.numpy(out), expected)
+    assert call(operation, arrays, axis, arrays[0]) is arrays[0]
+    assert_near(operation, given, axis, xp.numpy(arrays[0]), expected)
+
+
+@pytest.mark.slow("Numba compiles each layout", "numba", "torch-numba")
+@pytest.mark.libraries("numpy", "torch", "cupy")
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_in_place_of_an_input(xp, operation, shape, axis):
