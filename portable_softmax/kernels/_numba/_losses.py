@@ -145,7 +145,10 @@ def value(gap, log, spread, m, u, c):
     """The loss from gap = max - x_y and spread = sum_j w_j (max - x_j)."""
     v = times(u * c[0], gap + log)
     if c[1] != 0:
-        v = v + (c[1] * spread + c[2] * log)
+        smoothed = c[2] * log
+        if abs(c[2]) != math.inf:  # else an infinite weight may have met a 0 in the spread
+            smoothed = c[1] * spread + c[2] * log
+        v = v + smoothed
     if c[3] != 0:
         lse = m + log
         v = v + times(u, c[3] * (lse * lse))
