@@ -241,7 +241,7 @@ def test_a_masked_mean_counts_what_is_left(rows):
 
 # --------------------------------------------------------------------------- torch
 
-TORCH = {"torch": "numpy formulas", "torch-numba": "numba rows"}
+TORCH = {"torch": "lent formulas", "torch-numba": "numba rows"}
 
 
 def functions(xp):

@@ -165,7 +165,7 @@ _OF_MEANS = (
     _TILES._replace(operations=("logmeanexp",), options=(), dtypes=FLOATS),
 )
 _FORMULAS = Kernel(
-    name="numpy formulas",
+    name="lent formulas",
     why="the portable formulas, on NumPy's view of a small tensor",
     library="torch",
     module=f"{_HERE}._formulas",
