@@ -328,3 +328,28 @@ def test_a_gradient_that_is_differentiated_is_left_to_torch(torch, xp):
     x = xp.asarray(np.random.default_rng(0).normal(size=(3, 4)), "float64").requires_grad_()
     assert kernels.explain("entropy_value_and_grad", x).startswith("portable")
     assert torch.autograd.gradcheck(lambda x: ps.entropy_value_and_grad(x)[1], (x,))
+
+
+@pytest.fixture
+def packed(xp):
+    if xp.name != "torch":
+        pytest.skip("packed rows are the same on every backend of torch")
+    with kernels.use("packed rows"):
+        yield
+
+
+def test_an_infinite_upstream_gradient_of_an_ignored_row(torch, xp, packed):
+    x = xp.asarray(np.random.default_rng(0).normal(0, 4, (4, 300))).requires_grad_()
+    t = xp.asarray([0, 1, -1, 3])
+    loss = ps.entmax_loss(x, t, ignore_index=-1, reduction="none")
+    loss.backward(xp.asarray([1.0, 2.0, np.inf, 1.0]))
+    assert (x.grad[2] == 0).all()
+    assert x.grad.isfinite().all()
+
+
+def test_the_loss_of_packed_rows_is_differentiated_twice(torch, xp, packed):
+    x = xp.asarray(np.random.default_rng(0).normal(0, 2, (3, 5))).requires_grad_()
+    t = xp.asarray([0, 4, 2])
+    assert kernels.explain("entmax_loss", x, t).startswith("packed rows: ")
+    assert torch.autograd.gradcheck(lambda x: ps.entmax_loss(x, t), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: ps.entmax_loss(x, t, alpha=1.3), (x,))

@@ -190,6 +190,9 @@ _PACKED = _TILES._replace(
     options=("alpha",),
     at_least=1 << 15,  # below it, the rows' packing costs more than their numbers
 )
+_PACKED_LOSS = _PACKED._replace(
+    operations=ENTMAX_LOSSES, options=("alpha", "ignore_index", "reduction", SAMPLES, "dtype")
+)
 _LENT: dict[str, Any] = {
     "library": "torch",
     "adapter": _TORCH,
@@ -239,6 +242,8 @@ TABLE = (
     _OF_ENTRIES._replace(**_LENT),
     _PACKED,
     _PACKED._replace(**_LENT),
+    _PACKED_LOSS,
+    _PACKED_LOSS._replace(**_LENT),
     Kernel(
         name="jax rules",
         why="one compiled call, without a branch",

@@ -17,14 +17,22 @@ import numpy as np
 from portable_softmax.kernels import _means
 from portable_softmax.kernels._numpy import _general, _losses, _rows, _small, _sparse, _vjps
 from portable_softmax.kernels._numpy._layout import Layout, layout
-from portable_softmax.kernels._request import FOLD, LOSSES, ROWS, SPARSE, VJPS, Request
+from portable_softmax.kernels._request import (
+    ENTMAX_LOSSES,
+    FOLD,
+    LOSSES,
+    ROWS,
+    SPARSE,
+    VJPS,
+    Request,
+)
 
 # From here on tiles of softmax_vjp win, measured on rows of 1000, or of 16 and 100: timeit with and
 # without kernels.portable(). Those of log_softmax_vjp, which takes more passes, always do.
 _LONG_ROWS, _SHORT_ROWS = 1 << 23, 1 << 24
 
 TENSORS = False  # kernels on NumPy's arrays
-ANY_LAYOUT = (*ROWS, *LOSSES, *SPARSE)  # the operations that are never declined
+ANY_LAYOUT = (*ROWS, *LOSSES, *SPARSE, *ENTMAX_LOSSES)  # the operations that are never declined
 
 
 def missing() -> str:
@@ -136,6 +144,7 @@ def log_softmax_vjp(request: Request, masked: bool = True) -> Any:
 
 entmax = sparsemax = _sparse.entmax  # the latter has an alpha of 2
 entmax_vjp = _sparse.entmax_vjp
+entmax_loss = entmax_loss_value_and_grad = _sparse.entmax_loss
 
 
 def _both(request: Request) -> tuple[Layout, Layout] | None:

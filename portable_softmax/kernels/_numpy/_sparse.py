@@ -10,8 +10,8 @@ are not 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -80,6 +80,60 @@ def _row_by_row(request: Request, arrays: tuple[Any, ...], work: Callable[..., N
     return np.ascontiguousarray(np.moveaxis(there, last, axes))
 
 
+def entmax_loss(request: Request) -> Any:
+    """Return the reduced loss of class indices; with it the gradient if that is asked for.
+
+    It is made of the entries near the maximum and the label's.
+    """
+    x, options, axis, compute = request.x, request.options, request.axis, request.compute_dtype
+    c = options.alpha - 1.0
+    reach = compute.type(1.0 / c if c > 0.0 else math.inf)
+    target = request.target()
+    of_rows = [None if part is None else part.reshape(-1, 1) for part in target]
+    rows = np.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
+    with_grad = request.operation == "entmax_loss_value_and_grad"
+    loss = np.empty(len(rows), compute)
+    grad = np.zeros(rows.shape, request.result_dtype) if with_grad else None
+    divisor = 1.0
+    if options.reduction == "mean":
+        there = np.empty_like(loss, shape=[n for a, n in enumerate(x.shape) if a != axis])
+        divisor = portable.nothing_to_inf(np, portable.mean_divisor(np, there, target))
+
+    def one(piece: slice) -> None:
+        tile = rows[piece].astype(compute, order="C", copy=False)
+        its = portable.Target(*[None if part is None else part[piece] for part in of_rows])
+        m = tile.max(axis=1, keepdims=True)
+        mask = tile > np.nextafter(m - reach, compute.type(-math.inf))
+        np.put_along_axis(mask, its.index, True, axis=1)
+        whole = ~np.isfinite(m) if its.valid is None else ~(np.isfinite(m) & its.valid)
+        mask[whole[:, 0]] = True  # whose gradient is nan in every entry
+        for part in _parts(mask):
+            index = part.places(its.index, tile.shape[1])
+            those = portable.Target(index, *[
+                None if a is None else a[part.rows] for a in its[1:]
+            ])  # fmt: skip
+            values, slopes = portable.entmax_loss_value_and_grad(
+                np, part.packed(tile, compute.type(-math.inf)), those, 1, options.alpha, "none",
+                followed=False,
+            )  # fmt: skip
+            loss[piece][part.rows] = values
+            if grad is not None:
+                part.unpack(slopes / divisor, grad[piece])
+
+    step = max(1, TILE_BYTES // (rows.shape[1] * compute.itemsize))
+    on_threads(one, portable.cuts(len(rows), step), x.nbytes)
+    shape = [1 if a == axis else n for a, n in enumerate(x.shape)]
+    value = portable.reduced(np, loss.reshape(shape), target, axis, options.reduction)
+    value = np.asarray(value).astype(request.answer_dtype, copy=False)
+    if grad is None:
+        return value
+    there = np.moveaxis(grad.reshape(np.moveaxis(x, axis, -1).shape), -1, axis)
+    return value, np.ascontiguousarray(there)
+
+
+entmax_loss_value_and_grad = entmax_loss
+
+
 def _pack(
     mask: Any,
     function: Callable[..., Any],
@@ -87,10 +141,48 @@ def _pack(
     fills: tuple[Any, ...],
     out: Any,
 ) -> None:
-    """Write what `function` makes of the entries in a mask, which stand first in shorter rows.
+    """Write what `function` makes of the entries in a mask, which stand first in shorter rows."""
+    for part in _parts(mask):
+        packed = (part.packed(*pair) for pair in zip(arrays, fills, strict=True))
+        part.unpack(function(*packed), out)
 
-    The length of a row's is the next power of two, or its own if that is not half of it: it depends
-    on the row alone, and so do the sums.
+
+class _Part(NamedTuple):
+    """Rows that are packed to one length, and where their entries come from and go to."""
+
+    rows: Any
+    width: int
+    at: Any  # in the flat array; None for whole rows
+    slot: Any  # in the flat packed one
+
+    def packed(self, array: Any, fill: Any) -> Any:
+        """Return the rows, `fill` where they are shorter."""
+        if self.at is None:
+            return array[self.rows]
+        some = np.full(len(self.rows) * self.width, fill)
+        some[self.slot] = array.reshape(-1)[self.at]
+        return some.reshape(-1, self.width)
+
+    def unpack(self, values: Any, out: Any) -> None:
+        """Write the entries of packed rows to where they come from."""
+        if self.at is None:
+            out[self.rows] = values
+        else:
+            out.reshape(-1)[self.at] = values.reshape(-1)[self.slot]
+
+    def places(self, index: Any, n: int) -> Any:
+        """Return where an entry of each row, one that is packed, stands there."""
+        if self.at is None:
+            return index[self.rows]
+        found = np.searchsorted(self.at, self.rows * n + index[self.rows, 0])
+        return (self.slot[found] % self.width)[:, None]
+
+
+def _parts(mask: Any) -> Iterator[_Part]:
+    """Yield the rows of a mask by the length that they are packed to.
+
+    That is the next power of two, or their own if it is not half of it: it depends on the row
+    alone, and so do the sums.
     """
     count, n = mask.shape
     flat = np.flatnonzero(mask)
@@ -101,19 +193,12 @@ def _pack(
     for width in np.unique(widths).tolist():
         which = np.flatnonzero(widths == width)
         if width == n:
-            out[which] = function(*(a[which] for a in arrays))
+            yield _Part(which, n, None, None)
             continue
         these = slice(None) if len(which) == count else (widths == width)[row]
-        at = flat[these]
         place = np.empty(count, np.intp)
         place[which] = np.arange(len(which)) * width
-        slot = place[row[these]] + within[these]
-        packed = []
-        for array, fill in zip(arrays, fills, strict=True):
-            some = np.full(len(which) * width, fill)
-            some[slot] = array.reshape(-1)[at]
-            packed.append(some.reshape(-1, width))
-        out.reshape(-1)[at] = function(*packed).reshape(-1)[slot]
+        yield _Part(which, width, flat[these], place[row[these]] + within[these])
 
 
 def _widths(counts: Any, n: int) -> Any:

@@ -30,7 +30,11 @@ _WITH_GRADIENTS = (ENTROPIES[1], DIVERGENCES[1], BINARY[1], ENTMAX_LOSSES[1])
 def looks_at(operation: str, dtype: str, active: tuple[str, ...]) -> bool:
     """Return whether `declines` of a call that is not traced depends on more than these."""
     floats = {PROBABILITIES, "weight", "sample_weight"}  # which may require a gradient
-    return operation in (*SPARSE, *PARTS) or dtype == "bfloat16" or not floats.isdisjoint(active)
+    return (
+        operation in (*SPARSE, *PARTS, *ENTMAX_LOSSES)
+        or dtype == "bfloat16"
+        or not floats.isdisjoint(active)
+    )
 
 
 def declines(engine: Any, request: Request, asked: bool) -> str:

@@ -196,6 +196,8 @@ def _upstream(request: Request, dy: Tensor) -> Tensor:
 
 def _laid_out(request: Request, dy: Tensor) -> Tensor:
     """Return the upstream gradient of an entropy, or of a reduced loss, as it broadcasts to `x`."""
+    if request.operation in ENTMAX_LOSSES:
+        return _upstream(request, dy)
     reduced = getattr(request.options, "reduction", "none") != "none"
     return dy if reduced or not request.axes else dy.reshape(request.reduced_shape())
 
