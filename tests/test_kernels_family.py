@@ -160,6 +160,25 @@ def flat_parts(answer):
     return (value, *(grads if isinstance(grads, tuple) else (grads,)))
 
 
+@every_dtype
+@pytest.mark.parametrize("shape", [(), (3,), (7, 11)], ids=str)
+def test_binary_losses_of_small_arrays(shape, dtype):
+    z, t = np.asarray(2.5, dtype), np.asarray(1)
+    if shape:
+        z, t = logits(shape, dtype), np.random.default_rng(0).random(shape)
+        t.reshape(-1)[:2] = 1, 0
+    assert kernels.explain("sigmoid_cross_entropy", z, t).startswith("numpy tiles: few calls")
+    x, t = z.astype(np.longdouble), t.astype(dtype)
+    each = t * np.logaddexp(0, -x) + (1 - t) * np.logaddexp(0, x)
+    slope = (1 - t) / (1 + np.exp(-x)) - t / (1 + np.exp(x))
+    for reduction, factor in (("none", None), ("sum", 1.0), ("mean", 1 / max(x.size, 1))):
+        loss, grad = ps.sigmoid_cross_entropy_value_and_grad(z, t, reduction=reduction)
+        expected = each if factor is None else np.asarray(each.sum() * factor)
+        assert_near(np.asarray(loss), np.asarray(expected), dtype)
+        assert_near(np.asarray(grad), np.asarray(slope * (factor or 1.0)), dtype)
+        assert np.all(ps.sigmoid_cross_entropy(z, t, reduction=reduction) == loss)
+
+
 @pytest.mark.numba
 @every_dtype
 @pytest.mark.parametrize("shape", [(3,), (7, 11), (13, 1001), (3, 40_001)])
@@ -187,14 +206,25 @@ def test_binary_losses(rows, shape, dtype):
             np.testing.assert_array_equal(alone, loss)
 
 
-@pytest.mark.numba
 @every_dtype
-def test_binary_losses_of_infinities(rows, dtype):
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("engine", ["numba rows", "numpy tiles"])
+def test_binary_losses_of_infinities(weighted, dtype, engine, request):
     """What a coefficient of 0 stands at has no effect."""
+    if engine == "numba rows":
+        request.getfixturevalue("numba")
+    elif weighted:
+        pytest.skip("not an option of this kernel")
     z = np.asarray([np.inf, -np.inf, np.inf, -np.inf, np.nan, 40.0, -80.0], dtype)
     t = np.asarray([1, 0, 0, 1, 1, 1, 0])
     w = np.asarray([1, 1, 1, 1, 0, 1, 1], dtype)
-    loss, grad = ps.sigmoid_cross_entropy_value_and_grad(z, t, weight=w, reduction="none")
+    options = {"reduction": "none"} | ({"weight": w} if weighted else {})
+    with kernels.use(engine):
+        assert kernels.explain("sigmoid_cross_entropy", z, t, **options).startswith(engine)
+        loss, grad = ps.sigmoid_cross_entropy_value_and_grad(z, t, **options)
+    if not weighted:
+        assert np.isnan([loss[4], grad[4]]).all()
+        loss[4] = grad[4] = 0
     small, smaller = np.exp(np.longdouble(-40)), np.exp(np.longdouble(-80))
     expected = np.asarray([0, 0, np.inf, np.inf, 0, small, smaller])
     np.testing.assert_allclose(loss, expected, rtol=BOUND[dtype])
@@ -255,6 +285,9 @@ def functions(xp):
             lambda x, y: ps.kl_divergence(x, y, temperature=2.0, distillation=True), (),
         ),
         "each kl_divergence": (lambda x, y: ps.kl_divergence(x, y, reduction="none"), ()),
+        "plain sigmoid_cross_entropy": (
+            lambda x, _: ps.sigmoid_cross_entropy(x, soft, reduction="none"), (),
+        ),
         "sigmoid_cross_entropy": (
             lambda x, _: ps.sigmoid_cross_entropy(x, soft, weight=w, pos_weight=w), (),
         ),
@@ -271,8 +304,9 @@ def functions(xp):
 
 NAMES = [
     *("entropy", "kl_divergence", "each kl_divergence", "sigmoid_cross_entropy", "focal"),
-    *("entmax_loss", "logmeanexp"),
+    *("entmax_loss", "logmeanexp", "plain sigmoid_cross_entropy"),
 ]
+OF_TILES = ("logmeanexp", "plain sigmoid_cross_entropy")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -293,7 +327,8 @@ def test_derivatives_of_both_orders_on_torch(torch, xp, name, monkeypatch):
 
     monkeypatch.setattr(kernels._decide, "decide", spy)
     function(x, y)
-    expected = "numpy tiles" if (name, xp.name) == ("logmeanexp", "torch") else TORCH[xp.name]
+    of_tiles = xp.name == "torch" and name in OF_TILES
+    expected = "numpy tiles" if of_tiles else TORCH[xp.name]
     assert [path.taken.kernel.name for path in paths] == [expected]
     assert torch.autograd.gradcheck(function, (x, y))
     assert torch.autograd.gradgradcheck(function, (x, y))

@@ -164,6 +164,13 @@ _OF_MEANS = (
     _NUMBA._replace(operations=("logmeanexp",), options=("where",)),
     _TILES._replace(operations=("logmeanexp",), options=(), dtypes=FLOATS),
 )
+_SMALL_ENTRIES = _TILES._replace(
+    operations=BINARY,
+    why="few calls",
+    dtypes=("float32", "float64"),
+    options=("reduction",),
+    at_most=_SMALL,
+)
 _FORMULAS = Kernel(
     name="lent formulas",
     why="the portable formulas, on NumPy's view of a small tensor",
@@ -281,6 +288,8 @@ TABLE = (
         dtypes=(*FLOATS, *INTEGERS, "complex64", "complex128"),
         options=_OF_PARTS,
     ),
+    _SMALL_ENTRIES,
+    _SMALL_ENTRIES._replace(**_LENT | {"dtypes": _SMALL_ENTRIES.dtypes}),
     _FORMULAS,
     *(*_OF_MEANS, *_ON_PARTS),
     *(row._replace(**_LENT) for row in (*_OF_MEANS, *_ON_PARTS)),

@@ -15,9 +15,18 @@ from typing import Any
 import numpy as np
 
 from portable_softmax.kernels import _means
-from portable_softmax.kernels._numpy import _general, _losses, _rows, _small, _sparse, _vjps
+from portable_softmax.kernels._numpy import (
+    _entries,
+    _general,
+    _losses,
+    _rows,
+    _small,
+    _sparse,
+    _vjps,
+)
 from portable_softmax.kernels._numpy._layout import Layout, layout
 from portable_softmax.kernels._request import (
+    BINARY,
     ENTMAX_LOSSES,
     FOLD,
     LOSSES,
@@ -32,7 +41,13 @@ from portable_softmax.kernels._request import (
 _LONG_ROWS, _SHORT_ROWS = 1 << 23, 1 << 24
 
 TENSORS = False  # kernels on NumPy's arrays
-ANY_LAYOUT = (*ROWS, *LOSSES, *SPARSE, *ENTMAX_LOSSES)  # the operations that are never declined
+ANY_LAYOUT = (
+    *ROWS,
+    *LOSSES,
+    *SPARSE,
+    *ENTMAX_LOSSES,
+    *BINARY,
+)  # the operations that are never declined
 
 
 def missing() -> str:
@@ -142,6 +157,7 @@ def log_softmax_vjp(request: Request, masked: bool = True) -> Any:
     return _small.log_softmax_vjp(request, dy, masked)
 
 
+sigmoid_cross_entropy = sigmoid_cross_entropy_value_and_grad = _entries.losses
 entmax = sparsemax = _sparse.entmax  # the latter has an alpha of 2
 entmax_vjp = _sparse.entmax_vjp
 entmax_loss = entmax_loss_value_and_grad = _sparse.entmax_loss
