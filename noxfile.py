@@ -294,7 +294,7 @@ def part() -> str:
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Run the tests on every backend but the slow ones; arguments go on to pytest."""
-    start(session, "fast")
+    start(session, "fast", (*EVERYTHING, "triton-oldest", "triton-oldest-compiled"))
 
 
 @nox.session(name="tests-slow", venv_backend="none")
@@ -325,7 +325,7 @@ def start(session: nox.Session, which: str, names: tuple[str, ...] = EVERYTHING)
     asked.parts.add(which)
     asked.names |= dict.fromkeys(names)
     for name in (*names, "table"):
-        if name != "triton-compiled":  # which the session `tests-triton` runs
+        if not name.endswith("-compiled"):  # which is run by the session of what is interpreted
             session.notify(f"tests-{name}")
 
 
@@ -400,6 +400,23 @@ def tests_triton(session: nox.Session) -> None:
     if reaches_a_gpu(session):
         files = [f"tests/test_{name}.py" for name in (*names, "triton_device")]
         run_pytest(session, "triton-cuda", "--backend", "triton-cuda", *files)
+
+
+@nox.session(name="tests-triton-oldest")
+def tests_triton_oldest(session: nox.Session) -> None:
+    """Run a part of `tests-triton` on the oldest Triton allowed; its slow tests are for the newest.
+
+    torch's builds for CUDA pin a Triton that is older than the newest. The build for the CPU, which
+    may be installed here, pins none, and so shows nothing of it.
+    """
+    (newest,) = PYPROJECT["project"]["optional-dependencies"]["triton"]
+    oldest = newest.replace(">=", "==") + ".*"
+    install(session, *package("torch"), oldest, *group("test"))
+    fast = (*PARALLEL, "--part", "fast")
+    arguments = ("--backend", "triton", "tests/test_triton.py", *fast)
+    run_pytest(session, "triton-oldest", *arguments, TRITON_INTERPRET="1")
+    files = [f"tests/test_triton_{name}.py" for name in ("compile", "cupy")]
+    run_pytest(session, "triton-oldest-compiled", "--backend", "torch", *files, *fast)
 
 
 @nox.session(name="triton-compile")

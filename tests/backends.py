@@ -289,6 +289,28 @@ class TorchNumba(Torch):
         return f"{super().version()}, numba {importlib.import_module('numba').__version__}"
 
 
+def _fma(builder, x, y, z):
+    """x y + z for Triton's interpreter, without the rounding of the product."""
+    a, b, c = x.data, y.data, z.data
+    if c.dtype != np.float64:
+        total = (a.astype(np.float64) * b + c).astype(c.dtype)
+    else:
+        product = a * b
+        (high_a, low_a), (high_b, low_b) = _halves(a), _halves(b)
+        lost = high_a * high_b - product + high_a * low_b + low_a * high_b + low_a * low_b
+        plain = product + c
+        added = plain - product
+        lost = lost + ((product - (plain - added)) + (c - added))
+        total = np.where(np.isfinite(lost), plain + lost, plain)
+    return type(z)(total, z.dtype.scalar)
+
+
+def _halves(a):
+    """float64 in two parts of 26 bits, whose products are exact."""
+    high = (a.view(np.int64) + 2**26 & -(2**27)).view(np.float64)
+    return high, a - high
+
+
 class Triton(Torch):
     """CPU tensors of torch, on which Triton's interpreter runs the kernels."""
 
@@ -297,11 +319,16 @@ class Triton(Torch):
 
     def __init__(self):
         super().__init__()
-        from triton.runtime.interpreter import InterpretedFunction
+        from triton.language import standard
+        from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, _patch_lang
 
         # A launch gives the language its interpreted functions, and so does each function that a
-        # kernel calls, again, which takes more than half of the time. Once is enough.
+        # kernel calls, again, which takes more than half of the time. Once is enough, and once
+        # for what Triton's own functions call by another name.
+        _patch_lang(standard.max.fn)
         InterpretedFunction.__call__ = lambda self, *a, **k: self.rewrite()(*a, **k)
+        if tuple(map(int, self.version().split(".")[:2])) < (3, 9):
+            InterpreterBuilder.create_fma = _fma  # theirs rounds the product, as no device does
 
     @classmethod
     def missing(cls):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import noxfile
+from portable_softmax.kernels import _triton
 
 pytestmark = pytest.mark.once
 
@@ -265,6 +266,20 @@ def test_each_part_runs_on_every_backend(reports):
     assert {f"tests-{name}" for name in every} <= {*fast.queued}
     assert noxfile.asked.names.keys() == every | {"triton-compiled"}
     assert not noxfile.asked.traced
+
+
+def test_the_oldest_triton_is_tested_with_every_change(reports):
+    fast, slow = Queue(), Queue()
+    noxfile.tests(fast)
+    noxfile.tests_slow(slow)
+    assert "tests-triton-oldest" in fast.queued
+    assert [n for n in fast.queued if n != "tests-triton-oldest"] == slow.queued
+    assert {"triton-oldest", "triton-oldest-compiled"} <= noxfile.asked.names.keys()
+
+
+def test_the_oldest_triton_is_that_of_the_extra():
+    (extra,) = noxfile.PYPROJECT["project"]["optional-dependencies"]["triton"]
+    assert extra == f"triton>={'.'.join(map(str, _triton.OLDEST))}"
 
 
 def test_coverage_is_measured_where_the_tests_are_not_slow(reports):

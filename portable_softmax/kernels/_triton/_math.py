@@ -16,7 +16,7 @@ import triton.language as tl
 
 @triton.jit
 def constant(value: tl.constexpr, like):
-    """A constant in the dtype of a tile, as fma needs it."""
+    """A constant in the dtype of a tile: Triton 3.7 rounds a bare number in fma to float32."""
     return tl.full((1, 1), value, like.dtype)
 
 
