@@ -16,7 +16,23 @@ SHAPES = [
     *[((9, 3000), -1), ((40, 300), -1), ((90, 70), -1), ((90, 20), -1), ((90, 3), -1)],
     *[((5, 7, 19), 1), ((3, 9000), -1)],
 ]
-every_shape = pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+_SLOW = pytest.mark.slow("Numba compiles every kernel once more")
+
+
+def cases(dtypes, fast):
+    """Return every shape in every dtype, and which of them are not slow."""
+    return [
+        pytest.param(*shape, dtype, marks=() if fast(i, dtype) else _SLOW)
+        for i, shape in enumerate(SHAPES)
+        for dtype in dtypes
+    ]
+
+
+every_case = pytest.mark.parametrize(
+    ("shape", "axis", "dtype"),
+    cases(("float32", "float64"), lambda i, dtype: dtype == "float32" or i in (1, 3)),
+    ids=str,
+)
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
 BOUND = {"float32": 2e-6, "float64": 4e-15}  # of numbers up to 10
 
@@ -57,8 +73,7 @@ def assert_near(actual, expected, dtype, scale=1.0):
 
 
 @pytest.mark.numba
-@every_dtype
-@every_shape
+@every_case
 def test_entropy_in_every_layout(rows, shape, axis, dtype):
     x = logits(shape, dtype)
     log_y = log_softmax(x, axis)
@@ -72,9 +87,8 @@ def test_entropy_in_every_layout(rows, shape, axis, dtype):
 
 
 @pytest.mark.numba
-@every_dtype
-@every_shape
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@every_case
+@pytest.mark.parametrize("temperature", [1.0, pytest.param(2.5, marks=_SLOW)])
 def test_divergence_in_every_layout(rows, shape, axis, dtype, temperature):
     p, q = logits(shape, dtype), logits(shape, dtype, seed=1)
     options = {"axis": axis, "temperature": temperature}
@@ -98,8 +112,7 @@ def test_divergence_in_every_layout(rows, shape, axis, dtype, temperature):
 
 
 @pytest.mark.numba
-@every_dtype
-@every_shape
+@every_case
 def test_divergence_of_shifted_rows_is_0(rows, shape, axis, dtype):
     x = np.random.default_rng(0).integers(-4, 4, shape).astype(dtype)
     assert np.all(ps.kl_divergence(x, x + dtype_of(x)(16), axis=axis, reduction="none") == 0)
@@ -110,8 +123,7 @@ def dtype_of(x):
 
 
 @pytest.mark.numba
-@every_dtype
-@every_shape
+@every_case
 def test_rows_that_are_not_finite(rows, shape, axis, dtype):
     """Each row is nan, or has a share of 0, as if it were alone."""
     x, q = (np.moveaxis(logits(shape, dtype, seed), axis, -1).copy() for seed in (0, 1))
