@@ -310,13 +310,15 @@ def functions(xp):
         "entmax_loss": (
             lambda x, _: ps.entmax_loss(x, t, ignore_index=1, reduction="sum"), ("torch-numba",),
         ),
+        "entmax": (lambda x, _: ps.entmax(x, alpha=1.3, axis=0), ("torch-numba",)),
+        "sparsemax": (lambda x, _: ps.sparsemax(x), ("torch-numba",)),
         "logmeanexp": (lambda x, _: ps.logmeanexp(x, axis=-1), ()),
     }  # fmt: skip
 
 
 NAMES = [
     *("entropy", "kl_divergence", "each kl_divergence", "sigmoid_cross_entropy", "focal"),
-    *("entmax_loss", "logmeanexp", "plain sigmoid_cross_entropy"),
+    *("entmax", "sparsemax", "entmax_loss", "logmeanexp", "plain sigmoid_cross_entropy"),
 ]
 OF_TILES = ("logmeanexp", "plain sigmoid_cross_entropy")
 

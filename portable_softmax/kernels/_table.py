@@ -176,7 +176,7 @@ _FORMULAS = Kernel(
     why="the portable formulas, on NumPy's view of a small tensor",
     library="torch",
     module=f"{_HERE}._formulas",
-    operations=(*ENTROPIES, *DIVERGENCES, *BINARY, *ENTMAX_LOSSES),
+    operations=(*ENTROPIES, *DIVERGENCES, *BINARY, *SPARSE, *ENTMAX_LOSSES),
     options=(
         *("temperature", EXTREME, "distillation", "reduction", "weight", "pos_weight"),
         *("label_smoothing", "focal_gamma", "alpha", "ignore_index", PROBABILITIES, SAMPLES),
