@@ -173,7 +173,9 @@ def store_partial(pointer, row, parts, part, value, row_mask):
 @triton.jit
 def load_partials(pointer, row, parts, row_mask, fill, MAX_PARTS: tl.constexpr):
     """Load one number of all partials of each row, along the classes' axis."""
-    p = tl.arange(0, MAX_PARTS)[None, :]
+    # Triton 3.7 lets every thread load the whole of a tile that has fewer entries than threads.
+    SIZE: tl.constexpr = MAX_PARTS if row.shape[0] > 1 else 4 * MAX_PARTS
+    p = tl.arange(0, SIZE)[None, :]
     # From L2: the L1 cache does not see the stores of other multiprocessors.
     return tl.load(
         pointer + row * parts + p, mask=row_mask & (p < parts), other=fill, cache_modifier=".cg"
