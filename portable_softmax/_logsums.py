@@ -134,6 +134,7 @@ def logcumsumexp(x: ArrayT, /, *, axis: int = -1) -> ArrayT:
     -----
     The states (max, rest) of all beginnings are merged in log2(n) rounds, so that the error does
     not grow with n as that of a running sum (Hillis & Steele 1986, "Data parallel algorithms").
+    A kernel runs along the axis in float64 and keeps what each addition loses.
     What follows +inf is +inf, and what follows nan is nan; a beginning of -inf only is -inf.
 
     See Also
@@ -182,8 +183,8 @@ def logcumsumexp_vjp(x: ArrayT, dy: ArrayT, /, *, axis: int = -1) -> ArrayT:
 
     Notes
     -----
-    An entry of -inf gets the gradient 0. No exponent is above 0, and the sums are merged in log2(n)
-    rounds, as those of `logcumsumexp`.
+    An entry of -inf gets the gradient 0. The sums are made as those of `logcumsumexp`: no error
+    grows with n.
 
     See Also
     --------

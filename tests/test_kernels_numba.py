@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from functools import cache
 
 import numpy as np
 import pytest
+import reference
 from backends import ml_dtypes, np_dtype
 from calls import as_tuple
+from mpmath import mp
 
 import portable_softmax as ps
 from bench import exact
@@ -755,6 +758,164 @@ def test_the_mean_of_many_losses(every_size):
     t = np.zeros(len(x), np.int64)
     truth = exact.solve(x, t).cross_entropy.mean()
     assert abs(ps.cross_entropy(x, t) - truth) <= np.spacing(np.float32(truth))
+
+
+# --------------------------------------------------------------------------- running sums
+
+RUNNING = "numba rows: a row in each lane"
+
+
+@cache
+def beginnings(dtype):
+    """Rows longer than a part, their upstream gradients, and both answers from many digits."""
+    rng = np.random.default_rng(0)
+    n = 530
+    x, dy = rng.standard_normal((2, 11, n))
+    x[1] = np.arange(n) / 256  # a slow rise, and a fast one
+    x[2] += np.arange(n) * 3.0
+    x[3] -= np.arange(n) / 4
+    x[4] = -40.0
+    x[4, 520] = 0.0  # confident
+    x[5, :515] = -np.inf
+    x[6] = 0.25
+    x[7] += 1e4
+    x[8, ::3] = -np.inf
+    x[9] = np.where(np.arange(n) % 100 == 50, np.arange(n) / 8, -60.0)
+    x[10] *= 20
+    x, dy = x.astype(np_dtype(dtype)), dy.astype(np_dtype(dtype))
+    y, dx, size = (np.empty(x.shape, np.longdouble) for _ in range(3))
+    with mp.workdps(40):
+        for i in range(len(x)):
+            exps = [mp.exp(v) for v in reference.exact(x[i])]
+            upstream, sums = reference.exact(dy[i]), [exps[0]]
+            for e in exps[1:]:
+                sums.append(sums[-1] + e)
+            behind = largest = mp.mpf(0)
+            for j in reversed(range(n)):
+                if sums[j]:
+                    behind += upstream[j] / sums[j]
+                    largest += abs(upstream[j]) / sums[j]
+                log = mp.log(sums[j]) if sums[j] else -mp.inf
+                y[i, j], dx[i, j], size[i, j] = (
+                    np.longdouble(mp.nstr(v, 25))
+                    for v in (log, exps[j] * behind, exps[j] * largest)
+                )
+    return x, dy, y, dx, size
+
+
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
+def test_running_sums_are_exact(every_size, dtype):
+    """Any axis: eleven rows take two groups of lanes, the second one in part."""
+    if not exact.measures(dtype):
+        pytest.skip("np.longdouble is no longer than float64 on this machine")
+    x, dy, y, dx, size = beginnings(dtype)
+    finite, unit = np.isfinite(y), 2.0 ** -exact.FORMATS[dtype][0]
+    top = np.where(finite, np.maximum.accumulate(x.astype(np.longdouble), axis=1), 0)
+    # Half types and float32 are rounded once.
+    step = exact.unit(np.where(finite, y, 1), dtype)
+    slack = np.maximum(6 * step, 4 * unit * np.maximum(1, np.abs(top)))
+    slack = slack if dtype == "float64" else 0.501 * step
+    # The exponents are differences to a maximum.
+    depth = np.where(np.isfinite(x.astype(float)), top - x.astype(np.longdouble), 0)
+    slopes = unit * np.abs(dx) + 2.0**-53 * (4 + depth) * size
+    slopes += exact.smallest_normal(dtype) * unit
+    along = {
+        1: lambda a: a,
+        0: lambda a: np.ascontiguousarray(a.T),
+        -2: lambda a: np.ascontiguousarray(np.stack([a.T, a.T])),
+    }
+    for axis, laid in along.items():
+        given, upstream = laid(x), laid(dy)
+        found = ps.logcumsumexp(given, axis=axis)
+        assert found.dtype == x.dtype
+        found = found.astype(np.longdouble)
+        same = found == laid(y)
+        off = np.where(same, 0, found) - np.where(same, 0, laid(y))
+        assert (np.abs(off) <= laid(slack)).all(), axis
+        found = ps.logcumsumexp_vjp(given, upstream, axis=axis)
+        assert found.dtype == x.dtype
+        assert (np.abs(found.astype(np.longdouble) - laid(dx)) <= laid(slopes)).all(), axis
+        assert kernels.explain("logcumsumexp", given, axis=axis) == RUNNING
+        assert kernels.explain("logcumsumexp_vjp", given, upstream, axis=axis) == RUNNING
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows", [1, 4, 12])
+def test_long_running_sums_do_not_drift(every_size, plans_of_running, rows, dtype):
+    """Few rows are cut into runs; beside others they are not."""
+    if not exact.measures(dtype):
+        pytest.skip("np.longdouble is no longer than float64 on this machine")
+    n, unit = 100_003, 2.0 ** -exact.FORMATS[dtype][0]
+    i = np.arange(1, n + 1).astype(np.longdouble)
+    h = 2.0**-12 * i  # its geometric series is known
+    # Equal numbers; a slow fall, and a slow rise; a few large numbers.
+    jumps = np.where(np.arange(n) % (n // 9) == 5, 8.0, -8.0).astype(np.longdouble)
+    x = np.stack([0 * i, -h, h, jumps])
+    series = np.log(np.expm1(-h) / np.expm1(-h[0]))
+    y = np.stack([np.log(i), series - h[0], series + h, np.log(np.cumsum(np.exp(jumps)))])
+    x, y = (np.tile(a, (3, 1))[-rows:] for a in (x, y))
+    softmax = np.exp(x - y[:, -1:])
+    given, last = x.astype(dtype), np.zeros(x.shape, dtype)
+    last[:, -1] = 1.0
+    for axis in (1, 0):
+        a, dy = (np.ascontiguousarray(b if axis else b.T) for b in (given, last))
+        found = ps.logcumsumexp(a, axis=axis)
+        found = found if axis else found.T
+        assert (np.abs(found - y) <= 3 * unit * np.maximum(np.abs(y), 1)).all()
+        found = ps.logcumsumexp_vjp(a, dy, axis=axis)
+        found = found if axis else found.T
+        assert (np.abs(found - softmax) <= 8 * unit * softmax).all()
+    assert [plan.shape[3] < n for plan in plans_of_running] == [rows < 12] * 4
+
+
+@pytest.fixture
+def plans_of_running(monkeypatch):
+    """How running sums were worked on."""
+    driver, seen = heavy("_driver"), []
+    real = driver.run
+
+    def spy(operation, arrays, numbers, planned, compute):
+        seen.append(planned)
+        return real(operation, arrays, numbers, planned, compute)
+
+    monkeypatch.setattr(driver, "run", spy)
+    return seen
+
+
+@pytest.mark.parametrize("n", [7, 9001])
+def test_infinities_in_running_sums(every_size, n):
+    """As the portable path answers, whether rows are cut or not."""
+    inf, nan = np.inf, np.nan
+    rows = [
+        [-inf, -inf, 0, 1, 2, -inf, 3], [0, inf, 1, inf, -inf, 2, 3], [0, nan, inf, 0, -inf, 2, 3],
+        [-inf, 0, 1, 2, 3, 4, nan], [inf, 0, 1, 2, 3, -inf, 1], [-inf] * 7, [inf] * 7, [nan] * 7,
+        [-40, -40, 0, 1e-30, 0, 800, 1e4], [-1e3, 900, 0, 1, 2, inf, 0],
+    ]  # fmt: skip
+    x = np.repeat(rows, -(-n // 7), axis=1)[:, :n]
+    dy = np.random.default_rng(0).standard_normal(x.shape)
+    close = {"rtol": 1e-10, "atol": 1e-12}
+    with kernels.portable(), np.errstate(all="ignore"):
+        y, dx = ps.logcumsumexp(x), ps.logcumsumexp_vjp(x, dy)
+    np.testing.assert_allclose(ps.logcumsumexp(x), y, rtol=1e-13)
+    np.testing.assert_allclose(ps.logcumsumexp_vjp(x, dy), dx, **close)
+    for row, upstream, value, slope in zip(x, dy, y, dx, strict=True):
+        np.testing.assert_allclose(ps.logcumsumexp(row), value, rtol=1e-13)
+        np.testing.assert_allclose(ps.logcumsumexp_vjp(row, upstream), slope, **close)
+
+
+def test_running_sums_in_pieces_and_of_nothing(every_size, plans_of_running):
+    x = np.random.default_rng(0).standard_normal((30_000, 40)).astype(np.float32)
+    y = np.log(np.cumsum(np.exp(x.astype(float)), axis=1))
+    np.testing.assert_allclose(ps.logcumsumexp(x), y, rtol=1e-6, atol=1e-6)
+    assert plans_of_running[0].pieces > 1
+    x.flags.writeable = False
+    np.testing.assert_allclose(ps.logcumsumexp(x), y, rtol=1e-6, atol=1e-6)
+    explained = kernels.explain("logcumsumexp_vjp", x, x.astype(float))
+    assert "dtypes: float32 and float64" in explained
+    assert "not in C order" in kernels.explain("logcumsumexp", x.T)
+    for shape in ((2, 0), (0, 3)):
+        empty = np.zeros(shape, np.float32)
+        assert ps.logcumsumexp(empty).shape == ps.logcumsumexp_vjp(empty, empty).shape == shape
 
 
 # --------------------------------------------------------------------------- switches

@@ -315,6 +315,54 @@ def test_the_first_derivative_is_a_kernels_and_further_ones_are_right(torch, xp,
         torch.testing.assert_close(found, third(x), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_derivatives_of_running_sums(torch, xp, axis):
+    """The first one by a kernel, those of higher order by the formula."""
+    if xp.name != "torch-numba":
+        pytest.skip("Numba's kernels only")
+    engine = importlib.import_module("portable_softmax.kernels._numba")
+    seen, real = [], engine.logcumsumexp
+
+    def spy(request):
+        seen.append(request.operation)
+        return real(request)
+
+    x = normal(xp, (5, 7)).requires_grad_()
+    dy = normal(xp, (5, 7), seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("logcumsumexp", "logcumsumexp_vjp"):
+            patch.setattr(engine, name, spy)
+        y = ps.logcumsumexp(x, axis=axis)
+        (dx,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        assert seen == ["logcumsumexp", "logcumsumexp_vjp"]
+        # What is differentiated again is torch's to follow.
+        (followed,) = torch.autograd.grad(y, x, dy, create_graph=True)
+        assert followed.requires_grad
+        assert len(seen) == 2
+        torch.testing.assert_close(followed, dx)
+        torch.testing.assert_close(ps.logcumsumexp_vjp(x.detach(), dy, axis=axis), dx)
+        assert seen[2:] == ["logcumsumexp_vjp"]
+        (by_sum,) = torch.autograd.grad(y.sum(), x)  # an upstream gradient without strides
+        assert len(seen) == 4
+    with kernels.portable():
+        z = ps.logcumsumexp(x, axis=axis)
+        torch.testing.assert_close(z, y)
+        torch.testing.assert_close(torch.autograd.grad(z, x, dy, retain_graph=True)[0], dx)
+        torch.testing.assert_close(torch.autograd.grad(z.sum(), x)[0], by_sum)
+    expected = torch.logcumsumexp(x, axis)
+    torch.testing.assert_close(y, expected)
+    explained = kernels.explain("logcumsumexp_vjp", x, dy, axis=axis)
+    assert "a gradient that is differentiated again" in explained
+
+    def function(x):
+        return ps.logcumsumexp(x, axis=axis)
+
+    assert torch.autograd.gradcheck(function, x)
+    assert torch.autograd.gradgradcheck(function, x)
+    both = x, dy.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, dy: ps.logcumsumexp_vjp(x, dy, axis=axis), both)
+
+
 @pytest.mark.parametrize("name", ["softmax_vjp", "log_softmax_vjp"])
 def test_public_gradients_are_differentiable_by_both_arguments(torch, xp, ran, name):
     rng = np.random.default_rng(1)

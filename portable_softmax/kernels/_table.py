@@ -152,6 +152,7 @@ _OF_ENTRIES = _NUMBA._replace(
     why="one pass",
     options=("weight", "pos_weight", "label_smoothing", "reduction", "dtype"),
 )
+_OF_BEGINNINGS = _NUMBA._replace(operations=RUNNING, why="a row in each lane", options=())
 _TILES = Kernel(
     name="numpy tiles",
     why="row tiles in cache",
@@ -176,7 +177,7 @@ _FORMULAS = Kernel(
     why="the portable formulas, on NumPy's view of a small tensor",
     library="torch",
     module=f"{_HERE}._formulas",
-    operations=(*ENTROPIES, *DIVERGENCES, *BINARY, *SPARSE, *ENTMAX_LOSSES),
+    operations=(*ENTROPIES, *DIVERGENCES, *BINARY, *RUNNING, *SPARSE, *ENTMAX_LOSSES),
     options=(
         *("temperature", EXTREME, "distillation", "reduction", "weight", "pos_weight"),
         *("label_smoothing", "focal_gamma", "alpha", "ignore_index", PROBABILITIES, SAMPLES),
@@ -247,6 +248,8 @@ TABLE = (
     _OF_DISTRIBUTIONS._replace(**_LENT),
     _OF_ENTRIES,
     _OF_ENTRIES._replace(**_LENT),
+    _OF_BEGINNINGS,
+    _OF_BEGINNINGS._replace(**_LENT),
     _PACKED,
     _PACKED._replace(**_LENT),
     _PACKED_LOSS,

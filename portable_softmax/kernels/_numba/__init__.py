@@ -14,7 +14,15 @@ import numpy as np
 
 from portable_softmax.kernels import _means
 from portable_softmax.kernels._numba import _support
-from portable_softmax.kernels._request import BINARY, DIVERGENCES, LOSSES, VJPS, Layout, Request
+from portable_softmax.kernels._request import (
+    BINARY,
+    DIVERGENCES,
+    LOSSES,
+    RUNNING,
+    VJPS,
+    Layout,
+    Request,
+)
 
 # Rows across memory are copied to a tile, which has to stay small.
 LONGEST_ACROSS = 1 << 14
@@ -60,7 +68,7 @@ def declines(request: Request, asked: bool) -> str:
         return "not in C order"
     if request.operation in _OF_TWO and request.dy.dtype != x.dtype:
         return f"dtypes: {x.dtype} and {request.dy.dtype}"
-    if request.operation in BINARY:
+    if request.operation in (*BINARY, *RUNNING):
         return _support.refusal()
     if request.labels is not None and not request.labels.dtype.isnative:
         return f"dtype of labels: {request.labels.dtype}"
@@ -86,7 +94,7 @@ def declines_options(request: Request) -> str:
 
 
 _OF_LOSSES = (*LOSSES, *DIVERGENCES, *BINARY)
-_OF_TWO = (*VJPS, *DIVERGENCES)
+_OF_TWO = (*VJPS, *DIVERGENCES, RUNNING[1])
 _READ = ("weight", "label_smoothing", "where", "sample_weight", "softcap")
 
 
@@ -306,6 +314,17 @@ def sigmoid_cross_entropy(request: Request) -> Any:
 
 
 sigmoid_cross_entropy_value_and_grad = sigmoid_cross_entropy
+
+
+def _of_beginnings(request: Request) -> Any:
+    """Return the logarithms of running sums, or the gradient through them."""
+    drive, layout, out = _compiled(), _layout(request), _out(request)
+    dy = None if request.dy is None else _handed(request.dy, layout)
+    drive.running(_handed(request.x, layout), dy, _handed(out, layout), layout)
+    return out
+
+
+logcumsumexp = logcumsumexp_vjp = _of_beginnings
 
 
 def _flat(x: Any, dtype: Any) -> Any:

@@ -23,7 +23,7 @@ from portable_softmax.kernels._numba._jit import is_at_hand
 from portable_softmax.kernels._numba._kernels import LAYOUTS, scan
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, OVER, SAMPLED, WEIGHTED
 from portable_softmax.kernels._numba._values import size_of_values
-from portable_softmax.kernels._request import DIVERGENCES, ENTROPIES, Layout
+from portable_softmax.kernels._request import DIVERGENCES, ENTROPIES, RUNNING, Layout
 
 # Rows of fewer bytes, in the dtype of the computation, are worked on in blocks, vector by vector of
 # many of them; up to so many in groups, row by row; and longer ones one by one. An operation that
@@ -44,6 +44,8 @@ VECTORS, COLUMN_VECTORS, TILE = 4, 8, 1 << 21
 # (`python -m bench thresholds`).
 PART_OF_ALL, SMALLEST, LARGEST = 16, 1 << 18, 1 << 21
 THREADED = 1 << 22
+# From so many entries on, rows of running sums that do not fill a vector are cut into runs.
+CUT = 1 << 12
 # Arrays of which a group is in the workspace at once, where that is more than one.
 TILES = {
     **dict.fromkeys(("logsumexp_vjp", "softmax_vjp", "log_softmax_vjp"), 2),
@@ -71,7 +73,7 @@ class Plan(NamedTuple):
     """How rows are worked on: it depends on the call alone."""
 
     layout: str
-    shape: tuple[int, int, int]  # n, inner and rows of a group, as `_kernels` has them
+    shape: tuple[int, ...]  # n, inner and rows of a group, as `_kernels` has them
     workspace: int
     step: int  # groups of a piece
     groups: int
@@ -177,6 +179,7 @@ def _call(kernel: Any, *arguments: Any) -> Any:
 _ELSEWHERE = {
     **dict.fromkeys((*ENTROPIES, *DIVERGENCES), "_entropies"),
     "sigmoid_cross_entropy": "_entries",
+    **dict.fromkeys(RUNNING, "_running"),
 }
 
 
@@ -360,6 +363,26 @@ def binary_losses(
     arrays = (z, t, weights, yeses, each, grad, sums)
     run("sigmoid_cross_entropy", arrays, (numbers,), planned, compute)
     return _sum(sums)
+
+
+def running(x: Any, dy: Any, out: Any, layout: Layout) -> None:
+    """Write logarithms of running sums, or the gradient through them if there is a `dy`.
+
+    One read of each, another one of what the gradient of a long row needs, and two more of rows
+    that are cut: those are too few to fill a vector, and too long for the cuts to matter.
+    """
+    (outer, n, inner), lanes, part = layout, 8, 1 << 9  # of float64, whatever is given
+    groups, length = -(-outer // lanes) if inner == 1 else outer * -(-inner // lanes), n
+    if n >= CUT and layout.rows * 2 <= groups * lanes:
+        groups, length = layout.rows, -(-n // lanes)
+    step = groups
+    if out.nbytes >= THREADED:
+        step = max(1, SMALLEST // max(1, out.nbytes // groups))
+    # Three tiles, and the states of five vectors that the parts begin with.
+    workspace = lanes * (3 * min(length, part) + 5 * (1 + -(-length // part)) + 1)
+    planned = Plan("rows", (n, inner, outer, length), workspace, step, groups)
+    operation = RUNNING[0] if dy is None else RUNNING[1]
+    run(operation, (x, out) if dy is None else (x, dy, out), (), planned, _DOUBLE)
 
 
 def _is_over(grad: Any, x: Any) -> bool:

@@ -19,12 +19,13 @@ from portable_softmax.kernels._request import (
     ENTROPIES,
     PARTS,
     PROBABILITIES,
+    RUNNING,
     SPARSE,
     Request,
 )
 from portable_softmax.kernels._torch import _autograd, _gradients, _lending, _operators
 
-_WITH_GRADIENTS = (ENTROPIES[1], DIVERGENCES[1], BINARY[1], ENTMAX_LOSSES[1])
+_GRADIENTS = (ENTROPIES[1], DIVERGENCES[1], BINARY[1], ENTMAX_LOSSES[1], RUNNING[1])
 
 
 def looks_at(operation: str, dtype: str, active: tuple[str, ...]) -> bool:
@@ -43,7 +44,7 @@ def declines(engine: Any, request: Request, asked: bool) -> str:
         return why
     if request.operation in PARTS and torch.is_grad_enabled() and request.x.requires_grad:
         return "a part of rows that is differentiated"
-    if request.operation in _WITH_GRADIENTS and _is_followed(request):
+    if request.operation in _GRADIENTS and _is_followed(request):
         return "a gradient that is differentiated again"
     if request.operation in DIVERGENCES and request.dy.dtype is not request.x.dtype:
         return f"dtypes: {request.x.dtype} and {request.dy.dtype}"

@@ -20,6 +20,7 @@ from portable_softmax.kernels._request import (
     DIVERGENCES,
     ENTMAX_LOSSES,
     ENTROPIES,
+    RUNNING,
     SPARSE,
     Request,
 )
@@ -124,6 +125,12 @@ def _logsumexp(engine: Any, request: Request, dy: Tensor) -> Tensor:
     return taken(computed(request, engine.logsumexp_vjp, vjp), request.x.dtype)
 
 
+def _logcumsumexp(engine: Any, request: Request, dy: Tensor) -> Tensor:
+    dy = dy.contiguous()
+    vjp = on_numpy(request.on(request.x, dy, None, request.options, "logcumsumexp_vjp"))
+    return taken(computed(request, engine.logcumsumexp_vjp, vjp), request.x.dtype)
+
+
 def _loss(engine: Any, request: Request, dy: Tensor) -> Tensor:
     factor = dy.item() if dy.ndim == 0 and request.options.reduction != "none" else math.nan
     if factor != 1.0:
@@ -163,6 +170,7 @@ _GRADIENTS = {
     "log_softmax": _log_softmax,
     "logsumexp": _logsumexp,
     "logmeanexp": _logsumexp,
+    "logcumsumexp": _logcumsumexp,
     "entropy": _slope,
     "sigmoid_cross_entropy": _slope,
     "entmax_loss": _slope,
@@ -230,6 +238,8 @@ def formula(request: Request, dy: Tensor) -> Any:
         return _masked(request, dx * _upstream(request, dy)).to(request.result_dtype)
     if request.operation in (*ENTROPIES, *DIVERGENCES, *BINARY, *ENTMAX_LOSSES):
         return _slopes_by_formula(request, x, dy)
+    if request.operation in RUNNING:
+        return portable.logcumsumexp_vjp(xp, x, dy, request.axis).to(request.result_dtype)
     if request.operation in SPARSE:
         return portable.entmax_vjp(xp, x, dy, axes, alpha=options.alpha).to(request.result_dtype)
     where, temperature = options.where, options.temperature
