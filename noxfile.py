@@ -294,7 +294,7 @@ def part() -> str:
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Run the tests on every backend but the slow ones; arguments go on to pytest."""
-    start(session, "fast", (*EVERYTHING, "triton-oldest", "triton-oldest-compiled"))
+    start(session, "fast")
 
 
 @nox.session(name="tests-slow", venv_backend="none")

@@ -240,7 +240,7 @@ def test_ci_runs_both_parts():
     sessions = [name for run in runs for name in run.split()]
     assert sessions[0] == "tests"
     assert sessions[-1] == "tests-slow"
-    assert {"lint", "docs", "build", "lowest"} <= {*sessions}
+    assert {"lint", "docs", "build", "lowest", "tests-triton-oldest"} <= {*sessions}
 
 
 class Queue(Session):
@@ -266,15 +266,6 @@ def test_each_part_runs_on_every_backend(reports):
     assert {f"tests-{name}" for name in every} <= {*fast.queued}
     assert noxfile.asked.names.keys() == every | {"triton-compiled"}
     assert not noxfile.asked.traced
-
-
-def test_the_oldest_triton_is_tested_with_every_change(reports):
-    fast, slow = Queue(), Queue()
-    noxfile.tests(fast)
-    noxfile.tests_slow(slow)
-    assert "tests-triton-oldest" in fast.queued
-    assert [n for n in fast.queued if n != "tests-triton-oldest"] == slow.queued
-    assert {"triton-oldest", "triton-oldest-compiled"} <= noxfile.asked.names.keys()
 
 
 def test_the_oldest_triton_is_that_of_the_extra():
