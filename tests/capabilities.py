@@ -129,6 +129,7 @@ def operations(kernel: _table.Kernel) -> str:
         LINEAR: "linear_cross_entropy",
         SPARSE: "entmax, sparsemax",
         PARTS: "parts of rows",
+        RUNNING: "logcumsumexp",
     }
     alone = [name for name in kernel.operations if not name.endswith("_value_and_grad")]
     return named.get(kernel.operations) or ", ".join(alone)

@@ -158,12 +158,12 @@ def test_what_is_inlined_has_no_machine_code(monkeypatch):
 
 def test_each_kernel_has_a_name_of_its_own():
     """The linker takes functions of one name for the same, whatever process compiled them."""
-    from portable_softmax.kernels._numba import _kernels
+    from portable_softmax.kernels._numba import _driver, _kernels
 
-    layouts = [
-        getattr(_kernels, name) for name in ("ROWS", "GROUPS", "BLOCKS", "COLUMNS", "NARROW")
-    ]
-    names = [kernel.py_func.__qualname__ for found in layouts for kernel in found.values()]
+    others = [_driver._kernels_of(operation) for operation in _driver._ELSEWHERE]
+    found = {id(layouts): layouts for layouts in (_kernels.LAYOUTS, *others)}.values()
+    kernels = [k for layouts in found for layout in layouts.values() for k in layout.values()]
+    names = [kernel.py_func.__qualname__ for kernel in kernels]
     assert len({*names}) == len(names)
 
 
@@ -176,7 +176,7 @@ x = np.zeros((300, 300), np.float32)
 assert kernels.explain("softmax", x).startswith("numba rows"), kernels.explain("softmax", x)
 softmax(x)
 from portable_softmax.kernels._numba import _driver
-stats = _driver.GROUPS["softmax"].stats
+stats = _driver.LAYOUTS["groups"]["softmax"].stats
 print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
 """
 
