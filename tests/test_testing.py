@@ -124,7 +124,7 @@ def of_anything(real):
 def that_writes_to_its_argument(real):
     def function(x, y):
         answer = real(x, y)
-        x[...] = 0
+        x *= 1 + 2.0**-52  # too little for another answer
         return answer
 
     return function

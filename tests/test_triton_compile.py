@@ -116,6 +116,7 @@ def test_a_relay_publishes_what_it_has_stored(name):
         ("log_softmax", "bfloat16"),
         ("logsumexp, backward", "float64"),
         ("softmax_vjp", "float32"),
+        ("log_softmax_vjp", "bfloat16"),
         ("cross_entropy_value_and_grad", "bfloat16"),
         ("cross_entropy_value_and_grad, every option", "float64"),
     ],

@@ -102,7 +102,7 @@ def cases(names: Any = KERNELS, dtypes: Any = DTYPES) -> Iterator[Case]:
         once = constants.get("OP") == "logsumexp" or not constants.get("GRAD", True)
         plain = kernel is not _general.general
         heavy = not plain or constants.get("MASKED", False) or constants.get("CAPPED", False)
-        heavy = heavy or (name == "log_softmax" and unit == 8)
+        heavy = heavy or (name in ("log_softmax", "log_softmax_vjp") and unit == 8)
         for along, launch in launches(16 // unit, once=once, relay=plain, heavy=heavy):
             more = {
                 "PASS": launch.way, "MAX_PARTS": launch.max_parts, "LOOKS": _sizes.LOOKS,

@@ -78,7 +78,7 @@ def _kernels(place: Place) -> dict[str, list[str]]:
 
 def _others(operation: str, x: Any, labels: Any) -> tuple[Any, ...]:
     """Return what an operation takes beside its first array."""
-    if operation.endswith("vjp") or operation.startswith("kl_divergence"):
+    if operation.endswith("vjp") or operation.startswith(("kl_divergence", "sigmoid")):
         return (x,)
     if operation.startswith("linear"):
         return x, labels

@@ -32,7 +32,7 @@ def looks_at(operation: str, dtype: str, active: tuple[str, ...]) -> bool:
     """Return whether `declines` of a call that is not traced depends on more than these."""
     floats = {PROBABILITIES, "weight", "sample_weight"}  # which may require a gradient
     return (
-        operation in (*SPARSE, *PARTS, *ENTMAX_LOSSES)
+        operation in (*SPARSE, *PARTS, *ENTMAX_LOSSES, *BINARY)
         or dtype == "bfloat16"
         or not floats.isdisjoint(active)
     )

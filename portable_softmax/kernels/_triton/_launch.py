@@ -268,7 +268,8 @@ def pull_back(call: Request, *, masked: bool = True) -> Any:
     """
     temperature = call.options.temperature
     full = {"x": call.x, "d": call.dy}
-    plan = Plan(call, call.axes, full, {}, {}, {"y": ("full", call.result_dtype)})
+    heavy = call.operation == "log_softmax_vjp" and call.result_dtype.itemsize == 2
+    plan = Plan(call, call.axes, full, {}, {}, {"y": ("full", call.result_dtype)}, heavy=heavy)
     arrays = (plan.arrays["x"], plan.arrays["d"], plan.arrays["y"], *plan.states(1, numbers=5))
     operation = call.operation
     if operation == "log_softmax_vjp" and not masked:
