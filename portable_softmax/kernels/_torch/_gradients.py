@@ -239,7 +239,7 @@ def formula(request: Request, dy: Tensor) -> Any:
     if request.operation in (*ENTROPIES, *DIVERGENCES, *BINARY, *ENTMAX_LOSSES):
         return _slopes_by_formula(request, x, dy)
     if request.operation in RUNNING:
-        return portable.logcumsumexp_vjp(xp, x, dy, request.axis).to(request.result_dtype)
+        return _of_running_sums(request, dy)
     if request.operation in SPARSE:
         return portable.entmax_vjp(xp, x, dy, axes, alpha=options.alpha).to(request.result_dtype)
     where, temperature = options.where, options.temperature
@@ -258,6 +258,16 @@ def formula(request: Request, dy: Tensor) -> Any:
         dx = -dy * torch.expm1(x) - torch.exp(x) * (portable.total(xp, dy, axes) - dy)
     dx = dx if temperature == 1.0 else dx / temperature
     return _masked(request, dx).to(request.result_dtype)
+
+
+def _of_running_sums(request: Request, dy: Tensor) -> Tensor:
+    """Return what torch makes of the sums: is_grads_batched has no rule for what joins arrays."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = request.x.view_as(request.x)
+        y = portable.logcumsumexp(request.xp, x.to(request.compute_dtype), request.axis)
+        (dx,) = torch.autograd.grad(y, x, dy, create_graph=create_graph)
+    return dx
 
 
 def _slopes_by_formula(request: Request, x: Tensor, dy: Tensor) -> Any:
