@@ -185,9 +185,11 @@ _ELSEWHERE = {
 
 def _kernels_of(operation: str) -> Any:
     """Return the kernels of the layouts, an operation's among them."""
-    if operation not in _ELSEWHERE:
-        return LAYOUTS
-    return import_module(f"portable_softmax.kernels._numba.{_ELSEWHERE[operation]}").LAYOUTS
+    return _home(operation).LAYOUTS if operation in _ELSEWHERE else LAYOUTS
+
+
+def _home(operation: str) -> Any:
+    return import_module(f"portable_softmax.kernels._numba.{_ELSEWHERE[operation]}")
 
 
 def run(
@@ -354,7 +356,7 @@ def binary_losses(
     All arrays have one axis. Weights of the entries and of yeses, where every loss goes, and where
     the gradient times `scale`, are None if there are none.
     """
-    compute, chunk = compute_dtype(z.dtype), 1 << 12
+    compute, chunk = compute_dtype(z.dtype), _home("sigmoid_cross_entropy").CHUNK
     groups = -(-z.size // chunk)
     step = groups if z.nbytes < THREADED else max(1, SMALLEST // (chunk * z.dtype.itemsize))
     planned = Plan("rows", (z.size, 1, 1), 64, step, groups)
@@ -371,7 +373,8 @@ def running(x: Any, dy: Any, out: Any, layout: Layout) -> None:
     One read of each, another one of what the gradient of a long row needs, and two more of rows
     that are cut: those are too few to fill a vector, and too long for the cuts to matter.
     """
-    (outer, n, inner), lanes, part = layout, 8, 1 << 9  # of float64, whatever is given
+    home = _home(RUNNING[0])
+    (outer, n, inner), lanes, part = layout, 8, home.PART  # of float64, whatever is given
     groups, length = -(-outer // lanes) if inner == 1 else outer * -(-inner // lanes), n
     if n >= CUT and layout.rows * 2 <= groups * lanes:
         groups, length = layout.rows, -(-n // lanes)
@@ -379,7 +382,7 @@ def running(x: Any, dy: Any, out: Any, layout: Layout) -> None:
     if out.nbytes >= THREADED:
         step = max(1, SMALLEST // max(1, out.nbytes // groups))
     # Three tiles, and the states of five vectors that the parts begin with.
-    workspace = lanes * (3 * min(length, part) + 5 * (1 + -(-length // part)) + 1)
+    workspace = lanes * (3 * min(length, part) + home.STATE * (1 + -(-length // part)) + 1)
     planned = Plan("rows", (n, inner, outer, length), workspace, step, groups)
     operation = RUNNING[0] if dy is None else RUNNING[1]
     run(operation, (x, out) if dy is None else (x, dy, out), (), planned, _DOUBLE)

@@ -41,13 +41,8 @@ from portable_softmax.kernels._request import (
 _LONG_ROWS, _SHORT_ROWS = 1 << 23, 1 << 24
 
 TENSORS = False  # kernels on NumPy's arrays
-ANY_LAYOUT = (
-    *ROWS,
-    *LOSSES,
-    *SPARSE,
-    *ENTMAX_LOSSES,
-    *BINARY,
-)  # the operations that are never declined
+# The operations that are never declined.
+ANY_LAYOUT = (*ROWS, *LOSSES, *SPARSE, *ENTMAX_LOSSES, *BINARY)
 
 
 def missing() -> str:

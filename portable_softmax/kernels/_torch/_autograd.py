@@ -45,12 +45,13 @@ class _Kernel(torch.autograd.Function):
 
 # --------------------------------------------------------------------------- shared with operators
 
-_ARRAY_OPTIONS = ("weight", "where", "sample_weight", "pos_weight")
+_OF_OPERATORS = ("weight", "where", "sample_weight")
+_ARRAY_OPTIONS = (*_OF_OPERATORS, "pos_weight")
 
 
 def tensors(request: Request) -> tuple[Tensor | None, ...]:
     """Return x, dy, labels and the array options that operators take."""
-    options = [getattr(request.options, name, None) for name in _ARRAY_OPTIONS[:3]]
+    options = [getattr(request.options, name, None) for name in _OF_OPERATORS]
     return request.x, request.dy, request.labels, *options
 
 

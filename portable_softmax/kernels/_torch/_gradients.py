@@ -271,24 +271,21 @@ def _of_running_sums(request: Request, dy: Tensor) -> Tensor:
 
 
 def _slopes_by_formula(request: Request, x: Tensor, dy: Tensor) -> Any:
-    xp, dy = request.xp, _laid_out(request, dy)
+    xp, dy, options = request.xp, _laid_out(request, dy), request.options
     if request.operation in ENTROPIES:
-        _, slope = portable.entropy_value_and_grad(xp, x, request.axes)
-        return (slope * dy).to(request.result_dtype)
-    c, options = request.compute_dtype, request.options
-    if request.operation in BINARY:
-        _, slope = portable.sigmoid_cross_entropy_value_and_grad(
-            xp, x, request.labels.to(c), options
-        )
-        return (slope * dy).to(request.result_dtype)
-    if request.operation in ENTMAX_LOSSES:
-        _, slope = portable.entmax_loss_value_and_grad(
+        _, *slopes = portable.entropy_value_and_grad(xp, x, request.axes)
+    elif request.operation in BINARY:
+        labels = request.labels.to(request.compute_dtype)
+        _, *slopes = portable.sigmoid_cross_entropy_value_and_grad(xp, x, labels, options)
+    elif request.operation in ENTMAX_LOSSES:
+        _, *slopes = portable.entmax_loss_value_and_grad(
             xp, x, request.target(), request.axis, options.alpha, options.reduction, followed=True
         )
-        return (slope * dy).to(request.result_dtype)
-    q = request.dy.to(c)
-    _, *slopes = portable.kl_divergence_value_and_grad(xp, x, q, request.axis, options)
-    return tuple([(slope * dy).to(request.result_dtype) for slope in slopes])
+    else:
+        q = request.dy.to(request.compute_dtype)
+        _, *slopes = portable.kl_divergence_value_and_grad(xp, x, q, request.axis, options)
+    found = tuple([(slope * dy).to(request.result_dtype) for slope in slopes])
+    return found if request.operation in DIVERGENCES else found[0]
 
 
 def vjp_derivatives(request: Request, u: Tensor) -> tuple[Tensor, Tensor]:
