@@ -320,7 +320,10 @@ NAMES = [
     *("entropy", "kl_divergence", "each kl_divergence", "sigmoid_cross_entropy", "focal"),
     *("entmax", "sparsemax", "entmax_loss", "logmeanexp", "plain sigmoid_cross_entropy"),
 ]
-OF_TILES = ("logmeanexp", "plain sigmoid_cross_entropy")
+OF_TILES = (
+    *("entropy", "kl_divergence", "each kl_divergence", "logmeanexp"),
+    "plain sigmoid_cross_entropy",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -60,8 +60,8 @@ def test_the_ways_of_an_array(seen):
         return seen
 
     assert way(np.zeros((100, 10))) == []
-    assert way(np.zeros((_small._SMALL // 100, 100))) == []
-    assert way(np.zeros((_small._SMALL // 100 + 1, 100))) == ["_rows.log_softmax"]
+    assert way(np.zeros((_small.SMALL // 100, 100))) == []
+    assert way(np.zeros((_small.SMALL // 100 + 1, 100))) == ["_rows.log_softmax"]
     assert way(np.zeros((_small._SMALL_SHORT // 4, 4))) == []
     assert "_rows.log_softmax" in way(np.zeros((_small._SMALL_SHORT // 4 + 1, 4)))
     assert way(np.zeros((10, 10)), axis=0) == way(np.zeros((10, 10)).T) == []
@@ -71,7 +71,7 @@ def test_the_ways_of_an_array(seen):
     assert "_rows.log_softmax" in way(np.zeros((100, 20, 30)), axis=(0, 2))
     assert way(np.zeros((10, 20)), where=np.ones((10, 20), bool)) == []
     assert way(np.zeros((10, 20)), temperature=0.7) != []
-    mask = np.ones((10, _small._SMALL), bool)
+    mask = np.ones((10, _small.SMALL), bool)
     assert "_general.rows" in way(np.zeros(mask.shape), where=mask)
 
 
@@ -86,7 +86,7 @@ def test_the_ways_of_a_softmax_with_a_temperature(seen):
         assert "_rows.softmax" in way(np.zeros((10, 20)), extreme)
     for far in (np.inf, -np.inf, np.nan, 3e38):
         assert "_rows.softmax" in way(np.full((10, 20), far, np.float32))
-    assert "_rows.softmax" in way(np.zeros((_small._SMALL // 100 + 1, 100)))
+    assert "_rows.softmax" in way(np.zeros((_small.SMALL // 100 + 1, 100)))
 
 
 def test_the_ways_of_a_loss(seen):
@@ -279,8 +279,8 @@ def test_scratch_is_a_small_share_of_the_array(shape, confident):
 
 def test_a_small_softmax_shifts_the_rows_that_need_it(monkeypatch):
     """Others are exps over their sum, without the rounding of x - max."""
-    shifted, real = [], _small._maxima
-    monkeypatch.setattr(_small, "_maxima", lambda x: shifted.append(x.copy()) or real(x))
+    shifted, real = [], _small.maxima
+    monkeypatch.setattr(_small, "maxima", lambda x: shifted.append(x.copy()) or real(x))
     plain = np.random.default_rng(16).uniform(-80, 0, (50, 10)).astype(np.float32)
     high, low = plain + np.float32(120), plain - np.float32(20)
     x = np.concatenate([plain, high, low])

@@ -172,12 +172,19 @@ _SMALL_ENTRIES = _TILES._replace(
     options=("reduction",),
     at_most=_SMALL,
 )
+_SMALL_SUMS = _TILES._replace(
+    operations=(*ENTROPIES, *DIVERGENCES, *RUNNING),
+    why="few calls",
+    dtypes=FLOATS,
+    options=("temperature", "distillation", "reduction", "dtype"),
+    at_most=_SMALL,
+)
 _FORMULAS = Kernel(
     name="lent formulas",
     why="the portable formulas, on NumPy's view of a small tensor",
     library="torch",
     module=f"{_HERE}._formulas",
-    operations=(*ENTROPIES, *DIVERGENCES, *BINARY, *RUNNING, *SPARSE, *ENTMAX_LOSSES),
+    operations=(*DIVERGENCES, *BINARY, *SPARSE, *ENTMAX_LOSSES),
     options=(
         *("temperature", EXTREME, "distillation", "reduction", "weight", "pos_weight"),
         *("label_smoothing", "focal_gamma", "alpha", "ignore_index", PROBABILITIES, SAMPLES),
@@ -293,6 +300,8 @@ TABLE = (
     ),
     _SMALL_ENTRIES,
     _SMALL_ENTRIES._replace(**_LENT | {"dtypes": _SMALL_ENTRIES.dtypes}),
+    _SMALL_SUMS,
+    _SMALL_SUMS._replace(**_LENT),
     _FORMULAS,
     *(*_OF_MEANS, *_ON_PARTS),
     *(row._replace(**_LENT) for row in (*_OF_MEANS, *_ON_PARTS)),

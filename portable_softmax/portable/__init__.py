@@ -35,6 +35,7 @@ from portable_softmax.portable._entmax import (
 from portable_softmax.portable._entropy import (
     entropy,
     entropy_value_and_grad,
+    exp_minus_its_tangent,
     kl_divergence,
     kl_divergence_value_and_grad,
 )

@@ -9,7 +9,6 @@ calls cost more than the numbers, and `_general` runs the portable functions on 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from portable_softmax.kernels import _means
 from portable_softmax.kernels._numpy import (
     _entries,
+    _few_calls,
     _general,
     _losses,
     _rows,
@@ -27,10 +27,13 @@ from portable_softmax.kernels._numpy import (
 from portable_softmax.kernels._numpy._layout import Layout, layout
 from portable_softmax.kernels._request import (
     BINARY,
+    DIVERGENCES,
     ENTMAX_LOSSES,
+    ENTROPIES,
     FOLD,
     LOSSES,
     ROWS,
+    RUNNING,
     SPARSE,
     VJPS,
     Request,
@@ -42,7 +45,7 @@ _LONG_ROWS, _SHORT_ROWS = 1 << 23, 1 << 24
 
 TENSORS = False  # kernels on NumPy's arrays
 # The operations that are never declined.
-ANY_LAYOUT = (*ROWS, *LOSSES, *SPARSE, *ENTMAX_LOSSES, *BINARY)
+ANY_LAYOUT = (*ROWS, *LOSSES, *SPARSE, *ENTMAX_LOSSES, *BINARY, *ENTROPIES, *RUNNING)
 
 
 def missing() -> str:
@@ -52,7 +55,10 @@ def missing() -> str:
 
 def declines(request: Request, asked: bool) -> str:
     """Return why a call is not for tiles."""
-    if request.operation in (FOLD, "logmeanexp"):
+    if request.operation in DIVERGENCES:
+        p, q = request.x.dtype, request.dy.dtype
+        return "" if p == q else f"dtypes: {p} and {q}"
+    if request.operation == FOLD or (request.operation == "logmeanexp" and not _is_small(request)):
         found = layout(request.x, request.axes, request.compute_dtype)
         return "not one block in memory with the axes together" if found is None else ""
     if request.operation not in VJPS:
@@ -100,7 +106,15 @@ def fold(request: Request) -> Any:
     return _rows.fold(request, found)
 
 
-logmeanexp = partial(_means.logmeanexp, fold)
+def logmeanexp(request: Request) -> Any:
+    """Logarithm of the mean over the axes, kept with length 1."""
+    if _is_small(request):
+        return _few_calls.logmeanexp(request)
+    return _means.logmeanexp(fold, request)
+
+
+def _is_small(request: Request) -> bool:
+    return bool(request.x.size <= _small.SMALL)
 
 
 def logsumexp(request: Request) -> Any:
@@ -153,6 +167,9 @@ def log_softmax_vjp(request: Request, masked: bool = True) -> Any:
 
 
 sigmoid_cross_entropy = sigmoid_cross_entropy_value_and_grad = _entries.losses
+entropy = entropy_value_and_grad = _few_calls.entropy
+kl_divergence = kl_divergence_value_and_grad = _few_calls.divergence
+logcumsumexp = logcumsumexp_vjp = _few_calls.running
 entmax = sparsemax = _sparse.entmax  # the latter has an alpha of 2
 entmax_vjp = _sparse.entmax_vjp
 entmax_loss = entmax_loss_value_and_grad = _sparse.entmax_loss

@@ -21,7 +21,7 @@ from portable_softmax.portable import CONFIDENT, LOG_CONFIDENT, off_one
 
 # From about here on the usual way costs the same, for short rows and for others:
 # `python -m bench speed --backend numpy --shapes 320x10,800x10,16x1000,64x1000`.
-_SMALL_SHORT, _SMALL = 1 << 13, 1 << 16
+_SMALL_SHORT, SMALL = 1 << 13, 1 << 16
 _SHORT, _FEW = 64, 4
 
 _DTYPES = ("float32", "float64")
@@ -44,7 +44,7 @@ def rows_of(request: Request) -> Any:
     x = request.x
     dims, n = x.ndim, x.shape[-1]
     if (
-        x.size > (_SMALL_SHORT if n < _SHORT else _SMALL)
+        x.size > (_SMALL_SHORT if n < _SHORT else SMALL)
         or request.axes != (dims - 1,)
         or request.dtype not in _DTYPES
         or not x.flags.c_contiguous
@@ -75,8 +75,8 @@ def tempered_logits_of(request: Request) -> Any:
     rows = logits_of(request._replace(active=rest))
     if rows is None:
         return None
-    m = _maxima(rows)[1]
-    if not _most(np.abs(m)) <= _MODERATE:
+    m = maxima(rows)[1]
+    if not most(np.abs(m)) <= _MODERATE:
         return None
     d = rows - m[:, None]
     d /= options.temperature
@@ -90,12 +90,12 @@ def _leave_out(request: Request, found: Any, number: float) -> None:
         found[np.isnan(found) & ~where] = number
 
 
-def _least(x: Any) -> Any:
+def least(x: Any) -> Any:
     """Return the least entry, or a nan: of a small array in a third of the time of a reduction."""
     return x.item(x.argmin())
 
 
-def _most(x: Any) -> Any:
+def most(x: Any) -> Any:
     """Return the greatest entry, or a nan."""
     return x.item(x.argmax())
 
@@ -106,14 +106,14 @@ def _starts(n: int, c: int) -> Any:
     return np.arange(0, n * c, c)
 
 
-def _sums(x: Any) -> Any:
+def sums(x: Any) -> Any:
     """Return the sums of the rows; pairwise as those of `reduce`, in half of its time or less."""
     if 1 < x.shape[1] <= _FEW:
         return reduce(np.add, x.T)  # of a single class that would be `x` itself
     return np.add.reduceat(x.ravel(), _starts(*x.shape))
 
 
-def _maxima(x: Any) -> tuple[Any, Any]:
+def maxima(x: Any) -> tuple[Any, Any]:
     """Return the places of the maxima in the flat array, and the maxima."""
     at = x.argmax(1)
     at += _starts(*x.shape)
@@ -126,11 +126,11 @@ def _rest(x: Any, at: Any, m: Any) -> tuple[Any, Any]:
     flat = e.ravel()
     grown = flat[at]
     flat[at] = 0.0
-    s = _sums(e)
+    s = sums(e)
     far, tiny = _maths.RANGES[x.dtype]
     unfit = None
     # A sum that is not tiny has no maximum far below 0.
-    if not (_least(s) >= tiny and _most(m) <= far):
+    if not (least(s) >= tiny and most(m) <= far):
         unfit = np.flatnonzero(~((m <= far) & (s >= tiny)))
     return np.divide(s, grown, s), unfit
 
@@ -143,7 +143,7 @@ def _fold(rows: Any, out: Any = None) -> tuple[Any, Any]:
 
 def _shifted(rows: Any) -> Any:
     """Return the exps of rows less `_maths.base`."""
-    b, rounds = _maths.base(_maxima(rows)[1][:, None])
+    b, rounds = _maths.base(maxima(rows)[1][:, None])
     if not rounds:
         return np.exp(rows if b is None else rows - b)
     e = np.empty_like(rows)
@@ -154,13 +154,13 @@ def _shifted(rows: Any) -> Any:
 def softmax(request: Request, rows: Any) -> Any:
     """exp(x) / sum(exp(x)), of x in the range of exp: rows beyond it are shifted."""
     e, unfit = np.exp(rows), None
-    s, smallest = _sums(e), _maths.SMALLEST_NORMAL[e.dtype]
-    if not (_most(s) < math.inf and (_least(s) >= _LOW_SUM or _least(e) >= smallest)):
+    s, smallest = sums(e), _maths.SMALLEST_NORMAL[e.dtype]
+    if not (most(s) < math.inf and (least(s) >= _LOW_SUM or least(e) >= smallest)):
         normal = e.min(1) >= smallest
         unfit = np.flatnonzero(~((s < math.inf) & ((s >= _LOW_SUM) | normal)))
         if unfit.size:
             e[unfit] = some = _shifted(rows[unfit])
-            s[unfit] = _sums(some)
+            s[unfit] = sums(some)
     e /= s[:, None]
     if unfit is not None:
         _leave_out(request, e, 0.0)
@@ -169,7 +169,7 @@ def softmax(request: Request, rows: Any) -> Any:
 
 def log_softmax(request: Request, rows: Any) -> Any:
     """(x - max) - log1p(rest)."""
-    at, m = _maxima(rows)
+    at, m = maxima(rows)
     rest, unfit = _rest(rows, at, m)
     if unfit is not None:
         rest[unfit] = _fold(rows[unfit])[1]
@@ -182,11 +182,11 @@ def log_softmax(request: Request, rows: Any) -> Any:
 
 def logsumexp(request: Request, rows: Any) -> Any:
     """Max + log1p(rest)."""
-    at, m = _maxima(rows)
+    at, m = maxima(rows)
     rest, unfit = _rest(rows, at, m)
     value = m + np.log1p(rest, rest)
     # Near 0 the two cancel, and every error counts.
-    if not _least(np.abs(value, rest)) >= 1.0:
+    if not least(np.abs(value, rest)) >= 1.0:
         if rows.shape[1] < _SHORT:
             near = np.flatnonzero(rest < 1.0)
             value[near] = _of_differences(rows[near], at[near] - near * rows.shape[1], m[near])
@@ -207,7 +207,7 @@ def _of_differences(d: Any, at: Any, m: Any) -> Any:
     np.exp(d, d)
     at += _starts(*d.shape)
     d.ravel()[at] = 0.0
-    rest = _sums(d)
+    rest = sums(d)
     return m + np.log1p(rest, rest)
 
 
@@ -223,15 +223,15 @@ def softmax_vjp(request: Request, dy: Any) -> Any:
     """y * (dy - sum(y * dy))."""
     y = request.x.reshape(dy.shape)
     d = y * dy
-    np.subtract(dy, _sums(d)[:, None], d)
+    np.subtract(dy, sums(d)[:, None], d)
     d *= y
-    if not _most(y) <= CONFIDENT:
+    if not most(y) <= CONFIDENT:
         at = np.flatnonzero(y > CONFIDENT)
         row, c = at // y.shape[1], dy.ravel()[at]
         y, dy = y[row], dy[row]
-        fits = np.isfinite(c) & (np.abs(_sums(y) - 1.0) <= _OFF_ONE[y.dtype])
+        fits = np.isfinite(c) & (np.abs(sums(y) - 1.0) <= _OFF_ONE[y.dtype])
         dy -= np.where(fits, c, 0.0)[:, None]
-        d[row] = y * (dy - _sums(y * dy)[:, None])
+        d[row] = y * (dy - sums(y * dy)[:, None])
     return d if request.x.ndim == 2 else d.reshape(request.x.shape)
 
 
@@ -240,10 +240,10 @@ def log_softmax_vjp(request: Request, dy: Any, masked: bool) -> Any:
     log_y = request.x.reshape(dy.shape)
     if masked and not np.isfinite(log_y).all():
         dy = np.where(np.isinf(log_y), 0.0, dy)
-    d, s = np.exp(log_y), _sums(dy)
+    d, s = np.exp(log_y), sums(dy)
     d *= s[:, None]
     np.subtract(dy, d, d)
-    if not _most(log_y) <= LOG_CONFIDENT:
+    if not most(log_y) <= LOG_CONFIDENT:
         flat = log_y.ravel()
         at = (flat > LOG_CONFIDENT).nonzero()[0]
         d.ravel()[at] = _maths.mended(flat[at], dy.ravel()[at], s[at // d.shape[1]])
@@ -259,9 +259,9 @@ def losses(request: Request, *, with_grad: bool) -> Any:
         return None
     n, c = rows.shape
     unsigned, negative = _UNSIGNED[labels.dtype]
-    if _most(labels.view(unsigned)) >= min(c, negative):
+    if most(labels.view(unsigned)) >= min(c, negative):
         return None
-    at, m = _maxima(rows)
+    at, m = maxima(rows)
     label = labels.ravel() + _starts(n, c)
     loss = m - rows.ravel()[label]
     grad = None
@@ -281,19 +281,19 @@ def losses(request: Request, *, with_grad: bool) -> Any:
     return loss, None if grad is None else grad.reshape(request.x.shape)
 
 
-def _gradient(x: Any, at: Any, m: Any, label: Any, gap: Any, scale: float) -> tuple[Any, Any]:
-    """Return the rests and p - t, scaled."""
+def folded(x: Any, at: Any, m: Any) -> tuple[Any, Any, Any, Any]:
+    """Return the exps up to a factor of the row, that of its maximum, the rest, and their sum."""
     e = np.exp(x)
     flat = e.ravel()
     grown = flat[at]
     flat[at] = 0.0
-    s = _sums(e)
+    s = sums(e)
     flat[at] = grown
-    (far, tiny), least = _maths.RANGES[x.dtype], _least(m)
+    (far, tiny), lowest = _maths.RANGES[x.dtype], least(m)
     low, unfit = -far, None
-    if not least >= _maths.LOW_FOR_PROBABILITIES:
+    if not lowest >= _maths.LOW_FOR_PROBABILITIES:
         low = _maths.low_for_probabilities(e)
-    if not (_least(s) >= tiny and _most(m) <= far and least >= low):
+    if not (least(s) >= tiny and most(m) <= far and lowest >= low):
         unfit = np.flatnonzero(~((m <= far) & (m >= low) & (s >= tiny)))
     total = s + grown
     rest = np.divide(s, grown, s)
@@ -303,6 +303,13 @@ def _gradient(x: Any, at: Any, m: Any, label: Any, gap: Any, scale: float) -> tu
         e[unfit] = some
         grown[unfit] = 1.0
         total[unfit] = 1.0 + rest[unfit]
+    return e, grown, rest, total
+
+
+def _gradient(x: Any, at: Any, m: Any, label: Any, gap: Any, scale: float) -> tuple[Any, Any]:
+    """Return the rests and p - t, scaled."""
+    e, grown, rest, total = folded(x, at, m)
+    flat = e.ravel()
     # At the label of a confident row exp - 1 is an exact 0: minus the rest, digits and all.
     at_label = flat[label]
     at_label /= grown

@@ -32,7 +32,7 @@ def looks_at(operation: str, dtype: str, active: tuple[str, ...]) -> bool:
     """Return whether `declines` of a call that is not traced depends on more than these."""
     floats = {PROBABILITIES, "weight", "sample_weight"}  # which may require a gradient
     return (
-        operation in (*SPARSE, *PARTS, *ENTMAX_LOSSES, *BINARY)
+        operation in (*SPARSE, *PARTS, *ENTMAX_LOSSES, *BINARY, *_GRADIENTS)
         or dtype == "bfloat16"
         or not floats.isdisjoint(active)
     )
