@@ -96,8 +96,8 @@ def _parser() -> argparse.ArgumentParser:
         "warm", parents=[output], help="compile the Numba kernels once, for all processes to load"
     )
     first.add_argument(
-        "--operations", type=_names(warm.OPERATIONS), default=warm.OPERATIONS, metavar="NAME,...",
-        help="all by default",
+        "--operations", type=_names(warm.EVERY), default=warm.OPERATIONS, metavar="NAME,...",
+        help=f"any of {', '.join(warm.EVERY)}; default: the first {len(warm.OPERATIONS)}",
     )  # fmt: skip
     first.add_argument(
         "--dtypes", type=_names(warm.DTYPES), default=("float32",), metavar="NAME,...",

@@ -15,9 +15,20 @@ from portable_softmax._cli.errors import CommandError
 from portable_softmax._cli.report import Report
 from portable_softmax.kernels._decide import public
 from portable_softmax.kernels._numba import _support
-from portable_softmax.kernels._request import LOSSES, OPERATIONS, VJPS
+from portable_softmax.kernels._request import (
+    BINARY,
+    DIVERGENCES,
+    ENTROPIES,
+    LOSSES,
+    OPERATIONS,
+    RUNNING,
+    VJPS,
+)
 
-__all__ = ["DTYPES", "LIBRARIES", "OPERATIONS", "run"]
+__all__ = ["DTYPES", "EVERY", "LIBRARIES", "OPERATIONS", "run"]
+
+# What can be asked for; OPERATIONS is what is compiled without being asked for.
+EVERY = (*OPERATIONS, *ENTROPIES, *DIVERGENCES, *BINARY, "logmeanexp", *RUNNING)
 
 DTYPES = ("float32", "float64", "float16")
 LIBRARIES = ("numpy", "jax")  # torch takes the kernels of NumPy's arrays
@@ -41,7 +52,11 @@ def run(
     if folders.written is None:
         why = "; ".join(folders.refused) or "there is no folder that can be written"
         raise CommandError(f"{why}: set NUMBA_CACHE_DIR to a folder of your own")
-    calls = list(product(libraries, operations, dtypes, LAYOUTS))
+    calls = [
+        (library, operation, dtype, layout)
+        for library, operation, dtype, layout in product(libraries, operations, dtypes, LAYOUTS)
+        if library != "jax" or operation in OPERATIONS  # the others have no handler
+    ]
     began, before = perf_counter(), _counts()
     with report.steps("kernel", len(calls)) as step, kernels.use("numba rows"):
         for library, operation, dtype, (shape, axis) in calls:
@@ -63,11 +78,12 @@ def run(
 
 def _call(operation: str, x: Any, axis: int) -> None:
     arrays: tuple[Any, ...] = (x,)
-    if operation in VJPS:
+    if operation in (*VJPS, *DIVERGENCES, *BINARY, RUNNING[1]):
         arrays = (x, x)
     elif operation in LOSSES:
         arrays = (x, np.zeros([n for a, n in enumerate(x.shape) if a != axis], np.int64))
-    public(operation)(*arrays, axis=axis)
+    along = {} if operation in BINARY else {"axis": axis}
+    public(operation)(*arrays, **along)
 
 
 def _make_handler(operation: str, x: Any, axis: int) -> None:
@@ -91,7 +107,8 @@ _COMPILED = {"numpy": _call, "jax": _make_handler}
 
 def _counts() -> tuple[int, int]:
     """Return how many kernels this process has loaded and compiled."""
-    layouts = import_module("portable_softmax.kernels._numba._kernels").LAYOUTS.values()
+    tables = import_module("portable_softmax.kernels._numba._driver").tables()
+    layouts = [layout for table in tables for layout in table.values()]
     stats = [kernel.stats for layout in layouts for kernel in layout.values()]
     handlers = import_module("portable_softmax.kernels._numba._ffi").made()
     loaded = sum(handler.cache_hits for handler in handlers)

@@ -188,6 +188,12 @@ def _kernels_of(operation: str) -> Any:
     return _home(operation).LAYOUTS if operation in _ELSEWHERE else LAYOUTS
 
 
+def tables() -> list[Any]:
+    """Return the kernels of each module that has some, by their layouts."""
+    homes = {module: _home(operation) for operation, module in _ELSEWHERE.items()}
+    return [LAYOUTS, *(home.LAYOUTS for home in homes.values())]
+
+
 def _home(operation: str) -> Any:
     return import_module(f"portable_softmax.kernels._numba.{_ELSEWHERE[operation]}")
 
