@@ -28,7 +28,7 @@ LEGEND = (
     "The fastest of several rounds, in turns. `ratio` is the time in units of that beside it: "
     "the plain call is the same one without the option, on random logits."
 )
-OPTION, BY_HAND, LAYOUT, ROWS = 1.5, 0.6, 0.9, 1.15
+OPTION, SINK, BY_HAND, LAYOUT, ROWS = 1.5, 1.3, 0.6, 0.9, 1.15
 GRADIENT = "cross_entropy_value_and_grad"
 ROUNDS = 40
 
@@ -101,6 +101,12 @@ Case: TypeAlias = tuple[Any, ...]  # a call, and what it stands beside
 # --------------------------------------------------------------------------- NumPy
 
 
+def _beside_sink(x: Any, sink: Any) -> Any:
+    m = np.maximum(x.max(axis=-1, keepdims=True), sink)
+    e = np.exp(x - m)
+    return e / (e.sum(axis=-1, keepdims=True) + np.exp(sink - m))
+
+
 def _softmax(x: Any, axis: int, mask: Any) -> Any:
     x = np.where(mask, x, -np.inf)
     e = np.exp(x - x.max(axis=axis, keepdims=True))
@@ -143,6 +149,7 @@ def _with_options(dtype: str, *, quick: bool) -> Iterator[Case]:
     one_hot = one_hot.astype(dtype)
     heads = rng.standard_normal((2, 2, 16, 16) if quick else (8, 16, 256, 256)).astype(dtype)
     causal = np.tril(np.ones(heads.shape[-2:], bool))
+    sink = rng.standard_normal((heads.shape[1], 1, 1)).astype(dtype)
     last = {"axis": -1}
     named = x, labels
     for name, operation, arrays, options, plain, by_hand in (
@@ -154,6 +161,11 @@ def _with_options(dtype: str, *, quick: bool) -> Iterator[Case]:
         ("where", "logsumexp", (x,), {"where": mask}, (x,), lambda: _logsumexp(x, mask)),
         ("causal", "softmax", (heads,), {"where": causal}, (heads,),
          lambda: _softmax(heads, -1, causal)),
+        ("sink", "softmax", (x,), {"sink": 0.5}, (x,), lambda: _beside_sink(x, x.dtype.type(0.5))),
+        ("sink of each head", "softmax", (heads,), {"sink": sink}, (heads,),
+         lambda: _beside_sink(heads, sink)),
+        ("sink of each head", "log_softmax", (heads,), {"sink": sink}, (heads,),
+         lambda: np.log(_beside_sink(heads, sink))),
         ("where", GRADIENT, named, {"where": mask}, named, lambda: _loss(x, one_hot, mask=mask)),
         ("probabilities", GRADIENT, (x, t), {}, named, lambda: _loss(x, t)),
         ("sample_weight", GRADIENT, named, {"sample_weight": samples}, named,
@@ -161,7 +173,7 @@ def _with_options(dtype: str, *, quick: bool) -> Iterator[Case]:
         ("softcap", GRADIENT, named, {"softcap": 30.0}, named,
          lambda: _capped_loss(x, one_hot, 30.0)),
     ):  # fmt: skip
-        goal = 1.8 if name == "probabilities" else OPTION
+        goal = 1.8 if name == "probabilities" else SINK if "sink" in name else OPTION
         yield (
             Ours(f"{operation}, {name}", operation, arrays, last | options),
             Other("plain", Ours("", operation, plain, last), goal, same=False),
@@ -217,6 +229,24 @@ def _layouts(*, quick: bool) -> Iterator[Case]:
             )
 
 
+def _weighted(dtype: str, *, quick: bool) -> Iterator[Case]:
+    """Sums with weights, of one sign and of both."""
+    if not importlib.util.find_spec("scipy"):
+        return
+    from scipy import special
+
+    rng = np.random.default_rng(0)
+    for shape in ((64, 32),) if quick else ((4096, 512), (8, 16, 256, 256), (32, 10)):
+        x, b = rng.standard_normal(shape).astype(dtype), rng.uniform(0.5, 1.5, shape).astype(dtype)
+        signed = b * np.where(rng.random(shape) < 0.3, x.dtype.type(-1), x.dtype.type(1))
+        for name, options in (("b", {"b": b}), ("sign", {"b": signed, "return_sign": True})):
+            given = {"axis": -1, **options}
+            yield (
+                Ours(f"logsumexp, {name}", "logsumexp", (x,), given),
+                Other("scipy.special", partial(special.logsumexp, x, **given), BY_HAND),
+            )
+
+
 def _few_classes(dtype: str, *, quick: bool) -> Iterator[Case]:
     if not importlib.util.find_spec("sklearn"):
         return
@@ -261,6 +291,60 @@ def _backward(torch: Any, loss: Callable[..., Any], x: Any, *rest: Any) -> tuple
     x = x.detach().requires_grad_()
     value = loss(x, *rest)
     return value.detach(), torch.autograd.grad(value, x)[0]
+
+
+def _slopes(torch: Any, function: Callable[..., Any], dy: Any, *given: Any) -> tuple[Any, ...]:
+    given = tuple(t.detach().requires_grad_() for t in given)
+    y = function(*given)
+    return (y.detach(), *torch.autograd.grad(y, given, dy))
+
+
+def _options_of_torch(*, quick: bool) -> Iterator[Case]:
+    """Sinks that are learned, and weights."""
+    if not importlib.util.find_spec("torch"):
+        return
+    import torch
+
+    random = torch.Generator().manual_seed(0)
+    heads = torch.randn((2, 2, 16, 16) if quick else (8, 16, 256, 256), generator=random)
+    sink = torch.randn((heads.shape[1], 1, 1), generator=random)
+    dy = torch.randn(heads.shape, generator=random)
+
+    def joined(x: Any, sink: Any) -> Any:
+        both = torch.cat([x, sink.expand(*x.shape[:-1], 1)], -1)
+        return both.softmax(-1)[..., :-1]
+
+    def ours(x: Any, sink: Any) -> Any:
+        return ps.softmax(x, sink=sink)
+
+    slopes = partial(_slopes, torch)
+    yield (
+        Ours("softmax, sink of each head", "softmax", (heads,), {"sink": sink}),
+        Other("torch, joined", lambda: joined(heads, sink), BY_HAND),
+    )
+    yield (
+        Through("softmax, sink, backward", heads, partial(slopes, ours, dy, heads, sink)),
+        Other("torch, joined", partial(slopes, joined, dy, heads, sink), BY_HAND),
+    )
+    n, c = (64, 32) if quick else (4096, 512)
+    x, b = torch.randn((n, c), generator=random), torch.rand((n, c), generator=random) + 0.5
+    up = torch.randn(n, generator=random)
+
+    def by_hand(x: Any, b: Any) -> Any:
+        m = x.detach().amax(-1, keepdim=True)
+        return m[..., 0] + (b * (x - m).exp()).sum(-1).log()
+
+    def weighted(x: Any, b: Any) -> Any:
+        return ps.logsumexp(x, axis=-1, b=b)
+
+    yield (
+        Ours("logsumexp, b", "logsumexp", (x,), {"axis": -1, "b": b}),
+        Other("torch by hand", lambda: by_hand(x, b), BY_HAND),
+    )
+    yield (
+        Through("logsumexp, b, backward", x, partial(slopes, weighted, up, x, b)),
+        Other("torch by hand", partial(slopes, by_hand, up, x, b), LAYOUT),
+    )
 
 
 def _of_torch(*, quick: bool) -> Iterator[Case]:
@@ -314,9 +398,10 @@ def _of_torch(*, quick: bool) -> Iterator[Case]:
 def cases(*, quick: bool) -> Iterator[Case]:
     """Yield each call, and what it stands beside."""
     for dtype in ("float32", "float64"):
-        for part in (_with_options, _rows, _few_classes, _in_place):
+        for part in (_with_options, _weighted, _rows, _few_classes, _in_place):
             yield from part(dtype, quick=quick)
     yield from _layouts(quick=quick)
+    yield from _options_of_torch(quick=quick)
     yield from _of_torch(quick=quick)
 
 

@@ -8,6 +8,7 @@ from portable_softmax import _checks, portable
 from portable_softmax._typing import Array, ArrayT, Axis, Mask, Namespace
 from portable_softmax.kernels._decide import operation, run
 from portable_softmax.kernels._request import (
+    COMPLEX,
     EXTREME,
     NONE_GIVEN,
     PLAIN_ROWS,
@@ -317,16 +318,19 @@ def logsumexp(
     if where is not None:
         _checks.mask(where, "x", x, library)
     compute_dtype, result_dtype = found.computed or library.compute_dtype(x)
+    more = NONE_GIVEN
     if b is not None and library.dtype(b.dtype).kind == "complex":
         compute_dtype = result_dtype = library.complex_dtype(compute_dtype)
+        more = (COMPLEX,)
     options, given, tracing = PLAIN_ROWS, NONE_GIVEN, library.tracing(x)
     if b is not None or where is not None or return_sign or dtype is not None:
         tracing = tracing or library.tracing(*[a for a in (b, where) if a is not None])
-        more = NONE_GIVEN
         if dtype is not None:
             dtype = _checks.answer_dtype(dtype, library)
             _checks.real_answer(dtype, compute_dtype, library)
             compute_dtype, dtype, more = answered_in(library, dtype, compute_dtype, result_dtype)
+        if b is not None and b.dtype != compute_dtype:
+            b = library.quietly(library.cast, b, compute_dtype)
         options = RowOptions(where=where, b=b, return_sign=bool(return_sign), dtype=dtype)
         given = (*active(options, PLAIN_ROWS), *more)
     answer = run(
@@ -547,8 +551,11 @@ def _row_by_row(
             sink = _checks.sink(sink, x, axes, library)
             if not isinstance(sink, float):
                 tracing = tracing or library.tracing(sink)
-                sink = library.quietly(library.cast, sink, compute_dtype)
-        options = RowOptions(where, _checks.temperature(temperature), dtype=dtype, sink=sink)
+                if sink.dtype != compute_dtype:
+                    sink = library.quietly(library.cast, sink, compute_dtype)
+        if type(temperature) is not float or temperature != 1.0:
+            temperature = _checks.temperature(temperature)
+        options = RowOptions(where, temperature, dtype=dtype, sink=sink)
         given = (*active(options, PLAIN_ROWS), *more)
         if is_extreme(library, options.temperature, compute_dtype):
             given = (*given, EXTREME)

@@ -109,7 +109,9 @@ def test_textbook_stands_on_the_namespace_lookup_alone():
     assert "portable_softmax.libraries.namespace" in ours
 
 
-SHARED_BY_KERNELS = ("_folding", "_in_parts", "_means", "_request", "_threads")
+SHARED_BY_KERNELS = (
+    *("_cuts", "_folding", "_in_parts", "_means", "_request", "_threads", "_weighted"),
+)
 
 
 @pytest.mark.once

@@ -24,6 +24,8 @@ def test_every_call_is_timed_beside_another(tmp_path, capsys):
         ("cross_entropy_value_and_grad, softcap", "by hand"),
         ("logsumexp, confident", "plain"),
         ("softmax, out", "plain"),
+        ("softmax, sink of each head", "by hand"),
+        ("logsumexp, sign", "scipy.special"),
     }
     for row in rows:
         assert not row["problem"]
@@ -36,7 +38,9 @@ def test_a_wrong_result_is_named_instead_of_timed(monkeypatch, capsys):
     monkeypatch.setattr(ps, "softmax", lambda x, **_: np.zeros_like(x))
     monkeypatch.setattr(calls, "cases", lambda quick: calls._with_options("float64", quick=quick))
     rows = [row for row in calls.measure(quick=True) if row.problem]
-    assert [row.call for row in rows] == ["softmax, where", "softmax, causal"]
+    assert [row.call for row in rows] == [
+        *("softmax, where", "softmax, causal", "softmax, sink", "softmax, sink of each head")
+    ]
     assert all(row.missed for row in rows)
     assert calls.cells(rows)[0][2] == "wrong result"
     assert main(["calls", "--quick"]) == 1

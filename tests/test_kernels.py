@@ -189,9 +189,10 @@ def test_explain_takes_what_the_function_takes():
     for name in ("softmax", "log_softmax", "logsumexp"):
         assert kernels.explain(name, x[:0]) == "portable: nothing to reduce"
         assert kernels.explain(name, np.asarray(1.0), axis=()) == "portable: nothing to reduce"
+    explained = kernels.explain("logsumexp", x, b=x * 1j)
+    assert explained.startswith("portable: not numpy tiles: options: complex weights")
     for options in ({"b": x}, {"return_sign": True}):
-        explained = kernels.explain("logsumexp", x, **options)
-        assert explained.startswith(f"portable: not numpy tiles: options: {next(iter(options))}")
+        assert kernels.explain("logsumexp", x, **options).startswith("numpy tiles: ")
     explained = kernels.explain("logsumexp", x + 1j)
     assert explained.startswith("portable: not numpy tiles: dtype complex128")
 

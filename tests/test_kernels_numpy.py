@@ -11,7 +11,7 @@ import reference
 
 import portable_softmax as ps
 from portable_softmax import kernels
-from portable_softmax.kernels import _threads
+from portable_softmax.kernels import _cuts, _threads
 from portable_softmax.kernels._numpy import _general, _layout, _losses, _maths, _rows, _small
 
 pytestmark = pytest.mark.once
@@ -108,7 +108,7 @@ def test_the_ways_of_a_loss(seen):
 
 
 def test_threads_are_for_large_arrays(seen):
-    rows = _layout.THREADED_BYTES // 8000
+    rows = _cuts.THREADED_BYTES // 8000
     ps.softmax(np.zeros((rows, 1000)))
     assert "_threads.run" not in seen
     ps.softmax(np.zeros((rows + 1, 1000)))

@@ -133,8 +133,12 @@ def test_the_documented_gradient_of_the_sink(xp):
         np.testing.assert_allclose(xp.numpy(grad), [expected], rtol=1e-13)
 
 
-def test_no_kernel_of_rows_takes_it_yet(xp):
+def test_which_path_takes_it(xp):
+    paths = {"numpy": "numpy tiles", "torch": "numpy tiles"}
+    paths |= {"numba": "numba rows", "torch-numba": "numba rows"}
+    paths |= dict.fromkeys(("dask", "cubed"), f"{xp.library} chunks")
     x = xp.asarray(np.zeros((2, 3)))
     for name in ("softmax", "log_softmax"):
-        path = f"{xp.library} chunks: " if xp.library in ("dask", "cubed") else "portable: "
-        assert kernels.explain(name, x, sink=0.0).startswith(path)
+        for sink in (0.0, xp.asarray(np.zeros((2, 1)))):
+            path = paths.get(xp.name, "portable")
+            assert kernels.explain(name, x, sink=sink).startswith(f"{path}: ")

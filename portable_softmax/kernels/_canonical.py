@@ -23,7 +23,6 @@ from portable_softmax.kernels._request import (
     VJPS,
     LossOptions,
     Request,
-    RowOptions,
 )
 from portable_softmax.libraries import cast
 
@@ -31,6 +30,7 @@ Back: TypeAlias = Callable[[Any], Any]
 
 _ORDERED = frozenset((*ROWS, *VJPS, *LOSSES, *SPARSE, FOLD, LOGSUMEXP_VJP))
 _INTEGERS = frozenset(INTEGERS)
+_BROADCAST = ("where", "sink", "b")
 
 
 def canonical(request: Request, is_open: Callable[[Request], bool]) -> tuple[Request, Back | None]:
@@ -54,18 +54,12 @@ def canonical(request: Request, is_open: Callable[[Request], bool]) -> tuple[Req
 
 
 def _order(request: Request) -> list[int] | None:
-    """Return the axes in the order in which a kernel should see them; None to leave them.
-
-    So is a call with an option that has axes of its own.
-    """
+    """Return the axes in the order in which a kernel should see them; None to leave them."""
     library, x, axes = request.library, request.x, request.axes
     if not axes or x.ndim < 2 or request.operation not in _ORDERED:
         return None
     strides = library.strides(x)
     if strides == () or (strides is None and min(axes) == x.ndim - len(axes)):
-        return None
-    options = request.options
-    if type(options) is RowOptions and not (options.b is None and options.sink is None):
         return None
     if library.size(x) > library.small:
         order = list(range(x.ndim))
@@ -106,10 +100,11 @@ def _reordered(request: Request, order: list[int]) -> tuple[Request, Back | None
     if out is not None and library.strides(out) is not None:
         out = None  # it is copied to
     changed: dict[str, Any] = {}
-    if getattr(options, "where", None) is not None:
-        where = options.where
-        shape = (1,) * (x.ndim - where.ndim) + tuple(where.shape)
-        changed["where"] = seen(xp.reshape(where, shape))
+    for name in _BROADCAST:
+        a: Any = getattr(options, name, None)
+        if hasattr(a, "ndim"):
+            shape = (1,) * (x.ndim - a.ndim) + tuple(a.shape)
+            changed[name] = seen(xp.reshape(a, shape))
     if type(options) is LossOptions and options.sample_weight is not None:
         changed["sample_weight"] = in_c_order(options.sample_weight, positions)
     labels = request.labels

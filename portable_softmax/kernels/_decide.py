@@ -349,8 +349,8 @@ def explain(operation: str, /, *args: Any, **kwargs: Any) -> str:
     >>> x = np.ones((2, 3))
     >>> kernels.explain("softmax", x, axis=0)
     'numpy tiles: row tiles in cache'
-    >>> kernels.explain("logsumexp", x, b=x)
-    'portable: not numpy tiles: options: b; not numba rows: options: b'
+    >>> kernels.explain("logsumexp", x + 1j)
+    'portable: not numpy tiles: dtype complex128; not numba rows: dtype complex128'
     """
     decision, request = decision_for(operation, *args, **kwargs)
     remark = "" if decision.taken is None else decision.taken.remark(request)

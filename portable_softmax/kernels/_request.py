@@ -30,6 +30,10 @@ FAMILY = (
 FOLD = "fold"  # whose answer is the pair (max, rest) of x / temperature, `max` not divided yet
 LOGSUMEXP_VJP = "logsumexp_vjp"
 PARTS = (FOLD, LOGSUMEXP_VJP)  # what is asked of parts of rows
+# With a sink: the answer and the share of the sink, and the gradient with the sum that it has.
+BESIDE_SINKS = tuple(f"{name}_beside_sink" for name in (*ROWS[:2], *VJPS))
+# Of a logsumexp with weights: its sums, and the gradient by exponents, or by both.
+WEIGHTED = ("weighted_sums", "weighted_slopes", "weighted_slopes_by_both")
 LINEAR = ("linear_cross_entropy", "linear_cross_entropy_value_and_grad")
 
 INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
@@ -103,6 +107,7 @@ NONE_GIVEN: tuple[str, ...] = ()
 # Beside the options' own names, what a kernel may not take although it takes the option.
 PROBABILITIES = "probabilities"  # labels that are no indices
 EXTREME = "extreme temperature"  # one that the compute dtype, or its inverse, does not hold well
+COMPLEX = "complex weights"  # beside real logits
 OTHER_DTYPE = "dtype other than the computation's"
 OUT = "out"  # not among the active options, but of a request that has it
 

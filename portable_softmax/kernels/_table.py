@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from portable_softmax.kernels._request import (
     BINARY,
+    COMPLEX,
     DIVERGENCES,
     ENTMAX_LOSSES,
     ENTROPIES,
@@ -47,6 +48,7 @@ Names = tuple[str, ...]  # torch.compile cannot look into sets that it takes for
 FLOATS = ("float32", "float64", "float16", "bfloat16")
 LABELS_AND_WEIGHTS = ("ignore_index", "reduction", "weight")
 LOSS_OPTIONS = (*LABELS_AND_WEIGHTS, "label_smoothing", "z_loss", "softcap", "where")
+ROW_OPTIONS = ("temperature", "sink", "b", "return_sign")
 SAMPLES = "sample_weight"
 # As Triton reads it, when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -133,14 +135,14 @@ _SMALL = (1 << 16) - 1  # not worth a compilation, nor a second thread
 # What calls on chunks and on shards pass on to the kernels of their parts.
 _OF_PARTS = (
     *(*LOSS_OPTIONS, PROBABILITIES, "temperature", EXTREME, "dtype", OTHER_DTYPE, SAMPLES),
-    *("sink", "b", "return_sign", "alpha"),
+    *("sink", "b", "return_sign", COMPLEX, "alpha"),
 )
 _NUMBA = Kernel(
     name="numba rows",
     why="one pass in cache",
     library="numpy",
     module=f"{_HERE}._numba",
-    options=(*LOSS_OPTIONS, SAMPLES, PROBABILITIES, "temperature", "dtype", OUT),
+    options=(*LOSS_OPTIONS, SAMPLES, PROBABILITIES, *ROW_OPTIONS, "dtype", OUT),
     at_least=_SMALL + 1,
 )
 _OF_DISTRIBUTIONS = _NUMBA._replace(
@@ -159,7 +161,7 @@ _TILES = Kernel(
     library="numpy",
     module=f"{_HERE}._numpy",
     dtypes=(*FLOATS, *INTEGERS),
-    options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", EXTREME, "dtype", SAMPLES, OUT),
+    options=(*LOSS_OPTIONS, PROBABILITIES, *ROW_OPTIONS, EXTREME, "dtype", SAMPLES, OUT),
 )
 _OF_MEANS = (
     _NUMBA._replace(operations=("logmeanexp",), options=("where",)),

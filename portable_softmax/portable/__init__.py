@@ -87,6 +87,7 @@ from portable_softmax.portable._softmax import (
     CONFIDENT,
     LOG_CONFIDENT,
     ROUNDING,
+    log_share_of_sink,
     log_softmax,
     log_softmax_vjp,
     log_softmax_vjp_of,

@@ -179,6 +179,24 @@ def log_softmax(
     return y if where is None else xp.where(where, y, scalar(xp, -math.inf, y))
 
 
+def log_share_of_sink(
+    xp: Namespace,
+    x: Any,
+    axes: Axes,
+    *,
+    sink: Any,
+    where: Any = None,
+    temperature: float = 1.0,
+) -> Any:
+    """Return the logarithm of what probability the sink takes, the axes kept: its own entry."""
+    if where is not None:
+        x, _ = masked(xp, x, where, axes)
+    sink = laid_out(xp, sink, x)
+    state = fold(xp, x, axes, temperature=temperature, sink=sink)
+    m = greater(xp, maximum(xp, x, axes), constant(xp, sink))
+    return from_maximum(xp, sink, m, temperature) - state.log
+
+
 def laid_out(xp: Namespace, sink: Any, x: Any) -> Any:
     """Return the sink, a number or an array, with as many axes as `x`."""
     if isinstance(sink, int | float):
@@ -238,7 +256,8 @@ def logsumexp(
         value = _unweighted(xp, x, axes)
         if return_sign:
             zero, one = scalar(xp, 0.0, value), scalar(xp, 1.0, value)
-            sign = xp.where(value == -math.inf, zero, xp.where(xp.isnan(value), value, one))
+            found = constant(xp, value)
+            sign = xp.where(found == -math.inf, zero, xp.where(xp.isnan(found), found, one))
     if some is not None:
         value = xp.where(some, value, scalar(xp, -math.inf, value))
         sign = None if sign is None else xp.where(some, sign, scalar(xp, 0.0, sign))

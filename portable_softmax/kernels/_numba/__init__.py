@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from portable_softmax.kernels import _means
+from portable_softmax.kernels import _means, _weighted
 from portable_softmax.kernels._numba import _support
 from portable_softmax.kernels._request import (
     BINARY,
@@ -187,6 +187,8 @@ def repeated(
 
 def _row_by_row(request: Request) -> Any:
     """softmax or log_softmax over the axes."""
+    if request.options.sink is not None:
+        return _beside_sink(request)[0]
     drive, layout, x = _compiled(), _layout(request), request.x
     out = _out(request)
     function, temperature = getattr(drive, request.operation), request.options.temperature
@@ -196,6 +198,47 @@ def _row_by_row(request: Request) -> Any:
 
 
 softmax = log_softmax = _row_by_row
+
+
+def _beside_sink(request: Request) -> tuple[Any, Any]:
+    """Return softmax or log_softmax, and the share of the sink, or its logarithm.
+
+    It is not over the logits, which may have to be looked at once more.
+    """
+    drive, layout, x = _compiled(), _layout(request), request.x
+    out = np.empty(x.shape, request.result_dtype) if request.in_place() else _out(request)
+    sinks = _of_rows(request, request.options.sink)
+    shares = np.empty(request.reduced_shape(), request.compute_dtype)
+    drive.beside_sink(
+        f"{request.operation}_beside_sink", _handed(x, layout), _handed(out, layout), sinks,
+        shares.reshape(-1), layout, request.options.temperature, _mask(request, layout),
+    )  # fmt: skip
+    return out, shares
+
+
+def _of_rows(request: Request, numbers: Any) -> Any:
+    """Return numbers that broadcast to a reduction, one for each row, that Numba may write to."""
+    numbers = np.broadcast_to(numbers, request.reduced_shape())
+    return _flat(numbers, request.compute_dtype)
+
+
+def _vjp_beside_sink(request: Request) -> tuple[Any, Any]:
+    """Return the gradient from an output, and sum(y * dy), or that of dy, of each row.
+
+    The request has the shares of the sinks for sinks, where they are read.
+    """
+    drive, layout, out = _compiled(), _layout(request), _out(request)
+    arrays = [_handed(a, layout) for a in (request.x, request.dy, out)]
+    shares, sums = (
+        _of_rows(request, request.options.sink),
+        np.empty(request.reduced_shape(), request.compute_dtype),
+    )
+    drive.vjp_beside_sink(request.operation, *arrays, shares, sums.reshape(-1), layout)
+    return out, sums
+
+
+softmax_beside_sink = log_softmax_beside_sink = _beside_sink
+softmax_vjp_beside_sink = log_softmax_vjp_beside_sink = _vjp_beside_sink
 
 
 def fold(request: Request) -> Any:
@@ -213,11 +256,55 @@ logmeanexp = partial(_means.logmeanexp, fold)
 
 def logsumexp(request: Request) -> Any:
     """Logsumexp over the axes, kept with length 1."""
+    if request.options.b is not None:
+        return _weighted.answer(_sums, request)
+    if request.options.return_sign:
+        return _weighted.with_sign(logsumexp(_unsigned(request)))
     drive, layout, x = _compiled(), _layout(request), request.x
     out = np.empty(request.reduced_shape(), request.result_dtype)
     flat: Any = out.view(_bits(x.dtype)).reshape(-1)
     drive.logsumexp(_handed(x, layout), flat, layout, _mask(request, layout))
     return out
+
+
+def _unsigned(request: Request) -> Request:
+    return request._replace(options=request.options._replace(return_sign=False))
+
+
+def _sums(request: Request, b: Any) -> tuple[Any, Any, Any]:
+    """Return the maxima of what counts, and the sums of weights at them and of other terms."""
+    drive, layout = _compiled(), _layout(request)
+    m, tops, others = (np.empty(request.reduced_shape(), request.compute_dtype) for _ in range(3))
+    flat = (a.reshape(-1) for a in (m, tops, others))
+    b = _repeated_weights(request, b, layout)
+    drive.weighted_sums(_handed(request.x, layout), b, *flat, layout)
+    return m, tops, others
+
+
+def _repeated_weights(request: Request, b: Any, layout: Layout) -> Any:
+    """Return weights in one axis that repeat along the logits."""
+    shape, compute = request.x.shape, request.compute_dtype
+    lengths = (1,) * (len(shape) - b.ndim) + b.shape
+    same = repeated(lengths, request.axes, layout, compute)
+    return _flat(np.broadcast_to(b.reshape(lengths[same:]), shape[same:]), compute)
+
+
+weighted = partial(_weighted.parts, _sums)
+
+
+def weighted_slopes(request: Request, m: Any, factor: Any, by_b: bool) -> Any:
+    """Return what `_weighted.slopes` does."""
+    drive, layout, compute = _compiled(), _layout(request), request.compute_dtype
+    by_x = np.empty(request.x.shape, request.result_dtype)
+    found = np.empty(request.x.shape, compute) if by_b else None
+    beyond = drive.weighted_slopes(
+        _handed(request.x, layout), _repeated_weights(request, _weighted.weights(request), layout),
+        _of_rows(request, m), _of_rows(request, factor), _handed(by_x, layout),
+        None if found is None else _handed(found, layout), layout, _weighted.bound(compute) - 8.0,
+    )  # fmt: skip
+    if beyond:
+        return None
+    return by_x, _weighted.seen_of(request, found)
 
 
 def logsumexp_vjp(request: Request) -> Any:

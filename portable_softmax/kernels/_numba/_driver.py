@@ -21,9 +21,17 @@ from portable_softmax.kernels._numba._exp import temperature as prepared
 from portable_softmax.kernels._numba._groups import SUMS
 from portable_softmax.kernels._numba._jit import is_at_hand
 from portable_softmax.kernels._numba._kernels import LAYOUTS, scan
-from portable_softmax.kernels._numba._losses import EACH, IGNORING, OVER, SAMPLED, WEIGHTED
+from portable_softmax.kernels._numba._losses import EACH, IGNORING, OVER, SAMPLED
+from portable_softmax.kernels._numba._losses import WEIGHTED as HAS_WEIGHTS
 from portable_softmax.kernels._numba._values import size_of_values
-from portable_softmax.kernels._request import DIVERGENCES, ENTROPIES, RUNNING, Layout
+from portable_softmax.kernels._request import (
+    BESIDE_SINKS,
+    DIVERGENCES,
+    ENTROPIES,
+    RUNNING,
+    WEIGHTED,
+    Layout,
+)
 
 # Rows of fewer bytes, in the dtype of the computation, are worked on in blocks, vector by vector of
 # many of them; up to so many in groups, row by row; and longer ones one by one. An operation that
@@ -31,10 +39,13 @@ from portable_softmax.kernels._request import DIVERGENCES, ENTROPIES, RUNNING, L
 # their own (`python -m bench thresholds`).
 SHORT, MIDDLE = 512, 4096
 LIMITS = {"log_softmax": (512, 1024), "softmax_vjp": (512, 0), "log_softmax_vjp": (1024, 0)}
+LIMITS |= {f"{name}_beside_sink": limits for name, limits in LIMITS.items()}
+LIMITS |= dict.fromkeys(WEIGHTED, (0, 0))  # a row at once, whose weights may be those of all
 # Rows of up to so many classes are worked on as columns are: a vector would hold little of one, and
 # each reduction of a row takes as long as some vectors.
 FEW = 4
 FEW_OF = {**dict.fromkeys(ENTROPIES, 64), **dict.fromkeys(DIVERGENCES, 24)}
+FEW_OF |= dict.fromkeys(WEIGHTED, 48)
 # So many vectors, of 64 bytes, of short rows and of columns are worked on side by side: columns are
 # read in runs of so many lines. Where a tile of columns would have more bytes, one vector is.
 VECTORS, COLUMN_VECTORS, TILE = 4, 8, 1 << 21
@@ -48,7 +59,9 @@ THREADED = 1 << 22
 CUT = 1 << 12
 # Arrays of which a group is in the workspace at once, where that is more than one.
 TILES = {
-    **dict.fromkeys(("logsumexp_vjp", "softmax_vjp", "log_softmax_vjp"), 2),
+    **dict.fromkeys(
+        ("logsumexp_vjp", "softmax_vjp", "log_softmax_vjp", *BESIDE_SINKS, *WEIGHTED), 2
+    ),
     "cross_entropy_value_and_grad": 2,
     "soft_cross_entropy": 2,
     "soft_cross_entropy_value_and_grad": 3,
@@ -180,6 +193,8 @@ _ELSEWHERE = {
     **dict.fromkeys((*ENTROPIES, *DIVERGENCES), "_entropies"),
     "sigmoid_cross_entropy": "_entries",
     **dict.fromkeys(RUNNING, "_running"),
+    **dict.fromkeys(BESIDE_SINKS, "_sinks"),
+    **dict.fromkeys(WEIGHTED, "_weights"),
 }
 
 
@@ -246,6 +261,26 @@ def log_softmax(
     _run("log_softmax", (x, out, mask), t, layout, mask)
 
 
+def beside_sink(
+    operation: str, x: Any, out: Any, sinks: Any, shares: Any, layout: Layout, temperature: float,
+    mask: Any,
+) -> None:  # fmt: skip
+    """One read and one write of softmax or log_softmax, which is not over the array.
+
+    Sinks are read and their shares written, or the logarithms of these: a number of the
+    computation's dtype for each row.
+    """
+    t = prepared(temperature, compute_dtype(x.dtype).type)
+    _run(operation, (x, out, mask, sinks, shares), t, layout, mask)
+
+
+def vjp_beside_sink(
+    operation: str, y: Any, dy: Any, out: Any, shares: Any, sums: Any, layout: Layout
+) -> None:
+    """Two reads and one write; shares are read and sums of the upstream gradients written."""
+    _run(operation, (y, dy, out, shares, sums), math.nan, layout)
+
+
 def fold(
     x: Any, maxima: Any, rests: Any, layout: Layout, temperature: float, mask: Any = None
 ) -> None:
@@ -257,6 +292,30 @@ def fold(
 def logsumexp(x: Any, out: Any, layout: Layout, mask: Any = None) -> None:
     """One read."""
     _run("logsumexp", (x, out, mask), 0, layout, mask)
+
+
+def weighted_sums(x: Any, b: Any, maxima: Any, tops: Any, others: Any, layout: Layout) -> None:
+    """One read of the array, and of the weights, which are in one axis and of the computation's.
+
+    The others have a number of the computation's dtype for each row.
+    """
+    _run(WEIGHTED[0], (x, b, maxima, tops, others), 0, layout)
+
+
+def weighted_slopes(
+    x: Any, b: Any, maxima: Any, factors: Any, by_x: Any, by_b: Any, layout: Layout, bound: float
+) -> float:
+    """Return how many logits are above their row's maximum by more than `bound`, or nan.
+
+    One read of both arrays, and a write of their sizes, of `by_b` unless it is None.
+    """
+    beyond = np.empty_like(maxima)
+    arrays = (x, b, maxima, factors, by_x, beyond)
+    if by_b is None:
+        _run(WEIGHTED[1], arrays, bound, layout)
+    else:
+        _run(WEIGHTED[2], (*arrays, by_b), bound, layout)
+    return float(beyond.sum())
 
 
 def logsumexp_vjp(x: Any, dy: Any, out: Any, layout: Layout, mask: Any = None) -> None:
@@ -306,13 +365,15 @@ def losses(
     ones = np.ones(layout.n if loss.smoothing else 1, compute)
     w = np.ascontiguousarray(loss.weight) if weighted else ones
     w = w if w.flags.writeable else w.copy()
-    flags = WEIGHTED * weighted | IGNORING * (loss.ignore is not None) | EACH * (each is not None)
+    flags = (
+        HAS_WEIGHTS * weighted | IGNORING * (loss.ignore is not None) | EACH * (each is not None)
+    )
     flags |= SAMPLED * (loss.samples is not None)
     ignore = 0 if loss.ignore is None else loss.ignore
     scale = 1.0
     if mean and grad is not None:
         divisor = float(layout.rows)
-        if flags & (WEIGHTED | IGNORING | SAMPLED):
+        if flags & (HAS_WEIGHTS | IGNORING | SAMPLED):
             divisor = _call(scan, labels, w, loss.samples, layout.n, flags, ignore)
         scale = 1.0 / divisor if divisor else 0.0
     # Without smoothing no class but the label's counts, whatever its weight.

@@ -77,7 +77,7 @@ def _sums_of_exps(p, e, following, n, at, unit, t):
 
 
 @function
-def _ratio(most, m, t):
+def ratio(most, m, t):
     """What exps relative to the maximum so far are multiplied by for those relative to m."""
     base, power = split(m, t)
     its_base, its_power = split(most, t)
@@ -111,7 +111,7 @@ def _row_sums_of(sums_of_exps: Any) -> Any:
         for start in range(0, n, PART):
             own = factor_of(factors, start)
             most, s = load(own, 0), load(own, 1)
-            factor = zero if most == -math.inf else _ratio(most, m, t)
+            factor = zero if most == -math.inf else ratio(most, m, t)
             store(own, 0, factor)
             lower = load(own, 2) if most == m else s  # no exp of it is that of the row's maximum
             total, lost = added(total, lost, s * factor)

@@ -9,17 +9,19 @@ calls cost more than the numbers, and `_general` runs the portable functions on 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from portable_softmax.kernels import _means
+from portable_softmax.kernels import _means, _weighted
 from portable_softmax.kernels._numpy import (
     _entries,
     _few_calls,
     _general,
     _losses,
     _rows,
+    _sinks,
     _small,
     _sparse,
     _vjps,
@@ -87,12 +89,16 @@ def declines_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
 
 def softmax(request: Request) -> Any:
     """Softmax over the axes."""
+    if request.options.sink is not None:
+        return _sinks.softmax(request, False)[0]
     rows = _small.tempered_logits_of(request)
     return _row_by_row(request, _rows.softmax) if rows is None else _small.softmax(request, rows)
 
 
 def log_softmax(request: Request) -> Any:
     """log_softmax over the axes."""
+    if request.options.sink is not None:
+        return _sinks.log_softmax(request, False)[0]
     rows = _small.logits_of(request)
     if rows is None:
         return _row_by_row(request, _rows.log_softmax)
@@ -119,10 +125,26 @@ def _is_small(request: Request) -> bool:
 
 def logsumexp(request: Request) -> Any:
     """Logsumexp over the axes, kept with length 1."""
+    if request.options.b is not None:
+        return _weighted.answer(_sums, request)
+    if request.options.return_sign:
+        plain = request._replace(
+            options=request.options._replace(return_sign=False),
+            active=tuple([name for name in request.active if name != "return_sign"]),
+        )
+        return _weighted.with_sign(logsumexp(plain))
     rows = _small.logits_of(request)
     if rows is None:
         return _row_by_row(request, _rows.logsumexp)
     return _small.logsumexp(request, rows)
+
+
+def _sums(request: Request, b: Any) -> tuple[Any, Any, Any]:
+    rows = _small.rows_of(request)
+    return _weighted.sums(request, b) if rows is None else _small.weighted_sums(request, rows, b)
+
+
+weighted, weighted_slopes = partial(_weighted.parts, _sums), _weighted.slopes
 
 
 def logsumexp_vjp(request: Request) -> Any:
@@ -166,6 +188,9 @@ def log_softmax_vjp(request: Request, masked: bool = True) -> Any:
     return _small.log_softmax_vjp(request, dy, masked)
 
 
+softmax_beside_sink, log_softmax_beside_sink = _sinks.softmax, _sinks.log_softmax
+softmax_vjp_beside_sink = _sinks.softmax_vjp
+log_softmax_vjp_beside_sink = _sinks.log_softmax_vjp
 sigmoid_cross_entropy = sigmoid_cross_entropy_value_and_grad = _entries.losses
 entropy = entropy_value_and_grad = _few_calls.entropy
 kl_divergence = kl_divergence_value_and_grad = _few_calls.divergence

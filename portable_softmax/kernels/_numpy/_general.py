@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 
 from portable_softmax import portable
-from portable_softmax.kernels._numpy._layout import TILE_BYTES, on_threads
+from portable_softmax.kernels._cuts import Cut, on_cuts
 from portable_softmax.kernels._request import Request
-
-Cut = tuple[slice, ...]
 
 
 def rows(request: Request) -> Any:
@@ -35,7 +33,7 @@ def rows(request: Request) -> Any:
             function = getattr(portable, request.operation)
             out[cut] = function(np, tile, axes, where=mask, temperature=request.options.temperature)
 
-    on_threads(work, _cuts(x, axes, compute), x.nbytes)
+    on_cuts(work, x, axes, compute)
     return out
 
 
@@ -64,19 +62,7 @@ def losses(request: Request) -> tuple[Any, Any]:
             grad[cut] = slope if divisor is None else np.divide(slope, divisor, out=slope)
         loss[cut] = np.expand_dims(value, axis)
 
-    on_threads(work, _cuts(x, (axis,), compute), x.nbytes)
+    on_cuts(work, x, (axis,), compute)
     return portable.reduced(np, loss, target, axis, options.reduction).astype(
         request.answer_dtype
     ), grad
-
-
-def _cuts(x: Any, axes: tuple[int, ...], compute: Any) -> list[Cut]:
-    """Return the cuts of `x` along its longest batch axis, each of about `TILE_BYTES`."""
-    batch = [a for a in range(x.ndim) if a not in axes]
-    if not batch or x.size == 0:
-        return [(slice(None),) * x.ndim]
-    axis = max(batch, key=lambda a: x.shape[a])
-    n = x.shape[axis]
-    step = max(1, TILE_BYTES * n // (x.size * compute.itemsize))
-    before = (slice(None),) * axis
-    return [(*before, cut) for cut in portable.cuts(n, step)]

@@ -13,7 +13,6 @@ of classes and one of positions:
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -21,18 +20,11 @@ from typing import Any
 import numpy as np
 
 from portable_softmax import portable
-from portable_softmax.kernels import _threads
+from portable_softmax.kernels._cuts import TILE_BYTES, on_threads
 from portable_softmax.kernels._request import Request
-
-# Half of a common 1 MB L2 cache: smaller tiles spend more on the calls, and threads on taking turns
-# between them.
-TILE_BYTES = 1 << 19
 
 # Rows shorter than this are transposed.
 SHORT = 128
-
-# From here on, threads: below it, starting them costs more than they save.
-THREADED_BYTES = 1 << 20
 
 # Scratch is at most five tiles a thread, and at most 15 % of an array that is not small.
 _BYTES_A_THREAD = 5 * TILE_BYTES * 100 // 15
@@ -198,17 +190,6 @@ class Layout:
         if self.axis == 1 and self.x.shape[1] >= 256 and _sums_are_whole():
             np.setbufsize(256)
         on_threads(one, numbered, self.x.nbytes, at_most=max(2, self.x.nbytes // _BYTES_A_THREAD))
-
-
-def on_threads(
-    work: Callable[[Any], None], pieces: list[Any], nbytes: int, at_most: int = sys.maxsize
-) -> None:
-    """Call ``work(piece)`` for each piece of an array, on threads if that is large."""
-    if nbytes < THREADED_BYTES:
-        for piece in pieces:
-            work(piece)
-    else:
-        _threads.run(work, pieces, at_most=at_most)
 
 
 @cache

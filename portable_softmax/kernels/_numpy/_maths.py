@@ -104,14 +104,35 @@ class Sums:
 
 def exps(x: Any, out: Any, axis: int, buffers: Buffers, temperature: float) -> Any:
     """Write the exps of a row up to a factor, and return their sum."""
-    sums = Sums()
     if temperature != 1.0:
+        sums = Sums()
         for d in shifted(x, out, axis, temperature):
             np.exp(d, out=d)
             sums.add(total(d, axis, buffers))
         return sums.get()
+    return _exps_from(*base(maximum(x, axis)), x, out, axis, buffers)
+
+
+def exps_beside(x: Any, out: Any, axis: int, buffers: Buffers, sink: Any) -> tuple[Any, Any]:
+    """Return the same beside a sink, the sum with that of the sink, and its exp."""
     m = maximum(x, axis)
-    b, rounds = base(m)
+    b, rounds = base(np.where(sink > m, sink, m))
+    s = _exps_from(b, rounds, x, out, axis, buffers)
+    more = _exps_of(b, rounds, sink)
+    return s + more, more
+
+
+def _exps_of(b: Any, rounds: bool, x: Any) -> Any:
+    out = np.empty_like(x)
+    if rounds:
+        write_exps(x, b, np.empty_like(x), out, np.empty_like(x))
+    else:
+        np.exp(x if b is None else x - b, out=out)
+    return out
+
+
+def _exps_from(b: Any, rounds: bool, x: Any, out: Any, axis: int, buffers: Buffers) -> Any:
+    sums = Sums()
     for cut in chunks(x, axis):
         part, e = x[cut], out[cut]
         if rounds:

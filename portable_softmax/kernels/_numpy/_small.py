@@ -151,16 +151,23 @@ def _shifted(rows: Any) -> Any:
     return e
 
 
+def unfit_of(e: Any, s: Any) -> Any:
+    """Return the rows to shift, of exps that sum to `s`; None where all are known to be fit."""
+    smallest = _maths.SMALLEST_NORMAL[e.dtype]
+    if most(s) < math.inf and (least(s) >= _LOW_SUM or least(e) >= smallest):
+        return None
+    normal = e.min(1) >= smallest
+    return np.flatnonzero(~((s < math.inf) & ((s >= _LOW_SUM) | normal)))
+
+
 def softmax(request: Request, rows: Any) -> Any:
     """exp(x) / sum(exp(x)), of x in the range of exp: rows beyond it are shifted."""
-    e, unfit = np.exp(rows), None
-    s, smallest = sums(e), _maths.SMALLEST_NORMAL[e.dtype]
-    if not (most(s) < math.inf and (least(s) >= _LOW_SUM or least(e) >= smallest)):
-        normal = e.min(1) >= smallest
-        unfit = np.flatnonzero(~((s < math.inf) & ((s >= _LOW_SUM) | normal)))
-        if unfit.size:
-            e[unfit] = some = _shifted(rows[unfit])
-            s[unfit] = sums(some)
+    e = np.exp(rows)
+    s = sums(e)
+    unfit = unfit_of(e, s)
+    if unfit is not None and unfit.size:
+        e[unfit] = some = _shifted(rows[unfit])
+        s[unfit] = sums(some)
     e /= s[:, None]
     if unfit is not None:
         _leave_out(request, e, 0.0)
@@ -196,6 +203,20 @@ def logsumexp(request: Request, rows: Any) -> Any:
         m, rest = _fold(rows[unfit])
         value[unfit] = np.where(np.isinf(m), m, m + np.log1p(rest))
     return value.reshape(*request.x.shape[:-1], 1)
+
+
+def weighted_sums(request: Request, rows: Any, b: Any) -> tuple[Any, ...]:
+    """Return the maxima of what counts, and the sums of weights at them and of the other terms."""
+    x, shape = request.x, (*request.x.shape[:-1], 1)
+    b = (b if b.shape == x.shape else np.broadcast_to(b, x.shape)).reshape(rows.shape)
+    live = np.where(b == 0, rows.dtype.type(-np.inf), rows)
+    m = maxima(live)[1]
+    live -= m[:, None]
+    tops = (live == 0) * b
+    e = np.exp(live, live)
+    e *= b
+    e -= tops
+    return tuple([a.reshape(shape) for a in (m, sums(tops), sums(e))])
 
 
 def _of_differences(d: Any, at: Any, m: Any) -> Any:

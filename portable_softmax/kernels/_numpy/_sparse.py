@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from portable_softmax import portable
-from portable_softmax.kernels._numpy._layout import TILE_BYTES, on_threads
+from portable_softmax.kernels._cuts import TILE_BYTES, on_threads
 from portable_softmax.kernels._request import Request
 
 # Shorter rows are not worth packing: timeit sparsemax on rows of 128 to 1024.

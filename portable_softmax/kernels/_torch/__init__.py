@@ -8,6 +8,7 @@ kernel's too, further ones are torch's of the portable formula, see `_autograd`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,14 @@ from portable_softmax.kernels._request import (
     SPARSE,
     Request,
 )
-from portable_softmax.kernels._torch import _autograd, _gradients, _lending, _operators
+from portable_softmax.kernels._torch import (
+    _autograd,
+    _gradients,
+    _lending,
+    _operators,
+    _sinks,
+    _weighted,
+)
 
 _GRADIENTS = (ENTROPIES[1], DIVERGENCES[1], BINARY[1], ENTMAX_LOSSES[1], RUNNING[1])
 
@@ -50,6 +58,10 @@ def declines(engine: Any, request: Request, asked: bool) -> str:
         return f"dtypes: {request.x.dtype} and {request.dy.dtype}"
     if request.operation in (*SPARSE, *ENTMAX_LOSSES) and (why := _not_of_numbers(request)):
         return why
+    if request.tracing:
+        found = [name for name in ("sink", "b", "return_sign") if name in request.active]
+        if found:
+            return f"compiled code with {', '.join(found)}"
     if request.tracing and not _are_numbers(request):
         return "a number that may be another one in the next call"
     if request.tracing and "dtype" in request.active and request.operation == "softmax":
@@ -61,8 +73,10 @@ def declines(engine: Any, request: Request, asked: bool) -> str:
 
 def _is_followed(request: Request) -> bool:
     """Return whether torch records a gradient of a call."""
-    given = (request.x, request.dy)
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    given = (request.x, request.dy, getattr(request.options, "sink", None))
+    return torch.is_grad_enabled() and any(
+        isinstance(t, torch.Tensor) and t.requires_grad for t in given
+    )
 
 
 def _are_numbers(request: Request) -> bool:
@@ -107,6 +121,10 @@ def answer(engine: Any, request: Request) -> Any:
     """Return the answer of a call, with its derivatives where torch asks for them."""
     if request.tracing:
         return _operators.answer(engine.__name__, request)
+    if "b" in request.active or "return_sign" in request.active:
+        return _weighted.answer(engine, request, partial(answer, engine))
     if _is_followed(request):
+        if "sink" in request.active:
+            return _sinks.answer(engine, request)
         return _autograd.answer(engine, request)
     return _gradients.value(engine, request)

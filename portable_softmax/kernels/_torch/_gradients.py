@@ -33,7 +33,7 @@ from portable_softmax.kernels._torch._lending import (
     taken,
 )
 
-_HALVES = ("float16", "bfloat16")
+HALVES = ("float16", "bfloat16")
 
 
 def value(engine: Any, request: Request) -> Any:
@@ -61,7 +61,7 @@ def _own(request: Request, lent: Request, found: Any, dtype: Any) -> Tensor:
 def kept(request: Request, y: Tensor) -> Tensor:
     """Return what the gradient of a call with the answer `y` starts from."""
     from_output = request.operation in ("softmax", *SPARSE) or (
-        request.operation == "log_softmax" and request.dtype not in _HALVES
+        request.operation == "log_softmax" and request.dtype not in HALVES
     )
     return y if from_output else request.x
 
@@ -97,9 +97,9 @@ def _softmax(engine: Any, request: Request, dy: Tensor) -> Tensor:
 
 
 def _log_softmax(engine: Any, request: Request, dy: Tensor) -> Tensor:
-    if request.dtype not in _HALVES:
+    if request.dtype not in HALVES:
         return _from_output(engine, request, request.x, dy, False)
-    wide = _in_float32(request)
+    wide = in_float32(request)
     return _from_output(engine, wide, value(engine, wide), dy.float(), False)
 
 
@@ -117,7 +117,7 @@ def _from_output(engine: Any, request: Request, y: Tensor, dy: Tensor, *masked: 
         return formula(request._replace(x=y), dy)
     dx = taken(computed(request, getattr(engine, vjp.operation), vjp, *masked), y.dtype)
     temperature = request.options.temperature
-    return _masked(request, dx if temperature == 1.0 else dx.div_(temperature))
+    return unmasked(request, dx if temperature == 1.0 else dx.div_(temperature))
 
 
 def _logsumexp(engine: Any, request: Request, dy: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def _logcumsumexp(engine: Any, request: Request, dy: Tensor) -> Tensor:
 def _loss(engine: Any, request: Request, dy: Tensor) -> Tensor:
     factor = dy.item() if dy.ndim == 0 and request.options.reduction != "none" else math.nan
     if factor != 1.0:
-        request = _in_float32(request)
+        request = in_float32(request)
     again = request.on(
         request.x, None, request.labels, request.options, "cross_entropy_value_and_grad"
     )._replace(out=request.out)
@@ -143,12 +143,12 @@ def _loss(engine: Any, request: Request, dy: Tensor) -> Tensor:
         return grad
     if math.isfinite(factor):
         return grad.mul_(factor)
-    return _masked(request, grad.mul_(_upstream(request, dy)))
+    return unmasked(request, grad.mul_(_upstream(request, dy)))
 
 
 def _slopes(engine: Any, request: Request, dy: Tensor) -> tuple[Tensor, ...]:
     """Return the gradients of a value to which the upstream gradient is only a factor."""
-    again = _in_float32(request)
+    again = in_float32(request)
     _, *slopes = value(engine, again._replace(operation=f"{request.operation}_value_and_grad"))
     dy = _laid_out(request, dy)
     return tuple([slope.mul_(dy).to(request.result_dtype) for slope in slopes])
@@ -178,9 +178,9 @@ _GRADIENTS = {
 }
 
 
-def _in_float32(request: Request) -> Request:
+def in_float32(request: Request) -> Request:
     """Return a request of a half type in float32, so that its gradient is rounded once."""
-    if request.dtype not in _HALVES:
+    if request.dtype not in HALVES:
         return request
     dtype, options = torch.float32, request.options
     if "dtype" in request.active:
@@ -210,7 +210,7 @@ def _laid_out(request: Request, dy: Tensor) -> Tensor:
     return dy if reduced or not request.axes else dy.reshape(request.reduced_shape())
 
 
-def _masked(request: Request, dx: Tensor) -> Tensor:
+def unmasked(request: Request, dx: Tensor) -> Tensor:
     """Return a gradient with 0 for what is masked out, whatever came from upstream."""
     where = request.options.where
     return dx if where is None else torch.where(where, dx, 0.0)
@@ -235,7 +235,7 @@ def formula(request: Request, dy: Tensor) -> Any:
         _, dx = portable.cross_entropy_value_and_grad(
             xp, x, request.target(), request.axis, options
         )
-        return _masked(request, dx * _upstream(request, dy)).to(request.result_dtype)
+        return unmasked(request, dx * _upstream(request, dy)).to(request.result_dtype)
     if request.operation in (*ENTROPIES, *DIVERGENCES, *BINARY, *ENTMAX_LOSSES):
         return _slopes_by_formula(request, x, dy)
     if request.operation in RUNNING:
@@ -252,12 +252,12 @@ def formula(request: Request, dy: Tensor) -> Any:
     if request.operation == "softmax":
         dx = portable.softmax_vjp(xp, x, dy, axes, rounding=request.rounding)
     else:
-        if request.dtype in _HALVES:
+        if request.dtype in HALVES:
             x = portable.log_softmax(xp, x, axes, where=where, temperature=temperature)
         # Unlike log_softmax_vjp: a logit of -inf that no mask has put there passes its gradient on.
         dx = -dy * torch.expm1(x) - torch.exp(x) * (portable.total(xp, dy, axes) - dy)
     dx = dx if temperature == 1.0 else dx / temperature
-    return _masked(request, dx).to(request.result_dtype)
+    return unmasked(request, dx).to(request.result_dtype)
 
 
 def _of_running_sums(request: Request, dy: Tensor) -> Tensor:
