@@ -95,11 +95,20 @@ class Answers:
             step = max(1, _BLOCK // classes)
             cuts = [slice(i, i + step) for i in range(0, rows, step)]
             found = [_LOSSES[name](self.x[c].astype(np.float64), second[c]) for c in cuts]
-            return [((), np.concatenate(found).mean())]
+            each = np.concatenate(found)
+            answer: list[tuple[tuple[int, ...], Any]] = [((), each.mean())]
+            if backward:
+                x, other = (a[self._rows].astype(np.float64) for a in (self.x, second))
+                slopes = _SLOPES[name](x, other)
+                answer += [(self.x.shape, slope / each.size) for slope in slopes]
+            return answer
         value = _VALUES[name](self.x[self._rows].astype(np.float64))
         shape = self.x.shape[: value.ndim]
         if not backward:
             return [(shape, value)]
+        if name in _SLOPES:
+            (slope,) = _SLOPES[name](self.x[self._rows].astype(np.float64), value)
+            return [(shape, value), (self.x.shape, slope)]
         dy, g = second[self._rows].astype(np.float64), value ** (2 - _ALPHA[name]) * (value > 0)
         mean = (g * dy).sum(axis=1, keepdims=True) / g.sum(axis=1, keepdims=True)
         return [(shape, value), (shape, g * (dy - mean))]
@@ -143,6 +152,23 @@ def _divergence(x: np.ndarray, other: np.ndarray) -> np.ndarray:
     return (np.exp(log_p) * (log_p - _log_softmax(other.astype(np.float64)))).sum(axis=1)
 
 
+def _slopes_of_divergence(x: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, ...]:
+    log_p, log_q = _log_softmax(x), _log_softmax(other)
+    gap = log_p - log_q
+    by_p = np.exp(log_p) * (gap - (np.exp(log_p) * gap).sum(axis=1, keepdims=True))
+    return by_p, np.exp(log_q) - np.exp(log_p)
+
+
+def _slopes_of_entropy(x: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, ...]:
+    return (-np.exp(_log_softmax(x)) * (_log_softmax(x) + h[:, None]),)
+
+
+# Of a sum.
+_SLOPES: dict[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, ...]]] = {
+    "entropy": _slopes_of_entropy,
+    "kl_divergence": _slopes_of_divergence,
+    "sigmoid_cross_entropy": lambda x, yes: (1 / (1 + np.exp(-x)) - yes,),
+}
 _VALUES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "softmax_with_sink": lambda x: np.exp(x - np.logaddexp(0, _logsumexp(x))[:, None]),
     "entmax": lambda x: _sparse(x, 1.5),

@@ -47,11 +47,14 @@ FAMILY = {
     "cross_entropy_weighted": WEIGHTED,
     "cross_entropy_in_float32": LABELS,
 }
+# Those whose value and gradients are measured, too.
+GRADIENTS = ("entropy", "kl_divergence", "sigmoid_cross_entropy")
+BACKWARD_OF_FAMILY = tuple(f"{operation}+backward" for operation in GRADIENTS)
 FOCAL_GAMMA = 2.0
 # What `speed` times beside OPERATIONS, where it is asked to.
 TIMED = (
     *(name for name, second in FAMILY.items() if second != WEIGHTED and "float32" not in name),
-    *BACKWARD_OF_SPARSE,
+    *(*BACKWARD_OF_SPARSE, *BACKWARD_OF_FAMILY),
 )
 
 NUMPY_BY_HAND = "numpy by hand"
@@ -160,16 +163,36 @@ def torch_autograd(offer: Offer) -> Offer:
         (grad,) = torch.autograd.grad(y, x, upstream(y))
         return y.detach(), grad
 
-    return _both_ways(offer, through, torch.ones_like)
+    def of_both(call, x, second):
+        given = [a.detach().requires_grad_() for a in (x, second)]
+        y = call(*given)
+        return y.detach(), *torch.autograd.grad(y, given)
+
+    return _both_ways(offer, through, torch.ones_like, of_both)
 
 
-def _both_ways(offer: Offer, through: Callable[..., Any], ones: Callable[[Any], Any]) -> Offer:
-    """Return forward and backward of what an offer has, by `through`."""
+def _both_ways(
+    offer: Offer,
+    through: Callable[..., Any],
+    ones: Callable[[Any], Any],
+    of_both: Callable[..., Any],
+) -> Offer:
+    """Return forward and backward of what an offer has, by `through`.
+
+    That of a divergence has the gradients by both of its arrays, by `of_both`.
+    """
     found: dict[str, Call] = {
         f"{name}+backward": lambda x, dy, name=name: through(offer[name], x, None, lambda _: dy)
         for name in (*FORWARD, *SPARSE)
         if name in offer
     }
+    for name in GRADIENTS:
+        if name in offer and name == "kl_divergence":
+            found[f"{name}+backward"] = partial(of_both, offer[name])
+        elif name in offer:
+            found[f"{name}+backward"] = lambda x, second, name=name: through(
+                offer[name], x, second, ones
+            )
     if "cross_entropy" in offer:
         found["cross_entropy_value_and_grad"] = lambda x, t: through(
             offer["cross_entropy"], x, t, ones
@@ -301,7 +324,11 @@ def jax_autograd(offer: Offer) -> Offer:
         y, vjp = jax.vjp(lambda x: call(x, second), x)
         return y, vjp(upstream(y))[0]
 
-    return _both_ways(offer, through, jnp.ones_like)
+    def of_both(call, x, second):
+        y, grads = jax.value_and_grad(call, (0, 1))(x, second)
+        return y, *grads
+
+    return _both_ways(offer, through, jnp.ones_like, of_both)
 
 
 def jax_nn(axis: int, reduction: str) -> Offer:

@@ -72,6 +72,8 @@ def _family(axis: int, reduction: str) -> Offer:
         if name in peers.SPARSE:
             alpha = 2.0 if name == "sparsemax" else 1.5
             found[f"{name}+backward"] = partial(_sparse_backward, call, alpha, axis)
+        if name in peers.GRADIENTS and _has(f"{function}_value_and_grad", options):
+            found[f"{name}+backward"] = partial(_value_and_grad, call)
     return found
 
 
@@ -89,6 +91,15 @@ def _called(name: str, options: dict[str, Any], x: Any, second: Any) -> Any:
     if name == "cross_entropy_in_float32":
         options = options | {"dtype": _dtype_of(x, "float32")}
     return function(x, second, **options) if kind else function(x, **options)
+
+
+def _value_and_grad(call: Any, x: Any, second: Any) -> Any:
+    """Return the value of a call and its gradients, one after the other."""
+    name, options = call.args
+    function = getattr(ps, f"{FAMILY[name].function}_value_and_grad")
+    found = function(x, second, **options) if peers.FAMILY[name] else function(x, **options)
+    value, grads = found
+    return value, *(grads if isinstance(grads, tuple) else (grads,))
 
 
 def _dtype_of(x: Any, name: str) -> Any:
@@ -215,6 +226,8 @@ def path_taken(provider: Any, operation: str, x: Any, second: Any, axis: int = -
     takes_two = forward in peers.LOSSES or peers.FAMILY.get(forward)
     arguments = (x, second) if takes_two else (x,)
     function, takes, options = FAMILY.get(forward, Member(forward))
+    if operation in peers.BACKWARD_OF_FAMILY:
+        function = f"{function}_value_and_grad"
     with provider.context():
         said = kernels.explain(
             function, *arguments, **({"axis": axis} if "axis" in takes else {}), **options

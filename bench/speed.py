@@ -22,7 +22,15 @@ import numpy as np
 from bench import copies, gpu, places, providers
 from bench.answers import Answers
 from bench.errors import CommandError, chosen, one_line
-from bench.peers import BACKWARD, FAMILY, LOGITS, OPERATIONS, TIMED, YES_OR_NO
+from bench.peers import (
+    BACKWARD,
+    BACKWARD_OF_FAMILY,
+    FAMILY,
+    LOGITS,
+    OPERATIONS,
+    TIMED,
+    YES_OR_NO,
+)
 from bench.places import Place
 from bench.providers import Provider
 
@@ -55,6 +63,9 @@ _TOUCHES = {
     "logcumsumexp": 2,
     "entmax+backward": 4,
     "sparsemax+backward": 4,
+    "entropy+backward": 2,
+    "kl_divergence+backward": 4,
+    "sigmoid_cross_entropy+backward": 3,
 }
 
 # The threads of a library spin for a while after a call and would take a core from the next turn:
@@ -176,8 +187,10 @@ class Problem:
 
     def second(self, operation: str) -> str:
         """Return the name of what an operation takes beside x."""
-        kind = FAMILY.get(operation, "")
-        if not (kind in (LOGITS, YES_OR_NO) or operation.endswith("+backward")):
+        of_family = operation in BACKWARD_OF_FAMILY
+        kind = FAMILY.get(operation.partition("+")[0] if of_family else operation, "")
+        backward = operation.endswith("+backward") and not of_family
+        if not (kind in (LOGITS, YES_OR_NO) or backward):
             return "labels"
         name, shape = kind or "upstream", self.shape
         if operation.startswith("logsumexp"):

@@ -417,7 +417,7 @@ class JaxNumba(Jax):
 
     name = "jax-numba"
     path = "numba rows"
-    quick = ("test_kernels_jax_numba",)
+    quick = ("test_kernels_jax_numba", "test_kernels_jax_family")
     others = ("test_values",)
 
     @classmethod

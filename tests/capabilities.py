@@ -130,6 +130,7 @@ def operations(kernel: _table.Kernel) -> str:
         SPARSE: "entmax, sparsemax",
         PARTS: "parts of rows",
         RUNNING: "logcumsumexp",
+        ("logsumexp",): "logsumexp with weights",
     }
     alone = [name for name in kernel.operations if not name.endswith("_value_and_grad")]
     return named.get(kernel.operations) or ", ".join(alone)

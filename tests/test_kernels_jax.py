@@ -131,9 +131,12 @@ def test_explain_says_what_is_left_to_the_portable_form(jax, xp, by_xla):
     for options in ({}, {"z_loss": 0.1, "softcap": 2.0}, {"label_smoothing": 0.1, "where": x == 0}):
         assert kernels.explain("cross_entropy", x, t, **options).startswith(name)
     assert kernels.explain("cross_entropy", x, x).startswith(name)
-    explained = kernels.explain("logsumexp", x, b=x)
+    assert kernels.explain("logsumexp", x, b=x, return_sign=True).startswith("jax rules: ")
+    explained = kernels.explain("softmax", x, sink=0.0)
     assert explained.startswith("portable: ")
-    assert explained.endswith("not jax rules: options: b")
+    assert explained.endswith("not jax rules: options: sink")
+    complex_weights = kernels.explain("logsumexp", x, b=x * 1j)
+    assert complex_weights.startswith("portable: not jax rules: complex weights")
     assert kernels.explain("log_softmax", x[:0]) == "portable: nothing to reduce"
     seen = []
     jax.jit(lambda x: seen.append(kernels.explain("logsumexp", x)))(x)

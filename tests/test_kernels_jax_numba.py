@@ -587,9 +587,9 @@ def test_soak(jax, xp):
     ("change", "message"),
     [
         ({"plan": np.zeros(3, np.int64)}, "another plan"),
-        ({"plan": np.zeros(31, np.int32)}, "another plan"),
-        ({"plan": np.zeros(31, np.int64)}, "another call frame"),
-        ({"other": np.zeros(31, np.int64)}, "another call frame"),
+        ({"plan": np.zeros(33, np.int32)}, "another plan"),
+        ({"plan": np.zeros(33, np.int64)}, "another call frame"),
+        ({"other": np.zeros(33, np.int64)}, "another call frame"),
         ({"shape": (3, 3)}, "another buffer"),
         ({"dtype": np.int64}, "another buffer"),
     ],

@@ -19,10 +19,12 @@ from portable_softmax.kernels._request import (
     BINARY,
     DIVERGENCES,
     ENTROPIES,
+    FOLD,
     LOSSES,
     OPERATIONS,
     RUNNING,
     VJPS,
+    Layout,
 )
 
 __all__ = ["DTYPES", "EVERY", "LIBRARIES", "OPERATIONS", "run"]
@@ -55,7 +57,7 @@ def run(
     calls = [
         (library, operation, dtype, layout)
         for library, operation, dtype, layout in product(libraries, operations, dtypes, LAYOUTS)
-        if library != "jax" or operation in OPERATIONS  # the others have no handler
+        if library != "jax" or operation not in BINARY  # which has no handler
     ]
     began, before = perf_counter(), _counts()
     with report.steps("kernel", len(calls)) as step, kernels.use("numba rows"):
@@ -90,15 +92,25 @@ def _make_handler(operation: str, x: Any, axis: int) -> None:
     """Compile what XLA would call; nothing of JAX is needed for that."""
     ffi, (outer, n) = import_module("portable_softmax.kernels._numba._ffi"), x.shape[: axis + 1]
     few = np.zeros((outer, *x.shape[axis + 1 :]), x.dtype)
-    buffers, loss = {"x": x, "out": few if operation == "logsumexp" else x}, None
-    if operation in VJPS:
+    compute = few.astype(np.result_type(x.dtype, np.float32))
+    buffers, loss = {"x": x, "out": x}, None
+    if operation in (*VJPS, *DIVERGENCES, RUNNING[1]):
         buffers["second"] = x
+    if operation in ("logsumexp", *ENTROPIES):
+        buffers["out"] = few
+    elif operation in DIVERGENCES:
+        buffers["out"] = compute
+    elif operation == "logmeanexp":
+        operation = FOLD
+        buffers |= {"out": compute, "grad": compute}
     elif operation in LOSSES:
         loss = ffi.Loss(True, True, False, None, 1.0, False, False)
-        compute = few.astype(np.result_type(x.dtype, np.float32))
         buffers |= {"second": few.astype(np.int32), "out": compute}
-        buffers |= {"grad": x} if operation != "cross_entropy" else {}
-    layout = outer, n, math.prod(x.shape[axis + 1 :])
+    if operation.endswith("_value_and_grad"):
+        buffers["grad"] = x
+    if operation == DIVERGENCES[1]:
+        buffers |= {"numbers": np.zeros(1, compute.dtype), "other": x}
+    layout = Layout(outer, n, math.prod(x.shape[axis + 1 :]))
     ffi.target(lambda name, address: None, operation, layout, buffers, loss)
 
 

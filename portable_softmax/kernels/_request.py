@@ -18,6 +18,7 @@ ENTMAX_LOSSES = ("entmax_loss", "entmax_loss_value_and_grad")
 RUNNING = ("logcumsumexp", "logcumsumexp_vjp")
 ENTROPIES = ("entropy", "entropy_value_and_grad")
 DIVERGENCES = ("kl_divergence", "kl_divergence_value_and_grad")
+BY_Q = "kl_divergence_by_q"  # with the gradient by the second array alone
 BINARY = ("sigmoid_cross_entropy", "sigmoid_cross_entropy_value_and_grad")  # entry by entry
 FAMILY = (
     *SPARSE,

@@ -216,9 +216,26 @@ _LENT: dict[str, Any] = {
     "devices": ("cpu",),
     "dtypes": FLOATS,
 }
+# By handlers that XLA calls.
+_HANDLED: dict[str, Any] = {
+    "library": "jax",
+    "adapter": f"{_HERE}._jax._rows",
+    "devices": ("cpu",),
+    "tracing": ("traced",),
+}
 # In compiled code an operator costs more than a small tensor does: those are left to the compiler.
 _TRACED: dict[str, Any] = {**_LENT, "at_least": _SMALL + 1, "tracing": ("torch.compile",)}
 
+_RULES = Kernel(
+    name="jax rules",
+    why="one compiled call, without a branch",
+    library="jax",
+    module=f"{_HERE}._jax",
+    operations=(*OPERATIONS, *LINEAR, *ENTROPIES),
+    dtypes=(*FLOATS, *INTEGERS),
+    options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", "dtype", OTHER_DTYPE, SAMPLES),
+    tracing=("traced",),
+)
 _LINEAR = Kernel(
     name="linear tiles",
     why="the library's products, with its row kernels between them",
@@ -247,31 +264,26 @@ TABLE = (
     _NUMBA._replace(**_TRACED),
     _TILES._replace(**_TRACED),
     _NUMBA._replace(
-        library="jax",
-        adapter=f"{_HERE}._jax._rows",
-        devices=("cpu",),
-        options=(*LOSS_OPTIONS, SAMPLES, PROBABILITIES, "temperature", "dtype"),
-        tracing=("traced",),
+        **_HANDLED, options=(*LOSS_OPTIONS, SAMPLES, PROBABILITIES, "temperature", "dtype")
     ),
     _OF_DISTRIBUTIONS,
     _OF_DISTRIBUTIONS._replace(**_LENT),
+    _OF_DISTRIBUTIONS._replace(**_HANDLED),
     _OF_ENTRIES,
     _OF_ENTRIES._replace(**_LENT),
     _OF_BEGINNINGS,
     _OF_BEGINNINGS._replace(**_LENT),
+    _OF_BEGINNINGS._replace(**_HANDLED),
+    _OF_MEANS[0]._replace(**_HANDLED),
     _PACKED,
     _PACKED._replace(**_LENT),
     _PACKED_LOSS,
     _PACKED_LOSS._replace(**_LENT),
-    Kernel(
-        name="jax rules",
-        why="one compiled call, without a branch",
-        library="jax",
-        module=f"{_HERE}._jax",
-        operations=(*OPERATIONS, *LINEAR, *ENTROPIES),
-        dtypes=(*FLOATS, *INTEGERS),
-        options=(*LOSS_OPTIONS, PROBABILITIES, "temperature", "dtype", OTHER_DTYPE, SAMPLES),
-        tracing=("traced",),
+    _RULES,
+    _RULES._replace(operations=DIVERGENCES, options=_OF_DISTRIBUTIONS.options),
+    _RULES._replace(operations=("logmeanexp",), options=("where",)),
+    _RULES._replace(
+        operations=("logsumexp",), options=("b", "return_sign", "where", "dtype", OTHER_DTYPE)
     ),
     *(
         Kernel(

@@ -1,11 +1,12 @@
 """JAX: one compiled call, without a branch, in the form that XLA compiles best.
 
-This module loads nothing; `_rules` and `_losses`, which need JAX, are imported when there is an
-array of it.
+This module loads nothing; `_rules`, `_family` and `_losses`, which need JAX, are imported when
+there is an array of it.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -13,7 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from portable_softmax import portable
-from portable_softmax.kernels._request import ENTROPIES, LINEAR, LOSSES, VJPS, Request
+from portable_softmax.kernels._request import (
+    DIVERGENCES,
+    ENTROPIES,
+    FOLD,
+    LINEAR,
+    LOSSES,
+    RUNNING,
+    VJPS,
+    Request,
+)
 
 
 def missing() -> str:
@@ -28,6 +38,11 @@ def declines(request: Request, asked: bool) -> str:
         if not all(map(request.library.is_known, lengths)):
             return "symbolic shapes"
         return "nothing to reduce" if 0 in lengths else ""
+    if "b" in request.active and "complex" in str(request.compute_dtype):
+        return "complex weights"
+    of_known_lengths = request.operation in (*DIVERGENCES, "logmeanexp") or "b" in request.active
+    if of_known_lengths and not all(map(request.library.is_known, request.x.shape)):
+        return "symbolic shapes"
     if "softcap" in request.active:
         cap, most = request.options.softcap, float(request.xp.finfo(request.compute_dtype).max)
         if cap > most:  # no number of the dtype
@@ -58,7 +73,7 @@ def _dtypes(request: Request) -> tuple[Any, Any]:
 
 
 class Program(NamedTuple):
-    """A function of `_rules` or `_losses`, its arrays and what it is compiled for."""
+    """A function of `_rules`, `_family` or `_losses`, its arrays and what it is compiled for."""
 
     function: Any
     arrays: tuple[Any, ...]
@@ -67,17 +82,58 @@ class Program(NamedTuple):
 
 def program(request: Request) -> Program:
     """Return what answers a call but that of a linear layer."""
-    operation, x, where = request.operation, request.x, request.options.where
+    operation, x = request.operation, request.x
     if operation in LOSSES:
         return _loss(request)
-    function, static = getattr(_module("_rules"), operation), (request.axes, *_dtypes(request))
-    if operation in ENTROPIES:
-        return Program(function, (x,), static)
-    if operation == "logsumexp":
-        return Program(function, (x, where), static)
-    if operation in VJPS:
-        return Program(function, (x, request.dy), static)
-    return Program(function, (x, where, _scale(request)), static)
+    found, static = function(operation), (request.axes, *_dtypes(request))
+    if operation in DIVERGENCES:
+        return _divergence(request, found, static)
+    if operation in (*ENTROPIES, RUNNING[0]):
+        return Program(found, (x,), static)
+    if operation in (*VJPS, RUNNING[1]):
+        return Program(found, (x, request.dy), static)
+    where, b = request.options.where, request.options.b
+    if operation == "logsumexp" and (b is not None or request.options.return_sign):
+        weighted = _module("_family").weighted_logsumexp
+        return Program(weighted, (x, b, where), (*static, request.options.return_sign))
+    if operation in ("logsumexp", "logmeanexp"):
+        return Program(found, (x, where), static)
+    return Program(found, (x, where, _scale(request)), static)
+
+
+def function(operation: str) -> Any:
+    """Return what answers an operation, if not that of a linear layer."""
+    if operation.startswith("cross_entropy"):
+        return getattr(_module("_losses"), operation)
+    operation = "fold_rows" if operation == FOLD else operation
+    return getattr(_module("_family" if operation in _FAMILY else "_rules"), operation)
+
+
+_FAMILY = (*DIVERGENCES, *RUNNING, "logcumsumexp_pullback", "logmeanexp", "fold_rows")
+
+
+def _divergence(request: Request, function: Any, static: tuple[Any, ...]) -> Program:
+    options, x, y = request.options, request.x, request.dy
+    t, distilled = options.temperature, options.distillation and options.temperature != 1.0
+    arrays = x, y, _scale(request), put(request, t) if distilled else None
+    static = *static, options.reduction
+    if request.operation == DIVERGENCES[0]:
+        return Program(function, arrays, static)
+    _, of_q = request.library.compute_dtype(y)
+    return Program(
+        function,
+        (*arrays, put(request, factor(request))),
+        (*static, request.result_dtype, of_q),
+    )
+
+
+def factor(request: Request) -> float:
+    """Return what multiplies the gradients of a divergence by logits over the temperature."""
+    options, shape, axis = request.options, request.x.shape, request.axis
+    t: float = options.temperature
+    positions: int = math.prod(n for a, n in enumerate(shape) if a != axis)
+    scale = t if options.distillation else 1.0 / t
+    return scale / max(positions, 1) if options.reduction == "mean" else scale
 
 
 def _loss(request: Request) -> Program:
@@ -102,6 +158,7 @@ def _run(request: Request) -> Any:
 
 softmax = log_softmax = logsumexp = softmax_vjp = log_softmax_vjp = _run
 cross_entropy = cross_entropy_value_and_grad = entropy = entropy_value_and_grad = _run
+kl_divergence = kl_divergence_value_and_grad = logmeanexp = _run
 
 
 def _linear(request: Request) -> Any:

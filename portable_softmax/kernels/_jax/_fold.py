@@ -36,7 +36,7 @@ def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
         terms = root
     else:
         unit = power = jnp.ones_like(m)
-        terms, root = _tempered_terms(x, m, scale, axes), 1.0
+        terms, root = tempered_terms(x, m, scale, axes), 1.0
     # Every maximum is left out of the sum; of those that are not one, 1 is kept.
     # Where a scan is differentiated in reverse and then forward, JAX drops the rule below and
     # differentiates this instead: it is right, as then the maximum is no constant either.
@@ -162,7 +162,7 @@ def inverse_temperature(scale: Any) -> Any:
     return (scale[0] + scale[1]) * scale[2]
 
 
-def _tempered_terms(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
+def tempered_terms(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
     """Return exp((x - max) / temperature), the errors of difference and product put back.
 
     With half the digits of each, the product is exact. What is left over is a sum of small parts,

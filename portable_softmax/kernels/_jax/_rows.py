@@ -2,9 +2,9 @@
 
 A call is one primitive, `rows`, with two lowerings. Where XLA compiles for one CPU, its rows go to
 a handler; for every other platform, for several devices and for `jax.export` it is the function
-of `_rules` or `_losses` that the call would otherwise have been. So a traced call need not
-know what it is compiled for. The first derivative is made of the kernels' answers, and every other
-one is JAX's of that function.
+of `_rules`, `_family` or `_losses` that the call would otherwise have been. So a traced call need
+not know what it is compiled for. The first derivative is made of the kernels' answers, and every
+other one is JAX's of that function.
 """
 
 from __future__ import annotations
@@ -24,8 +24,18 @@ from jax import numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
 from portable_softmax.kernels import _jax
-from portable_softmax.kernels._jax import _fold, _losses, _rules
-from portable_softmax.kernels._request import LOSSES, VJPS, Layout, Request
+from portable_softmax.kernels._jax import _family, _fold, _losses, _rules
+from portable_softmax.kernels._request import (
+    BY_Q,
+    DIVERGENCES,
+    ENTROPIES,
+    FOLD,
+    LOSSES,
+    RUNNING,
+    VJPS,
+    Layout,
+    Request,
+)
 
 Arrays = tuple[Any, ...]
 
@@ -35,8 +45,13 @@ _TRANSPOSE = {
     "log_softmax_jvp": "log_softmax_pullback",
     "logsumexp_jvp": "logsumexp_pullback",
     "cross_entropy_jvp": "cross_entropy_pullback",
+    "logcumsumexp_jvp": "logcumsumexp_pullback",
 }
 _OF_AN_OUTPUT = (*VJPS, "log_softmax_jvp", "log_softmax_pullback")
+_RUNNING = (*RUNNING, "logcumsumexp_jvp", "logcumsumexp_pullback")
+_DIVERGENCES = (*DIVERGENCES, BY_Q)
+# Those of which every array belongs to the rows.
+_PLAIN = (*_OF_AN_OUTPUT, *_RUNNING, *ENTROPIES)
 
 
 class Call(NamedTuple):
@@ -89,7 +104,7 @@ class Call(NamedTuple):
     def where(self, leaves: Arrays) -> Any:
         """Return the mask with as many axes as the logits, or None."""
         arrays = self.arrays(leaves)
-        if self.operation in _OF_AN_OUTPUT:
+        if self.operation in (*_PLAIN, *_DIVERGENCES):
             return None
         where = arrays[3 if self.of_loss else 1]
         return None if where is None else _rules.mask_like(where, arrays[0].ndim)
@@ -166,18 +181,41 @@ def _handlers(engine: str) -> Any:
 def answer(engine: Any, request: Request) -> Any:
     """Answer by the primitive, in one compiled call."""
     _, arrays, static = _jax.program(request)
+    if request.operation == "logmeanexp":
+        leaves, tree = jax.tree.flatten((arrays, None))
+        return _compiled_mean(*leaves, call=Call(engine.__name__, FOLD, tree, static))
+    if request.operation in DIVERGENCES:
+        return _divergence(engine.__name__, request, arrays, static)
     leaves, tree = jax.tree.flatten((arrays, _temperature(engine.__name__, request)))
     found = _compiled(*leaves, call=Call(engine.__name__, request.operation, tree, static))
     return tuple(found) if len(found) > 1 else found[0]
 
 
+def _divergence(engine: str, request: Request, arrays: Arrays, static: Any) -> Any:
+    """Answer with the reduced divergence, and its gradients."""
+    numbers, compute = _temperature(engine, request), request.compute_dtype
+    x, y, scale, distilled, *factor = arrays
+    axes, compute, answer, reduction, *dtypes = static
+    if factor:
+        numbers = _jax.put(
+            request,
+            [*([] if numbers is None else _prepared(engine, request)), _jax.factor(request)],
+        )
+    leaves, tree = jax.tree.flatten(((x, y, scale, *factor), numbers))
+    call = Call(engine, request.operation, tree, (axes, compute, *dtypes))
+    found = _compiled_divergence(*leaves, distilled=distilled, call=call, rest=(answer, reduction))
+    return tuple(found) if factor else found[0]
+
+
 def _temperature(engine: str, request: Request) -> Any:
     """Return a temperature as the kernels take it, so that no value is compiled in."""
     value = 1.0 if request.operation in LOSSES else request.options.temperature
-    if value == 1.0:
-        return None
+    return None if value == 1.0 else _jax.put(request, _prepared(engine, request))
+
+
+def _prepared(engine: str, request: Request) -> Any:
     dtype = jnp.dtype(request.compute_dtype).type
-    return _jax.put(request, _handlers(engine).temperature(value, dtype))
+    return _handlers(engine).temperature(request.options.temperature, dtype)
 
 
 rows = import_module("jax.extend.core").Primitive("portable_softmax_rows")
@@ -189,6 +227,35 @@ def _compiled(*leaves: Any, call: Call) -> Any:
     return rows.bind(*leaves, call=call)
 
 
+@partial(jax.jit, static_argnames=("call", "rest"), inline=True)
+def _compiled_divergence(*leaves: Any, distilled: Any, call: Call, rest: Any) -> Any:
+    each, *grads = rows.bind(*leaves, call=call)
+    return _family.reduced(each, distilled, *rest), *grads
+
+
+@partial(jax.jit, static_argnames="call", inline=True)
+def _compiled_mean(*leaves: Any, call: Call) -> Any:
+    return _mean(call, *leaves)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _mean(call: Call, *leaves: Any) -> Any:
+    m, rest = rows.bind(*leaves, call=call)
+    axes, _, answer = call.static
+    return _family.mean_of(m, rest, *call.arrays(leaves), axes, answer)
+
+
+@_mean.defjvp  # type: ignore[untyped-decorator]
+def _mean_jvp(call: Call, leaves: Arrays, tangents: Arrays) -> tuple[Any, Any]:
+    """Differentiate logsumexp: the logarithm of what it is divided by is a constant."""
+    x, *others = leaves
+
+    def whole(x: Any) -> Any:
+        return rows.bind(x, *others, call=call._replace(operation="logsumexp"))[0]
+
+    return _mean(call, *leaves), jax.jvp(whole, (x,), (tangents[0],))[1]
+
+
 def _eager(*leaves: Any, call: Call) -> Any:
     with jax.disable_jit(False):
         return _compiled(*leaves, call=call)
@@ -196,8 +263,10 @@ def _eager(*leaves: Any, call: Call) -> Any:
 
 def _by_xla(*leaves: Any, call: Call) -> list[Any]:
     """Answer by the function of `_rules` or `_losses`, or by JAX's derivative of it."""
-    module, kind = _losses if call.of_loss else _rules, call.derivative
-    function = getattr(module, call.operation.removesuffix(f"_{kind}"))
+    kind = call.derivative
+    if call.operation in _BY_RULE:
+        kind = ""
+    function = _function(call.operation.removesuffix(f"_{kind}"))
 
     def one(*leaves: Any) -> list[Any]:
         arrays = call.arrays(leaves)
@@ -224,14 +293,27 @@ def _by_xla(*leaves: Any, call: Call) -> list[Any]:
     return one(*leaves)
 
 
+# A derivative that has a function of its own.
+_BY_RULE = ("logcumsumexp_pullback",)
+
+
+def _function(operation: str) -> Any:
+    """Return the function of XLA's operations."""
+    if operation in _DIVERGENCES:  # not reduced yet
+        return getattr(_family, operation.removeprefix("kl_"))
+    return _jax.function(operation)
+
+
 def _of_rows(call: Call) -> tuple[tuple[int, ...], int | None]:
     """Return which leaves belong to the rows, and which of them is a mask.
 
     What belongs to the rows has an axis for each batch. That of a mask may be of length 1.
     """
     arrays, _ = call.tree.unflatten(range(call.tree.num_leaves))
-    if call.operation in _OF_AN_OUTPUT:
+    if call.operation in _PLAIN:
         return arrays, None
+    if call.operation in _DIVERGENCES:
+        return arrays[:2], None
     own, mask = arrays[:1], arrays[3 if call.of_loss else 1]
     if call.of_loss:
         own += arrays[1], arrays[2].samples
@@ -244,6 +326,14 @@ def _shapes(x: Any, *others: Any, call: Call) -> list[Any]:
     aval = jax.core.ShapedArray
     if call.derivative == "pullback":
         return [aval(x.shape, x.dtype)]
+    if call.operation in (*ENTROPIES, *_DIVERGENCES, FOLD):
+        shape = [n for a, n in enumerate(x.shape) if a not in call.axes]
+        dtypes = (call.static[2],) * 2 if call.operation in ENTROPIES else call.static[1:]
+        shapes = tuple(shape), *(x.shape,) * (len(dtypes) - 1)
+        if call.operation == FOLD:
+            return [aval(tuple(shape), jnp.dtype(call.compute))] * 2
+        found = list(map(aval, shapes, map(jnp.dtype, dtypes)))
+        return found[:1] if call.operation in (ENTROPIES[0], DIVERGENCES[0]) else found
     if not call.of_loss:
         reduced = call.operation in ("logsumexp", "logsumexp_jvp")
         shape = [1 if reduced and a in call.axes else n for a, n in enumerate(x.shape)]
@@ -288,6 +378,8 @@ batching.primitive_batchers[rows] = _vmap
 
 def _jvp(primals: Arrays, tangents: Arrays, *, call: Call) -> tuple[list[Any], list[Any]]:
     moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
+    if call.operation == DIVERGENCES[0] and max(moving) < 2:
+        return _divergence_jvp(primals, [tangents[i] for i in moving], moving, call)
     x, rule = primals[0], _FIRST.get(call.operation)
     if x.dtype != call.compute:
         rule = _OF_LOGITS.get(call.operation)
@@ -369,9 +461,43 @@ def _loss_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
     return loss, jnp.sum(grad * t, axis=tuple(axes)).astype(loss.dtype)
 
 
+def _entropy_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
+    """Make the slopes beside the entropy, in the dtype of the computation."""
+    axes, compute, answer = call.static
+    of_slopes = call._replace(operation=ENTROPIES[1], static=(axes, compute, compute))
+    h, slopes = rows.bind(leaves[0].astype(compute), call=of_slopes)
+    change = jnp.sum(slopes * t.astype(compute), axis=call.axes)
+    return h.astype(answer), change.astype(answer)
+
+
+def _divergence_jvp(
+    leaves: Arrays, t: list[Any], moving: list[int], call: Call
+) -> tuple[list[Any], list[Any]]:
+    """Make the slopes beside the divergence, in the dtype of the computation."""
+    x, y, scale = call.arrays(leaves)
+    axes, compute = call.static
+    numbers = call.numbers(leaves)
+    factor = jnp.ones((), compute) if scale is None else _fold.inverse_temperature(scale)
+    numbers = jnp.stack([factor]) if numbers is None else jnp.append(numbers, factor)
+    found = ((x.astype(compute), y.astype(compute), scale, factor), numbers)
+    slopes, tree = jax.tree.flatten(found)
+    # Of q alone, as of a student's logits, which are all that a distillation differentiates.
+    operation, n = (BY_Q, 2) if moving == [1] else (DIVERGENCES[1], 3)
+    of_slopes = call._replace(operation=operation, tree=tree, static=(axes, *[compute] * n))
+    k, *by = rows.bind(*slopes, call=of_slopes)
+    by = by if moving != [0] else by[:1]
+    parts = [
+        jnp.sum(slope * one.astype(compute), axis=call.axes)
+        for slope, one in zip(by, t, strict=True)
+    ]
+    return [k], [sum(parts[1:], parts[0])]
+
+
 _OF_LOGITS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "logsumexp": _jvp_of_logits,
     "cross_entropy": _jvp_of_logits,
+    "logcumsumexp": _jvp_of_logits,
+    "entropy": _entropy_jvp,
 }
 _FIRST = {
     **_OF_LOGITS,
@@ -395,12 +521,14 @@ def _by_handler(*leaves: Any, call: Call) -> list[Any]:
     if call.of_loss:
         return (_loss_pullback if call.derivative else _loss)(call, layout, leaves)
     buffers = {"x": x, "numbers": call.numbers(leaves), "mask": _mask(call, layout, leaves)}
-    if call.operation in _OF_AN_OUTPUT:
+    if call.operation in (*_OF_AN_OUTPUT, *_RUNNING[1:]):
         buffers["second"] = call.arrays(leaves)[-1]
+    elif call.operation in _DIVERGENCES:
+        buffers["second"] = call.arrays(leaves)[1]
     elif call.derivative:
         buffers["second"] = call.arrays(leaves)[-1].astype(call.compute)
-    (out,) = _shapes(*leaves, call=call)
-    return _handled(call, layout, buffers, {"out": out}, None)
+    results = dict(zip(("out", "grad", "other"), _shapes(*leaves, call=call), strict=False))
+    return _handled(call, layout, buffers, results, None)
 
 
 def _mask(call: Call, layout: Layout, leaves: Arrays) -> Any:

@@ -26,6 +26,7 @@ from portable_softmax.kernels._numba._losses import WEIGHTED as HAS_WEIGHTS
 from portable_softmax.kernels._numba._values import size_of_values
 from portable_softmax.kernels._request import (
     BESIDE_SINKS,
+    BY_Q,
     DIVERGENCES,
     ENTROPIES,
     RUNNING,
@@ -44,7 +45,7 @@ LIMITS |= dict.fromkeys(WEIGHTED, (0, 0))  # a row at once, whose weights may be
 # Rows of up to so many classes are worked on as columns are: a vector would hold little of one, and
 # each reduction of a row takes as long as some vectors.
 FEW = 4
-FEW_OF = {**dict.fromkeys(ENTROPIES, 64), **dict.fromkeys(DIVERGENCES, 24)}
+FEW_OF = {**dict.fromkeys(ENTROPIES, 64), **dict.fromkeys((*DIVERGENCES, BY_Q), 24)}
 FEW_OF |= dict.fromkeys(WEIGHTED, 48)
 # So many vectors, of 64 bytes, of short rows and of columns are worked on side by side: columns are
 # read in runs of so many lines. Where a tile of columns would have more bytes, one vector is.
@@ -67,6 +68,7 @@ TILES = {
     "soft_cross_entropy_value_and_grad": 3,
     "kl_divergence": 2,
     "kl_divergence_value_and_grad": 3,
+    BY_Q: 2,
 }
 
 
@@ -190,7 +192,7 @@ def _call(kernel: Any, *arguments: Any) -> Any:
 
 # Where the kernels of fewer calls are, which are loaded when one is first needed.
 _ELSEWHERE = {
-    **dict.fromkeys((*ENTROPIES, *DIVERGENCES), "_entropies"),
+    **dict.fromkeys((*ENTROPIES, *DIVERGENCES, BY_Q), "_entropies"),
     "sigmoid_cross_entropy": "_entries",
     **dict.fromkeys(RUNNING, "_running"),
     **dict.fromkeys(BESIDE_SINKS, "_sinks"),
@@ -198,7 +200,7 @@ _ELSEWHERE = {
 }
 
 
-def _kernels_of(operation: str) -> Any:
+def kernels_of(operation: str) -> Any:
     """Return the kernels of the layouts, an operation's among them."""
     return _home(operation).LAYOUTS if operation in _ELSEWHERE else LAYOUTS
 
@@ -217,7 +219,7 @@ def run(
     operation: str, arrays: tuple[Any, ...], numbers: tuple[Any, ...], planned: Plan, compute: Any
 ) -> None:
     """Run a compiled function on every piece: each thread calls it once."""
-    kernel = _kernels_of(operation)[planned.layout][operation]
+    kernel = kernels_of(operation)[planned.layout][operation]
     counter = np.zeros(1, np.int64)
 
     def work(groups: int) -> None:
@@ -440,19 +442,24 @@ def running(x: Any, dy: Any, out: Any, layout: Layout) -> None:
     One read of each, another one of what the gradient of a long row needs, and two more of rows
     that are cut: those are too few to fill a vector, and too long for the cuts to matter.
     """
+    operation = RUNNING[0] if dy is None else RUNNING[1]
+    planned = plan_of_running(layout, out.nbytes)
+    run(operation, (x, out) if dy is None else (x, dy, out), (), planned, _DOUBLE)
+
+
+def plan_of_running(layout: Layout, size: int) -> Plan:
+    """Return how running sums are worked on; `size` is that of the array, in bytes."""
     home = _home(RUNNING[0])
     (outer, n, inner), lanes, part = layout, 8, home.PART  # of float64, whatever is given
     groups, length = -(-outer // lanes) if inner == 1 else outer * -(-inner // lanes), n
     if n >= CUT and layout.rows * 2 <= groups * lanes:
         groups, length = layout.rows, -(-n // lanes)
     step = groups
-    if out.nbytes >= THREADED:
-        step = max(1, SMALLEST // max(1, out.nbytes // groups))
+    if size >= THREADED:
+        step = max(1, SMALLEST // max(1, size // groups))
     # Three tiles, and the states of five vectors that the parts begin with.
     workspace = lanes * (3 * min(length, part) + home.STATE * (1 + -(-length // part)) + 1)
-    planned = Plan("rows", (n, inner, outer, length), workspace, step, groups)
-    operation = RUNNING[0] if dy is None else RUNNING[1]
-    run(operation, (x, out) if dy is None else (x, dy, out), (), planned, _DOUBLE)
+    return Plan("rows", (n, inner, outer, length), workspace, step, groups)
 
 
 def _is_over(grad: Any, x: Any) -> bool:

@@ -33,6 +33,7 @@ from portable_softmax.kernels._numba._passes import (
 )
 from portable_softmax.kernels._numba._values import LOSS, values
 from portable_softmax.kernels._numba._vectors import lanes, read, splat, times, where_equal
+from portable_softmax.kernels._request import BY_Q, DIVERGENCES
 
 # --------------------------------------------------------------------------- entropy
 
@@ -164,13 +165,13 @@ def _state_of(layout: ModuleType) -> Any:
     return state
 
 
-def _divergence(layout: ModuleType, gradient: bool) -> Any:
-    """Return the divergence.
+def _divergence(layout: ModuleType, name: str, of_p: bool, of_q: bool) -> Any:
+    """Return the divergence, with gradients by p and by q or without.
 
-    arrays = (logits of p, logits of q, divergences, gradients by both or not), numbers = ((the
-    temperature, the factor of the gradients),)
+    arrays = (logits of p, logits of q, divergences, gradients), numbers = ((the temperature, the
+    factor of the gradients),)
     """
-    state = _state_of(layout)
+    state, last = _state_of(layout), 3 + of_p
 
     def work(arrays, numbers, shape, workspace, lo, hi, piece):
         p, q, each = pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2])
@@ -186,22 +187,23 @@ def _divergence(layout: ModuleType, gradient: bool) -> Any:
                 both = state(x, size, workspace, t), state(y, size, workspace, t), t
                 k = layout.whole(_divergence_terms(x, y, size, both))
                 layout.keep(found, r, k)
-                if gradient:
+                its = (*both, k, scale)
+                if of_p:
                     by_p = layout.target(ahead(pointer(arrays[3]), at), 2, workspace, T, n)
-                    by_q = layout.target(ahead(pointer(arrays[4]), at), 1, workspace, T, n)
-                    its = (*both, k, scale)
                     _write_slopes_of_p(x, y, ahead(by_p, r * n), size, its)
+                if of_q:
+                    by_q = layout.target(ahead(pointer(arrays[last]), at), 1, workspace, T, n)
                     _write_slopes_of_q(x, y, ahead(by_q, r * n), size, its)
-            if gradient:
+            if of_p:
                 first_place = ahead(pointer(arrays[3]), at)
-                second_place = ahead(pointer(arrays[4]), at)
                 by_p = layout.target(first_place, 2, workspace, T, n)
-                by_q = layout.target(second_place, 1, workspace, T, n)
                 layout.deliver(by_p, first_place, T, n, inner, rows)
+            if of_q:
+                second_place = ahead(pointer(arrays[last]), at)
+                by_q = layout.target(second_place, 1, workspace, T, n)
                 layout.deliver(by_q, second_place, T, n, inner, rows)
             copy(found, ahead(each, first), rows)
 
-    name = "kl_divergence_value_and_grad" if gradient else "kl_divergence"
     return threaded(f"{layout.__name__}.{name}", work)
 
 
@@ -209,8 +211,14 @@ LAYOUTS = {
     name: {
         "entropy": _entropy(layout, False),
         "entropy_value_and_grad": _entropy(layout, True),
-        "kl_divergence": _divergence(layout, False),
-        "kl_divergence_value_and_grad": _divergence(layout, True),
+        **{
+            operation: _divergence(layout, operation, of_p, of_q)
+            for operation, of_p, of_q in (
+                (DIVERGENCES[0], False, False),
+                (DIVERGENCES[1], True, True),
+                (BY_Q, False, True),
+            )
+        },
     }
     for name, layout in MODULES.items()
 }

@@ -20,7 +20,7 @@ from numba.core.ccallback import CFunc
 from portable_softmax.kernels._numba import _driver, _handlers, _jit
 from portable_softmax.kernels._numba._exp import temperature
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, SAMPLED, WEIGHTED
-from portable_softmax.kernels._request import Layout
+from portable_softmax.kernels._request import BY_Q, DIVERGENCES, RUNNING, Layout
 
 __all__ = ["API", "LAST_API", "ROLES", "Loss", "Target", "made", "target", "temperature"]
 
@@ -30,7 +30,11 @@ API, LAST_API, ROLES = _handlers.API, _handlers.LAST_API, _handlers.ROLES
 # The vector-Jacobian product of log_softmax where a logit of -inf passes its gradient on.
 PULLBACK = "log_softmax_pullback"
 # What XLA's derivatives and the kernels' are called.
-_KERNELS = {PULLBACK: "log_softmax_vjp", "logsumexp_pullback": "logsumexp_vjp"}
+_KERNELS = {
+    PULLBACK: "log_softmax_vjp",
+    "logsumexp_pullback": "logsumexp_vjp",
+    "logcumsumexp_pullback": "logcumsumexp_vjp",
+}
 
 
 class Target(NamedTuple):
@@ -112,7 +116,12 @@ def target(
     if loss is None:
         plan[_handlers.FLAGS] = operation in ("softmax", "log_softmax", PULLBACK)
         operation = _KERNELS.get(operation, operation)
-        variants += ["temperature"] * ("numbers" in buffers)
+        factors = operation in (
+            DIVERGENCES[1],
+            BY_Q,
+        )  # beside the numbers of a temperature, or alone
+        numbers = buffers.get("numbers")
+        variants += ["temperature"] * (numbers is not None and math.prod(numbers.shape) > factors)
     else:
         operation = operation if loss.indices else f"soft_{operation}"
         variants += ["softcap"] * loss.capped
@@ -124,9 +133,14 @@ def target(
     capped = loss is not None and loss.capped
     compute = _driver.compute_dtype(stored)
     mask = buffers.get("mask")
-    planned = _driver.plan(operation, layout, stored, compute, capped=capped, mask=mask)
+    if operation in RUNNING:
+        planned = _driver.plan_of_running(layout, layout.rows * layout.n * stored.itemsize)
+        *shape, plan[_handlers.LENGTH] = planned.shape
+    else:
+        planned = _driver.plan(operation, layout, stored, compute, capped=capped, mask=mask)
+        shape = [*planned.shape]
     plan[: _handlers.PIECES + 1] = (
-        *(*planned.shape, planned.workspace),
+        *(*shape, planned.workspace),
         *(planned.step, planned.groups, planned.pieces),
     )
     for role, array in buffers.items():

@@ -21,8 +21,9 @@ from numba.extending import intrinsic
 
 from portable_softmax import portable
 from portable_softmax.kernels._numba._compensation import compensated
+from portable_softmax.kernels._numba._driver import kernels_of
 from portable_softmax.kernels._numba._jit import INLINED, function, named
-from portable_softmax.kernels._numba._kernels import LAYOUTS, scan
+from portable_softmax.kernels._numba._kernels import scan
 from portable_softmax.kernels._numba._losses import (
     EACH,
     IGNORING,
@@ -32,6 +33,7 @@ from portable_softmax.kernels._numba._losses import (
     with_term,
 )
 from portable_softmax.kernels._numba._memory import I64, smaller
+from portable_softmax.kernels._request import BY_Q, DIVERGENCES, ENTROPIES, FOLD, RUNNING
 
 # Of the frame that is read here, and the last in which nothing that is read has moved.
 API, LAST_API = (0, 3), (0, 5)
@@ -57,20 +59,26 @@ STORED = {
     "float64": types.float64,
 }
 
-# What buffers hold, arguments first. `second` is labels, a distribution or an upstream gradient;
-# `numbers` are those of a temperature, or the smoothing, z and softcap of a loss.
-ROLES = ("x", "second", "mask", "weight", "samples", "numbers", "out", "grad")
-X, SECOND, MASK, WEIGHT, SAMPLES, NUMBERS, OUT, GRAD = range(8)
+# What buffers hold, arguments first. `second` is labels, a distribution, an upstream gradient or
+# the logits of q; `numbers` are those of a temperature and then the factor of a divergence's
+# gradients, or the smoothing, z and softcap of a loss; `other` is the gradient by q.
+ROLES = ("x", "second", "mask", "weight", "samples", "numbers", "out", "grad", "other")
+X, SECOND, MASK, WEIGHT, SAMPLES, NUMBERS, OUT, GRAD, OTHER = range(9)
+END = len(ROLES)
 
 # Words of a plan: `_driver.Plan`, then what a loss needs, then the code of each buffer's dtype, 0
 # for one that a call does without, and its elements.
 N, INNER, HEIGHT, WORKSPACE, STEP, GROUPS, PIECES = range(7)
 FLAGS, IGNORE, LENGTH, MEAN = 7, 8, 9, 10  # FLAGS is the kernel's number if that is no loss
 SMOOTHING, Z, CLASSES, SCALE = 11, 12, 13, 14  # float64
-KINDS, SIZES, WORDS = 15, 23, 31
+KINDS = 15
+SIZES, WORDS = KINDS + END, KINDS + 2 * END
 # Words of a job: where the pieces stand, who is at work, who holds it, how many threads there are;
 # the plan; where the buffers are; a 1 of the computation's dtype; the sums of the pieces.
-COUNTER, WORKING, HOLDERS, THREADS, PLAN, BUFFERS, ONE, SUMS = 0, 1, 2, 3, 4, 35, 43, 44
+COUNTER, WORKING, HOLDERS, THREADS, PLAN = 0, 1, 2, 3, 4
+BUFFERS = PLAN + WORDS
+ONE = BUFFERS + END
+SUMS = ONE + 1
 
 
 # --------------------------------------------------------------------------- memory and calls
@@ -292,6 +300,112 @@ def _upstream(run, stored, compute, masked):
     return body
 
 
+def _fold(run, stored, compute, tempered, masked):
+    """Return what runs the fold, whose results are the maxima and the rests."""
+    x_of, m_of, rest_of = _rows_of(X, stored), _flat(OUT, compute), _flat(GRAD, compute)
+    mask_of = _flat(MASK, types.uint8) if masked else nothing
+
+    @function
+    def arrays_of(job):
+        return x_of(job), m_of(job), rest_of(job), mask_of(job)
+
+    return _on(run, arrays_of, _temperature(compute) if tempered else integer_of)
+
+
+def _entropy(run, stored, gradient):
+    """Return what runs the entropy."""
+    x_of, out_of, grad_of = _rows_of(X, stored), _flat(OUT, stored), _rows_of(GRAD, stored)
+
+    if gradient:
+
+        @function
+        def arrays_of(job):
+            return x_of(job), out_of(job), grad_of(job)
+
+    else:
+
+        @function
+        def arrays_of(job):
+            return x_of(job), out_of(job)
+
+    return _on(run, arrays_of, integer_of)
+
+
+def _divergence(run, stored, compute, operation, tempered):
+    """Return what runs the divergence, the factor of its gradients the last of the numbers."""
+    x_of, y_of, out_of = _rows_of(X, stored), _rows_of(SECOND, stored), _flat(OUT, compute)
+    one, other, given = _rows_of(GRAD, stored), _rows_of(OTHER, stored), _flat(NUMBERS, compute)
+    t_of, last = (_temperature(compute), 5) if tempered else (integer_of, 0)
+
+    if operation == DIVERGENCES[0]:
+
+        @function
+        def arrays_of(job):
+            return x_of(job), y_of(job), out_of(job)
+
+        @function
+        def number_of(job):
+            return t_of(job), 1.0
+
+        return _on(run, arrays_of, number_of)
+
+    if operation == BY_Q:
+
+        @function
+        def arrays_of(job):
+            return x_of(job), y_of(job), out_of(job), one(job)
+
+    else:
+
+        @function
+        def arrays_of(job):
+            return x_of(job), y_of(job), out_of(job), one(job), other(job)
+
+    @function
+    def number_of(job):
+        return t_of(job), np.float64(given(job)[last])
+
+    return _on(run, arrays_of, number_of)
+
+
+def _on(run, arrays_of, number_of):
+    """Return what runs a kernel of some arrays and a number."""
+
+    @function
+    def body(job, workspace):
+        step, groups = word(job, PLAN + STEP), word(job, PLAN + GROUPS)
+        arrays, numbers = arrays_of(job), (number_of(job),)
+        run(arrays, numbers, shape_of(job), workspace, pieces_of(job), step, groups)
+
+    return body
+
+
+def _running(run, stored, upstream):
+    """Return what runs the logarithms of running sums, or the gradient through them."""
+    x_of, dy_of, out_of = (_rows_of(role, stored) for role in (X, SECOND, OUT))
+
+    if upstream:
+
+        @function
+        def arrays_of(job):
+            return x_of(job), dy_of(job), out_of(job)
+
+    else:
+
+        @function
+        def arrays_of(job):
+            return x_of(job), out_of(job)
+
+    @function
+    def body(job, workspace):
+        n, inner, outer = shape_of(job)
+        shape = n, inner, outer, word(job, PLAN + LENGTH)
+        step, groups = word(job, PLAN + STEP), word(job, PLAN + GROUPS)
+        run(arrays_of(job), (), shape, workspace, pieces_of(job), step, groups)
+
+    return body
+
+
 def _with_gradient(run, arrays_of, numbers_of, stored, gradient):
     """Return what runs a kernel of a loss, its gradient the last of the arrays."""
     grad_of = _rows_of(GRAD, stored)
@@ -450,9 +564,9 @@ def number_of_buffers(plan, first, end):
 @function
 def find_buffers(frame, job):
     """Write where the buffers are to a job; return whether they are as planned."""
-    for role in range(OUT + 2):
+    for role in range(END):
         put(job, BUFFERS + role, 0)
-    for role in range(OUT + 2):
+    for role in range(END):
         code, size = word(job, PLAN + KINDS + role), word(job, PLAN + SIZES + role)
         if code != 0:
             those, first = (ARGUMENTS, X) if role < OUT else (RESULTS, OUT)
@@ -480,7 +594,7 @@ def ask_for_large_pages(job):
     XLA makes a result anew for each call: in small pages its first touch takes as long as three
     passes over it. One that is written over an array has been touched.
     """
-    for role in (OUT, GRAD):
+    for role in range(OUT, END):
         start, kind = word(job, BUFFERS + role), word(job, PLAN + KINDS + role)
         size = word(job, PLAN + SIZES + role) * item_size(kind)
         over = start == word(job, BUFFERS + X) or start == word(job, BUFFERS + SECOND)
@@ -552,7 +666,7 @@ def _handler(name, body, prepare, finish, compute):
             return failure(frame, INVALID_ARGUMENT, text("portable_softmax: another plan"))
         if word(frame, ARGUMENTS + 2) != number_of_buffers(plan, X, OUT) or word(
             frame, RESULTS + 2
-        ) != number_of_buffers(plan, OUT, OUT + 2):
+        ) != number_of_buffers(plan, OUT, END):
             return failure(frame, INVALID_ARGUMENT, text("portable_softmax: another call frame"))
         pieces = word(plan, PIECES)
         job = malloc(8 * (SUMS + 3 * pieces))
@@ -590,10 +704,23 @@ def handler(name, operation, layout, dtype, *variants):
 
     Variants are the options that a kernel is compiled for.
     """
-    run, stored = _called(LAYOUTS[layout][operation].py_func), STORED[dtype]
+    run, stored = _called(kernels_of(operation)[layout][operation].py_func), STORED[dtype]
     compute = types.float64 if dtype == "float64" else types.float32
+    tempered = "temperature" in variants
+    if operation in RUNNING:
+        body = _running(run, stored, operation == RUNNING[1])
+        return _handler(name, body, nothing, nothing, types.float64)
+    if operation == FOLD:
+        body = _fold(run, stored, compute, tempered, "where" in variants)
+        return _handler(name, body, nothing, nothing, compute)
+    if operation in (*ENTROPIES, *DIVERGENCES, BY_Q):
+        if operation in ENTROPIES:
+            body = _entropy(run, stored, operation == ENTROPIES[1])
+        else:
+            body = _divergence(run, stored, compute, operation, tempered)
+        return _handler(name, body, nothing, nothing, compute)
     if operation in ("softmax", "log_softmax", "logsumexp"):
-        number_of = _temperature(compute) if "temperature" in variants else integer_of
+        number_of = _temperature(compute) if tempered else integer_of
         out_of = (_flat if operation == "logsumexp" else _rows_of)(OUT, stored)
         mask_of = _flat(MASK, types.uint8) if "where" in variants else nothing
         body = _three(run, number_of, _rows_of(X, stored), out_of, mask_of)
