@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -25,8 +26,9 @@ def test_every_call_is_timed_beside_another(tmp_path, capsys):
         ("logsumexp, confident", "plain"),
         ("softmax, out", "plain"),
         ("softmax, sink of each head", "by hand"),
-        ("logsumexp, sign", "scipy.special"),
     }
+    if find_spec("scipy"):
+        assert ("logsumexp, sign", "scipy.special") in found
     for row in rows:
         assert not row["problem"]
         assert all(0 < row[way] < 60 for way in ("seconds", "other_seconds"))

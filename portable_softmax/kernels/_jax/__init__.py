@@ -38,8 +38,6 @@ def declines(request: Request, asked: bool) -> str:
         if not all(map(request.library.is_known, lengths)):
             return "symbolic shapes"
         return "nothing to reduce" if 0 in lengths else ""
-    if "b" in request.active and "complex" in str(request.compute_dtype):
-        return "complex weights"
     of_known_lengths = request.operation in (*DIVERGENCES, "logmeanexp") or "b" in request.active
     if of_known_lengths and not all(map(request.library.is_known, request.x.shape)):
         return "symbolic shapes"
