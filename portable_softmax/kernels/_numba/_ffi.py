@@ -116,10 +116,8 @@ def target(
     if loss is None:
         plan[_handlers.FLAGS] = operation in ("softmax", "log_softmax", PULLBACK)
         operation = _KERNELS.get(operation, operation)
-        factors = operation in (
-            DIVERGENCES[1],
-            BY_Q,
-        )  # beside the numbers of a temperature, or alone
+        # The factor of gradients stands beside the numbers of a temperature, or alone.
+        factors = operation in (DIVERGENCES[1], BY_Q)
         numbers = buffers.get("numbers")
         variants += ["temperature"] * (numbers is not None and math.prod(numbers.shape) > factors)
     else:

@@ -300,72 +300,22 @@ def _upstream(run, stored, compute, masked):
     return body
 
 
-def _fold(run, stored, compute, tempered, masked):
-    """Return what runs the fold, whose results are the maxima and the rests."""
-    x_of, m_of, rest_of = _rows_of(X, stored), _flat(OUT, compute), _flat(GRAD, compute)
-    mask_of = _flat(MASK, types.uint8) if masked else nothing
+def _arrays(first, *others):
+    """Return the function that returns what each of some returns: Numba unpacks no tuple."""
+    if not others:
+
+        @function
+        def one(job):
+            return (first(job),)
+
+        return one
+    rest = _arrays(*others)
 
     @function
-    def arrays_of(job):
-        return x_of(job), m_of(job), rest_of(job), mask_of(job)
+    def every(job):
+        return (first(job),) + rest(job)  # noqa: RUF005 - Numba unpacks none
 
-    return _on(run, arrays_of, _temperature(compute) if tempered else integer_of)
-
-
-def _entropy(run, stored, gradient):
-    """Return what runs the entropy."""
-    x_of, out_of, grad_of = _rows_of(X, stored), _flat(OUT, stored), _rows_of(GRAD, stored)
-
-    if gradient:
-
-        @function
-        def arrays_of(job):
-            return x_of(job), out_of(job), grad_of(job)
-
-    else:
-
-        @function
-        def arrays_of(job):
-            return x_of(job), out_of(job)
-
-    return _on(run, arrays_of, integer_of)
-
-
-def _divergence(run, stored, compute, operation, tempered):
-    """Return what runs the divergence, the factor of its gradients the last of the numbers."""
-    x_of, y_of, out_of = _rows_of(X, stored), _rows_of(SECOND, stored), _flat(OUT, compute)
-    one, other, given = _rows_of(GRAD, stored), _rows_of(OTHER, stored), _flat(NUMBERS, compute)
-    t_of, last = (_temperature(compute), 5) if tempered else (integer_of, 0)
-
-    if operation == DIVERGENCES[0]:
-
-        @function
-        def arrays_of(job):
-            return x_of(job), y_of(job), out_of(job)
-
-        @function
-        def number_of(job):
-            return t_of(job), 1.0
-
-        return _on(run, arrays_of, number_of)
-
-    if operation == BY_Q:
-
-        @function
-        def arrays_of(job):
-            return x_of(job), y_of(job), out_of(job), one(job)
-
-    else:
-
-        @function
-        def arrays_of(job):
-            return x_of(job), y_of(job), out_of(job), one(job), other(job)
-
-    @function
-    def number_of(job):
-        return t_of(job), np.float64(given(job)[last])
-
-    return _on(run, arrays_of, number_of)
+    return every
 
 
 def _on(run, arrays_of, number_of):
@@ -380,21 +330,47 @@ def _on(run, arrays_of, number_of):
     return body
 
 
-def _running(run, stored, upstream):
-    """Return what runs the logarithms of running sums, or the gradient through them."""
-    x_of, dy_of, out_of = (_rows_of(role, stored) for role in (X, SECOND, OUT))
+def _fold(run, stored, compute, tempered, masked):
+    """Return what runs the fold, whose results are the maxima and the rests."""
+    mask_of = _flat(MASK, types.uint8) if masked else nothing
+    results = _flat(OUT, compute), _flat(GRAD, compute)
+    arrays_of = _arrays(_rows_of(X, stored), *results, mask_of)
+    return _on(run, arrays_of, _temperature(compute) if tempered else integer_of)
 
-    if upstream:
+
+def _entropy(run, stored, gradient):
+    """Return what runs the entropy."""
+    results = [_flat(OUT, stored), *([_rows_of(GRAD, stored)] if gradient else [])]
+    return _on(run, _arrays(_rows_of(X, stored), *results), integer_of)
+
+
+def _divergence(run, stored, compute, operation, tempered):
+    """Return what runs the divergence, the factor of its gradients the last of the numbers."""
+    roles = {DIVERGENCES[0]: (), BY_Q: (GRAD,)}.get(operation, (GRAD, OTHER))
+    given = _rows_of(X, stored), _rows_of(SECOND, stored), _flat(OUT, compute)
+    arrays_of = _arrays(*given, *(_rows_of(role, stored) for role in roles))
+    t_of, last = (_temperature(compute), 5) if tempered else (integer_of, 0)
+    numbers = _flat(NUMBERS, compute)
+
+    if roles:
 
         @function
-        def arrays_of(job):
-            return x_of(job), dy_of(job), out_of(job)
+        def number_of(job):
+            return t_of(job), np.float64(numbers(job)[last])
 
     else:
 
         @function
-        def arrays_of(job):
-            return x_of(job), out_of(job)
+        def number_of(job):
+            return t_of(job), 1.0
+
+    return _on(run, arrays_of, number_of)
+
+
+def _running(run, stored, upstream):
+    """Return what runs the logarithms of running sums, or the gradient through them."""
+    roles = (X, SECOND, OUT) if upstream else (X, OUT)
+    arrays_of = _arrays(*(_rows_of(role, stored) for role in roles))
 
     @function
     def body(job, workspace):
