@@ -19,29 +19,25 @@ NAMES = {"jax": "jax rules", "jax-numba": "numba rows"}
 BOUND = {"float32": 2e-6, "float64": 4e-15}  # of numbers up to 10
 
 _SLOW = pytest.mark.slow("two compilers work on each layout")
-# Rows one by one, in groups, in blocks, of few classes and across memory; longer than a part.
 ROWS, ACROSS = ((40, 300), -1), ((5, 7, 19), 1)
-LAYOUTS = [((9, 3000), -1), ((90, 70), -1), ((90, 20), -1), ((90, 3), -1), ((3, 9000), -1)]
-every_case = pytest.mark.parametrize(
-    ("shape", "axis", "dtype"),
-    [
-        (*ROWS, "float32"),
-        *[
-            pytest.param(*case, dtype, marks=_SLOW)
-            for dtype, cases in (("float32", [ACROSS, *LAYOUTS]), ("float64", [ROWS, ACROSS]))
-            for case in cases
-        ],
-    ],
-    ids=str,
-)
+# Of Numba's kernels: in groups, in blocks, of few classes, across memory; longer than a part.
+LAYOUTS = [((90, 70), -1), ((90, 20), -1), ((90, 3), -1), ACROSS, ((9, 3000), -1), ((3, 9000), -1)]
+
+
+def cases(*slow):
+    """Return rows of float32, and what else is slow."""
+    some = [(*ROWS, "float32"), *(pytest.param(*case, marks=_SLOW) for case in slow)]
+    return pytest.mark.parametrize(("shape", "axis", "dtype"), some, ids=str)
+
+
+# Each test takes both dtypes and both arrangements, and one of them each pair of these.
+every_value = cases((*ACROSS, "float64"))
+every_pair = cases((*ACROSS, "float64"), (*ROWS, "float64"), (*ACROSS, "float32"))
 
 
 @pytest.fixture(autouse=True)
-def path(jax, xp, request):
+def path(jax, xp):
     """Skip this module for the other libraries; name the kernel of this one."""
-    given = request.node.callspec.params
-    if xp.name == "jax" and (given.get("shape"), given.get("axis")) in LAYOUTS:
-        pytest.skip("a layout of Numba's kernels")
     return NAMES[xp.name]
 
 
@@ -69,40 +65,64 @@ def assert_near(actual, expected, dtype, scale=1.0):
 # --------------------------------------------------------------------------- values
 
 
-@every_case
+@every_value
 def test_divergence_and_its_gradients(jax, xp, path, shape, axis, dtype):
     (p, x), (q, y) = logits(xp, shape, dtype), logits(xp, shape, dtype, 1)
+    _, same = logits(xp, shape, dtype)
     for t in (1.0, 2.5):
         options = {"axis": axis, "temperature": t}
         assert kernels.explain("kl_divergence", x, y, **options).startswith(path)
         log_p, log_q = log_softmax(p / t, axis), log_softmax(q / t, axis)
-        each = (np.exp(log_p) * (log_p - log_q)).sum(axis)
-        by_p = np.exp(log_p) * (log_p - log_q - np.expand_dims(each, axis)) / t
+        k = (np.exp(log_p) * (log_p - log_q)).sum(axis)
+        by_p = np.exp(log_p) * (log_p - log_q - np.expand_dims(k, axis)) / t
         by_q = (np.exp(log_q) - np.exp(log_p)) / t
-        more = {"reduction": "none", **options}
-        value, slopes = ps.kl_divergence_value_and_grad(x, y, **more)
-        assert_near(value, each, dtype, 10)
-        assert_near(ps.kl_divergence(x, y, **more), each, dtype, 10)
-        assert (ps.kl_divergence(x, x + 0, **more) == 0).all()
-        for slope, want in zip(slopes, (by_p, by_q), strict=True):
-            assert_near(slope, want, dtype, 10)
+        assert_near(ps.kl_divergence(x, y, reduction="none", **options), k, dtype, 10)
+        each, of_itself, by, summed, distilled, traced, student = divergences(jax, options)(
+            x, y, same
+        )
+        assert_near(each, k, dtype, 10)
+        assert (np.asarray(of_itself) == 0).all()
+        assert_near(by[0], k, dtype, 10)
         # The sum times T^2, of which the mean is a part.
-        more = {"reduction": "sum", "distillation": True, **options}
-        value, slopes = ps.kl_divergence_value_and_grad(x, y, **more)
-        traced = jax.grad(lambda x, y: ps.kl_divergence(x, y, **more), (0, 1))(x, y)  # noqa: B023
-        student = jax.grad(lambda y: ps.kl_divergence(x, y, **more))(y)  # noqa: B023
-        assert_near(student, by_q * t**2, dtype, 10)
-        assert_near(value / each.size, each.mean() * t**2, dtype, 10)
+        for value in (summed, distilled[0]):
+            assert_near(np.asarray(value) / dtype_of(x)(k.size), k.mean() * t**2, dtype, 10)
         for i, want in enumerate((by_p, by_q)):
-            for found in (slopes, traced):
+            assert_near(by[1][i], want, dtype, 10)
+            for found in (distilled[1], traced):
                 assert_near(found[i], want * t**2, dtype, 10)
+        assert_near(student, by_q * t**2, dtype, 10)
     mean, grads = ps.kl_divergence_value_and_grad(x, y, axis=axis, temperature=2.5)
-    assert_near(mean, each.mean(), dtype, 10)
+    assert_near(mean, k.mean(), dtype, 10)
     for slope, want in zip(grads, (by_p, by_q), strict=True):
-        assert_near(slope * each.size, want, dtype, 10)
+        assert_near(np.asarray(slope) * dtype_of(x)(k.size), want, dtype, 10)
 
 
-@every_case
+def divergences(jax, options):
+    """Return a program of the divergence and its derivatives, whatever is made of both once."""
+    each = {"reduction": "none", **options}
+    distilled = {"reduction": "sum", "distillation": True, **options}
+
+    def total(x, y):
+        return ps.kl_divergence(x, y, **distilled)
+
+    return jax.jit(
+        lambda x, y, same: (
+            ps.kl_divergence(x, y, **each),
+            ps.kl_divergence(x, same, **each),
+            ps.kl_divergence_value_and_grad(x, y, **each),
+            total(x, y),
+            ps.kl_divergence_value_and_grad(x, y, **distilled),
+            jax.grad(total, (0, 1))(x, y),
+            jax.grad(total, 1)(x, y),
+        )
+    )
+
+
+def dtype_of(x):
+    return np.dtype(x.dtype).type
+
+
+@every_pair
 def test_entropy_and_its_gradients(jax, xp, path, shape, axis, dtype):
     p, x = logits(xp, shape, dtype)
     assert kernels.explain("entropy", x, axis=axis).startswith(path)
@@ -113,24 +133,62 @@ def test_entropy_and_its_gradients(jax, xp, path, shape, axis, dtype):
     assert_near(value, h, dtype)
     assert_near(ps.entropy(x, axis=axis), h, dtype)
     assert_near(slope, grad, dtype)
-    traced = jax.grad(lambda x: jax.numpy.sum(2 * ps.entropy(x, axis=axis)))(x)
+    traced = jax.jit(jax.grad(lambda x: jax.numpy.sum(2 * ps.entropy(x, axis=axis))))(x)
     assert_near(traced, 2 * grad, dtype)
 
 
-@every_case
+@every_value
 def test_running_sums_and_their_gradients(jax, xp, path, shape, axis, dtype):
     wide, x = logits(xp, shape, dtype)
     dy, given = logits(xp, shape, dtype, 1)
     if path == "numba rows":
         assert kernels.explain("logcumsumexp", x, axis=axis).startswith(path)
-    m = wide.max(axis, keepdims=True)
-    y = m + np.log(np.cumsum(np.exp(wide - m), axis))
-    behind = np.flip(np.cumsum(np.flip(dy * np.exp(m - y), axis), axis), axis)
-    grad = np.exp(wide - m) * behind
+    y, grad = running(wide, dy, axis)
     assert_near(ps.logcumsumexp(x, axis=axis), y, dtype)
     assert_near(ps.logcumsumexp_vjp(x, given, axis=axis), grad, dtype, 100)
-    _, back = jax.vjp(lambda x: ps.logcumsumexp(x, axis=axis), x)
-    assert_near(back(given)[0], grad, dtype, 100)
+    back = jax.jit(lambda x, dy: jax.vjp(lambda x: ps.logcumsumexp(x, axis=axis), x)[1](dy)[0])
+    assert_near(back(x, given), grad, dtype, 100)
+
+
+def running(x, dy, axis):
+    """Return the logarithms of the running sums, and the gradient through them."""
+    m = x.max(axis, keepdims=True)
+    y = m + np.log(np.cumsum(np.exp(x - m), axis))
+    behind = np.flip(np.cumsum(np.flip(dy * np.exp(m - y), axis), axis), axis)
+    return y, np.exp(x - m) * behind
+
+
+@_SLOW
+@pytest.mark.parametrize(("shape", "axis"), LAYOUTS, ids=str)
+def test_every_layout(jax, xp, path, shape, axis):
+    """A handler of each kind finds its buffers: of two arrays, of a mask, of running sums.
+
+    Each kernel is tested in each layout on NumPy, and each handler above.
+    """
+    if path != "numba rows":
+        pytest.skip("a layout of Numba's kernels")
+    (p, x), (q, y) = logits(xp, shape), logits(xp, shape, seed=1)
+    mask = np.random.default_rng(2).random(shape) < 0.7
+    mask |= p == p.max(axis, keepdims=True)
+
+    def f(x, y, mask):
+        k = ps.kl_divergence_value_and_grad(x, y, axis=axis, temperature=2.5, reduction="none")
+        m = ps.logmeanexp(x, axis=axis, where=mask)
+        return k, m, ps.logcumsumexp_vjp(x, y, axis=axis)
+
+    f, given = jax.jit(f), (x, y, xp.asarray(mask))
+    of_kinds = ["fold", "kl_divergence_value_and_grad", "logcumsumexp_vjp"]
+    assert called(jax, f, *given) == of_kinds
+    (k, (by_p, by_q)), mean, slope = f(*given)
+    log_p, log_q = log_softmax(p / 2.5, axis), log_softmax(q / 2.5, axis)
+    want = (np.exp(log_p) * (log_p - log_q)).sum(axis)
+    assert_near(k, want, "float32", 10)
+    want = np.exp(log_p) * (log_p - log_q - np.expand_dims(want, axis)) / 2.5
+    assert_near(by_p, want, "float32", 10)
+    assert_near(by_q, (np.exp(log_q) - np.exp(log_p)) / 2.5, "float32", 10)
+    terms = np.where(mask, np.exp(p - 50), 0)
+    assert_near(mean, 50 + np.log(terms.sum(axis) / mask.sum(axis)), "float32")
+    assert_near(slope, running(p, q, axis)[1], "float32", 100)
 
 
 def test_rows_that_are_not_finite(jax, xp):
@@ -209,7 +267,7 @@ def test_empty_arrays(xp, shape):
     assert ps.logcumsumexp(x).shape == shape
 
 
-@every_case
+@every_value
 def test_means(jax, xp, path, shape, axis, dtype):
     """Of a row near its maximum, too, where the logarithm of a mean would cancel."""
     wide, x = logits(xp, shape, dtype)
@@ -219,23 +277,23 @@ def test_means(jax, xp, path, shape, axis, dtype):
     rng = np.random.default_rng(2)
     mask = rng.random(shape) < 0.7
     mask |= wide == wide.max(axis, keepdims=True)
-    options = {"axis": axis, "keepdims": True}
-    for given, of in ((wide, x), (near.astype(np.longdouble), xp.asarray(near))):
-        for where in (None, mask):
-            more = {**options, "where": None if where is None else xp.asarray(where)}
-            assert kernels.explain("logmeanexp", of, **more).startswith(path)
-            kept = np.full(shape, True) if where is None else where
+    for where in (None, mask):
+        options = {"axis": axis, "keepdims": True}
+        options["where"] = None if where is None else xp.asarray(where)
+        kept = np.full(shape, True) if where is None else where
+        slope = jax.jit(jax.grad(lambda x: jax.numpy.sum(ps.logmeanexp(x, **options))))  # noqa: B023
+        for given, of in ((wide, x), (near.astype(np.longdouble), xp.asarray(near))):
+            assert kernels.explain("logmeanexp", of, **options).startswith(path)
             m = np.where(kept, given, -np.inf).max(axis, keepdims=True)
             lost = np.where(kept, np.expm1(np.where(kept, given - m, 0)), 0)
             lost = lost.sum(axis, keepdims=True) / kept.sum(axis, keepdims=True)
             want = m + np.log1p(lost)
-            found = ps.logmeanexp(of, **more)
+            found = ps.logmeanexp(of, **options)
             assert_near(found, want, dtype)
             if of is not x and where is None:
                 np.testing.assert_allclose(found, want, rtol=4 * BOUND[dtype])
-            grad = jax.grad(lambda x: jax.numpy.sum(ps.logmeanexp(x, **more)))(of)  # noqa: B023
             p = np.where(kept, np.exp(np.where(kept, given, m) - m), 0)
-            assert_near(grad, p / p.sum(axis, keepdims=True), dtype)
+            assert_near(slope(of), p / p.sum(axis, keepdims=True), dtype)
 
 
 def test_means_of_nothing_and_of_infinities(jax, xp):
