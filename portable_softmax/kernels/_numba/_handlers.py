@@ -579,6 +579,94 @@ def ask_for_large_pages(job):
             madvise(start + skipped, size - skipped, MADV_HUGEPAGE)
 
 
+# What is the same for every handler is typed and lowered once in a process.
+common = task("handlers")
+
+
+@common
+def begin(frame):
+    """Return a job; 0, and an error or 0 for none, where there is nothing to do."""
+    extension = word(frame, EXTENSION)
+    if extension != 0:  # XLA asks which API the handler is made for
+        if low_half(word(extension, EXTENSION_TYPE)) == IS_METADATA:
+            put(word(extension, METADATA), METADATA_VERSION, VERSION_WORD)
+        return 0, 0
+    version = word(word(frame, API_TABLE), VERSION)
+    if version < VERSION_WORD or version > LAST_VERSION:
+        return 0, failure(frame, INVALID_ARGUMENT, text("portable_softmax: another FFI version"))
+    if (
+        low_half(word(frame, STAGE)) != EXECUTE
+        or word(frame, ATTRIBUTES + 2) != 1
+        or low_half(word(word(frame, ATTRIBUTES + 3), 0)) != IS_ARRAY
+    ):
+        return 0, failure(frame, INVALID_ARGUMENT, text("portable_softmax: another call frame"))
+    attribute = word(word(frame, ATTRIBUTES + 5), 0)
+    plan = word(attribute, ARRAY_DATA)
+    if low_half(word(attribute, 0)) != INT64 or word(attribute, ARRAY_SIZE) != WORDS:
+        return 0, failure(frame, INVALID_ARGUMENT, text("portable_softmax: another plan"))
+    if word(frame, ARGUMENTS + 2) != number_of_buffers(plan, X, OUT) or word(
+        frame, RESULTS + 2
+    ) != number_of_buffers(plan, OUT, END):
+        return 0, failure(frame, INVALID_ARGUMENT, text("portable_softmax: another call frame"))
+    job = malloc(8 * (SUMS + 3 * word(plan, PIECES)))
+    if job == 0:
+        return 0, failure(frame, OUT_OF_MEMORY, text("portable_softmax: no memory for a job"))
+    for i in range(WORDS):
+        put(job, PLAN + i, word(plan, i))
+    put(job, COUNTER, 0)
+    put(job, WORKING, 0)
+    put(job, HOLDERS, 1)
+    if not find_buffers(frame, job):
+        free(job)
+        return 0, failure(frame, INVALID_ARGUMENT, text("portable_softmax: another buffer"))
+    if IS_LINUX:
+        ask_for_large_pages(job)
+    return job, 0
+
+
+@common
+def ask_for_help(frame, job, help_out):
+    """Put as many tasks as can be of use into the queue of XLA's pool."""
+    helpers = word(job, PLAN + PIECES) - 1
+    if helpers < 1:
+        return
+    table, context = word(frame, API_TABLE), word(frame, CONTEXT)
+    error = call(word(table, COUNT_THREADS), 32, context, job + 8 * THREADS, 0)
+    if error == 0:
+        for _ in range(smaller(helpers, word(job, THREADS) - 1)):
+            add(job, HOLDERS, 1)
+            error = call(word(table, SCHEDULE), 40, context, help_out, job)
+            if error != 0:
+                add(job, HOLDERS, -1)
+                break
+    if error != 0:  # this thread does it all
+        call(word(table, DESTROY_ERROR), 24, error, 0, 0)
+
+
+@common
+def wait(job, done):
+    """Wait for those who are at work."""
+    if not done:  # nor does anybody begin another piece
+        add(job, COUNTER, word(job, PLAN + PIECES))
+    while add(job, WORKING, 0) > 0:
+        yield_to_others()
+
+
+@common
+def leave(job):
+    if add(job, HOLDERS, -1) == 1:
+        free(job)
+
+
+@common
+def end(frame, job, done):
+    """Leave, and return an error or 0."""
+    leave(job)
+    if not done:
+        return failure(frame, OUT_OF_MEMORY, text("portable_softmax: no memory for a row"))
+    return 0
+
+
 def _handler(name, body, prepare, finish, compute):
     """Return the C function."""
     item = compute.bitwidth // 8
@@ -595,82 +683,22 @@ def _handler(name, body, prepare, finish, compute):
         return True
 
     @task(name)
-    def leave(job):
-        if add(job, HOLDERS, -1) == 1:
-            free(job)
-
-    @task(name)
     def help_out(job):
         add(job, WORKING, 1)
         work(job)
         add(job, WORKING, -1)
         leave(job)
 
-    @function
-    def ask_for_help(frame, job, helpers):
-        """Put up to so many tasks into the queue of XLA's pool."""
-        table, context = word(frame, API_TABLE), word(frame, CONTEXT)
-        error = call(word(table, COUNT_THREADS), 32, context, job + 8 * THREADS, 0)
-        if error == 0:
-            for _ in range(smaller(helpers, word(job, THREADS) - 1)):
-                add(job, HOLDERS, 1)
-                error = call(word(table, SCHEDULE), 40, context, address_of(help_out), job)
-                if error != 0:
-                    add(job, HOLDERS, -1)
-                    break
-        if error != 0:  # this thread does it all
-            call(word(table, DESTROY_ERROR), 24, error, 0, 0)
-
     def handle(frame):
-        extension = word(frame, EXTENSION)
-        if extension != 0:  # XLA asks which API the handler is made for
-            if low_half(word(extension, EXTENSION_TYPE)) == IS_METADATA:
-                put(word(extension, METADATA), METADATA_VERSION, VERSION_WORD)
-            return 0
-        version = word(word(frame, API_TABLE), VERSION)
-        if version < VERSION_WORD or version > LAST_VERSION:
-            return failure(frame, INVALID_ARGUMENT, text("portable_softmax: another FFI version"))
-        if (
-            low_half(word(frame, STAGE)) != EXECUTE
-            or word(frame, ATTRIBUTES + 2) != 1
-            or low_half(word(word(frame, ATTRIBUTES + 3), 0)) != IS_ARRAY
-        ):
-            return failure(frame, INVALID_ARGUMENT, text("portable_softmax: another call frame"))
-        attribute = word(word(frame, ATTRIBUTES + 5), 0)
-        plan = word(attribute, ARRAY_DATA)
-        if low_half(word(attribute, 0)) != INT64 or word(attribute, ARRAY_SIZE) != WORDS:
-            return failure(frame, INVALID_ARGUMENT, text("portable_softmax: another plan"))
-        if word(frame, ARGUMENTS + 2) != number_of_buffers(plan, X, OUT) or word(
-            frame, RESULTS + 2
-        ) != number_of_buffers(plan, OUT, END):
-            return failure(frame, INVALID_ARGUMENT, text("portable_softmax: another call frame"))
-        pieces = word(plan, PIECES)
-        job = malloc(8 * (SUMS + 3 * pieces))
+        job, error = begin(frame)
         if job == 0:
-            return failure(frame, OUT_OF_MEMORY, text("portable_softmax: no memory for a job"))
-        for i in range(WORDS):
-            put(job, PLAN + i, word(plan, i))
-        put(job, COUNTER, 0)
-        put(job, WORKING, 0)
-        put(job, HOLDERS, 1)
-        if not find_buffers(frame, job):
-            free(job)
-            return failure(frame, INVALID_ARGUMENT, text("portable_softmax: another buffer"))
-        if IS_LINUX:
-            ask_for_large_pages(job)
+            return error
         prepare(job)
-        if pieces > 1:
-            ask_for_help(frame, job, pieces - 1)
+        ask_for_help(frame, job, address_of(help_out))
         done = work(job)
-        if not done:  # nor does anybody begin another piece
-            add(job, COUNTER, pieces)
-        while add(job, WORKING, 0) > 0:
-            yield_to_others()
+        wait(job, done)
         finish(job)
-        leave(job)
-        if not done:
-            return failure(frame, OUT_OF_MEMORY, text("portable_softmax: no memory for a row"))
-        return 0
+        return end(frame, job, done)
 
     return named(handle, name)
 
@@ -678,9 +706,10 @@ def _handler(name, body, prepare, finish, compute):
 def handler(name, operation, layout, dtype, *variants):
     """Return the handler of an operation, to be compiled; `name` is unique among them.
 
-    Variants are the options that a kernel is compiled for.
+    Variants are the options that a kernel is compiled for. A kernel that arrays of NumPy or torch
+    have taken is not compiled again: its code is in the cache, and is linked into the handler.
     """
-    run, stored = _called(kernels_of(operation)[layout][operation].py_func), STORED[dtype]
+    run, stored = kernels_of(operation)[layout][operation], STORED[dtype]
     compute = types.float64 if dtype == "float64" else types.float32
     tempered = "temperature" in variants
     if operation in RUNNING:
