@@ -60,8 +60,11 @@ def _bisected(row, alpha):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_golden(xp, alpha, dtype):
+    """JAX compiles each: there each pair of length, alpha and dtype is met, not each three."""
     eps = float(np.finfo(dtype).eps)
-    for name, rows in FINITE.items():
+    met = ALPHAS.index(alpha) + (dtype == "float64")
+    groups = list(FINITE.items())
+    for name, rows in groups[met % 2 :: 2] if xp.library == "jax" else groups:
         x = rows.astype(dtype)
         functions = [lambda x: ps.entmax(x, alpha=alpha)]
         functions += [ps.sparsemax] if alpha == 2 else []

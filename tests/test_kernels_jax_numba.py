@@ -208,16 +208,18 @@ def test_an_answer_is_written_over_what_the_program_has_made(jax, xp):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("shape", "axis"), [((70, 10), 1), ((70, 3), 1), ((7, 300), 0)])
 def test_what_is_written_over_is_right_in_every_layout(jax, xp, shape, axis, dtype):
+    """Of each layout and dtype two operations, so that each operation meets each of both."""
     x = draw(xp, *shape)[0].astype(dtype)
     dy = draw(xp, *shape, seed=1)[0].astype(dtype)
-    for softmax in (ps.softmax, ps.log_softmax):
-        f = partial(softmax, axis=axis)
-        assert over(lambda x: f(x * 2), x) == {softmax.__name__: True}  # noqa: B023
-        same_bits(jax.jit(lambda x: f(x * 2))(x), f(x * 2))  # noqa: B023
-    for vjp in (ps.softmax_vjp, ps.log_softmax_vjp):
-        f = partial(vjp, axis=axis)
-        assert over(lambda y, dy: f(y, dy * 2), x, dy) == {vjp.__name__: True}  # noqa: B023
-        same_bits(jax.jit(lambda y, dy: f(y, dy * 2))(x, dy), f(x, dy * 2))  # noqa: B023
+    first = (dtype == "bfloat16") == (shape == (70, 3))
+    softmax = ps.softmax if first else ps.log_softmax
+    f = partial(softmax, axis=axis)
+    assert over(lambda x: f(x * 2), x) == {softmax.__name__: True}
+    same_bits(jax.jit(lambda x: f(x * 2))(x), f(x * 2))
+    vjp = ps.log_softmax_vjp if first else ps.softmax_vjp
+    g = partial(vjp, axis=axis)
+    assert over(lambda y, dy: g(y, dy * 2), x, dy) == {vjp.__name__: True}
+    same_bits(jax.jit(lambda y, dy: g(y, dy * 2))(x, dy), g(x, dy * 2))
 
 
 @pytest.mark.slow("several programs")

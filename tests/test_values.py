@@ -105,6 +105,8 @@ FUSED = ("numpy tiles", "numba rows", "jax rules", "triton rows")
 @pytest.mark.parametrize(("n", "axis"), [(3, 1), (10, 1), (512, 1), (5000, 1), (150, 0)])
 def test_probabilities_keep_their_digits_at_any_spread(xp, n, axis, dtype):
     """In float32 half a unit of a difference of 64 is 32 units of its exponential."""
+    if xp.name == "jax-numba" and (dtype == "float64") == (n in (10, 5000)):
+        pytest.skip("XLA calls the kernels of `numba`: each layout meets one of the dtypes")
     n = n // 2 if xp.name == "triton" else n  # its interpreter takes part after part
     rng = np.random.default_rng(n)
     x = rng.uniform(-100, 0, (30, n))
@@ -519,6 +521,8 @@ def test_the_gradient_through_a_confident_softmax(xp, dtype, axis, n):
     """Of dy - sum(y * dy) nothing is left where y rounds to 1: 1 - y is the sum of the others."""
     if dtype not in ("float32", "float64", *xp.halves):
         pytest.skip(f"{xp.name} has no {dtype}")
+    if xp.name == "jax-numba" and n != (2, 5, 40, 300)[[*MARGINS].index(dtype) - 2 * axis]:
+        pytest.skip("XLA calls the kernels of `numba`: each axis meets each dtype and each n")
     x, dy, expected = confident(n, MARGINS[dtype])
     if axis == 0:
         x, dy, expected = x.T, dy.T, expected.T
