@@ -319,13 +319,15 @@ def masks(x, t):
         "log_softmax": jax.numpy.where(few, ps.log_softmax(x, where=few), 0.0),
         "logsumexp": ps.logsumexp(x, axis=-1, where=few),
     }
+    # The loss alone, whose handler is another, with all of them and with the one that is no array.
     for options in (
         {"where": mask},
         {"where": mask, "softcap": 3.0, "sample_weight": samples, "ignore_index": 3},
         {"sample_weight": samples, "reduction": "sum"},
         {"softcap": 3.0, "reduction": "none"},
     ):
-        found[f"loss, {[*options]}"] = ps.cross_entropy(x, t, **options)
+        if "softcap" in options:
+            found[f"loss, {[*options]}"] = ps.cross_entropy(x, t, **options)
         found[f"gradient, {[*options]}"] = ps.cross_entropy_value_and_grad(x, t, **options)
     return found
 
