@@ -2,8 +2,9 @@
 
 XLA sums a row at the speed of memory where the terms are plain arithmetic on the logits. A
 comparison or a select among them makes its CPU compiler write an array of the logits' size first,
-and so does a subexpression that two sums share. So each sum here has its own terms, and what has
-to depend on an entry is made by minimum and maximum.
+and so does a subexpression that two sums share. For short rows that is the faster way. For long
+ones each sum here has its own terms, and what has to depend on an entry is made by minimum and
+maximum.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from jax import numpy as jnp
 Axes = tuple[int, ...]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def fold(x: Any, scale: Any, axes: Axes, written: bool = True) -> tuple[Any, Any]:
     """Return the maximum, and the rest of the rows over the temperature; no reduced axes.
 
     The maximum, that of x, is a constant for every derivative: nothing depends on what is
-    subtracted. `scale` is that of `scale_of`.
+    subtracted. `scale` is that of `scale_of`. `written` lets XLA write the terms of rows that are
+    no longer than a block: that takes less time unless it can make one operation of all that there
+    is to do, which it can for `log_softmax` alone.
     """
     x, axes = in_blocks(x, axes)
     m = jnp.max(x, axis=axes)
+    if written and len(axes) == 1:
+        return m, _rest_of_written_terms(x, m, scale, axes)
     big = jnp.asarray(jnp.finfo(x.dtype).max, x.dtype)
     if scale is None:
         root, unit, power = roots(x, m, big, axes)
@@ -58,10 +63,24 @@ def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
     return m, rest + (jnp.sum(maxima, axis=outer) - 1.0)
 
 
+def _rest_of_written_terms(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
+    """Return the rest from an array that has each term, and -1 for each maximum."""
+    m = lax.optimization_barrier(m)  # else XLA writes what is spread here and by the caller
+    if scale is None:
+        root, unit, power = roots(x, m, jnp.asarray(jnp.finfo(x.dtype).max, x.dtype), axes)
+        terms = root * spread(power, x, axes) * root
+    else:
+        terms, unit = tempered_terms(x, m, scale, axes), 1.0
+    entries = select(x == spread(m, x, axes), lax.full_like(x, -1.0), terms)
+    zero = lax.full_like(x, 0.0)
+    maxima = -jnp.sum(lax.min(lax.stop_gradient(entries), zero), axis=axes)
+    return jnp.sum(lax.max(entries, zero), axis=axes) / unit + (maxima - 1.0)
+
+
 @fold.defjvp
-def _fold_jvp(axes: Axes, primals: Any, tangents: Any) -> Any:
+def _fold_jvp(axes: Axes, written: bool, primals: Any, tangents: Any) -> Any:
     (x, scale), (t, _) = primals, tangents
-    m, rest = fold(x, scale, axes)
+    m, rest = fold(x, scale, axes, written)
     terms, unit = exps(x, m, scale, axes)
     finite = lax.is_finite(m)  # another row has the derivative 0
     change = select(spread(finite, x, axes), terms * t, 0.0)
