@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from collections import Counter
@@ -13,6 +14,10 @@ from calls import Call
 from hypothesis import is_hypothesis_test, settings
 
 from portable_softmax import kernels
+
+# Compilers make millions of objects that live on: to look for garbage among them as often as Python
+# does takes a tenth of the time of the tests that compile.
+gc.set_threshold(50_000, 20, 20)
 
 # The time of one example depends on the machine and on whatever compiles first.
 settings.register_profile(
