@@ -417,7 +417,10 @@ class JaxNumba(Jax):
 
     name = "jax-numba"
     path = "numba rows"
-    quick = ("test_kernels_jax_numba", "test_kernels_jax_family")
+    quick = (
+        *("test_kernels_jax_numba", "test_kernels_jax_family"),
+        *("test_kernels_jax_logsumexp",),
+    )
     others = ("test_values",)
 
     @classmethod

@@ -30,6 +30,7 @@ FAMILY = (
 )
 FOLD = "fold"  # whose answer is the pair (max, rest) of x / temperature, `max` not divided yet
 LOGSUMEXP_VJP = "logsumexp_vjp"
+WITH_SLOPES = "logsumexp_value_and_grad"
 PARTS = (FOLD, LOGSUMEXP_VJP)  # what is asked of parts of rows
 # With a sink: the answer and the share of the sink, and the gradient with the sum that it has.
 BESIDE_SINKS = tuple(f"{name}_beside_sink" for name in (*ROWS[:2], *VJPS))

@@ -113,6 +113,22 @@ def logsumexp(x: Any, where: Any, axes: Axes, compute: Any, answer: Any) -> Any:
     return (y if some is None else jnp.where(some, y, -jnp.inf)).astype(answer)
 
 
+@jit
+def logsumexp_value_and_grad(
+    x: Any, where: Any, axes: Axes, compute: Any, answer: Any
+) -> tuple[Any, Any]:
+    """Return the same and softmax, which is 0 in a row whose maximum is infinite."""
+    x, some = x.astype(compute), None
+    if where is not None:
+        where = mask_like(where, x.ndim)
+        x, some = masked(x, where, axes)
+    y, slopes = _logsumexp_and_slopes(x, axes)
+    y = wide(y, axes)
+    if some is not None:
+        y, slopes = jnp.where(some, y, -jnp.inf), jnp.where(where, slopes, 0.0)
+    return y.astype(answer), slopes.astype(answer)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _logsumexp(x: Any, axes: Axes) -> Any:
     m, rest = fold(x, None, axes)
@@ -121,10 +137,14 @@ def _logsumexp(x: Any, axes: Axes) -> Any:
 
 @_logsumexp.defjvp
 def _logsumexp_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    (x,), (t,) = primals, tangents
+    y, slopes = _logsumexp_and_slopes(primals[0], axes)
+    return y, jnp.sum(slopes * tangents[0], axis=axes)
+
+
+def _logsumexp_and_slopes(x: Any, axes: Axes) -> tuple[Any, Any]:
     m, rest = fold(x, None, axes)
     y = select(lax.is_finite(m), m + jnp.log1p(rest), m)
-    return y, jnp.sum(_slopes_of_logsumexp(x, m, rest, axes) * t, axis=axes)
+    return y, _slopes_of_logsumexp(x, m, rest, axes)
 
 
 def _slopes_of_logsumexp(x: Any, m: Any, rest: Any, axes: Axes) -> Any:

@@ -31,6 +31,7 @@ from portable_softmax.kernels._request import (
     ENTROPIES,
     RUNNING,
     WEIGHTED,
+    WITH_SLOPES,
     Layout,
 )
 
@@ -61,7 +62,11 @@ CUT = 1 << 12
 # Arrays of which a group is in the workspace at once, where that is more than one.
 TILES = {
     **dict.fromkeys(
-        ("logsumexp_vjp", "softmax_vjp", "log_softmax_vjp", *BESIDE_SINKS, *WEIGHTED), 2
+        (
+            *("logsumexp_vjp", WITH_SLOPES, "softmax_vjp", "log_softmax_vjp"),
+            *(*BESIDE_SINKS, *WEIGHTED),
+        ),
+        2,
     ),
     "cross_entropy_value_and_grad": 2,
     "soft_cross_entropy": 2,

@@ -17,14 +17,14 @@ import numpy as np
 from numba import types
 from numba.core.ccallback import CFunc
 
-from portable_softmax.kernels._numba import _driver, _handlers, _jit
+from portable_softmax.kernels._numba import _driver, _frame, _handlers, _jit
 from portable_softmax.kernels._numba._exp import temperature
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, SAMPLED, WEIGHTED
 from portable_softmax.kernels._request import BY_Q, DIVERGENCES, RUNNING, Layout
 
 __all__ = ["API", "LAST_API", "ROLES", "Loss", "Target", "made", "target", "temperature"]
 
-API, LAST_API, ROLES = _handlers.API, _handlers.LAST_API, _handlers.ROLES
+API, LAST_API, ROLES = _frame.API, _frame.LAST_API, _frame.ROLES
 
 
 # The vector-Jacobian product of log_softmax where a logit of -inf passes its gradient on.
@@ -111,10 +111,10 @@ def target(
     """Return the handler of a call; `buffers` are its arrays by their roles, and the results."""
     dtype = buffers["x"].dtype.name
     stored = np.dtype({"float16": "u2", "bfloat16": "i2"}.get(dtype, dtype))
-    plan = np.zeros(_handlers.WORDS, np.int64)
+    plan = np.zeros(_frame.WORDS, np.int64)
     variants = [name for role, name in _VARIANTS.items() if role in buffers]
     if loss is None:
-        plan[_handlers.FLAGS] = operation in ("softmax", "log_softmax", PULLBACK)
+        plan[_frame.FLAGS] = operation in ("softmax", "log_softmax", PULLBACK)
         operation = _KERNELS.get(operation, operation)
         # The factor of gradients stands beside the numbers of a temperature, or alone.
         factors = operation in (DIVERGENCES[1], BY_Q)
@@ -125,26 +125,26 @@ def target(
         variants += ["softcap"] * loss.capped
         flags = EACH * loss.each | IGNORING * (loss.ignore is not None)
         flags |= WEIGHTED * loss.weighted | SAMPLED * ("samples" in buffers)
-        plan[_handlers.FLAGS], plan[_handlers.IGNORE] = flags, loss.ignore or 0
-        plan[_handlers.LENGTH], plan[_handlers.MEAN] = layout.rows, loss.mean
-        plan.view(np.float64)[_handlers.SCALE] = loss.scale
+        plan[_frame.FLAGS], plan[_frame.IGNORE] = flags, loss.ignore or 0
+        plan[_frame.LENGTH], plan[_frame.MEAN] = layout.rows, loss.mean
+        plan.view(np.float64)[_frame.SCALE] = loss.scale
     capped = loss is not None and loss.capped
     compute = _driver.compute_dtype(stored)
     mask = buffers.get("mask")
     if operation in RUNNING:
         planned = _driver.plan_of_running(layout, layout.rows * layout.n * stored.itemsize)
-        *shape, plan[_handlers.LENGTH] = planned.shape
+        *shape, plan[_frame.LENGTH] = planned.shape
     else:
         planned = _driver.plan(operation, layout, stored, compute, capped=capped, mask=mask)
         shape = [*planned.shape]
-    plan[: _handlers.PIECES + 1] = (
+    plan[: _frame.PIECES + 1] = (
         *(*shape, planned.workspace),
         *(planned.step, planned.groups, planned.pieces),
     )
     for role, array in buffers.items():
-        i = _handlers.ROLES.index(role)
-        plan[_handlers.KINDS + i] = _handlers.CODES[array.dtype.name]
-        plan[_handlers.SIZES + i] = math.prod(array.shape)
+        i = _frame.ROLES.index(role)
+        plan[_frame.KINDS + i] = _frame.CODES[array.dtype.name]
+        plan[_frame.SIZES + i] = math.prod(array.shape)
     return Target(_registered(register, operation, planned.layout, dtype, *variants), plan)
 
 

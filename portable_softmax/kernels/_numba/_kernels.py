@@ -43,6 +43,7 @@ from portable_softmax.kernels._numba._memory import (
 )
 from portable_softmax.kernels._numba._softcap import capped, slopes_of
 from portable_softmax.kernels._numba._values import LOGSUMEXP, LOSS, MAX, REST, WEIGHT, values
+from portable_softmax.kernels._request import WITH_SLOPES
 
 
 def threaded(name: str, work: Any) -> Any:
@@ -160,12 +161,53 @@ def _fold(layout: ModuleType) -> Any:
     return threaded(f"{layout.__name__}.fold", work)
 
 
+def _without_slopes(layout: ModuleType) -> Any:
+    """Return the function that writes 0 for rows of an infinite maximum, a nan where one has it."""
+
+    @function
+    def write(x, y, n, rows, T, workspace):
+        for r in range(rows):
+            m = load(values(workspace, MAX, T), r)
+            if m == math.inf or m == -math.inf:
+                derivative = typed(workspace, 0.0)
+                for j in range(n):
+                    v = load(x, layout.element(workspace, r, j, n))
+                    derivative = v if v != v else derivative
+                for j in range(n):
+                    store(y, layout.element(workspace, r, j, n), derivative)
+
+    return write
+
+
+def _logsumexp_and_slopes(layout: ModuleType) -> Any:
+    """Return logsumexp and softmax; arrays = (logits, answers, slopes, mask or None)."""
+    body, leave_out = _operations.logsumexp_and_slopes_of(layout), leaving_out(layout, 0.0)
+    without_slopes = _without_slopes(layout)
+
+    def work(arrays, numbers, shape, workspace, lo, hi, piece):
+        p, answers, o = pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2])
+        n, inner, T = shape[0], shape[1], layout.height(workspace, shape[2])
+        for i in range(lo, hi):
+            at, rows, first = layout.place(i, T, n, inner)
+            group = logits(ahead(p, at), arrays[3], at)
+            x = layout.fetch(group, 0, workspace, T, n, inner, rows)
+            y = layout.target(ahead(o, at), 1, workspace, T, n)
+            body(x, y, n, rows, T, workspace)
+            copy(values(workspace, LOSS, T), ahead(answers, first), rows)
+            without_slopes(x, y, n, rows, T, workspace)
+            leave_out(group, y, n, inner, rows, workspace)
+            layout.deliver(y, ahead(o, at), T, n, inner, rows)
+
+    return threaded(f"{layout.__name__}.{WITH_SLOPES}", work)
+
+
 def _logsumexp_vjp(layout: ModuleType) -> Any:
     """Return softmax times upstream; arrays = (logits, upstream, result, mask or None).
 
     A row whose maximum is infinite has the derivative 0, unless it has a nan.
     """
     body, leave_out = _operations.logsumexp_vjp_of(layout), leaving_out(layout, 0.0)
+    without_slopes = _without_slopes(layout)
 
     def work(arrays, numbers, shape, workspace, lo, hi, piece):
         p, q, o = pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2])
@@ -177,15 +219,7 @@ def _logsumexp_vjp(layout: ModuleType) -> Any:
             y = layout.target(ahead(o, at), 1, workspace, T, n)
             copy(ahead(q, first), values(workspace, WEIGHT, T), rows)
             body(x, y, n, rows, T, workspace)
-            for r in range(rows):
-                m = load(values(workspace, MAX, T), r)
-                if m == math.inf or m == -math.inf:
-                    derivative = typed(workspace, 0.0)
-                    for j in range(n):
-                        v = load(x, layout.element(workspace, r, j, n))
-                        derivative = v if v != v else derivative
-                    for j in range(n):
-                        store(y, layout.element(workspace, r, j, n), derivative)
+            without_slopes(x, y, n, rows, T, workspace)
             leave_out(group, y, n, inner, rows, workspace)
             layout.deliver(y, ahead(o, at), T, n, inner, rows)
 
@@ -313,6 +347,7 @@ def _kernels(layout: ModuleType) -> dict[str, Any]:
         "fold": _fold(layout),
         "logsumexp": _logsumexp(layout),
         "logsumexp_vjp": _logsumexp_vjp(layout),
+        WITH_SLOPES: _logsumexp_and_slopes(layout),
         "softmax_vjp": _vjp(layout, "softmax_vjp"),
         "log_softmax_vjp": _vjp(layout, "log_softmax_vjp"),
         "cross_entropy": _cross_entropy(layout, False),

@@ -24,10 +24,13 @@ from portable_softmax.kernels._numba._passes import (
 )
 from portable_softmax.kernels._numba._values import (
     CONSTANT,
+    INVERSE,
     LOGSUMEXP,
+    LOSS,
     MAX,
     REST,
     SUM,
+    TOTAL,
     WEIGHT,
     values,
 )
@@ -121,6 +124,31 @@ def logsumexp_vjp_of(layout):
         write_probabilities(e, 0.0, o, n, rows, T, workspace, ())
 
     return logsumexp_vjp
+
+
+def logsumexp_and_slopes_of(layout):
+    @function
+    def inverse_sum(workspace, T, r):
+        return (layout.value(values(workspace, INVERSE, T), r),)
+
+    write_probabilities = layout.writing(probability, inverse_sum)
+
+    @function
+    def logsumexp_and_slopes(p, o, n, rows, T, workspace):
+        """Write the answers to the values, as losses, and softmax to `o`."""
+        e = layout.scratch(o, workspace, T, n, 0)
+        layout.fold(p, e, e, n, rows, T, workspace, 1)
+        for r in range(0, T, layout.step(workspace)):
+            m, rest = (
+                layout.get(values(workspace, MAX, T), r),
+                layout.get(values(workspace, REST, T), r),
+            )
+            total = layout.get(values(workspace, TOTAL, T), r)
+            layout.put(values(workspace, LOSS, T), r, where_finite(m, plus_log1p(m, rest), m))
+            layout.put(values(workspace, INVERSE, T), r, typed(workspace, 1.0) / total)
+        write_probabilities(e, 0.0, o, n, rows, T, workspace, ())
+
+    return logsumexp_and_slopes
 
 
 def softmax_vjp_of(layout):
