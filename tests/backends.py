@@ -419,7 +419,7 @@ class JaxNumba(Jax):
     path = "numba rows"
     quick = (
         *("test_kernels_jax_numba", "test_kernels_jax_family"),
-        *("test_kernels_jax_logsumexp",),
+        *("test_kernels_jax_logsumexp", "test_kernels_jax_binary"),
     )
     others = ("test_values",)
 

@@ -271,6 +271,7 @@ TABLE = (
     _OF_DISTRIBUTIONS._replace(**_HANDLED),
     _OF_ENTRIES,
     _OF_ENTRIES._replace(**_LENT),
+    _OF_ENTRIES._replace(**_HANDLED),
     _OF_BEGINNINGS,
     _OF_BEGINNINGS._replace(**_LENT),
     _OF_BEGINNINGS._replace(**_HANDLED),
@@ -281,6 +282,7 @@ TABLE = (
     _PACKED_LOSS._replace(**_LENT),
     _RULES,
     _RULES._replace(operations=DIVERGENCES, options=_OF_DISTRIBUTIONS.options),
+    _RULES._replace(operations=BINARY, options=_OF_ENTRIES.options),
     _RULES._replace(operations=("logmeanexp",), options=("where",)),
     _RULES._replace(
         operations=("logsumexp",), options=("b", "return_sign", "where", "dtype", OTHER_DTYPE)

@@ -1,7 +1,7 @@
 """JAX: one compiled call, without a branch, in the form that XLA compiles best.
 
-This module loads nothing; `_rules`, `_family` and `_losses`, which need JAX, are imported when
-there is an array of it.
+This module loads nothing; `_rules`, `_family`, `_losses` and `_binary`, which need JAX, are
+imported when there is an array of it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 from portable_softmax import portable
 from portable_softmax.kernels._request import (
+    BINARY,
     DIVERGENCES,
     ENTROPIES,
     FOLD,
@@ -38,7 +39,9 @@ def declines(request: Request, asked: bool) -> str:
         if not all(map(request.library.is_known, lengths)):
             return "symbolic shapes"
         return "nothing to reduce" if 0 in lengths else ""
-    of_known_lengths = request.operation in (*DIVERGENCES, "logmeanexp") or "b" in request.active
+    of_known_lengths = (
+        request.operation in (*DIVERGENCES, *BINARY, "logmeanexp") or "b" in request.active
+    )
     if of_known_lengths and not all(map(request.library.is_known, request.x.shape)):
         return "symbolic shapes"
     if "softcap" in request.active:
@@ -71,7 +74,7 @@ def _dtypes(request: Request) -> tuple[Any, Any]:
 
 
 class Program(NamedTuple):
-    """A function of `_rules`, `_family` or `_losses`, its arrays and what it is compiled for."""
+    """A function, its arrays and what it is compiled for."""
 
     function: Any
     arrays: tuple[Any, ...]
@@ -83,6 +86,8 @@ def program(request: Request) -> Program:
     operation, x = request.operation, request.x
     if operation in LOSSES:
         return _loss(request)
+    if operation in BINARY:
+        return _of_entries(request)
     found, static = function(operation), (request.axes, *_dtypes(request))
     if operation in DIVERGENCES:
         return _divergence(request, found, static)
@@ -103,6 +108,8 @@ def function(operation: str) -> Any:
     """Return what answers an operation, if not that of a linear layer."""
     if operation.startswith("cross_entropy"):
         return getattr(_module("_losses"), operation)
+    if operation in BINARY:
+        return getattr(_module("_binary"), operation)
     operation = "fold_rows" if operation == FOLD else operation
     return getattr(_module("_family" if operation in _FAMILY else "_rules"), operation)
 
@@ -148,6 +155,17 @@ def _loss(request: Request) -> Program:
     )
 
 
+def _of_entries(request: Request) -> Program:
+    options, form = request.options, _module("_binary").Form
+    smoothing = options.label_smoothing
+    numbers = None if smoothing == 0.0 else put(request, [1.0 - smoothing, smoothing / 2.0])
+    return Program(
+        function(request.operation),
+        (request.x, request.labels, options.weight, options.pos_weight, numbers),
+        (form(options.reduction, *_dtypes(request), request.result_dtype),),
+    )
+
+
 def _run(request: Request) -> Any:
     """Answer by one compiled function."""
     function, arrays, static = program(request)
@@ -157,6 +175,7 @@ def _run(request: Request) -> Any:
 softmax = log_softmax = logsumexp = softmax_vjp = log_softmax_vjp = _run
 cross_entropy = cross_entropy_value_and_grad = entropy = entropy_value_and_grad = _run
 kl_divergence = kl_divergence_value_and_grad = logmeanexp = _run
+sigmoid_cross_entropy = sigmoid_cross_entropy_value_and_grad = _run
 
 
 def _linear(request: Request) -> Any:

@@ -11,6 +11,7 @@ from jax import numpy as jnp
 from portable_softmax.kernels import _jax
 from portable_softmax.kernels._jax import _family, _rules
 from portable_softmax.kernels._request import (
+    BINARY,
     BY_Q,
     DIVERGENCES,
     ENTROPIES,
@@ -51,6 +52,11 @@ class Call(NamedTuple):
         return self.operation.startswith("cross_entropy")
 
     @property
+    def of_entries(self) -> bool:
+        """Whether it is a loss of each entry, with nothing to fold."""
+        return self.operation in BINARY
+
+    @property
     def derivative(self) -> str:
         """The kind of a derivative that starts from the logits; empty for other operations."""
         kind = self.operation.rpartition("_")[2]
@@ -60,13 +66,16 @@ class Call(NamedTuple):
     @property
     def axes(self) -> tuple[int, ...]:
         """The reduced axes."""
+        if self.of_entries:
+            return ()
         axes = (self.form.axis,) if self.of_loss else self.static[0]
         return tuple(a + self.batch for a in axes)
 
     @property
     def compute(self) -> Any:
         """What it is computed in."""
-        return jnp.dtype(self.form.compute if self.of_loss else self.static[1])
+        has_form = self.of_loss or self.of_entries
+        return jnp.dtype(self.form.compute if has_form else self.static[1])
 
     def arrays(self, leaves: Arrays) -> Any:
         """Return the arrays as the function takes them."""
@@ -79,7 +88,7 @@ class Call(NamedTuple):
     def where(self, leaves: Arrays) -> Any:
         """Return the mask with as many axes as the logits, or None."""
         arrays = self.arrays(leaves)
-        if self.operation in (*PLAIN, *DIVERGENCES_OF_ROWS):
+        if self.operation in (*PLAIN, *DIVERGENCES_OF_ROWS, *BINARY):
             return None
         where = arrays[3 if self.of_loss else 1]
         return None if where is None else _rules.mask_like(where, arrays[0].ndim)
@@ -149,7 +158,7 @@ def of_rows(call: Call) -> tuple[tuple[int, ...], int | None]:
     arrays, _ = call.tree.unflatten(range(call.tree.num_leaves))
     if call.operation in PLAIN:
         return arrays, None
-    if call.operation in DIVERGENCES_OF_ROWS:
+    if call.operation in (*DIVERGENCES_OF_ROWS, *BINARY):
         return arrays[:2], None
     own, mask = arrays[:1], arrays[3 if call.of_loss else 1]
     if call.of_loss:
@@ -163,6 +172,11 @@ def shapes(x: Any, *others: Any, call: Call) -> list[Any]:
     aval = jax.core.ShapedArray
     if call.derivative == "pullback":
         return [aval(x.shape, x.dtype)]
+    if call.of_entries:
+        form = call.form
+        loss = x.shape if form.reduction == "none" else x.shape[: call.batch]
+        found = [aval(loss, jnp.dtype(form.answer)), aval(x.shape, jnp.dtype(form.gradient))]
+        return found if call.operation == BINARY[1] else found[:1]
     if call.operation in (*ENTROPIES, *DIVERGENCES_OF_ROWS, FOLD):
         shape = [n for a, n in enumerate(x.shape) if a not in call.axes]
         dtypes = (call.static[2],) * 2 if call.operation in ENTROPIES else call.static[1:]

@@ -24,11 +24,13 @@ from portable_softmax.kernels._jax._call import (
     rows,
     shapes,
 )
-from portable_softmax.kernels._request import Layout
+from portable_softmax.kernels._request import BINARY, Layout
 
 
 def _by_handler(*leaves: Any, call: Call) -> list[Any]:
     """Answer by a handler."""
+    if call.of_entries:
+        return _of_entries(call, leaves)
     x, axes = leaves[0], call.axes
     layout = Layout(
         math.prod(x.shape[: min(axes)]),
@@ -46,6 +48,31 @@ def _by_handler(*leaves: Any, call: Call) -> list[Any]:
         buffers["second"] = call.arrays(leaves)[-1].astype(call.compute)
     results = dict(zip(("out", "grad", "other"), shapes(*leaves, call=call), strict=False))
     return _handled(call, layout, buffers, results, None)
+
+
+def _of_entries(call: Call, leaves: Arrays) -> list[Any]:
+    """Let XLA add the losses where vmap asks for several sums, else the handler."""
+    (x, labels, weight, yeses, numbers), form = call.arrays(leaves), call.form
+    compute, like, reduced = call.compute, jax.ShapeDtypeStruct, form.reduction != "none"
+    each, mean = not reduced or call.batch > 0, form.reduction == "mean"
+    per_sum = math.prod(x.shape[call.batch :])
+    weight, yeses = (
+        a if a is None else jnp.broadcast_to(a.astype(compute), x.shape) for a in (weight, yeses)
+    )
+    given = {
+        "x": x, "second": labels.astype(compute), "weight": weight, "samples": yeses,
+        "numbers": numbers,
+    }  # fmt: skip
+    results = {"out": like(x.shape if each else (), compute)}
+    if call.operation == BINARY[1]:
+        results["grad"] = like(x.shape, x.dtype)
+    scale = 1.0 / per_sum if mean else 1.0
+    loss = handlers_of(call.engine).Loss(True, each, mean and not each, None, scale, False, False)
+    value, *grad = _handled(call, Layout(math.prod(x.shape), 1, 1), given, results, loss)
+    if each and reduced:
+        value = jnp.sum(value, axis=tuple(range(call.batch, x.ndim)))
+        value = value / per_sum if mean else value
+    return [value.astype(form.answer), *grad]
 
 
 def _mask(call: Call, layout: Layout, leaves: Arrays) -> Any:

@@ -25,7 +25,7 @@ from portable_softmax.kernels._jax import (
     _transforms,
 )
 from portable_softmax.kernels._jax._call import Arrays, Call, are_soft, handlers_of, rows
-from portable_softmax.kernels._request import DIVERGENCES, FOLD, LOSSES, Request
+from portable_softmax.kernels._request import BINARY, DIVERGENCES, FOLD, LOSSES, Request
 
 # --------------------------------------------------------------------------- what is taken
 
@@ -117,7 +117,7 @@ def _divergence(engine: str, request: Request, arrays: Arrays, static: Any) -> A
 
 def _temperature(engine: str, request: Request) -> Any:
     """Return a temperature as the kernels take it, so that no value is compiled in."""
-    value = 1.0 if request.operation in LOSSES else request.options.temperature
+    value = 1.0 if request.operation in (*LOSSES, *BINARY) else request.options.temperature
     return None if value == 1.0 else _jax.put(request, _prepared(engine, request))
 
 

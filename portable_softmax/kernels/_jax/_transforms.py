@@ -12,7 +12,7 @@ from jax.interpreters import ad, batching
 
 from portable_softmax.kernels._jax import _fold, _losses
 from portable_softmax.kernels._jax._call import Arrays, Call, by_xla, of_rows, rows
-from portable_softmax.kernels._request import BY_Q, DIVERGENCES, ENTROPIES, WITH_SLOPES
+from portable_softmax.kernels._request import BINARY, BY_Q, DIVERGENCES, ENTROPIES, WITH_SLOPES
 
 # Derivatives, which are linear in the last of their arrays, and the transpose of each.
 _TRANSPOSE = {
@@ -157,6 +157,17 @@ def _entropy_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
     return h.astype(answer), change.astype(answer)
 
 
+def _jvp_of_entries(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
+    """Make the gradient beside the loss, in the dtype of the computation."""
+    (x, *others), form, compute = leaves, call.form, call.compute
+    of_slopes = call._replace(operation=BINARY[1], static=(form._replace(gradient=compute),))
+    loss, slopes = rows.bind(x.astype(compute), *others, call=of_slopes)
+    change = slopes * t.astype(compute)
+    if form.reduction != "none":
+        change = jnp.sum(change, axis=tuple(range(call.batch, x.ndim)))
+    return loss, change.astype(loss.dtype)
+
+
 def _divergence_jvp(
     leaves: Arrays, t: list[Any], moving: list[int], call: Call
 ) -> tuple[list[Any], list[Any]]:
@@ -185,6 +196,7 @@ _OF_LOGITS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "cross_entropy": jvp_of_logits,
     "logcumsumexp": jvp_of_logits,
     "entropy": _entropy_jvp,
+    BINARY[0]: _jvp_of_entries,
 }
 _FIRST = {
     **_OF_LOGITS,

@@ -100,6 +100,8 @@ _READ = ("weight", "label_smoothing", "where", "sample_weight", "softcap")
 
 def declines_shape(shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
     """Return why arrays of a shape are left to the next kernel, in C order too."""
+    if not axes:  # entry by entry
+        return _support.refusal()
     first, last = min(axes), max(axes)
     if last - first + 1 != len(axes):
         return "axes apart from each other"

@@ -56,6 +56,7 @@ from portable_softmax.kernels._numba._losses import (
     with_term,
 )
 from portable_softmax.kernels._request import (
+    BINARY,
     BY_Q,
     DIVERGENCES,
     ENTROPIES,
@@ -380,13 +381,52 @@ def _soft_loss(run, stored, compute, gradient):
     return _with_gradient(run, arrays_of, numbers_of, stored, gradient), prepare, finish
 
 
+def _of_entries(run, stored, compute, gradient, variants):
+    """Return what runs the loss of yes-or-no labels, their weights in the place of positions'."""
+    every = "each" in variants
+    losses_of = _flat(OUT, compute)
+    weights_of = _flat(WEIGHT, compute) if "weight" in variants else nothing
+    yeses_of = _flat(SAMPLES, compute) if "pos_weight" in variants else nothing
+    given = _flat(NUMBERS, compute)
+
+    @function
+    def sums_of(job):
+        return carray(at(job + 8 * SUMS, types.float64), word(job, PLAN + PIECES))
+
+    @function
+    def number_of(job):
+        scale, kept, half = options_of(job)[3], 1.0, 0.0
+        if word(job, BUFFERS + NUMBERS) != 0:
+            kept, half = np.float64(given(job)[0]), np.float64(given(job)[1])
+        return kept, half, scale
+
+    arrays_of = _arrays(
+        *(_flat(X, stored), _flat(SECOND, compute), weights_of, yeses_of),
+        *(losses_of if every else nothing, _flat(GRAD, stored) if gradient else nothing),
+        sums_of,
+    )
+
+    @function
+    def finish(job):
+        if integer_of(job) & EACH:
+            return
+        sums, loss = sums_of(job), no_sum()
+        for i in range(word(job, PLAN + PIECES)):
+            loss = with_term(loss, sums[i])
+        result = compensated(loss[0], loss[1])
+        losses_of(job)[0] = result / word(job, PLAN + LENGTH) if word(job, PLAN + MEAN) else result
+
+    return _on(run, arrays_of, number_of), nothing, finish
+
+
 def work_of(operation, layout, dtype, *variants):
     """Return what runs a call, what prepares and what finishes it, and its compute dtype.
 
     Variants are the options that a kernel is compiled for. A kernel that arrays of NumPy or torch
     have taken is not compiled again: its code is in the cache, and is linked into the handler.
     """
-    run, stored = kernels_of(operation)[layout][operation], STORED[dtype]
+    kernel = BINARY[0] if operation in BINARY else operation
+    run, stored = kernels_of(kernel)[layout][kernel], STORED[dtype]
     compute = types.float64 if dtype == "float64" else types.float32
     tempered = "temperature" in variants
     if operation in RUNNING:
@@ -420,6 +460,8 @@ def work_of(operation, layout, dtype, *variants):
         body = _three(run, number_of, *(_rows_of(role, stored) for role in (X, SECOND, OUT)))
         return body, nothing, nothing, compute
     gradient = operation.endswith("value_and_grad")
+    if operation in BINARY:
+        return *_of_entries(run, stored, compute, gradient, variants), compute
     if operation.startswith("soft_"):
         return *_soft_loss(run, stored, compute, gradient), compute
     return *_loss(run, stored, compute, gradient, variants), compute

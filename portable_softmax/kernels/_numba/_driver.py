@@ -26,6 +26,7 @@ from portable_softmax.kernels._numba._losses import WEIGHTED as HAS_WEIGHTS
 from portable_softmax.kernels._numba._values import size_of_values
 from portable_softmax.kernels._request import (
     BESIDE_SINKS,
+    BINARY,
     BY_Q,
     DIVERGENCES,
     ENTROPIES,
@@ -198,7 +199,7 @@ def _call(kernel: Any, *arguments: Any) -> Any:
 # Where the kernels of fewer calls are, which are loaded when one is first needed.
 _ELSEWHERE = {
     **dict.fromkeys((*ENTROPIES, *DIVERGENCES, BY_Q), "_entropies"),
-    "sigmoid_cross_entropy": "_entries",
+    BINARY[0]: "_entries",
     **dict.fromkeys(RUNNING, "_running"),
     **dict.fromkeys(BESIDE_SINKS, "_sinks"),
     **dict.fromkeys(WEIGHTED, "_weights"),
@@ -430,15 +431,20 @@ def binary_losses(
     All arrays have one axis. Weights of the entries and of yeses, where every loss goes, and where
     the gradient times `scale`, are None if there are none.
     """
-    compute, chunk = compute_dtype(z.dtype), _home("sigmoid_cross_entropy").CHUNK
-    groups = -(-z.size // chunk)
-    step = groups if z.nbytes < THREADED else max(1, SMALLEST // (chunk * z.dtype.itemsize))
-    planned = Plan("rows", (z.size, 1, 1), 64, step, groups)
+    compute, planned = compute_dtype(z.dtype), plan_of_entries(z.size, z.dtype.itemsize)
     sums = np.zeros(planned.pieces)
     numbers = (1.0 - smoothing, smoothing / 2.0, scale)
     arrays = (z, t, weights, yeses, each, grad, sums)
     run("sigmoid_cross_entropy", arrays, (numbers,), planned, compute)
     return _sum(sums)
+
+
+def plan_of_entries(n: int, item: int) -> Plan:
+    """Return how so many logits are worked on; `item` is the size of one in bytes."""
+    chunk = _home(BINARY[0]).CHUNK
+    groups = -(-n // chunk)
+    step = groups if n * item < THREADED else max(1, SMALLEST // (chunk * item))
+    return Plan("rows", (n, 1, 1), 64, step, groups)
 
 
 def running(x: Any, dy: Any, out: Any, layout: Layout) -> None:

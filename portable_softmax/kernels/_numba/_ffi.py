@@ -20,7 +20,7 @@ from numba.core.ccallback import CFunc
 from portable_softmax.kernels._numba import _driver, _frame, _handlers, _jit
 from portable_softmax.kernels._numba._exp import temperature
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, SAMPLED, WEIGHTED
-from portable_softmax.kernels._request import BY_Q, DIVERGENCES, RUNNING, Layout
+from portable_softmax.kernels._request import BINARY, BY_Q, DIVERGENCES, RUNNING, Layout
 
 __all__ = ["API", "LAST_API", "ROLES", "Loss", "Target", "made", "target", "temperature"]
 
@@ -112,7 +112,8 @@ def target(
     dtype = buffers["x"].dtype.name
     stored = np.dtype({"float16": "u2", "bfloat16": "i2"}.get(dtype, dtype))
     plan = np.zeros(_frame.WORDS, np.int64)
-    variants = [name for role, name in _VARIANTS.items() if role in buffers]
+    named = _OF_ENTRIES if operation in BINARY else _VARIANTS
+    variants = [name for role, name in named.items() if role in buffers]
     if loss is None:
         plan[_frame.FLAGS] = operation in ("softmax", "log_softmax", PULLBACK)
         operation = _KERNELS.get(operation, operation)
@@ -123,6 +124,7 @@ def target(
     else:
         operation = operation if loss.indices else f"soft_{operation}"
         variants += ["softcap"] * loss.capped
+        variants += ["each"] * (operation in BINARY and loss.each)
         flags = EACH * loss.each | IGNORING * (loss.ignore is not None)
         flags |= WEIGHTED * loss.weighted | SAMPLED * ("samples" in buffers)
         plan[_frame.FLAGS], plan[_frame.IGNORE] = flags, loss.ignore or 0
@@ -134,6 +136,9 @@ def target(
     if operation in RUNNING:
         planned = _driver.plan_of_running(layout, layout.rows * layout.n * stored.itemsize)
         *shape, plan[_frame.LENGTH] = planned.shape
+    elif operation in BINARY:
+        planned = _driver.plan_of_entries(layout.rows, stored.itemsize)
+        shape = [*planned.shape]
     else:
         planned = _driver.plan(operation, layout, stored, compute, capped=capped, mask=mask)
         shape = [*planned.shape]
@@ -150,3 +155,4 @@ def target(
 
 # What a kernel is compiled for, by the buffer that holds it.
 _VARIANTS = {"mask": "where", "samples": "sample_weight"}
+_OF_ENTRIES = {"weight": "weight", "samples": "pos_weight"}
