@@ -194,3 +194,18 @@ def test_value_and_gradient_are_one_handler_and_none_is_exported(jax, xp):
     exported = export.export(jax.jit(loss))(x)
     assert "custom_call" not in exported.mlir_module()
     np.testing.assert_allclose(exported.call(x), np.log(2), rtol=1e-6)
+
+
+@pytest.mark.slow("two programs", "jax-numba")
+@pytest.mark.parametrize("more", [-1, 0])
+def test_the_sum_of_many_entries_is_that_of_few(jax, xp, more):
+    """From a size on XLA is kept from making one operation of losses and sum; a nan stays."""
+    from portable_softmax.kernels._jax import _binary
+
+    z = 3 * np.random.default_rng(0).standard_normal(_binary._LARGE + more)
+    x, t = xp.asarray(z), xp.asarray((z > 1).astype(float))
+    loss, grad = ps.sigmoid_cross_entropy_value_and_grad(x, t)
+    want = exact(z, np.asarray(t))
+    np.testing.assert_allclose(float(loss), float(want[0]), rtol=1e-14)
+    np.testing.assert_allclose(grad, want[1].astype(float), rtol=1e-13)
+    assert np.isnan(ps.sigmoid_cross_entropy(x.at[5].set(np.nan), t))
