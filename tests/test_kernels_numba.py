@@ -362,6 +362,11 @@ LAYOUTS = [
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS, ids=str)
 def test_every_axis(every_size, shape, axis, dtype):
+    """The two half types share the layouts: each has rows, columns and rows of few classes."""
+    if ml_dtypes and dtype in ("float16", "bfloat16"):
+        of_float16 = LAYOUTS.index((shape, axis)) in (0, 3, 4, 6, 7, 10)
+        if of_float16 != (dtype == "float16"):
+            pytest.skip("the other half type has this layout")
     rng = np.random.default_rng(1)
     x = (3 * rng.standard_normal(shape)).astype(np_dtype(dtype))
     dy = rng.standard_normal(shape).astype(np_dtype(dtype))
@@ -404,22 +409,40 @@ def test_what_is_left_to_the_next_kernel(every_size):
 @pytest.mark.parametrize("dtype", ONE_HALF_TYPE)
 @pytest.mark.parametrize("rows", [1, 15, 37])
 def test_groups_of_rows_come_to_the_bits_of_single_rows(every_size, monkeypatch, rows, dtype):
-    """The loss of a row and its log_softmax are of different layouts."""
+    """The loss of a row and its log_softmax are of different layouts.
+
+    What a group is folded by knows neither options nor labels: float32 meets all of them, and of
+    the others each meets every second.
+    """
     driver, n = heavy("_driver"), 300
     x = np.concatenate([families(n, dtype), families(n, dtype)[:9]])[:: 64 // rows][:rows]
     labels, mask = np.arange(rows) * 7 % n, np.random.default_rng(0).random(x.shape) < 0.7
     mask[np.arange(rows), labels] = True
 
     def every():
-        found = [ps.logsumexp(x, axis=-1), ps.logsumexp(x, axis=-1, where=mask)]
-        found += [ps.softmax(x), ps.softmax(x, where=mask), ps.softmax(x, temperature=0.7)]
-        for options in ({}, {"softcap": 5.0}, {"where": mask}, {"label_smoothing": 0.1}):
-            given = {"reduction": "none", **options}
-            found += ps.cross_entropy_value_and_grad(x, labels, **given)
-            found.append(ps.cross_entropy(x, labels, **given))
-        q = np.abs(x.astype(np.float32))
-        found += ps.cross_entropy_value_and_grad(x, q / q.max(), reduction="none")
+        found = []
+        for call in chosen:
+            found += call()
         return found
+
+    def losses(**options):
+        given = {"reduction": "none", **options}
+        both = ps.cross_entropy_value_and_grad(x, labels, **given)
+        return *both, ps.cross_entropy(x, labels, **given)
+
+    q = np.abs(x.astype(np.float32))
+    calls = (
+        lambda: [ps.logsumexp(x, axis=-1)],
+        lambda: [ps.logsumexp(x, axis=-1, where=mask)],
+        lambda: [ps.softmax(x, where=mask)],
+        lambda: [ps.softmax(x), ps.softmax(x, temperature=0.7)],
+        losses,
+        lambda: losses(softcap=5.0),
+        lambda: losses(where=mask),
+        lambda: losses(label_smoothing=0.1),
+        lambda: ps.cross_entropy_value_and_grad(x, q / q.max(), reduction="none"),
+    )
+    chosen = {"float32": calls, "float64": calls[::2]}.get(dtype, calls[1::2])
 
     with np.errstate(all="ignore"):
         grouped = every()

@@ -454,19 +454,25 @@ def with_rows(shape, axis, rng):
     return np.moveaxis(x.reshape(*others, *lengths), range(-len(axes), 0), axes).copy()
 
 
+FOLDED = [((70, 1000), 1), ((70, 12), 1), ((70, 3), 1), ((35, 60, 2), 1), ((7, 5, 300), (1, 2))]
+FOLDED_WITH = (None, "temperature", "where")
+
+
 @pytest.mark.slow("Numba compiles each layout for each dtype", "numba", "torch-numba")
 @pytest.mark.libraries("numpy", "torch")
-@pytest.mark.parametrize(
-    ("shape", "axis"),
-    [((70, 1000), 1), ((70, 12), 1), ((70, 3), 1), ((35, 60, 2), 1), ((7, 5, 300), (1, 2))],
-)
-@pytest.mark.parametrize("option", [None, "temperature", "where"])
+@pytest.mark.parametrize(("shape", "axis"), FOLDED)
+@pytest.mark.parametrize("option", FOLDED_WITH)
 def test_a_kernel_folds_as_the_portable_path(xp, shape, axis, option):
-    """Each layout of rows, some of which hold an infinity or a nan."""
+    """Each layout of rows, some of which hold an infinity or a nan.
+
+    Numba compiles half of the dtypes for each case, in turn, so that each two values meet.
+    """
     rng = np.random.default_rng(0)
     x, mask = with_rows(shape, axis, rng), xp.asarray(rng.random(shape) > 0.3)
     options = {None: {}, "temperature": {"temperature": 3.0}, "where": {"where": mask}}[option]
-    for dtype in ("float32", "float64", *xp.halves):
+    turn = FOLDED.index((shape, axis)) + FOLDED_WITH.index(option)
+    dtypes = ("float32", "float64", *xp.halves)
+    for dtype in dtypes[turn % 2 :: 2] if xp.path == "numba rows" else dtypes:
         given = xp.asarray(x, dtype)
         found = online.fold(given, axis=axis, **options)
         with kernels.portable():
