@@ -6,7 +6,6 @@ import re
 
 import numpy as np
 import pytest
-from scipy import special
 
 import portable_softmax as ps
 
@@ -49,7 +48,7 @@ def test_one_handler_has_the_value_and_the_slopes(jax, xp, shape, dtype):
     y, grad = jax.jit(value_and_pullback)(x, dy)
     assert (y.dtype, grad.dtype, y.shape, grad.shape) == (dtype, dtype, shape[:1], shape)
     exact, tolerance = np.asarray(x, np.longdouble), {"float32": 2e-6, "float64": 4e-15}[dtype]
-    want = special.logsumexp(exact, axis=-1)
+    want = np.logaddexp.reduce(exact, axis=-1)
     np.testing.assert_allclose(y, want, rtol=tolerance)
     slopes = np.exp(exact - want[:, None]) * np.asarray(dy)[:, None]
     np.testing.assert_allclose(grad, slopes, rtol=8 * tolerance)
@@ -88,7 +87,7 @@ def test_a_mask(jax, xp):
     assert name.startswith("logsumexp_value_and_grad.")
     assert name.endswith("where")
     y, grad = jax.jit(masked)(x, dy)
-    want = special.logsumexp(plain, axis=-1)
+    want = np.logaddexp.reduce(plain, axis=-1, dtype=np.longdouble)
     np.testing.assert_allclose(y, want, rtol=1e-14)
     slopes = np.where(where, np.exp(plain - np.where(where.any(1), want, 0)[:, None]), 0)
     np.testing.assert_allclose(grad, slopes * np.asarray(dy)[:, None], rtol=1e-13)
