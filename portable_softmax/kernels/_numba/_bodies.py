@@ -344,13 +344,31 @@ def _loss(run, stored, compute, gradient, variants):
     return _with_gradient(run, arrays_of, numbers_of, stored, gradient), prepare, finish
 
 
+@function
+def sums_of(job):
+    """The sum of each piece, where it has but one."""
+    return carray(at(job + 8 * SUMS, types.float64), word(job, PLAN + PIECES))
+
+
+def _adding_up(losses_of):
+    """Return what writes the sum or the mean of such pieces, unless each loss is asked for."""
+
+    @function
+    def finish(job):
+        if integer_of(job) & EACH:
+            return
+        sums, loss = sums_of(job), no_sum()
+        for i in range(word(job, PLAN + PIECES)):
+            loss = with_term(loss, sums[i])
+        result = compensated(loss[0], loss[1])
+        losses_of(job)[0] = result / word(job, PLAN + LENGTH) if word(job, PLAN + MEAN) else result
+
+    return finish
+
+
 def _soft_loss(run, stored, compute, gradient):
     x_of, t_of, losses_of = _rows_of(X, stored), _rows_of(SECOND, compute), _flat(OUT, compute)
     given = _flat(NUMBERS, compute)
-
-    @function
-    def sums_of(job):
-        return carray(at(job + 8 * SUMS, types.float64), word(job, PLAN + PIECES))
 
     @function
     def arrays_of(job):
@@ -368,17 +386,8 @@ def _soft_loss(run, stored, compute, gradient):
         if word(job, BUFFERS + NUMBERS) != 0:
             options[0] = given(job)[1]
 
-    @function
-    def finish(job):
-        if integer_of(job) & EACH:
-            return
-        sums, loss = sums_of(job), no_sum()
-        for i in range(word(job, PLAN + PIECES)):
-            loss = with_term(loss, sums[i])
-        result = compensated(loss[0], loss[1])
-        losses_of(job)[0] = result / word(job, PLAN + LENGTH) if word(job, PLAN + MEAN) else result
-
-    return _with_gradient(run, arrays_of, numbers_of, stored, gradient), prepare, finish
+    body = _with_gradient(run, arrays_of, numbers_of, stored, gradient)
+    return body, prepare, _adding_up(losses_of)
 
 
 def _of_entries(run, stored, compute, gradient, variants):
@@ -388,10 +397,6 @@ def _of_entries(run, stored, compute, gradient, variants):
     weights_of = _flat(WEIGHT, compute) if "weight" in variants else nothing
     yeses_of = _flat(SAMPLES, compute) if "pos_weight" in variants else nothing
     given = _flat(NUMBERS, compute)
-
-    @function
-    def sums_of(job):
-        return carray(at(job + 8 * SUMS, types.float64), word(job, PLAN + PIECES))
 
     @function
     def number_of(job):
@@ -406,17 +411,7 @@ def _of_entries(run, stored, compute, gradient, variants):
         sums_of,
     )
 
-    @function
-    def finish(job):
-        if integer_of(job) & EACH:
-            return
-        sums, loss = sums_of(job), no_sum()
-        for i in range(word(job, PLAN + PIECES)):
-            loss = with_term(loss, sums[i])
-        result = compensated(loss[0], loss[1])
-        losses_of(job)[0] = result / word(job, PLAN + LENGTH) if word(job, PLAN + MEAN) else result
-
-    return _on(run, arrays_of, number_of), nothing, finish
+    return _on(run, arrays_of, number_of), nothing, _adding_up(losses_of)
 
 
 def work_of(operation, layout, dtype, *variants):
