@@ -141,32 +141,6 @@ def _temperature(compute):
     return temperature_of
 
 
-def _three(run, number_of, first_of, second_of, third_of):
-    """Return what runs a kernel of three arrays and a number."""
-
-    @function
-    def body(job, workspace):
-        arrays, numbers = (first_of(job), second_of(job), third_of(job)), (number_of(job),)
-        step, groups = word(job, PLAN + STEP), word(job, PLAN + GROUPS)
-        run(arrays, numbers, shape_of(job), workspace, pieces_of(job), step, groups)
-
-    return body
-
-
-def _upstream(run, stored, compute, masked):
-    """Return what runs the gradient through logsumexp."""
-    x_of, dy_of, out_of = _rows_of(X, stored), _flat(SECOND, compute), _rows_of(OUT, stored)
-    mask_of = _flat(MASK, types.uint8) if masked else nothing
-
-    @function
-    def body(job, workspace):
-        arrays = x_of(job), dy_of(job), out_of(job), mask_of(job)
-        step, groups = word(job, PLAN + STEP), word(job, PLAN + GROUPS)
-        run(arrays, (0,), shape_of(job), workspace, pieces_of(job), step, groups)
-
-    return body
-
-
 def _arrays(first, *others):
     """Return the function that returns what each of some returns: Numba unpacks no tuple."""
     if not others:
@@ -205,11 +179,13 @@ def _fold(run, stored, compute, tempered, masked):
     return _on(run, arrays_of, _temperature(compute) if tempered else integer_of)
 
 
-def _logsumexp_and_slopes(run, stored, masked):
-    """Return what runs logsumexp with its gradient."""
+def _slopes_of_logsumexp(run, stored, compute, operation, masked):
+    """Return what runs softmax beside logsumexp, or times upstream gradients."""
     mask_of = _flat(MASK, types.uint8) if masked else nothing
-    arrays_of = _arrays(_rows_of(X, stored), _flat(OUT, stored), _rows_of(GRAD, stored), mask_of)
-    return _on(run, arrays_of, integer_of)
+    roles = (_flat(OUT, stored), _rows_of(GRAD, stored))
+    if operation == "logsumexp_vjp":
+        roles = (_flat(SECOND, compute), _rows_of(OUT, stored))
+    return _on(run, _arrays(_rows_of(X, stored), *roles, mask_of), integer_of)
 
 
 def _entropy(run, stored, gradient):
@@ -440,19 +416,17 @@ def work_of(operation, layout, dtype, *variants):
         number_of = _temperature(compute) if tempered else integer_of
         out_of = (_flat if operation == "logsumexp" else _rows_of)(OUT, stored)
         mask_of = _flat(MASK, types.uint8) if "where" in variants else nothing
-        body = _three(run, number_of, _rows_of(X, stored), out_of, mask_of)
+        body = _on(run, _arrays(_rows_of(X, stored), out_of, mask_of), number_of)
         return body, nothing, nothing, compute
-    if operation == WITH_SLOPES:
-        body = _logsumexp_and_slopes(run, stored, "where" in variants)
-        return body, nothing, nothing, compute
-    if operation == "logsumexp_vjp":
-        body = _upstream(run, stored, compute, "where" in variants)
+    if operation in (WITH_SLOPES, "logsumexp_vjp"):
+        body = _slopes_of_logsumexp(run, stored, compute, operation, "where" in variants)
         return body, nothing, nothing, compute
     if operation in ("softmax_vjp", "log_softmax_vjp"):
         number_of = left_out_of
         if operation == "softmax_vjp":
             number_of = _off_one_of(dtype, compute)
-        body = _three(run, number_of, *(_rows_of(role, stored) for role in (X, SECOND, OUT)))
+        arrays_of = _arrays(*(_rows_of(role, stored) for role in (X, SECOND, OUT)))
+        body = _on(run, arrays_of, number_of)
         return body, nothing, nothing, compute
     gradient = operation.endswith("value_and_grad")
     if operation in BINARY:

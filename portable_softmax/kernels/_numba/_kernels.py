@@ -179,51 +179,33 @@ def _without_slopes(layout: ModuleType) -> Any:
     return write
 
 
-def _logsumexp_and_slopes(layout: ModuleType) -> Any:
-    """Return logsumexp and softmax; arrays = (logits, answers, slopes, mask or None)."""
-    body, leave_out = _operations.logsumexp_and_slopes_of(layout), leaving_out(layout, 0.0)
-    without_slopes = _without_slopes(layout)
+def _slopes_of_logsumexp(layout: ModuleType, operation: str) -> Any:
+    """Return softmax beside logsumexp, or times upstream gradients.
 
-    def work(arrays, numbers, shape, workspace, lo, hi, piece):
-        p, answers, o = pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2])
-        n, inner, T = shape[0], shape[1], layout.height(workspace, shape[2])
-        for i in range(lo, hi):
-            at, rows, first = layout.place(i, T, n, inner)
-            group = logits(ahead(p, at), arrays[3], at)
-            x = layout.fetch(group, 0, workspace, T, n, inner, rows)
-            y = layout.target(ahead(o, at), 1, workspace, T, n)
-            body(x, y, n, rows, T, workspace)
-            copy(values(workspace, LOSS, T), ahead(answers, first), rows)
-            without_slopes(x, y, n, rows, T, workspace)
-            leave_out(group, y, n, inner, rows, workspace)
-            layout.deliver(y, ahead(o, at), T, n, inner, rows)
-
-    return threaded(f"{layout.__name__}.{WITH_SLOPES}", work)
-
-
-def _logsumexp_vjp(layout: ModuleType) -> Any:
-    """Return softmax times upstream; arrays = (logits, upstream, result, mask or None).
-
-    A row whose maximum is infinite has the derivative 0, unless it has a nan.
+    arrays = (logits, answers or upstream, result, mask or None). A row whose maximum is infinite
+    has the derivative 0, unless it has a nan.
     """
-    body, leave_out = _operations.logsumexp_vjp_of(layout), leaving_out(layout, 0.0)
-    without_slopes = _without_slopes(layout)
+    body, leave_out = getattr(_operations, f"{operation}_of")(layout), leaving_out(layout, 0.0)
+    without_slopes, given = _without_slopes(layout), operation == "logsumexp_vjp"
 
     def work(arrays, numbers, shape, workspace, lo, hi, piece):
-        p, q, o = pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2])
+        p, each, o = pointer(arrays[0]), pointer(arrays[1]), pointer(arrays[2])
         n, inner, T = shape[0], shape[1], layout.height(workspace, shape[2])
         for i in range(lo, hi):
             at, rows, first = layout.place(i, T, n, inner)
             group = logits(ahead(p, at), arrays[3], at)
             x = layout.fetch(group, 0, workspace, T, n, inner, rows)
             y = layout.target(ahead(o, at), 1, workspace, T, n)
-            copy(ahead(q, first), values(workspace, WEIGHT, T), rows)
+            if given:
+                copy(ahead(each, first), values(workspace, WEIGHT, T), rows)
             body(x, y, n, rows, T, workspace)
+            if not given:
+                copy(values(workspace, LOSS, T), ahead(each, first), rows)
             without_slopes(x, y, n, rows, T, workspace)
             leave_out(group, y, n, inner, rows, workspace)
             layout.deliver(y, ahead(o, at), T, n, inner, rows)
 
-    return threaded(f"{layout.__name__}.logsumexp_vjp", work)
+    return threaded(f"{layout.__name__}.{operation}", work)
 
 
 def _cross_entropy(layout: ModuleType, gradient: bool) -> Any:
@@ -346,8 +328,8 @@ def _kernels(layout: ModuleType) -> dict[str, Any]:
         "log_softmax": _row_by_row(layout, "log_softmax", -math.inf),
         "fold": _fold(layout),
         "logsumexp": _logsumexp(layout),
-        "logsumexp_vjp": _logsumexp_vjp(layout),
-        WITH_SLOPES: _logsumexp_and_slopes(layout),
+        "logsumexp_vjp": _slopes_of_logsumexp(layout, "logsumexp_vjp"),
+        WITH_SLOPES: _slopes_of_logsumexp(layout, WITH_SLOPES),
         "softmax_vjp": _vjp(layout, "softmax_vjp"),
         "log_softmax_vjp": _vjp(layout, "log_softmax_vjp"),
         "cross_entropy": _cross_entropy(layout, False),

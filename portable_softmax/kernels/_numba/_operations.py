@@ -126,7 +126,7 @@ def logsumexp_vjp_of(layout):
     return logsumexp_vjp
 
 
-def logsumexp_and_slopes_of(layout):
+def logsumexp_value_and_grad_of(layout):
     @function
     def inverse_sum(workspace, T, r):
         return (layout.value(values(workspace, INVERSE, T), r),)
@@ -134,7 +134,7 @@ def logsumexp_and_slopes_of(layout):
     write_probabilities = layout.writing(probability, inverse_sum)
 
     @function
-    def logsumexp_and_slopes(p, o, n, rows, T, workspace):
+    def logsumexp_value_and_grad(p, o, n, rows, T, workspace):
         """Write the answers to the values, as losses, and softmax to `o`."""
         e = layout.scratch(o, workspace, T, n, 0)
         layout.fold(p, e, e, n, rows, T, workspace, 1)
@@ -148,7 +148,7 @@ def logsumexp_and_slopes_of(layout):
             layout.put(values(workspace, INVERSE, T), r, typed(workspace, 1.0) / total)
         write_probabilities(e, 0.0, o, n, rows, T, workspace, ())
 
-    return logsumexp_and_slopes
+    return logsumexp_value_and_grad
 
 
 def softmax_vjp_of(layout):
