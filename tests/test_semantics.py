@@ -105,8 +105,9 @@ def test_a_row_of_minus_inf_only(xp):
     """a row of -inf only | softmax nan, logsumexp -inf, as every peer; its gradient 0"""
     values = [[-INF, -INF], [0.0, 0.0]]
     x = xp.asarray(values)
-    assert_close(xp, ps.softmax(x), [[NAN, NAN], [0.5, 0.5]])
-    assert_close(xp, ps.log_softmax(x), [[NAN, NAN], [-np.log(2)] * 2])
+    for t in (1.0, 2.0):
+        assert_close(xp, ps.softmax(x, temperature=t), [[NAN, NAN], [0.5, 0.5]])
+        assert_close(xp, ps.log_softmax(x, temperature=t), [[NAN, NAN], [-np.log(2)] * 2])
     assert_close(xp, ps.logsumexp(x, axis=1), [-INF, np.log(2)])
     check_slopes(xp, values, [[0.0, 0.0], [0.5, 0.5]])
 
@@ -134,8 +135,9 @@ def test_plus_inf_in_a_row(xp):
     x = xp.asarray(values)
     expected = np.full((4, 2), NAN)
     expected[3] = 0.5
-    assert_close(xp, ps.softmax(x), expected)
-    assert_close(xp, ps.log_softmax(x), np.log(expected))
+    for t in (1.0, 2.0):
+        assert_close(xp, ps.softmax(x, temperature=t), expected)
+        assert_close(xp, ps.log_softmax(x, temperature=t), np.log(expected))
     assert_close(xp, ps.logsumexp(x, axis=1), [INF, INF, INF, np.log(2)])
     check_slopes(xp, values, [[0.0, 0.0]] * 3 + [[0.5, 0.5]])
 
@@ -145,8 +147,10 @@ def test_nan_in_a_row(xp):
     values = [[NAN, 0.0, INF], [0.0, 0.0, 0.0], [1.0, NAN, -INF]]
     x = xp.asarray(values)
     third = 1 / 3
-    assert_close(xp, ps.softmax(x), [[NAN] * 3, [third] * 3, [NAN] * 3])
-    assert_close(xp, ps.log_softmax(x), [[NAN] * 3, [-np.log(3)] * 3, [NAN] * 3])
+    for t in (1.0, 2.0):
+        assert_close(xp, ps.softmax(x, temperature=t), [[NAN] * 3, [third] * 3, [NAN] * 3])
+        logs = [[NAN] * 3, [-np.log(3)] * 3, [NAN] * 3]
+        assert_close(xp, ps.log_softmax(x, temperature=t), logs)
     assert_close(xp, ps.logsumexp(x, axis=1), [NAN, np.log(3), NAN])
     check_slopes(xp, values, [[NAN] * 3, [third] * 3, [NAN] * 3])
     loss, grad = ce(xp, x, xp.asarray([0, 0, 0]), reduction="none")

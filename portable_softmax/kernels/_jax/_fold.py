@@ -70,7 +70,9 @@ def _rest_of_written_terms(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
         root, unit, power = roots(x, m, jnp.asarray(jnp.finfo(x.dtype).max, x.dtype), axes)
         terms = root * spread(power, x, axes) * root
     else:
-        terms, unit = tempered_terms(x, m, scale, axes), 1.0
+        # Beside +inf the other terms are 0, but a row that has it is nan.
+        unit = select(lax.is_finite(m), lax.full_like(m, 1.0), math.nan)
+        terms = tempered_terms(x, m, scale, axes)
     entries = select(x == spread(m, x, axes), lax.full_like(x, -1.0), terms)
     zero = lax.full_like(x, 0.0)
     maxima = -jnp.sum(lax.min(lax.stop_gradient(entries), zero), axis=axes)
