@@ -137,6 +137,7 @@ def test_which_path_takes_it(xp):
     paths = {"numpy": "numpy tiles", "torch": "numpy tiles"}
     paths |= {"numba": "numba rows", "torch-numba": "numba rows"}
     paths |= dict.fromkeys(("dask", "cubed"), f"{xp.library} chunks")
+    paths |= dict.fromkeys(("jax", "jax-numba"), "jax rules")
     x = xp.asarray(np.zeros((2, 3)))
     for name in ("softmax", "log_softmax"):
         for sink in (0.0, xp.asarray(np.zeros((2, 1)))):

@@ -285,6 +285,10 @@ TABLE = (
     _RULES._replace(operations=BINARY, options=_OF_ENTRIES.options),
     _RULES._replace(operations=("logmeanexp",), options=("where",)),
     _RULES._replace(
+        operations=("softmax", "log_softmax"),
+        options=("sink", "where", "temperature", "dtype", OTHER_DTYPE),
+    ),
+    _RULES._replace(
         operations=("logsumexp",), options=("b", "return_sign", "where", "dtype", OTHER_DTYPE)
     ),
     *(

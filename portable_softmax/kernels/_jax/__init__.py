@@ -1,7 +1,7 @@
 """JAX: one compiled call, without a branch, in the form that XLA compiles best.
 
-This module loads nothing; `_rules`, `_family`, `_losses` and `_binary`, which need JAX, are
-imported when there is an array of it.
+This module loads nothing; `_rules`, `_sinks`, `_family`, `_losses` and `_binary`, which need JAX,
+are imported when there is an array of it.
 """
 
 from __future__ import annotations
@@ -101,6 +101,10 @@ def program(request: Request) -> Program:
         return Program(weighted, (x, b, where), (*static, request.options.return_sign))
     if operation in ("logsumexp", "logmeanexp"):
         return Program(found, (x, where), static)
+    if (sink := request.options.sink) is not None:
+        sink = put(request, sink) if isinstance(sink, float) else sink
+        beside = getattr(_module("_sinks"), operation)
+        return Program(beside, (x, sink, where, _scale(request)), static)
     return Program(found, (x, where, _scale(request)), static)
 
 

@@ -10,6 +10,7 @@ maximum.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -93,11 +94,22 @@ def _fold_jvp(axes: Axes, written: bool, primals: Any, tangents: Any) -> Any:
 
 def exps(x: Any, m: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
     """Return exp((x - max) / temperature) times a number of the row, and that number."""
+    exp, unit = exps_by(x, m, scale, axes)
+    return exp(x, axes), unit
+
+
+def exps_by(x: Any, m: Any, scale: Any, axes: Axes) -> tuple[Callable[[Any, Axes], Any], Any]:
+    """Return the function that returns them, of the rows or of what lacks their axes."""
     if scale is not None:
-        return jnp.exp(shifted(x, m, scale, axes)), jnp.ones_like(m)
+        return lambda x, axes: jnp.exp(shifted(x, m, scale, axes)), jnp.ones_like(m)
     c, power = base(x, m, axes)
-    terms, unit = jnp.exp(x - spread(c, x, axes)), jnp.exp(m - c)
-    return (terms, unit) if power is None else (terms * spread(power, x, axes), unit * power)
+
+    def exp(x: Any, axes: Axes) -> Any:
+        terms = jnp.exp(x - spread(c, x, axes))
+        return terms if power is None else terms * spread(power, x, axes)
+
+    unit = jnp.exp(m - c)
+    return exp, unit if power is None else unit * power
 
 
 def roots(x: Any, m: Any, big: Any, axes: Axes) -> tuple[Any, Any, Any]:

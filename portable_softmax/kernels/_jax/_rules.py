@@ -74,7 +74,7 @@ def _softmax_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
     change = y * (t - spread(jnp.sum(y * t, axis=axes), y, axes))
     # Nothing, as the changes of a row sum to 0. But its transpose takes a constant off the upstream
     # gradient, which keeps the digits of a confident row: see the portable `softmax_vjp`.
-    return y, change - _confident(y) * spread(jnp.sum(change, axis=axes), y, axes)
+    return y, change - confident(y) * spread(jnp.sum(change, axis=axes), y, axes)
 
 
 @jit
@@ -168,7 +168,7 @@ def softmax_vjp(y: Any, dy: Any, axes: Axes, compute: Any, answer: Any) -> Any:
     rounding = portable.ROUNDING.get(y.dtype.name, 0.0)
     y, dy = y.astype(compute), dy.astype(compute)
     whole = jnp.sum(y, axis=axes)
-    c = jnp.sum(_confident(y) * dy, axis=axes)
+    c = jnp.sum(confident(y) * dy, axis=axes)
     off = portable.off_one(float(jnp.finfo(compute).eps), rounding)
     fits = lax.is_finite(c) & (jnp.abs(whole - 1.0) <= off)
     c, whole = select(fits, c, 0.0), select(fits, whole, 0.0)
@@ -177,7 +177,7 @@ def softmax_vjp(y: Any, dy: Any, axes: Axes, compute: Any, answer: Any) -> Any:
     return (y * (dy - spread(s, y, axes))).astype(answer)
 
 
-def _confident(y: Any) -> Any:
+def confident(y: Any) -> Any:
     """Return 1 at a confident entry of a softmax and 0 elsewhere.
 
     Before a sum, XLA writes the outcomes of comparisons to memory.
