@@ -131,6 +131,7 @@ def operations(kernel: _table.Kernel) -> str:
         PARTS: "parts of rows",
         RUNNING: "logcumsumexp",
         ("logsumexp",): "logsumexp with weights",
+        ("softmax", "log_softmax"): "softmax and log_softmax with a sink",
     }
     alone = [name for name in kernel.operations if not name.endswith("_value_and_grad")]
     return named.get(kernel.operations) or ", ".join(alone)
