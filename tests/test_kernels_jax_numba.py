@@ -590,12 +590,12 @@ def test_soak(jax, xp):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"plan": np.zeros(3, np.int64)}, "another plan"),
-        ({"plan": np.zeros(33, np.int32)}, "another plan"),
-        ({"plan": np.zeros(33, np.int64)}, "another call frame"),
-        ({"other": np.zeros(33, np.int64)}, "another call frame"),
+        ({"plan": lambda plan: plan[:3]}, "another plan"),
+        ({"plan": lambda plan: plan.astype(np.int32)}, "another plan"),
+        ({"plan": np.zeros_like}, "another call frame"),
+        ({"other": np.zeros_like}, "another call frame"),
         ({"shape": (3, 3)}, "another buffer"),
-        ({"dtype": np.int64}, "another buffer"),
+        ({"dtype": "int64"}, "another buffer"),
     ],
 )
 def test_what_was_not_planned_is_an_error(jax, xp, change, message):
@@ -607,11 +607,38 @@ def test_what_was_not_planned_is_an_error(jax, xp, change, message):
     ps.softmax(x)  # registers the handler
     buffers = {"x": x, "out": x}
     target = _ffi.target(_lowering.register, "softmax", (*ROWS, 1), buffers, None)
-    attributes = {"plan": target.plan, **change}
+    changed = {k: f(target.plan) if callable(f) else f for k, f in change.items()}
+    attributes = {"plan": target.plan, **changed}
     like = jax.ShapeDtypeStruct(attributes.pop("shape", x.shape), attributes.pop("dtype", x.dtype))
     with pytest.raises(jax.errors.JaxRuntimeError, match=f"portable_softmax: {message}"):
         jax.block_until_ready(jax.ffi.ffi_call(target.name, like)(x, **attributes))
     close(ps.softmax(x), jax.nn.softmax(x))
+
+
+def test_xlas_threads_help_with_less_than_numpys(jax, xp):
+    """They look for work before they sleep."""
+    from portable_softmax.kernels._jax import _lowering
+    from portable_softmax.kernels._numba import _driver, _frame
+    from portable_softmax.kernels._numba._ffi import target
+
+    def handled(operation, rows):
+        like = jax.ShapeDtypeStruct((rows, 64), np.float32)
+        buffers = {"x": like, "out": like}
+        plan = target(_lowering.register, operation, (rows, 64, 1), buffers, None).plan
+        return plan[_frame.PIECES], plan[_frame.HELPERS]
+
+    def of_numpy(operation, rows):
+        given = np.dtype(np.float32), np.dtype(np.float32)
+        return _driver.plan(operation, _driver.Layout(rows, 64, 1), *given).pieces
+
+    for operation in ("softmax", "log_softmax"):
+        pieces, helpers = zip(*(handled(operation, 1 << k) for k in range(8, 19)), strict=True)
+        assert pieces[0] == of_numpy(operation, 1 << 12) == 1
+        assert pieces[4] > helpers[4] > 1
+        assert sorted(pieces) == list(pieces)
+        assert sorted(helpers) == list(helpers)
+        assert of_numpy(operation, 1 << 18) == pieces[-1] > 15
+    assert of_numpy("entropy", 1 << 12) > 1  # there is more to do for each entry
 
 
 def test_a_large_result_comes_in_large_pages(jax, xp):

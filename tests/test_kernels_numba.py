@@ -633,7 +633,6 @@ def test_rows_in_another_order_have_the_same_bits(every_size, shape, axis, dtype
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_the_number_of_threads_changes_no_bit(every_size, plans, monkeypatch, shape, reduction):
     """Nor does who takes which piece."""
-    monkeypatch.setattr(heavy("_driver"), "SMALLEST", 1 << 12)
     monkeypatch.setattr(heavy("_driver"), "LARGEST", 1 << 12)
     monkeypatch.setattr(heavy("_driver"), "THREADED", 0)
     rng = np.random.default_rng(0)

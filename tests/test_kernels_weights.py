@@ -214,7 +214,6 @@ def test_a_sign_without_weights(path):
 @pytest.mark.parametrize(("shape", "axis"), [((1000, 10), 1), ((300, 300), 1), ((2, 40, 190), 1)])
 def test_the_number_of_threads_changes_no_bit(path, monkeypatch, shape, axis):
     driver = importlib.import_module("portable_softmax.kernels._numba._driver")
-    monkeypatch.setattr(driver, "SMALLEST", 1 << 12)
     monkeypatch.setattr(driver, "LARGEST", 1 << 12)
     monkeypatch.setattr(driver, "THREADED", 0)
     x, b = case(shape, "float32")

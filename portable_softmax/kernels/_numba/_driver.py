@@ -52,12 +52,16 @@ FEW_OF |= dict.fromkeys(WEIGHTED, 48)
 # So many vectors, of 64 bytes, of short rows and of columns are worked on side by side: columns are
 # read in runs of so many lines. Where a tile of columns would have more bytes, one vector is.
 VECTORS, COLUMN_VECTORS, TILE = 4, 8, 1 << 21
-# A piece of work is a part of the array, of so many bytes at least and at most: threads that take
-# one after the other share small arrays evenly, and write long stretches of large ones. Smaller
-# arrays than THREADED are left to one thread: to wake another takes as long as half of that
-# (`python -m bench thresholds`).
-PART_OF_ALL, SMALLEST, LARGEST = 16, 1 << 18, 1 << 21
+# A piece of work is such a part of the array, of so many bytes at most: threads that take one after
+# the other share small arrays evenly, and write long stretches of large ones. Entries and running
+# sums, which take longer than memory does, are cut into shorter ones.
+PART_OF_ALL, LARGEST, SHORTEST = 16, 1 << 21, 1 << 18
+# Smaller arrays than THREADED are left to one thread: to wake another takes as long as half of that
+# (`python -m bench thresholds`). It pays sooner where an entry takes more time, and where XLA has
+# called: its threads look for work before they sleep.
 THREADED = 1 << 22
+SOONER = dict.fromkeys((*ENTROPIES, *DIVERGENCES, BY_Q, *BINARY, *RUNNING), 4)
+SOONER_BY_XLA = 8
 # From so many entries on, rows of running sums that do not fill a vector are cut into runs.
 CUT = 1 << 12
 # Arrays of which a group is in the workspace at once, where that is more than one.
@@ -117,6 +121,7 @@ def plan(
     over: bool = False,
     capped: bool = False,
     mask: Any = None,
+    by_xla: bool = False,
 ) -> Plan:
     """Choose how rows are worked on, and cut the work into pieces.
 
@@ -151,11 +156,25 @@ def plan(
         name, groups, size, height, inner = "rows", outer, n, 1, outer
         workspace = _long.space.py_func(n) + in_workspace * n
     workspace += size_of_values.py_func(height) + lanes  # the last ones to align it
-    step, everything = groups, groups * size * dtype.itemsize
-    if everything >= THREADED:
-        piece = min(max(SMALLEST, everything // PART_OF_ALL), LARGEST)
-        step = max(1, piece // (size * dtype.itemsize))
+    step = _step(operation, groups, groups * size * dtype.itemsize, LARGEST, by_xla)
     return Plan(name, (n, inner, height), workspace, step, groups)
+
+
+def _step(operation: str, groups: int, size: int, largest: int, by_xla: bool) -> int:
+    """Return how many groups are a piece of an array of so many bytes."""
+    if size < _worth(operation, by_xla):
+        return groups
+    return max(1, groups * min(size // PART_OF_ALL, largest) // max(1, size))
+
+
+def _worth(operation: str, by_xla: bool) -> int:
+    """Return from how many bytes on another thread pays."""
+    return THREADED // SOONER.get(operation, 1) // (SOONER_BY_XLA if by_xla else 1)
+
+
+def helpers(operation: str, size: int) -> int:
+    """Return how many of XLA's threads it pays to ask for help with so many bytes."""
+    return max(1, 2 * size // max(1, _worth(operation, True)))
 
 
 def compute_dtype(dtype: Any) -> Any:
@@ -439,11 +458,11 @@ def binary_losses(
     return _sum(sums)
 
 
-def plan_of_entries(n: int, item: int) -> Plan:
+def plan_of_entries(n: int, item: int, by_xla: bool = False) -> Plan:
     """Return how so many logits are worked on; `item` is the size of one in bytes."""
     chunk = _home(BINARY[0]).CHUNK
     groups = -(-n // chunk)
-    step = groups if n * item < THREADED else max(1, SMALLEST // (chunk * item))
+    step = _step(BINARY[0], groups, n * item, SHORTEST, by_xla)
     return Plan("rows", (n, 1, 1), 64, step, groups)
 
 
@@ -458,16 +477,14 @@ def running(x: Any, dy: Any, out: Any, layout: Layout) -> None:
     run(operation, (x, out) if dy is None else (x, dy, out), (), planned, _DOUBLE)
 
 
-def plan_of_running(layout: Layout, size: int) -> Plan:
+def plan_of_running(layout: Layout, size: int, by_xla: bool = False) -> Plan:
     """Return how running sums are worked on; `size` is that of the array, in bytes."""
     home = _home(RUNNING[0])
     (outer, n, inner), lanes, part = layout, 8, home.PART  # of float64, whatever is given
     groups, length = -(-outer // lanes) if inner == 1 else outer * -(-inner // lanes), n
     if n >= CUT and layout.rows * 2 <= groups * lanes:
         groups, length = layout.rows, -(-n // lanes)
-    step = groups
-    if size >= THREADED:
-        step = max(1, SMALLEST // max(1, size // groups))
+    step = _step(RUNNING[0], groups, size, SHORTEST, by_xla)
     # Three tiles, and the states of five vectors that the parts begin with.
     workspace = lanes * (3 * min(length, part) + home.STATE * (1 + -(-length // part)) + 1)
     return Plan("rows", (n, inner, outer, length), workspace, step, groups)

@@ -130,17 +130,21 @@ def target(
         plan[_frame.FLAGS], plan[_frame.IGNORE] = flags, loss.ignore or 0
         plan[_frame.LENGTH], plan[_frame.MEAN] = layout.rows, loss.mean
         plan.view(np.float64)[_frame.SCALE] = loss.scale
+    size = math.prod(buffers["x"].shape) * stored.itemsize
+    plan[_frame.HELPERS] = _driver.helpers(operation, size)
     capped = loss is not None and loss.capped
     compute = _driver.compute_dtype(stored)
     mask = buffers.get("mask")
     if operation in RUNNING:
-        planned = _driver.plan_of_running(layout, layout.rows * layout.n * stored.itemsize)
+        planned = _driver.plan_of_running(layout, size, by_xla=True)
         *shape, plan[_frame.LENGTH] = planned.shape
     elif operation in BINARY:
-        planned = _driver.plan_of_entries(layout.rows, stored.itemsize)
+        planned = _driver.plan_of_entries(layout.rows, stored.itemsize, by_xla=True)
         shape = [*planned.shape]
     else:
-        planned = _driver.plan(operation, layout, stored, compute, capped=capped, mask=mask)
+        planned = _driver.plan(
+            operation, layout, stored, compute, capped=capped, mask=mask, by_xla=True
+        )
         shape = [*planned.shape]
     plan[: _frame.PIECES + 1] = (
         *(*shape, planned.workspace),

@@ -53,7 +53,8 @@ END = len(ROLES)
 N, INNER, HEIGHT, WORKSPACE, STEP, GROUPS, PIECES = range(7)
 FLAGS, IGNORE, LENGTH, MEAN = 7, 8, 9, 10  # FLAGS is the kernel's number if that is no loss
 SMOOTHING, Z, CLASSES, SCALE = 11, 12, 13, 14  # float64
-KINDS = 15
+HELPERS = 15  # how many at most
+KINDS = 16
 SIZES, WORDS = KINDS + END, KINDS + 2 * END
 # Words of a job: where the pieces stand, who is at work, who holds it, how many threads there are;
 # the plan; where the buffers are; a 1 of the computation's dtype; the sums of the pieces.

@@ -19,6 +19,7 @@ from portable_softmax.kernels._numba._frame import (
     COUNTER,
     DESTROY_ERROR,
     EXTENSION,
+    HELPERS,
     HOLDERS,
     INVALID_ARGUMENT,
     IS_LINUX,
@@ -85,7 +86,7 @@ def begin(frame):
 @common
 def ask_for_help(frame, job, help_out):
     """Put as many tasks as can be of use into the queue of XLA's pool."""
-    helpers = word(job, PLAN + PIECES) - 1
+    helpers = smaller(word(job, PLAN + PIECES) - 1, word(job, PLAN + HELPERS))
     if helpers < 1:
         return
     table, context = word(frame, API_TABLE), word(frame, CONTEXT)
