@@ -1,13 +1,8 @@
-"""Every validation and every error message.
-
-A message names the argument, its value, what was expected, and the remedy. All checks run before
-any computing; those that look at the values of labels only where values can be looked at.
-"""
+"""Arrays: of one library, one device, of known dtypes and shapes that fit."""
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -15,14 +10,12 @@ from typing import Any
 import numpy as np
 
 from portable_softmax import libraries
-from portable_softmax._typing import Namespace
-from portable_softmax.libraries import Dtype, Library, dtype_name, traced_as_constant
+from portable_softmax._checks._numbers import number, real
+from portable_softmax.libraries import Dtype, Library, dtype_name
 
-REDUCTIONS = ("mean", "sum", "none")
-
-_FLOATING = frozenset({"real", "half"})
-_REAL = _FLOATING | {"integer"}
-_COMPLEX = _REAL | {"complex"}
+FLOATING = frozenset({"real", "half"})
+REAL = FLOATING | {"integer"}
+_COMPLEX = REAL | {"complex"}
 
 # Types whose arithmetic is not an array's: by the module that defines them, since none of these
 # libraries is imported to recognise its type.
@@ -37,16 +30,13 @@ _REMEDIES = {
 _DENSE = {"sparse": "such as x.todense(), which takes the memory of all entries"}
 
 
-# --------------------------------------------------------------------------- arrays
-
-
 def array(name: str, x: Any, *, complex_too: bool = False) -> tuple[Library, Dtype]:
     """Return the library and the dtype of `x`, a real (or complex) array."""
     cls = type(x)
     library = libraries.TENSORS.get(cls) or libraries.BY_TYPE.get(cls) or _library(name, x)
     dtype = library.dtype(x.dtype)
-    if dtype.kind not in (_COMPLEX if complex_too else _REAL):
-        raise TypeError(_dtype_message(name, x.dtype, dtype.kind, complex_too))
+    if dtype.kind not in (_COMPLEX if complex_too else REAL):
+        raise TypeError(dtype_message(name, x.dtype, dtype.kind, complex_too))
     return library, dtype
 
 
@@ -91,7 +81,7 @@ def _library(name: str, x: Any) -> Library:
             remedy = "pass an array of a library that follows the array API standard"
         else:
             if library.refused:
-                raise TypeError(_refusal(name, library, library.refused))
+                raise TypeError(refusal(name, library, library.refused))
             if library.made_of_arrays:
                 _made_of(name, library.made_of(x), library)
             return library
@@ -118,7 +108,7 @@ def _made_of(name: str, cls: type, library: Library) -> None:
     )
 
 
-def _refusal(name: str, library: Library, why: str) -> str:
+def refusal(name: str, library: Library, why: str) -> str:
     remedy = _DENSE.get(library.name, f"such as numpy.asarray({name})").replace("x.", f"{name}.")
     return (
         f"{name} is an array of {library.name}, which cannot give the right answer: {why}; "
@@ -126,7 +116,6 @@ def _refusal(name: str, library: Library, why: str) -> str:
     )
 
 
-@traced_as_constant
 def _foreign(cls: type) -> str:
     return _REMEDIES.get(cls.__module__.partition(".")[0], "")
 
@@ -135,7 +124,7 @@ def _device(x: Any) -> Any:
     return x.devices() if hasattr(x, "devices") else libraries.device(x)
 
 
-def _dtype_message(name: str, dtype: Any, kind: str, complex_too: bool) -> str:
+def dtype_message(name: str, dtype: Any, kind: str, complex_too: bool) -> str:
     expected = "a floating" + (", complex" if complex_too else "") + " or integer dtype"
     remedy = {
         "bool": f"cast {name} to a floating dtype first",
@@ -146,7 +135,7 @@ def _dtype_message(name: str, dtype: Any, kind: str, complex_too: bool) -> str:
 
 def floating(name: str, x: Any, library: Library) -> None:
     """Check that `x` is real and floating: nothing else is an output of ours, or a gradient."""
-    if library.dtype(x.dtype).kind not in _FLOATING:
+    if library.dtype(x.dtype).kind not in FLOATING:
         raise TypeError(
             f"{name} has dtype {dtype_name(x.dtype)}, expected a floating dtype: "
             f"cast {name} to float32 or float64 first"
@@ -167,14 +156,21 @@ def weights(name: str, x: Any, library: Library) -> None:
     """Check the dtype of the weights of a sum."""
     kind = library.dtype(x.dtype).kind
     if kind not in _COMPLEX:
-        raise TypeError(_dtype_message(name, x.dtype, kind, True))
+        raise TypeError(dtype_message(name, x.dtype, kind, True))
+
+
+def real_weights(name: str, x: Any, library: Library) -> None:
+    """Check the dtype of real weights."""
+    kind = library.dtype(x.dtype).kind
+    if kind not in REAL:
+        raise TypeError(dtype_message(name, x.dtype, kind, False))
 
 
 def like_shape(name: str, x: Any, of: str, like: Any) -> None:
     """Check that `x` has the shape of `like`."""
     if x.shape == like.shape:
         return
-    if not _same_shape(x.shape, like.shape):
+    if not same_shape(x.shape, like.shape):
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}, expected {tuple(like.shape)}, the shape of {of}"
         )
@@ -247,7 +243,7 @@ def state(name: str, value: Any, cls: type[tuple[Any, ...]]) -> Library:
 
 def upstream(dout: Any, shape: Any) -> None:
     """Check that the upstream gradient of a loss is one number or one for each position."""
-    if dout.ndim and not _same_shape(dout.shape, shape):
+    if dout.ndim and not same_shape(dout.shape, shape):
         expected = " or ".join(dict.fromkeys(("()", str(tuple(shape)))))
         raise ValueError(
             f"dout has shape {tuple(dout.shape)}, expected {expected}, the shape of the loss"
@@ -313,10 +309,10 @@ def sink(value: Any, x: Any, axes: tuple[int, ...], library: Library) -> Any:
     """Return the sink of a softmax: a number below inf, or an array of one per row."""
     is_array = type(value) in libraries.TENSORS or type(value) in libraries.BY_TYPE
     if not is_array and not isinstance(value, bool) and isinstance(value, Real):
-        number = float(real("sink", value, "[-inf, inf)"))
-        if not number < math.inf:
-            raise ValueError(f"sink is {number}, expected a number in [-inf, inf), or an array")
-        return number
+        one = float(real("sink", value, "[-inf, inf)"))
+        if not one < math.inf:
+            raise ValueError(f"sink is {one}, expected a number in [-inf, inf), or an array")
+        return one
     companion("sink", value, "x", x, library)
     real_weights("sink", value, library)
     kept = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
@@ -335,92 +331,6 @@ def not_of_shards(operation: str, why: str) -> TypeError:
 def shards(name: str, x: Any, problem: str, remedy: str) -> TypeError:
     """Return the error for a DTensor that does not lie as a call needs it."""
     return TypeError(f"{name} has the placements {tuple(x.placements)}, {problem}: {remedy}")
-
-
-# --------------------------------------------------------------------------- axes and numbers
-
-_AXIS = "an int, or where several are allowed a tuple of ints or None"
-
-
-def axes(axis: Any, ndim: int) -> tuple[int, ...]:
-    """Return `axis`, an int, a tuple of ints or None for all, as non-negative ints."""
-    if axis is None:
-        return tuple(range(ndim))
-    if type(axis) is int and -ndim <= axis < ndim:
-        return (axis % ndim,)
-    given = axis if isinstance(axis, tuple) else (axis,)
-    if ndim == 0 and given:
-        raise _axis_error(_int("axis", given[0], _AXIS), ndim, "pass axis=None")
-    found = tuple(one_axis(a, ndim) for a in given)
-    if len(set(found)) != len(found):
-        raise ValueError(f"axis is {axis}, which names an axis twice: name each axis once")
-    return found
-
-
-def one_axis(axis: Any, ndim: int) -> int:
-    """Return the int `axis` as a non-negative one."""
-    index = _int("axis", axis, _AXIS)
-    if not -ndim <= index < ndim:
-        raise _axis_error(index, ndim)
-    return index % ndim
-
-
-def _int(name: str, value: Any, expected: str) -> int:
-    """Return `value` as an int, which a bool is not."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}, expected {expected}") from None
-
-
-def _axis_error(axis: Any, ndim: int, remedy: str = "") -> Exception:
-    # NumPy's AxisError is both a ValueError and an IndexError, whichever a caller catches.
-    if not remedy:
-        remedy = f"pass an axis from {-ndim} to {ndim - 1}" if ndim else "give the array an axis"
-    return np.exceptions.AxisError(f"axis is {axis}, but the array has {ndim} dimensions: {remedy}")
-
-
-def number(
-    name: str,
-    value: Any,
-    *,
-    low: float,
-    high: float = math.inf,
-    open_low: bool = False,
-    infinite: bool = False,
-) -> float:
-    """Return `value` as a float inside the range, which holds no nan, and infinity if asked."""
-    open_high = high == math.inf and not infinite
-    inside = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(
-            f"{name} is {value!r}, expected a Python number in {inside}: an array cannot be taken, "
-            "scale the array instead"
-        )
-    answer = float(real(name, value, inside))
-    above = answer > low if open_low else answer >= low
-    if not (above and answer <= high and not (open_high and answer == math.inf)):
-        raise ValueError(f"{name} is {answer}, expected a number in {inside}")
-    return answer
-
-
-def real(name: str, value: Any, inside: str = "(-inf, inf)") -> Any:
-    """Return a number as a float; a NumPy scalar keeps its digits."""
-    if isinstance(value, np.floating):
-        return value
-    try:
-        return float(value)
-    except OverflowError:  # a large int or Fraction, whose digits would fill the screen
-        raise ValueError(
-            f"{name} is beyond the range of a float, expected a number in {inside}"
-        ) from None
-
-
-def temperature(value: Any) -> float:
-    """Return the temperature, a positive finite number."""
-    return number("temperature", value, low=0.0, open_low=True)
 
 
 def alpha(value: Any, x: Any = None, library: Library | None = None) -> Any:
@@ -443,27 +353,6 @@ def alpha(value: Any, x: Any = None, library: Library | None = None) -> Any:
     return value
 
 
-def reduction(value: Any) -> str:
-    """Return the reduction, one of `REDUCTIONS`."""
-    if value not in REDUCTIONS:
-        raise ValueError(
-            f"reduction is {value!r}, expected one of {', '.join(map(repr, REDUCTIONS))}"
-        )
-    return str(value)
-
-
-def ignore_index(value: Any, indices: bool) -> int | None:
-    """Return `ignore_index` as an int."""
-    if value is None:
-        return None
-    if not indices:
-        raise ValueError(
-            f"ignore_index is {value}, but labels are a distribution, which no index can leave "
-            "out: set those rows of labels to 0, or pass class indices"
-        )
-    return _int("ignore_index", value, "an int or None: pass int(ignore_index)")
-
-
 def known_length(name: str, x: Any, axis: int) -> None:
     """Check that the length of an axis is known, as it is not in Dask after a boolean filter."""
     n = x.shape[axis]
@@ -479,74 +368,26 @@ def known_length(name: str, x: Any, axis: int) -> None:
         )
 
 
-# --------------------------------------------------------------------------- linear layers
-
-
 def layer(hidden: Any, classifier: Any, bias: Any) -> None:
     """Check the shapes of a linear layer."""
     if hidden.ndim == 0:
         raise ValueError("hidden has shape (), expected (..., H): give it an axis")
     h = hidden.shape[-1]
-    if classifier.ndim != 2 or not _same_shape(classifier.shape[1:], (h,)):
-        transposed = classifier.ndim == 2 and _same_shape(classifier.shape[:1], (h,))
+    if classifier.ndim != 2 or not same_shape(classifier.shape[1:], (h,)):
+        transposed = classifier.ndim == 2 and same_shape(classifier.shape[:1], (h,))
         remedy = "pass its transpose" if transposed else "one row for each class"
         raise ValueError(
             f"classifier has shape {tuple(classifier.shape)}, expected (C, {h}), since hidden has "
             f"shape {tuple(hidden.shape)}: {remedy}"
         )
-    if bias is not None and not _same_shape(bias.shape, classifier.shape[:1]):
+    if bias is not None and not same_shape(bias.shape, classifier.shape[:1]):
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}, expected ({classifier.shape[0]},): one number "
             "for each row of classifier"
         )
 
 
-def tile(value: Any) -> int:
-    """Return the largest number of bytes of a tile."""
-    found = _int("tile", value, "a number of bytes, an int, or None: pass int(tile)")
-    if found < 1:
-        raise ValueError(f"tile is {found}, expected a positive number of bytes, or None")
-    return found
-
-
-# --------------------------------------------------------------------------- labels
-
-
-def labels_are_indices(logits: Any, labels: Any, axis: int, library: Library) -> bool:
-    """Return whether `labels` are class indices, or else a distribution over the classes."""
-    if library.refused_labels:
-        raise TypeError(_refusal("logits", library, library.refused_labels))
-    kind = library.dtype(labels.dtype).kind
-    shape = logits.shape
-    positions = shape[:axis] + shape[axis + 1 :]
-    if kind == "integer" and labels.shape == positions:
-        return True
-    if kind in ("bool", "complex", "other"):
-        raise TypeError(
-            f"labels have dtype {dtype_name(labels.dtype)}, expected integers for class indices, "
-            "or integers or floats for a distribution: cast them first"
-        )
-    if _same_shape(labels.shape, shape):
-        return False
-    if _same_shape(labels.shape, positions):
-        if kind != "integer":
-            raise TypeError(
-                f"labels have dtype {dtype_name(labels.dtype)} and the shape "
-                f"{tuple(labels.shape)} of class indices, which must be integers: cast them to an "
-                f"integer dtype, or pass a distribution of shape {tuple(shape)}"
-            )
-        return True
-    swapped = kind != "integer" and library.dtype(logits.dtype).kind == "integer"
-    raise ValueError(_label_shape_message(logits, labels, axis, tuple(positions), swapped))
-
-
-def chunks_of_labels(labels: Any, logits: Any, axis: int, indices: bool) -> None:
-    """Check that chunks of labels and of logits are both of known lengths, or both not."""
-    axes = [a for a in range(logits.ndim) if not (indices and a == axis)]
-    chunks_correspond("labels", labels, "logits", logits, axes)
-
-
-def _same_shape(have: Any, want: Any) -> bool:
+def same_shape(have: Any, want: Any) -> bool:
     if have == want:
         return True
     return len(have) == len(want) and all(
@@ -557,105 +398,3 @@ def _same_shape(have: Any, want: Any) -> bool:
 def _unknown(length: Any) -> bool:
     """Return whether a length is nan, as in Dask, or None, as in a graph of ndonnx."""
     return length is None or length != length
-
-
-def _label_shape_message(
-    logits: Any, labels: Any, axis: int, positions: tuple[int, ...], swapped: bool
-) -> str:
-    have, shape = tuple(labels.shape), tuple(logits.shape)
-    message = (
-        f"labels have shape {have}, expected {positions} for class indices or {shape} for a "
-        f"distribution, since logits have shape {shape} and axis is {axis}"
-    )
-    if swapped and len(have) > len(shape):
-        return f"{message}: pass the logits first, then the labels"
-    for other in range(len(shape)):
-        if other != axis and _same_shape(have, (*shape[:other], *shape[other + 1 :])):
-            return f"{message}: pass axis={other} if that is the class axis"
-    kept = (*shape[:axis], 1, *shape[axis + 1 :])
-    if _same_shape(have, kept):
-        return f"{message}: squeeze axis {axis} of labels"
-    return f"{message}: reshape labels"
-
-
-def label_values(
-    xp: Namespace,
-    labels: Any,
-    valid: Any,
-    axis: int,
-    n: int,
-    where: Any,
-    start: tuple[int, ...] = (),
-) -> None:
-    """Raise for the first label without a class; `valid` says which have one.
-
-    `start` is where a shard of the labels begins.
-    """
-    if bool(xp.all(valid)):
-        return
-    valid = xp.squeeze(valid, axis=axis)
-    flat = xp.reshape(libraries.cast(xp, ~valid, xp.int8), (-1,))
-    position = np.unravel_index(int(xp.argmax(flat)), tuple(valid.shape))
-    starts = start or (0,) * len(position)
-    at = ", ".join(str(int(i) + first) for i, first in zip(position, starts, strict=True))
-    value = labels[tuple(int(i) for i in position)]
-    # The integer of a torch tensor goes through 64 bits with a sign; not every library has `item`.
-    value = int(value.item() if hasattr(value, "item") else value)
-    label = f"labels[{at}] is {value}" if at else f"the label is {value}"
-    if 0 <= value < n and where is not None:
-        raise IndexError(
-            f"{label}, a class that where masks out there: unmask it, or name it as ignore_index"
-        )
-    raise IndexError(
-        f"{label}, outside [0, {n}) for the {n} classes of axis {axis} of logits: correct it, "
-        "name it as ignore_index to leave such positions out, or pass check_labels=False to get "
-        "nan there"
-    )
-
-
-def binary_labels(labels: Any, logits: Any, library: Library) -> None:
-    """Check labels that are yes or no, or between them, one for each logit."""
-    companion("labels", labels, "logits", logits, library)
-    kind = library.dtype(labels.dtype).kind
-    if kind not in _REAL | {"bool"}:
-        raise TypeError(
-            f"labels have dtype {dtype_name(labels.dtype)}, expected booleans, integers or floats "
-            "from 0 to 1: cast them first"
-        )
-    if labels.shape == logits.shape:
-        return
-    if not _same_shape(labels.shape, logits.shape):
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, expected {tuple(logits.shape)}, one label "
-            "for each logit: reshape labels, or make them one-hot"
-        )
-    chunks_correspond("labels", labels, "logits", logits, range(logits.ndim))
-
-
-def real_weights(name: str, x: Any, library: Library) -> None:
-    """Check the dtype of real weights."""
-    kind = library.dtype(x.dtype).kind
-    if kind not in _REAL:
-        raise TypeError(_dtype_message(name, x.dtype, kind, False))
-
-
-def sample_weight(weight: Any, logits: Any, axis: int, library: Library) -> None:
-    """Check the array of one weight per position, of the library and device of the logits."""
-    real_weights("sample_weight", weight, library)
-    positions = (*logits.shape[:axis], *logits.shape[axis + 1 :])
-    if not _same_shape(weight.shape, positions):
-        raise ValueError(
-            f"sample_weight has shape {tuple(weight.shape)}, expected {positions}: one weight for "
-            f"each position, in the shape of logits without axis {axis}"
-        )
-
-
-def class_weight(weight: Any, logits: Any, axis: int, library: Library) -> None:
-    """Check the array of one weight per class, of the library and device of the logits."""
-    real_weights("weight", weight, library)
-    n = logits.shape[axis]
-    if tuple(weight.shape) != (n,):
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, expected ({n},): one weight for each class "
-            f"of axis {axis} of logits"
-        )

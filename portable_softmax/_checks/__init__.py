@@ -1,0 +1,91 @@
+"""Every validation and every error message.
+
+A message names the argument, its value, what was expected, and the remedy. All checks run before
+any computing; those that look at the values of labels only where values can be looked at.
+"""
+
+from __future__ import annotations
+
+from portable_softmax._checks._arrays import (
+    alpha,
+    answer_dtype,
+    array,
+    broadcastable,
+    chunks_correspond,
+    companion,
+    floating,
+    known_length,
+    layer,
+    like_dtype,
+    like_shape,
+    mask,
+    mask_of_shape,
+    not_of_shards,
+    output,
+    real_answer,
+    real_weights,
+    shards,
+    sink,
+    state,
+    upstream,
+    weights,
+    with_upstream,
+)
+from portable_softmax._checks._labels import (
+    binary_labels,
+    chunks_of_labels,
+    class_weight,
+    label_values,
+    labels_are_indices,
+    sample_weight,
+)
+from portable_softmax._checks._numbers import (
+    axes,
+    ignore_index,
+    number,
+    one_axis,
+    real,
+    reduction,
+    temperature,
+    tile,
+)
+
+__all__ = [
+    "alpha",
+    "answer_dtype",
+    "array",
+    "axes",
+    "binary_labels",
+    "broadcastable",
+    "chunks_correspond",
+    "chunks_of_labels",
+    "class_weight",
+    "companion",
+    "floating",
+    "ignore_index",
+    "known_length",
+    "label_values",
+    "labels_are_indices",
+    "layer",
+    "like_dtype",
+    "like_shape",
+    "mask",
+    "mask_of_shape",
+    "not_of_shards",
+    "number",
+    "one_axis",
+    "output",
+    "real",
+    "real_answer",
+    "real_weights",
+    "reduction",
+    "sample_weight",
+    "shards",
+    "sink",
+    "state",
+    "temperature",
+    "tile",
+    "upstream",
+    "weights",
+    "with_upstream",
+]
