@@ -13,8 +13,9 @@ from typing import Any, Generic, final
 
 from portable_softmax import _checks, libraries, portable
 from portable_softmax._cross_entropy import LOSS_OPTIONS, cross_entropy_value_and_grad
-from portable_softmax._softmax import log_softmax, log_softmax_vjp, softmax, softmax_vjp
+from portable_softmax._softmax import log_softmax, softmax
 from portable_softmax._typing import Array, ArrayT, Axis
+from portable_softmax._vjps import log_softmax_vjp, softmax_vjp
 from portable_softmax.libraries import Library
 
 __all__ = ["LogSoftmax", "Softmax", "SoftmaxWithLoss"]

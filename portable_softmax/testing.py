@@ -37,15 +37,9 @@ from portable_softmax._sigmoid_cross_entropy import (
     sigmoid_cross_entropy,
     sigmoid_cross_entropy_value_and_grad,
 )
-from portable_softmax._softmax import (
-    log_softmax,
-    log_softmax_vjp,
-    logsumexp,
-    softmax,
-    softmax_jacobian,
-    softmax_vjp,
-)
+from portable_softmax._softmax import log_softmax, logsumexp, softmax
 from portable_softmax._typing import Namespace
+from portable_softmax._vjps import log_softmax_vjp, softmax_jacobian, softmax_vjp
 
 __all__ = ["Failure", "Report", "Skip", "check_library"]
 

@@ -36,6 +36,7 @@ ROOMS = (
     "_entropy",
     "_logsums",
     "_sigmoid_cross_entropy",
+    "_vjps",
     "_softmax",
     "kernels",
     "portable",
