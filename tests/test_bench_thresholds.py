@@ -21,7 +21,7 @@ def test_both_ways_are_timed_for_every_size(tmp_path, capsys):
     assert main(["thresholds", "--quick", "--dtypes", "float32", "--json", str(file)]) == 0
     assert before == driver.SHORT
     rows = json.loads(file.read_text())["rows"]
-    assert {row["size"] for row in rows} == {"SHORT", "MIDDLE", "THREADED"}
+    assert {row["size"] for row in rows} == {size.name for size in thresholds.sizes()}
     for row in rows:
         assert row["taken"] in row["ways"]
         assert all(0 < seconds < 60 for seconds in row["seconds"])
@@ -35,7 +35,7 @@ def test_each_way_is_the_one_that_is_named(monkeypatch):
     taken = []
     real = driver.plan
     monkeypatch.setattr(driver, "plan", lambda *a, **k: taken.append(real(*a, **k)) or taken[-1])
-    for size in thresholds._SIZES:
+    for size in thresholds.sizes():
         taken.clear()
         n = 300 if size.name == "MIDDLE" else 64
         thresholds._measured(size, (20_000, n), "float32", "softmax", rounds=1)

@@ -162,19 +162,19 @@ def plan(
 
 def _step(operation: str, groups: int, size: int, largest: int, by_xla: bool) -> int:
     """Return how many groups are a piece of an array of so many bytes."""
-    if size < _worth(operation, by_xla):
+    if size < worth(operation, by_xla):
         return groups
     return max(1, groups * min(size // PART_OF_ALL, largest) // max(1, size))
 
 
-def _worth(operation: str, by_xla: bool) -> int:
+def worth(operation: str, by_xla: bool) -> int:
     """Return from how many bytes on another thread pays."""
     return THREADED // SOONER.get(operation, 1) // (SOONER_BY_XLA if by_xla else 1)
 
 
 def helpers(operation: str, size: int) -> int:
     """Return how many of XLA's threads it pays to ask for help with so many bytes."""
-    return max(1, 2 * size // max(1, _worth(operation, True)))
+    return max(1, 2 * size // max(1, worth(operation, True)))
 
 
 def compute_dtype(dtype: Any) -> Any:
