@@ -82,10 +82,22 @@ def _rows(case: Case, x: np.ndarray, rounding: Rounding) -> tuple[Answer, ...]:
             rows = np.concatenate([rows.astype(np.longdouble), to_rows(sink, axes)], axis=1)
             live = np.concatenate([live, np.ones((len(live), 1), bool)], axis=1)
         answer = getattr(reference, case.function)(rows, live, rounding, temperature)
+        if rounding.flushes:
+            lost = _flushed(rows, rounding.compute, temperature)[:, None]
+            answer = answer._replace(tolerance=np.where(lost, np.nan, answer.tolerance))
         if sink is not None:
             answer = Answer(*(part[:, :-1] for part in answer))
         return (_whole(answer, shape, axes),)
     return tuple(_sums(case, rows, live, rounding, shape))
+
+
+def _flushed(rows: np.ndarray, compute: Any, temperature: float) -> np.ndarray:
+    """Return which rows lose a logit or a difference that counts, over a low temperature."""
+    tiny = compute.smallest_normal
+    if tiny <= compute.u * temperature:
+        return np.zeros(len(rows), bool)
+    sizes = np.abs(np.concatenate([rows, rows - rows.max(axis=1, keepdims=True)], axis=1))
+    return ((sizes > 0) & (sizes < tiny)).any(axis=1)
 
 
 def _family(case: Case, x: np.ndarray, rounding: Rounding) -> tuple[Answer, ...]:
