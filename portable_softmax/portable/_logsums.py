@@ -39,7 +39,7 @@ def logmeanexp(xp: Namespace, x: Any, axes: Axes, *, where: Any = None) -> Any:
     m = maximum(xp, x, axes)
     infinite = xp.isinf(m)
     shift = xp.where(infinite, zero, m)
-    state = fold(xp, x, axes, shift=shift)
+    state = fold(xp, xp.where(infinite, zero, x), axes, shift=shift)  # see `logsumexp`
     counted = ~infinite if part is None else part & ~infinite
     lost = total(xp, xp.expm1(xp.where(counted, state.shifted, zero)), axes) / n
     near = constant(xp, lost) > -0.29

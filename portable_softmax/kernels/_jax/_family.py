@@ -188,7 +188,9 @@ def _logmeanexp(x: Any, where: Any, axes: Axes) -> Any:
         return jnp.sum(x, axis=axes) + math.nan
     of = x if where is None else masked(x, mask_like(where, x.ndim), axes)[0]
     m = jnp.max(of, axis=axes)
-    s = sum_of(*in_blocks(jnp.exp(of - spread(m, x, axes)), axes, 0.0))
+    shift = select(lax.is_finite(m), m, 0.0)
+    s = sum_of(*in_blocks(jnp.exp(of - spread(shift, x, axes)), axes, 0.0))
+    m = select(s == s, m, math.nan)  # see `fold`
     # Two sums of the same terms would have XLA write these.
     again, n = lax.optimization_barrier(m), _counted(x, where, axes)
     return _mean(m, s / n, n, _lost(x, again, where, axes) / n)
@@ -210,6 +212,7 @@ def _logmeanexp_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
     shift = select(counts, m, 0.0)
     terms = jnp.exp(lax.min(of - spread(shift, x, axes), lax.full_like(x, most)))
     factor = select(counts, 1.0 / sum_of(*in_blocks(terms, axes, 0.0)), 0.0)
+    factor = select(y == y, factor, math.nan)
     factor = factor if some is None else jnp.where(jnp.squeeze(some, axes), factor, 0.0)
     return y, jnp.sum(terms * spread(factor, x, axes) * t, axis=axes)
 
@@ -382,12 +385,16 @@ def _sum(x: Any, axes: Axes) -> Any:
 
 
 def _infinite_weights(x: Any, b: Any, axes: Axes) -> Any:
-    """Return the sum of the weights that are infinite, nan where such a logit is not above -inf."""
+    """Return the sum of the weights that are infinite, nan where such a logit is not above -inf.
+
+    It is nan as well where there is a nan that counts: see `fold`.
+    """
     constants = (jnp.asarray(v, x.dtype) for v in (-math.inf, math.nan, 0.0))
     least, none, zero = (
         jnp.broadcast_to(v, x.shape) for v in lax.optimization_barrier(tuple(constants))
     )
-    return jnp.sum(jnp.where(jnp.isinf(b), jnp.where(x > least, b, none), zero), axis=axes)
+    others = jnp.where((b == 0) | (x * b == x * b), zero, none)
+    return jnp.sum(jnp.where(jnp.isinf(b), jnp.where(x > least, b, none), others), axis=axes)
 
 
 # --------------------------------------------------------------------------- running sums

@@ -34,8 +34,19 @@ def fold(x: Any, scale: Any, axes: Axes, written: bool = True) -> tuple[Any, Any
     """
     x, axes = in_blocks(x, axes)
     m = jnp.max(x, axis=axes)
+    # XLA's fast library takes a nan for no maximum, nor for a minimum. Beside a finite number the
+    # sum of the terms is nan in rows that have one, and in no other.
+    shift = select(lax.is_finite(m), m, 0.0)
     if written and len(axes) == 1:
-        return m, _rest_of_written_terms(x, m, scale, axes)
+        terms, maxima = _written_sums(x, m, shift, scale, axes)
+    else:
+        terms, maxima = _sums(x, shift, scale, axes)
+    m = select(terms == terms, m, math.nan)
+    return m, select(lax.is_finite(m), terms + (maxima - 1.0), math.nan)
+
+
+def _sums(x: Any, m: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
+    """Return the sum of the terms that are no maximum, and how many there are that are one."""
     big = jnp.asarray(jnp.finfo(x.dtype).max, x.dtype)
     if scale is None:
         root, unit, power = roots(x, m, big, axes)
@@ -56,28 +67,27 @@ def fold(x: Any, scale: Any, axes: Axes, written: bool = True) -> tuple[Any, Any
     outer, mask = tuple(first), others(n, power, big)
     rest = sum_of(terms * mask * root, axes) / unit
     if not outer:
-        return m, rest + ((x.shape[inner] - 1.0) - jnp.sum(mask, axis=inner) / power)
+        return rest, x.shape[inner] - jnp.sum(mask, axis=inner) / power
     # The two sums are no one operation, and would have XLA write what they share.
     mask = others(*lax.optimization_barrier((n, power, big)))
     sums = apart(jnp.sum(mask, axis=inner))
     maxima = x.shape[inner] - sums / spread(power, sums, outer)
-    return m, rest + (jnp.sum(maxima, axis=outer) - 1.0)
+    return rest, jnp.sum(maxima, axis=outer)
 
 
-def _rest_of_written_terms(x: Any, m: Any, scale: Any, axes: Axes) -> Any:
-    """Return the rest from an array that has each term, and -1 for each maximum."""
-    m = lax.optimization_barrier(m)  # else XLA writes what is spread here and by the caller
+def _written_sums(x: Any, m: Any, shift: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
+    """Return the same from an array that has each term, and -1 for each maximum."""
+    # Else XLA writes what is spread here and by the caller.
+    m, shift = lax.optimization_barrier((m, shift))
     if scale is None:
-        root, unit, power = roots(x, m, jnp.asarray(jnp.finfo(x.dtype).max, x.dtype), axes)
+        root, unit, power = roots(x, shift, jnp.asarray(jnp.finfo(x.dtype).max, x.dtype), axes)
         terms = root * spread(power, x, axes) * root
     else:
-        # Beside +inf the other terms are 0, but a row that has it is nan.
-        unit = select(lax.is_finite(m), lax.full_like(m, 1.0), math.nan)
-        terms = tempered_terms(x, m, scale, axes)
+        terms, unit = tempered_terms(x, shift, scale, axes), 1.0
     entries = select(x == spread(m, x, axes), lax.full_like(x, -1.0), terms)
-    zero = lax.full_like(x, 0.0)
-    maxima = -jnp.sum(lax.min(lax.stop_gradient(entries), zero), axis=axes)
-    return jnp.sum(lax.max(entries, zero), axis=axes) / unit + (maxima - 1.0)
+    maxima = -jnp.sum(lax.min(lax.stop_gradient(entries), lax.full_like(x, 0.0)), axis=axes)
+    # As twice the larger of an entry and 0, but for a nan.
+    return jnp.sum(entries + lax.abs(entries), axis=axes) * 0.5 / unit, maxima
 
 
 @fold.defjvp

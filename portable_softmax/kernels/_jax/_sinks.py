@@ -112,5 +112,5 @@ def _joined(x: Any, sink: Any, scale: Any, axes: Axes) -> tuple[Any, Any, Any]:
     else:
         own, more = (tempered_terms(a, top, scale, ()) for a in (m, sink))
     beyond = select(m == -math.inf, jnp.zeros_like(m), (1.0 + rest) * own)
-    rest = select(m >= sink, rest + more, beyond)
+    rest = select(sink > m, beyond, rest + more)
     return top, rest, more / (1.0 + rest)
