@@ -34,8 +34,8 @@ def fold(x: Any, scale: Any, axes: Axes, written: bool = True) -> tuple[Any, Any
     """
     x, axes = in_blocks(x, axes)
     m = jnp.max(x, axis=axes)
-    # XLA's fast library takes a nan for no maximum, nor for a minimum. Beside a finite number the
-    # sum of the terms is nan in rows that have one, and in no other.
+    # XLA on a CPU may drop a nan from maxima and minima (openxla/xla 21461). Beside a finite number
+    # the sum of the terms is nan in rows that have one, and in no other.
     shift = select(lax.is_finite(m), m, 0.0)
     if written and len(axes) == 1:
         terms, maxima = _written_sums(x, m, shift, scale, axes)
