@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from contextlib import nullcontext
 
 import numpy as np
@@ -719,3 +720,38 @@ def test_documented_infinities_and_nans_raise_no_warnings():
         ]  # fmt: skip
     for answer, expected in found:
         np.testing.assert_array_equal(answer, expected)
+
+
+@pytest.mark.slow("kernels of each layout", "numba", "torch-numba", "jax-numba")
+@pytest.mark.parametrize("n", [3, 40, 700])
+def test_many_rows_of_every_infinity_and_nan(xp, n):
+    """As in one row: of many, some libraries' sums and maxima are others, which may lose a nan."""
+    rows = np.asarray(list(itertools.product([-np.inf, 0.0, 1.0, np.inf, np.nan], repeat=3)))
+    values = np.concatenate([rows, np.full((len(rows), n - 3), -1.0)], axis=1)
+    x, labels = xp.asarray(values, "float32"), xp.asarray(np.ones(len(rows), int))
+    found = {
+        "softmax": ps.softmax(x),
+        "log_softmax": ps.log_softmax(x),
+        "tempered": ps.log_softmax(x, temperature=2.0),
+        "beside a sink": ps.softmax(x, sink=0.0),
+        "logsumexp": ps.logsumexp(x, axis=1),
+        "logmeanexp": ps.logmeanexp(x, axis=1),
+        "weighted": ps.logsumexp(x, axis=1, b=xp.asarray(np.ones(n), "float32")),
+        "entropy": ps.entropy(x, axis=1),
+        "loss": ps.cross_entropy(x, labels, reduction="none"),
+        "gradient": ps.cross_entropy_value_and_grad(x, labels, reduction="none")[1],
+    }
+    has_nan, above = np.isnan(values).any(axis=1), (values == np.inf).any(axis=1)
+    finite = ~has_nan & ~above & (values > -np.inf).any(axis=1)
+    log = np.log(np.exp(values[finite]).sum(axis=1))
+    for name, y in found.items():
+        y = xp.numpy(y).astype(float)
+        assert np.isnan(y[has_nan]).all(), name
+        if name in ("logsumexp", "logmeanexp", "weighted"):
+            assert (y[above & ~has_nan] == np.inf).all(), name
+            shift = np.log(n) if name == "logmeanexp" else 0.0
+            np.testing.assert_allclose(y[finite], log - shift, rtol=1e-5, atol=1e-6)
+        elif name in ("softmax", "log_softmax", "tempered", "beside a sink"):
+            assert np.isnan(y[above]).all(), name
+    p = np.exp(values[finite] - log[:, None])
+    np.testing.assert_allclose(xp.numpy(found["softmax"])[finite], p, rtol=1e-5, atol=1e-7)
