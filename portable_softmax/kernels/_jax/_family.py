@@ -224,6 +224,7 @@ def fold_rows(x: Any, where: Any, axes: Axes, compute: Any, answer: Any) -> tupl
     if where is not None:
         x, _ = masked(x, mask_like(where, x.ndim), axes)
     m, rest = fold(x, None, axes)
+    m, rest = select(rest == rest, m, math.nan), select(lax.is_finite(m), rest, math.nan)
     return m.astype(answer), rest.astype(answer)
 
 

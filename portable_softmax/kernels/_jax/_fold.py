@@ -28,21 +28,22 @@ def fold(x: Any, scale: Any, axes: Axes, written: bool = True) -> tuple[Any, Any
     """Return the maximum, and the rest of the rows over the temperature; no reduced axes.
 
     The maximum, that of x, is a constant for every derivative: nothing depends on what is
-    subtracted. `scale` is that of `scale_of`. `written` lets XLA write the terms of rows that are
-    no longer than a block: that takes less time unless it can make one operation of all that there
-    is to do, which it can for `log_softmax` alone.
+    subtracted. The rest is nan in a row that has one, whose maximum may be a number, and else -2
+    beside an infinite maximum: its log1p is nan. `scale` is that of `scale_of`. `written` lets XLA
+    write the terms of rows that are no longer than a block: that takes less time unless it can make
+    one operation of all that there is to do, which it can for `log_softmax` alone.
     """
     x, axes = in_blocks(x, axes)
     m = jnp.max(x, axis=axes)
     # XLA on a CPU may drop a nan from maxima and minima (openxla/xla 21461). Beside a finite number
     # the sum of the terms is nan in rows that have one, and in no other.
-    shift = select(lax.is_finite(m), m, 0.0)
+    most = float(jnp.finfo(x.dtype).max)
+    shift = lax.clamp(jnp.asarray(-most, x.dtype), m, jnp.asarray(most, x.dtype))
     if written and len(axes) == 1:
         terms, maxima = _written_sums(x, m, shift, scale, axes)
     else:
         terms, maxima = _sums(x, shift, scale, axes)
-    m = select(terms == terms, m, math.nan)
-    return m, select(lax.is_finite(m), terms + (maxima - 1.0), math.nan)
+    return m, select(lax.is_finite(m) | (terms != terms), terms + (maxima - 1.0), -2.0)
 
 
 def _sums(x: Any, m: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
@@ -85,9 +86,11 @@ def _written_sums(x: Any, m: Any, shift: Any, scale: Any, axes: Axes) -> tuple[A
     else:
         terms, unit = tempered_terms(x, shift, scale, axes), 1.0
     entries = select(x == spread(m, x, axes), lax.full_like(x, -1.0), terms)
-    maxima = -jnp.sum(lax.min(lax.stop_gradient(entries), lax.full_like(x, 0.0)), axis=axes)
-    # As twice the larger of an entry and 0, but for a nan.
-    return jnp.sum(entries + lax.abs(entries), axis=axes) * 0.5 / unit, maxima
+    # As twice the smaller of an entry and 0, but for a nan.
+    found = lax.stop_gradient(entries)
+    maxima = jnp.sum(lax.abs(found) - found, axis=axes) * 0.5
+    terms = jnp.sum(lax.max(entries, lax.full_like(x, 0.0)), axis=axes) / unit
+    return terms + (maxima - maxima), maxima
 
 
 @fold.defjvp

@@ -131,8 +131,11 @@ def logsumexp_value_and_grad(
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _logsumexp(x: Any, axes: Axes) -> Any:
-    m, rest = fold(x, None, axes)
-    return select(lax.is_finite(m), m + jnp.log1p(rest), m)
+    return _logsumexp_of(*fold(x, None, axes))
+
+
+def _logsumexp_of(m: Any, rest: Any) -> Any:
+    return select(lax.is_finite(m), m + jnp.log1p(rest), select(rest == rest, m, math.nan))
 
 
 @_logsumexp.defjvp
@@ -143,8 +146,7 @@ def _logsumexp_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 def _logsumexp_and_slopes(x: Any, axes: Axes) -> tuple[Any, Any]:
     m, rest = fold(x, None, axes)
-    y = select(lax.is_finite(m), m + jnp.log1p(rest), m)
-    return y, _slopes_of_logsumexp(x, m, rest, axes)
+    return _logsumexp_of(m, rest), _slopes_of_logsumexp(x, m, rest, axes)
 
 
 def _slopes_of_logsumexp(x: Any, m: Any, rest: Any, axes: Axes) -> Any:
@@ -156,7 +158,8 @@ def _slopes_of_logsumexp(x: Any, m: Any, rest: Any, axes: Axes) -> Any:
     counts, most = ~jnp.isinf(m), math.log(float(jnp.finfo(x.dtype).max)) - 1.0
     c, power = base(x, m, axes)
     unit = jnp.exp(m - c) if power is None else jnp.exp(m - c) * power
-    c, factor = select(counts, c, 0.0), select(counts, 1.0 / (unit * (1.0 + rest)), 0.0)
+    none = select(rest == rest, lax.full_like(rest, 0.0), math.nan)
+    c, factor = select(counts, c, 0.0), select(counts, 1.0 / (unit * (1.0 + rest)), none)
     terms = jnp.exp(lax.min(x - spread(c, x, axes), lax.full_like(x, most)))
     terms = terms if power is None else terms * spread(power, x, axes)
     return terms * spread(factor, x, axes)
