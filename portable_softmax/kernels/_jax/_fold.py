@@ -156,6 +156,7 @@ def _count(x: Any, axes: Axes) -> int:
 def softmax_of(x: Any, m: Any, rest: Any, scale: Any, axes: Axes) -> Any:
     """Return exp((x - max) / temperature) / (1 + rest)."""
     terms, unit = exps(x, m, scale, axes)
+    rest = select(lax.is_finite(m), rest, math.nan)
     return terms * spread(1.0 / (unit * (1.0 + rest)), x, axes)
 
 

@@ -313,6 +313,7 @@ class State(NamedTuple):
 def _folded(x: Any, terms: Terms, axis: int) -> tuple[State, list[Any], Any]:
     """Return what rows come to, what the coefficients multiply, and the loss of each position."""
     m, rest = fold(x, None, (axis,))
+    rest = select(lax.is_finite(m), rest, math.nan)
     state = State(m, rest, jnp.log1p(rest))
     values = _multiplied(x, state, terms, axis)
     return state, values, _summed(terms, values, state.log, axis)
