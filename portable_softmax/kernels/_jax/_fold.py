@@ -2,9 +2,8 @@
 
 XLA sums a row at the speed of memory where the terms are plain arithmetic on the logits. A
 comparison or a select among them makes its CPU compiler write an array of the logits' size first,
-and so does a subexpression that two sums share. For short rows that is the faster way. For long
-ones each sum here has its own terms, and what has to depend on an entry is made by minimum and
-maximum.
+and so does a subexpression that two sums share. So each sum here has its own terms, and what has to
+depend on an entry is made by minimum and maximum.
 """
 
 from __future__ import annotations
@@ -23,15 +22,13 @@ from jax import numpy as jnp
 Axes = tuple[int, ...]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def fold(x: Any, scale: Any, axes: Axes, written: bool = True) -> tuple[Any, Any]:
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
     """Return the maximum, and the rest of the rows over the temperature; no reduced axes.
 
     The maximum, that of x, is a constant for every derivative: nothing depends on what is
     subtracted. The rest is nan in a row that has one, whose maximum may be a number, and else -2
-    beside an infinite maximum: its log1p is nan. `scale` is that of `scale_of`. `written` lets XLA
-    write the terms of rows that are no longer than a block: that takes less time unless it can make
-    one operation of all that there is to do, which it can for `log_softmax` alone.
+    beside an infinite maximum: its log1p is nan. `scale` is that of `scale_of`.
     """
     x, axes = in_blocks(x, axes)
     m = jnp.max(x, axis=axes)
@@ -39,22 +36,17 @@ def fold(x: Any, scale: Any, axes: Axes, written: bool = True) -> tuple[Any, Any
     # the sum of the terms is nan in rows that have one, and in no other.
     most = float(jnp.finfo(x.dtype).max)
     shift = lax.clamp(jnp.asarray(-most, x.dtype), m, jnp.asarray(most, x.dtype))
-    if written and len(axes) == 1:
-        terms, maxima = _written_sums(x, m, shift, scale, axes)
+    if scale is None:
+        terms, maxima = _sums(x, shift, axes)
     else:
-        terms, maxima = _sums(x, shift, scale, axes)
+        terms, maxima = _tempered_sums(x, m, shift, scale, axes)
     return m, select(lax.is_finite(m) | (terms != terms), terms + (maxima - 1.0), -2.0)
 
 
-def _sums(x: Any, m: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
+def _sums(x: Any, m: Any, axes: Axes) -> tuple[Any, Any]:
     """Return the sum of the terms that are no maximum, and how many there are that are one."""
     big = jnp.asarray(jnp.finfo(x.dtype).max, x.dtype)
-    if scale is None:
-        root, unit, power = roots(x, m, big, axes)
-        terms = root
-    else:
-        unit = power = jnp.ones_like(m)
-        terms, root = tempered_terms(x, m, scale, axes), 1.0
+    root, unit, power = roots(x, m, big, axes)
     # Every maximum is left out of the sum; of those that are not one, 1 is kept.
     # Where a scan is differentiated in reverse and then forward, JAX drops the rule below and
     # differentiates this instead: it is right, as then the maximum is no constant either.
@@ -66,7 +58,7 @@ def _sums(x: Any, m: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
 
     *first, inner = sorted(axes)
     outer, mask = tuple(first), others(n, power, big)
-    rest = sum_of(terms * mask * root, axes) / unit
+    rest = sum_of(root * mask * root, axes) / unit
     if not outer:
         return rest, x.shape[inner] - jnp.sum(mask, axis=inner) / power
     # The two sums are no one operation, and would have XLA write what they share.
@@ -76,27 +68,26 @@ def _sums(x: Any, m: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
     return rest, jnp.sum(maxima, axis=outer)
 
 
-def _written_sums(x: Any, m: Any, shift: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
-    """Return the same from an array that has each term, and -1 for each maximum."""
+def _tempered_sums(x: Any, m: Any, shift: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
+    """Return the same over the temperature.
+
+    A term takes so many operations that it is best written: once, and -1 for each maximum.
+    """
     # Else XLA writes what is spread here and by the caller.
     m, shift = lax.optimization_barrier((m, shift))
-    if scale is None:
-        root, unit, power = roots(x, shift, jnp.asarray(jnp.finfo(x.dtype).max, x.dtype), axes)
-        terms = root * spread(power, x, axes) * root
-    else:
-        terms, unit = tempered_terms(x, shift, scale, axes), 1.0
+    terms = tempered_terms(x, shift, scale, axes)
     entries = select(x == spread(m, x, axes), lax.full_like(x, -1.0), terms)
     # As twice the smaller of an entry and 0, but for a nan.
     found = lax.stop_gradient(entries)
-    maxima = jnp.sum(lax.abs(found) - found, axis=axes) * 0.5
-    terms = jnp.sum(lax.max(entries, lax.full_like(x, 0.0)), axis=axes) / unit
+    maxima = sum_of(lax.abs(found) - found, axes) * 0.5
+    terms = sum_of(lax.max(entries, lax.full_like(x, 0.0)), axes)
     return terms + (maxima - maxima), maxima
 
 
 @fold.defjvp
-def _fold_jvp(axes: Axes, written: bool, primals: Any, tangents: Any) -> Any:
+def _fold_jvp(axes: Axes, primals: Any, tangents: Any) -> Any:
     (x, scale), (t, _) = primals, tangents
-    m, rest = fold(x, scale, axes, written)
+    m, rest = fold(x, scale, axes)
     terms, unit = exps(x, m, scale, axes)
     finite = lax.is_finite(m)  # another row has the derivative 0
     change = select(spread(finite, x, axes), terms * t, 0.0)

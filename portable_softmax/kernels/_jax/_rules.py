@@ -90,14 +90,14 @@ def log_softmax(x: Any, where: Any, scale: Any, axes: Axes, compute: Any, answer
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _log_softmax(x: Any, scale: Any, axes: Axes) -> Any:
-    m, rest = fold(x, scale, axes, scale is not None)
+    m, rest = fold(x, scale, axes)
     return shifted(x, m, scale, axes) - spread(jnp.log1p(rest), x, axes)
 
 
 @_log_softmax.defjvp
 def _log_softmax_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x, scale), (t, _) = primals, tangents
-    m, rest = fold(x, scale, axes, scale is not None)
+    m, rest = fold(x, scale, axes)
     y = shifted(x, m, scale, axes) - spread(jnp.log1p(rest), x, axes)
     t = t if scale is None else t * inverse_temperature(scale)
     return y, t - spread(jnp.sum(softmax_of(x, m, rest, scale, axes) * t, axis=axes), x, axes)
