@@ -25,7 +25,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
 # A cross-reference of the site has no path: it is checked where the site is built.
-PAGES = [str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))]
+PAGES = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 
 
 SPEED = (ROOT / "docs" / "results" / "speed.md").read_text(encoding="utf-8")
@@ -70,6 +70,13 @@ def test_every_option_of_the_benchmark_is_described():
 def test_a_generated_table_names_its_generator(name):
     assert f"python tests/{name}.py" in README + SEMANTICS
     assert (ROOT / "tests" / f"{name}.py").exists()
+
+
+def test_each_room_is_described():
+    package = ROOT / "portable_softmax"
+    files = {f"`{path.name}`" for path in package.glob("*.py")}
+    folders = {f"`{path.name}/`" for path in package.glob("*/") if path.name != "__pycache__"}
+    assert {name for name in files | folders if name not in CONTRIBUTING} == set()
 
 
 def test_every_session_is_described():
@@ -279,17 +286,10 @@ def test_hosted_actions_are_pinned_by_hash(workflow):
         assert re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40} # v[\d.]+", action), action
 
 
-def test_each_room_is_described():
-    package = ROOT / "portable_softmax"
-    files = {f"`{path.name}`" for path in package.glob("*.py")}
-    folders = {f"`{path.name}/`" for path in package.glob("*/") if path.name != "__pycache__"}
-    assert {name for name in files | folders if name not in CONTRIBUTING} == set()
-
-
 # --------------------------------------------------------------------------- links and peers
 
 
-@pytest.mark.parametrize("page", sorted(PAGES))
+@pytest.mark.parametrize("page", PAGES)
 def test_every_link_leads_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):

@@ -2,8 +2,9 @@
 
 XLA sums a row at the speed of memory where the terms are plain arithmetic on the logits. A
 comparison or a select among them makes its CPU compiler write an array of the logits' size first,
-and so does a subexpression that two sums share. So each sum here has its own terms, and what has to
-depend on an entry is made by minimum and maximum.
+and so does a subexpression that two sums share. So what has to depend on an entry is made by
+minimum and maximum, and an array is written only where that has been seen to take no longer: which
+entries are maxima, of rows within a block, and the terms over a temperature.
 """
 
 from __future__ import annotations
