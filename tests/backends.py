@@ -419,9 +419,9 @@ class JaxNumba(Jax):
     path = "numba rows"
     quick = (
         *("test_kernels_jax_numba", "test_kernels_jax_family"),
-        *("test_kernels_jax_logsumexp", "test_kernels_jax_binary"),
+        *("test_kernels_jax_logsumexp", "test_kernels_jax_binary", "test_kernels_jax_sinks"),
     )
-    others = ("test_values",)
+    others = ("test_values", "test_sink")
 
     @classmethod
     def missing(cls):

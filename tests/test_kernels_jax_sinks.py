@@ -1,15 +1,19 @@
-"""softmax and log_softmax with a sink on JAX: by rules of XLA, without a branch."""
+"""softmax and log_softmax with a sink on JAX: by handlers, or by rules of XLA without a branch."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
+from test_kernels_jax_family import called
 from test_kernels_sinks import case, formula
 
 import portable_softmax as ps
 from portable_softmax import kernels
 
 OPERATIONS = ("softmax", "log_softmax")
+BY_XLA = "jax rules: one compiled call, without a branch"
 # A block of a row, some, and several axes.
 SHAPES = [((9, 40), -1), ((3, 1500), -1), ((5, 7, 19), 1), ((6, 50, 3), (0, 1))]
 
@@ -19,7 +23,8 @@ def test_which_path_is_taken(jax, xp):
     for operation in OPERATIONS:
         for sink in (0.0, x[:, :1]):
             found = kernels.explain(operation, x, sink=sink, where=x == 0, temperature=2.0)
-            assert found.startswith("jax rules: one compiled call, without a branch")
+            name = {"numba rows": "numba rows: one pass in cache"}.get(xp.path, BY_XLA)
+            assert found.startswith(name)
 
 
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
@@ -43,6 +48,52 @@ def test_a_sink_is_one_more_entry_of_its_row(jax, xp, shape, axis, dtype):
             )
 
 
+@pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
+@pytest.mark.slow("two programs for each operation", "jax-numba")
+def test_gradients_in_every_layout(jax, xp, shape, axis):
+    """With s = sum(y * dy), or sum(dy) for log_softmax, that by a sink is -s times its share."""
+    x, sink = case(shape, axis, "float32")
+    rng = np.random.default_rng(2)
+    dy, mask = rng.standard_normal(shape), rng.random(shape) < 0.7
+    given = [xp.asarray(a, "float32") for a in (x, sink)]
+    for operation in OPERATIONS:
+        for where in (None, mask):
+            t = 1.0 if where is None else 2.0
+            known = None if where is None else xp.asarray(where)
+            f = partial(getattr(ps, operation), axis=axis, temperature=t, where=known)
+            _, pull = jax.vjp(lambda x, sink, f=f: f(x, sink=sink), *given)
+            seen = dy if where is None else np.where(where, dy, 0.0)
+            p = formula("softmax", x, sink, axis, t, where)
+            s = np.sum(p * seen if operation == "softmax" else seen, axis=axis, keepdims=True)
+            share = 1 - np.sum(p, axis=axis, keepdims=True)
+            by_x = p * (seen - s) if operation == "softmax" else seen - p * s
+            for found, want in zip(
+                pull(xp.asarray(dy, "float32")), (by_x, -share * s), strict=True
+            ):
+                assert found.dtype == "float32"
+                np.testing.assert_allclose(found, want / t, rtol=1e-5, atol=2e-6)
+
+
+def test_values_and_gradients_are_handlers_on_one_cpu(jax, xp):
+    if xp.path != "numba rows":
+        pytest.skip("no handlers on this backend")
+    x = xp.asarray(np.zeros((40, 300)), "float32")
+    for operation in OPERATIONS:
+
+        def f(x, sink, operation=operation):
+            return getattr(ps, operation)(x, sink=sink)
+
+        def grads(x, sink, f=f):
+            return jax.vjp(f, x, sink)[1](x)
+
+        value, through = f"{operation}_beside_sink", f"{operation}_vjp_beside_sink"
+        assert called(jax, f, x, x[:, :1]) == [value]
+        assert called(jax, grads, x, x[:, :1]) == [value, through]
+        exported = jax.export.export(jax.jit(grads))(x, x[:, :1])
+        assert "custom_call" not in exported.mlir_module()
+
+
+@pytest.mark.slow("handlers of its own", "jax-numba")
 def test_rows_of_nothing_and_of_infinities(jax, xp):
     """Beside a sink a row of -inf has the probabilities 0; a nan or an infinity is a nan."""
     inf, nan = np.inf, np.nan
@@ -112,6 +163,7 @@ def test_transforms(jax, xp, operation, t):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.slow("handlers of its own", "jax-numba")
 def test_a_mask_hides_what_it_hides_from_derivatives(jax, xp):
     x = xp.asarray([[1.0, np.inf, 2.0], [np.nan, 0.0, 1.0]])
     where = xp.asarray([[True, False, True], [False, False, False]])

@@ -264,7 +264,8 @@ TABLE = (
     _NUMBA._replace(**_TRACED),
     _TILES._replace(**_TRACED),
     _NUMBA._replace(
-        **_HANDLED, options=(*LOSS_OPTIONS, SAMPLES, PROBABILITIES, "temperature", "dtype")
+        **_HANDLED,
+        options=(*LOSS_OPTIONS, SAMPLES, PROBABILITIES, "temperature", "sink", "dtype"),
     ),
     _OF_DISTRIBUTIONS,
     _OF_DISTRIBUTIONS._replace(**_LENT),

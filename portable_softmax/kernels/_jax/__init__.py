@@ -114,6 +114,8 @@ def function(operation: str) -> Any:
         return getattr(_module("_losses"), operation)
     if operation in BINARY:
         return getattr(_module("_binary"), operation)
+    if operation.endswith("_beside_sink"):
+        return getattr(_module("_sinks"), operation)
     operation = "fold_rows" if operation == FOLD else operation
     return getattr(_module("_family" if operation in _FAMILY else "_rules"), operation)
 

@@ -11,6 +11,7 @@ from jax import numpy as jnp
 from portable_softmax.kernels import _jax
 from portable_softmax.kernels._jax import _family, _rules
 from portable_softmax.kernels._request import (
+    BESIDE_SINKS,
     BINARY,
     BY_Q,
     DIVERGENCES,
@@ -26,8 +27,11 @@ Arrays = tuple[Any, ...]
 OF_AN_OUTPUT = (*VJPS, "log_softmax_jvp", "log_softmax_pullback")
 RUNNING_SUMS = (*RUNNING, "logcumsumexp_jvp", "logcumsumexp_pullback")
 DIVERGENCES_OF_ROWS = (*DIVERGENCES, BY_Q)
+# What changes of logits and sinks change, and the transpose of it.
+CHANGES_BESIDE_SINKS = ("softmax_jvp_beside_sink", "log_softmax_jvp_beside_sink")
+THROUGH_SINKS = (*CHANGES_BESIDE_SINKS, *BESIDE_SINKS[2:])
 # Those of which every array belongs to the rows.
-PLAIN = (*OF_AN_OUTPUT, *RUNNING_SUMS, *ENTROPIES)
+PLAIN = (*OF_AN_OUTPUT, *RUNNING_SUMS, *ENTROPIES, *THROUGH_SINKS)
 
 
 class Call(NamedTuple):
@@ -163,6 +167,8 @@ def of_rows(call: Call) -> tuple[tuple[int, ...], int | None]:
     own, mask = arrays[:1], arrays[3 if call.of_loss else 1]
     if call.of_loss:
         own += arrays[1], arrays[2].samples
+    elif call.operation in BESIDE_SINKS:
+        own += arrays[3:]
     if call.derivative:
         own += arrays[-1:]
     return tuple(i for i in (*own, mask) if i is not None), mask
@@ -185,6 +191,10 @@ def shapes(x: Any, *others: Any, call: Call) -> list[Any]:
             return [aval(tuple(shape), jnp.dtype(call.compute))] * 2
         found = list(map(aval, every, map(jnp.dtype, dtypes)))
         return found[:1] if call.operation in (ENTROPIES[0], DIVERGENCES[0]) else found
+    if call.operation in (*BESIDE_SINKS, *THROUGH_SINKS):
+        shape = [n for a, n in enumerate(x.shape) if a not in call.axes]
+        _, compute, answer = call.static
+        return [aval(x.shape, jnp.dtype(answer)), aval(tuple(shape), jnp.dtype(compute))]
     if not call.of_loss:
         reduced = call.operation in ("logsumexp", "logsumexp_jvp", WITH_SLOPES)
         shape = [1 if reduced and a in call.axes else n for a, n in enumerate(x.shape)]

@@ -13,6 +13,7 @@ from jax import numpy as jnp
 from jax.interpreters import mlir
 
 from portable_softmax.kernels._jax._call import (
+    CHANGES_BESIDE_SINKS,
     DIVERGENCES_OF_ROWS,
     OF_AN_OUTPUT,
     RUNNING_SUMS,
@@ -24,7 +25,7 @@ from portable_softmax.kernels._jax._call import (
     rows,
     shapes,
 )
-from portable_softmax.kernels._request import BINARY, Layout
+from portable_softmax.kernels._request import BESIDE_SINKS, BINARY, Layout
 
 
 def _by_handler(*leaves: Any, call: Call) -> list[Any]:
@@ -39,15 +40,31 @@ def _by_handler(*leaves: Any, call: Call) -> list[Any]:
     )
     if call.of_loss:
         return (_loss_pullback if call.derivative else _loss)(call, layout, leaves)
+    if call.operation in BESIDE_SINKS[2:]:
+        return _through_sinks(call, layout, leaves)
     buffers = {"x": x, "numbers": call.numbers(leaves), "mask": _mask(call, layout, leaves)}
     if call.operation in (*OF_AN_OUTPUT, *RUNNING_SUMS[1:]):
         buffers["second"] = call.arrays(leaves)[-1]
     elif call.operation in DIVERGENCES_OF_ROWS:
         buffers["second"] = call.arrays(leaves)[1]
+    elif call.operation in BESIDE_SINKS:
+        buffers["weight"] = call.arrays(leaves)[-1]
     elif call.derivative:
         buffers["second"] = call.arrays(leaves)[-1].astype(call.compute)
     results = dict(zip(("out", "grad", "other"), shapes(*leaves, call=call), strict=False))
     return _handled(call, layout, buffers, results, None)
+
+
+def _through_sinks(call: Call, layout: Layout, leaves: Arrays) -> list[Any]:
+    """Let the kernel sum upstream gradients: a sink takes its share with the other sign."""
+    y, share, of_share, dy = call.arrays(leaves)
+    if of_share is not None:
+        return by_xla(*leaves, call=call)
+    given = {"x": y, "second": dy.astype(y.dtype), "weight": share}
+    results = dict(zip(("out", "grad"), shapes(*leaves, call=call), strict=True))
+    dx, sums = _handled(call, layout, given, results, None)
+    share = jnp.exp(share) if call.operation.startswith("log") else share
+    return [dx, -share * sums]
 
 
 def _of_entries(call: Call, leaves: Arrays) -> list[Any]:
@@ -223,6 +240,7 @@ def register(name: str, address: int) -> None:
 def _lowered(context: Any, *values: Any, call: Call, on_cpu: bool) -> Any:
     native = on_cpu and _is_alone(context.module_context) and 0 not in context.avals_in[0].shape
     native = native and not call.operation.endswith("_jvp")  # forward mode has no kernel
+    native = native and call.operation not in CHANGES_BESIDE_SINKS
     function = _by_handler if native else by_xla
     if native and (i := _written_over(call, context.avals_in)) is not None and _is_new(values[i]):
         call = call._replace(over=i)

@@ -22,6 +22,7 @@ from portable_softmax.kernels import _jax
 from portable_softmax.kernels._jax import (
     _family,
     _lowering,  # noqa: F401 - it registers itself
+    _sinks,
     _transforms,
 )
 from portable_softmax.kernels._jax._call import Arrays, Call, are_soft, handlers_of, rows
@@ -94,6 +95,8 @@ def answer(engine: Any, request: Request) -> Any:
         return _compiled_mean(*leaves, call=Call(engine.__name__, FOLD, tree, static))
     if request.operation in DIVERGENCES:
         return _divergence(engine.__name__, request, arrays, static)
+    if "sink" in request.active:
+        return _beside_sink(engine.__name__, request, arrays, static)
     leaves, tree = jax.tree.flatten((arrays, _temperature(engine.__name__, request)))
     found = _compiled(*leaves, call=Call(engine.__name__, request.operation, tree, static))
     return tuple(found) if len(found) > 1 else found[0]
@@ -113,6 +116,14 @@ def _divergence(engine: str, request: Request, arrays: Arrays, static: Any) -> A
     call = Call(engine, request.operation, tree, (axes, compute, *dtypes))
     found = _compiled_divergence(*leaves, distilled=distilled, call=call, rest=(answer, reduction))
     return tuple(found) if factor else found[0]
+
+
+def _beside_sink(engine: str, request: Request, arrays: Arrays, static: Any) -> Any:
+    """Answer without the share of the sink, which derivatives need."""
+    x, sink, where, scale = arrays
+    leaves, tree = jax.tree.flatten(((x, where, scale, sink), _temperature(engine, request)))
+    operation = f"{request.operation}_beside_sink"
+    return _compiled_beside_sink(*leaves, call=Call(engine, operation, tree, static))
 
 
 def _temperature(engine: str, request: Request) -> Any:
@@ -135,6 +146,15 @@ def _compiled(*leaves: Any, call: Call) -> Any:
 def _compiled_divergence(*leaves: Any, distilled: Any, call: Call, rest: Any) -> Any:
     each, *grads = rows.bind(*leaves, call=call)
     return _family.reduced(each, distilled, *rest), *grads
+
+
+@partial(jax.jit, static_argnames="call", inline=True)
+def _compiled_beside_sink(*leaves: Any, call: Call) -> Any:
+    (x, *others, sink), numbers = jax.tree.unflatten(call.tree, leaves)
+    axes, compute, _ = call.static
+    each = _sinks.of_rows(sink, x, axes, compute)
+    leaves = jax.tree.leaves(((x, *others, each), numbers))
+    return rows.bind(*leaves, call=call)[0]
 
 
 @partial(jax.jit, static_argnames="call", inline=True)

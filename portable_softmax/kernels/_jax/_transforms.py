@@ -11,8 +11,22 @@ from jax import numpy as jnp
 from jax.interpreters import ad, batching
 
 from portable_softmax.kernels._jax import _fold, _losses
-from portable_softmax.kernels._jax._call import Arrays, Call, by_xla, of_rows, rows
-from portable_softmax.kernels._request import BINARY, BY_Q, DIVERGENCES, ENTROPIES, WITH_SLOPES
+from portable_softmax.kernels._jax._call import (
+    CHANGES_BESIDE_SINKS,
+    Arrays,
+    Call,
+    by_xla,
+    of_rows,
+    rows,
+)
+from portable_softmax.kernels._request import (
+    BESIDE_SINKS,
+    BINARY,
+    BY_Q,
+    DIVERGENCES,
+    ENTROPIES,
+    WITH_SLOPES,
+)
 
 # Derivatives, which are linear in the last of their arrays, and the transpose of each.
 _TRANSPOSE = {
@@ -52,6 +66,8 @@ def _jvp(primals: Arrays, tangents: Arrays, *, call: Call) -> tuple[list[Any], l
     moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
     if call.operation == DIVERGENCES[0] and max(moving) < 2:
         return _divergence_jvp(primals, [tangents[i] for i in moving], moving, call)
+    if call.operation in BESIDE_SINKS[:2] and primals[0].dtype == call.compute:
+        return _jvp_beside_sink(primals, tangents, call)
     x, rule = primals[0], _FIRST.get(call.operation)
     if x.dtype != call.compute:
         rule = _OF_LOGITS.get(call.operation)
@@ -99,8 +115,33 @@ def _linear(operation: str, arrays: Arrays, t: Any, call: Call) -> Any:
     return found
 
 
+def _jvp_beside_sink(
+    leaves: Arrays, tangents: Arrays, call: Call
+) -> tuple[list[Any], list[Any]]:  # fmt: skip
+    """Return a derivative that is linear in the changes of the logits and of the sinks."""
+    y, share = rows.bind(*leaves, call=call)
+    arrays, _ = jax.tree.unflatten(call.tree, tangents)
+    x, _, scale, sink = call.arrays(leaves)
+    t, more = (
+        jnp.zeros_like(a) if type(change) is ad.Zero else change
+        for a, change in ((x, arrays[0]), (sink, arrays[3]))
+    )
+    found, tree = jax.tree.flatten(((y, share, counted(t, leaves, call), more), None))
+    change, of_share = rows.bind(
+        *found, call=call._replace(operation=_CHANGES[call.operation], tree=tree)
+    )
+    where = call.where(leaves)
+    change = change if where is None else jnp.where(where, change, 0.0)
+    return [y, share], [_over_temperature(a, scale) for a in (change, of_share)]
+
+
+_CHANGES = dict(zip(BESIDE_SINKS[:2], CHANGES_BESIDE_SINKS, strict=True))
+
+
 def _transposed(cotangents: list[Any], *leaves: Any, call: Call) -> list[Any]:
     """Transpose such a function."""
+    if call.operation in CHANGES_BESIDE_SINKS:
+        return _transposed_beside_sink(cotangents, leaves, call)
     (ct,), t = cotangents, leaves[-1]
     if type(ct) is not ad.Zero:
         *arrays, _ = call.arrays(leaves)
@@ -109,6 +150,21 @@ def _transposed(cotangents: list[Any], *leaves: Any, call: Call) -> list[Any]:
 
 
 ad.primitive_transposes[rows] = _transposed
+
+
+def _transposed_beside_sink(cotangents: list[Any], leaves: Arrays, call: Call) -> list[Any]:
+    dy, of_share = cotangents
+    y, share, *changes = call.arrays(leaves)
+    if type(dy) is ad.Zero and type(of_share) is ad.Zero:
+        found = [ad.Zero(a.aval) if ad.is_undefined_primal(a) else None for a in changes]
+        return [None, None, *found]
+    dy = jnp.zeros_like(y) if type(dy) is ad.Zero else dy
+    of_share = None if type(of_share) is ad.Zero else of_share
+    operation = call.operation.replace("_jvp_", "_vjp_")
+    arrays, tree = jax.tree.flatten(((y, share, of_share, dy), None))
+    found = rows.bind(*arrays, call=call._replace(operation=operation, tree=tree))
+    found = [a if ad.is_undefined_primal(b) else None for a, b in zip(found, changes, strict=True)]
+    return [None, None, *found]
 
 
 def _over_temperature(change: Any, scale: Any) -> Any:

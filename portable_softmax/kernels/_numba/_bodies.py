@@ -56,6 +56,7 @@ from portable_softmax.kernels._numba._losses import (
     with_term,
 )
 from portable_softmax.kernels._request import (
+    BESIDE_SINKS,
     BINARY,
     BY_Q,
     DIVERGENCES,
@@ -186,6 +187,19 @@ def _slopes_of_logsumexp(run, stored, compute, operation, masked):
     if operation == "logsumexp_vjp":
         roles = (_flat(SECOND, compute), _rows_of(OUT, stored))
     return _on(run, _arrays(_rows_of(X, stored), *roles, mask_of), integer_of)
+
+
+def _beside_sink(run, stored, compute, operation, tempered, masked):
+    """Return what runs rows with their sinks, or the gradient through them."""
+    if operation in BESIDE_SINKS[:2]:
+        mask_of = _flat(MASK, types.uint8) if masked else nothing
+        given = _rows_of(X, stored), _rows_of(OUT, stored), mask_of
+        number_of = _temperature(compute) if tempered else integer_of
+    else:
+        given = tuple(_rows_of(role, stored) for role in (X, SECOND, OUT))
+        number_of = left_out_of
+    # The sinks and what is written of them; or the shares that are read, and sums.
+    return _on(run, _arrays(*given, _flat(WEIGHT, compute), _flat(GRAD, compute)), number_of)
 
 
 def _entropy(run, stored, gradient):
@@ -417,6 +431,9 @@ def work_of(operation, layout, dtype, *variants):
         out_of = (_flat if operation == "logsumexp" else _rows_of)(OUT, stored)
         mask_of = _flat(MASK, types.uint8) if "where" in variants else nothing
         body = _on(run, _arrays(_rows_of(X, stored), out_of, mask_of), number_of)
+        return body, nothing, nothing, compute
+    if operation in BESIDE_SINKS:
+        body = _beside_sink(run, stored, compute, operation, tempered, "where" in variants)
         return body, nothing, nothing, compute
     if operation in (WITH_SLOPES, "logsumexp_vjp"):
         body = _slopes_of_logsumexp(run, stored, compute, operation, "where" in variants)

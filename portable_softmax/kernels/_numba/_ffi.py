@@ -20,7 +20,14 @@ from numba.core.ccallback import CFunc
 from portable_softmax.kernels._numba import _driver, _frame, _handlers, _jit
 from portable_softmax.kernels._numba._exp import temperature
 from portable_softmax.kernels._numba._losses import EACH, IGNORING, SAMPLED, WEIGHTED
-from portable_softmax.kernels._request import BINARY, BY_Q, DIVERGENCES, RUNNING, Layout
+from portable_softmax.kernels._request import (
+    BESIDE_SINKS,
+    BINARY,
+    BY_Q,
+    DIVERGENCES,
+    RUNNING,
+    Layout,
+)
 
 __all__ = ["API", "LAST_API", "ROLES", "Loss", "Target", "made", "target", "temperature"]
 
@@ -115,7 +122,7 @@ def target(
     named = _OF_ENTRIES if operation in BINARY else _VARIANTS
     variants = [name for role, name in named.items() if role in buffers]
     if loss is None:
-        plan[_frame.FLAGS] = operation in ("softmax", "log_softmax", PULLBACK)
+        plan[_frame.FLAGS] = operation in ("softmax", "log_softmax", *BESIDE_SINKS, PULLBACK)
         operation = _KERNELS.get(operation, operation)
         # The factor of gradients stands beside the numbers of a temperature, or alone.
         factors = operation in (DIVERGENCES[1], BY_Q)

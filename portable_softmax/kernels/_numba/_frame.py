@@ -43,7 +43,8 @@ STORED = {
 # What buffers hold, arguments first. `second` is labels, a distribution, an upstream gradient or
 # the logits of q; `numbers` are those of a temperature and then the factor of a divergence's
 # gradients, or the smoothing, z and softcap of a loss; `other` is the gradient by q. Of yes-or-no
-# labels `samples` are the weights of a yes, and `numbers` 1 - smoothing and smoothing / 2.
+# labels `samples` are the weights of a yes, and `numbers` 1 - smoothing and smoothing / 2. Beside
+# sinks, `weight` is these and `grad` their shares, or `weight` the shares and `grad` sums.
 ROLES = ("x", "second", "mask", "weight", "samples", "numbers", "out", "grad", "other")
 X, SECOND, MASK, WEIGHT, SAMPLES, NUMBERS, OUT, GRAD, OTHER = range(9)
 END = len(ROLES)
