@@ -47,7 +47,7 @@ def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
 def _sums(x: Any, m: Any, axes: Axes) -> tuple[Any, Any]:
     """Return the sum of the terms that are no maximum, and how many there are that are one."""
     big = jnp.asarray(jnp.finfo(x.dtype).max, x.dtype)
-    root, unit, power = roots(x, m, big, axes)
+    root, unit, power = roots(x, m, big, 0.5, axes)
     # Every maximum is left out of the sum; of those that are not one, 1 is kept.
     # Where a scan is differentiated in reverse and then forward, JAX drops the rule below and
     # differentiates this instead: it is right, as then the maximum is no constant either.
@@ -117,7 +117,7 @@ def exps_by(x: Any, m: Any, scale: Any, axes: Axes) -> tuple[Callable[[Any, Axes
     return exp, unit if power is None else unit * power
 
 
-def roots(x: Any, m: Any, big: Any, axes: Axes) -> tuple[Any, Any, Any]:
+def roots(x: Any, m: Any, big: Any, half: Any, axes: Axes) -> tuple[Any, Any, Any]:
     """Return roots of exp(x - max) over a number of the row, and this times and without a power.
 
     A confident row's rest is one exponential of a large difference. Let L be the largest one that
@@ -137,7 +137,7 @@ def roots(x: Any, m: Any, big: Any, axes: Axes) -> tuple[Any, Any, Any]:
     # XLA would make one operation of two constant bounds, which its fast library does not have.
     least = lax.optimization_barrier(jnp.asarray(2.0**-bits, x.dtype))
     power = lax.stop_gradient(lax.max(power, jnp.broadcast_to(least, m.shape)))
-    return jnp.exp((x - spread(c, x, axes)) * 0.5), jnp.exp(gap) * power, power
+    return jnp.exp((x - spread(c, x, axes)) * half), jnp.exp(gap) * power, power
 
 
 def _count(x: Any, axes: Axes) -> int:

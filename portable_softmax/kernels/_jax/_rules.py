@@ -227,7 +227,7 @@ def entropy_value_and_grad(x: Any, axes: Axes, compute: Any, answer: Any) -> tup
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _entropy(x: Any, axes: Axes) -> Any:
     m, rest = fold(x, None, axes)
-    return jnp.log1p(rest) + _mean_gap(x, m, rest, axes)[0]
+    return jnp.log1p(rest) + _mean_gap(x, m, rest, rest, axes)[0]
 
 
 @_entropy.defjvp
@@ -238,17 +238,25 @@ def _entropy_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 def _entropy_and_slopes(x: Any, axes: Axes) -> tuple[Any, Any]:
     m, rest = fold(x, None, axes)
-    mean, times_p, gaps = _mean_gap(x, m, rest, axes)
+    mean = _mean_gap(x, m, rest, rest, axes)[0]
+    _, times_p, gaps = _mean_gap(x, m, rest, mean, axes)
     return jnp.log1p(rest) + mean, times_p(gaps - spread(mean, x, axes))
 
 
-def _mean_gap(x: Any, m: Any, rest: Any, axes: Axes) -> tuple[Any, Any, Any]:
+def _mean_gap(x: Any, m: Any, rest: Any, after: Any, axes: Axes) -> tuple[Any, Any, Any]:
     """Return sum(p * (max - x)), the product with p, and max - x.
 
     A probability that XLA would flush to 0 may have a product that is none: it is taken with the
     root of it twice.
+
+    XLA's CPU compiler would write what this has in common with what came before, a constant too. So
+    it has constants of its own, which are known to no pass, once `after` is there.
     """
-    root, unit, power = roots(x, m, jnp.asarray(jnp.finfo(x.dtype).max, x.dtype), axes)
+    after = lax.stop_gradient(after)
+    constants = (jnp.asarray(v, x.dtype) for v in (float(jnp.finfo(x.dtype).max), 0.5, 0.0))
+    _, big, half, zero = lax.optimization_barrier((after, *constants))
+    m = m + zero
+    root, unit, power = roots(x, m, big, half, axes)
     # Of a logit of -inf any finite number, as its root is 0.
     gaps = lax.min(
         spread(m, x, axes) - x, lax.full_like(x, 4.0 * -math.log(jnp.finfo(x.dtype).tiny))
