@@ -109,6 +109,13 @@ def test_rows_of_nothing_and_of_infinities(jax, xp):
             assert np.isnan(np.asarray(y[1:5])).all()
             alone = (ps.softmax if y is p else ps.log_softmax)(x[5], temperature=t)
             np.testing.assert_array_equal(y[5], alone)
+        for name in OPERATIONS:
+            f = partial(getattr(ps, name), x, temperature=t)
+            _, pull = jax.vjp(lambda sink, f=f: f(sink=sink), sink)
+            by_sink = np.asarray(pull(xp.asarray(np.ones((6, 3)), "float32"))[0])[:, 0]
+            np.testing.assert_array_equal(by_sink[0], 0.0 if name == "softmax" else -3.0 / t)
+            assert np.isnan(by_sink[1:5]).all()
+            np.testing.assert_array_equal(by_sink[5], 0.0)
 
 
 def test_a_confident_row_keeps_its_digits(jax, xp):

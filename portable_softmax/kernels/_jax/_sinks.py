@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax import lax
 from jax import numpy as jnp
 
 from portable_softmax.kernels._jax._fold import (
@@ -147,7 +148,7 @@ def _joined(x: Any, sink: Any, scale: Any, axes: Axes) -> tuple[Any, Any, Any]:
         own, more = (tempered_terms(a, top, scale, ()) for a in (m, sink))
     beyond = select(m == -math.inf, jnp.zeros_like(m), (1.0 + rest) * own)
     rest = select(sink > m, beyond, rest + more)
-    return top, rest, more / (1.0 + rest)
+    return top, rest, more / (1.0 + select(lax.is_finite(top), rest, math.nan))
 
 
 # ------------------------------------------------------------- derivatives, from the answers
