@@ -450,3 +450,11 @@ def test_a_memory_map_is_an_array_of_numpy(tmp_path):
         for y, expected in zip(f(mapped(x), mapped(labels)), f(x, labels), strict=True):
             assert type(y) is type(expected)
             np.testing.assert_array_equal(y, expected)
+
+
+def test_autograd_of_running_sums_gives_nothing_to_minus_infinity(differentiating):
+    """As logcumsumexp_vjp does; a sum of nothing, too, has no gradient."""
+    xp, inf = differentiating, np.inf
+    x, dy = [[-inf, -inf, 0.0, 0.0], [-inf] * 4], xp.asarray([7.0, 5.0, 3.0, 2.0])
+    (grad,) = gradient(xp, lambda x: (ps.logcumsumexp(x, axis=1) * dy).sum(), x)
+    np.testing.assert_allclose(grad, [[0.0, 0.0, 4.0, 1.0], [0.0] * 4], rtol=1e-15)

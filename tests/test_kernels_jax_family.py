@@ -414,6 +414,21 @@ def test_second_derivatives_of_weighted_sums(jax, xp, by_rules):
     np.testing.assert_allclose(mixed, (np.diag(p) - np.outer(p, p)) / np.asarray(b), atol=1e-14)
 
 
+@pytest.mark.parametrize("n", [3, 40])
+def test_a_nan_reaches_each_gradient_of_its_weighted_sum(jax, xp, by_rules, n):
+    """Beside +inf as well, where XLA may lose it from a maximum."""
+    x = np.full((200, n), -1.0)
+    x[1::2, :3] = -np.inf, np.inf, np.nan
+    b = np.random.default_rng(6).uniform(1.0, 2.0, x.shape)
+    grads = jax.grad(lambda x, b: ps.logsumexp(x, axis=1, b=b).sum(), (0, 1))
+    by_x, by_b = map(np.asarray, grads(xp.asarray(x), xp.asarray(b)))
+    assert np.isnan(by_x[1::2]).all()
+    assert np.isnan(by_b[1::2]).all()
+    sums = b[::2].sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(by_x[::2], b[::2] / sums, rtol=1e-14)
+    np.testing.assert_allclose(by_b[::2], np.broadcast_to(1.0 / sums, (100, n)), rtol=1e-14)
+
+
 # --------------------------------------------------------------------------- derivatives
 
 

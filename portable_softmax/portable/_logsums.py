@@ -67,8 +67,10 @@ def logcumsumexp(xp: Namespace, x: Any, axis: int) -> Any:
         # XLA may take minutes to compile rounds that it tries to fuse.
         m, rest = own.barrier(m, rest)
         step *= 2
-    infinite = xp.isinf(constant(xp, m))
-    return xp.where(infinite, m, m + xp.log1p(xp.where(infinite, scalar(xp, 0.0, m), rest)))
+    fixed = constant(xp, m)
+    infinite = xp.isinf(fixed)
+    y = xp.where(infinite, m, m + xp.log1p(xp.where(infinite, scalar(xp, 0.0, m), rest)))
+    return xp.where(fixed == -math.inf, fixed, y)  # of which no entry has a gradient
 
 
 def logcumsumexp_vjp(xp: Namespace, x: Any, dy: Any, axis: int) -> Any:

@@ -329,7 +329,10 @@ def _weighted_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
     found = _weighted(x, b, axes)
     if not isinstance(of_b, SymbolicZero):
         t = jnp.zeros_like(x) if isinstance(t, SymbolicZero) else t
-        return found, jax.jvp(portable_one, primals, (t, of_b))[1]
+        change, of_sign = jax.jvp(portable_one, primals, (t, of_b))[1]
+        # XLA may drop a nan from its maximum: see `fold`.
+        lost = jnp.where(jnp.isnan(found[0]), math.nan, 0.0)
+        return found, (change + lost * jnp.sum(t + of_b, axis=axes), of_sign)
     live = jnp.where(b == 0, -math.inf, x)
     e = jnp.exp(live - spread(_shift(jnp.max(live, axis=axes)), x, axes))
     terms = jnp.where(b == 0, 0.0, b * e)
