@@ -35,8 +35,7 @@ def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
     m = jnp.max(x, axis=axes)
     # XLA on a CPU may drop a nan from maxima and minima (openxla/xla 21461). Beside a finite number
     # the sum of the terms is nan in rows that have one, and in no other.
-    most = float(jnp.finfo(x.dtype).max)
-    shift = lax.clamp(jnp.asarray(-most, x.dtype), m, jnp.asarray(most, x.dtype))
+    shift = finite(m)
     if scale is None:
         terms, maxima = _sums(x, shift, axes)
     else:
@@ -44,10 +43,17 @@ def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:
     return m, select(lax.is_finite(m) | (terms != terms), terms + (maxima - 1.0), -2.0)
 
 
+def finite(m: Any) -> Any:
+    """Return the nearest number that is finite."""
+    most = float(jnp.finfo(m.dtype).max)
+    return lax.clamp(jnp.asarray(-most, m.dtype), m, jnp.asarray(most, m.dtype))
+
+
 def _sums(x: Any, m: Any, axes: Axes) -> tuple[Any, Any]:
     """Return the sum of the terms that are no maximum, and how many there are that are one."""
     big = jnp.asarray(jnp.finfo(x.dtype).max, x.dtype)
-    root, unit, power = roots(x, m, big, 0.5, axes)
+    c, unit, power = reference(x, m, big, axes)
+    root = jnp.exp((x - spread(c, x, axes)) * 0.5)
     # Every maximum is left out of the sum; of those that are not one, 1 is kept.
     # Where a scan is differentiated in reverse and then forward, JAX drops the rule below and
     # differentiates this instead: it is right, as then the maximum is no constant either.
@@ -117,8 +123,11 @@ def exps_by(x: Any, m: Any, scale: Any, axes: Axes) -> tuple[Callable[[Any, Axes
     return exp, unit if power is None else unit * power
 
 
-def roots(x: Any, m: Any, big: Any, half: Any, axes: Axes) -> tuple[Any, Any, Any]:
-    """Return roots of exp(x - max) over a number of the row, and this times and without a power.
+def reference(x: Any, m: Any, big: Any, axes: Axes) -> tuple[Any, Any, Any]:
+    """Return what the roots of a row's exponentials are taken beside, c, and what undoes it.
+
+    exp(x - max) is the square of exp((x - c) / 2) times a power of 2, over exp(max - c) times the
+    power: the second number that is returned, the power the third.
 
     A confident row's rest is one exponential of a large difference. Let L be the largest one that
     counts, beyond which an exponential underflows. Below 0 the integer c below the maximum makes
@@ -131,13 +140,13 @@ def roots(x: Any, m: Any, big: Any, half: Any, axes: Axes) -> tuple[Any, Any, An
     info = jnp.finfo(x.dtype)
     limit, bits = -math.log(float(info.tiny)), _count(x, axes).bit_length()
     between = jnp.ceil((m - limit) * 32.0) * 0.0625
-    c = jnp.maximum(jnp.floor(jnp.minimum(m, 0.0)), jnp.minimum(m, between))
+    c = lax.stop_gradient(jnp.maximum(jnp.floor(jnp.minimum(m, 0.0)), jnp.minimum(m, between)))
     gap = m - c
     power = jnp.minimum((40.0 - gap) * big, 2.0**40)
     # XLA would make one operation of two constant bounds, which its fast library does not have.
     least = lax.optimization_barrier(jnp.asarray(2.0**-bits, x.dtype))
     power = lax.stop_gradient(lax.max(power, jnp.broadcast_to(least, m.shape)))
-    return jnp.exp((x - spread(c, x, axes)) * half), jnp.exp(gap) * power, power
+    return c, jnp.exp(gap) * power, power
 
 
 def _count(x: Any, axes: Axes) -> int:

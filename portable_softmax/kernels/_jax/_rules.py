@@ -20,10 +20,11 @@ from portable_softmax.kernels._jax._fold import (
     Axes,
     base,
     exps,
+    finite,
     fold,
     in_blocks,
     inverse_temperature,
-    roots,
+    reference,
     select,
     shifted,
     softmax_of,
@@ -250,20 +251,23 @@ def _mean_gap(x: Any, m: Any, rest: Any, after: Any, axes: Axes) -> tuple[Any, A
     root of it twice.
 
     XLA's CPU compiler would write what this has in common with what came before, a constant too. So
-    it has constants of its own, which are known to no pass, once `after` is there.
+    what each entry is given has passed a barrier of this call, behind `after`.
     """
-    after = lax.stop_gradient(after)
-    constants = (jnp.asarray(v, x.dtype) for v in (float(jnp.finfo(x.dtype).max), 0.5, 0.0))
-    _, big, half, zero = lax.optimization_barrier((after, *constants))
-    m = m + zero
-    root, unit, power = roots(x, m, big, half, axes)
+    big, half = (jnp.asarray(v, x.dtype) for v in (float(jnp.finfo(x.dtype).max), 0.5))
+    c, unit, power = reference(x, finite(m), big, axes)  # as the fold has it
+    after, *own = map(lax.stop_gradient, (after, c, power, half))
+    _, c, power, half = lax.optimization_barrier((after, *own))
+    root = jnp.exp((x - spread(c, x, axes)) * half)
     # Of a logit of -inf any finite number, as its root is 0.
     gaps = lax.min(
         spread(m, x, axes) - x, lax.full_like(x, 4.0 * -math.log(jnp.finfo(x.dtype).tiny))
     )
+    inverse = 1.0 / (unit * (1.0 + rest))
+
+    def of_exps(y: Any) -> Any:
+        return root * (y * spread(power, x, axes)) * root
 
     def times_p(y: Any) -> Any:
-        of_exps = root * (y * spread(power, x, axes)) * root
-        return of_exps * spread(1.0 / (unit * (1.0 + rest)), x, axes)
+        return of_exps(y) * spread(inverse, x, axes)
 
-    return sum_of(*in_blocks(times_p(gaps), axes, 0.0)), times_p, gaps
+    return sum_of(*in_blocks(of_exps(gaps), axes, 0.0)) * inverse, times_p, gaps
