@@ -70,7 +70,7 @@ def logcumsumexp(xp: Namespace, x: Any, axis: int) -> Any:
     fixed = constant(xp, m)
     infinite = xp.isinf(fixed)
     y = xp.where(infinite, m, m + xp.log1p(xp.where(infinite, scalar(xp, 0.0, m), rest)))
-    return xp.where(fixed == -math.inf, fixed, y)  # of which no entry has a gradient
+    return xp.where(fixed == -math.inf, fixed, y)  # a sum of nothing has no gradient
 
 
 def logcumsumexp_vjp(xp: Namespace, x: Any, dy: Any, axis: int) -> Any:

@@ -331,8 +331,9 @@ def _weighted_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
         t = jnp.zeros_like(x) if isinstance(t, SymbolicZero) else t
         change, of_sign = jax.jvp(portable_one, primals, (t, of_b))[1]
         # XLA may drop a nan from its maximum: see `fold`.
-        lost = jnp.where(jnp.isnan(found[0]), math.nan, 0.0)
-        return found, (change + lost * jnp.sum(t + of_b, axis=axes), of_sign)
+        lost = jnp.isnan(found[0])
+        others = jnp.where(lost, jnp.sum(t + of_b, axis=axes), 0.0)
+        return found, (change + jnp.where(lost, math.nan, 0.0) * others, of_sign)
     live = jnp.where(b == 0, -math.inf, x)
     e = jnp.exp(live - spread(_shift(jnp.max(live, axis=axes)), x, axes))
     terms = jnp.where(b == 0, 0.0, b * e)

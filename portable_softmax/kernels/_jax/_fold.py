@@ -124,10 +124,9 @@ def exps_by(x: Any, m: Any, scale: Any, axes: Axes) -> tuple[Callable[[Any, Axes
 
 
 def reference(x: Any, m: Any, big: Any, axes: Axes) -> tuple[Any, Any, Any]:
-    """Return what the roots of a row's exponentials are taken beside, c, and what undoes it.
+    """Return c, exp(max - c) * power and the power, for roots of a row's exponentials.
 
-    exp(x - max) is the square of exp((x - c) / 2) times a power of 2, over exp(max - c) times the
-    power: the second number that is returned, the power the third.
+    exp(x - max) is exp((x - c) / 2) squared, times the power, over the second of these numbers.
 
     A confident row's rest is one exponential of a large difference. Let L be the largest one that
     counts, beyond which an exponential underflows. Below 0 the integer c below the maximum makes

@@ -172,31 +172,21 @@ def log_softmax_jvp_beside_sink(
     return (t - spread(mean, y, axes)).astype(answer), more - mean
 
 
-@jit
-def softmax_vjp_beside_sink(
-    y: Any, share: Any, of_share: Any, dy: Any, axes: Axes, compute: Any, answer: Any
-) -> tuple[Any, Any]:
-    """Return the transpose of that, with respect to logits and sinks."""
-    dx, dsink = _transposed(softmax_jvp_beside_sink, y, share, dy, of_share, axes, compute)
-    return dx.astype(answer), dsink
-
-
-@jit
-def log_softmax_vjp_beside_sink(
-    y: Any, share: Any, of_share: Any, dy: Any, axes: Axes, compute: Any, answer: Any
-) -> tuple[Any, Any]:
-    """Return the transpose of that, with respect to logits and sinks."""
-    dx, dsink = _transposed(log_softmax_jvp_beside_sink, y, share, dy, of_share, axes, compute)
-    return dx.astype(answer), dsink
-
-
 def _transposed(
-    function: Any, y: Any, share: Any, dy: Any, of_share: Any, axes: Axes, compute: Any
-) -> Any:
-    """`of_share` is None where nothing depends on the shares."""
+    function: Any, y: Any, share: Any, of_share: Any, dy: Any, axes: Axes, compute: Any, answer: Any
+) -> tuple[Any, Any]:
+    """Return the transpose of such a function, with respect to logits and sinks.
+
+    `of_share` is None where nothing depends on the shares.
+    """
     of_share = jnp.zeros_like(share) if of_share is None else of_share
 
     def change(t: Any, more: Any) -> Any:
         return function(y, share, t, more, axes, compute, compute)
 
-    return jax.linear_transpose(change, y, share)((dy.astype(compute), of_share))
+    dx, dsink = jax.linear_transpose(change, y, share)((dy.astype(compute), of_share))
+    return dx.astype(answer), dsink
+
+
+softmax_vjp_beside_sink = jit(partial(_transposed, softmax_jvp_beside_sink))
+log_softmax_vjp_beside_sink = jit(partial(_transposed, log_softmax_jvp_beside_sink))
