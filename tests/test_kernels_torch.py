@@ -64,6 +64,11 @@ def ran(engine, monkeypatch):
     return seen
 
 
+def recorded(name):
+    """What a kernel gives where torch records: the gradient beside the loss."""
+    return "cross_entropy_value_and_grad" if name == "cross_entropy" else name
+
+
 def normal(xp, shape=(3, 4), dtype="float64", seed=0):
     return xp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
@@ -233,7 +238,7 @@ def test_a_graph_is_freed_with_the_last_reference(torch, xp, ran, name):
         gc.garbage.clear()
         gc.unfreeze()
         gc.enable()
-    assert name in ran
+    assert recorded(name) in ran
 
 
 def test_softmax_may_overwrite_its_input(torch, xp):
@@ -286,7 +291,7 @@ def test_saved_tensors_may_be_packed_and_checkpointed(torch, xp, ran, name):
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], expected)
     y = torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), x)[0], expected)
-    assert ran.count(name) >= 4
+    assert sum(operation.startswith(name) for operation in ran) >= 4
 
 
 # --------------------------------------------------------------------------- derivatives
@@ -298,9 +303,9 @@ def test_the_first_derivative_is_a_kernels_and_further_ones_are_right(torch, xp,
     large = normal(xp, (3, 400_000)) if xp.name == "torch" else normal(xp)
     x = large.requires_grad_()  # tiles of a gradient are for large arrays
     y = function(x)
-    assert ran == [name]
+    assert ran == [recorded(name)]
     torch.autograd.grad(y.sum(), x)
-    assert len(ran) >= 2
+    assert len(ran) >= (1 if name == "cross_entropy" else 2)
     x = normal(xp).requires_grad_()
     assert torch.autograd.gradcheck(function, x)
     assert torch.autograd.gradgradcheck(function, x)
@@ -576,7 +581,7 @@ def test_a_tangent_of_the_upstream_gradient_is_not_dropped(torch, xp, ran, name,
     forward = torch.autograd.forward_ad
     x = normal(xp, (4, 3) if axis == 0 else (3, 4)).requires_grad_()
     y = functions(xp, axis)[name](x)
-    assert ran == [name]
+    assert ran == [recorded(name)]
     dy, tangent = normal(xp, tuple(y.shape), seed=1), normal(xp, tuple(y.shape), seed=2)
     (expected,) = torch.autograd.grad(y, x, tangent, retain_graph=True)
 
@@ -620,7 +625,7 @@ def test_an_ignored_row_stops_any_upstream_gradient(
     x = xp.asarray([[np.nan] * 4, [0.0, 1.0, 2.0, 3.0], [1.0] * 4]).requires_grad_()
     labels = xp.asarray([-1, 2, -1])
     loss = ps.cross_entropy(x, labels, ignore_index=-1, reduction=reduction, **options)
-    assert ran == ["cross_entropy"]
+    assert ran == [recorded("cross_entropy")]
     dy = torch.full_like(loss, upstream)
     (grad,) = torch.autograd.grad(loss, x, dy, create_graph=create_graph)
     assert (grad[[0, 2]] == 0).all()
@@ -634,7 +639,7 @@ def test_many_upstream_gradients_at_once(torch, xp, ran, name, axis):
     y = functions(xp, axis)[name](x)
     rows = torch.eye(y.numel(), dtype=y.dtype).reshape(-1, *y.shape)
     (batched,) = torch.autograd.grad(y, x, rows, is_grads_batched=True, retain_graph=True)
-    assert ran == [name]
+    assert ran == [recorded(name)]
     loop = torch.stack([torch.autograd.grad(y, x, r, retain_graph=True)[0] for r in rows])
     torch.testing.assert_close(batched, loop)
     mapped = torch.func.vmap(lambda r: torch.autograd.grad(y, x, r, retain_graph=True)[0])(rows)
@@ -673,7 +678,7 @@ def test_zero_tensors_and_undefined_gradients(torch, xp, ran, name):
 
     (grad,) = torch.autograd.grad(Undefined.apply(y).sum(), x, allow_unused=True)
     assert grad is None
-    assert ran == [name]
+    assert ran == [recorded(name)]
 
 
 def test_an_undefined_gradient_of_one_of_two_outputs(torch, xp):

@@ -30,7 +30,11 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, Request], *_: Tensor) -> Any:
         engine, request = call
-        found = _gradients.value(engine, request)
+        ctx.slopes = None
+        if _gradients.has_slopes(engine, request) and not _is_watched():
+            found, ctx.slopes = _gradients.value_and_slopes(engine, request)
+        else:
+            found = _gradients.value(engine, request)
         keep(ctx, request, found[0] if type(found) is tuple else found)
         ctx.engine = engine
         return found
@@ -38,9 +42,17 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         request = restored(ctx)
-        by_kernel = partial(_gradients.gradient, ctx.engine)
+        # A second pass computes them again: the first may return them themselves.
+        slopes, ctx.slopes = ctx.slopes, None
+        by_kernel = partial(_gradients.gradient, ctx.engine, slopes=slopes)
         dx, ddy = pulled_back(request, upstream, request.library.tracing, by_kernel)
         return (None, dx) if request.dy is None else (None, dx, ddy)
+
+
+def _is_watched() -> bool:
+    """Return whether hooks take what is saved, as checkpoints do: slopes would escape them."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is None or hooks(True) is not None
 
 
 # --------------------------------------------------------------------------- shared with operators

@@ -2,8 +2,9 @@
 
 A gradient starts from what the forward pass kept (`kept`), which is at most what torch's own
 functions keep: softmax and entmax their output; log_softmax its output, or its input where that is
-of a half type, from which the output is computed again with all its digits; logsumexp and the loss
-the input.
+of a half type, from which the output is computed again with all its digits; logsumexp and losses
+the input. The latter may have made their gradient beside the value (`value_and_slopes`), which is
+kept as well, and handed out once.
 """
 
 from __future__ import annotations
@@ -69,18 +70,51 @@ def kept(request: Request, y: Tensor) -> Tensor:
 # --------------------------------------------------------------------------- by a kernel
 
 
-def gradient(engine: Any, request: Request, dy: Tensor) -> Any:
+def gradient(engine: Any, request: Request, dy: Tensor, slopes: Any = None) -> Any:
     """Return the gradient with respect to the logits; `request.x` is what was kept.
 
     It is in `request.out`, if the request has one and nothing is left to do to the kernel's. That
-    of a divergence is a tuple of both.
+    of a divergence is a tuple of both. `slopes` are those of `value_and_slopes`, to be written
+    over.
     """
     if engine.TENSORS:
         return engine.gradient(request, dy)
-    if request.operation in DIVERGENCES:
-        return _slopes(engine, request, dy)
+    if request.operation in BESIDE_VALUE:
+        found = _by_slopes(engine, request, dy, slopes)
+        return found if request.operation in DIVERGENCES else found[0]
     dx: Tensor = _GRADIENTS[request.operation](engine, request, dy)
     return dx if dx.dtype is request.result_dtype else dx.to(request.result_dtype)
+
+
+# Values to which the upstream gradient is only a factor.
+BESIDE_VALUE = ("cross_entropy", ENTROPIES[0], DIVERGENCES[0], BINARY[0], ENTMAX_LOSSES[0])
+
+
+def value_and_slopes(engine: Any, request: Request) -> tuple[Tensor, list[Tensor]]:
+    """Return what a kernel answers, and the gradients for an upstream one of 1, in one read."""
+    both = f"{request.operation}_value_and_grad"
+    found, *slopes = value(engine, request._replace(operation=both))
+    return found, slopes
+
+
+def has_slopes(engine: Any, request: Request) -> bool:
+    """Return whether gradients can be made beside the value: a half type's are rounded once."""
+    known = request.operation in BESIDE_VALUE and request.dtype not in HALVES
+    return known and not engine.TENSORS
+
+
+def _by_slopes(engine: Any, request: Request, dy: Tensor, slopes: Any) -> tuple[Tensor, ...]:
+    factor = dy.item() if dy.ndim == 0 else math.nan
+    if slopes is None:
+        again = request if factor == 1.0 else in_float32(request)
+        _, slopes = value_and_slopes(engine, again)
+    if math.isfinite(factor):
+        if factor != 1.0:
+            slopes = [slope.mul_(factor) for slope in slopes]
+    else:
+        dy = _laid_out(request, dy)
+        slopes = [unmasked(request, slope.mul_(dy)) for slope in slopes]
+    return tuple([slope.to(request.result_dtype) for slope in slopes])
 
 
 def _softmax(engine: Any, request: Request, dy: Tensor) -> Tensor:
@@ -131,33 +165,6 @@ def _logcumsumexp(engine: Any, request: Request, dy: Tensor) -> Tensor:
     return taken(computed(request, engine.logcumsumexp_vjp, vjp), request.x.dtype)
 
 
-def _loss(engine: Any, request: Request, dy: Tensor) -> Tensor:
-    factor = dy.item() if dy.ndim == 0 and request.options.reduction != "none" else math.nan
-    if factor != 1.0:
-        request = in_float32(request)
-    again = request.on(
-        request.x, None, request.labels, request.options, "cross_entropy_value_and_grad"
-    )._replace(out=request.out)
-    _, grad = value(engine, again)
-    if factor == 1.0:
-        return grad
-    if math.isfinite(factor):
-        return grad.mul_(factor)
-    return unmasked(request, grad.mul_(_upstream(request, dy)))
-
-
-def _slopes(engine: Any, request: Request, dy: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of a value to which the upstream gradient is only a factor."""
-    again = in_float32(request)
-    _, *slopes = value(engine, again._replace(operation=f"{request.operation}_value_and_grad"))
-    dy = _laid_out(request, dy)
-    return tuple([slope.mul_(dy).to(request.result_dtype) for slope in slopes])
-
-
-def _slope(engine: Any, request: Request, dy: Tensor) -> Tensor:
-    return _slopes(engine, request, dy)[0]
-
-
 def _entmax(engine: Any, request: Request, dy: Tensor) -> Tensor:
     vjp = on_numpy(request._replace(operation="entmax_vjp", dy=dy))
     return taken(computed(request, engine.entmax_vjp, vjp), request.x.dtype)
@@ -171,10 +178,6 @@ _GRADIENTS = {
     "logsumexp": _logsumexp,
     "logmeanexp": _logsumexp,
     "logcumsumexp": _logcumsumexp,
-    "entropy": _slope,
-    "sigmoid_cross_entropy": _slope,
-    "entmax_loss": _slope,
-    "cross_entropy": _loss,
 }
 
 
@@ -203,8 +206,8 @@ def _upstream(request: Request, dy: Tensor) -> Tensor:
 
 
 def _laid_out(request: Request, dy: Tensor) -> Tensor:
-    """Return the upstream gradient of an entropy, or of a reduced loss, as it broadcasts to `x`."""
-    if request.operation in ENTMAX_LOSSES:
+    """Return the upstream gradient of an entropy or a loss, as it broadcasts to `x`."""
+    if request.operation in ("cross_entropy", *ENTMAX_LOSSES):
         return _upstream(request, dy)
     reduced = getattr(request.options, "reduction", "none") != "none"
     return dy if reduced or not request.axes else dy.reshape(request.reduced_shape())
@@ -212,7 +215,7 @@ def _laid_out(request: Request, dy: Tensor) -> Tensor:
 
 def unmasked(request: Request, dx: Tensor) -> Tensor:
     """Return a gradient with 0 for what is masked out, whatever came from upstream."""
-    where = request.options.where
+    where = request.options.where if "where" in request.active else None
     return dx if where is None else torch.where(where, dx, 0.0)
 
 
