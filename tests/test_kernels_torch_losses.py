@@ -117,6 +117,21 @@ def test_what_was_kept_is_freed_by_the_backward_pass(torch, xp, name):
     assert node.slopes is None
 
 
+def test_no_gradient_is_kept_that_nobody_asks_for(torch, xp):
+    teacher, student = normal(xp), normal(xp, seed=1).requires_grad_()
+    for given, kept in (
+        ((teacher, student), [False, True]),
+        ((student, teacher), [True, False]),
+        ((student, student), [True, True]),
+    ):
+        y = ps.kl_divergence(*given, reduction="sum")
+        assert [slope is not None for slope in y.grad_fn.slopes] == kept
+        (found,) = torch.autograd.grad(y, student)
+        with kernels.portable():
+            (want,) = torch.autograd.grad(ps.kl_divergence(*given, reduction="sum"), student)
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-14)
+
+
 @every_value
 def test_nothing_is_kept_where_hooks_take_what_is_saved(torch, xp, ran, name):
     """A checkpoint would not know of it, nor what moves saved tensors to another device."""

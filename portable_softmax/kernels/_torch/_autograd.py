@@ -32,7 +32,10 @@ class _Kernel(torch.autograd.Function):
         engine, request = call
         ctx.slopes = None
         if _gradients.has_slopes(engine, request) and not _is_watched():
-            found, ctx.slopes = _gradients.value_and_slopes(engine, request)
+            found, slopes = _gradients.value_and_slopes(engine, request)
+            # A teacher's logits, as those of a divergence, need none.
+            needed = zip(slopes, ctx.needs_input_grad[1:], strict=True)
+            ctx.slopes = [slope if wanted else None for slope, wanted in needed]
         else:
             found = _gradients.value(engine, request)
         keep(ctx, request, found[0] if type(found) is tuple else found)

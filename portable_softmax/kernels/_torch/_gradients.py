@@ -103,18 +103,20 @@ def has_slopes(engine: Any, request: Request) -> bool:
     return known and not engine.TENSORS
 
 
-def _by_slopes(engine: Any, request: Request, dy: Tensor, slopes: Any) -> tuple[Tensor, ...]:
+def _by_slopes(engine: Any, request: Request, dy: Tensor, slopes: Any) -> tuple[Any, ...]:
+    """Return the gradients, None for one that was not kept."""
     factor = dy.item() if dy.ndim == 0 else math.nan
     if slopes is None:
         again = request if factor == 1.0 else in_float32(request)
         _, slopes = value_and_slopes(engine, again)
-    if math.isfinite(factor):
-        if factor != 1.0:
-            slopes = [slope.mul_(factor) for slope in slopes]
-    else:
-        dy = _laid_out(request, dy)
-        slopes = [unmasked(request, slope.mul_(dy)) for slope in slopes]
-    return tuple([slope.to(request.result_dtype) for slope in slopes])
+    upstream = factor if math.isfinite(factor) else _laid_out(request, dy)
+
+    def gradient_by(slope: Tensor) -> Tensor:
+        dx = slope if factor == 1.0 else slope.mul_(upstream)
+        dx = dx if upstream is factor else unmasked(request, dx)
+        return dx.to(request.result_dtype)
+
+    return tuple([None if slope is None else gradient_by(slope) for slope in slopes])
 
 
 def _softmax(engine: Any, request: Request, dy: Tensor) -> Tensor:
