@@ -34,10 +34,10 @@ def compiled(torch, monkeypatch):
     replaced = []
 
     def spied(real):
-        def spy(engine, request, *others):
+        def spy(engine, request, *others, **options):
             if request.out is not None:
                 replaced.append((real.__name__, request.operation))
-            return real(engine, request, *others)
+            return real(engine, request, *others, **options)
 
         return spy
 
