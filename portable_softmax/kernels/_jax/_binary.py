@@ -19,6 +19,8 @@ from jax import lax
 from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from portable_softmax.kernels._jax._fold import compiled
+
 
 class Form(NamedTuple):
     """What a program is compiled for."""
@@ -29,7 +31,7 @@ class Form(NamedTuple):
     gradient: Any  # and of its gradient
 
 
-@partial(jax.jit, static_argnames="form", inline=True)
+@compiled("form")
 def sigmoid_cross_entropy(
     x: Any, labels: Any, weight: Any, pos_weight: Any, numbers: Any, form: Form
 ) -> Any:
@@ -38,7 +40,7 @@ def sigmoid_cross_entropy(
     return _reduced(_losses(x, *both), form)
 
 
-@partial(jax.jit, static_argnames="form", inline=True)
+@compiled("form")
 def sigmoid_cross_entropy_value_and_grad(
     x: Any, labels: Any, weight: Any, pos_weight: Any, numbers: Any, form: Form
 ) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 from portable_softmax import portable
 from portable_softmax.kernels._jax._fold import (
     Axes,
+    compiled,
     fold,
     in_blocks,
     inverse_temperature,
@@ -33,7 +34,7 @@ from portable_softmax.kernels._jax._rules import logsumexp, mask_like, masked
 # --------------------------------------------------------------------------- divergence
 
 
-@partial(jax.jit, static_argnames=("axes", "compute", "answer", "reduction"), inline=True)
+@compiled("axes", "compute", "answer", "reduction")
 def kl_divergence(
     x: Any, y: Any, scale: Any, distilled: Any, axes: Axes, compute: Any, answer: Any,
     reduction: str,
@@ -43,9 +44,7 @@ def kl_divergence(
     return reduced(each, distilled, answer, reduction)
 
 
-@partial(
-    jax.jit, static_argnames=("axes", "compute", "answer", "reduction", "of_p", "of_q"), inline=True
-)
+@compiled("axes", "compute", "answer", "reduction", "of_p", "of_q")
 def kl_divergence_value_and_grad(
     x: Any, y: Any, scale: Any, distilled: Any, factor: Any, axes: Axes, compute: Any, answer: Any,
     reduction: str, of_p: Any, of_q: Any,
@@ -55,7 +54,7 @@ def kl_divergence_value_and_grad(
     return reduced(each, distilled, answer, reduction), by_p, by_q
 
 
-@partial(jax.jit, static_argnames=("answer", "reduction"), inline=True)
+@compiled("answer", "reduction")
 def reduced(each: Any, distilled: Any, answer: Any, reduction: str) -> Any:
     """Return the sum or the mean of the divergences, or each; `distilled` is as above."""
     each = each if distilled is None else each * distilled * distilled
@@ -66,13 +65,13 @@ def reduced(each: Any, distilled: Any, answer: Any, reduction: str) -> Any:
     return each.astype(answer)
 
 
-@partial(jax.jit, static_argnames=("axes", "compute"), inline=True)
+@compiled("axes", "compute")
 def divergence(x: Any, y: Any, scale: Any, axes: Axes, compute: Any) -> Any:
     """Return sum(p * (exp(u) - 1 - u)) with u = log(q) - log(p), without the axes."""
     return _divergence(x.astype(compute), y.astype(compute), scale, axes)
 
 
-@partial(jax.jit, static_argnames=("axes", "compute", "of_p", "of_q"), inline=True)
+@compiled("axes", "compute", "of_p", "of_q")
 def divergence_value_and_grad(
     x: Any, y: Any, scale: Any, factor: Any, axes: Axes, compute: Any, of_p: Any, of_q: Any
 ) -> tuple[Any, Any, Any]:
@@ -84,7 +83,7 @@ def divergence_value_and_grad(
     return k, (by_p * factor).astype(of_p), (by_q * factor).astype(of_q)
 
 
-@partial(jax.jit, static_argnames=("axes", "compute", "of_q"), inline=True)
+@compiled("axes", "compute", "of_q")
 def divergence_by_q(
     x: Any, y: Any, scale: Any, factor: Any, axes: Axes, compute: Any, of_q: Any
 ) -> tuple[Any, Any]:
@@ -176,7 +175,7 @@ def _state(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any, Any]:
 # --------------------------------------------------------------------------- means
 
 
-@partial(jax.jit, static_argnames=("axes", "compute", "answer"), inline=True)
+@compiled("axes", "compute", "answer")
 def logmeanexp(x: Any, where: Any, axes: Axes, compute: Any, answer: Any) -> Any:
     """Return max + log(mean(exp(x - max))), the axes kept; where that cancels, by log1p."""
     return wide(_logmeanexp(x.astype(compute), where, axes), axes).astype(answer)
@@ -217,7 +216,7 @@ def _logmeanexp_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
     return y, jnp.sum(terms * spread(factor, x, axes) * t, axis=axes)
 
 
-@partial(jax.jit, static_argnames=("axes", "compute", "answer"), inline=True)
+@compiled("axes", "compute", "answer")
 def fold_rows(x: Any, where: Any, axes: Axes, compute: Any, answer: Any) -> tuple[Any, Any]:
     """Return maxima and rests, without the axes."""
     x = x.astype(compute)
@@ -228,7 +227,7 @@ def fold_rows(x: Any, where: Any, axes: Axes, compute: Any, answer: Any) -> tupl
     return m.astype(answer), rest.astype(answer)
 
 
-@partial(jax.jit, static_argnames=("axes", "answer"), inline=True)
+@compiled("axes", "answer")
 def mean_of(m: Any, rest: Any, x: Any, where: Any, axes: Axes, answer: Any) -> Any:
     """Return logmeanexp from maxima and rests, the axes kept.
 
@@ -275,7 +274,7 @@ def _mean(m: Any, mean: Any, n: Any, lost: Any) -> Any:
 # --------------------------------------------------------------------------- weights
 
 
-@partial(jax.jit, static_argnames=("axes", "compute", "answer", "with_sign"), inline=True)
+@compiled("axes", "compute", "answer", "with_sign")
 def weighted_logsumexp(
     x: Any, b: Any, where: Any, axes: Axes, compute: Any, answer: Any, with_sign: bool
 ) -> Any:
@@ -405,13 +404,13 @@ def _infinite_weights(x: Any, b: Any, axes: Axes) -> Any:
 # --------------------------------------------------------------------------- running sums
 
 
-@partial(jax.jit, static_argnames=("axes", "compute", "answer"), inline=True)
+@compiled("axes", "compute", "answer")
 def logcumsumexp(x: Any, axes: Axes, compute: Any, answer: Any) -> Any:
     """Return the logarithms of the running sums along the axis."""
     return portable.logcumsumexp(jnp, x.astype(compute), *axes).astype(answer)
 
 
-@partial(jax.jit, static_argnames=("axes", "compute", "answer"), inline=True)
+@compiled("axes", "compute", "answer")
 def logcumsumexp_vjp(x: Any, dy: Any, axes: Axes, compute: Any, answer: Any) -> Any:
     """Return the gradient through them."""
     x, dy = x.astype(compute), dy.astype(compute)

@@ -22,6 +22,15 @@ from jax import numpy as jnp
 
 Axes = tuple[int, ...]
 
+# A call within a program is a part of it from its tracing on: its lowering sees what has made its
+# arrays. Since JAX 0.12 that is no longer what `inline=True` means.
+_EARLY = jax.Inline.JAX_EARLY if hasattr(jax, "Inline") else True
+
+
+def compiled(*static: str) -> Callable[[Any], Any]:
+    """Return a decorator: one compiled program for an eager call, and for the named arguments."""
+    return partial(jax.jit, static_argnames=static, inline=_EARLY)
+
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def fold(x: Any, scale: Any, axes: Axes) -> tuple[Any, Any]:

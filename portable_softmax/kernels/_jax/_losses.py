@@ -23,7 +23,7 @@ from jax import lax
 from jax import numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from portable_softmax.kernels._jax._fold import exps, fold, select, softmax_of, spread
+from portable_softmax.kernels._jax._fold import compiled, exps, fold, select, softmax_of, spread
 from portable_softmax.kernels._jax._rules import mask_like, masked
 
 
@@ -65,7 +65,7 @@ class Terms(NamedTuple):
     counted: Any  # bool; None where every position counts
 
 
-@partial(jax.jit, static_argnames="form", inline=True)
+@compiled("form")
 def cross_entropy(
     x: Any, labels: Any, weights: Weights, where: Any, numbers: Numbers, form: Form
 ) -> Any:
@@ -74,7 +74,7 @@ def cross_entropy(
     return loss.astype(form.answer)
 
 
-@partial(jax.jit, static_argnames="form", inline=True)
+@compiled("form")
 def cross_entropy_value_and_grad(
     x: Any, labels: Any, weights: Weights, where: Any, numbers: Numbers, form: Form
 ) -> tuple[Any, Any]:

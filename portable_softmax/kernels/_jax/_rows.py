@@ -26,6 +26,7 @@ from portable_softmax.kernels._jax import (
     _transforms,
 )
 from portable_softmax.kernels._jax._call import Arrays, Call, are_soft, handlers_of, rows
+from portable_softmax.kernels._jax._fold import compiled
 from portable_softmax.kernels._request import BINARY, DIVERGENCES, FOLD, LOSSES, Request
 
 # --------------------------------------------------------------------------- what is taken
@@ -137,18 +138,18 @@ def _prepared(engine: str, request: Request) -> Any:
     return handlers_of(engine).temperature(request.options.temperature, dtype)
 
 
-@partial(jax.jit, static_argnames="call", inline=True)
+@compiled("call")
 def _compiled(*leaves: Any, call: Call) -> Any:
     return rows.bind(*leaves, call=call)
 
 
-@partial(jax.jit, static_argnames=("call", "rest"), inline=True)
+@compiled("call", "rest")
 def _compiled_divergence(*leaves: Any, distilled: Any, call: Call, rest: Any) -> Any:
     each, *grads = rows.bind(*leaves, call=call)
     return _family.reduced(each, distilled, *rest), *grads
 
 
-@partial(jax.jit, static_argnames="call", inline=True)
+@compiled("call")
 def _compiled_beside_sink(*leaves: Any, call: Call) -> Any:
     (x, *others, sink), numbers = jax.tree.unflatten(call.tree, leaves)
     axes, compute, _ = call.static
@@ -157,7 +158,7 @@ def _compiled_beside_sink(*leaves: Any, call: Call) -> Any:
     return rows.bind(*leaves, call=call)[0]
 
 
-@partial(jax.jit, static_argnames="call", inline=True)
+@compiled("call")
 def _compiled_mean(*leaves: Any, call: Call) -> Any:
     return _mean(call, *leaves)
 

@@ -19,6 +19,7 @@ from portable_softmax import portable
 from portable_softmax.kernels._jax._fold import (
     Axes,
     base,
+    compiled,
     exps,
     finite,
     fold,
@@ -33,7 +34,7 @@ from portable_softmax.kernels._jax._fold import (
     wide,
 )
 
-jit = partial(jax.jit, static_argnames=("axes", "compute", "answer"), inline=True)
+jit = compiled("axes", "compute", "answer")
 
 
 def masked(x: Any, where: Any, axes: Axes) -> tuple[Any, Any]:
