@@ -1,4 +1,4 @@
-"""logsumexp by the handlers of JAX: its value and its slopes by one of them."""
+"""logsumexp by the handlers of JAX: its value and its slopes, by one where that is faster."""
 
 from __future__ import annotations
 
@@ -31,25 +31,32 @@ def value_and_pullback(x, dy, **options):
     return y, back(dy)[0]
 
 
+def kinds(f, *arrays):
+    return [name.partition(".")[0] for name in handlers(f, *arrays)]
+
+
+ONE, TWO = ["logsumexp_value_and_grad"], ["logsumexp", "logsumexp_vjp"]
 # Each layout: columns of few classes, blocks, groups, and rows one by one.
-SHAPES = [(70, 3), (70, 20), (20, 200), (3, 3000)]
+SMALL = [(70, 3), (70, 20), (20, 200), (3, 3000)]
+SHAPES = [(70_000, 3), (7_000, 20), (700, 200), (50, 3000), *SMALL]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.slow("a handler for each layout and dtype", "jax-numba")
 def test_one_handler_has_the_value_and_the_slopes(jax, xp, shape, dtype):
+    """Those of a small array are made when they are needed: a product by XLA takes longer."""
     rng = np.random.default_rng(0)
     x, dy = 3 * rng.standard_normal(shape), rng.standard_normal(shape[0])
     x[0, 0] += 40  # a confident row
     x, dy = xp.asarray(x, dtype), xp.asarray(dy, dtype)
-    (name,) = handlers(value_and_pullback, x, dy)
-    assert name.startswith("logsumexp_value_and_grad.")
+    assert kinds(value_and_pullback, x, dy) == (TWO if shape in SMALL else ONE)
     y, grad = jax.jit(value_and_pullback)(x, dy)
     assert (y.dtype, grad.dtype, y.shape, grad.shape) == (dtype, dtype, shape[:1], shape)
     exact, tolerance = np.asarray(x, np.longdouble), {"float32": 2e-6, "float64": 4e-15}[dtype]
     want = np.logaddexp.reduce(exact, axis=-1)
-    np.testing.assert_allclose(y, want, rtol=tolerance)
+    # One that is near 0 is the difference of numbers of about 1.
+    np.testing.assert_allclose(y, want, rtol=tolerance, atol=tolerance / 8)
     slopes = np.exp(exact - want[:, None]) * np.asarray(dy)[:, None]
     np.testing.assert_allclose(grad, slopes, rtol=8 * tolerance)
 
@@ -74,11 +81,12 @@ def test_rows_without_a_finite_maximum(jax, xp):
 def test_a_mask(jax, xp):
     """What is left out has no part in the answer, whatever it holds, and the slope 0."""
     rng = np.random.default_rng(1)
-    x, where = rng.standard_normal((5, 300)), rng.random((5, 300)) < 0.6
+    shape = 500, 300
+    x, where = rng.standard_normal(shape), rng.random(shape) < 0.6
     where[2] = False
     plain = np.where(where, x, -np.inf)
     x[~where] = np.nan
-    x, dy = xp.asarray(x), xp.asarray(rng.standard_normal(5))
+    x, dy = xp.asarray(x), xp.asarray(rng.standard_normal(500))
 
     def masked(x, dy):
         return value_and_pullback(x, dy, where=xp.asarray(where))
@@ -105,6 +113,9 @@ def test_transforms(jax, xp):
     p = np.asarray(jax.nn.softmax(x, axis=-1))
     close = {"rtol": 1e-12, "atol": 1e-14}
     np.testing.assert_allclose(jax.jvp(total, (x,), (v,))[1], (p * np.asarray(v)).sum(), **close)
+    forward = jax.jit(jax.jacfwd(total))
+    assert kinds(forward, x)[-1:] == ONE
+    np.testing.assert_allclose(forward(x), p, **close)
     np.testing.assert_allclose(jax.grad(jax.checkpoint(total))(x), p, **close)
     np.testing.assert_allclose(jax.vmap(jax.grad(total))(x), p, **close)
     found = jax.hessian(total)(x[0])
@@ -118,7 +129,7 @@ def test_slopes_that_no_cache_holds_are_made_when_they_are_needed(jax, xp):
     from portable_softmax.kernels._jax import _transforms
 
     n = 300
-    for more, names in ((0, ["logsumexp_value_and_grad"]), (1, ["logsumexp", "logsumexp_vjp"])):
+    for more, names in ((0, ONE), (1, TWO)):
         shape = _transforms._CACHED // 4 // n + more, n
         x, dy = (jax.ShapeDtypeStruct(s, "float32") for s in (shape, shape[:1]))
-        assert [name.partition(".")[0] for name in handlers(value_and_pullback, x, dy)] == names
+        assert kinds(value_and_pullback, x, dy) == names

@@ -25,7 +25,9 @@ from portable_softmax.kernels._jax._call import (
     rows,
     shapes,
 )
-from portable_softmax.kernels._request import BESIDE_SINKS, BINARY, Layout
+from portable_softmax.kernels._request import BESIDE_SINKS, BINARY, WITH_SLOPES, Layout
+
+FORWARD = "logsumexp_jvp"
 
 
 def _by_handler(*leaves: Any, call: Call) -> list[Any]:
@@ -42,6 +44,8 @@ def _by_handler(*leaves: Any, call: Call) -> list[Any]:
         return (_loss_pullback if call.derivative else _loss)(call, layout, leaves)
     if call.operation in BESIDE_SINKS[2:]:
         return _through_sinks(call, layout, leaves)
+    if call.operation == FORWARD:
+        return _logsumexp_jvp(call, leaves)
     buffers = {"x": x, "numbers": call.numbers(leaves), "mask": _mask(call, layout, leaves)}
     if call.operation in (*OF_AN_OUTPUT, *RUNNING_SUMS[1:]):
         buffers["second"] = call.arrays(leaves)[-1]
@@ -65,6 +69,18 @@ def _through_sinks(call: Call, layout: Layout, leaves: Arrays) -> list[Any]:
     dx, sums = _handled(call, layout, given, results, None)
     share = jnp.exp(share) if call.operation.startswith("log") else share
     return [dx, -share * sums]
+
+
+def _logsumexp_jvp(call: Call, leaves: Arrays) -> list[Any]:
+    """Let XLA sum the change of each logit, which the kernel has the slopes for."""
+    (x, where, t), (axes, compute, answer) = call.arrays(leaves), call.static
+    found, tree = jax.tree.flatten(((x.astype(compute), where), None))
+    static = axes, compute, compute
+    _, slopes = _by_handler(
+        *found, call=call._replace(operation=WITH_SLOPES, tree=tree, static=static)
+    )
+    change = jnp.sum(slopes * t.astype(compute), axis=call.axes, keepdims=True)
+    return [change.astype(answer)]
 
 
 def _of_entries(call: Call, leaves: Arrays) -> list[Any]:
@@ -239,7 +255,8 @@ def register(name: str, address: int) -> None:
 
 def _lowered(context: Any, *values: Any, call: Call, on_cpu: bool) -> Any:
     native = on_cpu and _is_alone(context.module_context) and 0 not in context.avals_in[0].shape
-    native = native and not call.operation.endswith("_jvp")  # forward mode has no kernel
+    # Forward mode has no other kernel.
+    native = native and (call.operation == FORWARD or not call.operation.endswith("_jvp"))
     native = native and call.operation not in CHANGES_BESIDE_SINKS
     function = _by_handler if native else by_xla
     if native and (i := _written_over(call, context.avals_in)) is not None and _is_new(values[i]):

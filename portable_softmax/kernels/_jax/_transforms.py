@@ -194,14 +194,17 @@ def _loss_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
 
 
 def _logsumexp_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
-    """Make the slopes beside logsumexp, unless they leave the cache before they are multiplied."""
-    if leaves[0].size * leaves[0].dtype.itemsize > _CACHED:
+    """Make the slopes beside logsumexp where they are multiplied from the cache by both threads.
+
+    XLA goes to its threads for the product: for a small array that takes longer than the slopes.
+    """
+    if not _SMALL < leaves[0].size * leaves[0].dtype.itemsize <= _CACHED:
         return jvp_of_logits(leaves, t, call)
     y, slopes = rows.bind(*leaves, call=call._replace(operation=WITH_SLOPES))
     return y, jnp.sum(slopes * t, axis=call.axes, keepdims=True)
 
 
-_CACHED = 1 << 26  # bytes
+_SMALL, _CACHED = 1 << 19, 1 << 26  # bytes
 
 
 def _entropy_jvp(leaves: Arrays, t: Any, call: Call) -> tuple[Any, Any]:
