@@ -185,12 +185,21 @@ def copy(place: Place, x: Any) -> Any:
 def finish(place: Place, result: Any) -> None:
     """Wait until a result, or each of a tuple, has been computed."""
     if place.name == "jax":
-        sys.modules["jax"].block_until_ready(result)
+        _wait_for(result)
     elif place.name == "dask":
         sys.modules["dask"].compute(result)
     elif place.device_name.startswith("cuda"):
         library = sys.modules[place.name]
         (library.cuda if place.name == "torch" else library.cuda.Device()).synchronize()
+
+
+def _wait_for(result: Any) -> None:
+    """Wait for arrays of JAX; its `block_until_ready` takes as long as some calls to find them."""
+    if isinstance(result, tuple | list):
+        for part in result:
+            _wait_for(part)
+    else:
+        result.block_until_ready()
 
 
 def forget_compiled() -> None:
