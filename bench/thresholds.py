@@ -75,7 +75,7 @@ def _rows(first: int, end: int, n: int) -> tuple[tuple[int, int], ...]:
 
 
 def _is_alone(xla: bool, driver: Any, operation: str, shape: tuple[int, int], width: int) -> bool:
-    return bool(math.prod(shape) * width < driver.worth(operation, xla))
+    return bool(math.prod(shape) * width < driver.worth(operation, shape[1], xla))
 
 
 _NEVER, _ALWAYS = 1 << 62, 1
@@ -96,6 +96,7 @@ _SIZES = (
         "THREADED, sooner", _THREADS, _rows(7, 13, 256), partial(_is_alone, False),
         ("entropy", "sigmoid_cross_entropy"),
     ),
+    _Size("THREADED, few classes", _THREADS, _rows(13, 18, 3), partial(_is_alone, False)),
     _Size(
         "THREADED, XLA", _THREADS, _rows(7, 13, 256), partial(_is_alone, True),
         (*OPERATIONS, "entropy", "sigmoid_cross_entropy"), xla=True,

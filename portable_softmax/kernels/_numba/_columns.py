@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 
 from portable_softmax.kernels._numba import _blocks
+from portable_softmax.kernels._numba._compensation import added
 from portable_softmax.kernels._numba._exp import exp_up, reference_of
-from portable_softmax.kernels._numba._horizontal import are_at_least, are_finite
+from portable_softmax.kernels._numba._horizontal import are_finite
 from portable_softmax.kernels._numba._jit import function
 from portable_softmax.kernels._numba._memory import ahead, smaller, store, typed
-from portable_softmax.kernels._numba._passes import exps, maxima, row_writing, sums_below
+from portable_softmax.kernels._numba._passes import RUN, exps, maxima, row_writing
 from portable_softmax.kernels._numba._rows import top
 from portable_softmax.kernels._numba._values import (
     MAX,
@@ -27,7 +28,7 @@ from portable_softmax.kernels._numba._values import (
     after_values,
     values,
 )
-from portable_softmax.kernels._numba._vectors import lanes, read, splat, where_at_least, write
+from portable_softmax.kernels._numba._vectors import lanes, read, splat, where_equal, write
 
 LONG = False  # each lane is a row
 
@@ -166,24 +167,40 @@ def write_sums(p, e, o, n, rows, T, workspace, t):
 
 
 @function
+def _exps_below(p, e, size, m, t):
+    """The sums of the exps but for those of the maxima, how many these are, and the exp of one.
+
+    The exps go to `e` unless it is null.
+    """
+    L, one, at = lanes(p), splat(p, 1.0), reference_of(m, t)
+    total = lost = count = unit = zero = splat(p, 0.0)
+    j = 0
+    while j < size:
+        s, stop = zero, smaller(j + RUN * L, size)
+        while j < stop:
+            x = read(p, j, None, 0.0)
+            v = exp_up(x, at, t)
+            write(e, j, v, None)
+            s = s + where_equal(x, m, zero, v)
+            count = count + where_equal(x, m, one, zero)
+            unit = where_equal(x, m, v, unit)
+            j += L
+        total, lost = added(total, lost, s)
+    return total + lost, count, unit
+
+
+@function
 def fold(p, e, o, n, rows, T, workspace, t):
-    """As in `_rows`; what is summed again for one lane is taken for that lane only."""
+    """As in `_rows`; each row leaves its maximum out at once, as some lane most often has to."""
     L, one, size = lanes(workspace), splat(workspace, 1.0), length(workspace, n)
     for r in range(0, rows, L):
         x, most = ahead(p, r * n), ahead(values(workspace, MAX, T), r)
         m = maxima(x, size)
-        at = reference_of(m, t)
-        unit = exp_up(m, at, t)
-        total, lost, _, _ = exps(x, ahead(e, r * n), 0, size, at, unit, t)
-        s = total + lost
-        rest = (s - unit) / unit
+        below, count, unit = _exps_below(x, ahead(e, r * n), size, m, t)
         put(most, 0, m)
-        if not are_at_least(rest, 1.0):
-            below, count = sums_below(x, size, at, unit, t)
-            rest = where_at_least(rest, one, rest, (below + (count - one) * unit) / unit)
-            if not are_finite(m):  # an infinity may have passed over a nan
-                for i in range(L):
-                    store(most, i, top(ahead(x, i), n, L))
-        put(values(workspace, REST, T), r, rest)
+        if not are_finite(m):  # an infinity may have passed over a nan
+            for i in range(L):
+                store(most, i, top(ahead(x, i), n, L))
+        put(values(workspace, REST, T), r, (below + (count - one) * unit) / unit)
         put(values(workspace, UNIT, T), r, unit)
-        put(values(workspace, TOTAL, T), r, s)
+        put(values(workspace, TOTAL, T), r, below + count * unit)

@@ -57,10 +57,11 @@ VECTORS, COLUMN_VECTORS, TILE = 4, 8, 1 << 21
 # sums, which take longer than memory does, are cut into shorter ones.
 PART_OF_ALL, LARGEST, SHORTEST = 16, 1 << 21, 1 << 18
 # Smaller arrays than THREADED are left to one thread: to wake another takes as long as half of that
-# (`python -m bench thresholds`). It pays sooner where an entry takes more time, and where XLA has
-# called: its threads look for work before they sleep.
+# (`python -m bench thresholds`). It pays sooner where an entry takes more time, as one of few
+# classes does, and where XLA has called: its threads look for work before they sleep.
 THREADED = 1 << 22
 SOONER = dict.fromkeys((*ENTROPIES, *DIVERGENCES, BY_Q, *BINARY, *RUNNING), 4)
+SOONER_OF_FEW = 8
 SOONER_BY_XLA = 8
 # From so many entries on, rows of running sums that do not fill a vector are cut into runs.
 CUT = 1 << 12
@@ -156,25 +157,27 @@ def plan(
         name, groups, size, height, inner = "rows", outer, n, 1, outer
         workspace = _long.space.py_func(n) + in_workspace * n
     workspace += size_of_values.py_func(height) + lanes  # the last ones to align it
-    step = _step(operation, groups, groups * size * dtype.itemsize, LARGEST, by_xla)
+    wanted = worth(operation, n, by_xla)
+    step = _step(groups, groups * size * dtype.itemsize, wanted, LARGEST)
     return Plan(name, (n, inner, height), workspace, step, groups)
 
 
-def _step(operation: str, groups: int, size: int, largest: int, by_xla: bool) -> int:
+def _step(groups: int, size: int, wanted: int, largest: int) -> int:
     """Return how many groups are a piece of an array of so many bytes."""
-    if size < worth(operation, by_xla):
+    if size < wanted:
         return groups
     return max(1, groups * min(size // PART_OF_ALL, largest) // max(1, size))
 
 
-def worth(operation: str, by_xla: bool) -> int:
-    """Return from how many bytes on another thread pays."""
-    return THREADED // SOONER.get(operation, 1) // (SOONER_BY_XLA if by_xla else 1)
+def worth(operation: str, n: int, by_xla: bool) -> int:
+    """Return from how many bytes on another thread pays for rows of n classes."""
+    sooner = max(SOONER.get(operation, 1), SOONER_OF_FEW if n <= FEW else 1)
+    return THREADED // sooner // (SOONER_BY_XLA if by_xla else 1)
 
 
-def helpers(operation: str, size: int) -> int:
+def helpers(operation: str, n: int, size: int) -> int:
     """Return how many of XLA's threads it pays to ask for help with so many bytes."""
-    return max(1, 2 * size // max(1, worth(operation, True)))
+    return max(1, 2 * size // max(1, worth(operation, n, True)))
 
 
 def compute_dtype(dtype: Any) -> Any:
@@ -462,7 +465,7 @@ def plan_of_entries(n: int, item: int, by_xla: bool = False) -> Plan:
     """Return how so many logits are worked on; `item` is the size of one in bytes."""
     chunk = _home(BINARY[0]).CHUNK
     groups = -(-n // chunk)
-    step = _step(BINARY[0], groups, n * item, SHORTEST, by_xla)
+    step = _step(groups, n * item, worth(BINARY[0], n, by_xla), SHORTEST)
     return Plan("rows", (n, 1, 1), 64, step, groups)
 
 
@@ -484,7 +487,7 @@ def plan_of_running(layout: Layout, size: int, by_xla: bool = False) -> Plan:
     groups, length = -(-outer // lanes) if inner == 1 else outer * -(-inner // lanes), n
     if n >= CUT and layout.rows * 2 <= groups * lanes:
         groups, length = layout.rows, -(-n // lanes)
-    step = _step(RUNNING[0], groups, size, SHORTEST, by_xla)
+    step = _step(groups, size, worth(RUNNING[0], n, by_xla), SHORTEST)
     # Three tiles, and the states of five vectors that the parts begin with.
     workspace = lanes * (3 * min(length, part) + home.STATE * (1 + -(-length // part)) + 1)
     return Plan("rows", (n, inner, outer, length), workspace, step, groups)

@@ -138,7 +138,6 @@ def target(
         plan[_frame.LENGTH], plan[_frame.MEAN] = layout.rows, loss.mean
         plan.view(np.float64)[_frame.SCALE] = loss.scale
     size = math.prod(buffers["x"].shape) * stored.itemsize
-    plan[_frame.HELPERS] = _driver.helpers(operation, size)
     capped = loss is not None and loss.capped
     compute = _driver.compute_dtype(stored)
     mask = buffers.get("mask")
@@ -153,6 +152,7 @@ def target(
             operation, layout, stored, compute, capped=capped, mask=mask, by_xla=True
         )
         shape = [*planned.shape]
+    plan[_frame.HELPERS] = _driver.helpers(operation, layout.n, size)
     plan[: _frame.PIECES + 1] = (
         *(*shape, planned.workspace),
         *(planned.step, planned.groups, planned.pieces),
