@@ -46,8 +46,9 @@ LIMITS |= {f"{name}_beside_sink": limits for name, limits in LIMITS.items()}
 LIMITS |= dict.fromkeys(WEIGHTED, (0, 0))  # a row at once, whose weights may be those of all
 # Rows of up to so many classes are worked on as columns are: a vector would hold little of one, and
 # each reduction of a row takes as long as some vectors.
-FEW = 4
+FEW = 7
 FEW_OF = {**dict.fromkeys(ENTROPIES, 64), **dict.fromkeys((*DIVERGENCES, BY_Q), 24)}
+FEW_OF |= dict.fromkeys(("softmax_vjp", "softmax_vjp_beside_sink"), 4)
 FEW_OF |= dict.fromkeys(WEIGHTED, 48)
 # So many vectors, of 64 bytes, of short rows and of columns are worked on side by side: columns are
 # read in runs of so many lines. Where a tile of columns would have more bytes, one vector is.
