@@ -603,12 +603,12 @@ def test_soak(jax, xp):
 def test_what_was_not_planned_is_an_error(jax, xp, change, message):
     """The handler looks at all it is given before it works; the process goes on."""
     from portable_softmax.kernels._jax import _lowering
-    from portable_softmax.kernels._numba import _ffi
+    from portable_softmax.kernels._numba import _driver, _ffi
 
     x, _ = draw(xp, *ROWS, dtype="float32")
     ps.softmax(x)  # registers the handler
     buffers = {"x": x, "out": x}
-    target = _ffi.target(_lowering.register, "softmax", (*ROWS, 1), buffers, None)
+    target = _ffi.target(_lowering.register, "softmax", _driver.Layout(*ROWS, 1), buffers, None)
     changed = {k: f(target.plan) if callable(f) else f for k, f in change.items()}
     attributes = {"plan": target.plan, **changed}
     like = jax.ShapeDtypeStruct(attributes.pop("shape", x.shape), attributes.pop("dtype", x.dtype))
@@ -623,15 +623,15 @@ def test_xlas_threads_help_with_less_than_numpys(jax, xp):
     from portable_softmax.kernels._numba import _driver, _frame
     from portable_softmax.kernels._numba._ffi import target
 
-    def handled(operation, rows):
-        like = jax.ShapeDtypeStruct((rows, 64), np.float32)
-        buffers = {"x": like, "out": like}
-        plan = target(_lowering.register, operation, (rows, 64, 1), buffers, None).plan
+    def handled(operation, rows, n=64):
+        like = jax.ShapeDtypeStruct((rows, n), np.float32)
+        layout, buffers = _driver.Layout(rows, n, 1), {"x": like, "out": like}
+        plan = target(_lowering.register, operation, layout, buffers, None).plan
         return plan[_frame.PIECES], plan[_frame.HELPERS]
 
-    def of_numpy(operation, rows):
+    def of_numpy(operation, rows, n=64):
         given = np.dtype(np.float32), np.dtype(np.float32)
-        return _driver.plan(operation, _driver.Layout(rows, 64, 1), *given).pieces
+        return _driver.plan(operation, _driver.Layout(rows, n, 1), *given).pieces
 
     for operation in ("softmax", "log_softmax"):
         pieces, helpers = zip(*(handled(operation, 1 << k) for k in range(8, 19)), strict=True)
@@ -640,7 +640,10 @@ def test_xlas_threads_help_with_less_than_numpys(jax, xp):
         assert sorted(pieces) == list(pieces)
         assert sorted(helpers) == list(helpers)
         assert of_numpy(operation, 1 << 18) == pieces[-1] > 15
-    assert of_numpy("entropy", 1 << 12) > 1  # there is more to do for each entry
+        # There is more to do for each entry.
+        assert of_numpy(operation, 1 << 16, n=2) > 1
+        assert handled(operation, 1 << 13, n=2)[0] > 1
+    assert of_numpy("entropy", 1 << 12) > 1
 
 
 def test_a_large_result_comes_in_large_pages(jax, xp):
