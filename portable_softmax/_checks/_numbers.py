@@ -64,16 +64,22 @@ def number(
 ) -> float:
     """Return `value` as a float inside the range, which holds no nan, and infinity if asked."""
     open_high = high == math.inf and not infinite
-    inside = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-    if isinstance(value, bool) or not isinstance(value, Real):
+
+    def inside() -> str:
+        return f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+
+    if type(value) is float:
+        answer = value
+    elif isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(
-            f"{name} is {value!r}, expected a Python number in {inside}: an array cannot be taken, "
-            "scale the array instead"
+            f"{name} is {value!r}, expected a Python number in {inside()}: an array cannot be "
+            "taken, scale the array instead"
         )
-    answer = float(real(name, value, inside))
+    else:
+        answer = float(real(name, value, inside()))
     above = answer > low if open_low else answer >= low
     if not (above and answer <= high and not (open_high and answer == math.inf)):
-        raise ValueError(f"{name} is {answer}, expected a number in {inside}")
+        raise ValueError(f"{name} is {answer}, expected a number in {inside()}")
     return answer
 
 
