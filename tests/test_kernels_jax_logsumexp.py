@@ -49,14 +49,15 @@ def test_one_handler_has_the_value_and_the_slopes(jax, xp, shape, dtype):
     rng = np.random.default_rng(0)
     x, dy = 3 * rng.standard_normal(shape), rng.standard_normal(shape[0])
     x[0, 0] += 40  # a confident row
+    if shape not in SMALL:  # of so many rows some would come near 0, where digits cancel
+        x += 20
     x, dy = xp.asarray(x, dtype), xp.asarray(dy, dtype)
     assert kinds(value_and_pullback, x, dy) == (TWO if shape in SMALL else ONE)
     y, grad = jax.jit(value_and_pullback)(x, dy)
     assert (y.dtype, grad.dtype, y.shape, grad.shape) == (dtype, dtype, shape[:1], shape)
     exact, tolerance = np.asarray(x, np.longdouble), {"float32": 2e-6, "float64": 4e-15}[dtype]
     want = np.logaddexp.reduce(exact, axis=-1)
-    # One that is near 0 is the difference of numbers of about 1.
-    np.testing.assert_allclose(y, want, rtol=tolerance, atol=tolerance / 8)
+    np.testing.assert_allclose(y, want, rtol=tolerance)
     slopes = np.exp(exact - want[:, None]) * np.asarray(dy)[:, None]
     np.testing.assert_allclose(grad, slopes, rtol=8 * tolerance)
 

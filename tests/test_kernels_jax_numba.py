@@ -621,7 +621,7 @@ def test_xlas_threads_help_with_less_than_numpys(jax, xp):
     """They look for work before they sleep."""
     from portable_softmax.kernels._jax import _lowering
     from portable_softmax.kernels._numba import _driver, _frame
-    from portable_softmax.kernels._numba._ffi import target
+    from portable_softmax.kernels._numba._ffi import Loss, target
 
     def handled(operation, rows, n=64):
         like = jax.ShapeDtypeStruct((rows, n), np.float32)
@@ -644,6 +644,14 @@ def test_xlas_threads_help_with_less_than_numpys(jax, xp):
         assert of_numpy(operation, 1 << 16, n=2) > 1
         assert handled(operation, 1 << 13, n=2)[0] > 1
     assert of_numpy("entropy", 1 << 12) > 1
+    layout, like = _driver.Layout(1 << 16, 1, 1), jax.ShapeDtypeStruct((1 << 16,), np.float32)
+    buffers, loss = (
+        {"x": like, "second": like, "out": like},
+        Loss(True, True, False, None, 1.0, False, False),
+    )
+    plan = target(_lowering.register, "sigmoid_cross_entropy", layout, buffers, loss).plan
+    worth = _driver.worth("sigmoid_cross_entropy", 1 << 16, True)  # its logits are no few classes
+    assert plan[_frame.HELPERS] == 2 * (1 << 18) // worth
 
 
 def test_a_large_result_comes_in_large_pages(jax, xp):

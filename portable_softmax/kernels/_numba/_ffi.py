@@ -152,7 +152,7 @@ def target(
             operation, layout, stored, compute, capped=capped, mask=mask, by_xla=True
         )
         shape = [*planned.shape]
-    plan[_frame.HELPERS] = _driver.helpers(operation, layout.n, size)
+    plan[_frame.HELPERS] = _driver.helpers(operation, planned.shape[0], size)
     plan[: _frame.PIECES + 1] = (
         *(*shape, planned.workspace),
         *(planned.step, planned.groups, planned.pieces),
