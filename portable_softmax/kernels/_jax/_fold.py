@@ -3,8 +3,8 @@
 XLA sums a row at the speed of memory where the terms are plain arithmetic on the logits. A
 comparison or a select among them makes its CPU compiler write an array of the logits' size first,
 and so does a subexpression that two sums share. So what has to depend on an entry is made by
-minimum and maximum, and an array is written only where that has been seen to take no longer: which
-entries are maxima, of rows within a block, and the terms over a temperature.
+minimum and maximum, and an array is written only where that has been seen to take no longer: half
+the differences of rows within a block, with marks at maxima, and the terms over a temperature.
 """
 
 from __future__ import annotations
@@ -59,27 +59,55 @@ def finite(m: Any) -> Any:
 
 
 def _sums(x: Any, m: Any, axes: Axes) -> tuple[Any, Any]:
-    """Return the sum of the terms that are no maximum, and how many there are that are one."""
+    """Return the sum of the terms that are no maximum, and how many there are that are one.
+
+    Where a scan is differentiated in reverse and then forward, JAX drops the rule of `fold` and
+    differentiates this instead: it is right, as then the maximum is no constant either.
+    """
     big = jnp.asarray(jnp.finfo(x.dtype).max, x.dtype)
     c, unit, power = reference(x, m, big, axes)
-    root = jnp.exp((x - spread(c, x, axes)) * 0.5)
-    # Every maximum is left out of the sum; of those that are not one, 1 is kept.
-    # Where a scan is differentiated in reverse and then forward, JAX drops the rule below and
-    # differentiates this instead: it is right, as then the maximum is no constant either.
-    n = lax.optimization_barrier(lax.stop_gradient(m))  # else XLA writes what is spread twice
+    n = lax.stop_gradient(m)
+    *outer, inner = sorted(axes)
+    if outer:
+        rest, maxima = _sums_of_blocks(x, n, c, power, big, axes)
+    else:
+        rest, maxima = _sums_of_short_rows(x, n, c, power, inner)
+    return rest / unit, maxima
+
+
+def _sums_of_short_rows(x: Any, n: Any, c: Any, power: Any, axis: int) -> tuple[Any, Any]:
+    """Return both from half the differences, which are written: below all others at a maximum.
+
+    What is written may depend on an entry at no cost. The mark's exponential is 0, and a sum of
+    marks is exact: what else there is in it is less than its last digit.
+    """
+    n, c = lax.optimization_barrier((n, c))  # else XLA writes what is spread twice
+    half = (x - spread(c, x, (axis,))) * 0.5
+    half = select(half < _NOTHING, lax.full_like(x, _NOTHING), half)
+    half = select(x == spread(n, x, (axis,)), lax.full_like(x, _MAXIMUM), half)
+    root = jnp.exp(half)
+    rest = jnp.sum(root * spread(power, x, (axis,)) * root, axis=axis)
+    return rest, jnp.sum(lax.stop_gradient(half), axis=axis) / _MAXIMUM
+
+
+# Half a difference that has no exponential, and the mark of a maximum.
+_NOTHING, _MAXIMUM = -(2.0**14), -(2.0**100)
+
+
+def _sums_of_blocks(x: Any, n: Any, c: Any, power: Any, big: Any, axes: Axes) -> tuple[Any, Any]:
+    """Return both from long rows, of which nothing is written, their maxima being found twice."""
+    *first, inner = sorted(axes)
+    outer = tuple(first)
 
     def others(n: Any, power: Any, big: Any) -> Any:
         found = lax.min((spread(n, x, axes) - x) * big, spread(power, x, axes))
         return lax.stop_gradient(found)
 
-    *first, inner = sorted(axes)
-    outer, mask = tuple(first), others(n, power, big)
-    rest = sum_of(root * mask * root, axes) / unit
-    if not outer:
-        return rest, x.shape[inner] - jnp.sum(mask, axis=inner) / power
+    n = lax.optimization_barrier(n)  # else XLA writes what is spread twice
+    root = jnp.exp((x - spread(c, x, axes)) * 0.5)
+    rest = sum_of(root * others(n, power, big) * root, axes)
     # The two sums are no one operation, and would have XLA write what they share.
-    mask = others(*lax.optimization_barrier((n, power, big)))
-    sums = apart(jnp.sum(mask, axis=inner))
+    sums = apart(jnp.sum(others(*lax.optimization_barrier((n, power, big))), axis=inner))
     maxima = x.shape[inner] - sums / spread(power, sums, outer)
     return rest, jnp.sum(maxima, axis=outer)
 
