@@ -83,7 +83,7 @@ def test_explain_names_the_path_or_why_not(jax, xp):
         assert kernels.explain("cross_entropy", x, t, **options) == NAME
     assert kernels.explain("cross_entropy", x, mask / 1.0, z_loss=0.1) == NAME
     assert reason("softmax", x, temperature=1e-300) == "options: extreme temperature"
-    assert reason("logsumexp", x, b=x) == "options: b"
+    assert kernels.explain("logsumexp", x, return_sign=True) == NAME
     assert reason("cross_entropy", x, mask / 1.0, weight=x[0]) == "probabilities with weight"
     assert kernels.explain("softmax", xp.asarray(np.arange(3))) == NAME
     three = xp.asarray(np.zeros((2, 3, 4)))
@@ -418,7 +418,7 @@ def test_a_batch_of_labels_and_of_logits(jax, xp):
 
 @pytest.mark.slow("two compilers work on four handlers")
 def test_a_batch_of_what_belongs_to_rows(jax, xp):
-    """Logits, masks and weights of positions: each batched, or the same for the whole batch."""
+    """Logits, masks and weights: each batched, or the same for the whole batch."""
     x, t = draw(xp, 3, 6, 5)
     mask = jax.numpy.abs(x) < 3
     samples = jax.numpy.abs(x[..., 0])
@@ -426,6 +426,7 @@ def test_a_batch_of_what_belongs_to_rows(jax, xp):
     for f, arrays in (
         (lambda x, mask: ps.softmax(x, where=mask), (x, mask)),
         (lambda x, mask: ps.logsumexp(x, axis=-1, where=mask), (x, mask)),
+        (lambda x, b: ps.logsumexp(x, axis=-1, b=b, return_sign=True), (x, x[:, 1])),
         (lambda x, w: grad(x, t[0], sample_weight=w), (x, samples)),
         (lambda x, w: grad(x, t[0], sample_weight=w, reduction="sum", softcap=2.0), (x, samples)),
     ):
@@ -812,6 +813,8 @@ def test_an_upstream_gradient_of_0_ignores_no_row(jax, xp, dtype):
 
 def test_explain_says_whose_gradient_is_xlas(jax, xp):
     x, t = draw(xp, 7, 300, dtype="float16")
+    said = f"{NAME}; its gradient is left to XLA: weights"
+    assert kernels.explain("logsumexp", x, b=x, return_sign=True) == said
     said = f"{NAME}; its gradient is left to XLA: float16 and soft labels"
     for labels, options in ((x, {}), (t, {"label_smoothing": 0.1})):
         assert kernels.explain("cross_entropy", x, labels, **options) == said

@@ -36,6 +36,7 @@ PARTS = (FOLD, LOGSUMEXP_VJP)  # what is asked of parts of rows
 BESIDE_SINKS = tuple(f"{name}_beside_sink" for name in (*ROWS[:2], *VJPS))
 # Of a logsumexp with weights: its sums, and the gradient by exponents, or by both.
 WEIGHTED = ("weighted_sums", "weighted_slopes", "weighted_slopes_by_both")
+SIGNED = "signed_logsumexp"  # of weighted terms, its sign beside it
 LINEAR = ("linear_cross_entropy", "linear_cross_entropy_value_and_grad")
 
 INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))

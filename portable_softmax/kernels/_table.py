@@ -265,7 +265,7 @@ TABLE = (
     _TILES._replace(**_TRACED),
     _NUMBA._replace(
         **_HANDLED,
-        options=(*LOSS_OPTIONS, SAMPLES, PROBABILITIES, "temperature", "sink", "dtype"),
+        options=(*LOSS_OPTIONS, SAMPLES, PROBABILITIES, *ROW_OPTIONS, "dtype"),
     ),
     _OF_DISTRIBUTIONS,
     _OF_DISTRIBUTIONS._replace(**_LENT),

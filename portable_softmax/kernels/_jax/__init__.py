@@ -22,6 +22,7 @@ from portable_softmax.kernels._request import (
     LINEAR,
     LOSSES,
     RUNNING,
+    SIGNED,
     VJPS,
     Request,
 )
@@ -120,7 +121,7 @@ def function(operation: str) -> Any:
     return getattr(_module("_family" if operation in _FAMILY else "_rules"), operation)
 
 
-_FAMILY = (*DIVERGENCES, *RUNNING, "logcumsumexp_pullback", "logmeanexp", "fold_rows")
+_FAMILY = (*DIVERGENCES, *RUNNING, "logcumsumexp_pullback", "logmeanexp", "fold_rows", SIGNED)
 
 
 def _divergence(request: Request, function: Any, static: tuple[Any, ...]) -> Program:

@@ -18,6 +18,7 @@ from portable_softmax.kernels._request import (
     ENTROPIES,
     FOLD,
     RUNNING,
+    SIGNED,
     VJPS,
     WITH_SLOPES,
 )
@@ -92,7 +93,7 @@ class Call(NamedTuple):
     def where(self, leaves: Arrays) -> Any:
         """Return the mask with as many axes as the logits, or None."""
         arrays = self.arrays(leaves)
-        if self.operation in (*PLAIN, *DIVERGENCES_OF_ROWS, *BINARY):
+        if self.operation in (*PLAIN, *DIVERGENCES_OF_ROWS, *BINARY, SIGNED):
             return None
         where = arrays[3 if self.of_loss else 1]
         return None if where is None else _rules.mask_like(where, arrays[0].ndim)
@@ -155,7 +156,7 @@ def _function(operation: str) -> Any:
 
 
 def of_rows(call: Call) -> tuple[tuple[int, ...], int | None]:
-    """Return which leaves belong to the rows, and which of them is a mask.
+    """Return which leaves belong to the rows, and which of them is a mask or has weights.
 
     What belongs to the rows has an axis for each batch. That of a mask may be of length 1.
     """
@@ -164,6 +165,8 @@ def of_rows(call: Call) -> tuple[tuple[int, ...], int | None]:
         return arrays, None
     if call.operation in (*DIVERGENCES_OF_ROWS, *BINARY):
         return arrays[:2], None
+    if call.operation == SIGNED:
+        return arrays, arrays[1]
     own, mask = arrays[:1], arrays[3 if call.of_loss else 1]
     if call.of_loss:
         own += arrays[1], arrays[2].samples
@@ -191,6 +194,9 @@ def shapes(x: Any, *others: Any, call: Call) -> list[Any]:
             return [aval(tuple(shape), jnp.dtype(call.compute))] * 2
         found = list(map(aval, every, map(jnp.dtype, dtypes)))
         return found[:1] if call.operation in (ENTROPIES[0], DIVERGENCES[0]) else found
+    if call.operation == SIGNED:
+        shape = [n for a, n in enumerate(x.shape) if a not in call.axes]
+        return [aval(tuple(shape), jnp.dtype(call.compute))] * 2
     if call.operation in (*BESIDE_SINKS, *THROUGH_SINKS):
         shape = [n for a, n in enumerate(x.shape) if a not in call.axes]
         _, compute, answer = call.static

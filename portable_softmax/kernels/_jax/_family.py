@@ -7,6 +7,7 @@ comes as the scale that `_fold.scale_of` makes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -279,17 +280,32 @@ def weighted_logsumexp(
     x: Any, b: Any, where: Any, axes: Axes, compute: Any, answer: Any, with_sign: bool
 ) -> Any:
     """Return log(sum(b * exp(x))), or that of its size and its sign; the axes are kept."""
-    x, some = x.astype(compute), None
     if b is None:
-        value = logsumexp(x, where, axes, compute, compute)
-        sign = jnp.where(value == -math.inf, 0.0, jnp.where(jnp.isnan(value), value, 1.0))
-        return value.astype(answer), sign.astype(answer)
-    b = jnp.broadcast_to(mask_like(b.astype(compute), x.ndim), x.shape)
+        return beside_sign(logsumexp(x.astype(compute), where, axes, compute, compute), answer)
+
+    def signed(x: Any, b: Any) -> tuple[Any, Any]:
+        return signed_logsumexp(x, b, axes, compute)
+
+    return weighted_by(signed, x, b, where, axes, compute, answer, with_sign)
+
+
+def beside_sign(value: Any, answer: Any) -> tuple[Any, Any]:
+    """Return a logarithm and the sign of what it is of, a sum of exponentials."""
+    sign = jnp.where(value == -math.inf, 0.0, jnp.where(jnp.isnan(value), value, 1.0))
+    return value.astype(answer), sign.astype(answer)
+
+
+def weighted_by(
+    signed: Callable[[Any, Any], tuple[Any, Any]], x: Any, b: Any, where: Any, axes: Axes,
+    compute: Any, answer: Any, with_sign: bool,
+) -> Any:  # fmt: skip
+    """Return the answer by a `signed_logsumexp` of logits and weights."""
+    b, some = mask_like(b.astype(compute), x.ndim), None
     if where is not None:
         where = mask_like(where, x.ndim)
         x, some = masked(x, where, axes)
         b = jnp.where(where, b, 0.0)
-    value, sign = (wide(part, axes) for part in _weighted(x, b, axes))
+    value, sign = (wide(part, axes) for part in signed(x, b))
     if not with_sign:
         value = jnp.where(sign < 0, math.nan, value)
     if some is not None:
@@ -298,22 +314,32 @@ def weighted_logsumexp(
     return found if with_sign else found[0]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _weighted(x: Any, b: Any, axes: Axes) -> tuple[Any, Any]:
-    """Return log|s| and the sign of s = sum(b * exp(x)), as the portable `logsumexp` does."""
-    m, at_max, others = _weighted_sums(x, b, axes)
+def signed_logsumexp(x: Any, b: Any, axes: Axes, compute: Any) -> tuple[Any, Any]:
+    """Return log|s| and the sign of s = sum(b * exp(x)), without the axes."""
+    found: tuple[Any, Any] = _weighted(x.astype(compute), jnp.broadcast_to(b, x.shape), axes)
+    return found
+
+
+def signed_from_sums(m: Any, at_max: Any, others: Any) -> tuple[Any, Any]:
+    """Return the same of rows whose sums over exp(max) are finite."""
     s = at_max + others
     small = jnp.abs(others) < jnp.abs(at_max) / 2.0
     c = jnp.where(small, at_max, 1.0)
     near = jnp.log(jnp.abs(c)) + jnp.log1p(jnp.where(small, others, 0.0) / c)
     far = jnp.log(jnp.abs(jnp.where(small | (s == 0), 1.0, s)))
     value = jnp.where(small, near, far) + jnp.where(jnp.isinf(m), 0.0, m)
-    value = jnp.where(s == 0, -math.inf, value)
+    return jnp.where(s == 0, -math.inf, value), jnp.sign(s)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _weighted(x: Any, b: Any, axes: Axes) -> tuple[Any, Any]:
+    """Return log|s| and the sign of s = sum(b * exp(x)), as the portable `logsumexp` does."""
+    value, sign = signed_from_sums(*_weighted_sums(x, b, axes))
     # An infinite weight makes the sum infinite, but nan at a logit of -inf.
     beyond = _infinite_weights(x, b, axes)
     plain = beyond == 0
-    beyond = beyond + jnp.where(value < math.inf, 0.0, jnp.sign(s) * value)
-    return jnp.where(plain, value, jnp.abs(beyond)), jnp.sign(jnp.where(plain, s, beyond))
+    beyond = beyond + jnp.where(value < math.inf, 0.0, sign * value)
+    return jnp.where(plain, value, jnp.abs(beyond)), jnp.where(plain, sign, jnp.sign(beyond))
 
 
 @partial(_weighted.defjvp, symbolic_zeros=True)

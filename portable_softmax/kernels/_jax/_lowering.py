@@ -9,6 +9,7 @@ from inspect import signature
 from typing import Any
 
 import jax
+from jax import lax
 from jax import numpy as jnp
 from jax.interpreters import mlir
 
@@ -25,7 +26,8 @@ from portable_softmax.kernels._jax._call import (
     rows,
     shapes,
 )
-from portable_softmax.kernels._request import BESIDE_SINKS, BINARY, WITH_SLOPES, Layout
+from portable_softmax.kernels._jax._family import signed_from_sums
+from portable_softmax.kernels._request import BESIDE_SINKS, BINARY, SIGNED, WITH_SLOPES, Layout
 
 FORWARD = "logsumexp_jvp"
 
@@ -46,6 +48,8 @@ def _by_handler(*leaves: Any, call: Call) -> list[Any]:
         return _through_sinks(call, layout, leaves)
     if call.operation == FORWARD:
         return _logsumexp_jvp(call, leaves)
+    if call.operation == SIGNED:
+        return _signed(call, layout, leaves)
     buffers = {"x": x, "numbers": call.numbers(leaves), "mask": _mask(call, layout, leaves)}
     if call.operation in (*OF_AN_OUTPUT, *RUNNING_SUMS[1:]):
         buffers["second"] = call.arrays(leaves)[-1]
@@ -83,6 +87,19 @@ def _logsumexp_jvp(call: Call, leaves: Arrays) -> list[Any]:
     return [change.astype(answer)]
 
 
+def _signed(call: Call, layout: Layout, leaves: Arrays) -> list[Any]:
+    """Let the kernel sum. Rows with an infinity or a nan are rare, and have XLA do it all."""
+    x, b = call.arrays(leaves)
+    shape = [n for a, n in enumerate(x.shape) if a not in call.axes]
+    results = {role: jax.ShapeDtypeStruct(shape, call.compute) for role in ("out", "grad", "other")}
+    sums = _handled(call, layout, {"x": x, "weight": _repeated(call, layout, b, x)}, results, None)
+    fit = jnp.all(jnp.isfinite(sum(sums[1:], sums[0])))
+    found = lax.cond(
+        fit, lambda: signed_from_sums(*sums), lambda: tuple(by_xla(*leaves, call=call))
+    )
+    return list(found)
+
+
 def _of_entries(call: Call, leaves: Arrays) -> list[Any]:
     """Let XLA add the losses where vmap asks for several sums, else the handler."""
     (x, labels, weight, yeses, numbers), form = call.arrays(leaves), call.form
@@ -110,12 +127,14 @@ def _of_entries(call: Call, leaves: Arrays) -> list[Any]:
 
 def _mask(call: Call, layout: Layout, leaves: Arrays) -> Any:
     """Return the mask in one axis that repeats along the logits, or None."""
-    where, shape = call.where(leaves), leaves[0].shape
-    if where is None:
-        return None
-    engine = import_module(call.engine)
-    same = engine.repeated(where.shape, call.axes, layout, call.compute)
-    return jnp.broadcast_to(where.reshape(where.shape[same:]), shape[same:]).reshape(-1)
+    where = call.where(leaves)
+    return None if where is None else _repeated(call, layout, where, leaves[0])
+
+
+def _repeated(call: Call, layout: Layout, a: Any, x: Any) -> Any:
+    """Return what broadcasts to the logits in one axis that repeats along them."""
+    same = import_module(call.engine).repeated(a.shape, call.axes, layout, call.compute)
+    return jnp.broadcast_to(a.reshape(a.shape[same:]), x.shape[same:]).reshape(-1)
 
 
 def _loss(call: Call, layout: Layout, leaves: Arrays, factor: Any = None) -> list[Any]:

@@ -27,7 +27,7 @@ from portable_softmax.kernels._jax import (
 )
 from portable_softmax.kernels._jax._call import Arrays, Call, are_soft, handlers_of, rows
 from portable_softmax.kernels._jax._fold import compiled
-from portable_softmax.kernels._request import BINARY, DIVERGENCES, FOLD, LOSSES, Request
+from portable_softmax.kernels._request import BINARY, DIVERGENCES, FOLD, LOSSES, SIGNED, Request
 
 # --------------------------------------------------------------------------- what is taken
 
@@ -48,6 +48,8 @@ def declines(engine: Any, request: Request, asked: bool) -> str:
 def remark(engine: Any, request: Request) -> str:
     """Return what `explain` says of a gradient and of where handlers are kept."""
     said, dtype = engine.remarks_of_folders(), request.x.dtype
+    if "b" in request.active:
+        said = ["its gradient is left to XLA: weights", *said]
     if request.operation == "cross_entropy" and dtype != request.compute_dtype:
         smoothing = request.options.label_smoothing or None
         if are_soft(request.indices, smoothing):
@@ -96,11 +98,25 @@ def answer(engine: Any, request: Request) -> Any:
         return _compiled_mean(*leaves, call=Call(engine.__name__, FOLD, tree, static))
     if request.operation in DIVERGENCES:
         return _divergence(engine.__name__, request, arrays, static)
+    if request.operation == "logsumexp" and {"b", "return_sign"} & {*request.active}:
+        return _weighted(engine.__name__, *arrays, *static)
     if "sink" in request.active:
         return _beside_sink(engine.__name__, request, arrays, static)
     leaves, tree = jax.tree.flatten((arrays, _temperature(engine.__name__, request)))
     found = _compiled(*leaves, call=Call(engine.__name__, request.operation, tree, static))
     return tuple(found) if len(found) > 1 else found[0]
+
+
+def _weighted(
+    engine: str, x: Any, b: Any, where: Any, axes: Any, compute: Any, answer: Any, with_sign: bool
+) -> Any:
+    """Answer with the logarithm of weighted terms, or with a sign beside it."""
+    if b is None:
+        leaves, tree = jax.tree.flatten(((x, where), None))
+        call = Call(engine, "logsumexp", tree, (axes, compute, answer))
+        return _compiled_sign(*leaves, call=call)
+    call = Call(engine, SIGNED, jax.tree.structure(((x, b), None)), (axes, compute))
+    return _compiled_weighted(x, b, where, call=call, rest=(answer, with_sign))
 
 
 def _divergence(engine: str, request: Request, arrays: Arrays, static: Any) -> Any:
@@ -156,6 +172,20 @@ def _compiled_beside_sink(*leaves: Any, call: Call) -> Any:
     each = _sinks.of_rows(sink, x, axes, compute)
     leaves = jax.tree.leaves(((x, *others, each), numbers))
     return rows.bind(*leaves, call=call)[0]
+
+
+@compiled("call")
+def _compiled_sign(*leaves: Any, call: Call) -> Any:
+    (value,) = rows.bind(*leaves, call=call)
+    return _family.beside_sign(value, value.dtype)
+
+
+@compiled("call", "rest")
+def _compiled_weighted(x: Any, b: Any, where: Any, call: Call, rest: Any) -> Any:
+    def signed(x: Any, b: Any) -> Any:
+        return tuple(rows.bind(x, b, call=call))
+
+    return _family.weighted_by(signed, x, b, where, *call.static, *rest)
 
 
 @compiled("call")

@@ -51,10 +51,10 @@ from portable_softmax.kernels._numba._losses import (
     EACH,
     IGNORING,
     SAMPLED,
-    WEIGHTED,
     no_sum,
     with_term,
 )
+from portable_softmax.kernels._numba._losses import WEIGHTED as HAS_WEIGHTS
 from portable_softmax.kernels._request import (
     BESIDE_SINKS,
     BINARY,
@@ -63,6 +63,7 @@ from portable_softmax.kernels._request import (
     ENTROPIES,
     FOLD,
     RUNNING,
+    WEIGHTED,
     WITH_SLOPES,
 )
 
@@ -189,6 +190,13 @@ def _slopes_of_logsumexp(run, stored, compute, operation, masked):
     return _on(run, _arrays(_rows_of(X, stored), *roles, mask_of), integer_of)
 
 
+def _weighted_sums(run, stored, compute):
+    """Return what runs the sums of weighted terms."""
+    results = _flat(OUT, compute), _flat(GRAD, compute), _flat(OTHER, compute)
+    arrays_of = _arrays(_rows_of(X, stored), _flat(WEIGHT, compute), *results)
+    return _on(run, arrays_of, integer_of)
+
+
 def _beside_sink(run, stored, compute, operation, tempered, masked):
     """Return what runs rows with their sinks, or the gradient through them."""
     if operation in BESIDE_SINKS[:2]:
@@ -311,7 +319,7 @@ def _loss(run, stored, compute, gradient, variants):
             for i in range(n):
                 total = with_term(total, np.float64(w[i]))
             options[2] = compensated(total[0], total[1])
-        if word(job, PLAN + MEAN) and flags & (IGNORING | WEIGHTED | SAMPLED):
+        if word(job, PLAN + MEAN) and flags & (IGNORING | HAS_WEIGHTS | SAMPLED):
             ignore = word(job, PLAN + IGNORE)
             divisor = scan(labels_of(job), w, samples_of(job), n, flags, ignore)
             options[3] = 1.0 / divisor if divisor != 0 else 0.0
@@ -420,6 +428,8 @@ def work_of(operation, layout, dtype, *variants):
     if operation == FOLD:
         body = _fold(run, stored, compute, tempered, "where" in variants)
         return body, nothing, nothing, compute
+    if operation == WEIGHTED[0]:
+        return _weighted_sums(run, stored, compute), nothing, nothing, compute
     if operation in (*ENTROPIES, *DIVERGENCES, BY_Q):
         if operation in ENTROPIES:
             body = _entropy(run, stored, operation == ENTROPIES[1])

@@ -19,13 +19,16 @@ from numba.core.ccallback import CFunc
 
 from portable_softmax.kernels._numba import _driver, _frame, _handlers, _jit
 from portable_softmax.kernels._numba._exp import temperature
-from portable_softmax.kernels._numba._losses import EACH, IGNORING, SAMPLED, WEIGHTED
+from portable_softmax.kernels._numba._losses import EACH, IGNORING, SAMPLED
+from portable_softmax.kernels._numba._losses import WEIGHTED as HAS_WEIGHTS
 from portable_softmax.kernels._request import (
     BESIDE_SINKS,
     BINARY,
     BY_Q,
     DIVERGENCES,
     RUNNING,
+    SIGNED,
+    WEIGHTED,
     Layout,
 )
 
@@ -41,6 +44,7 @@ _KERNELS = {
     PULLBACK: "log_softmax_vjp",
     "logsumexp_pullback": "logsumexp_vjp",
     "logcumsumexp_pullback": "logcumsumexp_vjp",
+    SIGNED: WEIGHTED[0],
 }
 
 
@@ -133,7 +137,7 @@ def target(
         variants += ["softcap"] * loss.capped
         variants += ["each"] * (operation in BINARY and loss.each)
         flags = EACH * loss.each | IGNORING * (loss.ignore is not None)
-        flags |= WEIGHTED * loss.weighted | SAMPLED * ("samples" in buffers)
+        flags |= HAS_WEIGHTS * loss.weighted | SAMPLED * ("samples" in buffers)
         plan[_frame.FLAGS], plan[_frame.IGNORE] = flags, loss.ignore or 0
         plan[_frame.LENGTH], plan[_frame.MEAN] = layout.rows, loss.mean
         plan.view(np.float64)[_frame.SCALE] = loss.scale

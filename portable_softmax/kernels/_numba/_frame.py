@@ -44,7 +44,8 @@ STORED = {
 # the logits of q; `numbers` are those of a temperature and then the factor of a divergence's
 # gradients, or the smoothing, z and softcap of a loss; `other` is the gradient by q. Of yes-or-no
 # labels `samples` are the weights of a yes, and `numbers` 1 - smoothing and smoothing / 2. Beside
-# sinks, `weight` is these and `grad` their shares, or `weight` the shares and `grad` sums.
+# sinks, `weight` is these and `grad` their shares, or `weight` the shares and `grad` sums. Of
+# weighted terms `out` is maxima, `grad` the sums of the weights at these, `other` of what is left.
 ROLES = ("x", "second", "mask", "weight", "samples", "numbers", "out", "grad", "other")
 X, SECOND, MASK, WEIGHT, SAMPLES, NUMBERS, OUT, GRAD, OTHER = range(9)
 END = len(ROLES)
