@@ -393,6 +393,27 @@ def test_weights_and_logits_of_every_kind(jax, xp):
     np.testing.assert_array_equal(sign, signs)
 
 
+@pytest.mark.parametrize("n", [3, 40])
+def test_rows_of_which_nothing_counts_beside_others(jax, xp, n):
+    """Padding has no weight, a masked row is -inf throughout: no other row is worse for it."""
+    rng = np.random.default_rng(8)
+    x, b = rng.normal(size=(50, n)), rng.uniform(0.5, 2.0, (50, n))
+    want = np.log((b * np.exp(x)).sum(1))
+    b[1], x[1, 0] = 0.0, np.nan
+    x[2] = -np.inf
+    b[3], x[3] = 0.0, -np.inf
+    want[1:4] = -np.inf
+    value, sign = ps.logsumexp(xp.asarray(x), axis=1, b=xp.asarray(b), return_sign=True)
+    np.testing.assert_allclose(value, want, rtol=1e-14)
+    np.testing.assert_array_equal(sign, np.where(want == -np.inf, 0.0, 1.0))
+    x[4, 0] = np.nan  # which -inf, or what has no weight, follows
+    x[4, 1:] = -np.inf
+    x[5, 0], b[5, 1:] = np.nan, 0.0
+    want[4:6] = np.nan
+    value, _ = ps.logsumexp(xp.asarray(x), axis=1, b=xp.asarray(b), return_sign=True)
+    np.testing.assert_allclose(value, want, rtol=1e-14)
+
+
 def test_second_derivatives_of_weighted_sums(jax, xp):
     """Take the closed form, at a maximum and beside it."""
     rng = np.random.default_rng(5)

@@ -322,7 +322,7 @@ def signed_logsumexp(x: Any, b: Any, axes: Axes, compute: Any) -> tuple[Any, Any
 
 def signed_from_sums(m: Any, at_max: Any, others: Any) -> tuple[Any, Any]:
     """Return the same of rows whose sums over exp(max) are finite."""
-    s = at_max + others
+    s = jnp.where(m == -math.inf, 0.0, at_max + others)
     small = jnp.abs(others) < jnp.abs(at_max) / 2.0
     c = jnp.where(small, at_max, 1.0)
     near = jnp.log(jnp.abs(c)) + jnp.log1p(jnp.where(small, others, 0.0) / c)

@@ -88,12 +88,13 @@ def _logsumexp_jvp(call: Call, leaves: Arrays) -> list[Any]:
 
 
 def _signed(call: Call, layout: Layout, leaves: Arrays) -> list[Any]:
-    """Let the kernel sum. Rows with an infinity or a nan are rare, and have XLA do it all."""
+    """Let the kernel sum. Rows with +inf, an infinite weight or a nan have XLA do it all."""
     x, b = call.arrays(leaves)
     shape = [n for a, n in enumerate(x.shape) if a not in call.axes]
     results = {role: jax.ShapeDtypeStruct(shape, call.compute) for role in ("out", "grad", "other")}
     sums = _handled(call, layout, {"x": x, "weight": _repeated(call, layout, b, x)}, results, None)
-    fit = jnp.all(jnp.isfinite(sum(sums[1:], sums[0])))
+    m, at_max, others = sums
+    fit = jnp.all((m < math.inf) & jnp.isfinite(at_max + others))
     found = lax.cond(
         fit, lambda: signed_from_sums(*sums), lambda: tuple(by_xla(*leaves, call=call))
     )

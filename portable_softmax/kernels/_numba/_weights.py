@@ -107,7 +107,10 @@ def _weighted(layout: ModuleType, operation: str) -> Any:
                 top, others = _sums(x, w, size, m, its)
                 layout.keep(maxima, r, m)
                 layout.keep(tops, r, layout.whole(top))
-                layout.keep(rests, r, layout.whole(others) / exp_up(m, its, 1))
+                rest = layout.whole(others)
+                # Where nothing counts, or -inf alone, there is no rest, if no nan is passed over.
+                rest = where_equal(m, -math.inf, rest, rest / exp_up(m, its, 1))
+                layout.keep(rests, r, rest)
             copy(maxima, ahead(pointer(arrays[2]), first), rows)
             copy(tops, ahead(pointer(arrays[3]), first), rows)
             copy(rests, ahead(pointer(arrays[4]), first), rows)
