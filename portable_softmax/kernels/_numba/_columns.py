@@ -28,7 +28,15 @@ from portable_softmax.kernels._numba._values import (
     after_values,
     values,
 )
-from portable_softmax.kernels._numba._vectors import lanes, read, splat, where_equal, write
+from portable_softmax.kernels._numba._vectors import (
+    lanes,
+    prefetch_to_read,
+    prefetch_to_write,
+    read,
+    splat,
+    where_equal,
+    write,
+)
 
 LONG = False  # each lane is a row
 
@@ -76,12 +84,13 @@ def slopes_at(workspace, T, n):
 
 @function
 def fetch(p, tile, workspace, T, n, inner, rows):
-    """Copy a group to a tile."""
+    """Copy a group to a tile; the next group's part of each class is prefetched."""
     L, copied = lanes(workspace), target(p, tile, workspace, T, n)
     k = rows % L
     for j in range(n):
         x, y = ahead(p, j * inner), ahead(copied, j * L)
         for r in range(0, rows - k, L):
+            prefetch_to_read(x, r + T, None)
             write(y, r * n, read(x, r, None, 0.0), None)
         if k:
             write(y, (rows - k) * n, read(x, rows - k, k, 0.0), None)
@@ -90,12 +99,13 @@ def fetch(p, tile, workspace, T, n, inner, rows):
 
 @function
 def deliver(written, o, T, n, inner, rows):
-    """Copy a tile to its group."""
+    """Copy a tile to its group; the place of the next one's is prefetched."""
     L = lanes(written)
     k = rows % L
     for j in range(n):
         x, y = ahead(written, j * L), ahead(o, j * inner)
         for r in range(0, rows - k, L):
+            prefetch_to_write(y, r + T, None)
             write(y, r, read(x, r * n, None, 0.0), None)
         if k:
             write(y, rows - k, read(x, (rows - k) * n, None, 0.0), k)
