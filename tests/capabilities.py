@@ -21,15 +21,7 @@ from backends import BACKENDS, LIBRARIES
 import portable_softmax
 from portable_softmax import libraries
 from portable_softmax.kernels import _table
-from portable_softmax.kernels._request import (
-    ENTROPIES,
-    FAMILY,
-    LINEAR,
-    OPERATIONS,
-    PARTS,
-    RUNNING,
-    SPARSE,
-)
+from portable_softmax.kernels._request import PARTS, ROWS, VJPS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -109,32 +101,19 @@ def compiler(name: str) -> str:
 
 
 def kernels(library: str) -> str:
-    found: dict[str, dict[str, None]] = {}
-    for k in _table.TABLE:
-        if k.library == library:
-            found.setdefault(k.name, {})[operations(k)] = None
-    return "; ".join(f"{name} ({', '.join(takes)})" for name, takes in found.items()) or "none"
+    """Return the names alone: the table of kernels says what each takes."""
+    return ", ".join(dict.fromkeys(k.name for k in _table.TABLE if k.library == library)) or "none"
 
 
 def operations(kernel: _table.Kernel) -> str:
-    named = {
-        (*OPERATIONS, *LINEAR, *ENTROPIES): "softmax family, entropy, cross_entropy, "
-        "linear_cross_entropy",
-        (*OPERATIONS, *LINEAR, *FAMILY): "softmax family, entmax, entropy, cross_entropy, "
-        "linear_cross_entropy",
-        (*OPERATIONS, *FAMILY): "softmax family, entmax, entropy, cross_entropy",
-        (*OPERATIONS, *LINEAR, *SPARSE, *RUNNING, "logmeanexp"): "softmax family, entmax, "
-        "logmeanexp, logcumsumexp, cross_entropy, linear_cross_entropy",
-        OPERATIONS: "softmax family, cross_entropy",
-        LINEAR: "linear_cross_entropy",
-        SPARSE: "entmax, sparsemax",
-        PARTS: "parts of rows",
-        RUNNING: "logcumsumexp",
-        ("logsumexp",): "logsumexp with weights",
-        ("softmax", "log_softmax"): "softmax and log_softmax with a sink",
-    }
-    alone = [name for name in kernel.operations if not name.endswith("_value_and_grad")]
-    return named.get(kernel.operations) or ", ".join(alone)
+    """Return what a kernel answers; a gradient goes with its function."""
+    if kernel.operations == PARTS:
+        return "parts of rows"
+    found, together = kernel.operations, (*ROWS, *VJPS)
+    if set(together) <= {*found}:
+        found = ("softmax family", *(name for name in found if name not in together))
+    gradients = {f"{name}_{kind}" for name in found for kind in ("vjp", "value_and_grad")}
+    return ", ".join(name for name in found if name not in gradients)
 
 
 BY_OPERATION = (
