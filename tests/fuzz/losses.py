@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.fuzz.reference import ANY, Answer, L, Rounding, fold
+from tests.fuzz.reference import ANY, Answer, L, Rounding, fold, lost_to_underflow
 from tests.fuzz.values import Format
 
 
@@ -91,8 +91,7 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
 
     z = L(options.z_loss)
     underflow = compute.smallest_normal if rounding.flushes else compute.smallest
-    # A remainder that is no normal number has lost digits to underflow.
-    lost_rest = np.where(rows.rest < compute.smallest_normal, underflow * n, 0)
+    lost_rest = lost_to_underflow(rows, rounding)
     terms = np.where(q == 0, 0, q * surprise)
     squared = np.where(label_weight == 0, 0, z * label_weight * lse * lse)
     loss = terms.sum(axis=1, keepdims=True) + squared

@@ -102,6 +102,13 @@ def fold(x: np.ndarray, live: np.ndarray, temperature: float = 1.0) -> Rows:
     return Rows(x, live, m, rest, np.log1p(rest), np.where(bad, 0, span), bad, empty)
 
 
+def lost_to_underflow(rows: Rows, rounding: Rounding) -> np.ndarray:
+    """Return what remainders may lack that are no normal numbers, or sums of some that are none."""
+    n, least = rows.x.shape[1], rounding.compute.smallest_normal
+    most, each = (n * least, least) if rounding.flushes else (least, rounding.compute.smallest)
+    return np.where(rows.rest < most, n * each, 0)
+
+
 def _units(rows: Rows, rounding: Rounding) -> np.ndarray:
     """Return the bound on a probability: max(6, 2 + 2 D)."""
     d = np.minimum(rows.span, rounding.compute.depth)
@@ -133,9 +140,7 @@ def log_softmax(x: Any, live: Any, rounding: Rounding, temperature: float) -> An
     y = _differences(rows, temperature) - rows.log
     y = np.where(rows.bad, L("nan"), y)
     y = np.where(rows.live, y, -L("inf"))
-    # A remainder that is no normal number has lost digits to underflow.
-    lost = np.where(rows.rest < rounding.compute.smallest_normal, rounding.compute.smallest, 0)
-    return Answer(y, rounding.tolerance(y, 8, lost * x.shape[1]))
+    return Answer(y, rounding.tolerance(y, 8, lost_to_underflow(rows, rounding)))
 
 
 def logsumexp(x: Any, live: Any, rounding: Rounding) -> Answer:
