@@ -296,20 +296,34 @@ def test_means(jax, xp, path, shape, axis, dtype):
             assert_near(slope(of), p / p.sum(axis, keepdims=True), dtype)
 
 
+def test_the_gradient_of_a_mean_keeps_its_digits_at_any_spread(jax, xp):
+    x = np.random.default_rng(5).normal(size=(200, 6)).astype("float32")
+    x[:100, 2] += np.linspace(10, 60, 100, dtype="float32")
+    x[100:, 2] -= np.linspace(10, 60, 100, dtype="float32")
+    p = np.exp(x.astype(np.longdouble))
+    p /= p.sum(axis=1, keepdims=True)
+    found = jax.grad(lambda x: ps.logmeanexp(x, axis=1).sum())(xp.asarray(x))
+    np.testing.assert_allclose(np.asarray(found, np.longdouble), p, rtol=6e-7)
+
+
 def test_means_of_nothing_and_of_infinities(jax, xp):
     x = np.ones((5, 300), "float32")
-    x[1], x[2, 0], x[3, 3], x[4, :9] = -np.inf, np.inf, np.nan, -np.inf
+    x[1], x[2, 0], x[3, :4], x[4, :9] = -np.inf, np.inf, [1, np.inf, 1, np.nan], -np.inf
     found = np.asarray(ps.logmeanexp(xp.asarray(x), axis=1))
     assert found[:3].tolist() == [1.0, -np.inf, np.inf]
     assert np.isnan(found[3])
     assert abs(found[4] - (1 + np.log(291 / 300))) < 2e-7
     mask = np.full(x.shape, True)
-    mask[0] = mask[3, 3] = False
+    mask[0] = mask[3, 1] = mask[3, 3] = False
     f = jax.vmap(lambda x, where: ps.logmeanexp(x, where=where))
     found = np.asarray(f(xp.asarray(x), xp.asarray(mask)))
     assert np.isnan(found[0])
     assert found[1:4].tolist() == [-np.inf, np.inf, 1.0]
     assert np.isnan(ps.logmeanexp(xp.asarray(x[:, :0]), axis=1)).all()
+    slopes = np.asarray(jax.grad(lambda x: ps.logmeanexp(x, axis=1)[:3].sum())(xp.asarray(x)))
+    assert not slopes[[1, 2, 4]].any()
+    assert np.isnan(slopes[3]).all()
+    np.testing.assert_allclose(slopes[0], 1 / 300, rtol=1e-6)
 
 
 @pytest.mark.parametrize("other", [0.0, -50.0])

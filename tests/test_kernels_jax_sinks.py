@@ -135,6 +135,18 @@ def test_a_confident_row_keeps_its_digits(jax, xp):
     np.testing.assert_allclose(float(grad[0, 0]), float(lost), rtol=3e-6)
 
 
+def test_the_share_of_a_sink_keeps_its_digits_at_any_distance(jax, xp):
+    """XLA takes exp(a) / exp(b) for exp(a - b), whose difference is rounded."""
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(50, 3)).astype("float32")
+    x[:, 1] += rng.uniform(20, 60, 50).astype("float32")
+    sink = rng.normal(size=(50, 1)).astype("float32")
+    rows = np.concatenate([x, sink], axis=1).astype(np.longdouble)
+    others = np.exp(rows[:, [0, 2, 3]] - rows[:, 1:2]).sum(axis=1)
+    y = ps.log_softmax(xp.asarray(x), sink=xp.asarray(sink))[:, 1]
+    np.testing.assert_allclose(np.asarray(y, np.longdouble), -np.log1p(others), rtol=5e-7)
+
+
 def joined(jax, operation, x, sink, t):
     """Return the answer as JAX has it, of rows with the sink as one more entry."""
     from jax import numpy as jnp

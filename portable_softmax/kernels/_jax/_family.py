@@ -20,6 +20,7 @@ from portable_softmax import portable
 from portable_softmax.kernels._jax._fold import (
     Axes,
     compiled,
+    exps,
     fold,
     in_blocks,
     inverse_temperature,
@@ -208,13 +209,12 @@ def _logmeanexp_jvp(axes: Axes, primals: Any, tangents: Any) -> tuple[Any, Any]:
         where = mask_like(where, x.ndim)
         (of, some), t = masked(x, where, axes), jnp.where(where, t, 0.0)
     m = lax.optimization_barrier(lax.stop_gradient(jnp.max(of, axis=axes)))
-    counts, most = ~jnp.isinf(m), math.log(float(jnp.finfo(x.dtype).max)) - 1.0
-    shift = select(counts, m, 0.0)
-    terms = jnp.exp(lax.min(of - spread(shift, x, axes), lax.full_like(x, most)))
-    factor = select(counts, 1.0 / sum_of(*in_blocks(terms, axes, 0.0)), 0.0)
-    factor = select(y == y, factor, math.nan)
+    counts = ~jnp.isinf(m) | (y != y)
+    terms, _ = exps(of, select(counts, m, 0.0), None, axes)
+    factor = select(y == y, 1.0 / sum_of(*in_blocks(terms, axes, 0.0)), math.nan)
     factor = factor if some is None else jnp.where(jnp.squeeze(some, axes), factor, 0.0)
-    return y, jnp.sum(terms * spread(factor, x, axes) * t, axis=axes)
+    slopes = select(spread(counts, x, axes), terms * spread(factor, x, axes), 0.0)
+    return y, jnp.sum(slopes * t, axis=axes)
 
 
 @compiled("axes", "compute", "answer")

@@ -143,6 +143,8 @@ def _joined(x: Any, sink: Any, scale: Any, axes: Axes) -> tuple[Any, Any, Any]:
     top = jnp.maximum(m, sink)
     if scale is None:
         exp, unit = exps_by(x, top, scale, axes)
+        # Else XLA takes the exponential of a difference for a quotient of two, and rounds that.
+        unit = lax.optimization_barrier(unit)
         own, more = exp(m, ()) / unit, exp(sink, ()) / unit
     else:
         own, more = (tempered_terms(a, top, scale, ()) for a in (m, sink))
