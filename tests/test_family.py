@@ -322,6 +322,17 @@ def test_the_gradient_of_logcumsumexp(xp):
     assert_close(xp, actual, [0.0, 1.0, 9.0, 0.0, 0.0])
 
 
+def test_the_gradient_of_running_sums_far_from_0(xp):
+    """A logarithm of 1000 is rounded by more than its exponential may be."""
+    rng = np.random.default_rng(40)
+    x, dy = np.round(rng.normal(size=(2, 11, 3)) * 3)
+    sums = np.cumsum(np.exp(x), axis=0)
+    expected = np.exp(x) * np.cumsum((dy / sums)[::-1], axis=0)[::-1]
+    given = xp.asarray(x + 1000, "float32"), xp.asarray(dy, "float32")
+    actual = ps.logcumsumexp_vjp(*given, axis=0)
+    assert_close(xp, actual, expected, "float32", rtol=2e-6, atol=2e-6)
+
+
 def gradient(xp, f, *arrays):
     """Return the gradients of a number that is computed of arrays, as the library finds them."""
     if xp.library == "torch":

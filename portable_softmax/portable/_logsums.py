@@ -50,7 +50,39 @@ def logmeanexp(xp: Namespace, x: Any, axes: Axes, *, where: Any = None) -> Any:
 
 
 def logcumsumexp(xp: Namespace, x: Any, axis: int) -> Any:
-    """Return log(cumsum(exp(x))): the states of all beginnings, merged in log2(n) rounds.
+    """Return log(cumsum(exp(x)))."""
+    m, rest = _beginnings(xp, x, axis)
+    fixed = constant(xp, m)
+    infinite = xp.isinf(fixed)
+    y = xp.where(infinite, m, m + xp.log1p(xp.where(infinite, scalar(xp, 0.0, m), rest)))
+    return xp.where(fixed == -math.inf, fixed, y)  # a sum of nothing has no gradient
+
+
+def logcumsumexp_vjp(xp: Namespace, x: Any, dy: Any, axis: int) -> Any:
+    """Return sum_{i >= j} dy_i exp(x_j - y_i), whose exponents are not above 0.
+
+    Each round adds to the sum over the next 1, 2, 4, ... entries that over as many behind them.
+    The logarithms y are not made, as their rounding would be that of the exponents.
+    """
+    if 0 in x.shape:
+        return xp.zeros_like(x)
+    own, (m, rest) = libraries.of(xp), _beginnings(xp, x, axis)
+    n, step, s = x.shape[axis], 1, 1.0 + rest
+    before, zero = (slice(None),) * axis, scalar(xp, 0.0, x)
+    finite = ~xp.isinf(m)
+    while step < n:
+        first, late = (*before, slice(0, n - step), ...), (*before, slice(step, n), ...)
+        both = finite[first] & (finite[late] | (m[late] > 0))
+        fall = xp.where(both, xp.exp(m[first] - m[late]), zero) * (s[first] / s[late])
+        end = dy[(*before, slice(n - step, n), ...)]
+        dy = own.concat([dy[first] + fall * dy[late], end], axis)
+        (dy,) = own.barrier(dy)
+        step *= 2
+    return dy * (xp.where(x == -math.inf, zero, xp.exp(x - m)) / s)
+
+
+def _beginnings(xp: Namespace, x: Any, axis: int) -> tuple[Any, Any]:
+    """Return the states (max, rest) of all beginnings, merged in log2(n) rounds.
 
     Each round merges the state of the last 1, 2, 4, ... entries with that of as many before them
     (Hillis & Steele 1986, "Data parallel algorithms"), so that no error grows with the length.
@@ -67,32 +99,7 @@ def logcumsumexp(xp: Namespace, x: Any, axis: int) -> Any:
         # XLA may take minutes to compile rounds that it tries to fuse.
         m, rest = own.barrier(m, rest)
         step *= 2
-    fixed = constant(xp, m)
-    infinite = xp.isinf(fixed)
-    y = xp.where(infinite, m, m + xp.log1p(xp.where(infinite, scalar(xp, 0.0, m), rest)))
-    return xp.where(fixed == -math.inf, fixed, y)  # a sum of nothing has no gradient
-
-
-def logcumsumexp_vjp(xp: Namespace, x: Any, dy: Any, axis: int) -> Any:
-    """Return sum_{i >= j} dy_i exp(x_j - y_i), whose exponents are not above 0.
-
-    Each round adds to the sum over the next 1, 2, 4, ... entries that over as many behind them.
-    """
-    if 0 in x.shape:
-        return xp.zeros_like(x)
-    own, y = libraries.of(xp), logcumsumexp(xp, x, axis)
-    n, step = x.shape[axis], 1
-    before, zero = (slice(None),) * axis, scalar(xp, 0.0, x)
-    finite = ~xp.isinf(y)
-    while step < n:
-        first, late = (*before, slice(0, n - step), ...), (*before, slice(step, n), ...)
-        both = finite[first] & (finite[late] | (y[late] > 0))
-        fall = xp.where(both, xp.exp(y[first] - y[late]), zero)
-        end = dy[(*before, slice(n - step, n), ...)]
-        dy = own.concat([dy[first] + fall * dy[late], end], axis)
-        (dy,) = own.barrier(dy)
-        step *= 2
-    return dy * xp.where(x == -math.inf, zero, xp.exp(x - y))
+    return m, rest
 
 
 def _merged(xp: Namespace, m1: Any, r1: Any, m2: Any, r2: Any) -> tuple[Any, Any]:
