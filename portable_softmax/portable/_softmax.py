@@ -61,13 +61,15 @@ def softmax(
         sink = laid_out(xp, sink, x)
         m = greater(xp, m, constant(xp, sink))
     exps = xp.exp(from_maximum(xp, x, m, temperature))
-    s = total(xp, exps, axes)
+    s, more = total(xp, exps, axes), None
     if sink is not None:
-        s = s + xp.exp(from_maximum(xp, sink, m, temperature))
+        more = xp.exp(from_maximum(xp, sink, m, temperature))
+        s = s + more
     y = exps / s
-    if sink is None and libraries.of(xp).follows(x):
+    if libraries.of(xp).follows(x):
         # A term of the value 0, with which what flows back is less a constant: see `softmax_vjp`.
         whole = total(xp, y, axes)
+        whole = whole if more is None else whole + more / s
         y = y - cast(xp, confident(xp, y), y.dtype) * (whole - constant(xp, whole))
     return y if where is None else xp.where(where, y, scalar(xp, 0.0, y))
 
