@@ -421,7 +421,7 @@ class JaxNumba(Jax):
         *("test_kernels_jax_numba", "test_kernels_jax_family"),
         *("test_kernels_jax_logsumexp", "test_kernels_jax_binary", "test_kernels_jax_sinks"),
     )
-    others = ("test_values", "test_sink")
+    others = ("test_values", "test_sink", "test_derivatives")
 
     @classmethod
     def missing(cls):
@@ -639,6 +639,7 @@ class Mlx(Backend):
     quick = (
         *("test_mlx", "test_semantics", "test_cross_entropy::test_golden", "test_layers"),
         *("test_compat", "test_dtype", "test_errors", "test_kernels", "test_sink"),
+        "test_derivatives",
     )
     others = ANY_LIBRARY
 
