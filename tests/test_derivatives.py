@@ -201,3 +201,13 @@ def test_a_derivative_keeps_its_digits_at_any_distance(xp, name, dtype):
     assert found.dtype == dtype
     off = np.abs(found - wanted.sum(axis=2)) > bound
     assert not off.any(), (x[off.any(axis=1)], found[off], wanted.sum(axis=2)[off])
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_the_derivative_of_a_focal_loss_beside_infinities(xp, gamma):
+    """The weight of an entry that is infinitely wrong is 1, whatever the loss is."""
+    z = np.asarray([np.inf, -np.inf, np.inf, -np.inf, 3e38, -3e38], "float32")
+    labels = xp.asarray([1, 0, 0, 1, 0, 1], "float32")
+    options = {"focal_gamma": gamma, "reduction": "sum"}
+    (found,) = gradient(xp, lambda z: ps.sigmoid_cross_entropy(z, labels, **options), z)
+    np.testing.assert_array_equal(found, [0, 0, 1, -1, 1, -1])

@@ -95,7 +95,10 @@ def _surprise(xp: Namespace, y: Any, coefficient: Any, gamma: float) -> Any:
     y = _where_it_counts(xp, y, coefficient)
     loss = softplus(xp, y)
     if gamma != 0.0:
-        loss = _power(xp, -y, gamma) * loss
+        # The power is 1 beside so large a loss, and its derivative 0, times what may be infinite.
+        far = constant(xp, loss) > 1e5
+        near = xp.where(far, scalar(xp, 0.0, loss), loss)
+        loss = xp.where(far, loss, _power(xp, -y, gamma) * near)
     return coefficient * loss
 
 
