@@ -56,6 +56,8 @@ def check(
     )
     given = paths.prepared(case, backend)
     for path in ways:
+        if not path.takes(case):
+            continue
         tally = tallies[case.function, path.name]
         tally.cases += 1
         found, kernel = paths.run(path, case, given)

@@ -12,21 +12,31 @@ import numpy as np
 import portable_softmax as ps
 from portable_softmax import kernels
 from tests.backends import Backend, np_dtype
-from tests.fuzz import layouts
+from tests.fuzz import derivatives, layouts
 from tests.fuzz.cases import POSITIONAL, Case
 
 
 class Path(NamedTuple):
-    """A switch around a call; `kernel` is the one that it asks for."""
+    """A switch around a call; `kernel` is the one that it asks for.
+
+    Its gradients are our own, or `derived` by the library from the value.
+    """
 
     name: str
     switch: Callable[[], Any]
     kernel: str = ""
+    derived: bool = False
+
+    def takes(self, case: Case) -> bool:
+        """Whether it has a way to compute a case."""
+        return not self.derived or derivatives.has_one(case)
 
 
 def paths(library: str) -> list[Path]:
     """Return the default path, the portable one, and each kernel that can run here."""
     found = [Path("default", nullcontext)]
+    if library in derivatives.LIBRARIES:
+        found.append(Path("autodiff", nullcontext, derived=True))
     if library in ("numpy", "torch", "jax"):
         found.append(Path("portable", kernels.portable, "portable"))
     both = ("numpy tiles", "numba rows")
@@ -68,8 +78,9 @@ def run(path: Path, case: Case, given: Prepared) -> tuple[Any, str]:
             explained = kernels.explain(case.function, *given.positional, **given.keyword)
         except Exception:  # the call itself raises it again
             explained = ""
+        function = partial(derivatives.found, case) if path.derived else getattr(ps, case.function)
         try:
-            found = getattr(ps, case.function)(*given.positional, **given.keyword)
+            found = function(*given.positional, **given.keyword)
         except Exception as error:
             found = error
     if case.function == "linear_cross_entropy_value_and_grad" and isinstance(found, tuple):
@@ -112,5 +123,6 @@ def reproducer(case: Case, path: Path, backend: Backend) -> str:
     switch = {"default": "", "portable": "with ps.kernels.portable(): "}.get(
         path.name, f"with ps.kernels.use({path.name!r}): "
     )
+    switch = "# Beside what the library derives:\n" if path.derived else switch
     lines.append(f"{switch}print(ps.{case.function}({', '.join([*names, *options])}))")
     return "\n".join(lines)
