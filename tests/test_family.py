@@ -377,24 +377,6 @@ def test_the_derivative_of_a_confident_softmax(differentiating, dtype, axis, tem
         np.testing.assert_allclose(dx, expected / temperature, rtol=32 * EPS[dtype], atol=0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_derivative_of_a_confident_softmax_beside_a_sink(differentiating, dtype):
-    """Of y_j sum_k y_k (dy_j - dy_k), the sink being a k without an upstream gradient."""
-    xp = differentiating
-    rng = np.random.default_rng(41)
-    x, dy = rng.normal(size=(2, 4, 5)).astype(dtype)
-    x[:, 1] += np.asarray(MARGINS[dtype], dtype)
-    sink = rng.normal(size=(4, 1)).astype(dtype)
-    p = np.exp(np.concatenate([x, sink], axis=1).astype(np.longdouble))
-    p /= p.sum(axis=1, keepdims=True)
-    upstream = np.concatenate([dy, np.zeros_like(sink)], axis=1).astype(np.longdouble)
-    terms = p[:, :, None] * p[:, None] * (upstream[:, :, None] - upstream[:, None])
-    dy, sink = xp.asarray(dy), xp.asarray(sink)
-    (found,) = gradient(xp, lambda x: (ps.softmax(x, sink=sink) * dy).sum(), x)
-    bound = 32 * EPS[dtype] * np.abs(terms).sum(axis=2)[:, :5]
-    assert (np.abs(found - terms.sum(axis=2)[:, :5]) <= bound).all()
-
-
 def test_the_derivative_by_a_confident_output_is_that_of_the_formula(differentiating):
     """Of dx = y * (dy - s): w_i (dy_i - s) - dy_i sum(w * y) by y_i, whatever the y sum to."""
     xp = differentiating
