@@ -21,6 +21,7 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036 - an older Python gets this message
     sys.exit(f"noxfile.py: needs Python 3.11 or newer, this is {sys.version.split()[0]}")
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -29,8 +30,10 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+import time
 import zipfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,10 +122,8 @@ BACKENDS = {
 LAZY = ("dask", "ndonnx", "cubed")
 # Those that `bench` has no providers for.
 NOT_MEASURED = ("ndonnx", "mlx", "cubed", "dpnp")
-# Those that `tests` and `tests-slow` leave out: their libraries take long to install.
-BY_NAME = ("dpnp",)
-# The backends whose tests together must cover the package, line and branch.
-COVERED = ("numpy", "numba", "torch", "jax")
+# Those that `tests` leaves out but where there is a GPU: an environment each.
+ALONE = ("cupy", "dpnp")
 PYPROJECT = load_toml(ROOT / "pyproject.toml")
 # A process a core, since compilers use one each. Their tests differ in length: an idle process
 # takes what another has not begun.
@@ -204,15 +205,19 @@ def install_backend(session: nox.Session, backend: str, *extras: str, also=()) -
     install(session, *package(extra, *extras), *also)
 
 
-def for_each_backend(name: str, without: tuple[str, ...] = ()):
-    """Make a session NAME-BACKEND for each backend of a function of a session and a backend."""
+def for_each_backend(name: str, without: tuple[str, ...] = (), shared: bool = False):
+    """Make a session NAME-BACKEND for each backend of a function of a session and a backend.
+
+    It has an environment of its own, unless it is `shared` and its library is among the others'.
+    """
 
     def decorate(function):
         for backend in BACKENDS:
             if backend not in without:
                 one = functools.partial(function, backend=backend)
                 one.__doc__ = function.__doc__.replace("BACKEND", backend)
-                nox.session(one, name=f"{name}-{backend}")
+                own = {} if not shared or backend in ALONE else {"venv_backend": "none"}
+                nox.session(one, name=f"{name}-{backend}", **own)
         return function
 
     return decorate
@@ -222,7 +227,7 @@ def for_each_backend(name: str, without: tuple[str, ...] = ()):
 
 
 # A lazy library has nothing to gain from small steps, nor have kernels for large arrays.
-@for_each_backend("demo", without=("numba", *LAZY, *BY_NAME))
+@for_each_backend("demo", without=("numba", *LAZY, "dpnp"))
 def demo(session: nox.Session, backend: str) -> None:
     """Train a softmax classifier on handwritten digits with BACKEND."""
     install_backend(session, backend, "demo")
@@ -246,143 +251,198 @@ def bench_scale(session: nox.Session) -> None:
 
 # --- The tests ----------------------------------------------------------------------------------
 
-
-@dataclass
-class Run:
-    """What this process knows of a run beside its report."""
-
-    finished: bool = False
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a JUnit report says."""
-
-    version: str
-    device: str
-    passed: int
-    failed: int
-    skipped: int
-    reasons: Counter
-    left: str
-    """How many tests belong to the other part; "-" where none ran."""
-
-
-# Only what ran in this process is shown: never the report of an earlier run.
-runs: dict[str, Run] = {}
+# All that resolves together is one environment, from which every session of tests runs.
+TOGETHER = ("strict", "torch", "jax", "dask", "numba", "ndonnx", "mlx", "cubed", "triton", "bench")
+# What one process runs: each backend of a library, and each code path.
+ON_CPU = (
+    *("numpy", "numba", "strict", "torch", "torch-portable", "torch-numba", "jax", "jax-numba"),
+    *("dask", "ndonnx", "mlx", "cubed"),
+)
+# The backends that the tests of one library are.
+OF_LIBRARY = {"torch": ("torch", "torch-portable", "torch-numba"), "jax": ("jax", "jax-numba")}
 
 
 @dataclass
-class Asked:
-    """What the sessions that start others have asked of them."""
+class Row:
+    """What the reports of this run say of one backend."""
 
-    parts: set[str] = field(default_factory=set)
-    names: dict[str, None] = field(default_factory=dict)
-    """The rows of the table, in order."""
-    traced: bool = False
+    version: str = "-"
+    device: str = "-"
+    counts: Counter = field(default_factory=Counter)
+    seconds: float = 0.0
+    reasons: Counter = field(default_factory=Counter)
+    left: Counter = field(default_factory=Counter)
+    """How many tests belong to the other part or to another shard, by report."""
 
 
-asked = Asked()
+@dataclass
+class Results:
+    """The reports that this process has made, and how long it took."""
+
+    reports: list[Path] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    installing: float = 0.0
+    testing: float = 0.0
 
 
-def part() -> str:
-    """Return the one part of the tests that was asked for; empty for all of them."""
-    return next(iter(asked.parts)) if len(asked.parts) == 1 else ""
+results = Results()
+
+
+@contextlib.contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Add the seconds that something takes to the results."""
+    start = time.monotonic()
+    yield
+    setattr(results, what, getattr(results, what) + time.monotonic() - start)
+
+
+def together(session: nox.Session, *groups: str) -> str:
+    """Install what the sessions of tests share, and more groups; return the Python that has it."""
+    folder = HOME / "together"
+    python = sysconfig.get_path("scripts", "venv", {"base": str(folder)}) + "/python"
+    shared = [*package("demo", *TOGETHER), *group("test", "test-dask", "test-strict")]
+    wanted = "\n".join([*shared, sys.version, (ROOT / "pyproject.toml").read_text()])
+    stamp = folder / "installed.txt"
+    installed = stamp.read_text() if stamp.exists() else ""
+    pip = (python, "-m", "pip", "install", "--quiet", "--no-compile")
+    with timed("installing"):
+        if not installed.startswith(wanted):
+            session.run(sys.executable, "-m", "venv", "--clear", str(folder), external=True)
+            session.run(*pip, *shared, external=True)
+            installed = wanted
+        for name in groups:
+            if f"\nand {name}" not in installed:
+                session.run(*pip, *group(name), external=True)
+                installed += f"\nand {name}"
+    stamp.write_text(installed)
+    return python
 
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """Run the tests on every backend but the slow ones; arguments go on to pytest."""
-    start(session, "fast")
+    everything(session, "fast")
 
 
 @nox.session(name="tests-slow", venv_backend="none")
 def tests_slow(session: nox.Session) -> None:
     """Run what `tests` leaves out: what compilers need long for, and more examples."""
-    start(session, "slow")
+    everything(session, "slow")
+
+
+@nox.session(name="tests-shard", venv_backend="none")
+def tests_shard(session: nox.Session) -> None:
+    """Run one in eight of the slow tests, by the commit, and all of what changed the day before."""
+    everything(session, "slow", "--shard", "HEAD")
 
 
 @nox.session(venv_backend="none")
 def coverage(session: nox.Session) -> None:
     """Run the tests but the slow ones under coverage; the package must be covered to 95%."""
-    asked.traced = True
-    start(session, "fast", COVERED)
+    everything(session, "fast", traced=True)
+    if not session.posargs:  # some of the tests cover some of the code
+        python = together(session)
+        session.env["COVERAGE_FILE"] = str(REPORTS / "coverage")
+        combine = ("-m", "coverage", "combine", "--quiet", "--keep", str(REPORTS))
+        session.run(python, *combine, external=True)
+        session.run(python, "-m", "coverage", "report", "--fail-under=95", external=True)
 
 
-EVERYTHING = (*(b for b in BACKENDS if b not in BY_NAME), "triton", "triton-compiled")
+def everything(session: nox.Session, part: str, *arguments: str, traced: bool = False) -> None:
+    """Run a part of the tests on every backend and path, then Triton's; end with a table."""
+    python = together(session)
+    run = functools.partial(run_pytest, session, python, part, traced=traced)
+    run("cpu", "--backend", ",".join(ON_CPU), *PARALLEL, *arguments)
+    if reaches_a_gpu(session, python):
+        run("cuda", "--backend", "torch-cuda", *arguments)
+    if not cuda().missing:
+        session.notify("tests-cupy")
+    files = [f"tests/test_{name}.py" for name in BY_TRITON]
+    interpreted = {"TRITON_INTERPRET": "1"}
+    if sys.platform == "linux":
+        run("triton", "--backend", "triton", *files, *PARALLEL, *arguments, **interpreted)
+    end(session, part)
+
+
+def run_pytest(
+    session: nox.Session,
+    python: str,
+    part: str,
+    name: str,
+    *arguments: str,
+    traced: bool = False,
+    **options: str,
+) -> None:
+    """Run pytest, and keep its report for the table."""
+    report = REPORTS / f"{name}-{part or 'all'}.xml"
+    report.unlink(missing_ok=True)
+    results.reports.append(report)
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(user_cache() / "xla"), **COMPILED_ONCE}
+    trace = {"COVERAGE_FILE": str(REPORTS / f"{name}.coverage")} if traced else {}
+    command = [python, *(("-m", "coverage", "run") if traced else ()), "-m", "pytest"]
+    with timed("testing"):
+        try:
+            session.run(
+                *(*command, f"--junitxml={report}", *arguments),
+                *(("--part", part) if part else ()),
+                *session.posargs,
+                external=True,
+                # A backend may have no test that is slow, or of a name.
+                success_codes=[0, NO_TESTS] if part == "slow" or session.posargs else [0],
+                env={**PATIENT, **cache, **trace, **options},
+            )
+        except nox.command.CommandFailed:  # the others run all the same
+            results.failed.append(name)
+
+
+# pytest's status if it selects no test.
+NO_TESTS = 5
 # What XLA compiles is kept for the other processes and for the next run.
 COMPILED_ONCE = {
-    "JAX_COMPILATION_CACHE_DIR": str(HOME / "jax-cache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
+# What shows that the answers of a kernel are right, where an interpreter takes its time for each.
+BY_TRITON = ("triton", "semantics", "values", "cross_entropy", "properties")
 
 
-def start(session: nox.Session, which: str, names: tuple[str, ...] = EVERYTHING) -> None:
-    """Queue a part of the tests and the table."""
-    required(session)
-    asked.parts.add(which)
-    asked.names |= dict.fromkeys(names)
-    for name in (*names, "table"):
-        if not name.endswith("-compiled"):  # which is run by the session of what is interpreted
-            session.notify(f"tests-{name}")
+def user_cache() -> Path:
+    """Where compiled programs are kept between runs, if it can be written; else here."""
+    kept = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "portable_softmax")
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return HOME
+    return kept
 
 
-def run_pytest(session: nox.Session, name: str, *arguments: str, **options: str) -> None:
-    """Run pytest and keep its report for the table."""
-    for stale in (REPORTS / f"{name}.xml", *REPORTS.glob(f"{name}.coverage*")):
-        stale.unlink(missing_ok=True)
-    run = runs.setdefault(name, Run())
-    some = part() == "slow" or (part() and session.posargs)
-    traced = asked.traced and name in COVERED
-    session.run(
-        *("python", *(("-m", "coverage", "run") if traced else ()), "-m", "pytest"),
-        *(f"--junitxml={REPORTS / name}.xml", *arguments),
-        *(("--part", part()) if part() else ()),
-        *session.posargs,
-        success_codes=[0, NO_TESTS] if some else [0],
-        env={"COVERAGE_FILE": str(REPORTS / f"{name}.coverage"), **PATIENT, **options},
-    )
-    run.finished = True
-
-
-# pytest's status if it selects no test: a backend may have none that are slow, or of a name.
-NO_TESTS = 5
-
-
-@for_each_backend("tests")
+@for_each_backend("tests", shared=True)
 def test(session: nox.Session, backend: str) -> None:
-    """Run the tests on BACKEND, all of them if asked for by name; arguments go on to pytest."""
-    run = runs[backend] = Run()
-    must_run = required(session)
-    more = f"test-{backend}" if f"test-{backend}" in PYPROJECT["dependency-groups"] else "test"
-    extras = ("demo", "numba") if backend in ("torch", "jax") else ("demo",)
-    with_triton = backend == "cupy" and sys.platform == "linux"  # which it has wheels for
-    extras += ("triton",) if with_triton else ()
-    install_backend(session, backend, *extras, also=group(more))
-    names = [backend, "jax-numba"] if backend == "jax" else [backend]
-    if with_triton:
-        names.append("triton-cupy")
-    if backend == "torch":
-        names += ["torch-portable", "torch-numba"]
-        if "torch-cuda" in must_run or reaches_a_gpu(session):
+    """Run the tests on BACKEND, all of them; arguments go on to pytest."""
+    names = list(OF_LIBRARY.get(backend, (backend,)))
+    if backend in ALONE:
+        triton = backend == "cupy" and sys.platform == "linux"  # which it has wheels for
+        install_backend(session, backend, "demo", "triton" if triton else None, also=group("test"))
+        names += ["triton-cupy"] if triton else []
+        python = str(Path(session.bin, "python"))
+    else:
+        python = together(session)
+        if backend == "torch" and reaches_a_gpu(session, python):
             names.append("torch-cuda")
-        else:
-            run.note = f"torch-cuda: {cuda().missing or 'this build of torch reaches no GPU'}"
     parallel = () if {"cupy", "torch-cuda"} & {*names} else PARALLEL  # one process to a GPU
-    options = COMPILED_ONCE if backend == "jax" else {}
-    run_pytest(session, backend, "--backend", ",".join(names), *parallel, **options)
+    run_pytest(session, python, "", backend, "--backend", ",".join(names), *parallel)
+    end(session, "")
 
 
-def reaches_a_gpu(session: nox.Session) -> bool:
-    """Whether the session's build of torch does."""
+def reaches_a_gpu(session: nox.Session, python: str) -> bool:
+    """Whether the build of torch does."""
+    if cuda().missing:
+        return False
     ask = "import torch; print(torch.cuda.is_available())"
-    answer = session.run("python", "-c", ask, silent=True) or ""  # none with --install-only
-    return "True" in answer
+    return "True" in (session.run(python, "-c", ask, silent=True, external=True) or "")
 
 
-@nox.session(name="tests-triton")
+@nox.session(name="tests-triton", venv_backend="none")
 def tests_triton(session: nox.Session) -> None:
     """Run the Triton kernels with Triton's interpreter, and compile a part of them.
 
@@ -390,16 +450,17 @@ def tests_triton(session: nox.Session) -> None:
 
     The table of semantics and the exact values go through the kernels; the path is asserted.
     """
-    install(session, *package("torch", "triton"), *group("test"))
-    names = ("triton", "semantics", "values", "cross_entropy", "properties")
-    files = [f"tests/test_{name}.py" for name in names]
-    run_pytest(session, "triton", "--backend", "triton", *files, *PARALLEL, TRITON_INTERPRET="1")
+    python = together(session)
+    files = [f"tests/test_{name}.py" for name in BY_TRITON]
+    run = functools.partial(run_pytest, session, python, "")
+    run("triton", "--backend", "triton", *files, *PARALLEL, TRITON_INTERPRET="1")
     # Triton either interprets or compiles in a process.
-    files = [f"tests/test_triton_{name}.py" for name in ("compile", "cupy")]
-    run_pytest(session, "triton-compiled", "--backend", "torch", *files, *PARALLEL)
-    if reaches_a_gpu(session):
-        files = [f"tests/test_{name}.py" for name in (*names, "triton_device")]
-        run_pytest(session, "triton-cuda", "--backend", "triton-cuda", *files)
+    compiled = [f"tests/test_triton_{name}.py" for name in ("compile", "cupy")]
+    run("triton-compiled", "--backend", "numpy,torch", *compiled, *PARALLEL)
+    if reaches_a_gpu(session, python):
+        files += ["tests/test_triton_device.py"]
+        run("triton-cuda", "--backend", "numpy,triton-cuda", *files)
+    end(session, "")
 
 
 @nox.session(name="tests-triton-oldest")
@@ -412,11 +473,12 @@ def tests_triton_oldest(session: nox.Session) -> None:
     (newest,) = PYPROJECT["project"]["optional-dependencies"]["triton"]
     oldest = newest.replace(">=", "==") + ".*"
     install(session, *package("torch"), oldest, *group("test"))
-    fast = (*PARALLEL, "--part", "fast")
-    arguments = ("--backend", "triton", "tests/test_triton.py", *fast)
-    run_pytest(session, "triton-oldest", *arguments, TRITON_INTERPRET="1")
+    run = functools.partial(run_pytest, session, str(Path(session.bin, "python")), "fast")
+    arguments = ("--backend", "triton", "tests/test_triton.py", *PARALLEL)
+    run("triton-oldest", *arguments, TRITON_INTERPRET="1")
     files = [f"tests/test_triton_{name}.py" for name in ("compile", "cupy")]
-    run_pytest(session, "triton-oldest-compiled", "--backend", "torch", *files, *fast)
+    run("triton-oldest-compiled", "--backend", "numpy,torch", *files, *PARALLEL)
+    end(session, "fast")
 
 
 @nox.session(name="triton-compile")
@@ -427,73 +489,84 @@ def triton_compile(session: nox.Session) -> None:
     session.run("python", str(ROOT / "tests" / "triton_resources.py"), table)
 
 
-@nox.session(name="tests-table")
-def tests_table(session: nox.Session) -> None:
-    """End a run of the tests: one table, then the coverage if it was measured."""
-    rows = {name: row(name, required(session)) for name in asked.names or EVERYTHING}
-    print(table(rows.values()), flush=True)
-    failed = [backend for backend, cells in rows.items() if cells[FAILED] not in ("0", "-")]
-    if failed:
-        session.error(f"failed: {', '.join(failed)}")
-    if session.posargs or not asked.traced:  # some of the tests cover some of the code
-        return
-    install(session, *group("coverage"))
-    parts = [str(p) for b in COVERED for p in REPORTS.glob(f"{b}.coverage*")]
-    session.env["COVERAGE_FILE"] = str(REPORTS / "coverage")
-    session.run("python", "-m", "coverage", "combine", "--quiet", "--keep", *parts)
-    session.run("python", "-m", "coverage", "report", "--fail-under=95")
+@nox.session(venv_backend="none")
+def mutants(session: nox.Session) -> None:
+    """Plant each fault of tests/mutants and run the tests that should find it; takes hours."""
+    python = together(session)
+    session.run(python, "-m", "tests.mutants", *session.posargs, external=True)
 
+
+# --- The table at the end -----------------------------------------------------------------------
 
 COUNTS = ("passed", "failed", "skipped")
-HEADINGS = ("backend", "version", "device", *COUNTS, "why")
-FAILED = HEADINGS.index("failed")
+HEADINGS = ("backend", "version", "device", *COUNTS, "seconds", "why")
+SLOWEST = 30
 
 
-def row(backend: str, must_run: set[str]) -> tuple[str, ...]:
-    """One line of the table, from this run's report or from why there is none."""
-    if backend == "cupy" and cuda().missing:
-        outcome = ("failed", "-") if backend in must_run else ("-", "skipped")
-        return (backend, "-", "-", "-", *outcome, cuda().missing)
-    run = runs.get(backend)
-    report = read_report(REPORTS / f"{backend}.xml") if run else None
-    if report is None:
-        why = "it ended without a report, see above" if run else "it did not start"
-        return (backend, "-", "-", "-", "failed", "-", why)
-    why = [f"{count} x {reason}" for reason, count in report.reasons.most_common()]
-    failed = str(report.failed)
-    if not (run.finished or report.failed):
-        failed, why = "failed", ["its runner ended with an error, see above", *why]
-    if run.note:
-        why.append(run.note)
-    if part() and report.left != "-":
-        other = {"fast": "tests-slow", "slow": "tests"}[part()]
-        why.append(f"{report.left} more are run by {other}")
-    counts = (str(report.passed), failed, str(report.skipped))
-    return (backend, report.version, report.device, *counts, "\n".join(why))
+def end(session: nox.Session, part: str) -> None:
+    """Print one table of what ran, the slowest tests, and how long it took; fail if a test did."""
+    rows, slowest = read_reports(results.reports)
+    print(table([*cells_of(rows, part), *without_a_device(required(session))]), flush=True)
+    print(f"\nThe slowest {SLOWEST} tests, in seconds:")
+    for seconds, name in slowest[:SLOWEST]:
+        print(f"{seconds:8.1f}  {name}")
+    print(f"\n{results.installing:.0f} s of installing, {results.testing:.0f} s of testing")
+    if results.failed:
+        session.error(f"failed: {', '.join(results.failed)}")
+    if missing := required(session) - rows.keys():
+        session.error(f"required, and not run: {', '.join(sorted(missing))}")
 
 
-def read_report(path: Path) -> Report | None:
-    """Read a JUnit report of pytest; None where it is missing or broken off."""
-    try:
-        suite = ElementTree.parse(path).find("testsuite")
-    except (OSError, ElementTree.ParseError):
-        return None
-    count = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
-    failed = count["failures"] + count["errors"]
+def read_reports(paths: list[Path]) -> tuple[dict[str, Row], list[tuple[float, str]]]:
+    """Read JUnit reports of pytest: a row for each backend, and the tests with their seconds."""
+    rows: dict[str, Row] = {}
+    tests: list[tuple[float, str]] = []
+    for path in paths:
+        try:
+            suite = ElementTree.parse(path).find("testsuite")
+        except (OSError, ElementTree.ParseError):
+            rows[path.stem] = Row(counts=Counter(failed=1), reasons=Counter({BROKEN: 1}))
+            continue
+        for case in suite.iter("testcase"):
+            said = {p.get("name"): p.get("value") for p in case.iter("property")}
+            row = rows.setdefault(said.get("backend", "none"), Row())
+            row.version, row.device = (
+                said.get(name, getattr(row, name)) for name in ("version", "device")
+            )
+            row.left[path.stem] = int(said.get("left", row.left[path.stem]))
+            seconds = float(case.get("time"))
+            row.seconds += seconds
+            tests.append((seconds, f"{case.get('classname')}::{case.get('name')}"))
+            skipped = case.find("skipped")
+            if case.find("failure") is not None or case.find("error") is not None:
+                row.counts["failed"] += 1
+            elif skipped is not None:
+                row.counts["skipped"] += 1
+                row.reasons[skipped.get("message")] += 1
+            else:
+                row.counts["passed"] += 1
+    return rows, sorted(tests, reverse=True)
 
-    def values(name: str) -> str:
-        found = suite.iterfind(f".//property[@name='{name}']")
-        return ", ".join(dict.fromkeys(p.get("value") for p in found)) or "-"
 
-    return Report(
-        version=values("version"),
-        device=values("device"),
-        passed=count["tests"] - failed - count["skipped"],
-        failed=failed,
-        skipped=count["skipped"],
-        reasons=Counter(skip.get("message") for skip in suite.iter("skipped")),
-        left=values("left"),
-    )
+BROKEN = "it ended without a report, see above"
+
+
+def cells_of(rows: dict[str, Row], part: str) -> Iterator[tuple[str, ...]]:
+    """Yield the cells of each row, that of tests without a backend last."""
+    for name, row in sorted(rows.items(), key=lambda item: item[0] == "none"):
+        why = [f"{count} x {reason}" for reason, count in row.reasons.most_common()]
+        if left := row.left.total():
+            other = {"fast": "tests-slow", "slow": "tests or another shard"}.get(part, "others")
+            why.append(f"{left} more are run by {other}")
+        counts = (str(row.counts[count]) for count in COUNTS)
+        yield (name, row.version, row.device, *counts, f"{row.seconds:.0f}", "\n".join(why))
+
+
+def without_a_device(must_run: set[str]) -> Iterator[tuple[str, ...]]:
+    """Yield the row of what needs a GPU, where there is none."""
+    if cuda().missing:
+        outcome = ("failed", "-") if "cupy" in must_run else ("-", "skipped")
+        yield ("cupy, cuda", "-", "-", "-", *outcome, "-", cuda().missing)
 
 
 def table(rows) -> str:
@@ -506,7 +579,7 @@ def table(rows) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.rjust(width) if heading in COUNTS else cell.ljust(width)
+            cell.rjust(width) if heading in (*COUNTS, "seconds") else cell.ljust(width)
             for heading, cell, width in zip(HEADINGS, line, widths, strict=True)
         ).rstrip()
         for line in lines
@@ -558,12 +631,18 @@ def conformance(session: nox.Session) -> None:
     session.run("python", str(ROOT / "tests" / "reported_table.py"), found, table)
 
 
+# What the oldest dependencies could break: what the package asks of them.
+CORE = ("semantics", "values", "cross_entropy", "family", "errors", "dtype", "out", "layers")
+
+
 @nox.session(python=PYPROJECT["project"]["requires-python"].removeprefix(">="))
 def lowest(session: nox.Session) -> None:
-    """Run the tests on the oldest Python, NumPy and array-api-compat that pyproject.toml allows."""
+    """Run the core tests on the oldest Python, NumPy and array-api-compat allowed."""
     pins = (d.replace(">=", "==") for d in PYPROJECT["project"]["dependencies"])
-    install(session, *package("demo"), *pins, *group("test"))
-    session.run("python", "-m", "pytest", "--backend", "numpy", *PARALLEL, *session.posargs)
+    install(session, *package(), *pins, *group("test"))
+    files = [f"tests/test_{name}.py" for name in CORE]
+    command = ("python", "-m", "pytest", "--backend", "numpy", *PARALLEL)
+    session.run(*command, *(session.posargs or files))
 
 
 # --- The other checks ---------------------------------------------------------------------------
@@ -597,23 +676,21 @@ jobs:
 """
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
     """Run every example in docstrings, README.md and the site; build the site in .nox/site.
 
     Warnings are errors, each code cell of a page runs, and nothing is read from a network.
     """
-    extras = ("strict", "torch", "jax", "dask", "numba", "demo", "bench")
-    install(session, *package(*extras), *group("docs"))
+    python = together(session, "docs")
+    run = functools.partial(session.run, python, "-m", external=True)
     pages = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
     examples = ("--doctest-modules", "portable_softmax", "--doctest-glob=*.md", "README.md")
-    needs_triton = "--ignore-glob=*/kernels/_triton/_[!_]*.py"  # which is not installed here
-    session.run("python", "-m", "pytest", *examples, *pages, needs_triton, *session.posargs)
-    programs = "tests/test_example_scikit_learn.py"
-    session.run("python", "-m", "pytest", programs, "--backend", "numpy", *session.posargs)
+    compiled = "--ignore-glob=*/kernels/_triton/_[!_]*.py"  # which has no examples
+    run("pytest", *examples, *pages, compiled, *session.posargs)
     shutil.rmtree(SITE, ignore_errors=True)
-    session.run(
-        *("python", "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet"),
+    run(
+        *("sphinx", "--fail-on-warning", "--keep-going", "--quiet"),
         *("--builder", "html", "--doctree-dir", str(HOME / "doctrees"), "docs", str(SITE)),
     )
     session.log(f"open {SITE / 'index.html'}")

@@ -9,8 +9,7 @@ import os
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +24,6 @@ except ImportError:  # only bfloat16 on NumPy needs it
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 FLOATS = ("float32", "float64")
 HALVES = ("float16", "bfloat16")
-# What shows that the answers of a library are right: semantics, golden values, each function.
-MATRIX = ("test_semantics", "test_values", "test_cross_entropy", "test_family", "test_layers")
-# Each public function, beside the table of semantics and `check_library`.
-EACH_FUNCTION = (
-    *("test_values", "test_family", "test_sink", "test_sigmoid_cross_entropy", "test_layers"),
-    *("test_entmax::test_golden", "test_entmax::test_the_vjp*", "test_entmax_loss::test_golden"),
-    *("test_linear_cross_entropy::test_any_number_of_axes", "test_online::test_axes"),
-    "test_textbook",
-)
-# Values of the closed forms and of mpmath.
-GOLDEN = (
-    *(f"test_{name}::test_golden" for name in ("cross_entropy", "entmax", "entmax_loss", "sink")),
-    *(f"test_family::test_{name}" for name in ("entropy", "divergence", "logmeanexp")),
-    *("test_family::test_logcumsumexp", "test_family::test_a_confident_row*"),
-    *("test_sigmoid_cross_entropy::test_confident*", "test_values::test_softmax"),
-    *("test_values::test_log_softmax*", "test_values::test_logsumexp*", "reported::test_ours"),
-)
-# What else takes any library.
-ANY_LIBRARY = (
-    *MATRIX,
-    *("test_cli", "test_compat", "test_dtype", "test_entmax", "test_entmax_loss", "test_errors"),
-    *("test_fuzz", "test_kernels", "test_linear_cross_entropy", "test_online", "test_out"),
-    *("test_properties", "test_ranks", "test_same_bits", "test_sample_weight", "test_sink"),
-    *("test_sigmoid_cross_entropy", "test_testing", "test_textbook", "reported::test_ours"),
-)
-# Rows of the table of semantics that cost a slow library little.
-CHEAP = ("reduced_axis*", "0_d*", "a_row_of*", "plus_inf*", "integers", "arrays_of*", "options*")
 
 
 class Backend:
@@ -66,26 +38,13 @@ class Backend:
     device: Any = None
     path = "without numba"
     """Which kernels the tests run on: all but Numba's, which `numba` tests, or one by name."""
-    quick: tuple[str, ...] = ()
-    """What is not slow on this backend, as patterns: module, or module::test; all if empty."""
-    others: tuple[str, ...] = ()
-    """Beside those, what it runs as slow tests."""
-    one_case: tuple[str, ...] = ()
-    """Beside those, what it runs as slow tests with the first parameters of each only."""
+    is_path = False
+    """Whether it is the backend that a code path of ours is tested on."""
+    costly = False
+    """Whether each call is compiled or scheduled: all but its own and cheap tests are slow."""
 
     def __repr__(self) -> str:
         return self.name
-
-    @classmethod
-    def runs(cls, module: str, test: str, number: int) -> bool:
-        """Whether it runs a test of those that take a backend, with the parameters so numbered."""
-        first = cls.one_case if number == 0 else ()
-        return not cls.quick or _named(module, test, (*cls.quick, *cls.others, *first))
-
-    @classmethod
-    def is_quick(cls, module: str, test: str) -> bool:
-        """Whether it runs such a test among those that are not slow."""
-        return not cls.quick or _named(module, test, cls.quick)
 
     @classmethod
     def missing(cls) -> str:
@@ -154,16 +113,13 @@ class Backend:
         return None
 
 
-def _named(module: str, test: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch(module, p) or fnmatch(f"{module}::{test}", p) for p in patterns)
-
-
 def np_dtype(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 class NumPy(Backend):
     name = library = "numpy"
+    is_path = True
     device = "cpu"
     halves = HALVES if ml_dtypes else ("float16",)
 
@@ -182,6 +138,8 @@ class Numba(NumPy):
     """NumPy's arrays, of any size, through the kernels compiled by Numba."""
 
     name = "numba"
+    is_path = True
+    costly = True
     path = "numba rows"
 
     @classmethod
@@ -194,6 +152,7 @@ class Numba(NumPy):
 
 class Strict(Backend):
     name = "strict"
+    is_path = True
     library = "array_api_strict"
     halves = ()
 
@@ -222,6 +181,7 @@ class Strict(Backend):
 
 class Torch(Backend):
     name = library = "torch"
+    is_path = True
     default_float = "float32"
     differentiates = True
     place = "cpu"
@@ -257,6 +217,7 @@ class Torch(Backend):
 
 class TorchCuda(Torch):
     name = "torch-cuda"
+    is_path = True
     place = "cuda"
 
     @classmethod
@@ -272,6 +233,7 @@ class TorchPortable(Torch):
     """CPU tensors of torch, by torch's own operations."""
 
     name = "torch-portable"
+    is_path = False
     path = "portable"
 
 
@@ -279,6 +241,8 @@ class TorchNumba(Torch):
     """CPU tensors of torch, of any size, through the kernels compiled by Numba."""
 
     name = "torch-numba"
+    is_path = True
+    costly = True
     path = "numba rows"
 
     @classmethod
@@ -315,6 +279,7 @@ class Triton(Torch):
     """CPU tensors of torch, on which Triton's interpreter runs the kernels."""
 
     name = "triton"
+    is_path = True
     path = "triton rows"
 
     def __init__(self):
@@ -353,15 +318,12 @@ def _no_triton(*, interpreted: bool) -> str:
     return "" if wanted == interpreted else f"TRITON_INTERPRET is {'1' if wanted else 'not 1'}"
 
 
-_BY_TRITON = ("test_semantics", "test_values", "test_cross_entropy", "test_properties")
-
-
 class TritonCuda(TorchCuda):
     """CUDA tensors of torch, by the kernels as Triton compiles them."""
 
     name = "triton-cuda"
+    is_path = True
     path = "triton rows"
-    quick = ("test_triton", "test_triton_device", *_BY_TRITON)
 
     @classmethod
     def missing(cls):
@@ -373,6 +335,8 @@ class TritonCuda(TorchCuda):
 
 class Jax(Backend):
     name = library = "jax"
+    is_path = True
+    costly = True
     differentiates = True
 
     def __init__(self):
@@ -416,12 +380,8 @@ class JaxNumba(Jax):
     """
 
     name = "jax-numba"
+    is_path = True
     path = "numba rows"
-    quick = (
-        *("test_kernels_jax_numba", "test_kernels_jax_family"),
-        *("test_kernels_jax_logsumexp", "test_kernels_jax_binary", "test_kernels_jax_sinks"),
-    )
-    others = ("test_values", "test_sink", "test_derivatives")
 
     @classmethod
     def missing(cls):
@@ -475,6 +435,8 @@ def _leaves(tree: Any) -> Iterator[Any]:
 
 class Dask(Lazy):
     name = library = "dask"
+    is_path = True
+    costly = True
 
     def from_numpy(self, array):
         import dask.array as da
@@ -496,6 +458,7 @@ class Dask(Lazy):
 
 class Cupy(Backend):
     name = library = "cupy"
+    is_path = True
     halves = ("float16",)
 
     def __init__(self):
@@ -530,8 +493,8 @@ class TritonCupy(Cupy):
     """CuPy's arrays, by the kernels as Triton compiles them."""
 
     name = "triton-cupy"
+    is_path = True
     path = "triton rows"
-    quick = _BY_TRITON
 
     @classmethod
     def missing(cls):
@@ -545,17 +508,9 @@ class Ndonnx(Lazy):
     """Arguments of an ONNX graph, which ONNX Runtime computes when a value is asked for."""
 
     name = library = "ndonnx"
-    quick = (
-        *("test_ndonnx", "test_examples", "test_testing"),
-        *(f"test_semantics::test_{name}" for name in CHEAP),
-    )
+    costly = True
     # ONNX Runtime compiles a graph for each value that is read. Its own bits of a row depend on the
     # rows beside it, so that `test_same_bits` is not among these.
-    others = (
-        *(*GOLDEN, *EACH_FUNCTION, "test_semantics", "test_cross_entropy", "test_compat"),
-        *("test_dtype", "test_entmax", "test_entmax_loss", "test_errors", "test_kernels"),
-        *("test_out", "test_ranks", "test_sample_weight", "test_textbook"),
-    )
 
     def __init__(self):
         import ndonnx
@@ -636,12 +591,6 @@ class Mlx(Backend):
     default_float = "float32"
     device = "cpu"
     halves = HALVES
-    quick = (
-        *("test_mlx", "test_semantics", "test_cross_entropy::test_golden", "test_layers"),
-        *("test_compat", "test_dtype", "test_errors", "test_kernels", "test_sink"),
-        "test_derivatives",
-    )
-    others = ANY_LIBRARY
 
     def __init__(self):
         import mlx.core as mx
@@ -676,13 +625,8 @@ class Cubed(Lazy):
     """Arrays of cubed in two chunks along every axis, so that each reduction has to merge."""
 
     name = library = "cubed"
-    quick = ("test_cubed", *(f"test_semantics::test_{name}" for name in CHEAP))
+    costly = True
     # Each value takes it hundredths of a second, most of it to plan.
-    others = (
-        *(*GOLDEN, "test_semantics", "test_testing"),
-        *(name for name in EACH_FUNCTION if name != "test_textbook"),
-    )
-    one_case = ("test_cross_entropy",)
 
     def __init__(self):
         import cubed
@@ -752,9 +696,8 @@ class Dpnp(Backend):
     """Arrays of dpnp on the OpenCL device that the CPU is with `intel-opencl-rt`."""
 
     name = library = "dpnp"
+    costly = True
     halves = ("float16",)
-    quick = ("test_dpnp", "test_semantics", "test_cross_entropy::test_golden")
-    others = ANY_LIBRARY
 
     def __init__(self):
         import dpctl
@@ -800,3 +743,5 @@ BACKENDS: dict[str, type[Backend]] = {
 
 # Those that differ by library or device. The others are paths of the same arrays.
 LIBRARIES = tuple(name for name, backend in BACKENDS.items() if backend.path == "without numba")
+# Those that run code of ours that no other runs: Dask has chunks, strict the portable code alone.
+PATHS = tuple(name for name, backend in BACKENDS.items() if backend.is_path)

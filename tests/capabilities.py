@@ -73,10 +73,9 @@ def row(name: str, extra: str | None) -> tuple[str, ...]:
 
 def tested(name: str, extra: str | None) -> str:
     """Return when the tests of a backend run."""
-    if name in assigned("BY_NAME"):
-        return f"by `tests-{name}`"
-    # CuPy's extra stands for one for each CUDA generation.
-    return "where there is a CUDA device" if extra == "cuda" else "in every run"
+    if extra == "cuda":  # which stands for one for each CUDA generation
+        return "where there is a CUDA device"
+    return f"by `tests-{name}`" if name in assigned("ALONE") else "in every run"
 
 
 def yes(is_true: bool) -> str:

@@ -9,9 +9,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from backends import BACKENDS, LIBRARIES, Backend
+from backends import BACKENDS, LIBRARIES, PATHS, Backend
 from calls import Call
 from hypothesis import is_hypothesis_test, settings
+from shard import Shard
 
 from portable_softmax import kernels
 
@@ -44,6 +45,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="`fast` leaves out the tests marked slow and tries fewer examples of the properties; "
         "`slow` runs those tests, and all examples. Without it: everything",
     )
+    parser.addoption(
+        "--shard",
+        default="",
+        metavar="COMMIT",
+        help="of the slow tests, those that fall to this commit, one in eight, and those of the "
+        "rooms that changed in the day before it",
+    )
 
 
 def _chosen(config: pytest.Config) -> tuple[str, ...]:
@@ -65,9 +73,9 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("fast")
 
 
-_LEFT = pytest.StashKey[int]()
+_LEFT = pytest.StashKey[Counter]()
 _KEY = pytest.StashKey[tuple[str, ...]]()
-_REPORTED = pytest.StashKey[bool]()
+_REPORTED = pytest.StashKey[set]()
 
 
 def _backend(name: str) -> Backend:
@@ -77,8 +85,48 @@ def _backend(name: str) -> Backend:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "backend_name" in metafunc.fixturenames:
-        metafunc.parametrize("backend_name", metafunc.config.stash[_KEY], scope="session")
+    given = {name for m in metafunc.definition.iter_markers("parametrize") for name in m.args[0]}
+    if "backend_name" in metafunc.fixturenames and "backend_name" not in given:
+        names = _backends_of(metafunc.definition, metafunc.config.stash[_KEY])
+        metafunc.parametrize("backend_name", names or [NOWHERE], scope="session")
+
+
+# The parameter of a test that none of the chosen backends runs.
+NOWHERE = "nowhere"
+# A test that asks for a library's module is a test of that library, as one that is marked so.
+_LIBRARY_FIXTURES = {"torch": "torch", "jax": "jax", "da": "dask"}
+
+
+def _backends_of(test: pytest.Item, chosen: tuple[str, ...]) -> list[str]:
+    """Return which of the chosen backends run a test that takes one.
+
+    They are those that its closest mark `run_on` names. Without such a mark it is the first that
+    can, or the first of each library that the test is about.
+    """
+    about = _libraries_of(test)
+    able = [name for name in chosen if not about or BACKENDS[name].library in about]
+    mark = test.get_closest_marker("run_on")
+    groups = {*mark.args} if mark else set()
+    if unknown := groups - {"libraries", "paths", *BACKENDS}:
+        raise pytest.UsageError(f"{test.nodeid}: run_on names no backend or group: {unknown}")
+    if "arrays_of" in test.fixturenames:
+        groups.add("libraries")
+    if groups:
+        members = {
+            *(LIBRARIES if "libraries" in groups else ()),
+            *(PATHS if "paths" in groups else ()),
+        }
+        return [name for name in able if name in groups | members]
+    return list({BACKENDS[name].library if about else "": name for name in reversed(able)}.values())
+
+
+def _libraries_of(test: pytest.Item) -> set[str]:
+    """Return the libraries that a test is about; none if it takes any."""
+    asked = {v for k, v in _LIBRARY_FIXTURES.items() if k in getattr(test, "fixturenames", ())}
+    named = {name for mark in test.iter_markers("libraries") for name in mark.args}
+    if unknown := named - {backend.library for backend in BACKENDS.values()}:
+        raise pytest.UsageError(f"{test.nodeid}: no backend is of {unknown}")
+    return asked | named
 
 
 @pytest.fixture(scope="session")
@@ -96,8 +144,8 @@ def arrays_of(backend_name: str) -> str:
 @pytest.fixture(autouse=True)
 def _path(request: pytest.FixtureRequest):
     """Switch to the path of the backend; a test marked `numba` sets its own."""
-    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    path = BACKENDS[params["backend_name"]].path if "backend_name" in params else "without numba"
+    name = _backend_name(request.node)
+    path = BACKENDS[name].path if name else "without numba"
     if request.node.get_closest_marker("numba"):
         yield
         return
@@ -123,53 +171,47 @@ def _room_for_programs(request: pytest.FixtureRequest):
         sys.modules["jax"].clear_caches()
 
 
-# A test that asks for a library's module is a test of that library, as one that is marked so.
-_LIBRARY_FIXTURES = {"torch": "torch", "jax": "jax", "da": "dask"}
-
-
-# The backend that runs the tests with a mark, of those that take none.
-_RUN_BY = {"once": "numpy", "numba": "numba"}
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect what no chosen backend runs, and the tests of the other part."""
-    part = config.getoption("--part")
+    part, chosen = config.getoption("--part"), config.stash[_KEY]
+    shard = Shard(config.rootpath, config.getoption("--shard"))
     kept, foreign, left = [], [], []
-    cases: Counter[tuple[str, ...]] = Counter()
+    counts: Counter[str] = Counter()
     for item in items:
-        name = item.callspec.params.get("backend_name") if hasattr(item, "callspec") else None
-        wanted = {v for k, v in _LIBRARY_FIXTURES.items() if k in getattr(item, "fixturenames", ())}
-        wanted.update(*(mark.args for mark in item.iter_markers("libraries")))
-        slow = _is_slow(item, name)
-        elsewhere = name is not None and wanted and BACKENDS[name].library not in wanted
-        if "arrays_of" in getattr(item, "fixturenames", ()):
-            elsewhere = elsewhere or name not in LIBRARIES
-        call = item.callspec.params.get("call") if hasattr(item, "callspec") else None
-        if isinstance(call, Call) and name not in LIBRARIES:
-            elsewhere = elsewhere or not call.has_paths
-        if name is not None:
-            test = (item.path.stem, item.originalname)
-            elsewhere = elsewhere or not BACKENDS[name].runs(*test, cases[(name, *test)])
-            cases[(name, *test)] += 1
-        elif all(BACKENDS[chosen].quick for chosen in config.stash[_KEY]):
-            elsewhere = True  # these run a part of the matrix, and what takes no backend elsewhere
-        for mark, backend in _RUN_BY.items():
-            marked = item.get_closest_marker(mark) is not None
-            elsewhere = elsewhere or (marked and backend not in config.stash[_KEY])
+        name = _backend_name(item)
+        if name:
+            call = item.callspec.params.get("call")
+            no_path = isinstance(call, Call) and name not in LIBRARIES and not call.has_paths
+            elsewhere = name not in chosen or no_path
+        else:  # what takes no backend runs once
+            elsewhere = ("numba" if item.get_closest_marker("numba") else "numpy") not in chosen
+        slow = not elsewhere and _is_slow(item, name)
         if elsewhere:
             foreign.append(item)
         elif slow if part == "fast" else part == "slow" and not (slow or _has_examples(item)):
             left.append(item)
+            counts[name] += 1
+        elif slow and not shard.holds(item.nodeid):
+            left.append(item)
         else:
             kept.append(item)
-    config.stash[_LEFT] = len(left)
+    config.stash[_LEFT] = counts
     config.hook.pytest_deselected(items=foreign + left)
     items[:] = kept
 
 
-def _is_slow(item: pytest.Item, backend: str | None) -> bool:
-    if backend and not BACKENDS[backend].is_quick(item.path.stem, item.originalname):
-        return True
+def _backend_name(item: pytest.Item) -> str:
+    """Return the name of the backend that a test runs on; empty if it takes none."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("backend_name", "")
+
+
+def _is_slow(item: pytest.Item, backend: str) -> bool:
+    if backend and BACKENDS[backend].costly and not item.get_closest_marker("cheap"):
+        own = backend in LIBRARIES and BACKENDS[backend].library in _libraries_of(item)
+        # A test that draws for a backend says itself what is slow there.
+        if not (own or "drawn" in item.fixturenames):
+            return True
     for mark in item.iter_markers("slow"):
         why, *only_on = mark.args
         assert " " in why, f"{item.nodeid}: a slow test says why first, then the backends if any"
@@ -214,16 +256,15 @@ _DRAWN: dict[object, object] = {}
 
 @pytest.fixture(autouse=True)
 def _report(request: pytest.FixtureRequest, record_property) -> None:
-    """Leave what the table of results wants to know, beside the first test of a process."""
-    stash = request.config.stash
-    if not stash.get(_REPORTED, False):
-        record_property("left", stash[_LEFT])
-        for name in stash[_KEY]:
-            backend = _backend(name)
-            record_property("backend", name)
-            record_property("version", backend.version())
-            record_property("device", backend.device_name())
-    stash[_REPORTED] = True
+    """Leave what the table of results wants to know: once for each backend in a process."""
+    stash, name = request.config.stash, _backend_name(request.node)
+    record_property("backend", name or "none")
+    if name not in stash.setdefault(_REPORTED, set()):
+        stash[_REPORTED].add(name)
+        record_property("left", stash[_LEFT][name])
+        if name:
+            record_property("version", _backend(name).version())
+            record_property("device", _backend(name).device_name())
 
 
 # Tests that compare values with exact ones: on the backends of Triton they must be its kernels'.
@@ -242,10 +283,7 @@ _ON_KERNELS = {
 @pytest.fixture(autouse=True)
 def _kernels_run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Count the launches of a test of Triton's kernels: the portable path would pass too."""
-    if not hasattr(request.node, "callspec"):
-        yield
-        return
-    backend = BACKENDS.get(request.node.callspec.params.get("backend_name", ""))
+    backend = BACKENDS.get(_backend_name(request.node))
     if backend is None or backend.path != "triton rows":
         yield
         return

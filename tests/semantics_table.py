@@ -4,7 +4,7 @@
     python tests/semantics_table.py .nox/reports docs/semantics.md
 
 The first line of a test's docstring is its row, ``case | answer``; the outcomes are those of the
-JUnit reports that the tests leave, one per backend.
+JUnit reports that the tests leave.
 """
 
 from __future__ import annotations
@@ -83,22 +83,16 @@ def read(folder: Path) -> Reports:
     reports = Reports()
     for path in sorted(folder.glob("*.xml")):
         suite = ElementTree.parse(path).find("testsuite")
-        properties = [(p.get("name"), p.get("value")) for p in suite.iter("property")]
-        names = [value for name, value in properties if name == "backend"]
-        versions = [value for name, value in properties if name == "version"]
-        reports.backends.update(zip(names, versions, strict=True))
         for one in suite.iter("testcase"):
+            said = {p.get("name"): p.get("value") for p in one.iter("property")}
+            backend = said.get("backend", "numpy")
+            if "version" in said:
+                reports.backends[backend] = said["version"]
             if one.get("classname", "").rpartition(".")[2] == "test_semantics":
-                test, _, variant = one.get("name").partition("[")
-                backend = _backend(variant, names) or "numpy"
+                test, _, _ = one.get("name").partition("[")
+                backend = "numpy" if backend == "none" else backend
                 reports.outcomes.setdefault((test, backend), []).append(_outcome(one))
     return reports
-
-
-def _backend(variant: str, names: list[str]) -> str | None:
-    """Return the backend in a test's identifier, such as ``torch-int8]``: the longest that fits."""
-    fitting = [name for name in names if variant.startswith((f"{name}-", f"{name}]"))]
-    return max(fitting, key=len, default=None)
 
 
 def _outcome(one: ElementTree.Element) -> str:

@@ -85,12 +85,10 @@ def _outside_functions(node):
         yield from _outside_functions(child)
 
 
-@pytest.mark.once
 def test_every_room_is_in_the_plan():
     assert {room(path) for path in MODULES} == set(ROOMS)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_direction_of_imports(path):
     here = room(path)
@@ -103,7 +101,6 @@ def test_direction_of_imports(path):
         assert ROOMS.index(there) > ROOMS.index(here) or there == here, f"{here} imports {name}"
 
 
-@pytest.mark.once
 def test_textbook_stands_on_the_namespace_lookup_alone():
     ours = {n for n, _ in imports(PACKAGE / "textbook.py") if n.startswith("portable_softmax")}
     assert {name.split(".")[1] for name in ours} <= {"libraries", "_typing"}
@@ -115,7 +112,6 @@ SHARED_BY_KERNELS = (
 )
 
 
-@pytest.mark.once
 def test_kernels_do_not_import_each_other():
     """Each technology, a file or a folder, stands on what they share alone."""
     for path in (PACKAGE / "kernels").rglob("*.py"):
@@ -132,13 +128,11 @@ def test_kernels_do_not_import_each_other():
                 assert there in (own, *SHARED_BY_KERNELS), f"{path.name} imports {name}"
 
 
-@pytest.mark.once
 def test_only_libraries_imports_array_api_compat():
     importers = {room(path) for path in MODULES for name, _ in imports(path) if "array_api" in name}
     assert importers == {"libraries"}
 
 
-@pytest.mark.once
 def test_portable_names_no_library():
     """Neither in its imports nor anywhere else in its code; comments may say why."""
     for path in (PACKAGE / "portable").glob("*.py"):
@@ -167,7 +161,6 @@ def module(path: Path) -> str:
     )
 
 
-@pytest.mark.once
 def test_array_libraries_are_imported_when_used_only():
     torch_nn = PACKAGE / "compat" / "torch_nn.py"  # whose classes are torch's
     core = [p for p in MODULES if room(p) not in ("_cli", "__main__") and p != torch_nn]
@@ -179,7 +172,6 @@ def test_array_libraries_are_imported_when_used_only():
             assert allowed or not at_import, path.name
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("folder", TECHNOLOGIES)
 def test_a_technology_is_imported_by_its_own_folder_and_that_lazily(folder):
     """Neither what the table names nor any other room loads it by being imported."""

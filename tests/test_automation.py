@@ -1,27 +1,27 @@
 """What noxfile.py computes by itself; its sessions are tested by running them."""
 
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import conftest
 import pytest
+from backends import BACKENDS
+from shard import Shard
 
 import noxfile
 from portable_softmax.kernels import _triton
 
-pytestmark = pytest.mark.once
-
 OUTCOMES = """\
 import pytest
 
-@pytest.fixture(scope="session", autouse=True)
-def describe(record_testsuite_property):
-    record_testsuite_property("left", 12)
-    for name in ("cpu", "cuda"):
-        record_testsuite_property("version", "2.13.0")
-        record_testsuite_property("device", name)
+@pytest.fixture(autouse=True)
+def describe(record_property):
+    for name, value in (("backend", "torch"), ("left", 12), ("version", "2.13"), ("device", "cpu")):
+        record_property(name, value)
 
 @pytest.fixture
 def broken():
@@ -39,7 +39,6 @@ def test_error(broken): pass
 
 def test_passed(): pass
 """
-PASSED = '<testsuites><testsuite errors="0" failures="0" skipped="0" tests="7"/></testsuites>'
 
 
 class Session:
@@ -58,12 +57,10 @@ class Session:
 
 
 @pytest.fixture
-def reports(tmp_path, monkeypatch):
-    """An empty folder of reports, in a process that has run no tests."""
-    monkeypatch.setattr(noxfile, "REPORTS", tmp_path)
-    monkeypatch.setattr(noxfile, "runs", {})
-    monkeypatch.setattr(noxfile, "asked", noxfile.Asked())
-    return tmp_path
+def results(monkeypatch):
+    """Those of a process that has run no tests."""
+    monkeypatch.setattr(noxfile, "results", noxfile.Results())
+    return noxfile.results
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +70,7 @@ def report(tmp_path_factory):
     (folder / "test_outcomes.py").write_text(OUTCOMES)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--junitxml=report.xml"]
     subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL)
-    return (folder / "report.xml").read_text()
-
-
-def cells(row: tuple[str, ...]) -> dict[str, str]:
-    return dict(zip(noxfile.HEADINGS, row, strict=True))
+    return folder / "report.xml"
 
 
 def test_it_runs_from_any_folder_and_lists_a_session_for_each_backend(tmp_path):
@@ -134,75 +127,52 @@ def test_an_unknown_required_backend_is_an_error(monkeypatch):
         noxfile.required(Session())
 
 
-def test_a_report_is_read(reports, report):
-    (reports / "torch.xml").write_text(report)
-    assert noxfile.read_report(reports / "torch.xml") == noxfile.Report(
-        version="2.13.0",
-        device="cpu, cuda",
-        passed=1,
-        failed=2,
-        skipped=3,
-        reasons=Counter({"no second device": 2, "not yet": 1}),
-        left="12",
-    )
+def test_a_report_is_read_for_each_backend(report):
+    rows, slowest = noxfile.read_reports([report])
+    assert rows["torch"].counts == Counter(passed=1, failed=2, skipped=3)
+    assert rows["torch"].reasons == Counter({"no second device": 2, "not yet": 1})
+    assert (rows["torch"].version, rows["torch"].device) == ("2.13", "cpu")
+    assert len(slowest) == 6
+    assert slowest == sorted(slowest, reverse=True)
+    (cells,) = noxfile.cells_of(rows, "fast")
+    assert cells[:-2] == ("torch", "2.13", "cpu", "1", "2", "3")
+    assert cells[-1] == "2 x no second device\n1 x not yet\n12 more are run by tests-slow"
 
 
-def test_a_row_shows_the_reasons_and_the_note(reports, report):
-    (reports / "torch.xml").write_text(report)
-    noxfile.runs["torch"] = noxfile.Run(finished=False, note="torch-cuda: no driver")
-    row = cells(noxfile.row("torch", set()))
-    assert [row[name] for name in noxfile.COUNTS] == ["1", "2", "3"]
-    assert row["why"] == "2 x no second device\n1 x not yet\ntorch-cuda: no driver"
+def test_two_reports_of_a_backend_are_one_row(report, tmp_path):
+    other = shutil.copy(report, tmp_path / "other.xml")
+    rows, slowest = noxfile.read_reports([report, other])
+    assert rows["torch"].counts == Counter(passed=2, failed=4, skipped=6)
+    assert rows["torch"].left.total() == 24
+    assert len(slowest) == 12
 
 
-@pytest.mark.parametrize(
-    ("asked", "why"),
-    [
-        ({"fast"}, "12 more are run by tests-slow"),
-        ({"slow"}, "12 more are run by tests"),
-        ({"fast", "slow"}, None),
-        (set(), None),
-    ],
-)
-def test_a_row_shows_what_the_other_part_runs(reports, report, asked, why):
-    (reports / "numpy.xml").write_text(report)
-    noxfile.runs["numpy"] = noxfile.Run(finished=True)
-    noxfile.asked.parts |= asked
-    shown = cells(noxfile.row("numpy", set()))["why"].splitlines()
-    assert shown[2:] == ([why] if why else [])
-
-
-def test_a_passed_row_needs_a_runner_that_finished(reports):
-    (reports / "numpy.xml").write_text(PASSED)
-    noxfile.runs["numpy"] = noxfile.Run(finished=True)
-    assert cells(noxfile.row("numpy", set()))["failed"] == "0"
-    noxfile.runs["numpy"] = noxfile.Run(finished=False)
-    assert cells(noxfile.row("numpy", set()))["failed"] == "failed"
-
-
-def test_a_report_of_an_earlier_run_is_not_shown(reports):
-    (reports / "numpy.xml").write_text(PASSED)
-    row = cells(noxfile.row("numpy", set()))
-    assert (row["passed"], row["failed"]) == ("-", "failed")
-
-
-@pytest.mark.parametrize("text", [None, "", PASSED[:30]])
-def test_a_missing_or_broken_report_is_a_failure(reports, text):
+@pytest.mark.parametrize("text", [None, "", "<testsuites><testsuite"])
+def test_a_missing_or_broken_report_is_a_failure(tmp_path, text):
+    path = tmp_path / "cpu.xml"
     if text is not None:
-        (reports / "jax.xml").write_text(text)
-    noxfile.runs["jax"] = noxfile.Run()
-    assert cells(noxfile.row("jax", set()))["failed"] == "failed"
+        path.write_text(text)
+    rows, _ = noxfile.read_reports([path])
+    assert rows["cpu"].counts["failed"] == 1
 
 
-def test_without_a_gpu_cupy_is_skipped_or_fails_where_it_is_required(monkeypatch):
+def test_a_run_that_failed_fails_the_session_after_the_table(results, report, capsys):
+    results.reports.append(report)
+    results.failed.append("cpu")
+    with pytest.raises(AssertionError, match="failed: cpu"):
+        noxfile.end(Session(), "fast")
+    assert "2 x no second device" in capsys.readouterr().out
+
+
+def test_without_a_gpu_cupy_is_skipped_or_fails_where_it_is_required(monkeypatch, results):
     monkeypatch.setattr(noxfile, "cuda", lambda: noxfile.Cuda(None, "no CUDA driver"))
-    skipped, failed = (cells(noxfile.row("cupy", must_run)) for must_run in (set(), {"cupy"}))
-    assert (skipped["failed"], skipped["skipped"], skipped["why"]) == (
-        "-",
-        "skipped",
-        "no CUDA driver",
-    )
-    assert (failed["failed"], failed["skipped"], failed["why"]) == ("failed", "-", "no CUDA driver")
+    for must_run, outcome in ((set(), ("-", "skipped")), ({"cupy"}, ("failed", "-"))):
+        (cells,) = noxfile.without_a_device(must_run)
+        assert cells[4:6] == outcome
+        assert cells[-1] == "no CUDA driver"
+    monkeypatch.setenv("PORTABLE_SOFTMAX_REQUIRE", "cupy")
+    with pytest.raises(AssertionError, match="required, and not run: cupy"):
+        noxfile.end(Session(), "fast")
 
 
 def test_the_tests_of_a_backend_are_collected_where_it_cannot_run():
@@ -234,38 +204,64 @@ def test_the_two_parts_are_all_the_tests():
     assert fast - slow
 
 
-def test_ci_runs_both_parts():
+def test_ci_runs_the_tests_and_a_shard_of_the_slow_ones():
     commands = (noxfile.ROOT / ".ci" / "run").read_text().splitlines()
     runs = [line.removeprefix("python3 noxfile.py -s ") for line in commands if "noxfile" in line]
     sessions = [name for run in runs for name in run.split()]
     assert sessions[0] == "tests"
-    assert sessions[-1] == "tests-slow"
-    assert {"lint", "docs", "build", "lowest", "tests-triton-oldest"} <= {*sessions}
+    assert sessions[-1] == "tests-shard"
+    assert {"lint", "docs", "build", "lowest"} <= {*sessions}
 
 
-class Queue(Session):
-    """A session that queues others."""
+class Recorded(Session):
+    """A session that keeps what it would run."""
+
+    posargs: tuple[str, ...] = ()
 
     def __init__(self):
         super().__init__()
-        self.queued: list[str] = []
+        self.commands: list[tuple[str, ...]] = []
 
-    def notify(self, name: str):
-        self.queued.append(name)
+    def run(self, *command: str, **options):
+        self.commands.append(command)
 
 
-def test_each_part_runs_on_every_backend(reports):
-    fast, slow = Queue(), Queue()
-    noxfile.start(fast, "fast")
-    assert noxfile.part() == "fast"
-    noxfile.start(slow, "slow")
-    assert noxfile.part() == ""  # both were asked for: everything runs once
-    assert fast.queued == slow.queued
-    assert fast.queued[-1] == "tests-table"
-    every = {*noxfile.BACKENDS, "triton"} - {*noxfile.BY_NAME}
-    assert {f"tests-{name}" for name in every} <= {*fast.queued}
-    assert noxfile.asked.names.keys() == every | {"triton-compiled"}
-    assert not noxfile.asked.traced
+@pytest.mark.parametrize("part", ["fast", "slow"])
+def test_each_part_runs_on_every_backend_and_path(monkeypatch, results, part):
+    monkeypatch.setattr(noxfile, "together", lambda session: "python")
+    monkeypatch.setattr(noxfile, "cuda", lambda: noxfile.Cuda(None, "no CUDA driver"))
+    monkeypatch.setattr(noxfile, "end", lambda session, part: None)
+    session = Recorded()
+    noxfile.everything(session, part)
+    named = [command[command.index("--backend") + 1] for command in session.commands]
+    ran = {name for names in named for name in names.split(",")}
+    there_are = {name for name in BACKENDS if "cu" not in name or name == "cubed"}
+    assert ran == there_are - {*noxfile.ALONE}
+    assert all(command[command.index("--part") + 1] == part for command in session.commands)
+
+
+def test_a_slow_test_falls_to_one_commit_in_eight_or_to_its_room(monkeypatch):
+    monkeypatch.setattr(Shard, "_git", staticmethod(lambda root, *given: given[-1]))
+    monkeypatch.setattr(Shard, "changed", {"portable_softmax/kernels/_triton/_loss.py"})
+    shards = [Shard(noxfile.ROOT, str(number)) for number in range(800)]
+    held = sum(shard.holds("tests/test_values.py::test_softmax[jax-numba]") for shard in shards)
+    assert 60 < held < 140  # binomial, with a deviation of 9.4
+    assert all(shard.holds("tests/test_triton.py::test_one[triton]") for shard in shards[:20])
+    assert Shard(noxfile.ROOT, "").holds("tests/test_values.py::test_softmax[jax-numba]")
+
+
+def test_what_a_test_runs_on_is_what_its_marks_say():
+    backends = "numpy,strict,numba,torch"
+    found = collected("--backend", backends, "tests/test_values.py", "tests/test_textbook.py")
+    on = {name: sum(f"[{name}" in test for test in found) for name in backends.split(",")}
+    assert on["numba"] > 100  # of paths
+    assert any("test_textbook.py" in test and "[strict" in test for test in found)
+    assert not any("test_textbook.py" in test and "[numba" in test for test in found)
+
+
+def test_each_test_that_must_reach_tritons_kernels_exists():
+    tests = "".join(path.read_text() for path in (noxfile.ROOT / "tests").glob("test_*.py"))
+    assert [name for name in conftest._ON_KERNELS if f"def {name}(" not in tests] == []
 
 
 def test_the_oldest_triton_is_that_of_the_extra():
@@ -273,23 +269,14 @@ def test_the_oldest_triton_is_that_of_the_extra():
     assert extra == f"triton>={'.'.join(map(str, _triton.OLDEST))}"
 
 
-def test_coverage_is_measured_where_the_tests_are_not_slow(reports):
-    session = Queue()
-    noxfile.coverage(session)
-    assert session.queued == [*(f"tests-{name}" for name in noxfile.COVERED), "tests-table"]
-    assert noxfile.part() == "fast"
-    assert [*noxfile.asked.names] == [*noxfile.COVERED]
-    assert noxfile.asked.traced
-
-
 def test_the_table_is_aligned():
     rows = [
-        ("numpy", "2.4.6", "cpu", "812", "0", "3", "2 x one\n1 x other"),
-        ("cupy", "-", "-", "-", "-", "skipped", "no GPU"),
+        ("numpy", "2.4.6", "cpu", "812", "0", "3", "9", "2 x one\n1 x other"),
+        ("cupy", "-", "-", "-", "-", "skipped", "-", "no GPU"),
     ]
     assert noxfile.table(rows).splitlines() == [
-        "backend  version  device  passed  failed  skipped  why",
-        "numpy    2.4.6    cpu        812       0        3  2 x one",
-        "                                                   1 x other",
-        "cupy     -        -            -       -  skipped  no GPU",
+        "backend  version  device  passed  failed  skipped  seconds  why",
+        "numpy    2.4.6    cpu        812       0        3        9  2 x one",
+        "                                                            1 x other",
+        "cupy     -        -            -       -  skipped        -  no GPU",
     ]

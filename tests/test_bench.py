@@ -33,7 +33,6 @@ from portable_softmax import kernels
 PROVENANCE = {"benchmark", "command", "date", "commit", "machine", "threads", "versions"}
 
 
-@pytest.mark.once
 def test_without_its_extra_it_says_what_to_install(tmp_path):
     (tmp_path / "mpmath.py").write_text("raise ModuleNotFoundError('none', name='mpmath')")
     path = os.pathsep.join([str(tmp_path), str(Path(portable_softmax.__file__).parents[1])])
@@ -46,7 +45,6 @@ def test_without_its_extra_it_says_what_to_install(tmp_path):
     assert done.stderr == 'bench: mpmath is not installed: pip install ".[bench]"\n'
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_says_what_a_command_does_and_what_its_lists_hold(command, capsys):
     with pytest.raises(SystemExit) as ended:
@@ -73,6 +71,7 @@ def accuracy_backend(backend_name, monkeypatch):
 
 
 @pytest.mark.slow("exact values of many rows on each path", "torch", "jax")
+@pytest.mark.slow("exact answers of many rows", "numpy")
 def test_accuracy_holds_every_bound_on_short_rows(accuracy_backend, tmp_path, capsys):
     paths = {name: tmp_path / f"accuracy.{name}" for name in ("json", "markdown")}
     files = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
@@ -94,7 +93,6 @@ def test_accuracy_holds_every_bound_on_short_rows(accuracy_backend, tmp_path, ca
     assert "every bound held" in capsys.readouterr().out
 
 
-@pytest.mark.once
 def test_accuracy_fails_where_ours_loses_digits(monkeypatch, capsys):
     monkeypatch.setattr(
         accuracy,
@@ -108,7 +106,6 @@ def test_accuracy_fails_where_ours_loses_digits(monkeypatch, capsys):
     assert "NO" in out
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("dtype", "within"), [("float32", 0.001), ("float64", 0.3)])
 def test_the_exact_answers_are_exact(dtype, within):
     """Against 50 digits: in units in the last place of the dtype that they judge."""
@@ -153,7 +150,6 @@ def _mp(value):
     return reference.mpf(high) + reference.mpf(float(value - np.longdouble(high)))
 
 
-@pytest.mark.once
 def test_the_exact_answers_of_the_rest_are_exact():
     """Against definitions in 250 digits, and closed forms."""
     mp, mpf = reference.mp, reference.mpf
@@ -205,7 +201,6 @@ def test_a_unit_is_the_spacing_of_numbers(dtype):
 # --------------------------------------------------------------------------- other processes
 
 
-@pytest.mark.once
 def test_the_load_is_the_share_of_the_cores_that_work(monkeypatch):
     ticks = iter([(1000, 9000), (1015, 9020)])
     monkeypatch.setattr(report, "_ticks", lambda: next(ticks))
@@ -213,7 +208,6 @@ def test_the_load_is_the_share_of_the_cores_that_work(monkeypatch):
     assert report.load() == 1.5
 
 
-@pytest.mark.once
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="Linux tells it there")
 def test_a_core_that_works_is_counted():
     before, until = report._ticks(), time.process_time() + 0.2
@@ -226,7 +220,6 @@ def test_a_core_that_works_is_counted():
 # --------------------------------------------------------------------------- what it stands on
 
 
-@pytest.mark.once
 # `thresholds` measures both sides of constants of the Numba rows, which are private.
 @pytest.mark.parametrize(
     "path",
@@ -248,7 +241,6 @@ def test_only_public_names_of_the_package_are_used(path):
 # --------------------------------------------------------------------------- failures
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

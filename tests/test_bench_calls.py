@@ -12,8 +12,6 @@ import portable_softmax as ps
 from bench import calls
 from bench.__main__ import main
 
-pytestmark = pytest.mark.once
-
 
 def test_every_call_is_timed_beside_another(tmp_path, capsys):
     file = tmp_path / "calls.json"

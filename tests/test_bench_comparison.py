@@ -8,8 +8,6 @@ import pytest
 from bench import comparison, places, speed
 from bench.__main__ import main
 
-pytestmark = pytest.mark.once
-
 
 def _row(provider, seconds, operation="softmax", role=speed.OURS, shape=(4, 3), **more):
     return speed.Row(operation, shape, "float32", provider, role, 96, min_s=seconds, **more)

@@ -4,8 +4,6 @@ import pytest
 
 from bench import gpu, places
 
-pytestmark = pytest.mark.once
-
 
 class _Event:
     """An event that is recorded when it is told to, as a stream would."""

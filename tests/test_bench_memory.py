@@ -49,7 +49,6 @@ def _peak(call):
     return memory_cell.peak_of(call, lambda result: None, gauge)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("call", "expected"), [(_mapped, 80), (_by_a_thread, 80), (_nothing, 0)])
 def test_the_peak_holds_what_any_allocator_and_thread_took(call, expected):
     # In a process of its own, as a cell is: memory that other tests freed may be taken once more.
@@ -58,7 +57,6 @@ def test_the_peak_holds_what_any_allocator_and_thread_took(call, expected):
     assert peak / MB == pytest.approx(expected, abs=4)
 
 
-@pytest.mark.once
 def test_the_first_call_is_not_measured_and_the_largest_counts():
     finished, peaks = [], iter([5, 9, 7])
     gauge = memory_cell.Gauge(lambda: 1, lambda: next(peaks))
@@ -109,7 +107,6 @@ def test_a_gpu_is_asked_for_its_allocator():
     assert cupy.told == ["free"]
 
 
-@pytest.mark.once
 def test_the_peak_of_a_process_does_not_begin_with_that_of_its_parent():
     held = np.ones(600 * MB // 8)
     script = "from bench.memory_cell import most_resident; print(most_resident())"
@@ -121,6 +118,7 @@ def test_the_peak_of_a_process_does_not_begin_with_that_of_its_parent():
 
 
 @pytest.mark.slow("a process for each call", "torch", "jax", "dask", "strict")
+@pytest.mark.libraries("numpy", "array_api_strict", "torch", "jax", "dask")
 def test_memory_runs_on_every_backend(arrays_of, tmp_path, capsys):
     path = tmp_path / "memory.json"
     assert main([*ARGUMENTS, "--backend", arrays_of, "--ops", "softmax", "--json", str(path)]) == 0
@@ -192,7 +190,6 @@ def test_a_path_that_is_the_same_is_measured_once(monkeypatch):
     assert cells[0].held
 
 
-@pytest.mark.once
 def test_a_process_that_fails_says_why():
     cell = memory.Cell("softmax", (4, 3), "float32", "nobody", True, 48)
     assert "ValueError" in memory._in_a_process("numpy", cell)["problem"]

@@ -13,8 +13,6 @@ needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="figures need matplotlib"
 )
 
-pytestmark = pytest.mark.once
-
 ARGUMENTS = ("speed", "--quick", "--shapes", "4x3", "--ops", "softmax,logsumexp", "--peers", "own")
 
 

@@ -13,11 +13,11 @@ from bench import arrays, fresh, ratio_plots, transforms
 from bench.__main__ import main
 from bench.errors import CommandError
 
-pytestmark = pytest.mark.once
 DOCUMENT = {"machine": {"cpu": "a processor", "cores": 2}}
 PNG = b"\x89PNG"
 
 
+@pytest.mark.slow("it starts a process for each library")
 def test_scipy_takes_each_librarys_own_arrays(tmp_path):
     """In a process of its own: scipy looks at SCIPY_ARRAY_API when it is imported."""
     pytest.importorskip("scipy")

@@ -29,7 +29,6 @@ def run(tmp_path, *arguments):
 
 
 @pytest.mark.slow("a process for each provider")
-@pytest.mark.once
 def test_every_part_runs_and_is_drawn(tmp_path, capsys):
     for module in ("torch", "jax", "optax", "dask", "distributed", "scipy", "matplotlib"):
         pytest.importorskip(module)
@@ -53,7 +52,6 @@ def test_every_part_runs_and_is_drawn(tmp_path, capsys):
     assert "every bound held" in out
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -74,7 +72,6 @@ def test_what_cannot_be_measured_is_one_line(arguments, message, capsys, monkeyp
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.once
 def test_a_part_names_what_it_needs(monkeypatch, capsys):
     monkeypatch.setattr(scale, "_NEEDED", {"chunks": ("no_such_module",)})
     assert main(["scale", "--parts", "chunks"]) == 2
@@ -106,7 +103,6 @@ def test_every_provider_makes_the_loss_and_its_gradients(provider, xp):
         assert problem.wrong(place, broken) == "wrong d_hidden"
 
 
-@pytest.mark.once
 def test_what_is_expected_is_a_difference_quotient():
     """In float64, along one entry of the first position and of the first class."""
     problem = scale_linear.Problem(SIZE)
@@ -126,7 +122,6 @@ def test_what_is_expected_is_a_difference_quotient():
         assert slope[2] == pytest.approx((at(*up) - at(*down)) / 2e-5, rel=1e-7)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("role", "beyond", "problem", "held"),
     [
@@ -147,12 +142,10 @@ def test_ours_is_right_and_within_its_memory(role, beyond, problem, held):
 # --------------------------------------------------------------------------- ranks
 
 
-@pytest.mark.once
 def test_the_products_are_made_in_tiles_of_our_size():
     assert Library.tile == scale_linear.TILE
 
 
-@pytest.mark.once
 def test_the_model_of_an_all_reduce():
     """One rank tells nobody; a ring wins for long messages, a tree for short ones."""
     a, b = scale_ranks.LATENCY, scale_ranks.SECONDS_PER_BYTE
@@ -162,7 +155,6 @@ def test_the_model_of_an_all_reduce():
     assert scale_ranks.all_reduce(1024, 10**10) == pytest.approx(2046 * a + 2046 / 1024 * 1e10 * b)
 
 
-@pytest.mark.once
 def test_a_rank_that_says_something_else_than_modelled_is_reported():
     row = scale_ranks.Row((10, 3, 7), "cross_entropy", "classes", 2, [40, 480], [], 1e-3)
     assert row.expected == [40, 480]
@@ -173,7 +165,6 @@ def test_a_rank_that_says_something_else_than_modelled_is_reported():
         assert "NO" in scale_ranks.cells([other])[0]
 
 
-@pytest.mark.once
 def test_chunks_are_compared_with_the_kernel_and_bare_tasks():
     taken = {scale_chunks.OURS: 3.0, scale_chunks.KERNEL: 1.5, scale_chunks.NOTHING: 0.5}
     rows = [

@@ -25,6 +25,9 @@ def _measured(some, *operations, effort=TINY, dtype="float32"):
     return list(speed.measure(some, list(operations), [(4, 3)], [dtype], effort))
 
 
+MEASURED = pytest.mark.libraries("numpy", "array_api_strict", "torch", "jax", "dask")
+
+
 def _numpy(name, **offer):
     return providers.Provider(name, places.open_backend("numpy"), lambda *options: offer)
 
@@ -32,7 +35,8 @@ def _numpy(name, **offer):
 # --------------------------------------------------------------------------- the command
 
 
-@pytest.mark.slow("every operation and its peers are compiled", "torch", "jax")
+@pytest.mark.slow("every operation and its peers are called", "strict", "torch", "jax", "dask")
+@MEASURED
 def test_speed_runs_on_every_backend(arrays_of, tmp_path, capsys):
     path = tmp_path / "speed.json"
     assert _speed("--backend", arrays_of, "--peers", "own", "--json", str(path)) == 0
@@ -74,7 +78,6 @@ def test_all_peers_are_those_of_every_library_on_arrays_of_their_own():
     assert {provider.place for provider in own} == {place}
 
 
-@pytest.mark.once
 def test_each_operation_moves_what_it_must():
     all_providers = [_numpy("by hand", **peers.numpy_by_hand(-1, "mean"))]
     rows = _measured(all_providers, *peers.OPERATIONS)
@@ -94,7 +97,6 @@ def test_each_operation_moves_what_it_must():
 
 
 @pytest.mark.slow("it times every peer of the family")
-@pytest.mark.once
 def test_the_rest_of_the_family_is_timed_where_it_is_right():
     rows = _measured([_numpy("ours", **providers.ours(-1, "mean"))], *peers.TIMED)
     found = {row.operation: row.problem for row in rows if row.role == speed.PEER}
@@ -116,7 +118,6 @@ def test_threads_are_those_of_the_libraries_and_of_the_variables(monkeypatch):
 # --------------------------------------------------------------------------- our paths
 
 
-@pytest.mark.once
 def test_a_path_that_takes_the_same_kernel_is_timed_once(monkeypatch):
     def path_taken(provider, operation, *arrays):
         return "portable" if "portable" in provider.name or operation != "softmax" else "a kernel"
@@ -154,7 +155,6 @@ def test_a_path_says_which_kernel_runs():
     assert set(taken["ours"].values()) <= set(kernels.available())
 
 
-@pytest.mark.once
 def test_a_line_in_the_table_adds_a_path(monkeypatch):
     entered = []
 
@@ -208,7 +208,6 @@ def test_torch_compiles_before_it_is_timed(arrays_of):
 # --------------------------------------------------------------------------- taking turns
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("operation", "answer", "problem"),
     [
@@ -320,7 +319,6 @@ def test_numpy_copies_wherever_the_host_works(device, numpy_too):
     assert ("copy, numpy" in names) == numpy_too
 
 
-@pytest.mark.once
 def test_the_best_copy_is_100_percent():
     rows = _measured([_numpy("right", **peers.numpy_by_hand(-1, "mean"))], "softmax")
     shares = [row.share_of_copy for row in rows if row.role == speed.COPY]

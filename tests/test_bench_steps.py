@@ -29,7 +29,6 @@ def test_every_step_is_timed_in_both_ways(arrays_of, tmp_path, capsys):
     assert "/ torch" in capsys.readouterr().out
 
 
-@pytest.mark.once
 def test_a_step_over_its_goal_fails(monkeypatch, capsys):
     rows = [steps.Row("small GPT", "eager", 2.0, 1.0, 0.75), steps.Row("layer", "", 1.0, 2.0, 0.9)]
     monkeypatch.setattr(steps, "check", lambda: None)
@@ -41,7 +40,6 @@ def test_a_step_over_its_goal_fails(monkeypatch, capsys):
     assert main(["steps"]) == 0
 
 
-@pytest.mark.once
 def test_torch_and_a_compiler_are_needed(monkeypatch):
     monkeypatch.setattr(places, "is_installed", lambda name: False)
     with pytest.raises(CommandError, match=r"portable_softmax\[torch\]"):

@@ -12,8 +12,6 @@ from bench import report, speed, versus
 from bench.__main__ import main
 from bench.errors import CommandError
 
-pytestmark = pytest.mark.once
-
 SLOWER = """
 def _slower(function):
     import functools, time

@@ -78,7 +78,6 @@ def test_gradient_check_says_where_there_is_only_float32():
     assert check.difference < 1e-4
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_held_out_accuracy_is_at_least_95_percent(seed):
     trained, _ = learn(open_place("numpy"), epochs=80, seed=seed)
@@ -105,7 +104,6 @@ def test_demo_learns_with_its_default_settings(no_figure, only_numpy, tmp_path, 
     assert result["comparison"] == []
 
 
-@pytest.mark.once
 @needs_matplotlib
 @pytest.mark.parametrize("epochs", ["1", "3"])
 def test_demo_saves_a_png(epochs, only_numpy, tmp_path, capsys):
@@ -118,7 +116,6 @@ def test_demo_saves_a_png(epochs, only_numpy, tmp_path, capsys):
     assert len(png) > 50_000  # an empty canvas compresses to a tenth
 
 
-@pytest.mark.once
 @needs_matplotlib
 def test_figure_of_a_training_without_mistakes(tmp_path):
     from portable_softmax._cli.figure import draw
@@ -222,7 +219,6 @@ def test_backends_finds_the_backend_of_the_tests(arrays_of, monkeypatch, capsys)
     assert any(each.startswith(device) for each in found["devices"])
 
 
-@pytest.mark.once
 def test_backends_names_the_kernels_in_a_line_that_can_be_read(capsys):
     """Their operations, some hundreds of characters, are in the JSON."""
     assert main(["backends", "--json"]) == 0
@@ -334,7 +330,6 @@ def test_an_output_folder_that_is_a_file_is_one_line_and_status_2(no_figure, tmp
     assert_fails(capsys, ["demo", "--out", str(tmp_path / "file")], "can't write", "file")
 
 
-@pytest.mark.once
 @needs_matplotlib
 def test_a_figure_that_cant_be_saved_is_one_line_and_status_2(only_numpy, tmp_path, capsys):
     (tmp_path / demo.FIGURE).mkdir()
@@ -365,7 +360,6 @@ def program(*arguments):
     )
 
 
-@pytest.mark.once
 def test_the_program_fails_with_one_line_and_no_traceback():
     process = program("demo", "--device", "tpu")
     out, err = process.communicate()
@@ -373,7 +367,6 @@ def test_the_program_fails_with_one_line_and_no_traceback():
     assert err == "portable_softmax: numpy has no device 'tpu' here; it has cpu\n"
 
 
-@pytest.mark.once
 @needs_matplotlib
 def test_the_program_ends_quietly_when_nobody_reads_on(tmp_path):
     process = program("demo", "--epochs", "1", "--out", str(tmp_path))

@@ -40,7 +40,6 @@ def arguments(function):
     return [(p.name, p.default, p.kind) for p in inspect.signature(function).parameters.values()]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
@@ -64,7 +63,6 @@ def test_each_function_has_the_arguments_of_its_peer(ours, theirs):
 MIGRATING = Path(__file__).parents[1] / "docs" / "migrating.md"
 
 
-@pytest.mark.once
 def test_the_imports_of_the_page_that_migrates_bring_the_same_names():
     rows = re.findall(r"^\| `(from .+)` \| `(from .+)` \|$", MIGRATING.read_text(), re.M)
     assert len(rows) == 4
@@ -78,7 +76,6 @@ def test_the_imports_of_the_page_that_migrates_bring_the_same_names():
         assert ours.keys() == theirs.keys()
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("heading", "modules", "from_numpy"),
     [
@@ -107,7 +104,6 @@ def test_both_columns_of_the_page_that_migrates_agree(heading, modules, from_num
         assert answer.dtype == expected.dtype, after
 
 
-@pytest.mark.once
 def test_the_module_that_needs_torch_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "portable_softmax.compat.torch_nn", raising=False)
@@ -118,7 +114,6 @@ def test_the_module_that_needs_torch_says_what_to_install(monkeypatch):
 # --------------------------------------------------------------------------- scipy.special
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("x", [[[1, 2], [3, 5]], (0.5, 1.5), 2.0, np.float32(1.0)])
 def test_scipy_takes_lists_and_numbers(x):
     e = np.exp(np.asarray(x, np.float64))
@@ -160,7 +155,6 @@ def test_scipy_takes_integers_beside_floats(xp):
         assert_close(xp, answer, expected, xp.dtype_name(answer), rtol=1e-6)
 
 
-@pytest.mark.once
 def test_scipy_promotes_both_to_one_dtype():
     x, b = np.zeros(2, np.float32), np.ones(2)
     assert scipy_special.logsumexp(x, b=b).dtype == np.float64
@@ -172,7 +166,6 @@ def test_scipy_promotes_both_to_one_dtype():
 # --------------------------------------------------------------------------- torch
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("ndim", "axis"), [(0, None), (1, 0), (2, 1), (3, 0), (4, 1)])
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "softmin"])
 def test_torch_chooses_an_axis_and_warns(name, ndim, axis):
@@ -240,7 +233,6 @@ def test_torch_takes_no_batch_and_a_distribution(xp):
     assert_close(xp, answer, -LOG_P[0, 2], rtol=1e-13)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("size_average", "reduce", "reduction"),
     [
@@ -276,7 +268,6 @@ def test_torch_nll_loss_refuses_wrong_labels(xp):
         torch_functional.nll_loss(log_p, xp.asarray(T), weight=xp.asarray(WEIGHT[:2]))
 
 
-@pytest.mark.once
 def test_torch_nll_loss_of_an_ignored_row_and_of_a_class_of_weight_0():
     log_p = np.asarray([[0.0, -np.inf], [np.nan, 0.0]])
     labels, weight = np.asarray([1, -100]), np.asarray([1.0, 0.0])
@@ -285,7 +276,6 @@ def test_torch_nll_loss_of_an_ignored_row_and_of_a_class_of_weight_0():
     assert torch_functional.nll_loss(log_p, labels) == np.inf
 
 
-@pytest.mark.once
 def test_torch_refuses_what_is_no_array():
     rows, label, p = X.tolist(), T % 3, np.exp(LOG_P)
     for call in (
@@ -303,7 +293,6 @@ def test_torch_refuses_what_is_no_array():
         torch_functional.cross_entropy(X, p, ignore_index="1")
 
 
-@pytest.mark.once
 def test_torch_no_index_is_ignored_for_none():
     t, p = T % 3, np.exp(LOG_P)
     for target, expected in ((t, -LOG_P[np.arange(4), t].mean()), (p, -(p * LOG_P).sum(1).mean())):
@@ -403,14 +392,12 @@ def test_optax_takes_labels_of_numpy_beside_logits_of_jax(jax):
     np.testing.assert_allclose(answer, -LOG_P[0, 1], rtol=1e-6)
 
 
-@pytest.mark.once
 def test_optax_label_that_is_masked_out_is_nan():
     where = np.asarray([[False, True, True]])
     x, t = X[:1], np.asarray([0])
     assert np.isnan(optax.softmax_cross_entropy_with_integer_labels(x, t, where=where)).all()
 
 
-@pytest.mark.once
 def test_optax_refuses_what_is_no_array():
     with pytest.raises(TypeError, match="logits is a list"):
         optax.softmax_cross_entropy([1.0], np.ones(1))
@@ -427,7 +414,6 @@ def test_optax_refuses_what_is_no_array():
         optax.softmax_cross_entropy_with_integer_labels(X, np.asarray([0, -1, 1, 1]))
 
 
-@pytest.mark.once
 def test_nothing_warns_where_nothing_is_deprecated():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -9,7 +9,6 @@ import pytest
 from covering import covering, meetings
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("strength", [1, 2, 3])
 @pytest.mark.parametrize("sizes", [(3,), (2, 2), (4, 3, 2), (3, 2, 2, 3, 2, 2, 2)], ids=str)
 def test_all_values_meet_in_few_cases(sizes, strength):

@@ -16,6 +16,8 @@ from mpmath import mp, mpf
 import portable_softmax as ps
 from portable_softmax import kernels
 
+pytestmark = pytest.mark.run_on("paths")
+
 GOLDEN = json.loads(Path(__file__).with_name("cross_entropy_golden.json").read_text())
 SOURCES = sorted({case["source"] for case in GOLDEN})
 

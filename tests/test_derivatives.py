@@ -12,6 +12,8 @@ from test_family import gradient
 
 import portable_softmax as ps
 
+pytestmark = pytest.mark.run_on("libraries", "paths", "torch-portable")
+
 N, LABEL = 6, 2
 WIDEST = {"float32": 60.0, "float64": 300.0}
 # Units for each of the span of a row: where the library differentiates the formulas itself; where

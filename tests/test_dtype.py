@@ -15,6 +15,8 @@ from mpmath import mp, mpf
 import portable_softmax as ps
 from portable_softmax import kernels
 
+pytestmark = pytest.mark.run_on("paths")
+
 RNG = np.random.default_rng(8)
 LOGITS = RNG.normal(size=(4, 6)) * 3 + 5  # no logsumexp is near 0
 LABELS = np.asarray([0, 5, 2, 2])

@@ -13,6 +13,8 @@ from test_values import ROWS, of_equal_length
 
 import portable_softmax as ps
 
+pytestmark = pytest.mark.run_on("paths")
+
 FINITE = of_equal_length({k: v for k, v in ROWS.items() if k not in ("huge", "minus infinity")})
 ALPHAS = (1.0, 1 + 1e-9, 1.01, 1.25, 1.5, 1.9, 2.0, 2.5, 3.0, 8.0, 100.0, np.inf)
 

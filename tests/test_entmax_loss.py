@@ -15,6 +15,8 @@ from test_family import gradient
 
 import portable_softmax as ps
 
+pytestmark = pytest.mark.run_on("paths")
+
 LOGITS = np.asarray(
     [[0.3, -1.2, 2.0, 0.7], [4.0, 1.0, -3.0, 0.5], [-2.0, -2.0, 1.5, 1.5], [0.1, 0.2, 0.3, 1.0]]
 )

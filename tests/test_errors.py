@@ -12,6 +12,8 @@ import pytest
 
 import portable_softmax as ps
 
+pytestmark = pytest.mark.run_on("libraries")
+
 
 def message(error, function, *arguments, **options) -> str:
     """Return the message of the error that a call raises."""

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("sklearn", "1.9", "scikit-learn 1.9 is not installed")
-pytestmark = pytest.mark.once
-
 ROOT = Path(__file__).parents[1]
 
 

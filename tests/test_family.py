@@ -13,6 +13,8 @@ from test_values import EPS, MARGINS, ROWS, confident
 
 import portable_softmax as ps
 
+pytestmark = pytest.mark.run_on("paths")
+
 FINITE = {k: v for k, v in ROWS.items() if k not in ("huge", "minus infinity")}
 
 
@@ -442,7 +444,6 @@ def test_divergence_answers_in_float32_under_autocast(xp, torch):
     assert torch.autograd.grad(k, x)[0].dtype == torch.bfloat16
 
 
-@pytest.mark.once
 def test_a_memory_map_is_an_array_of_numpy(tmp_path):
     """The one subclass that is taken: what numpy.load gives for a file that is not read at once."""
 

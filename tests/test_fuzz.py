@@ -25,6 +25,7 @@ def some(arrays_of):
 
 @pytest.mark.slow("XLA compiles many programs", "jax")
 @pytest.mark.slow("Numba compiles a kernel for each layout, dtype and option", "torch")
+@pytest.mark.slow("Numba compiles a kernel for each layout, dtype and option", "numpy")
 def test_no_difference(some):
     backend, count = some
     tallies, failures = run(backend, 1, range(count))

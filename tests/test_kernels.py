@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import importlib
 import inspect
+import itertools
 import os
 import subprocess
 import sys
@@ -115,12 +116,6 @@ def request(library, device="cpu", **changes):
     return found._replace(**changes)
 
 
-LIBRARY_NAMES = sorted({kernel.library for kernel in _table.TABLE})
-
-
-@pytest.mark.parametrize("asked", [(), _table.names()], ids=["default", "asked"])
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("library", LIBRARY_NAMES)
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
@@ -130,16 +125,17 @@ LIBRARY_NAMES = sorted({kernel.library for kernel in _table.TABLE})
     ],
     ids=["option", "dtype", "tracing"],
 )
-def test_what_no_kernel_declares_takes_the_portable_path(library, operation, changes, why, asked):
+def test_what_no_kernel_declares_takes_the_portable_path(changes, why):
     """A made-up option, dtype or tracer: each kernel's declaration alone refuses it."""
-    for kernel in _table.TABLE:
-        if kernel.library == library and operation in kernel.operations:
+    for kernel, operation in itertools.product(_table.TABLE, OPERATIONS):
+        if operation in kernel.operations:
             device = next(iter(kernel.devices), "cpu")
-            made_up = request(library, device, operation=operation, **changes)
+            made_up = request(kernel.library, device, operation=operation, **changes)
             assert kernel.undeclared(made_up.dtype, made_up.active, made_up.tracing) == why
             # A kernel's module may import its library.
-            if find_spec("torch" if library == "dtensor" else library):
-                assert _decide.decide(made_up, Switches(asked=asked)).taken is None
+            if find_spec("torch" if kernel.library == "dtensor" else kernel.library):
+                for asked in ((), _table.names()):
+                    assert _decide.decide(made_up, Switches(asked=asked)).taken is None
 
 
 def test_a_library_that_no_kernel_declares_takes_the_portable_path():
@@ -218,7 +214,7 @@ def taken(monkeypatch):
     return seen
 
 
-@pytest.mark.slow("XLA compiles each call", "jax")
+@pytest.mark.run_on("paths")
 @pytest.mark.parametrize("call", CALLS)
 def test_explain_names_what_ran(xp, taken, call):
     """For every option of every function: the same decision is explained and carried out."""
@@ -232,6 +228,7 @@ def test_explain_names_what_ran(xp, taken, call):
 
 
 @pytest.mark.libraries("numpy", "torch", "array_api_strict", "jax", "dask", "mlx")
+@pytest.mark.cheap
 def test_one_entry_of_each_row_is_replaced(xp):
     x = xp.asarray(np.arange(6.0).reshape(2, 3))
     index, values = xp.asarray(np.asarray([[2], [0]])), xp.asarray(np.asarray([[7.0], [8.0]]))
@@ -239,6 +236,8 @@ def test_one_entry_of_each_row_is_replaced(xp):
     np.testing.assert_array_equal(xp.numpy(found), [[0.0, 1.0, 7.0], [8.0, 4.0, 5.0]])
 
 
+@pytest.mark.cheap
+@pytest.mark.run_on("paths", "torch-portable")
 def test_what_each_library_has(xp):
     x = xp.asarray(np.ones((2, 3)))
     explained = kernels.explain("softmax", x)
@@ -257,79 +256,6 @@ def test_what_each_library_has(xp):
 
 
 # --------------------------------------------------------------------------- answers
-
-
-@pytest.mark.once
-@pytest.mark.parametrize(
-    "shape",
-    [(3, 5), (100_000, 3), (3, 100_000), (70, 40, 33), (2, 0), (5, 1), (1, 70_000), (70_000, 1)],
-)
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int16"])
-def test_tiles_answer_as_the_portable_path(shape, dtype):
-    """On both sides of the size of a tile, for every axis, with and without a mask."""
-    rng = np.random.default_rng(9)
-    x = (rng.normal(size=shape) * 5).astype(dtype)
-    mask = rng.random(shape) > 0.3
-    compute = np.float32 if dtype in ("float16", "float32") else np.float64
-    axes = [*range(len(shape)), None, tuple(range(len(shape)))[:2]]
-    for axis in axes:
-        for name in FAMILY:
-            for options in ({}, {"where": mask}):
-                function = getattr(ps, name)
-                tiled = function(x, axis=axis, **options)
-                with kernels.portable():
-                    plain = function(x, axis=axis, **options)
-                assert tiled.dtype == plain.dtype
-                unit = np.finfo(tiled.dtype).eps
-                tolerance = 8 * np.finfo(compute).eps + (unit if dtype == "float16" else 0)
-                np.testing.assert_allclose(tiled, plain, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("shape", [(3, 5), (100_000, 3), (3, 100_000), (70, 40, 33), (0, 4)])
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
-def test_tiles_of_a_loss_answer_as_the_portable_path(shape, dtype):
-    """Every option is cut like the logits, whatever the class axis."""
-    rng = np.random.default_rng(10)
-    x = (rng.normal(size=shape) * 5).astype(dtype)
-    compute = np.float32 if dtype == "float16" else x.dtype
-    for axis in range(len(shape)):
-        n = shape[axis]
-        if n == 0:
-            continue
-        positions = (*shape[:axis], *shape[axis + 1 :])
-        labels = rng.integers(n, size=positions)
-        t = rng.random(shape)
-        mask = rng.random(shape) < 0.8
-        if labels.size:
-            np.put_along_axis(mask, np.expand_dims(labels, axis), True, axis=axis)
-        ignored = np.where(rng.random(positions) < 0.2, -1, labels)
-        for target, options in (
-            (labels, {}),
-            (ignored, {"ignore_index": -1, "weight": rng.random(n), "where": mask, "z_loss": 0.1}),
-            (labels, {"label_smoothing": 0.1, "softcap": 3.0, "reduction": "sum"}),
-            (np.where(labels == 0, n, labels), {"check_labels": False, "reduction": "none"}),
-            (t, {"weight": rng.random(n), "reduction": "none"}),
-            (t, {"where": mask[:1], "label_smoothing": 0.2}),
-        ):
-            tiled = ps.cross_entropy_value_and_grad(x, target, axis=axis, **options)
-            alone = ps.cross_entropy(x, target, axis=axis, **options)
-            with kernels.portable():
-                plain = ps.cross_entropy_value_and_grad(x, target, axis=axis, **options)
-            np.testing.assert_array_equal(alone, tiled[0])
-            for one, other in zip(tiled, plain, strict=True):
-                assert one.dtype == other.dtype
-                assert one.shape == other.shape
-                unit = 64 * np.finfo(compute).eps + 2 * np.finfo(dtype).eps
-                # p * Q - q of a distribution cancels: what is left is as exact as its terms.
-                terms = (
-                    8
-                    * np.finfo(compute).eps
-                    * np.max(np.abs(other), initial=0, where=other == other)
-                )
-                # A subnormal half is rounded to a whole unit, to either side of a tie.
-                terms += np.finfo(dtype).smallest_subnormal
-                np.testing.assert_allclose(one, other, rtol=unit, atol=terms)
 
 
 def test_a_one_row_tile_is_no_view_of_the_input():
@@ -359,7 +285,6 @@ EXPLAIN = (
 )
 
 
-@pytest.mark.once
 def test_the_environment_variable():
     forced = run(EXPLAIN, "portable")
     assert forced.stdout.strip() == "portable: forced by PORTABLE_SOFTMAX_KERNELS=portable"

@@ -11,6 +11,8 @@ import reference
 import portable_softmax as ps
 from portable_softmax import kernels
 
+pytestmark = pytest.mark.run_on("paths")
+
 
 @pytest.fixture(autouse=True)
 def _only_jax(jax):
@@ -58,6 +60,7 @@ def test_every_row_is_exact(xp, name, dtype):
         assert reference.ulps(xp.numpy(grad)[i][normal], [p[j] for j in normal]) <= 8
 
 
+@pytest.mark.run_on("jax")
 @pytest.mark.parametrize("name", [*ROWS, "gone"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_entropy_and_its_gradients_are_exact(jax, xp, name, dtype):

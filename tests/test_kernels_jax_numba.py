@@ -17,13 +17,9 @@ import pytest
 import portable_softmax as ps
 from portable_softmax import kernels
 
+pytestmark = [pytest.mark.run_on("jax-numba"), pytest.mark.cheap]
+
 NAME = "numba rows: one pass in cache"
-
-
-@pytest.fixture(autouse=True)
-def _only_handlers(jax, xp):
-    if xp.path != "numba rows":
-        pytest.skip("no handlers on this backend")
 
 
 def draw(xp, *shape, dtype="float64", seed=0):
@@ -164,6 +160,32 @@ def test_only_programs_for_one_cpu_call_a_handler(jax, xp):
     exported = jax.export.export(f)(x)
     assert "custom_call" not in exported.mlir_module()
     close(exported.call(x), f(x))
+
+
+def called(jax, f, *arrays):
+    text = jax.jit(f).lower(*arrays).as_text()
+    return sorted(re.findall(r"portable_softmax\.ffi\.(\w+)", text))
+
+
+def test_each_relative_is_a_handler_on_one_cpu_alone(jax, xp):
+    x, y = (draw(xp, 40, 300, dtype="float32", seed=seed)[0] for seed in (0, 1))
+    assert called(jax, ps.kl_divergence, x, y) == ["kl_divergence"]
+    pair = ["kl_divergence_value_and_grad"]
+    assert called(jax, ps.kl_divergence_value_and_grad, x, y) == pair
+    assert called(jax, jax.grad(ps.kl_divergence), x, y) == pair
+    assert called(jax, jax.grad(ps.kl_divergence, 1), x, y) == ["kl_divergence_by_q"]
+    assert called(jax, ps.entropy, x) == ["entropy"]
+    assert called(jax, lambda x: jax.vjp(ps.entropy, x)[1](x[:, 0]), x) == [
+        "entropy_value_and_grad"
+    ]
+    assert called(jax, lambda x: ps.logmeanexp(x, axis=1), x) == ["fold"]
+    grad = jax.grad(lambda x: ps.logmeanexp(x, axis=1).sum())
+    assert called(jax, grad, x) == ["logsumexp_vjp"]
+    assert called(jax, lambda x: jax.vjp(ps.logcumsumexp, x)[1](x), x) == ["logcumsumexp_vjp"]
+    f = jax.jit(lambda x, y: (ps.kl_divergence(x, y), ps.entropy(x), ps.logcumsumexp(x)))
+    exported = jax.export.export(f)(x, y)
+    assert "custom_call" not in exported.mlir_module()
+    close(exported.call(x, y), f(x, y))
 
 
 def test_logsumexp_and_its_gradient_are_one_handler(jax, xp):
@@ -334,6 +356,29 @@ def masks(x, t):
     return found
 
 
+def family(x, _):
+    """Return the answers of all operations, so that one program has them all."""
+    y = x[::-1] / 2
+    found = {
+        "entropy": ps.entropy(x),
+        "entropy and gradient": ps.entropy_value_and_grad(x, axis=0),
+        "each divergence": ps.kl_divergence(x, y, axis=0, reduction="none"),
+        "logcumsumexp": ps.logcumsumexp(x, axis=0),
+        "logmeanexp": ps.logmeanexp(x, axis=1),
+        "weighted logsumexp": ps.logsumexp(x, axis=1, b=y + 4, return_sign=True),
+        "masked logmeanexp": ps.logmeanexp(x, axis=0, where=y < 1),
+        "logcumsumexp_vjp": ps.logcumsumexp_vjp(x, y),
+    }
+    for options in ({}, {"temperature": 2.0, "distillation": True, "reduction": "sum"}):
+        found[f"divergence, {[*options]}"] = ps.kl_divergence(x, y, **options)
+        found[f"gradients, {[*options]}"] = ps.kl_divergence_value_and_grad(y, x, **options)
+    found["binary loss"] = ps.sigmoid_cross_entropy(x, y > 0)
+    found["binary gradient"] = ps.sigmoid_cross_entropy_value_and_grad(x, y > 0, reduction="sum")
+    found["beside a sink"] = ps.softmax(x, sink=y[:, :1])
+    found["logarithms beside a sink"] = ps.log_softmax(x, axis=0, sink=0.5)
+    return found
+
+
 def summed(jax, tree):
     return sum(jax.numpy.sum(jax.numpy.sin(leaf)) for leaf in jax.tree.leaves(tree))
 
@@ -390,7 +435,7 @@ def test_transforms_of_every_operation(jax, xp, name):
 
 
 @pytest.mark.slow("two compilers work on all options")
-@pytest.mark.parametrize("f", [numbers, distributions, masks])
+@pytest.mark.parametrize("f", [numbers, distributions, masks, family])
 @pytest.mark.parametrize(
     "name", ["jit", "grad", "jvp", "vmap", "vmap of grad", "grad of vmap", "hessian"]
 )

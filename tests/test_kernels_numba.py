@@ -22,7 +22,6 @@ from portable_softmax.kernels import _threads
 pytestmark = pytest.mark.numba
 
 ROWS = ("softmax", "log_softmax", "logsumexp")
-LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
 DTYPES = ("float32", "float64", "float16", *(("bfloat16",) if ml_dtypes else ()))
 _SLOW = pytest.mark.slow("Numba compiles every kernel for this dtype")
 EVERY_DTYPE = [pytest.param(d, marks=_SLOW if "16" in d else ()) for d in DTYPES]
@@ -131,55 +130,6 @@ def test_every_kind_of_row_is_exact(every_size, plans, n, dtype):
     assert np.all(off <= relative * np.abs(answers.label_gradient) + subnormal)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("n", [10, 1000])
-def test_a_confident_row_keeps_its_digits(every_size, n, dtype):
-    """The rest is one exponential: the rounding error of its difference counts in full.
-
-    The loss has the bits of log_softmax; a mean need not: of three equal numbers, it may be one
-    unit off.
-    """
-    for gap in (30, 40, 64.3, 80.7):
-        x = np.full((3, n), -1e4, dtype)
-        x[:, 0], x[:, 1] = 0.1, 0.1 - gap
-        d = np.longdouble(x[0, 1]) - np.longdouble(x[0, 0])
-        truth = np.log1p(np.exp(d))
-        losses = ps.cross_entropy(x, np.zeros(3, int), reduction="none")
-        assert np.all(abs(losses - truth) <= 4 * np.spacing(losses))
-        np.testing.assert_array_equal(-ps.log_softmax(x)[:, 0], losses)
-        mean = ps.cross_entropy(x, np.zeros(3, int))
-        np.testing.assert_array_max_ulp(mean, losses[0], maxulp=1)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("apart", [1, 8, 16, 64, 128, 256])
-def test_a_confident_row_with_its_maximum_at_any_place(every_size, apart, dtype):
-    """The other class that counts is in its lane of the vectors or not, in its run of them or not.
-
-    A second maximum there is no rest of a confident row.
-    """
-    n = 300
-    places = np.arange(n)
-    others = (places + apart) % n
-    hidden = (places + 5) % n  # by a mask
-    for gap in (24.75, 0.0):
-        x = np.full((n, n), -1e4, dtype)
-        x[places, places] = 0.25
-        x[places, others] = 0.25 - gap
-        truth = np.log1p(np.exp(-np.longdouble(gap)))
-        y = x.copy()
-        y[places, hidden] = 40.0
-        found = {
-            "loss": ps.cross_entropy(x, places, reduction="none"),
-            "with its gradient": ps.cross_entropy_value_and_grad(x, places, reduction="none")[0],
-            "masked": ps.cross_entropy(y, places, reduction="none", where=y < 40),
-            "log_softmax": -ps.log_softmax(x)[places, places],
-            "tempered": -ps.log_softmax(x * 4, temperature=4.0)[places, places],
-        }
-        for name, losses in found.items():
-            assert np.all(abs(losses - truth) <= 4 * np.spacing(losses)), (name, gap)
-
-
 @pytest.mark.parametrize("dtype", ONE_HALF_TYPE)
 def test_long_rows_are_put_together(every_size, dtype):
     """Each part has a maximum of its own: rising, falling, nothing but -inf, infinite, nan."""
@@ -216,17 +166,6 @@ def test_long_rows_are_put_together(every_size, dtype):
                 ),
                 dtype,
             )
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("axis", [0, 1])
-def test_logsumexp_of_log_probabilities(every_size, axis, dtype):
-    """Near 0 the maximum and the logarithm cancel, but for what was rounded off the logarithm."""
-    x = np.random.default_rng(1).normal(0, 2, (20_000, 100)).astype(np.longdouble)
-    x = (x - np.log(np.exp(x).sum(1, keepdims=True))).astype(dtype)
-    truth = np.log(np.exp(x.astype(np.longdouble)).sum(1))
-    found = ps.logsumexp(x if axis else np.ascontiguousarray(x.T), axis=axis)
-    assert np.all(abs(found - truth) <= 2 * np.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -358,30 +297,6 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.slow("Numba compiles each layout")
-@pytest.mark.parametrize("dtype", EVERY_DTYPE)
-@pytest.mark.parametrize(("shape", "axis"), LAYOUTS, ids=str)
-def test_every_axis(every_size, shape, axis, dtype):
-    """The two half types share the layouts: each has rows, columns and rows of few classes."""
-    if ml_dtypes and dtype in ("float16", "bfloat16"):
-        of_float16 = LAYOUTS.index((shape, axis)) in (0, 3, 4, 6, 7, 10)
-        if of_float16 != (dtype == "float16"):
-            pytest.skip("the other half type has this layout")
-    rng = np.random.default_rng(1)
-    x = (3 * rng.standard_normal(shape)).astype(np_dtype(dtype))
-    dy = rng.standard_normal(shape).astype(np_dtype(dtype))
-    before = x.tobytes(), dy.tobytes()
-    for name in ROWS:
-        assert kernels.explain(name, x, axis=axis).startswith(NAME)
-        agree(lambda name=name: getattr(ps, name)(x, axis=axis), dtype)
-    for name in ("softmax", "log_softmax"):
-        agree(lambda name=name: getattr(ps, name)(x, axis=axis, temperature=0.7), dtype)
-        y = getattr(ps, name)(x, axis=axis)
-        assert kernels.explain(f"{name}_vjp", y, dy, axis=axis).startswith(NAME)
-        agree(lambda name=name, y=y: getattr(ps, f"{name}_vjp")(y, dy, axis=axis), dtype)
-    assert (x.tobytes(), dy.tobytes()) == before
-
-
 def test_what_is_left_to_the_next_kernel(every_size):
     x = np.ones((4, 6, 5), np.float32)
 
@@ -482,54 +397,7 @@ def test_read_only_arrays_are_not_compiled_anew(every_size):
     assert compiled() == before
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((40, 10), -1), ((6, 300), -1), ((2, 10, 9), 1)])
-@pytest.mark.parametrize("upstream", [np.inf, np.nan])
-def test_a_class_that_a_mask_left_out_passes_no_gradient_on(every_size, shape, axis, upstream):
-    rng = np.random.default_rng(0)
-    mask = rng.random(shape) < 0.3
-    log_y = ps.log_softmax(rng.standard_normal(shape), axis=axis, where=~mask)
-    dy = rng.standard_normal(shape)
-    expected = ps.log_softmax_vjp(log_y, np.where(mask, 0, dy), axis=axis)
-    assert np.all(expected[mask] == 0)
-    dy[mask] = upstream
-    assert kernels.explain("log_softmax_vjp", log_y, dy, axis=axis).startswith(NAME)
-    np.testing.assert_array_equal(ps.log_softmax_vjp(log_y, dy, axis=axis), expected)
-
-
 # --------------------------------------------------------------------------- temperature
-
-
-@pytest.mark.slow("each layout is compiled for each dtype")
-@pytest.mark.parametrize("dtype", EVERY_DTYPE)
-@pytest.mark.parametrize(("n", "axis"), [(10, -1), (300, -1), (9000, -1), (40, 0)])
-@pytest.mark.parametrize("temperature", [0.1, 3.0, 1e3])
-def test_a_tempered_row_is_exact(every_size, n, axis, dtype, temperature):
-    if not exact.measures(dtype):
-        pytest.skip("np.longdouble is no longer than float64 on this machine")
-    x = families(n, dtype)
-    given = np.ascontiguousarray(np.moveaxis(x, -1, axis))
-    wide = x.astype(np.longdouble)
-    m = wide.max(-1, keepdims=True)
-    d = (wide - m) / np.longdouble(temperature)
-    rest = np.exp(d).sum(-1, keepdims=True) - 1
-    with np.errstate(all="ignore"):
-        # Digits that the sum loses beside the maximum are summed without it.
-        below = np.where(d == 0, 0, np.exp(d)).sum(-1, keepdims=True)
-        rest = np.where(np.sum(d == 0, -1, keepdims=True) == 1, below, rest)
-        log_y = d - np.log1p(rest)
-        y = np.exp(log_y)
-    half = dtype in ("float16", "bfloat16")
-    smallest = exact.smallest_normal(dtype)
-    for name, truth, bound in (
-        ("softmax", y, 6),
-        ("log_softmax", log_y, 8),
-    ):
-        result = getattr(ps, name)(given, axis=axis, temperature=temperature)
-        result = np.moveaxis(result, axis, -1).astype(np.longdouble)
-        with np.errstate(all="ignore"):
-            error = np.abs(result - truth) / exact.unit(truth, dtype)
-        counted = (result != truth) & (np.abs(truth) > smallest)
-        assert np.all(~counted | (error <= (0.51 if half else bound))), (name, error[counted].max())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -551,13 +419,6 @@ def test_a_temperature_beyond_the_range_gives_the_limit(every_size, n, axis, dty
     for temperature in (1e-40, 1e-300, 5e-324):
         shares = np.moveaxis(ps.softmax(given, axis=axis, temperature=temperature), axis, -1)
         np.testing.assert_array_equal(shares, np.eye(n)[largest])
-
-
-def test_a_difference_beyond_the_range_is_divided_all_the_same(every_size):
-    x = np.asarray([[3e38, -3e38, 0.0]], np.float32)
-    truth = np.exp([0.0, -6.0, -3.0]) / np.exp([0.0, -6.0, -3.0]).sum()
-    np.testing.assert_allclose(ps.softmax(x, temperature=1e38)[0], truth, rtol=1e-6)
-    np.testing.assert_allclose(ps.log_softmax(x, temperature=1e38)[0], np.log(truth), rtol=1e-6)
 
 
 # --------------------------------------------------------------------------- the same bits
@@ -696,85 +557,6 @@ def test_earlier_calls_change_no_bit():
 # --------------------------------------------------------------------------- losses
 
 
-@pytest.mark.parametrize("dtype", EVERY_DTYPE)
-@pytest.mark.parametrize(("shape", "axis"), [((90, 10), -1), ((30, 200), 1), ((2, 20, 9), 1)])
-def test_every_option_of_a_loss(every_size, shape, axis, dtype):
-    rng = np.random.default_rng(2)
-    x = (3 * rng.standard_normal(shape)).astype(np_dtype(dtype))
-    n = shape[axis]
-    positions = np.delete(shape, axis)
-    labels = rng.integers(0, n, positions)
-    weight = rng.random(n)
-    weight[1] = 0
-    ignored = np.where(rng.random(positions) < 0.3, -1, labels)
-    wrong = np.where(rng.random(positions) < 0.3, n + 5, labels)
-    hostile = x.copy()
-    np.moveaxis(hostile, axis, -1)[ignored == -1] = np.nan
-    low = x.copy()
-    np.moveaxis(low, axis, -1)[..., 1] = -np.inf
-    for logits, t, options in (
-        (x, labels, {}),
-        (x, labels, {"weight": weight, "reduction": "sum"}),
-        (hostile, ignored, {"ignore_index": -1}),
-        (hostile, ignored, {"ignore_index": -1, "weight": weight, "z_loss": 0.1}),
-        (hostile, ignored, {"ignore_index": -1, "weight": weight, "label_smoothing": 0.2}),
-        (x, labels, {"label_smoothing": 1.0, "z_loss": 0.3, "reduction": "none"}),
-        (low, labels, {"weight": weight, "label_smoothing": 0.2, "reduction": "none"}),
-        (low, labels, {"reduction": "none"}),
-        (x, wrong, {"check_labels": False, "reduction": "none"}),
-        (x, wrong, {"check_labels": False, "weight": weight}),
-        (x, labels, {"weight": np.zeros(n)}),
-        (x, np.full(positions, -1), {"ignore_index": -1}),
-        (x, np.full(positions, -1), {"ignore_index": -1, "reduction": "sum"}),
-    ):
-        for name in LOSSES:
-            assert kernels.explain(name, logits, t, axis=axis, **options).startswith(NAME)
-            taken = agree(
-                lambda name=name, logits=logits, t=t, options=options: getattr(ps, name)(
-                    logits, t, axis=axis, **options
-                ),
-                dtype,
-                units=256,
-            )
-        if logits is hostile:
-            assert np.all(np.moveaxis(taken[1], axis, -1)[ignored == -1] == 0)
-
-
-@pytest.mark.parametrize("unused", [np.inf, np.nan])
-@pytest.mark.parametrize(("shape", "axis"), [((40, 10), -1), ((6, 300), -1), ((2, 10, 9), 1)])
-def test_a_weight_that_no_label_names_has_no_effect(every_size, shape, axis, unused):
-    x = np.random.default_rng(0).standard_normal(shape)
-    n = shape[axis]
-    labels = np.arange(x.size // n).reshape(np.delete(shape, axis)) % (n - 1)
-    weight = np.linspace(0.5, 2.0, n)
-    expected = ps.cross_entropy_value_and_grad(x, labels, axis=axis, weight=weight)
-    weight[-1] = unused
-    found = ps.cross_entropy_value_and_grad(x, labels, axis=axis, weight=weight)
-    for one, other in zip(found, expected, strict=True):
-        assert np.all(np.isfinite(one))
-        np.testing.assert_array_equal(one, other)
-    assert ps.cross_entropy(x, labels, axis=axis, weight=weight) == expected[0]
-
-
-@pytest.mark.parametrize("dtype", [f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64)])
-def test_labels_of_every_dtype(every_size, dtype):
-    x = np.random.default_rng(0).standard_normal((4, 6))
-    labels = np.asarray([0, 5, 3, 1], dtype)
-    expected = ps.cross_entropy(x, labels.astype(np.int64), reduction="none")
-    got = ps.cross_entropy(x, labels, reduction="none", ignore_index=-1 if dtype[0] == "u" else 9)
-    np.testing.assert_array_equal(got, expected)
-    largest = np.iinfo(dtype).max
-    labels[2] = largest
-    ignored = ps.cross_entropy(x, labels, reduction="none", ignore_index=int(largest))
-    np.testing.assert_array_equal(ignored, np.where([0, 0, 1, 0], 0, expected))
-    message = rf"labels\[2\] is {largest}, outside \[0, 6\)"
-    for options in ({}, {"ignore_index": -1}, {"ignore_index": -100, "weight": np.ones(6)}):
-        for name in LOSSES:
-            with pytest.raises(IndexError, match=message):
-                getattr(ps, name)(x, labels, **options)
-    assert np.isnan(ps.cross_entropy(x, labels, check_labels=False))
-
-
 def test_the_mean_of_many_losses(every_size):
     x = np.random.default_rng(0).standard_normal((262_144, 4)).astype(np.float32)
     t = np.zeros(len(x), np.int64)
@@ -902,27 +684,6 @@ def plans_of_running(monkeypatch):
 
     monkeypatch.setattr(driver, "run", spy)
     return seen
-
-
-@pytest.mark.parametrize("n", [7, 9001])
-def test_infinities_in_running_sums(every_size, n):
-    """As the portable path answers, whether rows are cut or not."""
-    inf, nan = np.inf, np.nan
-    rows = [
-        [-inf, -inf, 0, 1, 2, -inf, 3], [0, inf, 1, inf, -inf, 2, 3], [0, nan, inf, 0, -inf, 2, 3],
-        [-inf, 0, 1, 2, 3, 4, nan], [inf, 0, 1, 2, 3, -inf, 1], [-inf] * 7, [inf] * 7, [nan] * 7,
-        [-40, -40, 0, 1e-30, 0, 800, 1e4], [-1e3, 900, 0, 1, 2, inf, 0],
-    ]  # fmt: skip
-    x = np.repeat(rows, -(-n // 7), axis=1)[:, :n]
-    dy = np.random.default_rng(0).standard_normal(x.shape)
-    close = {"rtol": 1e-10, "atol": 1e-12}
-    with kernels.portable(), np.errstate(all="ignore"):
-        y, dx = ps.logcumsumexp(x), ps.logcumsumexp_vjp(x, dy)
-    np.testing.assert_allclose(ps.logcumsumexp(x), y, rtol=1e-13)
-    np.testing.assert_allclose(ps.logcumsumexp_vjp(x, dy), dx, **close)
-    for row, upstream, value, slope in zip(x, dy, y, dx, strict=True):
-        np.testing.assert_allclose(ps.logcumsumexp(row), value, rtol=1e-13)
-        np.testing.assert_allclose(ps.logcumsumexp_vjp(row, upstream), slope, **close)
 
 
 def test_running_sums_in_pieces_and_of_nothing(every_size, plans_of_running):

@@ -7,17 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import reference
 
 import portable_softmax as ps
 from portable_softmax import kernels
 from portable_softmax.kernels import _cuts, _threads
 from portable_softmax.kernels._numpy import _general, _layout, _losses, _maths, _rows, _small
 
-pytestmark = pytest.mark.once
-
 RNG = np.random.default_rng(21)
-DTYPES = ("float32", "float64")
 
 
 @pytest.fixture
@@ -143,57 +139,6 @@ def test_layouts(shape, axis, expected):
 # --------------------------------------------------------------------------- which form
 
 
-def ulps_of_rows(actual, function, x):
-    return max(
-        reference.ulps(row, function(reference.exact(r))) for row, r in zip(actual, x, strict=True)
-    )
-
-
-SHAPES = [(40, 7), (3000, 7), (300, 300)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("margin", [0, 5, 30])
-@pytest.mark.parametrize("offset", [0, -30, 60, -2000, 700])
-def test_both_forms_keep_the_digits(shape, dtype, margin, offset):
-    """Small and in tiles; near 0 and far from it, where exp(x) alone would be 0 or infinite."""
-    x = RNG.normal(size=shape)
-    x[np.arange(len(x)), RNG.integers(0, shape[1], len(x))] += margin + 3 * (margin > 0)
-    x = (x + offset).astype(dtype)
-    some = slice(0, 2)
-    y = ps.log_softmax(x)
-    assert ulps_of_rows(y[some], reference.log_softmax, x[some]) <= 8
-    t = x.argmax(axis=1)
-    loss = ps.cross_entropy(x, t, reduction="none")
-    again, grad = ps.cross_entropy_value_and_grad(x, t, reduction="none")
-    unit = np.finfo(dtype).eps
-    best = -y[np.arange(len(x)), t]
-    np.testing.assert_allclose(loss, best, rtol=8 * unit)
-    np.testing.assert_allclose(again, best, rtol=8 * unit)
-    label = grad[np.arange(len(x)), t]
-    np.testing.assert_allclose(label, np.expm1(-best), rtol=16 * unit)
-    lse = ps.logsumexp(x, axis=1)
-    np.testing.assert_allclose(lse, x.max(axis=1) + best, rtol=4 * unit, atol=4 * unit)
-
-
-@pytest.mark.parametrize("shape", [(700, 10), (3000, 10), (500, 300)])
-def test_a_logsumexp_near_0_is_as_exact_as_of_differences(shape):
-    """The maximum and the logarithm cancel there, so that the errors of both count."""
-    x = RNG.normal(size=shape)
-    x = (x - np.log(np.exp(x).sum(axis=1, keepdims=True))).astype(np.float32)
-    exact = np.log(np.exp(x.astype(np.float64)).sum(axis=1))
-    m = x.max(axis=1, keepdims=True)
-    e = np.exp(x - m)
-    e[np.arange(len(x)), x.argmax(axis=1)] = 0.0
-    plain = m[:, 0] + np.log1p(e.sum(axis=1))
-
-    def error(value):
-        return np.sqrt(np.mean((value - exact) ** 2))
-
-    assert error(ps.logsumexp(x, axis=1)) <= 1.1 * error(plain)
-
-
 def test_the_precise_form_is_taken_by_the_rows_that_need_it(seen, monkeypatch):
     far, _ = _maths.RANGES[np.dtype(np.float32)]
     folded = []
@@ -300,84 +245,6 @@ def test_a_small_softmax_shifts_the_rows_that_need_it(monkeypatch):
     assert {row.tobytes() for row in x[beyond]} == {row.tobytes() for row in seen}
     for row, found in zip(x, y, strict=True):
         np.testing.assert_array_equal(ps.softmax(row), found)
-
-
-@pytest.mark.parametrize("dtype", ["float16", *DTYPES])
-@pytest.mark.parametrize(
-    ("shape", "axis"),
-    [((5000, 10), 1), ((300, 400), 1), ((50, 4000), 0), ((70, 40, 33), 1), ((3, 40, 9000), 1)],
-)
-def test_the_vjps_of_every_layout(shape, axis, dtype):
-    """Of a confident entry in few rows, and in all."""
-    x, dy = (RNG.normal(size=shape).astype(dtype) for _ in range(2))
-    x[:3] += 30 * (np.argmax(x[:3], axis, keepdims=True) == np.indices(shape)[axis][:3])
-    for logits in (x, 8 * x):
-        y, log_y = ps.softmax(logits, axis=axis), ps.log_softmax(logits, axis=axis)
-        for function, out in ((ps.softmax_vjp, y), (ps.log_softmax_vjp, log_y)):
-            with kernels.use("numpy tiles"):
-                assert kernels.explain(function.__name__, out, dy, axis=axis).startswith("numpy")
-                dx = function(out, dy, axis=axis)
-            with kernels.portable():
-                plain = function(out, dy, axis=axis)
-            unit = (1 if dtype == "float16" else 32) * np.finfo(dtype).eps
-            assert dx.dtype == dtype
-            np.testing.assert_allclose(dx, plain, rtol=unit, atol=unit)
-            if out is y and dtype != "float16":  # which has no digits so near 1
-                sure = y > 0.75
-                rest = -np.expm1(log_y[sure])
-                assert (np.abs(dx - plain)[sure] <= 4 * unit * rest).all()
-
-
-def test_the_vjps_of_large_rows():
-    for shape, dtype in (((1500, 1000), "float64"), ((4000, 600), "float32")):
-        x, dy = (RNG.normal(size=shape).astype(dtype) for _ in range(2))
-        x[5, 7], dy[5], dy[5, 7] = 60, 0, 1
-        y, log_y = ps.softmax(x), ps.log_softmax(x)
-        log_y[3, 4] = -np.inf
-        masked = dy.copy()
-        masked[3, 4] = np.nan
-        for function, out, upstream in (
-            (ps.softmax_vjp, y, dy),
-            (ps.log_softmax_vjp, log_y, masked),
-        ):
-            name = function.__name__
-            assert ps.kernels.explain(name, out, upstream).startswith("numpy tiles")
-            with ps.kernels.portable():
-                plain = function(out, upstream)
-            unit = 16 * np.finfo(dtype).eps
-            dx = function(out, upstream)
-            np.testing.assert_allclose(dx, plain, rtol=unit, atol=unit)
-            np.testing.assert_allclose(dx[5, 7], plain[5, 7], rtol=unit)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("every", [1, 2, 100], ids=lambda n: f"one of {n}")
-def test_the_gradient_through_many_confident_rows(dtype, axis, every):
-    """As through one, in tiles; a row beside them that does not sum to 1 has that of its values."""
-    rows, n = 300, 1000
-    x, dy, expected = (np.zeros((rows, n)) for _ in range(3))
-    x[::every, 1], dy[:, 1] = 40.0, 1.0
-    dy[:, 2:4] = np.asarray([[3.0], [1e6]])[np.arange(rows) % 2]  # the same for two entries
-    small = np.exp(-x[:, :2].max(axis=1))
-    p = small / (1.0 + (n - 1) * small)
-    top = np.where(x[:, 1] > 0, 1.0 / (1.0 + (n - 1) * small), p)
-    far = dy[:, 2]
-    # dy - sum(y * dy), as sums of products of differences, of which none cancels.
-    expected[:] = (p * -(top + 2 * p * far))[:, None]
-    expected[:, 2] = expected[:, 3] = p * (top * (far - 1) + (n - 3) * p * far)
-    expected[:, 1] = top * ((n - 3) * p + 2 * p * (1 - far))
-    x, dy = (np.ascontiguousarray(a.T if axis == 0 else a, dtype) for a in (x, dy))
-    y = ps.softmax(x, axis=axis)
-    odd = np.index_exp[:, 100] if axis == 0 else np.index_exp[100]
-    y[odd] *= 1.25
-    a, b = y[odd].astype(np.float64), dy[odd].astype(np.float64)
-    expected[100] = a * (b - (a * b).sum())
-    with kernels.use("numpy tiles"):
-        assert kernels.explain("softmax_vjp", y, dy, axis=axis).startswith("numpy tiles")
-        dx = ps.softmax_vjp(y, dy, axis=axis)
-    dx = dx.T if axis == 0 else dx
-    np.testing.assert_allclose(dx, expected, rtol=64 * np.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("shape", [(2000, 100), (300, 1000)])

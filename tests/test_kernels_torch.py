@@ -28,7 +28,10 @@ from portable_softmax.libraries._torch import PRIVATE
 PATHS = {"torch": "numpy tiles", "torch-numba": "numba rows", "triton": "triton rows"}
 LABELS = [0, 3, 2]
 
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+pytestmark = [
+    pytest.mark.run_on("paths"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

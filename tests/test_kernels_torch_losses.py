@@ -10,7 +10,10 @@ from portable_softmax import kernels
 
 BACKENDS = ("torch", "torch-numba")
 
-pytestmark = pytest.mark.slow("Numba compiles each loss", "torch-numba")
+pytestmark = [
+    pytest.mark.run_on("paths"),
+    pytest.mark.slow("Numba compiles each loss", "torch-numba"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,8 @@ from asserts import assert_close, assert_like
 import portable_softmax as ps
 from portable_softmax import layers
 
+pytestmark = pytest.mark.run_on("libraries")
+
 RNG = np.random.default_rng(8)
 
 
@@ -94,7 +96,6 @@ def test_softmax_with_loss_goes_back_from_what_forward_was_given(xp):
     assert_close(xp, layer.y, np.full((2, 2), 0.5))
 
 
-@pytest.mark.once
 def test_softmax_with_loss_passes_over_its_logits_once(monkeypatch):
     """The probabilities are computed for who reads them."""
     layer = ps.SoftmaxWithLoss()

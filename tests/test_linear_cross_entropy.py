@@ -13,6 +13,8 @@ from covering import combined
 import portable_softmax as ps
 from portable_softmax import kernels
 
+pytestmark = pytest.mark.run_on("paths")
+
 INF, NAN = np.inf, np.nan
 
 RNG = np.random.default_rng(20261126)
@@ -652,6 +654,7 @@ def test_the_first_tile_adds_to_no_gradient_of_the_classifier(xp, monkeypatch, t
     check(xp, found, want)
 
 
+@pytest.mark.run_on("jax")
 def test_jax_skips_tiles_of_positions_that_do_not_count(jax, xp, monkeypatch):
     """Compiled as well, where shapes are fixed: 23 positions are in 6 tiles, and 10 fill 3."""
     from portable_softmax.kernels._jax import _linear
@@ -685,7 +688,6 @@ def test_jax_skips_tiles_of_positions_that_do_not_count(jax, xp, monkeypatch):
         check(xp, (found[0], (*found[1], None)), want)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("path", ["kernel", "portable"])
 @pytest.mark.parametrize("classes", [1000, 40_000])
 def test_at_most_two_tiles_of_logits(classes, path):

@@ -16,6 +16,8 @@ import pytest
 
 import portable_softmax as ps
 
+pytestmark = pytest.mark.run_on("paths")
+
 RNG = np.random.default_rng(20261130)
 N, C, H = 7, 5, 3
 ARRAYS = RNG.normal(size=(N, H)), RNG.normal(size=(C, H)), RNG.normal(size=C)

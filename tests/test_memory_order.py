@@ -9,6 +9,8 @@ from asserts import assert_like
 import portable_softmax as ps
 from portable_softmax import kernels, libraries
 
+pytestmark = pytest.mark.run_on("paths")
+
 ORDERED = pytest.mark.libraries("numpy", "torch", "cupy")
 SHAPE = (3, 5, 4)
 

@@ -18,6 +18,8 @@ from test_properties import arrays
 import portable_softmax as ps
 from portable_softmax import kernels, online
 
+pytestmark = pytest.mark.run_on("paths")
+
 INF, NAN = np.inf, np.nan
 EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
 

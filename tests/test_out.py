@@ -13,6 +13,8 @@ from portable_softmax.kernels import _decide
 from portable_softmax.kernels._request import OUT
 from portable_softmax.kernels._table import TABLE
 
+pytestmark = pytest.mark.run_on("paths")
+
 RNG = np.random.default_rng(13)
 
 OPERATIONS = ("softmax", "log_softmax", "softmax_vjp", "log_softmax_vjp", "indices", "soft")
@@ -244,7 +246,6 @@ def test_what_cannot_be_written(xp):
                 f(elsewhere)
 
 
-@pytest.mark.once
 def test_memory_of_numpy_that_cannot_be_written():
     x = np.zeros((4, 3))
     frozen = x.copy()
@@ -307,7 +308,6 @@ def test_no_second_array_is_made(xp, operation):
     assert peak < out.nbytes / 2
 
 
-@pytest.mark.once
 def test_a_kernel_that_does_not_declare_it_is_not_given_one(monkeypatch):
     x, out = np.zeros((4, 3)), np.zeros((4, 3))
     undeclared = [k._replace(options=[o for o in k.options if o != OUT]) for k in TABLE]

@@ -83,7 +83,6 @@ def made_up(name, **others):
     return xp
 
 
-@pytest.mark.once
 def test_a_library_that_follows_the_standard_is_taken_and_tried_once():
     xp = made_up("made_up_right")
     x = xp.Array(X)
@@ -109,7 +108,6 @@ WRONG = {
 }
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_library_is_refused_with_a_remedy(name):
     others, why = WRONG[name]
@@ -121,7 +119,6 @@ def test_a_wrong_library_is_refused_with_a_remedy(name):
         ps.cross_entropy(x, x)
 
 
-@pytest.mark.once
 def test_reductions_that_answer_in_another_library_are_refused():
     """As those that give arrays of NumPy."""
     xp = made_up("made_up_mixed")
@@ -130,7 +127,6 @@ def test_reductions_that_answer_in_another_library_are_refused():
         ps.logsumexp(xp.Array(X))
 
 
-@pytest.mark.once
 def test_what_losses_need_is_asked_of_losses():
     xp = made_up("made_up_without_arange")
     del xp.arange
@@ -174,7 +170,6 @@ def test_the_probe_passes_on_the_standard_itself(arrays_of):
     assert _probe.of_labels(strict) == ""
 
 
-@pytest.mark.once
 def test_the_known_answers_are_those_of_the_formulas():
     y = np.exp(X - X.max(axis=1, keepdims=True))
     total = y.sum(axis=1, keepdims=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.run_on("libraries")
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "howto" / "files.md"
 PATIENCE = 300  # seconds
 

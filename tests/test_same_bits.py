@@ -15,6 +15,8 @@ import pytest
 
 import portable_softmax as ps
 
+pytestmark = pytest.mark.run_on("paths")
+
 ROWS = ("softmax", "log_softmax", "logsumexp")
 _SLOW = pytest.mark.slow("Numba compiles every kernel for this dtype", "numba", "torch-numba")
 

@@ -9,6 +9,8 @@ from test_cross_entropy import INDICES, LOGITS, SAMPLES
 
 import portable_softmax as ps
 
+pytestmark = pytest.mark.run_on("paths")
+
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_whole_weight_repeats_its_position(xp, reduction):
@@ -56,7 +58,6 @@ def test_the_weight_of_its_class_is_the_weight_of_a_position(xp):
             np.testing.assert_allclose(xp.numpy(one), xp.numpy(other), rtol=1e-14)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("shape", [(3, 5), (100_000, 3), (3, 100_000), (70, 40, 33), (0, 4)])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_tiles_answer_as_the_portable_path(shape, dtype):

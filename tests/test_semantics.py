@@ -19,6 +19,8 @@ from test_cross_entropy import three_outputs
 import portable_softmax as ps
 from portable_softmax import kernels
 
+pytestmark = pytest.mark.run_on("libraries", "paths")
+
 INF, NAN = np.inf, np.nan
 FAMILY = (ps.softmax, ps.log_softmax)
 
@@ -33,6 +35,7 @@ def ce(xp, logits, labels, **options):
 # --------------------------------------------------------------------------- shapes
 
 
+@pytest.mark.cheap
 def test_reduced_axis_of_length_0(xp):
     """reduced axis of length 0 | softmax, log_softmax: empty; logsumexp: -inf"""
     x = xp.asarray(np.zeros((2, 0, 3)), "float32")
@@ -59,6 +62,7 @@ def test_empty_batch(xp):
     assert_like(xp, ps.cross_entropy(x, labels, reduction="none"), (0,), "float64")
 
 
+@pytest.mark.cheap
 def test_0_d_input(xp):
     """0-d input | axis=None works; an axis raises, as an out-of-range axis does"""
     x = xp.asarray(3.0)
@@ -101,6 +105,7 @@ def test_no_class_at_all(xp):
 # --------------------------------------------------------------------------- infinities and nan
 
 
+@pytest.mark.cheap
 def test_a_row_of_minus_inf_only(xp):
     """a row of -inf only | softmax nan, logsumexp -inf, as every peer; its gradient 0"""
     values = [[-INF, -INF], [0.0, 0.0]]
@@ -129,6 +134,7 @@ def test_a_row_fully_masked_by_where(xp):
     assert_close(xp, ps.log_softmax_vjp(log_y, dy), np.zeros((2, 2)))
 
 
+@pytest.mark.cheap
 def test_plus_inf_in_a_row(xp):
     """+inf in a row | softmax nan; logsumexp +inf, its gradient 0"""
     values = [[INF, 0.0], [INF, INF], [INF, -INF], [0.0, 0.0]]
@@ -163,6 +169,7 @@ def test_nan_in_a_row(xp):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8"])
+@pytest.mark.cheap
 def test_integers(xp, dtype):
     """integers | promoted to the library's default floating dtype before anything is subtracted"""
     low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
@@ -285,7 +292,6 @@ def longdouble(values):
     return high.astype(np.longdouble) + low
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("path", ["default", "portable"])
 def test_longdouble(path):
     """longdouble on NumPy | computed and answered in longdouble"""
@@ -406,7 +412,6 @@ def _frozen(a):
     return a
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(5, 7), (300, 700), (1, 9), (9, 1)])
 def test_strided_reversed_fortran_read_only_big_endian(layout, shape):
@@ -477,6 +482,7 @@ def test_torch_and_jax_views_and_inputs(xp):
     assert_array_equal(xp.numpy(weight), np.arange(1.0, 6.0))
 
 
+@pytest.mark.cheap
 def test_arrays_of_two_libraries(xp):
     """arrays of two libraries | TypeError; before any computing, naming the argument"""
     if xp.library == "numpy":
@@ -496,6 +502,7 @@ def test_arrays_of_two_libraries(xp):
         ps.cross_entropy(x, xp.asarray([0, 1]), weight=np.ones(2))
 
 
+@pytest.mark.cheap
 def test_arrays_of_two_devices(xp):
     """arrays of two devices | ValueError; before any computing, naming the argument"""
     x = xp.asarray(np.zeros((2, 2)))
@@ -521,6 +528,7 @@ def test_temperature_out_of_range(xp, value):
             f(xp.asarray([0.0, 1.0]), temperature=value)
 
 
+@pytest.mark.cheap
 def test_options_out_of_range(xp):
     """label_smoothing outside [0, 1]; unknown reduction; z_loss < 0; softcap <= 0 | ValueError naming value and range"""  # noqa: E501
     x, labels = xp.asarray(np.zeros((2, 3))), xp.asarray([0, 1])

@@ -14,6 +14,8 @@ from mpmath import mp, mpf
 
 import portable_softmax as ps
 
+pytestmark = pytest.mark.run_on("paths")
+
 INF, NAN = np.inf, np.nan
 LOGITS = np.asarray([[0.0, -1.5, 2.25], [30.0, -40.0, 0.5], [-80.0, 75.0, -0.125]])
 LABELS = np.asarray([[0.0, 1.0, 0.25], [1.0, 0.0, 1.0], [0.0, 0.5, 1.0]])

@@ -12,6 +12,8 @@ from test_values import ROWS, of_equal_length
 import portable_softmax as ps
 from portable_softmax import kernels
 
+pytestmark = pytest.mark.run_on("paths")
+
 FINITE = of_equal_length({k: v for k, v in ROWS.items() if k not in ("huge", "minus infinity")})
 SINKS = (0.0, -3.5, 2, 60.0, -90.0, 1e5)
 

@@ -20,6 +20,8 @@ import portable_softmax as ps
 from portable_softmax import libraries, testing
 from portable_softmax.testing import CASES, RTOL, Report, check_library
 
+pytestmark = pytest.mark.run_on("libraries")
+
 ADAPTER = Path(__file__).parent / "adapter"
 strict_only = pytest.mark.libraries("array_api_strict")
 
@@ -33,7 +35,6 @@ def test_a_right_library_passes(xp, arrays_of):
     assert not report.skipped
 
 
-@pytest.mark.once
 def test_the_defaults_read_and_make_arrays():
     report = check_library(np, skip={"axes and shapes, float32": "known"})
     assert report.ok, str(report)
@@ -44,7 +45,6 @@ def test_the_defaults_read_and_make_arrays():
         check_library(np, skip={"softmaxes": "no such case"})
 
 
-@pytest.mark.once
 def test_every_public_function_is_checked(monkeypatch):
     called = set()
 
@@ -158,7 +158,6 @@ def test_a_library_without_float64_skips_it(shelf):
     assert len(report.skipped) == len(CASES)
 
 
-@pytest.mark.once
 def test_what_has_no_dtypes_is_no_right_library():
     report = check_library(math)
     assert not report.ok
@@ -228,7 +227,6 @@ def registered(monkeypatch):
     return these
 
 
-@pytest.mark.once
 def test_entry_points_of_a_library_that_is_not_ours(registered):
     import json  # stands for a library: any module has a name
 
@@ -244,7 +242,6 @@ def test_entry_points_of_a_library_that_is_not_ours(registered):
         libraries.of(json)
 
 
-@pytest.mark.once
 def test_entry_points_are_not_looked_at_for_a_library_of_ours(registered, monkeypatch):
     def never(**wanted):
         raise AssertionError(wanted)

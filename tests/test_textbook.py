@@ -23,6 +23,8 @@ from portable_softmax.textbook import (
     softmax_transposed,
 )
 
+pytestmark = pytest.mark.run_on("strict", "torch")
+
 # The reference values of the lesson: exp(x_i) / sum exp(x_k), to eight digits.
 SCORES = [[1.0, 2.0, 3.0, 4.0], [9.0, 10.0, 11.0, 13.0]]
 PROBABILITIES = [

@@ -19,6 +19,8 @@ import portable_softmax as ps
 from portable_softmax import kernels
 from portable_softmax.kernels import _threads
 
+pytestmark = pytest.mark.run_on("paths")
+
 THREADS = 16
 
 
@@ -104,7 +106,6 @@ def names_of(pieces, **options):
     return seen
 
 
-@pytest.mark.once
 def test_the_pieces_are_shared_out(two):
     assert len(names_of(range(8))) == 2
     assert len(names_of(range(1))) == 1
@@ -125,7 +126,6 @@ def test_a_call_within_a_call_stays_in_its_thread(two):
     assert threads == [True] * 16
 
 
-@pytest.mark.once
 def test_a_second_caller_works_alone(two):
     """Whoever already has threads is not given more."""
     busy, release = Event(), Event()
@@ -167,7 +167,6 @@ def test_an_exception_stops_the_rest_and_is_raised(two, culprit, monkeypatch):
     assert len(names_of(range(8))) == 2  # the pool is free again
 
 
-@pytest.mark.once
 def test_a_signal_ends_no_wait_for_a_thread_that_is_at_work():
     """What it raises is raised when all have stopped."""
     release = Event()
@@ -277,7 +276,6 @@ def test_threadpoolctl_is_asked_where_it_is_loaded(monkeypatch):
         _threads._linear_algebra.cache_clear()
 
 
-@pytest.mark.once
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_has_threads_of_its_own():
     """The parent's do not exist there, and its lock may be taken."""
@@ -304,7 +302,6 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@pytest.mark.once
 def test_a_call_while_the_interpreter_shuts_down():
     code = """
 import atexit, threading

@@ -13,6 +13,8 @@ from numpy.testing import assert_array_equal
 import portable_softmax as ps
 from portable_softmax import kernels
 
+pytestmark = pytest.mark.run_on("paths", "torch-portable")
+
 INF, NAN = np.inf, np.nan
 
 

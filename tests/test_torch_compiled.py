@@ -8,6 +8,8 @@ import pytest
 import portable_softmax as ps
 from portable_softmax import kernels
 
+pytestmark = pytest.mark.run_on("paths")
+
 VALUE, GRADIENT = "portable_softmax.value.default", "portable_softmax.gradient.default"
 ROWS = {"small": 16, "large": 1_100}  # of 60 classes: on either side of 65,536 elements
 

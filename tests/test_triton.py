@@ -16,6 +16,8 @@ from portable_softmax import kernels
 from portable_softmax.kernels import _switches
 from portable_softmax.kernels._request import LOSSES, OPERATIONS, VJPS
 
+pytestmark = pytest.mark.run_on("paths")
+
 NAME = "triton rows: rows in registers, or folded as they pass by"
 RNG = np.random.default_rng(11)
 

@@ -17,6 +17,8 @@ from bench import exact
 from portable_softmax import kernels, online
 from portable_softmax.compat import scipy_special, torch_functional
 
+pytestmark = pytest.mark.run_on("paths")
+
 RNG = np.random.default_rng(20240607)
 ROWS = {
     "plain": RNG.normal(size=(3, 5)),
@@ -693,7 +695,6 @@ def backward(dtype, dout):
     return layer.backward(dout)
 
 
-@pytest.mark.once
 def test_documented_infinities_and_nans_raise_no_warnings():
     nll_loss = torch_functional.nll_loss
     zeros, labels = np.zeros((2, 3)), np.asarray([0, 0])

@@ -16,7 +16,7 @@ from rich.table import Table
 from tests.backends import BACKENDS, Backend
 from tests.fuzz import answers, cases, compare, paths
 from tests.fuzz.cases import Case, Refused
-from tests.fuzz.draw import TRAITS
+from tests.fuzz.draw import TRAITS, traits_of
 
 # What is run by default; libraries that compile each shape, or schedule each call, take longer.
 CASES = {
@@ -50,7 +50,7 @@ def check(
     case: Case, backend: Backend, ways: list[paths.Path], tallies: dict[tuple[str, str], Tally]
 ) -> Iterator[Failure]:
     """Run a case on every path."""
-    traits = TRAITS[backend.name]
+    traits = traits_of(backend.library)
     expected = answers.expected(
         case, traits, reads_labels=not backend.lazy, flushes=backend.library in ("jax", "mlx")
     )
@@ -94,7 +94,7 @@ def run(
     task = progress.add_task(backend.name, total=len(numbers)) if progress else None
     for number in numbers:
         with np.errstate(all="ignore"):
-            case = cases.make(TRAITS[backend.name], seed, number)
+            case = cases.make(traits_of(backend.library), seed, number)
         for failure in check(case, backend, ways, tallies):
             failures.append(failure)
             if progress is not None:  # a run takes up to an hour, and may be ended before its end

@@ -11,7 +11,7 @@ import numpy as np
 from tests.fuzz import binary, family, losses, reference
 from tests.fuzz.cases import BINARY, FAMILY, LINEAR, LOSSES, Case, Refused
 from tests.fuzz.draw import Traits, from_rows, to_rows
-from tests.fuzz.reference import Answer, Rounding
+from tests.fuzz.reference import Answer, L, Rounding
 from tests.fuzz.values import FORMATS, name_of
 
 
@@ -51,7 +51,7 @@ def expected(
             return _binary(case, x, dtype, rounding)
         found = (_family if case.function in FAMILY else _rows)(case, x, rounding)
     last = dtype if given.dtype.kind == "c" else rounding.result.name
-    dtypes = (last,) if len(found) == 1 else (rounding.result.name, last)
+    dtypes = (*(rounding.result.name,) * (len(found) - 1), last)
     return Expected(found, dtypes)
 
 
@@ -96,7 +96,9 @@ def _flushed(rows: np.ndarray, compute: Any, temperature: float) -> np.ndarray:
     tiny = compute.smallest_normal
     if tiny <= compute.u * temperature:
         return np.zeros(len(rows), bool)
-    sizes = np.abs(np.concatenate([rows, rows - rows.max(axis=1, keepdims=True)], axis=1))
+    sizes = np.abs(
+        np.concatenate([rows, rows - rows.max(axis=1, keepdims=True, initial=-np.inf)], axis=1)
+    )
     return ((sizes > 0) & (sizes < tiny)).any(axis=1)
 
 
@@ -110,19 +112,37 @@ def _family(case: Case, x: np.ndarray, rounding: Rounding) -> tuple[Answer, ...]
     if case.function == "logcumsumexp":
         return (_whole(family.logcumsumexp(rows, rounding), shape, axes),)
     if case.function == "entropy":
-        answer = family.entropy(rows, rounding)
+        answer, _ = family.entropy(rows, rounding)
+    elif case.function == "entropy_value_and_grad":
+        answer, slope = family.entropy(rows, rounding)
+        kept = [n for a, n in enumerate(shape) if a not in axes]
+        return Answer(*(part.reshape(kept) for part in answer)), _whole(slope, shape, axes)
     elif case.function == "logmeanexp":
         where = case.values("where")
         live = to_rows(np.broadcast_to(True if where is None else where, shape), axes)
         answer = family.logmeanexp(rows, live, rounding)
     else:
-        other = case.values("other")
-        assert other is not None
-        other = to_rows(other, axes).astype(rounding.compute.dtype)
-        answer = family.kl_divergence(rows, other, float(options.get("temperature", 1)), rounding)
+        return _divergence(case, rows, rounding)
     keep = options.get("keepdims", False)
     kept = [1 if a in axes else n for a, n in enumerate(shape) if keep or a not in axes]
     return (Answer(*(part.reshape(kept) for part in answer)),)
+
+
+def _divergence(case: Case, rows: np.ndarray, rounding: Rounding) -> tuple[Answer, ...]:
+    """Return the divergence and, if they are asked for, the gradients by both arguments."""
+    axes, shape, options = case.axes, case.first.shape, case.options
+    other = case.values("other")
+    assert other is not None
+    other = to_rows(other, axes).astype(rounding.compute.dtype)
+    t, reduction = float(options.get("temperature", 1)), options.get("reduction", "mean")
+    factor = L(t) ** 2 if options.get("distillation") else L(1)
+    value, *by = family.kl_divergence(rows, other, t, factor, reduction, rounding)
+    if reduction == "none":
+        kept = [n for a, n in enumerate(shape) if a not in axes]
+        value = Answer(*(part.reshape(kept) for part in value))
+    if not case.function.endswith("grad"):
+        return (value,)
+    return value, *(_whole(slope, shape, axes) for slope in by)
 
 
 def _sums(case: Case, rows: Any, live: Any, rounding: Rounding, shape: tuple[int, ...]) -> Any:
@@ -233,7 +253,7 @@ def _linear(
         values, size = g.T @ factor, np.abs(g).T @ np.abs(factor)
         # What underflows may have been divided, or be multiplied, by the weights of a mean.
         compute = rounding.compute
-        lost = 2000 * len(g) * (compute.smallest_normal if rounding.flushes else compute.smallest)
+        lost = 2000 * len(g) * rounding.gone
         error = slack.T @ np.abs(factor) + u * size + lost
         # The sum before a mean divides it, and what is divided first, may leave the range.
         largest = np.maximum(size, np.max(np.abs(factor), initial=0))

@@ -34,7 +34,7 @@ def value_and_grad(
     loss, grad = of_yes[0] + of_no[0], of_no[1] - of_yes[1]
     size = np.abs(of_no[1]) + np.abs(of_yes[1])
     # What underflows, a power or a sigmoid, may be multiplied by a large loss after that.
-    gone = compute.smallest_normal if rounding.flushes else compute.smallest
+    gone = rounding.gone
     finite = np.where(np.isfinite(z), np.abs(z), 0)
     lost = 4 * gone * (1 + options.gamma) * (1 + (yes + no) * (1 + finite))
     error = 12 * u * np.where(np.isfinite(loss), loss, 0) + lost

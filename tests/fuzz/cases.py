@@ -35,15 +35,19 @@ FUNCTIONS = {
     "entmax": 6,
     "sparsemax": 3,
     "entropy": 4,
+    "entropy_value_and_grad": 4,
     "logmeanexp": 4,
     "logcumsumexp": 4,
     "kl_divergence": 5,
+    "kl_divergence_value_and_grad": 5,
     "sigmoid_cross_entropy": 3,
     "sigmoid_cross_entropy_value_and_grad": 6,
 }
 LOSSES = ("cross_entropy", "cross_entropy_value_and_grad")
 LINEAR = ("linear_cross_entropy", "linear_cross_entropy_value_and_grad")
-FAMILY = ("entmax", "sparsemax", "entropy", "logmeanexp", "logcumsumexp", "kl_divergence")
+DIVERGENCES = ("kl_divergence", "kl_divergence_value_and_grad")
+ENTROPIES = ("entropy", "entropy_value_and_grad")
+FAMILY = ("entmax", "sparsemax", *ENTROPIES, "logmeanexp", "logcumsumexp", *DIVERGENCES)
 BINARY = ("sigmoid_cross_entropy", "sigmoid_cross_entropy_value_and_grad")
 VJPS = ("softmax_vjp", "log_softmax_vjp")
 
@@ -100,7 +104,7 @@ def make(traits: Traits, seed: int, number: int, functions: tuple[str, ...] = ()
     draw = Draw(traits, seed, number)
     chosen = {f: w for f, w in FUNCTIONS.items() if not functions or f in functions}
     function = draw.weighted(chosen)
-    one_axis = function in (*LOSSES, *LINEAR, "softmax_jacobian", "logcumsumexp", "kl_divergence")
+    one_axis = function in (*LOSSES, *LINEAR, "softmax_jacobian", "logcumsumexp", *DIVERGENCES)
     dtype = _dtype(draw, function)
     shape, axis = shape_and_axis(draw, dtype, one_axis=one_axis)
     if function in LINEAR:
@@ -205,16 +209,18 @@ def _fill_family(draw: Draw, case: Case, shape: tuple[int, ...], axis: Any, dtyp
             case.arrays["where"] = draw.argument(mask(draw, shape))
         if draw.chance() < 0.3:
             case.options["keepdims"] = draw.one_of((True, True, False))
-    elif case.function == "kl_divergence":
+    elif case.function in DIVERGENCES:
         other = from_rows(values.rows(draw.random, draw.rng, folded, dtype), shape, axes)
         if dtype in values.FORMATS and draw.chance() < 0.5:  # close to each other
             scale = draw.one_of((0.0, 1e-6, 1e-3, 0.1))
             near = x.astype(np.longdouble) * (1 + scale * draw.rng.standard_normal(shape))
             other = np.asarray(near).astype(x.dtype)
         case.arrays["other"] = draw.argument(draw.in_byte_order(other))
-        case.options["reduction"] = "none"
+        case.options["reduction"] = draw.one_of(("none", "none", "sum", "mean"))
         if draw.chance() < 0.3:
             case.options["temperature"] = draw.one_of((0.5, 2.0, 3, 10.0))
+        if draw.chance() < 0.3:
+            case.options["distillation"] = True
 
 
 def _weights(draw: Draw, shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -26,24 +26,25 @@ def has_one(case: Case) -> bool:
 
 def _by(case: Case) -> list[str]:
     """Return the names of the arrays that the gradients are by."""
-    names = ["hidden", "classifier", "bias"] if "hidden" in case.arrays else ["logits"]
+    if "x" in case.arrays:
+        names = ["x", "other"]
+    else:
+        names = ["hidden", "classifier", "bias"] if "hidden" in case.arrays else ["logits"]
     return [name for name in names if name in case.arrays]
 
 
 def found(case: Case, *positional: Any, **keyword: Any) -> tuple[Any, Any]:
     """Return the value and the gradients of its sum, in the form of the function of both."""
     function = getattr(ps, case.function.removesuffix(_GIVES_BOTH))
-    linear, bias = "hidden" in case.arrays, keyword.get("bias")
-    n = 2 if linear else 1
+    several, bias = {"hidden", "other"} & case.arrays.keys(), keyword.get("bias")
+    n = 2 if several else 1
 
     def value(*by: Any) -> Any:
         named = keyword if bias is None else {**keyword, "bias": by[n]}
         return function(*by[:n], *positional[n:], **named)
 
     y, grads = _differentiated(value, positional[:n] if bias is None else (*positional[:n], bias))
-    if not linear:
-        return y, grads[0]
-    return y, grads if bias is not None else (*grads, None)
+    return y, grads if several else grads[0]
 
 
 def _differentiated(value: Any, by: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:

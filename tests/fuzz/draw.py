@@ -63,6 +63,11 @@ TRAITS = {
 }
 
 
+def traits_of(library: str) -> Traits:
+    """Return what is drawn for a library."""
+    return next(traits for traits in TRAITS.values() if traits.library == library)
+
+
 class Draw:
     """What the parts of a case are drawn with."""
 

@@ -98,17 +98,27 @@ def _largest(fits: Any, depth: Any) -> Any:
     return base
 
 
-def entropy(x: Any, rounding: Rounding) -> Answer:
+def entropy(x: Any, rounding: Rounding) -> tuple[Answer, Answer]:
+    """Return the entropy of rows and its gradient, -p (log p + H)."""
     rows = fold(x, np.ones(x.shape, bool))
     d = np.where(rows.bad, 0, np.where(np.isneginf(rows.x), 0, rows.max - rows.x))
     p = np.where(np.isneginf(rows.x), 0, np.exp(-d)) / (1 + rows.rest)
     h = rows.log + (p * np.where(p == 0, 0, d)).sum(axis=1, keepdims=True)  # d overflows
     if not x.shape[1]:
-        return Answer(np.zeros(h.shape), np.zeros(h.shape))
-    h = np.where(rows.bad, L("nan"), h)
+        return Answer(np.zeros(h.shape), np.zeros(h.shape)), Answer(x, x)
+    u, least, depth = rounding.compute.u, rounding.compute.smallest, rounding.compute.depth
     lost = np.where(h < 64 * rounding.compute.smallest_normal, 64, 2) * x.shape[1]
-    slack = lost * rounding.compute.smallest * (1 + rounding.compute.depth)
-    return Answer(h, rounding.tolerance(h, 8, slack))
+    lost = lost * least * (1 + depth)
+    minus_log = np.where(p == 0, 0, rows.log + d)
+    grad = p * (minus_log - h)
+    # The logarithm is rounded as the largest difference is, H is as said; p has its own bound.
+    slack = u * (16 + 4 * np.minimum(rows.span, depth)) * p * (minus_log + h)
+    slack = slack + 8 * rounding.gone * (1 + minus_log + h) + p * lost
+    h, grad = (np.where(rows.bad, L("nan"), a) for a in (h, grad))
+    return (
+        Answer(h, rounding.tolerance(h, 8, lost)),
+        Answer(grad, rounding.tolerance(grad, 1, slack)),
+    )
 
 
 def logmeanexp(x: Any, live: Any, rounding: Rounding) -> Answer:
@@ -144,8 +154,13 @@ def logcumsumexp(x: Any, rounding: Rounding) -> Answer:
     return Answer(value, rounding.tolerance(value, 6, 4 * rounding.compute.u * size))
 
 
-def kl_divergence(x: Any, y: Any, temperature: float, rounding: Rounding) -> Answer:
-    """The documented bound: 8 u K + e sqrt(2 K) + e^2 / 2 with e = 4 u (1 + D)."""
+def kl_divergence(
+    x: Any, y: Any, temperature: float, factor: Any, reduction: str, rounding: Rounding
+) -> tuple[Answer, Answer, Answer]:
+    """Return the divergence, times a factor and reduced, and the gradients of its sum by x and y.
+
+    The documented bound: 8 u K + e sqrt(2 K) + e^2 / 2 with e = 4 u (1 + D).
+    """
     ones = np.ones(x.shape, bool)
     by_p, by_q = fold(x, ones, temperature), fold(y, ones, temperature)
 
@@ -180,4 +195,42 @@ def kl_divergence(x: Any, y: Any, temperature: float, rounding: Rounding) -> Ans
     # Half of the smallest number rounds to it or to 0, and so a divergence from 0 is inf or not.
     nearly = (np.exp(p) > rounding.compute.smallest / 4) & gone & np.isneginf(q)
     unsure |= nearly.any(axis=1, keepdims=True)
-    return Answer(k, np.where(unsure, ANY, rounding.tolerance(k, 1, slack)))
+    of_p, of_q = _slopes(p, q, u, e, k, error, temperature, rounding)
+    of_p, of_q = (
+        Answer(np.where(bad, L("nan"), a.values), np.where(unsure, ANY, a.tolerance))
+        for a in (of_p, of_q)
+    )
+    whole = L(factor)
+    slack = np.where(unsure, ANY, slack * whole)
+    k = k * whole
+    if reduction != "none":
+        k, slack = np.asarray(k.sum()), slack.sum() + 8 * unit * (finite * whole).sum()
+    if reduction == "mean":
+        whole = whole / max(len(x), 1)
+        k, slack = (k / len(x), slack / len(x)) if len(x) else (np.asarray(L("nan")), L(0))
+    huge = bool(whole * finite.sum() > rounding.compute.max / 16)
+    slack = np.where(huge, ANY, slack)
+    scaled = (Answer(a.values * whole, a.tolerance * whole) for a in (of_p, of_q))
+    by = (Answer(a.values, rounding.tolerance(a.values, 1, a.tolerance)) for a in scaled)
+    return Answer(k, rounding.tolerance(k, 1, slack)), *by
+
+
+def _slopes(
+    p: Any, q: Any, u: Any, e: Any, k: Any, error: Any, temperature: float, rounding: Rounding
+) -> tuple[Answer, Answer]:
+    """Return p (log p - log q - K) / T and (q - p) / T of logarithms, and what they may be off."""
+    compute, t = rounding.compute, L(temperature)
+    least = rounding.gone
+    of_p = np.where(e == 0, 0, e * (-u - k))
+    near = (e > 0) & (np.abs(u) < 1)
+    of_q = np.where(near, e * np.expm1(np.where(near, u, 0)), np.exp(q) - e)
+    known = np.where(np.isfinite(k), k, 0)
+    size = e * (np.abs(np.where(np.isfinite(u), u, 0)) + known)
+    deep = np.minimum(np.maximum(-p, np.where(np.isinf(q), 0, -q)), compute.depth)
+    units = compute.u * (16 + 4 * deep)
+    lost = 16 * least * (1 + deep + np.where(np.isfinite(u), np.abs(u), 0) + known)
+    slack_p = units * size + e * (2 * error + error * np.sqrt(2 * known)) + lost
+    slack_q = units * np.abs(of_q) + 2 * error * np.maximum(e, np.exp(q)) + lost
+    # Beside an infinite divergence the gradient by p is not said.
+    slack_p = np.where(np.isfinite(k), slack_p, ANY)
+    return Answer(of_p / t, slack_p / t), Answer(of_q / t, slack_q / t)

@@ -90,7 +90,7 @@ def _value_and_grad(x: Any, to: Target, options: Options, rounding: Rounding) ->
     terms_of_weight = np.abs(named).sum(axis=1, keepdims=True)
 
     z = L(options.z_loss)
-    underflow = compute.smallest_normal if rounding.flushes else compute.smallest
+    underflow = rounding.gone
     lost_rest = lost_to_underflow(rows, rounding)
     terms = np.where(q == 0, 0, q * surprise)
     squared = np.where(label_weight == 0, 0, z * label_weight * lse * lse)

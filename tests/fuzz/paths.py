@@ -11,6 +11,7 @@ import numpy as np
 
 import portable_softmax as ps
 from portable_softmax import kernels
+from portable_softmax.kernels._decide import Decision, decision_for
 from tests.backends import Backend, np_dtype
 from tests.fuzz import derivatives, layouts
 from tests.fuzz.cases import POSITIONAL, Case
@@ -39,8 +40,8 @@ def paths(library: str) -> list[Path]:
         found.append(Path("autodiff", nullcontext, derived=True))
     if library in ("numpy", "torch", "jax"):
         found.append(Path("portable", kernels.portable, "portable"))
-    both = ("numpy tiles", "numba rows")
-    names = {"numpy": both, "torch": both, "jax": both[1:]}
+    rows = ("numpy tiles", "packed rows", "numba rows")
+    names = {"numpy": rows, "torch": rows, "jax": rows[-1:]}
     here = [name for name in names.get(library, ()) if name in kernels.available()]
     return found + [Path(name, partial(kernels.use, name), name) for name in here]
 
@@ -71,21 +72,30 @@ def prepared(case: Case, backend: Backend) -> Prepared:
     return Prepared(tuple(a for n, a in arrays.items() if n in POSITIONAL), keyword, before)
 
 
-def run(path: Path, case: Case, given: Prepared) -> tuple[Any, str]:
-    """Return what a path answers, an exception included, and which kernel ran."""
+def decided(path: Path, case: Case, given: Prepared) -> Decision | None:
+    """Return the decision for a case on a path; None if the call is refused before it."""
     with path.switch():
         try:
-            explained = kernels.explain(case.function, *given.positional, **given.keyword)
+            decision, _ = decision_for(case.function, *given.positional, **given.keyword)
         except Exception:  # the call itself raises it again
-            explained = ""
-        function = partial(derivatives.found, case) if path.derived else getattr(ps, case.function)
+            return None
+    return decision
+
+
+def run(path: Path, case: Case, given: Prepared) -> tuple[Any, str]:
+    """Return what a path answers, an exception included, and which kernel ran."""
+    decision, kernel = decided(path, case, given), ""
+    if decision is not None:
+        kernel = "portable" if decision.taken is None else decision.taken.kernel.name
+    function = partial(derivatives.found, case) if path.derived else getattr(ps, case.function)
+    with path.switch():
         try:
             found = function(*given.positional, **given.keyword)
         except Exception as error:
             found = error
-    if case.function == "linear_cross_entropy_value_and_grad" and isinstance(found, tuple):
+    if isinstance(found, tuple) and isinstance(found[1], tuple):  # a gradient by each argument
         found = (found[0], *[grad for grad in found[1] if grad is not None])
-    return found, explained.partition(":")[0]
+    return found, kernel
 
 
 def unchanged(case: Case, given: Prepared, backend: Backend) -> bool:

@@ -32,6 +32,11 @@ class Rounding(NamedTuple):
     flushes: bool = False
     """Whether subnormal numbers are taken for 0."""
 
+    @property
+    def gone(self) -> Any:
+        """The least that a number may be, and be 0 for what comes after it."""
+        return self.compute.smallest_normal if self.flushes else self.compute.smallest
+
     @classmethod
     def of(cls, dtype: str, *, flushes: bool = False) -> Rounding:
         result = FORMATS[dtype]
@@ -240,7 +245,7 @@ def softmax_vjp(y: Any, dy: Any, rounding: Rounding) -> Answer:
     nan = np.isnan(y + dy).any(axis=1, keepdims=True) & (~np.isinf(y * dy)).all(
         axis=1, keepdims=True
     )
-    lost = rounding.compute.smallest * y.shape[1]  # of products that underflow
+    lost = rounding.gone * y.shape[1]  # of products that underflow
     return _scaled(y * (dy - total), np.abs(y) * (np.abs(dy) + size), rounding, nan, lost)
 
 
@@ -252,7 +257,7 @@ def log_softmax_vjp(log_y: Any, dy: Any, rounding: Rounding) -> Answer:
     size = np.abs(dy).sum(axis=1, keepdims=True)
     depth = 1 + np.abs(np.where(p > 0, log_y, 0))
     nan = np.isnan(p + total)
-    lost = rounding.compute.smallest * size  # of exponentials that underflow
+    lost = rounding.gone * size  # of exponentials that underflow
     return _scaled(dy - p * total, np.abs(dy) + p * size * depth, rounding, nan, lost)
 
 
