@@ -13,6 +13,7 @@ from functools import partial
 
 import pytest
 
+from portable_softmax.kernels._request import SPARSE
 from portable_softmax.kernels._table import TABLE
 from tests.backends import BACKENDS
 from tests.fuzz import cases, paths
@@ -47,9 +48,21 @@ OPTIONS_LEFT = {
     "numpy sigmoid_cross_entropy": "weight, pos_weight, label_smoothing, focal_gamma",
     "numba sigmoid_cross_entropy": "focal_gamma",
 }
-# How many cases the fast part draws, where a compiler or a scheduler works on each; elsewhere 200.
-# There they are of one dtype, and of all where 1000 are drawn.
-FEW = {"numba": 50, "torch-numba": 15, "jax": 8, "jax-numba": 0, "dask": 15}
+# How many cases are drawn in the fast part and in the slow one. What a compiler or a scheduler
+# works on are few; the fast part has one dtype of them.
+DRAWN = {
+    **dict.fromkeys(("numpy", "strict", "torch"), (200, 1000)),
+    **dict.fromkeys(("torch-portable", "mlx"), (60, 1000)),
+    "numba": (50, 400),
+    "torch-numba": (15, 200),
+    "dask": (10, 150),
+    "jax": (5, 60),
+    "jax-numba": (0, 60),
+}
+
+
+# Where rows are cut, and pieces are shared by threads.
+LARGE = ("numpy", "numba")
 
 
 def has(name, way, function):
@@ -67,16 +80,19 @@ def contracts():
     slow = pytest.mark.slow("more cases, and every dtype for compilers")
     for name, function in itertools.product(PATHS, cases.FUNCTIONS):
         if any(has(name, way, function) for way in PATHS[name]):
-            if few := FEW.get(name, 200):
+            few, many = DRAWN[name]
+            if few:
                 yield pytest.param(name, function, few)
-            yield pytest.param(name, function, 1000, marks=slow)
+            yield pytest.param(name, function, many, marks=slow)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # Dask's, of no values
 @pytest.mark.parametrize(("backend_name", "function", "drawn"), list(contracts()), scope="session")
 def test_every_pair_that_a_path_takes(xp, backend_name, function, drawn):
-    traits = replace(traits_of(xp.library), large=0.03)
-    if drawn < 200:
+    traits = traits_of(xp.library)
+    if backend_name in LARGE and function not in SPARSE:
+        traits = replace(traits, large=0.03)
+    if drawn < min(60, DRAWN[backend_name][1]):
         traits = replace(traits, floats=("float32",), integers=("int32",))
     chosen, tallies = defaultdict(list), defaultdict(Tally)
     for path in paths.paths(xp.library):
