@@ -206,15 +206,22 @@ def copied(tmp_path):
 
 
 @pytest.mark.slow("fresh processes compile kernels")
-def test_kernels_are_kept_until_any_source_changes(copied, tmp_path):
+def test_kernels_are_kept_until_what_they_are_made_of_changes(copied, tmp_path):
     here = {"NUMBA_CACHE_DIR": str(tmp_path / "kept")}
     hit, miss = "1 0", "0 1"
     assert in_a_fresh_process(LARGE, copied, **here) == miss
     assert in_a_fresh_process(LARGE, copied, **here) == hit
-    for name in ("kernels/_numba/_rows.py", "portable/_softmax.py"):
+    for name, old, new, found in (
+        ("kernels/_numba/_rows.py", "", "# Another version.", miss),
+        ("kernels/_numba/_weights.py", "", "# Another version.", hit),
+        ("portable/_softmax.py", "", "# Another version.", hit),
+        ("portable/_softmax.py", "LOG_CONFIDENT = -0.5", "LOG_CONFIDENT = -0.4", miss),
+    ):
         source = copied / "portable_softmax" / name
-        source.write_text(source.read_text() + "\n# Another version.\n")
-        assert in_a_fresh_process(LARGE, copied, **here) == miss
+        text = source.read_text()
+        assert old in text
+        source.write_text(text.replace(old, new) if old else f"{text}\n{new}\n")
+        assert in_a_fresh_process(LARGE, copied, **here) == found
     for path in (tmp_path / "kept").rglob("*.nb*"):
         path.write_bytes(b"half a file")
     assert in_a_fresh_process(LARGE, copied, **here) == miss

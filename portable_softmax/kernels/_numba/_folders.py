@@ -18,7 +18,6 @@ from typing import NamedTuple
 from numba.core import caching, config
 
 HERE = Path(__file__).resolve().parent
-PORTABLE = HERE.parents[1] / "portable"
 BESIDE = HERE / "__pycache__"
 
 

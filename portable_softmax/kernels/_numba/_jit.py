@@ -1,10 +1,10 @@
 """How the functions here are compiled, and cached on disk.
 
 `function` is for what is inlined into a kernel, `kernel` for what Python calls. Numba's own cache
-looks at the file of the compiled function alone. A kernel is made of all files of this folder and
-of constants of the portable mathematics, and is cached with a digest of both folders, in those that
-`_folders` names; without one kernels are compiled in each process. An unreadable or broken file
-counts as missing.
+looks at the file of the compiled function alone. A kernel is made of the files of this folder that
+its own imports, and of constants from beyond it, and is cached with a digest of these, in the
+folders that `_folders` names; without one kernels are compiled in each process. An unreadable or
+broken file counts as missing.
 
 Numba's cache classes are not public: their names stand in `_cache_class` and nowhere else. Where
 one is missing, kernels are not cached.
@@ -13,16 +13,20 @@ one is missing, kernels are not cached.
 from __future__ import annotations
 
 import hashlib
+import re
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from numba import njit
 from numba.core import caching, runtime
 
 from portable_softmax.kernels._numba import _inlined
-from portable_softmax.kernels._numba._folders import HERE, PORTABLE, folders
+from portable_softmax.kernels._numba._folders import folders
 
 INLINED = {
     "nogil": True,
@@ -84,13 +88,68 @@ def kept(python_function: Any, name: str) -> Any:
     return files
 
 
-@cache
-def stamp() -> str:
-    """Return a digest of the source files; Numba adds its own version and the CPU."""
+def stamp(python_function: Any) -> str:
+    """Return a digest of what a kernel is made of; Numba adds its own version and the CPU."""
     digest = hashlib.sha256()
-    for path in (*sorted(HERE.glob("*.py")), *sorted(PORTABLE.glob("*.py"))):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for name in sorted(_closed(frozenset(_modules_of(python_function)))):
+        source, _, outside = _source(name)
+        digest.update(f"{name} {outside}\0".encode() + source + b"\0")
     return digest.hexdigest()
+
+
+def _modules_of(function: Any) -> set[str]:
+    """Return the modules of this folder that hold a function and what its closure holds."""
+    found, seen, waiting = set(), set(), [function]
+    while waiting:
+        one = waiting.pop()
+        one = getattr(one, "py_func", one)
+        if id(one) not in seen:
+            seen.add(id(one))
+            found.add(one.__name__ if isinstance(one, ModuleType) else _module(one))
+            waiting += one if isinstance(one, tuple | list) else ()
+            waiting += one.values() if isinstance(one, dict) else ()
+            waiting += [cell.cell_contents for cell in getattr(one, "__closure__", None) or ()]
+    return {name for name in found if name.startswith(f"{_FOLDER}.")}
+
+
+def _module(one: Any) -> str:
+    return str(getattr(one, "__module__", None))
+
+
+_FOLDER = __name__.rpartition(".")[0]
+_IMPORT = re.compile(r"^from (portable_softmax[\w.]*) import (\([^)]*\)|.*)$", re.MULTILINE)
+
+
+@cache
+def _closed(modules: frozenset[str]) -> frozenset[str]:
+    """Return modules of this folder with all that they import of it."""
+    found, waiting = set(), [*modules]
+    while waiting:
+        if (name := waiting.pop()) not in found:
+            found.add(name)
+            waiting += _source(name)[1]
+    return frozenset(found)
+
+
+@cache
+def _source(name: str) -> tuple[bytes, tuple[str, ...], str]:
+    """Return a module's source, what it imports of this folder, and the constants of others."""
+    module, inside, outside = sys.modules[name], [], {}
+    source = Path(str(module.__file__)).read_bytes()
+    for package, names in _IMPORT.findall(source.decode()):
+        words = re.findall(r"(\w+)(?: as \w+)?", names)
+        if package == _FOLDER:
+            inside += [f"{_FOLDER}.{word}" for word in words]
+        elif package.startswith(_FOLDER):
+            inside.append(package)
+        else:
+            held = {word: getattr(sys.modules[package], word, None) for word in words}
+            outside |= {k: v for k, v in held.items() if isinstance(v, int | float | str | tuple)}
+            # Whatever of a package is read is in one of its files.
+            for whole in (v for v in held.values() if isinstance(v, ModuleType)):
+                files = sorted(Path(str(whole.__file__)).parent.glob("*.py"))
+                source += b"".join(path.read_bytes() for path in files)
+    return source, tuple(inside), repr(sorted(outside.items()))
 
 
 @cache
@@ -98,14 +157,14 @@ def _cache_class() -> Any:
     """Return Numba's cache of one function, stamped as above."""
 
     class Locator(caching._CacheLocator):  # type: ignore[misc]
-        def __init__(self, folder: str) -> None:
-            self._folder = folder
+        def __init__(self, folder: str, python_function: Any) -> None:
+            self._folder, self._made_of = folder, python_function
 
         def get_cache_path(self) -> str:
             return self._folder
 
         def get_source_stamp(self) -> str:
-            return stamp()
+            return stamp(self._made_of)
 
         def get_disambiguator(self) -> str:
             return "kernel"
@@ -116,7 +175,7 @@ def _cache_class() -> Any:
         ) -> None:
             class Implementation(caching.FunctionCache._impl_class):  # type: ignore[misc]
                 def __init__(self, _: Any) -> None:
-                    self._locator = Locator(folder)
+                    self._locator = Locator(folder, python_function)
                     self._lineno = 0
                     self._filename_base = self.get_filename_base(name, "")
 
