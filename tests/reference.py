@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -52,10 +53,11 @@ def cross_entropy_row(x, t, w, e, z, cap, mask):
 
 
 def ulps(actual: np.ndarray, expected: Sequence) -> float:
-    """Return the largest error in units in the last place of `actual`'s dtype."""
+    """Return the largest error in units in the last place of `actual`'s dtype; inf for a nan."""
     worst = 0.0
     for a, e in zip(np.ravel(actual), expected, strict=True):
         nearest = np.asarray(float(e), dtype=np.asarray(actual).dtype)
         unit = float(np.spacing(np.abs(nearest)))
-        worst = max(worst, float(abs(mpf(float(a)) - e) / unit))
+        error = 0.0 if float(a) == e else float(abs(mpf(float(a)) - e) / unit)
+        worst = error if error >= worst else worst if error < worst else math.inf
     return worst
