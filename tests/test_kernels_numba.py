@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 from functools import cache
 
 import numpy as np
@@ -281,22 +279,6 @@ def agree(call, dtype="float32", units=64):
     return taken
 
 
-LAYOUTS = [
-    ((70, 33), -1),
-    ((3, 5, 7), (1, 2)),
-    ((3, 5, 7), None),
-    ((40, 70), 0),
-    ((2, 40, 3), 1),
-    ((2, 3, 40, 30), (1, 2)),
-    ((1, 200), -1),
-    ((200, 1), -1),
-    ((200, 1), 0),
-    ((7,), 0),
-    ((2000, 3), 0),
-    ((300, 2), 1),
-]
-
-
 def test_what_is_left_to_the_next_kernel(every_size):
     x = np.ones((4, 6, 5), np.float32)
 
@@ -400,94 +382,7 @@ def test_read_only_arrays_are_not_compiled_anew(every_size):
 # --------------------------------------------------------------------------- temperature
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "axis"), [(10, -1), (300, -1), (5000, -1), (40, 0)])
-def test_a_temperature_beyond_the_range_gives_the_limit(every_size, n, axis, dtype):
-    """Equal shares when it is large, all for the maximum when it is small; never a nan."""
-    x = np.random.default_rng(0).standard_normal((4, n)).astype(np_dtype(dtype))
-    x[0, 3], x[1, 0], x[:, 1] = 8.0, -30.0, -np.inf
-    largest = np.argmax(x, axis=-1)
-    given = np.ascontiguousarray(np.moveaxis(x, -1, axis))
-    for temperature in (1e40, 1e300):
-        shares = np.moveaxis(ps.softmax(given, axis=axis, temperature=temperature), axis, -1)
-        logs = np.moveaxis(ps.log_softmax(given, axis=axis, temperature=temperature), axis, -1)
-        assert np.all(shares[:, 1] == 0)
-        assert np.all(logs[:, 1] == -np.inf)
-        rtol = 1e-2 if dtype == "bfloat16" else 1e-3 if dtype == "float16" else 1e-6
-        np.testing.assert_allclose(np.delete(shares, 1, -1).astype(float), 1 / (n - 1), rtol=rtol)
-        np.testing.assert_allclose(np.delete(logs, 1, -1).astype(float), -np.log(n - 1), rtol=rtol)
-    for temperature in (1e-40, 1e-300, 5e-324):
-        shares = np.moveaxis(ps.softmax(given, axis=axis, temperature=temperature), axis, -1)
-        np.testing.assert_array_equal(shares, np.eye(n)[largest])
-
-
 # --------------------------------------------------------------------------- the same bits
-
-
-def hostile(shape, dtype):
-    """Rows along the last axis that want care, and some that are infinite or nan."""
-    rng = np.random.default_rng(3)
-    x = 3 * rng.standard_normal(shape)
-    rows = x.reshape(-1, shape[-1])
-    rows[1::7, 0] += 40
-    rows[2::11, 1] = np.inf
-    rows[3::13, -1] = np.nan
-    rows[4::17] = -np.inf
-    rows[5::19, ::2] = -np.inf
-    rows[6::23, :1], rows[6::23, 1:2] = np.inf, np.nan
-    return x.astype(np_dtype(dtype))
-
-
-def answers(x, labels, axis):
-    """What every operation says of rows, each by itself."""
-    n = x.shape[axis]
-    weight = np.linspace(0.5, 2.0, n)
-    options = {"axis": axis, "reduction": "none", "ignore_index": 2}
-    dy = np.where(np.isfinite(x.astype(float)), x, 0).astype(x.dtype)
-    y, log_y = ps.softmax(dy, axis=axis), ps.log_softmax(x, axis=axis)
-    return [
-        ps.softmax(x, axis=axis),
-        ps.softmax(x, axis=axis, temperature=0.7),
-        log_y,
-        ps.log_softmax(x, axis=axis, temperature=0.7),
-        np.expand_dims(ps.logsumexp(x, axis=axis), axis),
-        ps.softmax_vjp(y, dy, axis=axis),
-        ps.log_softmax_vjp(log_y, dy, axis=axis),
-        np.expand_dims(ps.cross_entropy(x, labels, **options), axis),
-        *(
-            np.expand_dims(a, axis) if a.ndim < x.ndim else a
-            for more in ({}, {"weight": weight, "label_smoothing": 0.1, "z_loss": 0.01})
-            for a in ps.cross_entropy_value_and_grad(x, labels, **options, **more)
-        ),
-    ]
-
-
-# The last block, vector or part is not full.
-SHAPES = [((131, 10), -1), ((150, 37), -1), ((40, 300), -1), ((5, 9001), -1), ((3, 40, 39), 1)]
-
-
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("dtype", ONE_HALF_TYPE)
-@pytest.mark.parametrize(("shape", "axis"), SHAPES)
-def test_rows_in_another_order_have_the_same_bits(every_size, shape, axis, dtype):
-    rng = np.random.default_rng(0)
-    lengths = np.delete(shape, axis)
-    x = np.ascontiguousarray(np.moveaxis(hostile((*lengths, shape[axis]), dtype), -1, axis))
-    labels = rng.integers(0, shape[axis], lengths)
-    before = answers(x, labels, axis)
-    order = [rng.permutation(k) for k in lengths]
-    for a, along in enumerate(order):
-        at = a if a < axis % x.ndim else a + 1
-        x, labels = np.take(x, along, at), np.take(labels, along, a)
-        before = [np.take(one, along, at) for one in before]
-    for one, other in zip(before, answers(x, labels, axis), strict=True):
-        np.testing.assert_array_equal(one, other)
-    if axis == -1:  # and alone
-        for i in (0, len(x) - 1):
-            for one, other in zip(
-                before, answers(x[i : i + 1], labels[i : i + 1], axis), strict=True
-            ):
-                np.testing.assert_array_equal(one[i : i + 1], other)
 
 
 @pytest.mark.parametrize("shape", [(1000, 10), (300, 300), (2, 40, 190)])
@@ -517,41 +412,6 @@ def test_the_number_of_threads_changes_no_bit(every_size, plans, monkeypatch, sh
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             np.testing.assert_array_equal(one, two)
-
-
-DIGEST = """
-import hashlib, sys, numpy as np, portable_softmax as ps
-OPERATIONS = ("softmax", "log_softmax", "logsumexp")
-def calls(x, t):
-    yield from (getattr(ps, name)(x, axis=axis) for name in OPERATIONS for axis in (-1, 0))
-    yield from ps.cross_entropy_value_and_grad(x, t)
-    yield from ps.cross_entropy_value_and_grad(x, t, label_smoothing=0.1, reduction="none")
-    yield ps.softmax_vjp(ps.softmax(x), x)
-def arrays(*shapes):
-    rng = np.random.default_rng(0)
-    for rows, n in shapes:
-        x = rng.standard_normal((rows, n))
-        t = rng.integers(0, n, rows)
-        yield from ((x.astype(dtype), t) for dtype in ("float32", "float64", "float16"))
-if len(sys.argv) > 1:
-    for x, t in arrays((7000, 10), (300, 300)):
-        for _ in calls(x, t): pass
-digest = hashlib.sha256()
-for x, t in arrays((7, 10), (32, 300), (7001, 10), (257, 300)):
-    for answer in calls(x, t): digest.update(np.asarray(answer).tobytes())
-print(digest.hexdigest())
-"""
-
-
-@pytest.mark.slow("two fresh processes compile kernels of every layout")
-def test_earlier_calls_change_no_bit():
-    """Neither of small arrays nor of large ones, whatever is compiled by then."""
-    run = [sys.executable, "-c", DIGEST]
-    first, later = (
-        subprocess.run([*run, *more], capture_output=True, text=True, check=True).stdout
-        for more in ((), ("large calls first",))
-    )
-    assert first == later
 
 
 # --------------------------------------------------------------------------- losses
