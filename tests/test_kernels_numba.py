@@ -74,7 +74,7 @@ def families(n, dtype):
 
 
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
-@pytest.mark.parametrize("n", [4, 5, 10, 16, 63, 79, 127, 128, 255, 256, 1003, 4097, 9000])
+@pytest.mark.parametrize("n", [4, 7, 8, 63, 79, 127, 128, 255, 1003, 9000])
 def test_every_kind_of_row_is_exact(every_size, plans, n, dtype):
     if not exact.measures(dtype):
         pytest.skip("np.longdouble is no longer than float64 on this machine")

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 import portable_softmax as ps
 
-pytestmark = pytest.mark.run_on("paths")
+pytestmark = [
+    pytest.mark.run_on("paths"),
+    pytest.mark.slow("Triton interprets element by element", "triton"),
+]
 
 # A fixed list: JAX compiles each operation anew for each shape.
 SHAPES = ((1,), (4,), (2, 3), (3, 1), (1, 5), (2, 3, 2), (0, 3))

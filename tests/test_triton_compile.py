@@ -92,7 +92,12 @@ def test_memory_is_busy_longer_than_arithmetic(name, dtype, way, most):
     assert 1 < instructions / moved < most
 
 
-@pytest.mark.parametrize("arch", tc.ARCHS)
+_SLOW = pytest.mark.slow("Triton compiles for each device")
+
+
+@pytest.mark.parametrize(
+    "arch", [pytest.param(80, marks=_SLOW), 90, pytest.param(100, marks=_SLOW)]
+)
 def test_every_option_compiles_for_every_device(arch):
     for name in ("softmax, where, temperature", "cross_entropy_value_and_grad, every option"):
         (case, *_) = tc.cases([name], ["float32"])

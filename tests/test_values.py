@@ -466,7 +466,7 @@ def test_long_columns_keep_their_digits(xp):
 
 
 def test_which_path_takes_a_sink(xp):
-    paths = {"numpy": "numpy tiles", "torch": "numpy tiles", "jax": "jax rules"}
+    paths = {"jax": "jax rules", **dict.fromkeys(("numpy", "torch", "triton"), "numpy tiles")}
     paths |= dict.fromkeys(("numba", "torch-numba", "jax-numba"), "numba rows")
     paths |= dict.fromkeys(("dask", "cubed"), f"{xp.library} chunks")
     x = xp.asarray(np.zeros((2, 3)))
@@ -532,7 +532,7 @@ def test_documented_infinities_and_nans_raise_no_warnings():
         np.testing.assert_array_equal(answer, expected)
 
 
-@pytest.mark.slow("kernels of each layout", "numba", "torch-numba", "jax-numba")
+@pytest.mark.slow("kernels of each layout", "numba", "torch-numba", "jax-numba", "triton")
 @pytest.mark.parametrize("n", [3, 40, 700])
 def test_many_rows_of_every_infinity_and_nan(xp, n):
     """As in one row: of many, some libraries' sums and maxima are others, which may lose a nan."""
