@@ -84,26 +84,19 @@ def test_a_long_running_sum_keeps_its_digits(xp):
 
 
 def test_the_gradient_of_logcumsumexp(xp):
+    """Also far from 0: a logarithm of 1000 is rounded by more than its exponential may be."""
     rng = np.random.default_rng(39)
     x, dy = rng.normal(size=(2, 11, 3)) * 3
-    sums = np.cumsum(np.exp(x), axis=0)
-    expected = np.exp(x) * np.cumsum((dy / sums)[::-1], axis=0)[::-1]
-    actual = ps.logcumsumexp_vjp(xp.asarray(x), xp.asarray(dy), axis=0)
-    assert_close(xp, actual, expected, rtol=1e-11, atol=1e-14)
+    for shift, dtype, tolerance in ((0, "float64", 1e-11), (1000, "float32", 2e-6)):
+        x, dy = (x, dy) if shift == 0 else (np.round(x), np.round(dy))
+        expected = np.exp(x) * np.cumsum((dy / np.cumsum(np.exp(x), axis=0))[::-1], axis=0)[::-1]
+        given = xp.asarray(x + shift, dtype), xp.asarray(dy, dtype)
+        actual = ps.logcumsumexp_vjp(*given, axis=0)
+        atol = tolerance if shift else 1e-14
+        assert_close(xp, actual, expected, dtype, rtol=tolerance, atol=atol)
     far = xp.asarray([-np.inf, 0.0, 2000.0, -np.inf, 0.0])
     actual = ps.logcumsumexp_vjp(far, xp.asarray([7.0, 1.0, 2.0, 3.0, 4.0]))
     assert_close(xp, actual, [0.0, 1.0, 9.0, 0.0, 0.0])
-
-
-def test_the_gradient_of_running_sums_far_from_0(xp):
-    """A logarithm of 1000 is rounded by more than its exponential may be."""
-    rng = np.random.default_rng(40)
-    x, dy = np.round(rng.normal(size=(2, 11, 3)) * 3)
-    sums = np.cumsum(np.exp(x), axis=0)
-    expected = np.exp(x) * np.cumsum((dy / sums)[::-1], axis=0)[::-1]
-    given = xp.asarray(x + 1000, "float32"), xp.asarray(dy, "float32")
-    actual = ps.logcumsumexp_vjp(*given, axis=0)
-    assert_close(xp, actual, expected, "float32", rtol=2e-6, atol=2e-6)
 
 
 def gradient(xp, f, *arrays):
@@ -186,12 +179,17 @@ def test_zero_probabilities_have_no_gradient_and_give_no_nan(differentiating):
     np.testing.assert_allclose(grad, np.r_[0, 0, p], rtol=1e-13, atol=1e-300)
 
 
-def test_divergence_answers_in_float32_under_autocast(xp, torch):
-    x = xp.asarray([[1.0, 2.0, 0.0]], "bfloat16").requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        k = ps.kl_divergence(x, x.detach() * 0.5)
-    assert k.dtype == torch.float32
-    assert torch.autograd.grad(k, x)[0].dtype == torch.bfloat16
+def test_losses_answer_in_float32_under_autocast(xp, torch):
+    x, labels = xp.asarray([[1.0, 2.0, 0.0]], "bfloat16").requires_grad_(), xp.asarray([1])
+    for loss in (
+        lambda: ps.kl_divergence(x, x.detach() * 0.5),
+        lambda: ps.entmax_loss(x, labels),
+        lambda: ps.sigmoid_cross_entropy(x, torch.ones_like(x, dtype=int)),
+    ):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = loss()
+        assert found.dtype == torch.float32
+        assert torch.autograd.grad(found, x)[0].dtype == torch.bfloat16
 
 
 def test_a_memory_map_is_an_array_of_numpy(tmp_path):

@@ -41,19 +41,24 @@ def refused(why):
     np.testing.assert_allclose(ps.softmax(x), 1 / 300)
 
 
-def test_a_numba_that_cannot_be_imported(monkeypatch, undecided):
-    def fail(name):
-        raise ImportError("Numba needs NumPy 2.4 or less")
-
-    monkeypatch.setattr(_support, "import_module", fail)
-    refused("numba cannot be imported: Numba needs NumPy 2.4 or less")
+def cannot_be_imported(name):
+    raise ImportError("Numba needs NumPy 2.4 or less")
 
 
-def test_a_numba_that_is_too_old(monkeypatch, undecided):
-    import numba
-
-    monkeypatch.setattr(numba, "__version__", "0.61.2")
-    refused("numba 0.61.2 is too old, 0.62 is needed: pip install --upgrade numba")
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "why"),
+    [
+        ("portable_softmax.kernels._numba._support", "import_module", cannot_be_imported,
+         "numba cannot be imported: Numba needs NumPy 2.4 or less"),
+        ("numba", "__version__", "0.61.2",
+         "numba 0.61.2 is too old, 0.62 is needed: pip install --upgrade numba"),
+        ("numba.core.config", "DISABLE_JIT", 1,
+         "numba.config.DISABLE_JIT is set, and Numba compiles nothing: unset it"),
+    ],
+)  # fmt: skip
+def test_a_numba_that_is_of_no_use(monkeypatch, undecided, owner, name, value, why):
+    monkeypatch.setattr(f"{owner}.{name}", value)
+    refused(why)
 
 
 def test_a_numba_that_is_missing(monkeypatch, undecided):
@@ -72,13 +77,6 @@ def test_no_jit_in_the_environment(value):
     found = in_a_fresh_process(code, HERE, NUMBA_DISABLE_JIT=value)
     assert found.startswith("numpy tiles: ")
     assert found.endswith("NUMBA_DISABLE_JIT is set, and Numba compiles nothing: unset it")
-
-
-def test_no_jit_in_the_configuration(monkeypatch, undecided):
-    import numba
-
-    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    refused("numba.config.DISABLE_JIT is set, and Numba compiles nothing: unset it")
 
 
 @pytest.fixture

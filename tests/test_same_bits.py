@@ -155,45 +155,33 @@ def show(library: str, shapes: str, before: str = "", **environment: str) -> dic
     return dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
 
 
-def same_after_other_calls(library):
-    """Small arrays after large calls of every operation and dtype, in the order that is worst."""
-    fresh = show(library, "SMALL")
-    after = show(library, "SMALL", before="digest(as_array, LARGE, DTYPES[::-1])")
-    assert after == fresh
-    assert len(fresh) == 15
-
-
-def same_on_two_threads(library, kernels):
-    given = {"PORTABLE_SOFTMAX_KERNELS": kernels}
-    one = show(library, "LARGE", OMP_NUM_THREADS="1", **given)
-    two = show(library, "LARGE", OMP_NUM_THREADS="2", **given)
-    assert one == two
-    assert len(one) == 12
-
-
 SLOW = pytest.mark.slow("a fresh process compiles every kernel")
-every_switch = pytest.mark.parametrize("kernels", ["", "portable", "numba rows"])
+every_switch = pytest.mark.parametrize("kernels", ["before", "", "portable", "numba rows"])
 
 
-@pytest.mark.numba
-@SLOW
-def test_what_was_called_before_changes_no_bit():
-    same_after_other_calls(NUMPY)
+def same_bits_of_processes(library, kernels):
+    """Of small arrays after large calls of all kinds, in the order that is worst; of two threads.
 
-
-@SLOW
-def test_what_was_called_before_changes_no_bit_of_a_tensor(torch, arrays_of):
-    same_after_other_calls(TORCH)
+    With `kernels` the large arrays are of one thread and of two, on these kernels.
+    """
+    if kernels == "before":
+        one = show(library, "SMALL")
+        two = show(library, "SMALL", before="digest(as_array, LARGE, DTYPES[::-1])")
+    else:
+        given = {"PORTABLE_SOFTMAX_KERNELS": kernels}
+        one, two = (show(library, "LARGE", OMP_NUM_THREADS=n, **given) for n in ("1", "2"))
+    assert one == two
+    assert len(one) == (15 if kernels == "before" else 12)
 
 
 @pytest.mark.numba
 @SLOW
 @every_switch
-def test_the_number_of_threads_changes_no_bit(kernels):
-    same_on_two_threads(NUMPY, kernels)
+def test_calls_before_and_threads_change_no_bit(kernels):
+    same_bits_of_processes(NUMPY, kernels)
 
 
 @SLOW
 @every_switch
-def test_the_number_of_threads_changes_no_bit_of_a_tensor(torch, arrays_of, kernels):
-    same_on_two_threads(TORCH, kernels)
+def test_calls_before_and_threads_change_no_bit_of_a_tensor(torch, arrays_of, kernels):
+    same_bits_of_processes(TORCH, kernels)

@@ -513,28 +513,6 @@ def test_a_view_that_is_negated_lazily(xp):
 # --------------------------------------------------------------------------- autograd, compile
 
 
-@pytest.mark.slow("Triton interprets element by element")
-@pytest.mark.parametrize("axis", [0, 1])
-def test_first_and_second_derivatives(xp, launches, axis):
-    torch = xp.xp
-    x = xp.asarray(RNG.normal(size=(3, 4))).requires_grad_()
-    labels = xp.asarray(np.arange(4 if axis == 0 else 3) % 2)  # not all of them ignored
-    weight, mask = xp.asarray(RNG.random(3 + axis)), xp.asarray(np.arange(3 + axis) < 3)
-    where = mask[:, None] if axis == 0 else mask
-    for f in (
-        lambda x: ps.softmax(x, axis=axis, temperature=0.5, where=where),
-        lambda x: ps.log_softmax(x, axis=axis, temperature=2.0),
-        lambda x: ps.logsumexp(x, axis=axis, where=where),
-        lambda x: ps.cross_entropy(x, labels, axis=axis),
-        lambda x: ps.cross_entropy(x, labels, axis=axis, weight=weight, ignore_index=1, z_loss=0.1,
-                                   softcap=3.0, label_smoothing=0.1, where=where),
-    ):  # fmt: skip
-        launches.clear()
-        assert torch.autograd.gradcheck(f, (x,), fast_mode=True)
-        assert torch.autograd.gradgradcheck(f, (x,), fast_mode=True)
-        assert launches
-
-
 OPERATORS = {
     "softmax": lambda x, t: ps.softmax(x, temperature=2.0),
     "log_softmax, another axis": lambda x, t: ps.log_softmax(x, axis=0),
