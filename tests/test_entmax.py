@@ -100,17 +100,6 @@ def test_the_vjp_is_the_slope(xp, alpha):
     y = ps.entmax(xp.asarray(x), alpha=alpha)
     actual = ps.entmax_vjp(y, xp.asarray(dy), alpha=alpha)
     assert_close(xp, actual, expected, rtol=1e-10, atol=1e-13)
-    if xp.library == "torch":
-        import torch
-
-        z = xp.asarray(x).requires_grad_()
-        (grad,) = torch.autograd.grad(ps.entmax(z, alpha=alpha), z, xp.asarray(dy))
-        assert_close(xp, grad, expected, rtol=1e-10, atol=1e-13)
-    if xp.library == "jax":
-        import jax
-
-        back = jax.jit(lambda x, dy: jax.vjp(lambda x: ps.entmax(x, alpha=alpha), x)[1](dy)[0])
-        assert_close(xp, back(*map(xp.asarray, (x, dy))), expected, rtol=1e-10, atol=1e-13)
 
 
 def test_the_argmax_has_the_gradient_0(xp, torch):

@@ -5,6 +5,8 @@ That they answer right is shown by the other tests, on the backends of Triton.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import reference
@@ -272,17 +274,15 @@ def test_infinities_nan_and_masked_rows_in_every_pass(xp, small, n):
     rows[4, 0], rows[4, -1] = np.nan, np.inf
     mask = np.ones((6, n), bool)
     mask[5] = False
+    x = xp.asarray(rows, "float32")
+    parts = slice(0, 2), slice(2, 4), slice(4, 6)  # two rows at a time: few enough for parts
     for where in (None, xp.asarray(mask)):
-        x = xp.asarray(rows, "float32")
-        for f in (ps.softmax, ps.log_softmax, ps.logsumexp):
-            # Two rows at a time: few enough for parts.
-            parts = (slice(0, 2), slice(2, 4), slice(4, 6))
-            actual = [f(x[p], axis=1, where=None if where is None else where[p]) for p in parts]
+        for f, part in itertools.product((ps.softmax, ps.log_softmax, ps.logsumexp), parts):
+            options = {"axis": 1, "where": None if where is None else where[part]}
+            actual = f(x[part], **options)
             with kernels.portable():
-                expected = [f(x[p], axis=1, where=None if where is None else where[p])
-                            for p in parts]  # fmt: skip
-            for a, e in zip(actual, expected, strict=True):
-                assert_allclose(xp.numpy(a), xp.numpy(e), rtol=1e-6)
+                expected = f(x[part], **options)
+            assert_allclose(xp.numpy(actual), xp.numpy(expected), rtol=1e-6)
 
 
 # --------------------------------------------------------------------------- relay
