@@ -8,18 +8,15 @@ import pytest
 import portable_softmax as ps
 from portable_softmax import kernels
 
-BACKENDS = ("torch", "torch-numba")
-
 pytestmark = [
-    pytest.mark.run_on("paths"),
+    pytest.mark.run_on("torch", "torch-numba"),  # to which a tensor's memory is lent
     pytest.mark.slow("Numba compiles each loss", "torch-numba"),
 ]
 
 
 @pytest.fixture(autouse=True)
-def _only_kernels(torch, xp):
-    if xp.name not in BACKENDS:
-        pytest.skip("no kernels that a tensor's memory is lent to")
+def _only_torch(torch):
+    """Run on torch's backends."""
 
 
 def normal(xp, shape=(6, 5), seed=0, dtype="float64"):
