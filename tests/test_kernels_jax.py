@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext
 
 import numpy as np
@@ -34,54 +35,27 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_every_row_is_exact(xp, name, dtype):
-    row = np.asarray(ROWS[name]).astype(dtype)
-    x = xp.asarray(np.asarray([row, row]), dtype)
-    label = 3
-    labels = xp.asarray([label, 0])
-    y = xp.numpy(ps.log_softmax(x))[0]
-    lse = float(ps.logsumexp(x, axis=1)[0])
-    loss, grad = ps.cross_entropy_value_and_grad(x, labels, reduction="none")
-    alone = ps.cross_entropy(x, labels, reduction="none")
-    exact = reference.log_softmax(reference.exact(row))
-    assert reference.ulps(y, exact) <= 8
-    unit = np.finfo(dtype).eps
-    want = float(reference.logsumexp(reference.exact(row)))
-    assert abs(lse - want) <= max(6 * np.spacing(abs(want)), 2 * unit * max(1, abs(row.max())))
-    for found in (loss, alone):
-        found = xp.numpy(found)
-        assert reference.ulps(found, [-exact[label], -exact[0]]) <= 8
-    for i, at in enumerate((label, 0)):
-        p = reference.softmax(reference.exact(row))
-        p[at] = -sum(other for j, other in enumerate(p) if j != at)
+def test_every_row_is_exact(xp, dtype):
+    """All of them in one call, so that XLA has no row of its own to see through."""
+    rows = np.asarray([*ROWS.values()]).astype(dtype)
+    x, unit = xp.asarray(np.repeat(rows, 2, axis=0)), np.finfo(dtype).eps
+    labels = np.tile([3, 0], len(rows))
+    loss, grad = ps.cross_entropy_value_and_grad(x, xp.asarray(labels), reduction="none")
+    alone = ps.cross_entropy(x, xp.asarray(labels), reduction="none")
+    y, lse = xp.numpy(ps.log_softmax(x)), xp.numpy(ps.logsumexp(x, axis=1))
+    losses, grad = [xp.numpy(found) for found in (loss, alone)], xp.numpy(grad)
+    for i, label in enumerate(labels):
+        given = reference.exact(rows[i // 2])
+        exact, p = reference.log_softmax(given), reference.softmax(given)
+        want = float(reference.logsumexp(given))
+        most = max(1, abs(rows[i // 2].max()))
+        assert abs(lse[i] - want) <= max(6 * np.spacing(abs(want)), 2 * unit * most)
+        assert reference.ulps(y[i], exact) <= 8
+        assert all(reference.ulps(found[i : i + 1], [-exact[label]]) <= 8 for found in losses)
+        p[label] = -sum(other for j, other in enumerate(p) if j != label)
         normal = [j for j, v in enumerate(p) if abs(v) > np.finfo(dtype).tiny]  # XLA's others are 0
-        assert reference.ulps(xp.numpy(grad)[i][normal], [p[j] for j in normal]) <= 8
-
-
-@pytest.mark.run_on("jax")
-@pytest.mark.parametrize("name", [*ROWS, "gone"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_entropy_and_its_gradients_are_exact(jax, xp, name, dtype):
-    """By JAX's autodiff too; and of probabilities that are no normal numbers, but have a share."""
-    tiny = float(np.finfo(dtype).tiny)
-    row = np.asarray([0.0, np.log(tiny) - 0.5, -np.inf] if name == "gone" else ROWS[name], dtype)
-    exact = [reference.mpf(float(v)) for v in row]
-    most = max(exact)
-    gaps = [most - v for v in exact]
-    p = reference.softmax(exact)
-    mean = sum(q * gap for q, gap in zip(p, gaps, strict=True) if q)
-    rest = reference.mp.fsum(reference.mp.exp(-gap) for gap in gaps) - 1
-    h, grad = ps.entropy_value_and_grad(xp.asarray(row))
-    wanted = reference.mp.log1p(rest) + mean
-    # XLA takes a rest that is no normal number for 0.
-    lost = rest if name == "gone" else 0
-    assert abs(float(h) - wanted) <= 8 * np.finfo(dtype).eps * wanted + lost
-    for found in (xp.numpy(grad), xp.numpy(jax.grad(ps.entropy)(xp.asarray(row)))):
-        for v, q, gap in zip(found, p, gaps, strict=True):
-            bound = 8 * np.finfo(dtype).eps * q * (gap + mean) if q else 0
-            assert abs(float(v) - (q * (gap - mean) if q else 0)) <= bound + tiny
+        assert reference.ulps(grad[i][normal], [p[j] for j in normal]) <= 8
 
 
 @pytest.fixture
@@ -108,32 +82,35 @@ def test_no_branch_looks_at_the_values(jax, xp, by_xla):
             assert branch not in text
 
 
-@pytest.mark.parametrize("other", ["plain", "small rest", "confident", "nan", "inf"])
-def test_a_row_has_the_same_bits_beside_any_other(xp, other):
+def test_a_row_has_the_same_bits_beside_any_other(xp):
     """What stands in another row leaves this one alone."""
-    beside = {"nan": [np.nan] * 8, "inf": [np.inf] + [0.0] * 7, **ROWS}[other]
-    for row in ROWS.values():
-        alone = xp.asarray([row, row], "float32")
-        together = xp.asarray([row, beside], "float32")
-        labels = xp.asarray([3, 3])
-        for f in (
-            ps.log_softmax,
-            lambda x: ps.logsumexp(x, axis=1),
-            lambda x: ps.cross_entropy(x, labels, reduction="none"),  # noqa: B023 - called here
-            lambda x: ps.cross_entropy_value_and_grad(x, labels, reduction="sum")[1],  # noqa: B023
-        ):
-            np.testing.assert_array_equal(xp.numpy(f(alone))[0], xp.numpy(f(together))[0])
+    others = [[np.nan] * 8, [np.inf] + [0.0] * 7, *(ROWS[n] for n in ("plain", "confident"))]
+    labels = xp.asarray([3, 3])
+    functions = (
+        ps.log_softmax,
+        lambda x: ps.logsumexp(x, axis=1),
+        lambda x: ps.cross_entropy(x, labels, reduction="none"),
+        lambda x: ps.cross_entropy_value_and_grad(x, labels, reduction="sum")[1],
+    )
+    for row, f in itertools.product(ROWS.values(), functions):
+        alone = xp.numpy(f(xp.asarray([row, row], "float32")))[0]
+        for beside in others:
+            together = xp.numpy(f(xp.asarray([row, beside], "float32")))[0]
+            np.testing.assert_array_equal(together, alone)
 
 
 def test_explain_says_what_is_left_to_the_portable_form(jax, xp, by_xla):
     x, t = xp.asarray(np.zeros((2, 3))), xp.asarray([0, 1])
     name = "jax rules: one compiled call, without a branch; not numba rows: switched off"
-    for operation in ("softmax", "log_softmax", "logsumexp"):
-        assert kernels.explain(operation, x).startswith(name)
-    assert kernels.explain("softmax_vjp", x, x).startswith(name)
-    for options in ({}, {"z_loss": 0.1, "softcap": 2.0}, {"label_smoothing": 0.1, "where": x == 0}):
-        assert kernels.explain("cross_entropy", x, t, **options).startswith(name)
-    assert kernels.explain("cross_entropy", x, x).startswith(name)
+    for operation, arrays, options in (
+        *((f, (x,), {}) for f in ("softmax", "log_softmax", "logsumexp")),
+        ("softmax_vjp", (x, x), {}),
+        ("cross_entropy", (x, t), {}),
+        ("cross_entropy", (x, t), {"z_loss": 0.1, "softcap": 2.0}),
+        ("cross_entropy", (x, t), {"label_smoothing": 0.1, "where": x == 0}),
+        ("cross_entropy", (x, x), {}),
+    ):
+        assert kernels.explain(operation, *arrays, **options).startswith(name)
     assert kernels.explain("logsumexp", x, b=x, return_sign=True).startswith("jax rules: ")
     assert kernels.explain("softmax", x, sink=0.0).startswith("jax rules: ")
     complex_weights = kernels.explain("logsumexp", x, b=x * 1j)
@@ -146,6 +123,15 @@ def test_explain_says_what_is_left_to_the_portable_form(jax, xp, by_xla):
 
 
 # --------------------------------------------------------------------------- what peers pass
+
+
+@pytest.fixture(params=["kernels", "portable"])
+def path(request):
+    with kernels.portable() if request.param == "portable" else nullcontext():
+        yield
+
+
+every_path = pytest.mark.usefixtures("path")
 
 
 def calls(jax, xp):
@@ -164,11 +150,10 @@ def calls(jax, xp):
 
 
 @pytest.mark.slow("XLA compiles many programs", "jax")
-@pytest.mark.parametrize("path", ["kernels", "portable"])
-def test_debug_nans_raises_for_no_finite_input(jax, xp, path):
+@every_path
+def test_debug_nans_raises_for_no_finite_input(jax, xp):
     x, functions = calls(jax, xp)
-    switch = kernels.portable() if path == "portable" else nullcontext()
-    with switch, jax.debug_nans(True):
+    with jax.debug_nans(True):
         jax.block_until_ready(jax.jit(lambda x: [f(x) for f in functions])(x))
         for f in functions:
             jax.block_until_ready(f(x))
@@ -176,11 +161,10 @@ def test_debug_nans_raises_for_no_finite_input(jax, xp, path):
 
 
 @pytest.mark.slow("XLA compiles each call")
-@pytest.mark.parametrize("path", ["kernels", "portable"])
-def test_no_rank_is_promoted(jax, xp, path):
+@every_path
+def test_no_rank_is_promoted(jax, xp):
     x, functions = calls(jax, xp)
-    switch = kernels.portable() if path == "portable" else nullcontext()
-    with switch, jax.numpy_rank_promotion("raise"):
+    with jax.numpy_rank_promotion("raise"):
         for f in functions:
             f(x)
             jax.eval_shape(jax.grad(lambda x, f=f: f(x).sum()), x)
@@ -194,9 +178,9 @@ def test_nothing_is_transferred_implicitly(jax, xp):
 
 
 @pytest.mark.slow("XLA compiles many programs", "jax")
-@pytest.mark.parametrize("path", ["kernels", "portable"])
+@every_path
 @pytest.mark.parametrize("shape", ["b, 7", "4, c", "b, c"])
-def test_symbolic_shapes_are_exported(jax, xp, path, shape):
+def test_symbolic_shapes_are_exported(jax, xp, shape):
     from jax import export
 
     b, c = (int(part) if part.strip().isdigit() else 5 for part in shape.split(","))
@@ -205,24 +189,22 @@ def test_symbolic_shapes_are_exported(jax, xp, path, shape):
     labels = jax.ShapeDtypeStruct(dims[:1], np.int32)
     rng = np.random.default_rng(0)
     x, t = rng.standard_normal((b, c)).astype(np.float32), rng.integers(c, size=b).astype(np.int32)
-    switch = kernels.portable() if path == "portable" else nullcontext()
-    with switch:
-        for f in (ps.softmax, ps.log_softmax, lambda x: ps.logsumexp(x, axis=-1)):
-            made = export.export(jax.jit(f))(logits)
-            np.testing.assert_allclose(made.call(x), f(xp.asarray(x)), rtol=1e-5, atol=1e-7)
-        made = export.export(jax.jit(ps.cross_entropy_value_and_grad))(logits, labels)
-        for found, want in zip(made.call(x, t), ps.cross_entropy_value_and_grad(x, t), strict=True):
-            np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-7)
+
+    def every(x, t):
+        both = ps.cross_entropy_value_and_grad(x, t)
+        return ps.softmax(x), ps.log_softmax(x), ps.logsumexp(x, axis=-1), *both
+
+    found = export.export(jax.jit(every))(logits, labels).call(x, t)
+    for one, want in zip(found, every(xp.asarray(x), xp.asarray(t)), strict=True):
+        np.testing.assert_allclose(one, want, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("upstream", [np.inf, -np.inf, np.nan])
-@pytest.mark.parametrize("path", ["kernels", "portable"])
-def test_an_ignored_row_takes_no_upstream_gradient(jax, xp, upstream, path):
+@every_path
+def test_an_ignored_row_takes_no_upstream_gradient(jax, xp):
     x, t = xp.asarray(np.asarray([[1.0, 2.0], [3.0, 4.0]])), xp.asarray([1, -1])
-    switch = kernels.portable() if path == "portable" else nullcontext()
-    with switch:
-        for reduction in ("none", "sum", "mean"):
-            loss = lambda x, r=reduction: ps.cross_entropy(x, t, ignore_index=-1, reduction=r)  # noqa: E731
-            pull_back = jax.jit(lambda x, dy, f=loss: jax.vjp(f, x)[1](dy)[0])
+    for reduction in ("none", "sum", "mean"):
+        loss = lambda x, r=reduction: ps.cross_entropy(x, t, ignore_index=-1, reduction=r)  # noqa: E731
+        pull_back = jax.jit(lambda x, dy, f=loss: jax.vjp(f, x)[1](dy)[0])
+        for upstream in (np.inf, -np.inf, np.nan):
             dy = xp.asarray(np.full(2 if reduction == "none" else (), upstream))
             np.testing.assert_array_equal(xp.numpy(pull_back(x, dy))[1], 0.0)
