@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -33,6 +36,21 @@ def finite(torch, function):
     return outputs
 
 
+def all_calls(xp):
+    """Every call that is code of its own on a path, as a function and its floating arrays."""
+    for name, call in CALLS.items():
+        if xp.name in LIBRARIES or call.has_paths:
+            yield name, *call.on(xp.from_numpy)
+
+
+def close(found, expected, rtol=1e-13, atol=1e-15, name=""):
+    for y, e in zip(as_tuple(found), as_tuple(expected), strict=True):
+        same = {"rtol": rtol, "atol": atol, "equal_nan": True}
+        importlib.import_module("torch").testing.assert_close(
+            y, e, **same, msg=lambda said: f"{name}: {said}"
+        )
+
+
 # --------------------------------------------------------------------------- derivatives
 
 
@@ -61,15 +79,14 @@ def test_gradcheck_and_gradgradcheck(torch, xp, call):
     assert torch.autograd.gradgradcheck(function, arrays, check_fwd_over_rev=True, fast_mode=True)
 
 
-@pytest.mark.parametrize("row", [[0.0] * 4, [3.0, 1.0, -2.0, 3.0], [9.0, 1.0, 0.0, 2.0]])
-def test_hessian_of_a_logarithm_of_a_sum(torch, xp, row):
+def test_hessian_of_a_logarithm_of_a_sum(torch, xp):
     """diag(p) - p p^T for logsumexp and the loss, at ties and for the largest entry."""
-    x, label = xp.asarray(row), xp.asarray(0)
-    p = torch.softmax(x, dim=0)
-    expected = torch.diag(p) - torch.outer(p, p)
-    for f in (ps.logsumexp, lambda x: ps.cross_entropy(x, label, check_labels=False)):
-        for hessian in (torch.func.hessian(f), torch.func.jacrev(torch.func.jacrev(f))):
-            torch.testing.assert_close(hessian(x), expected, rtol=1e-13, atol=1e-15)
+    for row in ([0.0] * 4, [3.0, 1.0, -2.0, 3.0], [9.0, 1.0, 0.0, 2.0]):
+        x, label = xp.asarray(row), xp.asarray(0)
+        p = torch.softmax(x, dim=0)
+        for f in (ps.logsumexp, lambda x: ps.cross_entropy(x, label, check_labels=False)):  # noqa: B023
+            for hessian in (torch.func.hessian(f), torch.func.jacrev(torch.func.jacrev(f))):
+                close(hessian(x), torch.diag(p) - torch.outer(p, p))
 
 
 def test_transforms_of_torch_func_agree_with_the_public_gradients(torch, xp):
@@ -77,51 +94,37 @@ def test_transforms_of_torch_func_agree_with_the_public_gradients(torch, xp):
     labels = xp.asarray([4, 0, 2])
     jacobians = ps.softmax_jacobian(ps.softmax(x))
     for jacobian in (torch.func.jacrev(ps.softmax), torch.func.jacfwd(ps.softmax)):
-        torch.testing.assert_close(torch.func.vmap(jacobian)(x), jacobians, rtol=1e-13, atol=1e-15)
+        close(torch.func.vmap(jacobian)(x), jacobians)
     # One gradient an example: labels are mapped over as well, so their values cannot be read.
     each = torch.func.vmap(torch.func.grad(ps.cross_entropy))(x, labels)
-    _, grad = ps.cross_entropy_value_and_grad(x, labels, reduction="sum")
-    torch.testing.assert_close(each, grad, rtol=1e-13, atol=1e-15)
+    close(each, ps.cross_entropy_value_and_grad(x, labels, reduction="sum")[1])
     losses = torch.func.vmap(ps.cross_entropy, in_dims=(1, 0))(x.T, labels)
-    torch.testing.assert_close(losses, ps.cross_entropy(x, labels, reduction="none"))
+    close(losses, ps.cross_entropy(x, labels, reduction="none"))
 
 
-@every_call
-def test_vmap_over_a_stack_is_the_loop_over_it(torch, xp, call):
-    function, arrays = call.on(xp.from_numpy)
-    stacks = [torch.stack([a, 0.5 * a]) for a in arrays]
-    for y, one, two in zip(
-        as_tuple(torch.func.vmap(function)(*stacks)),
-        as_tuple(function(*arrays)),
-        as_tuple(function(*(0.5 * a for a in arrays))),
-        strict=True,
-    ):
-        torch.testing.assert_close(y, torch.stack([one, two]), rtol=1e-13, atol=1e-15)
+def test_vmap_over_a_stack_is_the_loop_over_it(torch, xp):
+    for name, function, arrays in all_calls(xp):
+        stacks = [torch.stack([a, 0.5 * a]) for a in arrays]
+        one, two = (as_tuple(function(*(factor * a for a in arrays))) for factor in (1.0, 0.5))
+        loop = tuple(map(torch.stack, zip(one, two, strict=True)))
+        close(torch.func.vmap(function)(*stacks), loop, name=name)
 
 
-ROWS = {
-    "ties": [1.5, 1.5, 1.5, 1.5],
-    "ordinary": [0.3, -1.2, 2.1, 0.0],
-    **{f"margin {m}": [m, 0.5, 0.0, -0.25] for m in (20.0, 40.0, 80.0)},
-}
-
-
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize("z_loss", [0.0, 0.01])
-def test_the_gradient_through_the_value_has_the_digits_of_the_public_one(torch, xp, row, z_loss):
+def test_the_gradient_through_the_value_has_the_digits_of_the_public_one(torch, xp):
     # At a margin of 20 the label's p - 1 rounds to 0 in float32, and minus the others' sum is 2e-9.
-    x, labels = xp.asarray([row, row], "float32"), xp.asarray([0, 2])
-    options = {"reduction": "sum", "z_loss": z_loss}
-    loss, grad = ps.cross_entropy_value_and_grad(x, labels, **options)
-    value = ps.cross_entropy(x.requires_grad_(), labels, **options)
-    assert torch.equal(value, loss)
-    through, forward = (
-        torch.autograd.grad(value, x)[0],
-        torch.func.jacfwd(lambda x: ps.cross_entropy(x, labels, **options))(x.detach()),
-    )
-    assert (grad != 0).all()
-    for g in (through, forward):
-        torch.testing.assert_close(g, grad, rtol=4 * 2.0**-23, atol=0.0)
+    margins = [[m, 0.5, 0.0, -0.25] for m in (20.0, 40.0, 80.0)]
+    rows = [[1.5] * 4, [0.3, -1.2, 2.1, 0.0], *margins]
+    for row, z_loss in itertools.product(rows, (0.0, 0.01)):
+        x, labels = xp.asarray([row, row], "float32"), xp.asarray([0, 2])
+        call = partial(ps.cross_entropy, reduction="sum", z_loss=z_loss)
+        both = partial(ps.cross_entropy_value_and_grad, reduction="sum", z_loss=z_loss)
+        loss, grad = both(x, labels)
+        forward = torch.func.jacfwd(lambda x: call(x, labels))(x)  # noqa: B023
+        value = call(x.requires_grad_(), labels)
+        assert torch.equal(value, loss)
+        assert (grad != 0).all()
+        for g in (torch.autograd.grad(value, x)[0], forward):
+            close(g, grad, 4 * 2.0**-23, 0.0, name=(row, z_loss))
 
 
 @pytest.mark.parametrize("hidden", [NAN, INF, -INF, 1e308])
@@ -162,20 +165,10 @@ def test_what_an_ignored_row_holds_reaches_no_derivative(torch, xp, hidden):
     labels = xp.asarray([0, -1, -1])
     for smoothing in (0.0, 0.1):
         options = {"ignore_index": -1, "label_smoothing": smoothing}
-        loss = ps.cross_entropy(x, labels, **options)
-        (grad,) = torch.autograd.grad(loss, x)
+        (grad,) = torch.autograd.grad(ps.cross_entropy(x, labels, **options), x)
         assert_array_equal(xp.numpy(grad[1:]), 0.0)
         _, expected = ps.cross_entropy_value_and_grad(x.detach(), labels, **options)
-        torch.testing.assert_close(grad, expected, rtol=1e-14, atol=0.0)
-
-
-@pytest.mark.parametrize("check_labels", [True, False])
-def test_reading_the_labels_or_not_leaves_the_gradient_alone(torch, xp, check_labels):
-    x = xp.asarray([[0.0, 1.0, 3.0], [2.0, 0.0, 0.0]]).requires_grad_()
-    labels = xp.asarray([2, 1])
-    loss = ps.cross_entropy(x, labels, check_labels=check_labels)
-    _, expected = ps.cross_entropy_value_and_grad(x.detach(), labels)
-    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected, rtol=1e-14, atol=0.0)
+        close(grad, expected, 1e-14, 0.0)
 
 
 def test_a_label_out_of_range_makes_its_own_row_nan(torch, xp):
@@ -191,37 +184,33 @@ def test_a_label_out_of_range_makes_its_own_row_nan(torch, xp):
 # --------------------------------------------------------------------------- what takes part
 
 
-@every_call
-def test_a_derivative_is_taken_for_those_that_ask(torch, xp, call):
-    function, arrays = call.on(xp.from_numpy)
-    assert not any(y.requires_grad for y in as_tuple(function(*arrays)))
-    for asking in arrays:
-        asking.requires_grad_()
-        y = as_tuple(function(*arrays))[0]
-        assert y.requires_grad
-        with torch.no_grad():
-            assert not any(y.requires_grad for y in as_tuple(function(*arrays)))
-        y.abs().nan_to_num().sum().backward()
-        assert [a.grad is not None for a in arrays] == [a is asking for a in arrays]
-        asking.grad = None
-        asking.requires_grad_(False)
+def test_a_derivative_is_taken_for_those_that_ask(torch, xp):
+    for name, function, arrays in all_calls(xp):
+        assert not any(y.requires_grad for y in as_tuple(function(*arrays))), name
+        for asking in arrays:
+            asking.requires_grad_()
+            y = as_tuple(function(*arrays))[0]
+            assert y.requires_grad, name
+            with torch.no_grad():
+                assert not any(y.requires_grad for y in as_tuple(function(*arrays))), name
+            y.abs().nan_to_num().sum().backward()
+            assert [a.grad is not None for a in arrays] == [a is asking for a in arrays], name
+            asking.grad = None
+            asking.requires_grad_(False)
 
 
 @pytest.mark.slow("each call on each path", "torch-portable", "torch-numba")
-@every_call
-def test_inference_mode_and_autocast_change_no_bit(torch, xp, call):
-    function, arrays = call.on(xp.from_numpy)
-    arrays = [a if a.is_complex() else a.float() for a in arrays]
-    expected = as_tuple(function(*arrays))
-    with torch.inference_mode():
-        inferred = as_tuple(function(*arrays))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        autocast = as_tuple(function(*arrays))
-    for e, i, a in zip(expected, inferred, autocast, strict=True):
-        assert i.is_inference()
-        assert (e.dtype, e.dtype) == (i.dtype, a.dtype)
-        torch.testing.assert_close(i, e, rtol=0.0, atol=0.0, equal_nan=True)
-        torch.testing.assert_close(a, e, rtol=0.0, atol=0.0, equal_nan=True)
+def test_inference_mode_and_autocast_change_no_bit(torch, xp):
+    for name, function, arrays in all_calls(xp):
+        arrays = [a if a.is_complex() else a.float() for a in arrays]
+        expected = as_tuple(function(*arrays))
+        with torch.inference_mode():
+            inferred = as_tuple(function(*arrays))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            autocast = as_tuple(function(*arrays))
+        assert all(y.is_inference() for y in inferred), name
+        for found in (inferred, autocast):
+            close(found, expected, 0.0, 0.0, name=name)
 
 
 def test_logits_that_autocast_made(torch, xp):
@@ -231,8 +220,7 @@ def test_logits_that_autocast_made(torch, xp):
         loss = ps.cross_entropy(logits, xp.asarray([0, 1, 2]))
     assert (logits.dtype, loss.dtype) == (torch.bfloat16, torch.float32)
     (grad,) = torch.autograd.grad(loss, x)
-    _, expected = ps.cross_entropy_value_and_grad(x.detach(), xp.asarray([0, 1, 2]))
-    torch.testing.assert_close(grad, expected, rtol=2.0**-7, atol=0.0)
+    close(grad, ps.cross_entropy_value_and_grad(x.detach(), xp.asarray([0, 1, 2]))[1], 2.0**-7, 0.0)
 
 
 def test_sparse_tensors_are_refused(torch, xp):
@@ -268,33 +256,30 @@ def test_integers_take_the_default_dtype(torch, xp):
         torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int8", "int32"])
-def test_labels_of_every_integer_dtype(torch, xp, dtype):
+def test_a_label_of_any_integer_dtype_is_named_as_it_is(torch, xp):
     x = xp.asarray(np.random.default_rng(2).normal(size=(3, 4)))
-    labels, expected = np.asarray([3, 0, 1]), ps.cross_entropy(x, xp.asarray([3, 0, 1]))
-    assert torch.equal(ps.cross_entropy(x, xp.asarray(labels, dtype)), expected)
-    with pytest.raises(IndexError, match=r"labels\[2\] is 4"):
-        ps.cross_entropy(x, xp.asarray([3, 0, 4], dtype))
-    most = np.iinfo(dtype).max
-    for loss in (ps.cross_entropy, ps.entmax_loss):
-        with pytest.raises(IndexError, match=rf"labels\[2\] is {most}, outside \[0, 4\)"):
-            loss(x, xp.from_numpy(np.asarray([3, 0, most], dtype)))
+    for dtype in ("uint8", "uint16", "uint32", "uint64", "int8", "int32"):
+        for wrong, loss in itertools.product(
+            (4, np.iinfo(dtype).max), (ps.cross_entropy, ps.entmax_loss)
+        ):
+            with pytest.raises(IndexError, match=rf"labels\[2\] is {wrong}, outside \[0, 4\)"):
+                loss(x, xp.from_numpy(np.asarray([3, 0, wrong], dtype)))
 
 
 # --------------------------------------------------------------------------- no values to read
 
 
-@every_call
-def test_meta_and_fake_tensors_give_the_shape_and_dtype(torch, xp, arrays_of, call):
+def test_meta_and_fake_tensors_give_the_shape_and_dtype(torch, xp, arrays_of):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    expected = call.outputs(xp.from_numpy)
-    with FakeTensorMode() as mode:
-        fake = call.outputs(lambda a: mode.from_tensor(xp.from_numpy(a)))
-    for actual in (call.outputs(lambda a: xp.from_numpy(a).to("meta")), fake):
-        for y, e in zip(actual, expected, strict=True):
-            assert (y.shape, y.dtype) == (e.shape, e.dtype)
-            assert y.device.type == (xp.place if actual is fake else "meta")
+    for name, call in CALLS.items():
+        expected = call.outputs(xp.from_numpy)
+        with FakeTensorMode() as mode:
+            fake = call.outputs(lambda a, mode=mode: mode.from_tensor(xp.from_numpy(a)))
+        meta = call.outputs(lambda a: xp.from_numpy(a).to("meta"))
+        for found, place in ((meta, "meta"), (fake, xp.place)):
+            for y, e in zip(found, expected, strict=True):
+                assert (y.shape, y.dtype, y.device.type) == (e.shape, e.dtype, place), name
 
 
 def test_weights_of_a_row_of_minus_infinities_in_any_layout(torch, xp):
@@ -332,9 +317,7 @@ def compiled(torch, arrays_of):
 @every_call_compiled("torch.compile traces each call")
 def test_compiles_as_one_graph(torch, xp, compiled, call):
     function, arrays = call.on(xp.from_numpy)
-    actual = as_tuple(compiled(function, backend="eager")(*arrays))
-    for y, e in zip(actual, as_tuple(function(*arrays)), strict=True):
-        torch.testing.assert_close(y, e, rtol=1e-13, atol=1e-15)
+    close(compiled(function, backend="eager")(*arrays), function(*arrays))
 
 
 DIFFERENTIATED = [n for n in CALLS if "weight, label_smoothing" in n or n.endswith("softmax()")]
@@ -351,8 +334,7 @@ def test_a_compiled_gradient_is_the_eager_one(torch, xp, compiled, name):
         weights = torch.arange(1.0, y.numel() + 1, dtype=y.dtype, device=y.device).reshape(y.shape)
         return torch.autograd.grad(y, x, weights)[0]
 
-    actual = gradient(compiled(function, backend="aot_eager"))
-    torch.testing.assert_close(actual, gradient(function), rtol=1e-13, atol=1e-15)
+    close(gradient(compiled(function, backend="aot_eager")), gradient(function))
 
 
 def test_a_compiled_function_takes_other_lengths(torch, xp, compiled):
@@ -366,16 +348,13 @@ def test_a_compiled_function_takes_other_lengths(torch, xp, compiled):
 def test_an_operator_takes_no_ignore_index_of_64_bits(torch, xp, compiled):
     """Its integers have a sign, those of labels need not: such a call is traced as it stands."""
     rng, ignored = np.random.default_rng(4), 2**64 - 1
-    hidden, classifier = (
-        xp.asarray(rng.normal(size=(700, 3))),
-        xp.asarray(rng.normal(size=(100, 3))),
-    )
+    hidden, classifier = (xp.asarray(rng.normal(size=(n, 3))) for n in (700, 100))
     labels = np.arange(700, dtype=np.uint64) % 100
     labels[::5] = ignored
-    labels, logits = xp.from_numpy(labels), hidden @ classifier.T
-    for function, arrays in (
-        (ps.cross_entropy, (logits, labels)),
-        (ps.linear_cross_entropy, (hidden, classifier, labels)),
+    labels = xp.from_numpy(labels)
+    for function, *arrays in (
+        (ps.cross_entropy, hidden @ classifier.T, labels),
+        (ps.linear_cross_entropy, hidden, classifier, labels),
     ):
         actual = compiled(function, backend="eager")(*arrays, ignore_index=ignored)
         torch.testing.assert_close(actual, function(*arrays, ignore_index=ignored))
