@@ -53,11 +53,8 @@ def test_a_row_has_the_same_bits_alone_and_beside_others(xp, packed, alpha):
         np.testing.assert_array_equal(xp.numpy(alone)[0], dx[i])
 
 
-def test_derivatives_of_second_order(xp, packed):
-    if not xp.differentiates:
-        pytest.skip(f"{xp.name} does not differentiate")
-    import torch
-
+@pytest.mark.run_on("torch", "torch-numba")
+def test_derivatives_of_second_order(torch, xp, packed):
     x = xp.asarray(np.random.default_rng(84).normal(size=(2, 5))).requires_grad_()
     for f in (ps.sparsemax, ps.entmax, lambda x: ps.entmax(x, alpha=1.25)):
         assert kernels.explain("entmax", x).startswith("packed rows: ")

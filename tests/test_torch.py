@@ -269,6 +269,7 @@ def test_a_label_of_any_integer_dtype_is_named_as_it_is(torch, xp):
 # --------------------------------------------------------------------------- no values to read
 
 
+@pytest.mark.slow("each call twice without values", "torch-portable")
 def test_meta_and_fake_tensors_give_the_shape_and_dtype(torch, xp, arrays_of):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
