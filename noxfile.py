@@ -403,7 +403,7 @@ COMPILED_ONCE = {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
 # What shows that the answers of a kernel are right, where an interpreter takes its time for each.
-BY_TRITON = ("triton", "semantics", "values", "cross_entropy", "properties")
+BY_TRITON = ("triton", "contract", "semantics", "values", "cross_entropy", "properties")
 
 
 def user_cache() -> Path:

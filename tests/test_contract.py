@@ -32,21 +32,26 @@ PATHS = {
     "torch-numba": ("numba rows", "autodiff"),
     "jax": ("default", "autodiff"),
     "jax-numba": ("numba rows", "autodiff"),
+    "triton": ("triton rows",),
     "dask": ("default",),
     "mlx": ("default",),
 }
 # What a kernel leaves to others, by the reasons that a `Decision` gives.
 LEFT = (
-    *("dtype ", "dtypes: ", "options: dtype other than the computation's"),
-    *("options: extreme temperature", "options together: ", "probabilities with ", "a softcap of "),
+    *("dtype ", "dtypes: ", "options together: ", "probabilities with ", "a softcap of "),
     *("not in C order", "not one block in memory", "not two blocks in memory"),
     *("neither small nor large", "too many elements", "too few elements", "nothing to reduce"),
 )
+EVERY_LEFT = ("dtype other than the computation's", "extreme temperature", "complex weights")
 # The options among them, by the first words of the kernel and the function.
 OPTIONS_LEFT = {
     "numpy logmeanexp": "where",
     "numpy sigmoid_cross_entropy": "weight, pos_weight, label_smoothing, focal_gamma",
     "numba sigmoid_cross_entropy": "focal_gamma",
+    "triton softmax": "sink, dtype",
+    "triton log_softmax": "sink, dtype",
+    "triton logsumexp": "b, return_sign, dtype",
+    "triton cross_entropy": "sample_weight, dtype",
 }
 # How many cases are drawn in the fast part and in the slow one. What a compiler or a scheduler
 # works on are few; the fast part has one dtype of them.
@@ -55,6 +60,7 @@ DRAWN = {
     **dict.fromkeys(("torch-portable", "mlx"), (60, 1000)),
     "numba": (50, 400),
     "torch-numba": (15, 200),
+    "triton": (60, 300),
     "dask": (10, 150),
     "jax": (5, 60),
     "jax-numba": (0, 60),
@@ -86,6 +92,7 @@ def contracts():
             yield pytest.param(name, function, many, marks=slow)
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # Triton's interpreter
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # Dask's, of no values
 @pytest.mark.parametrize(("backend_name", "function", "drawn"), list(contracts()), scope="session")
 def test_every_pair_that_a_path_takes(xp, backend_name, function, drawn):
@@ -121,7 +128,7 @@ def is_taken(path, xp, case):
         return decision.taken is None
     why = dict(decision.passed_over).get(path.kernel, decision.why)
     function = case.function.removesuffix("_value_and_grad")
-    left = OPTIONS_LEFT.get(f"{path.kernel.split()[0]} {function}", "").split(", ")
-    options = why.removeprefix("options: ").split(", ")
-    assert why.startswith(LEFT) or {*options} <= {*left}, f"{case} is left to others: {why}"
+    left = {*OPTIONS_LEFT.get(f"{path.kernel.split()[0]} {function}", "").split(", "), *EVERY_LEFT}
+    options = {*why.removeprefix("options: ").split(", ")}
+    assert why.startswith(LEFT) or options <= left, f"{case} is left to others: {why}"
     return False

@@ -12,6 +12,7 @@ import numpy as np
 import portable_softmax as ps
 from portable_softmax import kernels
 from portable_softmax.kernels._decide import Decision, decision_for
+from portable_softmax.kernels._table import INTERPRETED
 from tests.backends import Backend, np_dtype
 from tests.fuzz import derivatives, layouts
 from tests.fuzz.cases import POSITIONAL, Case
@@ -43,6 +44,8 @@ def paths(library: str) -> list[Path]:
     rows = ("numpy tiles", "packed rows", "numba rows")
     names = {"numpy": rows, "torch": rows, "jax": rows[-1:]}
     here = [name for name in names.get(library, ()) if name in kernels.available()]
+    if library == "torch" and INTERPRETED:  # else Triton's kernels want a GPU
+        here.append("triton rows")
     return found + [Path(name, partial(kernels.use, name), name) for name in here]
 
 
