@@ -36,11 +36,10 @@ def computes_nothing():
 def test_nothing_is_computed_before_it_is_asked_for(da, xp, computes_nothing, call):
     """What Dask says of a block that it has not seen is in native byte order, as in NumPy."""
     expected = call.outputs(np.asarray)
-    for order in "=>":
-        outputs = call.outputs(lambda a, o=order: xp.from_numpy(a.astype(a.dtype.newbyteorder(o))))
-        for y, e in zip(outputs, expected, strict=True):
-            assert isinstance(y, da.Array)
-            assert (y.shape, y.dtype, y._meta.dtype) == (e.shape, e.dtype, e.dtype)
+    outputs = call.outputs(lambda a: xp.from_numpy(a.astype(a.dtype.newbyteorder(">"))))
+    for y, e in zip(outputs, expected, strict=True):
+        assert isinstance(y, da.Array)
+        assert (y.shape, y.dtype, y._meta.dtype) == (e.shape, e.dtype, e.dtype)
     with pytest.raises(AssertionError, match="somebody computed"):
         outputs[0].compute()
 
@@ -313,8 +312,7 @@ def test_equal_calls_are_one_computation(da):
 
 
 FILTERS = {
-    "an empty chunk": [0, 0, 0, 1, 1, 0, 1, 1],
-    "an empty chunk in the middle": [1, 0, 1, 0, 0, 0, 1, 0],
+    "empty chunks": [0, 0, 0, 1, 1, 1, 0, 0],
     "nothing but empty chunks": [0] * 8,
 }
 

@@ -199,6 +199,7 @@ def test_symbolic_shapes_are_exported(jax, xp, shape):
         np.testing.assert_allclose(one, want, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow("XLA compiles many programs", "jax")
 @every_path
 def test_an_ignored_row_takes_no_upstream_gradient(jax, xp):
     x, t = xp.asarray(np.asarray([[1.0, 2.0], [3.0, 4.0]])), xp.asarray([1, -1])

@@ -833,13 +833,11 @@ print(round(float(softmax(x).sum())))
 """
 
 
+@pytest.mark.slow("a fresh process for each of them")
 @pytest.mark.parametrize(
     ("module", "name", "reason"),
     [
-        pytest.param(
-            *("jax.interpreters.batching", "primitive_batchers", "_jax._rows cannot be imported"),
-            marks=pytest.mark.slow("another name of that module is looked at"),
-        ),
+        ("jax.interpreters.batching", "primitive_batchers", "_jax._rows cannot be imported"),
         ("jax.interpreters.mlir", "register_lowering", "_jax._rows cannot be imported"),
         ("numba.core.ccallback", "CFunc", "_numba._ffi cannot be imported"),
     ],

@@ -460,6 +460,7 @@ def test_the_first_tile_adds_to_no_gradient_of_the_classifier(xp, monkeypatch, t
 
 
 @pytest.mark.run_on("jax")
+@pytest.mark.slow("XLA compiles a loop")
 def test_jax_skips_tiles_of_positions_that_do_not_count(jax, xp, monkeypatch):
     """Compiled as well, where shapes are fixed: 23 positions are in 6 tiles, and 10 fill 3."""
     _linear = importlib.import_module("portable_softmax.kernels._jax._linear")
@@ -496,7 +497,7 @@ def test_jax_skips_tiles_of_positions_that_do_not_count(jax, xp, monkeypatch):
 @pytest.mark.parametrize("classes", [1000, 40_000])
 def test_at_most_two_tiles_of_logits(classes, path):
     """Beyond the inputs and the gradients, whatever the number of classes."""
-    n, h, tile = 512, 8, 1 << 20
+    n, h, tile = 256, 8, 1 << 20
     rng = np.random.default_rng(5)
     hidden, classifier = (rng.normal(size=s).astype(np.float32) for s in ((n, h), (classes, h)))
     labels = rng.integers(classes, size=n)
