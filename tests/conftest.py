@@ -254,6 +254,15 @@ def _own_draws(request: pytest.FixtureRequest) -> None:
 _DRAWN: dict[object, object] = {}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _old_objects(request: pytest.FixtureRequest):
+    """Leave what is there out of the searches for garbage of `bench`, one before each timing."""
+    if request.module.__name__.startswith("test_bench"):
+        gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _report(request: pytest.FixtureRequest, record_property) -> None:
     """Leave what the table of results wants to know: once for each backend in a process."""

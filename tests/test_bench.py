@@ -45,17 +45,17 @@ def test_without_its_extra_it_says_what_to_install(tmp_path):
     assert done.stderr == 'bench: mpmath is not installed: pip install ".[bench]"\n'
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_says_what_a_command_does_and_what_its_lists_hold(command, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main([command, "--help"])
-    assert ended.value.code == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert COMMANDS[command].__doc__ in out
+def test_help_says_what_a_command_does_and_what_its_lists_hold(capsys):
     lists = {"--ops OPS": memory.OPERATIONS, "--dtypes DTYPES": exact.FORMATS}
-    for option, choices in {**lists, "--parts PARTS": scale.PARTS}.items():
-        _, shown, said = out.rpartition(option)
-        assert all(choice in said for choice in choices) or not shown
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        assert ended.value.code == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert COMMANDS[command].__doc__ in out
+        for option, choices in {**lists, "--parts PARTS": scale.PARTS}.items():
+            _, shown, said = out.rpartition(option)
+            assert all(choice in said for choice in choices) or not shown, command
 
 
 # --------------------------------------------------------------------------- accuracy
@@ -94,11 +94,10 @@ def test_accuracy_holds_every_bound_on_short_rows(accuracy_backend, tmp_path, ca
 
 
 def test_accuracy_fails_where_ours_loses_digits(monkeypatch, capsys):
-    monkeypatch.setattr(
-        accuracy,
-        "our_providers",
-        lambda place, **_: [providers.Provider("ours", place, peers.numpy_by_hand, ours=True)],
-    )
+    def by_hand(place, **_):
+        return [providers.Provider("ours", place, peers.numpy_by_hand, ours=True)]
+
+    monkeypatch.setattr(accuracy, "our_providers", by_hand)
     monkeypatch.setattr(accuracy, "BACKENDS", ("numpy",))
     assert main(["accuracy", "--quick", "--backend", "numpy", "--dtypes", "float32"]) == 1
     out = capsys.readouterr().out
@@ -124,24 +123,25 @@ def test_the_exact_answers_are_exact(dtype, within):
     ).astype(dtype)
     labels = families.labels(rng, x, -1)
     answers = exact.solve(x, labels)
-    for i, row in enumerate(x):
+
+    def close(ours, exactly, like):
+        unit = exact.unit(np.asarray(like, np.longdouble), dtype)
+        assert abs(_mp(ours) - exactly) <= within * _mp(unit)
+
+    for i, (row, t) in enumerate(zip(x, labels, strict=True)):
         wide = reference.exact(row)
         p, log_p = reference.softmax(wide), reference.log_softmax(wide)
-        t = labels[i]
-        others = [p[j] for j in range(len(p)) if j != t]
+        others = reference.mp.fsum(p[j] for j in range(len(p)) if j != t)
         for ours, theirs in (
             (answers.softmax[i], p),
             (answers.log_softmax[i], log_p),
             ([answers.cross_entropy[i]], [-log_p[t]]),
-            ([answers.label_gradient[i]], [-reference.mp.fsum(others)]),
+            ([answers.label_gradient[i]], [-others]),
         ):
             for a, b in zip(ours, theirs, strict=True):
-                unit = exact.unit(np.asarray(a), dtype)
-                assert abs(_mp(a) - b) <= within * _mp(unit)
+                close(a, b, a)
         # Near 0 logsumexp is a difference, and its bound absolute.
-        scale = max(1, abs(float(row.max())))
-        unit = exact.unit(np.asarray(scale, np.longdouble), dtype)
-        assert abs(_mp(answers.logsumexp[i]) - reference.logsumexp(wide)) <= within * _mp(unit)
+        close(answers.logsumexp[i], reference.logsumexp(wide), max(1, abs(float(row.max()))))
 
 
 def _mp(value):
@@ -191,9 +191,8 @@ def test_the_exact_answers_of_the_rest_are_exact():
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_a_unit_is_the_spacing_of_numbers(dtype):
     info = np.finfo(dtype)
-    values = np.asarray(
-        [1.0, 1.5, 3.75, 1e-3, info.smallest_normal, info.smallest_subnormal], dtype
-    )
+    ends = info.smallest_normal, info.smallest_subnormal
+    values = np.asarray([1.0, 1.5, 3.75, 1e-3, *ends], dtype)
     units = exact.unit(values.astype(np.longdouble), dtype)
     np.testing.assert_array_equal(units, np.spacing(values).astype(np.longdouble))
 
@@ -221,21 +220,15 @@ def test_a_core_that_works_is_counted():
 
 
 # `thresholds` measures both sides of constants of the Numba rows, which are private.
-@pytest.mark.parametrize(
-    "path",
-    [p for p in Path(report.__file__).parent.glob("*.py") if p.stem != "thresholds"],
-    ids=lambda path: path.name,
-)
-def test_only_public_names_of_the_package_are_used(path):
+def test_only_public_names_of_the_package_are_used():
     """An earlier version of the package, and any other, can be measured with the same bench."""
-    text = path.read_text()
-    assert not re.findall(r"portable_softmax(?:\.\w+)*\._[a-z]\w*", text)
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.module == "portable_softmax":
-            assert {alias.name for alias in node.names} <= {*portable_softmax.__all__}
-        elif isinstance(node, ast.ImportFrom) and node.module.startswith("portable_softmax."):
-            assert node.module == "portable_softmax.kernels"
-            assert {alias.name for alias in node.names} <= {*kernels.__all__}
+    public = {m.__name__: m.__all__ for m in (portable_softmax, kernels)}
+    for path in Path(report.__file__).parent.glob("*.py"):
+        text = path.read_text() if path.stem != "thresholds" else ""
+        assert not re.findall(r"portable_softmax(?:\.\w+)*\._[a-z]\w*", text), path.name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("portable_softmax"):
+                assert {alias.name for alias in node.names} <= {*public[node.module]}, path.name
 
 
 # --------------------------------------------------------------------------- failures
@@ -253,9 +246,20 @@ def test_only_public_names_of_the_package_are_used(path):
         (["speed", "--json", "no/such/folder.json"], "can't write no/such/folder.json"),
         (["accuracy", "--markdown", "no/such/file.md"], "can't write no/such/file.md"),
         ([], "the following arguments are required: COMMAND"),
+        (["memory", "--shapes", "1000x1000"], "shape 1000x1000 of float32 has 4 MB: the memory"),
+        (["memory", "--ops", "entropy+backward"], "unknown operation 'entropy+backward'; choose"),
+        (["scale", "--parts", "linear,gpu"], "unknown part 'gpu'; choose from linear, chunks, wo"),
+        (["scale", "--parts", "chunks"], "chunks needs no_such_module: pip install"),
+        (["scale", "--parts", "linear", "--classes", "8k"], "'8k' is no number of classes"),
+        (["scale", "--parts", "linear", "--classes", "0"], "'0' is no number of classes"),
+        (["scale", "--parts", "linear", "--layer", "64"], "layer '64' is not of the form POSITION"),
     ],
 )
-def test_a_failure_is_one_line(arguments, message, capsys):
+def test_a_failure_is_one_line(arguments, message, capsys, monkeypatch):
+    needed = dict.fromkeys(scale.PARTS, ()) | {"chunks": ("no_such_module",)}
+    monkeypatch.setattr(scale, "_NEEDED", needed)
+    if arguments[:1] in (["memory"], ["scale"]) and (why := memory.why_not()):
+        pytest.skip(why)
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert not captured.out

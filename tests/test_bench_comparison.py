@@ -17,24 +17,21 @@ def _run(*, ours, copy, **more):
     return [_row("ours", ours, **more), _row("copy, numpy", copy, role=speed.COPY, **more)]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "ratio", "mark"),
-    [
+def test_a_change_counts_in_units_of_the_copy():
+    for old, new, ratio, mark in (
         ((1.0, 1.0), (1.05, 1.0), 1.05, ""),
         ((1.0, 1.0), (1.2, 1.0), 1.2, "slower"),
         ((1.0, 1.0), (1.3, 1.0), 1.3, "SLOWER"),
         ((1.0, 1.0), (2.0, 2.0), 1.0, ""),  # the machine got slower
         ((1.0, 1.0), (1.0, 0.5), 2.0, "SLOWER"),  # it got faster, and ours did not
         ((2.0, 1.0), (1.0, 1.0), 0.5, ""),
-    ],
-)
-def test_a_change_counts_in_units_of_the_copy(old, new, ratio, mark):
-    old, new = (_run(ours=ours, copy=copy) for ours, copy in (old, new))
-    (change,) = comparison.changes(old, new)
-    assert change.normalised == pytest.approx(ratio)
-    assert comparison.mark(change) == mark
-    (cells,) = comparison.cells([change])
-    assert len(cells) == len(comparison.HEADINGS)
+    ):
+        runs = (_run(ours=ours, copy=copy) for ours, copy in (old, new))
+        (change,) = comparison.changes(*runs)
+        assert change.normalised == pytest.approx(ratio)
+        assert comparison.mark(change) == mark
+        (cells,) = comparison.cells([change])
+        assert len(cells) == len(comparison.HEADINGS)
 
 
 def test_the_copy_of_an_array_is_the_fastest_beside_any_operation():
@@ -56,40 +53,34 @@ def test_only_cells_of_both_runs_are_compared():
 ARGUMENTS = ("speed", "--quick", "--shapes", "4x3", "--ops", "softmax", "--peers", "own")
 
 
-@pytest.fixture
-def earlier(tmp_path):
-    path = tmp_path / "old.json"
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory):
+    path = tmp_path_factory.mktemp("earlier") / "old.json"
     assert main([*ARGUMENTS, "--json", str(path)]) == 0
     return path
 
 
-@pytest.mark.parametrize(("factor", "status"), [(1e-3, 1), (1e3, 0)])
-def test_the_command_fails_where_ours_got_slower(earlier, factor, status, capsys):
-    document = json.loads(earlier.read_text())
-    document["versions"]["numpy"] = "1.0"
-    for row in document["rows"]:
-        if row["role"] == "ours":
-            row["min_s"] *= factor
-    earlier.write_text(json.dumps(document))
-    capsys.readouterr()
-    assert main([*ARGUMENTS, "--compare", str(earlier)]) == status
-    out = capsys.readouterr().out
-    assert "differs: numpy: 1.0 before" in out
-    assert ("SLOWER" in out) == bool(status)
+def test_the_command_fails_where_ours_got_slower(earlier, tmp_path, capsys):
+    for factor, status in ((1e-3, 1), (1e3, 0)):
+        document = json.loads(earlier.read_text())
+        document["versions"]["numpy"] = "1.0"
+        for row in document["rows"]:
+            if row["role"] == "ours":
+                row["min_s"] *= factor
+        changed = tmp_path / "changed.json"
+        changed.write_text(json.dumps(document))
+        assert main([*ARGUMENTS, "--compare", str(changed)]) == status
+        out = capsys.readouterr().out
+        assert "differs: numpy: 1.0 before" in out
+        assert ("SLOWER" in out) == bool(status)
 
 
 def test_what_differs_is_told():
     machine = {"cpu": "A", "cores": 2, "load_before": 0.1}
     old = {"machine": machine, "threads": {"numba": 2}, "versions": {"numpy": "2.0"}}
-    new = {
-        "machine": {**machine, "cpu": "B", "load_before": 2.0},
-        "threads": {},
-        "versions": {"numpy": "2.0"},
-    }
-    assert comparison.differences(old, new) == [
-        "cpu: A before, B now",
-        "numba: 2 before, absent now",
-    ]
+    new = old | {"machine": {**machine, "cpu": "B", "load_before": 2.0}, "threads": {}}
+    told = ["cpu: A before, B now", "numba: 2 before, absent now"]
+    assert comparison.differences(old, new) == told
     assert comparison.differences(old, old) == []
 
 
@@ -98,15 +89,9 @@ def test_what_differs_is_told():
 
 def _document(**changed):
     place = places.open_backend("numpy")
-    document = {
-        "benchmark": "speed",
-        "backend": place.name,
-        "device": place.device_name,
-        "machine": {},
-        "threads": {},
-        "versions": {},
-        "rows": [asdict(row) for row in _run(ours=1.0, copy=1.0)],
-    }
+    document = {"benchmark": "speed", "backend": place.name, "device": place.device_name}
+    document |= {"machine": {}, "threads": {}, "versions": {}}
+    document["rows"] = [asdict(row) for row in _run(ours=1.0, copy=1.0)]
     return json.dumps({**document, **changed})
 
 

@@ -1,6 +1,7 @@
 """``bench speed`` excludes wrong results, takes turns, and keeps what it measured."""
 
 import importlib.util
+import itertools
 import json
 import sys
 from contextlib import contextmanager
@@ -32,10 +33,14 @@ def _numpy(name, **offer):
     return providers.Provider(name, places.open_backend("numpy"), lambda *options: offer)
 
 
+def _by_hand():
+    return _numpy("right", **peers.numpy_by_hand(-1, "mean"))
+
+
 # --------------------------------------------------------------------------- the command
 
 
-@pytest.mark.slow("every operation and its peers are called", "strict", "torch", "jax", "dask")
+@pytest.mark.slow("every operation and its peers are called")
 @MEASURED
 def test_speed_runs_on_every_backend(arrays_of, tmp_path, capsys):
     path = tmp_path / "speed.json"
@@ -67,33 +72,22 @@ _ROLES = ("ours", "peer", "copy")
 def test_all_peers_are_those_of_every_library_on_arrays_of_their_own():
     place = places.open_backend("numpy")
     all_providers, missing = providers.all_providers(place, "all", slow_starts=False)
-    others = {"torch": "torch", "jax": "jax.nn, jit"}
-    for library, peer in others.items():
-        if importlib.util.find_spec(library):
-            (found,) = [provider for provider in all_providers if provider.name == peer]
-            assert found.place.name == library
-        else:
-            assert library in missing
+    for library, peer in {"torch": "torch", "jax": "jax.nn, jit"}.items():
+        found = [one.place.name for one in all_providers if one.name == peer]
+        assert found == [library] if importlib.util.find_spec(library) else library in missing
     own = providers.all_providers(place, "own", slow_starts=False)[0]
     assert {provider.place for provider in own} == {place}
 
 
 def test_each_operation_moves_what_it_must():
-    all_providers = [_numpy("by hand", **peers.numpy_by_hand(-1, "mean"))]
-    rows = _measured(all_providers, *peers.OPERATIONS)
-    moved = {row.operation: row.bytes_moved for row in rows if row.role == speed.PEER}
-    assert not any(row.problem for row in rows)
+    rows = _measured([_by_hand()], *peers.OPERATIONS)
     once = 4 * 3 * 4
-    assert moved == {
-        "softmax": 2 * once,
-        "log_softmax": 2 * once,
-        "logsumexp": once,
-        "cross_entropy": once,
-        "cross_entropy_value_and_grad": 2 * once,
-        "softmax+backward": 4 * once,
-        "log_softmax+backward": 4 * once,
-        "logsumexp+backward": 2 * once,
-    }
+    moved = {row.operation: row.bytes_moved / once for row in rows if row.role == speed.PEER}
+    assert not any(row.problem for row in rows)
+    plain = {"softmax": 2, "log_softmax": 2, "logsumexp": 1}
+    losses = {"cross_entropy": 1, "cross_entropy_value_and_grad": 2}
+    backward = {f"{name}+backward": 2 * n for name, n in plain.items()}
+    assert moved == plain | losses | backward
 
 
 @pytest.mark.slow("it times every peer of the family")
@@ -142,17 +136,14 @@ def test_a_kernel_is_switched_by_its_name(monkeypatch):
 
 
 def test_a_path_says_which_kernel_runs():
-    place = places.open_backend("numpy")
     x, labels = np.zeros((4, 3)), np.zeros(4, int)
+    operations = ("softmax", "cross_entropy", "softmax+backward")
     taken = {
-        path.name: {
-            operation: providers.path_taken(path, operation, x, labels)
-            for operation in ("softmax", "cross_entropy", "softmax+backward")
-        }
-        for path in providers.our_providers(place)
+        path.name: {providers.path_taken(path, operation, x, labels) for operation in operations}
+        for path in providers.our_providers(places.open_backend("numpy"))
     }
-    assert set(taken["ours, portable"].values()) == {"portable"}
-    assert set(taken["ours"].values()) <= set(kernels.available())
+    assert taken["ours, portable"] == {"portable"}
+    assert taken["ours"] <= set(kernels.available())
 
 
 def test_a_line_in_the_table_adds_a_path(monkeypatch):
@@ -173,20 +164,17 @@ def test_a_line_in_the_table_adds_a_path(monkeypatch):
     assert {*entered} == {"numpy tiles"}
 
 
-@pytest.mark.slow("XLA compiles every operation", "jax")
+@pytest.mark.slow("it times every peer")
 @pytest.mark.libraries("torch", "jax")
 def test_backward_is_timed_where_there_is_autograd(arrays_of):
     place = places.open_backend(arrays_of)
     all_providers, _ = providers.all_providers(place, "own", slow_starts=False)
-    rows = _measured(all_providers, "logsumexp+backward", "cross_entropy_value_and_grad")
+    operations = ("logsumexp+backward", "cross_entropy_value_and_grad")
+    rows = _measured(all_providers, *operations)
     found = {(row.operation, row.provider): row.problem for row in rows if row.role != speed.COPY}
-    ours, theirs = _WITH_AUTOGRAD[place.name]
-    for operation in ("logsumexp+backward", "cross_entropy_value_and_grad"):
-        assert found[operation, ours] == ""
-        assert found[operation, theirs] == ""
-
-
-_WITH_AUTOGRAD = {"torch": ("ours, autograd", "torch"), "jax": ("ours, jit, vjp", "jax.nn, jit")}
+    with_autograd = {"torch": ("ours, autograd", "torch"), "jax": ("ours, jit, vjp", "jax.nn, jit")}
+    for both in itertools.product(operations, with_autograd[place.name]):
+        assert found[both] == ""
 
 
 @pytest.mark.slow("torch.compile calls a C++ compiler")
@@ -196,8 +184,7 @@ def test_torch_compiles_before_it_is_timed(arrays_of):
     if why := peers.why_not_compiled(place):
         pytest.skip(why)
     all_providers, _ = providers.all_providers(place, "own")
-    compiled = [provider for provider in all_providers if "compiled" in provider.name]
-    rows = _measured(compiled, "logsumexp")
+    rows = _measured([one for one in all_providers if "compiled" in one.name], "logsumexp")
     timed = {row.provider: row for row in rows if row.role != speed.COPY}
     assert timed.keys() == {"ours, compiled", "torch, compiled"}
     for row in timed.values():
@@ -208,9 +195,8 @@ def test_torch_compiles_before_it_is_timed(arrays_of):
 # --------------------------------------------------------------------------- taking turns
 
 
-@pytest.mark.parametrize(
-    ("operation", "answer", "problem"),
-    [
+def test_a_wrong_provider_is_not_timed():
+    for operation, answer, problem in (
         ("softmax", lambda x, _: x, "wrong: relative error"),
         ("softmax", lambda x, _: np.full_like(x, np.nan), "wrong: relative error nan"),
         ("softmax", lambda x, _: x[:1], "wrong: shape (1, 3) instead of (4, 3)"),
@@ -219,18 +205,16 @@ def test_torch_compiles_before_it_is_timed(arrays_of):
         ("softmax+backward", lambda x, dy: _right(x, dy, dx=dy), "wrong: relative error"),
         ("softmax+backward", lambda x, dy: _right(x, dy, y=x), "wrong: relative error"),
         ("softmax", lambda x, _: (), "wrong: 0 results instead of 1"),
-    ],
-)
-def test_a_wrong_provider_is_not_timed(operation, answer, problem):
-    wrong = _numpy("wrong", **{operation: answer})
-    right = _numpy("right", **peers.numpy_by_hand(-1, "mean"))
-    rows = {row.provider: row for row in _measured([wrong, right], operation)}
-    assert rows["wrong"].problem.startswith(problem)
-    assert np.isnan(rows["wrong"].min_s)
-    assert rows["wrong"].rounds == 0
-    assert rows["right"].rounds >= 2
-    (line,) = [line for line in tables.cells(list(rows.values())) if "wrong" in line]
-    assert rows["wrong"].problem in line
+    ):
+        some = [_numpy("wrong", **{operation: answer}), _by_hand()]
+        rows = {row.provider: row for row in _measured(some, operation)}
+        wrong = rows["wrong"]
+        assert wrong.problem.startswith(problem)
+        assert np.isnan(wrong.min_s)
+        assert wrong.rounds == 0
+        assert rows["right"].rounds >= 2
+        (line,) = [line for line in tables.cells(list(rows.values())) if "wrong" in line]
+        assert wrong.problem in line
 
 
 def test_a_gradient_may_cancel_somewhere():
@@ -267,11 +251,7 @@ def test_providers_take_turns_and_slow_ones_have_fewer_rounds():
     }
     effort = speed.Effort(seconds=1.5, rounds=3, most=10, slice_s=0.001, warm=0)
     times = speed.interleaved(turns, effort)
-    assert {name: len(taken) for name, taken in times.items()} == {
-        "slow": 3,
-        "middle": 5,
-        "fast": 10,
-    }
+    assert [len(times[name]) for name in ("slow", "middle", "fast")] == [3, 5, 10]
     first_rounds = clock.order[3:12]  # after one call each to count repeats
     assert [set(first_rounds[i : i + 3]) for i in (0, 3, 6)] == [set(turns)] * 3
     assert len({tuple(first_rounds[i : i + 3]) for i in (0, 3, 6)}) == 3
@@ -310,28 +290,27 @@ def test_a_short_call_is_repeated():
     assert speed.repeats(timed, slice_s=1e-3) == 100
 
 
-@pytest.mark.parametrize(("device", "numpy_too"), [("cpu", True), ("cuda:0", False)])
-def test_numpy_copies_wherever_the_host_works(device, numpy_too):
+def test_numpy_copies_wherever_the_host_works():
     place = places.open_backend("numpy")
-    other = places.Place("other", "1", device, place.xp, None)
-    names = {copy.name for copy in copies.of([other])}
-    assert "copy, other" in names
-    assert ("copy, numpy" in names) == numpy_too
+    for device, numpy_too in (("cpu", True), ("cuda:0", False)):
+        other = places.Place("other", "1", device, place.xp, None)
+        names = {copy.name for copy in copies.of([other])}
+        assert "copy, other" in names
+        assert ("copy, numpy" in names) == numpy_too
 
 
 def test_the_best_copy_is_100_percent():
-    rows = _measured([_numpy("right", **peers.numpy_by_hand(-1, "mean"))], "softmax")
-    shares = [row.share_of_copy for row in rows if row.role == speed.COPY]
+    shares = [row.share_of_copy for row in _measured([_by_hand()], "softmax") if row.role == "copy"]
     assert max(shares) == 1
     assert len(shares) == (2 if copies.cores() > 1 else 1)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 1000])
-def test_threads_copy_every_row(rows):
-    x = np.random.default_rng(0).standard_normal((rows, 7))
-    y = copies.by_threads(x)
-    assert not np.shares_memory(x, y)
-    np.testing.assert_array_equal(x, y)
+def test_threads_copy_every_row():
+    for rows in (1, 5, 1000):
+        x = np.random.default_rng(0).standard_normal((rows, 7))
+        y = copies.by_threads(x)
+        assert not np.shares_memory(x, y)
+        np.testing.assert_array_equal(x, y)
 
 
 def test_a_dtype_that_ours_does_not_have_is_an_error(monkeypatch, capsys):

@@ -28,6 +28,7 @@ def test_both_ways_are_timed_for_every_size(tmp_path, capsys):
     assert "/ other" in capsys.readouterr().out
 
 
+@pytest.mark.slow("Numba compiles kernels that the constants keep from small rows")
 @pytest.mark.numba
 def test_each_way_is_the_one_that_is_named(monkeypatch):
     """The constant is what decides: on either side of it the other entry runs."""

@@ -12,6 +12,7 @@ from bench import report, speed, versus
 from bench.__main__ import main
 from bench.errors import CommandError
 
+KEY = versus.Key("numpy", (4, 3), "float32", "softmax", "ours")
 SLOWER = """
 def _slower(function):
     import functools, time
@@ -65,9 +66,7 @@ def test_each_tree_runs_its_own_package(other, mode, tmp_path, capsys):
 def test_a_cell_over_the_limit_fails(other, monkeypatch, tmp_path, capsys):
     """The load that is reported is that before any process of the run."""
     started, start = [], versus.Tree.__init__
-    monkeypatch.setattr(
-        versus.Tree, "__init__", lambda *given: (started.append(given), start(*given))[1]
-    )
+    monkeypatch.setattr(versus.Tree, "__init__", lambda *a: started.append(a) or start(*a))
     monkeypatch.setattr(report, "load", lambda: 100.0 * len(started))
     path = tmp_path / "versus.json"
     assert run(other, "--shapes", "4x3", "--limit", "0.01", "--json", str(path)) == 1
@@ -82,31 +81,28 @@ def test_a_wrong_result_is_not_timed(other, capsys):
     change(other, WRONG)
     assert run(other, "--shapes", "4x3") == 0
     assert "before: wrong: relative error" in capsys.readouterr().out
-    key = versus.Key("numpy", (4, 3), "float32", "softmax", "ours")
-    assert not versus.Cell(key, before_problem="wrong").fails(1.1)
-    assert versus.Cell(key, problem="wrong").fails(1.1)
+    assert not versus.Cell(KEY, before_problem="wrong").fails(1.1)
+    assert versus.Cell(KEY, problem="wrong").fails(1.1)
 
 
-@pytest.mark.parametrize(
-    ("text", "arguments", "message"),
-    [
-        (None, (), "is no checkout of portable_softmax"),
-        ("raise SystemExit", (), "ended early, see above"),
-        ("__file__ = '/elsewhere/portable_softmax/__init__.py'", (), "that was imported is"),
+def test_what_cannot_be_compared_is_one_line(other, capsys):
+    face = other / "portable_softmax" / "__init__.py"
+    source = face.read_text()
+    for text, arguments, message in (
         ("", ("--path", "ours, quick"), "unknown path 'ours, quick'"),
         ("", ("--ops", "logsumexp+backward"), "nothing to compare"),
-    ],
-)
-def test_what_cannot_be_compared_is_one_line(other, text, arguments, message, capsys):
-    if text is None:
-        shutil.rmtree(other / "portable_softmax")
-    else:
-        change(other, f"\n{text}\n")
-    assert run(other, *arguments) == 2
-    captured = capsys.readouterr()
-    assert not captured.out
-    assert message in captured.err
-    assert captured.err.count("\n") == 1
+        ("__file__ = '/elsewhere/portable_softmax/__init__.py'", (), "that was imported is"),
+        ("raise SystemExit", (), "ended early, see above"),
+        (None, (), "is no checkout of portable_softmax"),
+    ):
+        face.write_text(f"{source}\n{text}\n")
+        if text is None:
+            shutil.rmtree(other / "portable_softmax")
+        assert run(other, *arguments) == 2
+        captured = capsys.readouterr()
+        assert not captured.out
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
 
 
 # --------------------------------------------------------------------------- taking turns
@@ -128,7 +124,8 @@ class FakeTree:
 def test_the_trees_take_turns_and_the_fastest_round_counts():
     log = []
     before, now = FakeTree("before", (4.0, 2.0, 3.0), log), FakeTree("now", (3.0, 9.0, 5.0), log)
-    cell = versus.Cell(versus.Key("numpy", (4, 3), "float32", "softmax", "ours"))
+    cell = versus.Cell(KEY)
+    assert math.isnan(cell.ratio)  # without a time
     versus._take_turns(cell, before, now, speed.Effort(seconds=0.0, rounds=3, most=9))
     assert [name for name, _ in log] == ["before", "now", "now", "before", "before", "now"]
     assert (cell.before_s, cell.now_s) == (2.0, 3.0)
@@ -138,23 +135,11 @@ def test_the_trees_take_turns_and_the_fastest_round_counts():
 def test_rounds_go_on_until_the_time_is_used_up():
     log = []
     trees = [FakeTree(name, (0.1,) * 9, log) for name in ("before", "now")]
-    cell = versus.Cell(versus.Key("numpy", (4, 3), "float32", "softmax", "ours"))
-    versus._take_turns(cell, *trees, speed.Effort(seconds=0.45, rounds=2, most=9))
+    versus._take_turns(versus.Cell(KEY), *trees, speed.Effort(seconds=0.45, rounds=2, most=9))
     assert len(log) == 2 * 5
 
 
-def test_a_tree_without_a_time_has_no_ratio():
-    assert math.isnan(versus.Cell(versus.Key("numpy", (4, 3), "float32", "softmax", "ours")).ratio)
-
-
-@pytest.mark.parametrize(
-    ("fresh", "groups"),
-    [
-        (False, [["a", "b"], ["b"], ["b"]]),
-        (True, [["a"]] * versus.FRESH_PAIRS + [["b"]] * (versus.FRESH_PAIRS + versus.MORE)),
-    ],
-)
-def test_a_fresh_cell_has_processes_of_its_own_and_a_slow_one_gets_more(monkeypatch, fresh, groups):
+def test_a_fresh_cell_has_processes_of_its_own_and_a_slow_one_gets_more(monkeypatch):
     seen = []
 
     def measure(other, cells, effort):
@@ -163,10 +148,14 @@ def test_a_fresh_cell_has_processes_of_its_own_and_a_slow_one_gets_more(monkeypa
             cell.before_s, cell.now_s = 1.0, 2.0 if cell.key.path == "b" else 1.0
 
     monkeypatch.setattr(versus, "_measure", measure)
-    keys = [versus.Key("numpy", (4, 3), "float32", "softmax", path) for path in "ab"]
-    found = versus.measure(Path(), keys, limit=1.1, fresh=fresh, effort=speed.QUICK)
-    assert [cell.ratio for cell in found] == [1.0, 2.0]
-    assert seen == groups
+    keys = [KEY._replace(path=path) for path in "ab"]
+    pairs, more = versus.FRESH_PAIRS, versus.MORE
+    alone = [["a"]] * pairs + [["b"]] * (pairs + more)
+    for fresh, groups in ((False, [["a", "b"], ["b"], ["b"]]), (True, alone)):
+        seen.clear()
+        found = versus.measure(Path(), keys, limit=1.1, fresh=fresh, effort=speed.QUICK)
+        assert [cell.ratio for cell in found] == [1.0, 2.0]
+        assert seen == groups
 
 
 def test_the_bench_of_this_tree_measures_both(other):
@@ -175,9 +164,6 @@ def test_the_bench_of_this_tree_measures_both(other):
     version, offered = versus.paths(other, "numpy")
     assert version.startswith("numpy ")
     assert ("ours", "softmax") in offered
-
-
-def test_a_process_that_fails_is_reported(other):
     with versus.Tree(other) as tree:
         tree.send("no such request")
         with pytest.raises(CommandError, match="ended early"):
