@@ -57,16 +57,11 @@ class Backend:
         array = np.asarray(values) if dtype is None else np.asarray(values).astype(np_dtype(dtype))
         return self.from_numpy(array)
 
-    def from_numpy(self, array: np.ndarray) -> Any:
-        raise TypeError("a backend says how")
-
-    def numpy(self, array: Any) -> np.ndarray:
-        """Return an array's values; bfloat16 as float32, which holds them all."""
-        raise TypeError("a backend says how")
-
-    def is_ours(self, array: Any) -> bool:
-        """Whether an array is of this library and on this device."""
-        raise TypeError("a backend says how")
+    # A backend says how: an array from one of NumPy, its values (bfloat16 as float32, which holds
+    # them all), and whether an array is of this library and on this device.
+    from_numpy: Callable[[np.ndarray], Any]
+    numpy: Callable[[Any], np.ndarray]
+    is_ours: Callable[[Any], bool]
 
     def computed(self, answers: Any) -> Any:
         """Return the answers of several calls, which a lazy library computes all at once."""
@@ -117,6 +112,11 @@ def np_dtype(name: str) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
+def _with(package: str, version: str) -> str:
+    """Return the versions of a library and of what compiles a path of it."""
+    return f"{version}, {package} {importlib.metadata.version(package)}"
+
+
 class NumPy(Backend):
     name = library = "numpy"
     is_path = True
@@ -138,7 +138,6 @@ class Numba(NumPy):
     """NumPy's arrays, of any size, through the kernels compiled by Numba."""
 
     name = "numba"
-    is_path = True
     costly = True
     path = "numba rows"
 
@@ -147,7 +146,7 @@ class Numba(NumPy):
         return "" if importlib.util.find_spec("numba") else "numba is not installed"
 
     def version(self):
-        return f"{np.__version__}, numba {importlib.import_module('numba').__version__}"
+        return _with("numba", super().version())
 
 
 class Strict(Backend):
@@ -217,7 +216,6 @@ class Torch(Backend):
 
 class TorchCuda(Torch):
     name = "torch-cuda"
-    is_path = True
     place = "cuda"
 
     @classmethod
@@ -241,7 +239,6 @@ class TorchNumba(Torch):
     """CPU tensors of torch, of any size, through the kernels compiled by Numba."""
 
     name = "torch-numba"
-    is_path = True
     costly = True
     path = "numba rows"
 
@@ -250,7 +247,7 @@ class TorchNumba(Torch):
         return super().missing() or Numba.missing()
 
     def version(self):
-        return f"{super().version()}, numba {importlib.import_module('numba').__version__}"
+        return _with("numba", super().version())
 
 
 def _fma(builder, x, y, z):
@@ -279,7 +276,6 @@ class Triton(Torch):
     """CPU tensors of torch, on which Triton's interpreter runs the kernels."""
 
     name = "triton"
-    is_path = True
     path = "triton rows"
 
     def __init__(self):
@@ -322,7 +318,6 @@ class TritonCuda(TorchCuda):
     """CUDA tensors of torch, by the kernels as Triton compiles them."""
 
     name = "triton-cuda"
-    is_path = True
     path = "triton rows"
 
     @classmethod
@@ -330,7 +325,7 @@ class TritonCuda(TorchCuda):
         return super().missing() or _no_triton(interpreted=False)
 
     def version(self):
-        return f"{super().version()}, triton {importlib.metadata.version('triton')}"
+        return _with("triton", super().version())
 
 
 class Jax(Backend):
@@ -380,7 +375,6 @@ class JaxNumba(Jax):
     """
 
     name = "jax-numba"
-    is_path = True
     path = "numba rows"
 
     @classmethod
@@ -388,7 +382,7 @@ class JaxNumba(Jax):
         return super().missing() or Numba.missing()
 
     def version(self):
-        return f"{super().version()}, numba {importlib.import_module('numba').__version__}"
+        return _with("numba", super().version())
 
 
 class Lazy(Backend):
@@ -493,7 +487,6 @@ class TritonCupy(Cupy):
     """CuPy's arrays, by the kernels as Triton compiles them."""
 
     name = "triton-cupy"
-    is_path = True
     path = "triton rows"
 
     @classmethod
@@ -501,7 +494,7 @@ class TritonCupy(Cupy):
         return super().missing() or _no_triton(interpreted=False)
 
     def version(self):
-        return f"{super().version()}, triton {importlib.metadata.version('triton')}"
+        return _with("triton", super().version())
 
 
 class Ndonnx(Lazy):

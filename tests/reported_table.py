@@ -11,13 +11,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
-from conformance.reported import REPORTS, SLOWER, UNTESTED, Report
+from conformance.reported import REPORTS, UNTESTED, Report
 from semantics_table import _backend, _outcome
 
 INTRODUCTION = """\
 # Faults reported upstream
 
-Reports of 2025 and 2026 about confident rows, infinities and speed, each as a test of
+Reports of 2025 and 2026 about confident rows and infinities, each as a test of
 [tests/conformance/reported.py](../tests/conformance/reported.py): what is expected, the backends on
 which this package answers it, and what the installed library answers.
 
@@ -34,17 +34,14 @@ class Run:
         self.backends = list(dict.fromkeys(v for name, v in properties if name == "backend"))
         self.ours: dict[str, dict[str, str]] = {}
         self.peers: dict[str, ElementTree.Element] = {}
-        self.ratios: dict[str, str] = {}
         for one in suite.iter("testcase"):
             test, _, variant = one.get("name").partition("[")
             backend = _backend(variant, self.backends) or ""
             name = variant.removeprefix(f"{backend}-").removesuffix("]")
             if test == "test_ours":
                 self.ours.setdefault(name, {})[backend] = _outcome(one)
-            elif test == "test_peer":
+            else:
                 self.peers[name] = one
-            elif _outcome(one) == "passed":
-                self.ratios[backend] = _properties(one)["ratio"]
 
 
 def _properties(one: ElementTree.Element) -> dict[str, str]:
@@ -61,9 +58,6 @@ def document(run: Run) -> str:
     """Return docs/reported.md."""
     lines = ["| report | what | expected | this package | the library |", "|---|---|---|---|---|"]
     lines += [_row(report, run) for report in REPORTS]
-    ratios = ", ".join(f"1/{ratio} of it on {b}" for b, ratio in run.ratios.items())
-    name, link, what, expected = SLOWER[:4]
-    lines.append(f"| [{name}]({link}) | {what} | {expected} | {ratios or 'not run'} | |")
     why = [f"- {name}: {reason}." for name, reason in UNTESTED.items()]
     table = "\n".join(lines)
     parts = [INTRODUCTION.rstrip(), table, "Named beside these, without a test:"]

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,16 +47,8 @@ ROOMS = (
     "_typing",
 )
 LIBRARIES = (
-    "numpy",
-    "torch",
-    "jax",
-    "dask",
-    "cupy",
-    "array_api_strict",
-    *("ndonnx", "mlx", "cubed", "dpnp"),
-    "numba",
-    "triton",
-    "scipy",
+    *("numpy", "torch", "jax", "dask", "cupy", "array_api_strict", "ndonnx", "mlx", "cubed"),
+    *("dpnp", "numba", "triton", "scipy"),
 )
 
 
@@ -63,10 +56,12 @@ def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(path: Path):
-    """Yield the modules that a file imports, and whether it does so when it is imported."""
+@cache
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Return the modules that a file imports, and whether it does so when it is imported."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     top = {id(n) for statement in tree.body for n in _outside_functions(statement)}
+    found = []
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
@@ -74,7 +69,8 @@ def imports(path: Path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} imports relatively"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        yield from ((name, id(node) in top) for name in names)
+        found += [(name, id(node) in top) for name in names]
+    return found
 
 
 def _outside_functions(node):
@@ -89,16 +85,16 @@ def test_every_room_is_in_the_plan():
     assert {room(path) for path in MODULES} == set(ROOMS)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_direction_of_imports(path):
-    here = room(path)
-    for name, _ in imports(path):
-        parts = name.split(".")
-        if parts[0] != "portable_softmax" or len(parts) == 1:
-            continue
-        # `from portable_softmax import kernels` names a room; `... import softmax` the face.
-        there = parts[1] if parts[1] in ROOMS else "__init__"
-        assert ROOMS.index(there) > ROOMS.index(here) or there == here, f"{here} imports {name}"
+def test_direction_of_imports():
+    for path in MODULES:
+        here = room(path)
+        for name, _ in imports(path):
+            parts = name.split(".")
+            if parts[0] == "portable_softmax" and len(parts) > 1:
+                # `from portable_softmax import kernels` names a room; `... import softmax` the face
+                there = parts[1] if parts[1] in ROOMS else "__init__"
+                below = ROOMS.index(there) > ROOMS.index(here)
+                assert below or there == here, f"{path} imports {name}"
 
 
 def test_textbook_stands_on_the_namespace_lookup_alone():
@@ -172,20 +168,22 @@ def test_array_libraries_are_imported_when_used_only():
             assert allowed or not at_import, path.name
 
 
-@pytest.mark.parametrize("folder", TECHNOLOGIES)
-def test_a_technology_is_imported_by_its_own_folder_and_that_lazily(folder):
+def test_a_technology_is_imported_by_its_own_folder_and_that_lazily():
     """Neither what the table names nor any other room loads it by being imported."""
-    inside = [p for p in MODULES if p.parent == PACKAGE / "kernels" / folder]
-    loads = {module(p): {name for name, at_import in imports(p) if at_import} for p in inside}
-    own = {*TECHNOLOGIES[folder]}
-    heavy = {m for m, names in loads.items() if {n.split(".")[0] for n in names} & own}
-    while more := {m for m, names in loads.items() if m not in heavy and names & heavy}:
-        heavy |= more
-    assert heavy
-    assert not heavy & ASKED
-    for path in MODULES:
-        if path not in inside:
-            assert not heavy & {name for name, at_import in imports(path) if at_import}, path.name
+    loads = {p: {name for name, at_import in imports(p) if at_import} for p in MODULES}
+    for folder, technologies in TECHNOLOGIES.items():
+        inside = {module(p): p for p in MODULES if p.parent == PACKAGE / "kernels" / folder}
+        heavy = {
+            name
+            for name, path in inside.items()
+            if {n.split(".")[0] for n in loads[path]} & {*technologies}
+        }
+        while more := {m for m, p in inside.items() if m not in heavy and loads[p] & heavy}:
+            heavy |= more
+        assert heavy
+        assert not heavy & ASKED
+        for path in {*MODULES} - {*inside.values()}:
+            assert not heavy & loads[path], path.name
 
 
 def in_a_fresh_process(code: str) -> list:
@@ -209,12 +207,10 @@ optax.softmax_cross_entropy(x, x, where=x == 0)
 """
 
 
-@pytest.mark.parametrize("code", ["import portable_softmax", USE], ids=["import", "use"])
-def test_numpy_alone_is_loaded(code):
-    """Nothing third-party but numpy and array_api_compat."""
-    loaded = in_a_fresh_process(code)
+def test_numpy_alone_is_loaded():
+    """Nothing third-party but numpy and array_api_compat, to import it and to use it."""
     baseline = in_a_fresh_process("import numpy")
-    third_party = set(loaded) - set(baseline) - set(sys.stdlib_module_names)
+    third_party = {*in_a_fresh_process(USE)} - {*baseline} - {*sys.stdlib_module_names}
     assert third_party == {"portable_softmax", "array_api_compat"}
 
 
@@ -222,7 +218,7 @@ def test_numpy_alone_is_loaded(code):
 
 
 PUBLIC = [
-    pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")
+    getattr(module, name)
     for module in (
         *(ps, ps.online, ps.textbook, ps.kernels),
         *(compat.optax, compat.scipy_special, compat.torch_functional),
@@ -231,10 +227,8 @@ PUBLIC = [
 ]
 
 
-@pytest.mark.parametrize("thing", PUBLIC)
-def test_each_public_name_has_an_example(thing):
-    assert thing.__doc__, f"{thing} has no docstring"
-    assert ">>> " in thing.__doc__, f"{thing} has no example"
+def test_each_public_name_has_an_example():
+    assert [thing for thing in PUBLIC if ">>> " not in (thing.__doc__ or "")] == []
 
 
 @pytest.mark.parametrize(
@@ -267,10 +261,10 @@ WORKED_ON = (
 )
 
 
-@pytest.mark.parametrize("name", [n for n in ps.__all__ if inspect.isfunction(getattr(ps, n))])
-def test_arrays_are_positional_and_options_are_not(name):
+def test_arrays_are_positional_and_options_are_not():
     """Of every function: what it works on is positional only, and all else by keyword only."""
-    for parameter in inspect.signature(getattr(ps, name)).parameters.values():
-        positional = parameter.name in WORKED_ON
-        expected = parameter.POSITIONAL_ONLY if positional else parameter.KEYWORD_ONLY
-        assert parameter.kind is expected, parameter.name
+    for function in filter(inspect.isfunction, (getattr(ps, name) for name in ps.__all__)):
+        for parameter in inspect.signature(function).parameters.values():
+            positional = parameter.name in WORKED_ON
+            expected = parameter.POSITIONAL_ONLY if positional else parameter.KEYWORD_ONLY
+            assert parameter.kind is expected, (function, parameter.name)

@@ -20,8 +20,8 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def describe(record_property):
-    for name, value in (("backend", "torch"), ("left", 12), ("version", "2.13"), ("device", "cpu")):
-        record_property(name, value)
+    for pair in (("backend", "torch"), ("left", 12), ("version", "2.13"), ("device", "cpu")):
+        record_property(*pair)
 
 @pytest.fixture
 def broken():
@@ -113,21 +113,16 @@ def test_an_unchanged_environment_is_not_installed_again(tmp_path):
     assert [requirement for *_, requirement in session.installed] == ["numpy", "scipy"]
 
 
-@pytest.mark.parametrize(
-    ("listed", "names"), [("", set()), ("cupy, torch-cuda,", {"cupy", "torch-cuda"})]
-)
-def test_required_backends(monkeypatch, listed, names):
-    monkeypatch.setenv("PORTABLE_SOFTMAX_REQUIRE", listed)
-    assert noxfile.required(Session()) == names
-
-
-def test_an_unknown_required_backend_is_an_error(monkeypatch):
+def test_required_backends(monkeypatch):
+    for listed, names in (("", set()), ("cupy, torch-cuda,", {"cupy", "torch-cuda"})):
+        monkeypatch.setenv("PORTABLE_SOFTMAX_REQUIRE", listed)
+        assert noxfile.required(Session()) == names
     monkeypatch.setenv("PORTABLE_SOFTMAX_REQUIRE", "cupy,cuppy")
     with pytest.raises(AssertionError, match="no backend of ours: cuppy"):
         noxfile.required(Session())
 
 
-def test_a_report_is_read_for_each_backend(report):
+def test_a_report_is_read_for_each_backend(report, tmp_path):
     rows, slowest = noxfile.read_reports([report])
     assert rows["torch"].counts == Counter(passed=1, failed=2, skipped=3)
     assert rows["torch"].reasons == Counter({"no second device": 2, "not yet": 1})
@@ -137,23 +132,20 @@ def test_a_report_is_read_for_each_backend(report):
     (cells,) = noxfile.cells_of(rows, "fast")
     assert cells[:-2] == ("torch", "2.13", "cpu", "1", "2", "3")
     assert cells[-1] == "2 x no second device\n1 x not yet\n12 more are run by tests-slow"
-
-
-def test_two_reports_of_a_backend_are_one_row(report, tmp_path):
-    other = shutil.copy(report, tmp_path / "other.xml")
-    rows, slowest = noxfile.read_reports([report, other])
+    # Two reports of a backend are one row.
+    rows, slowest = noxfile.read_reports([report, shutil.copy(report, tmp_path / "other.xml")])
     assert rows["torch"].counts == Counter(passed=2, failed=4, skipped=6)
     assert rows["torch"].left.total() == 24
     assert len(slowest) == 12
 
 
-@pytest.mark.parametrize("text", [None, "", "<testsuites><testsuite"])
-def test_a_missing_or_broken_report_is_a_failure(tmp_path, text):
+def test_a_missing_or_broken_report_is_a_failure(tmp_path):
     path = tmp_path / "cpu.xml"
-    if text is not None:
-        path.write_text(text)
-    rows, _ = noxfile.read_reports([path])
-    assert rows["cpu"].counts["failed"] == 1
+    for text in (None, "", "<testsuites><testsuite"):
+        if text is not None:
+            path.write_text(text)
+        rows, _ = noxfile.read_reports([path])
+        assert rows["cpu"].counts["failed"] == 1
 
 
 def test_a_run_that_failed_fails_the_session_after_the_table(results, report, capsys):
@@ -175,6 +167,7 @@ def test_without_a_gpu_cupy_is_skipped_or_fails_where_it_is_required(monkeypatch
         noxfile.end(Session(), "fast")
 
 
+@pytest.mark.slow("it collects tests twice")
 def test_the_tests_of_a_backend_are_collected_where_it_cannot_run():
     """For CuPy every test of the matrix is there, on a machine without a device as well."""
 
@@ -226,18 +219,18 @@ class Recorded(Session):
         self.commands.append(command)
 
 
-@pytest.mark.parametrize("part", ["fast", "slow"])
-def test_each_part_runs_on_every_backend_and_path(monkeypatch, results, part):
+def test_each_part_runs_on_every_backend_and_path(monkeypatch, results):
     monkeypatch.setattr(noxfile, "together", lambda session: "python")
     monkeypatch.setattr(noxfile, "cuda", lambda: noxfile.Cuda(None, "no CUDA driver"))
     monkeypatch.setattr(noxfile, "end", lambda session, part: None)
-    session = Recorded()
-    noxfile.everything(session, part)
-    named = [command[command.index("--backend") + 1] for command in session.commands]
-    ran = {name for names in named for name in names.split(",")}
     there_are = {name for name in BACKENDS if "cu" not in name or name == "cubed"}
-    assert ran == there_are - {*noxfile.ALONE}
-    assert all(command[command.index("--part") + 1] == part for command in session.commands)
+    for part in ("fast", "slow"):
+        session = Recorded()
+        noxfile.everything(session, part)
+        named = [command[command.index("--backend") + 1] for command in session.commands]
+        ran = {name for names in named for name in names.split(",")}
+        assert ran == there_are - {*noxfile.ALONE}
+        assert all(command[command.index("--part") + 1] == part for command in session.commands)
 
 
 def test_a_slow_test_falls_to_one_commit_in_eight_or_to_its_room(monkeypatch):

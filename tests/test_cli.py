@@ -7,14 +7,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from backends import BACKENDS as TEST_BACKENDS
 
 import portable_softmax
 from portable_softmax.__main__ import main
 from portable_softmax._cli import comparison, demo, digits, listing
-from portable_softmax._cli.backends import BACKENDS, TRAINABLE, open_place
+from portable_softmax._cli.backends import BACKENDS, open_place
 from portable_softmax._cli.errors import CommandError
 from portable_softmax._cli.gradient_check import check_gradient
 from portable_softmax._cli.training import train
@@ -29,9 +31,13 @@ needs_matplotlib = pytest.mark.skipif(
 def place(arrays_of):
     """The place of the command line that a backend of the tests is."""
     name, _, device = arrays_of.partition("-")
-    if name not in TRAINABLE:
-        pytest.skip(f"the demo doesn't train on {name}")
     return open_place(name, device or None)
+
+
+def trains(test):
+    """Run a test on each library on which the demo trains."""
+    test = pytest.mark.slow("each step is compiled", "jax", "dpnp")(test)
+    return pytest.mark.libraries(*{b.library for b in TEST_BACKENDS.values() if not b.lazy})(test)
 
 
 @pytest.fixture
@@ -55,6 +61,7 @@ def learn(place, *, epochs, seed=0):
 # ------------------------------------------------------------------------------- the training
 
 
+@trains
 def test_training_is_the_same_on_every_backend(place):
     trained, _ = learn(place, epochs=2)
     reference, _ = learn(open_place("numpy"), epochs=2)
@@ -64,6 +71,7 @@ def test_training_is_the_same_on_every_backend(place):
     assert trained.epochs[-1].loss == pytest.approx(reference.epochs[-1].loss, abs=1e-3)
 
 
+@trains
 def test_gradient_by_hand_is_the_numerical_one(place):
     check = check_gradient(*learn(place, epochs=1))
     assert check.entries == 650
@@ -105,9 +113,8 @@ def test_demo_learns_with_its_default_settings(no_figure, only_numpy, tmp_path, 
 
 
 @needs_matplotlib
-@pytest.mark.parametrize("epochs", ["1", "3"])
-def test_demo_saves_a_png(epochs, only_numpy, tmp_path, capsys):
-    result = run_demo(capsys, tmp_path / "new" / "folder", "--epochs", epochs)
+def test_demo_saves_a_png(only_numpy, tmp_path, capsys):
+    result = run_demo(capsys, tmp_path / "new" / "folder", "--epochs", "3")
     png = Path(result["figure"]).read_bytes()
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))
@@ -136,31 +143,27 @@ def test_demo_repeats_itself_for_a_seed_and_not_for_another(
     assert first["loss"] != other["loss"]
 
 
+@trains
 def test_demo_compares_the_libraries_that_are_here(no_figure, place, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(comparison, "is_installed", lambda name: name in ("numpy", place.name))
     options = ("--epochs", "1", "--backend", place.name, "--device", place.device_name)
     result = run_demo(capsys, tmp_path, *options)
     assert (result["backend"], result["device"]) == (place.name, place.device_name)
     rows = {row["backend"]: row for row in result["comparison"]}
-    if place.name == "numpy":
-        assert not rows
-    else:
-        assert rows["numpy"]["weight_difference"] == 0
-        assert rows[place.name]["weight_difference"] < 1e-3
-        assert rows[place.name]["accuracy"] == pytest.approx(rows["numpy"]["accuracy"], abs=0.01)
+    assert {*rows} == ({"numpy", place.name} if place.name != "numpy" else set())
+    for name, row in rows.items():
+        assert row["weight_difference"] <= (0 if name == "numpy" else 1e-3)
+        assert row["accuracy"] == pytest.approx(rows["numpy"]["accuracy"], abs=0.01)
 
 
-@pytest.mark.parametrize("error", [CommandError("no luck"), ValueError("no luck")])
-def test_a_library_that_fails_costs_only_its_row(no_figure, error, monkeypatch, tmp_path, capsys):
-    def fail(name):
-        raise error
-
+def test_a_library_that_fails_costs_only_its_row(no_figure, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(comparison, "is_installed", lambda name: name in ("numpy", "jax"))
-    monkeypatch.setattr(comparison, "open_place", fail)
-    numpy, jax = run_demo(capsys, tmp_path, "--epochs", "1")["comparison"]
-    assert numpy["weight_difference"] == 0
-    assert jax["backend"] == "jax"
-    assert "no luck" in jax["error"]
+    for error in (CommandError("no luck"), ValueError("no luck")):
+        monkeypatch.setattr(comparison, "open_place", Mock(side_effect=error))
+        numpy, jax = run_demo(capsys, tmp_path, "--epochs", "1")["comparison"]
+        assert numpy["weight_difference"] == 0
+        assert jax["backend"] == "jax"
+        assert "no luck" in jax["error"]
 
 
 def test_demo_speaks_plain_ascii_lines_where_the_output_is_no_terminal(
@@ -205,6 +208,11 @@ def test_backends_describes_what_is_here_as_json(capsys):
     assert "softmax" in numpy["kernels"][path.partition(":")[0]]
     for row in found.values():
         assert row["usable"] or row["reason"]
+    # A line names the kernels; their operations, some hundreds of characters, are in the JSON.
+    assert main(["backends"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [line for line in lines if line.startswith("numpy ")]
+    assert row.endswith("  " + ", ".join(numpy["kernels"]))
 
 
 def test_backends_finds_the_backend_of_the_tests(arrays_of, monkeypatch, capsys):
@@ -217,17 +225,6 @@ def test_backends_finds_the_backend_of_the_tests(arrays_of, monkeypatch, capsys)
     assert found["usable"]
     assert "float32" in found["dtypes"]
     assert any(each.startswith(device) for each in found["devices"])
-
-
-def test_backends_names_the_kernels_in_a_line_that_can_be_read(capsys):
-    """Their operations, some hundreds of characters, are in the JSON."""
-    assert main(["backends", "--json"]) == 0
-    kernels = json.loads(capsys.readouterr().out)["backends"]["numpy"]["kernels"]
-    assert "softmax" in kernels["numpy tiles"]
-    assert main(["backends"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    (row,) = [line for line in lines if line.startswith("numpy ")]
-    assert row.endswith("  " + ", ".join(kernels))
 
 
 def test_backends_reports_a_library_that_breaks_on_import_and_goes_on(
@@ -308,21 +305,15 @@ def test_a_wrong_argument_is_one_line_and_status_2(arguments, words, capsys):
     assert_fails(capsys, arguments, *words)
 
 
-def test_a_missing_backend_is_one_line_and_status_2(monkeypatch, capsys):
+def test_what_is_missing_is_one_line_and_status_2(monkeypatch, tmp_path, capsys):
+    demo = ["demo", "--out", str(tmp_path)]
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert_fails(capsys, ["demo", "--backend", "torch"], "pip install", "portable_softmax[torch]")
-
-
-def test_a_backend_without_devices_is_one_line_and_status_2(monkeypatch, capsys):
-    monkeypatch.setitem(BACKENDS, "numpy", replace(BACKENDS["numpy"], devices=lambda _: {}))
-    assert_fails(capsys, ["demo"], "numpy can't be used here", "no device")
-
-
-def test_a_missing_matplotlib_is_one_line_and_status_2(monkeypatch, tmp_path, capsys):
+    assert_fails(capsys, [*demo, "--backend", "torch"], 'pip install "portable_softmax[torch]"')
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     monkeypatch.delitem(sys.modules, "portable_softmax._cli.figure", raising=False)
-    words = ("matplotlib", 'pip install "portable_softmax[demo]"')
-    assert_fails(capsys, ["demo", "--out", str(tmp_path)], *words)
+    assert_fails(capsys, demo, "matplotlib", 'pip install "portable_softmax[demo]"')
+    monkeypatch.setitem(BACKENDS, "numpy", replace(BACKENDS["numpy"], devices=lambda _: {}))
+    assert_fails(capsys, demo, "numpy can't be used here", "no device")
 
 
 def test_an_output_folder_that_is_a_file_is_one_line_and_status_2(no_figure, tmp_path, capsys):
@@ -338,10 +329,7 @@ def test_a_figure_that_cant_be_saved_is_one_line_and_status_2(only_numpy, tmp_pa
 
 
 def test_ctrl_c_is_quiet_and_status_130(monkeypatch, capsys):
-    def interrupt(**_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(listing, "run", interrupt)
+    monkeypatch.setattr(listing, "run", Mock(side_effect=KeyboardInterrupt))
     assert main(["backends"]) == 130
     assert capsys.readouterr() == ("", "")
 

@@ -24,8 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SEMANTICS = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
-# A cross-reference of the site has no path: it is checked where the site is built.
-PAGES = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 
 
 SPEED = (ROOT / "docs" / "results" / "speed.md").read_text(encoding="utf-8")
@@ -39,19 +37,17 @@ def cells(line: str) -> list[str]:
 # --------------------------------------------------------------------------- commands
 
 
-@pytest.mark.parametrize(
-    ("command", "page"),
-    [
+def test_a_command_has_a_line_of_its_own():
+    speed, accuracy = "docs/results/speed.md", "docs/results/accuracy.md"
+    for command, page in (
         ("python3 noxfile.py", "README.md"),
         ("python3 noxfile.py -s tests", "README.md"),
         ("python3 noxfile.py -s export-onnx", "README.md"),
-        ("python3 noxfile.py -s bench-numpy", "docs/results/speed.md"),
-        ("python -m bench accuracy --markdown docs/accuracy.md", "docs/results/accuracy.md"),
-        ("python -m bench memory", "docs/results/speed.md"),
-    ],
-)
-def test_a_command_has_a_line_of_its_own(command, page):
-    assert f"\n    {command}\n" in (ROOT / page).read_text(encoding="utf-8")
+        ("python3 noxfile.py -s bench-numpy", speed),
+        ("python -m bench accuracy --markdown docs/accuracy.md", accuracy),
+        ("python -m bench memory", speed),
+    ):
+        assert f"\n    {command}\n" in (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_the_readme_is_short():
@@ -66,10 +62,10 @@ def test_every_option_of_the_benchmark_is_described():
     assert {*in_speed, "--quick", "--json", "--shapes"} <= set(re.findall(r"`(--[\w-]+)", SPEED))
 
 
-@pytest.mark.parametrize("name", ["capabilities", "semantics_table"])
-def test_a_generated_table_names_its_generator(name):
-    assert f"python tests/{name}.py" in README + SEMANTICS
-    assert (ROOT / "tests" / f"{name}.py").exists()
+def test_a_generated_table_names_its_generator():
+    for name in ("capabilities", "semantics_table"):
+        assert f"python tests/{name}.py" in README + SEMANTICS
+        assert (ROOT / "tests" / f"{name}.py").exists()
 
 
 def test_each_room_is_described():
@@ -163,41 +159,33 @@ def test_the_table_of_accuracy_holds():
     assert verdicts == {"ours within", "---", "yes"}
 
 
-REPORT = """\
-<testsuites><testsuite>
-  <testcase classname="tests.test_semantics" name="test_a[torch]">
-    <properties><property name="backend" value="torch"/>
-      <property name="version" value="2.13.0"/></properties>
-  </testcase>
-  <testcase classname="tests.test_semantics" name="test_a[torch]">
-    <properties><property name="backend" value="torch"/></properties>
-  </testcase>
-  <testcase classname="tests.test_semantics" name="test_a[torch-cuda]">
-    <properties><property name="backend" value="torch-cuda"/>
-      <property name="version" value="2.13.0+cu"/></properties>
-  </testcase>
-  <testcase classname="tests.test_semantics" name="test_a[torch-cuda]">
-    <properties><property name="backend" value="torch-cuda"/></properties>
-    <skipped message="no int16"/>
-  </testcase>
-  <testcase classname="tests.test_semantics" name="test_b[torch]">
-    <properties><property name="backend" value="torch"/></properties><failure/>
-  </testcase>
-  <testcase classname="tests.test_semantics" name="test_b[torch-cuda]">
-    <properties><property name="backend" value="torch-cuda"/></properties><error/>
-  </testcase>
-  <testcase classname="tests.test_semantics" name="test_c[none]">
-    <properties><property name="backend" value="none"/></properties>
-  </testcase>
-  <testcase classname="tests.test_values" name="test_a[torch]">
-    <properties><property name="backend" value="torch"/></properties><failure/>
-  </testcase>
-</testsuite></testsuites>
-"""
+def _reported(test, backend, outcome="", version=None):
+    """A test case as pytest's XML has it."""
+    given = f'<property name="backend" value="{backend}"/>'
+    given += f'<property name="version" value="{version}"/>' if version else ""
+    module, _, name = test.rpartition(".")
+    case = f'<testcase classname="tests.{module}" name="{name}[{backend}]">'
+    return f"{case}<properties>{given}</properties>{outcome}</testcase>"
+
+
+SKIPPED = '<skipped message="no int16"/>'
+REPORT = "".join(
+    (
+        _reported("test_semantics.test_a", "torch", version="2.13.0"),
+        _reported("test_semantics.test_a", "torch"),
+        _reported("test_semantics.test_a", "torch-cuda", version="2.13.0+cu"),
+        _reported("test_semantics.test_a", "torch-cuda", SKIPPED),
+        _reported("test_semantics.test_b", "torch", "<failure/>"),
+        _reported("test_semantics.test_b", "torch-cuda", "<error/>"),
+        _reported("test_semantics.test_c", "none"),
+        _reported("test_values.test_a", "torch", "<failure/>"),
+    )
+)
 
 
 def test_reports_become_rows(tmp_path):
-    (tmp_path / "torch.xml").write_text(REPORT)
+    report = f"<testsuites><testsuite>{REPORT}</testsuite></testsuites>"
+    (tmp_path / "torch.xml").write_text(report)
     rows = [
         semantics_table.Case(f"case {name}", "answer", f"test_{name}", name != "c")
         for name in "abc"
@@ -205,11 +193,8 @@ def test_reports_become_rows(tmp_path):
     text = semantics_table.document(rows, semantics_table.read(tmp_path))
     heading, _, *lines = [cells(line) for line in text.splitlines() if line.startswith("|")]
     a, b, c = (dict(zip(heading, line, strict=True)) for line in lines)
-    assert (a["torch"], a["torch-cuda"], a["jax"]) == (
-        "passed",
-        "1 passed, 1 skipped (1)",
-        "not run",
-    )
+    assert [a[k] for k in ("torch", "torch-cuda")] == ["passed", "1 passed, 1 skipped (1)"]
+    assert a["jax"] == "not run"
     assert (b["torch"], b["torch-cuda"]) == ("FAILED", "FAILED")
     assert (c["numpy"], c["torch"]) == ("passed", "NumPy only")
     assert "\n1. no int16\n" in text
@@ -249,15 +234,15 @@ def test_there_are_twelve_pairs():
         assert "assert " in after
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.stem)
-def test_each_figure_is_described(page):
+def test_each_figure_is_described():
     """A cell that draws has an alt text, and so has each image."""
-    text = page.read_text(encoding="utf-8")
-    for cell in re.findall(r"^```\{code-cell\}.*?^```$", text, re.M | re.S):
-        assert ("plt.show()" in cell) == ("    alt: " in cell), cell
-    for image in re.findall(r"^```\{image\}.*?^```$", text, re.M | re.S):
-        assert ":alt: " in image
-    assert "![](" not in text
+    for page in (ROOT / "docs").rglob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        for cell in re.findall(r"^```\{code-cell\}.*?^```$", text, re.M | re.S):
+            assert ("plt.show()" in cell) == ("    alt: " in cell), cell
+        for image in re.findall(r"^```\{image\}.*?^```$", text, re.M | re.S):
+            assert ":alt: " in image
+        assert "![](" not in text
 
 
 # --------------------------------------------------------------------------- the release
@@ -293,27 +278,28 @@ def test_the_page_that_installs_names_the_oldest_versions():
         assert re.search(rf"\b{name} {re.escape(version)}(?![.\d]*\d)", text), needed
 
 
-@pytest.mark.parametrize("workflow", ["ci", "release"])
-def test_hosted_actions_are_pinned_by_hash(workflow):
-    text = (ROOT / ".github" / "workflows" / f"{workflow}.yml").read_text(encoding="utf-8")
-    for action in re.findall(r"uses: (?!\./)(.+)$", text, re.M):  # those of others
-        assert re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40} # v[\d.]+", action), action
+def test_hosted_actions_are_pinned_by_hash():
+    for workflow in ("ci", "release"):
+        text = (ROOT / ".github" / "workflows" / f"{workflow}.yml").read_text(encoding="utf-8")
+        for action in re.findall(r"uses: (?!\./)(.+)$", text, re.M):  # those of others
+            assert re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40} # v[\d.]+", action), action
 
 
 # --------------------------------------------------------------------------- links and peers
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_link_leads_somewhere(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
-        if target.startswith("https://"):
-            continue
-        path = (ROOT / page).parent / target if target else ROOT / page
-        assert path.is_file(), f"{page} links to {target}"
-        if anchor:
-            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
-            assert anchor in {slug(heading) for heading in headings}, f"{page} links to #{anchor}"
+def test_every_link_leads_somewhere():
+    """But for a cross-reference of the site, which is checked where the site is built."""
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")):
+        text = page.read_text(encoding="utf-8")
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
+            if target.startswith("https://"):
+                continue
+            path = page.parent / target if target else page
+            assert path.is_file(), f"{page} links to {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+                assert anchor in map(slug, headings), f"{page} links to #{anchor}"
 
 
 def slug(heading: str) -> str:
@@ -330,6 +316,7 @@ def test_three_peers_are_shown():
     assert len(BESIDE) == DIFFERENCES.count("## Beside ") == 3
 
 
+@pytest.mark.slow("it imports the peers in other processes")
 @pytest.mark.parametrize(("versions", "code", "printed"), BESIDE, ids=[b[0] for b in BESIDE])
 def test_what_peers_were_seen_to_print(versions, code, printed):
     for peer in versions.split(", "):
