@@ -6,14 +6,17 @@ closed forms of the docstrings, and share no code with the package.
 >>> import numpy as np
 >>> from portable_softmax.testing import check_library
 >>> print(check_library(np))
-numpy: right. 46 cases passed, 0 failed, 0 skipped.
+numpy: right. 104 cases passed, 0 failed, 0 skipped.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -166,7 +169,7 @@ def check_library(
 # --- Arrays of the library ----------------------------------------------------------------------
 
 # What an answer may be off by, relatively: 8 units in the last place of float32.
-RTOL = {"float64": 1e-12, "float32": 8 * 2.0**-23}
+RTOL = {"float64": 1e-13, "float32": 8 * 2.0**-23}
 
 
 class Arrays:
@@ -200,6 +203,21 @@ class Arrays:
             return f"no {self.dtype}: {error}"
         return "" if found == self.dtype else f"{self.dtype} became {found}"
 
+    def has(self, dtype: str) -> bool:
+        """Return whether the library has a dtype, by its name."""
+        return hasattr(self.xp, dtype)
+
+    @property
+    def default(self) -> str:
+        """The dtype in which integers are answered."""
+        some = self([0.0])
+        return libraries.dtype_name(libraries.library_of(some).default_float(some))
+
+    @property
+    def tiny(self) -> float:
+        """What terms around 1 that cancel may leave."""
+        return float(np.finfo(self.dtype).eps) / 2
+
     def numpy(self, array: Any) -> np.ndarray:
         """Return an array of the library as one of NumPy."""
         if self._to_numpy is not None:
@@ -215,15 +233,17 @@ class Arrays:
 
     def differs(self, got: Any, expected: Any) -> str:
         """Return what is expected of an answer, and "" where it is so."""
-        expected = np.asarray(expected, self.dtype)
+        values, named, atol = expected if isinstance(expected, Of) else Of(expected)
+        wanted = named or self.dtype
+        expected = np.asarray(values, wanted)
         if libraries.library_of(got).xp is not libraries.library_of(self([0.0])).xp:
             return f"an array of {self.xp.__name__}"
-        if (dtype := libraries.dtype_name(got.dtype)) != self.dtype:
-            return f"the dtype {self.dtype}, not {dtype}"
+        if (dtype := libraries.dtype_name(got.dtype)) != wanted:
+            return f"the dtype {wanted}, not {dtype}"
         if tuple(got.shape) != expected.shape:
             return f"the shape {expected.shape}, not {tuple(got.shape)}"
-        rtol, tiny = RTOL[self.dtype], float(np.finfo(self.dtype).tiny)
-        if np.allclose(self.numpy(got), expected, rtol=rtol, atol=tiny, equal_nan=True):
+        rtol, atol = RTOL.get(wanted, 1e-13), max(atol, float(np.finfo(wanted).tiny))
+        if np.allclose(self.numpy(got), expected, rtol=rtol, atol=atol, equal_nan=True):
             return ""
         return np.array2string(expected, separator=", ", precision=17)
 
@@ -236,9 +256,35 @@ class Arrays:
 
 
 class Raises(NamedTuple):
-    """Stands for an answer where an error is expected."""
+    """Stands for an answer where an error is expected, and what its message has."""
 
     error: type[Exception]
+    says: str = ""
+
+
+class Of(NamedTuple):
+    """An answer of another dtype than the case's, or one that cancels and may be off by `atol`."""
+
+    values: Any
+    dtype: str = ""
+    atol: float = 0.0
+
+
+Pair = tuple[Any, Any]
+Case = Iterator[Pair]
+CASES: dict[str, Callable[[Arrays], Case]] = {}
+ANSWERS: dict[str, str] = {}
+"""What is documented of a case, for the rows of docs/semantics.md."""
+
+
+def _case(name: str, answer: str = "") -> Callable[[Callable[[Arrays], Case]], Any]:
+    def registered(case: Callable[[Arrays], Case]) -> Callable[[Arrays], Case]:
+        CASES[name] = case
+        if answer:
+            ANSWERS[name] = answer
+        return case
+
+    return registered
 
 
 def _failure(name: str, case: Callable[[Arrays], Any], arrays: Arrays) -> Failure | None:
@@ -250,8 +296,10 @@ def _failure(name: str, case: Callable[[Arrays], Any], arrays: Arrays) -> Failur
                 expected = expected_value.error.__name__
                 try:
                     answer = got()
-                except expected_value.error:
-                    continue
+                except expected_value.error as error:
+                    if re.search(expected_value.says, str(error)):
+                        continue
+                    return Failure(name, f"{expected}: {expected_value.says}", str(error))
                 return Failure(name, expected, str(answer))
             if difference := arrays.differs(got, expected_value):
                 return Failure(name, difference, str(arrays.numpy(got)))
@@ -303,15 +351,16 @@ LABELS = [2, 0, 1]
 WEIGHT = [0.5, 2.0, 1.0, 0.25]
 LOSSES = [-_log_softmax(row)[t] for row, t in zip(ROWS, LABELS, strict=True)]
 SLOPES = [_slope(row, t) for row, t in zip(ROWS, LABELS, strict=True)]
-Case = Iterator[tuple[Any, Any]]
 
 
+@_case("softmax, log_softmax and logsumexp")
 def _three(a: Arrays) -> Case:
     yield softmax(a(ROWS)), [_softmax(row) for row in ROWS]
     yield log_softmax(a(ROWS)), [_log_softmax(row) for row in ROWS]
     yield logsumexp(a(ROWS), axis=-1), [_logsumexp(row) for row in ROWS]
 
 
+@_case("axes and shapes")
 def _axes(a: Arrays) -> Case:
     columns = [list(column) for column in zip(*ROWS, strict=True)]
     flat = [x for row in ROWS for x in row]
@@ -322,12 +371,14 @@ def _axes(a: Arrays) -> Case:
     yield log_softmax(a(2.5), axis=None), 0.0
 
 
+@_case("logsumexp with b")
 def _weighted_sum(a: Arrays) -> Case:
     b = [2.0, -1.0, 0.5]
     total = math.fsum(w * math.exp(x) for w, x in zip(b, (0.5, 0.0, 1.0), strict=True))
     yield logsumexp(a([0.5, 0.0, 1.0]), b=a(b)), math.log(total)
 
 
+@_case("temperature, where and a sink")
 def _options_of_rows(a: Arrays) -> Case:
     yield softmax(a(ROWS), temperature=2.0), [_softmax([x / 2 for x in row]) for row in ROWS]
     mask = [[True, False, True, True]] * 3
@@ -337,6 +388,7 @@ def _options_of_rows(a: Arrays) -> Case:
     yield softmax(a(ROWS), sink=0.5), [_softmax([*row, 0.5])[:-1] for row in ROWS]
 
 
+@_case("gradients as functions")
 def _gradients(a: Arrays) -> Case:
     y, dy = [0.5, 0.25, 0.125, 0.125], [1.0, -2.0, 0.5, 4.0]
     total = math.fsum(p * d for p, d in zip(y, dy, strict=True))
@@ -346,6 +398,7 @@ def _gradients(a: Arrays) -> Case:
     yield softmax_jacobian(a(y)), np.diag(y) - np.outer(y, y)
 
 
+@_case("cross_entropy and its gradient")
 def _losses(a: Arrays) -> Case:
     x, t = a(ROWS), a(LABELS, "int64")
     yield cross_entropy(x, t, reduction="none"), LOSSES
@@ -356,6 +409,7 @@ def _losses(a: Arrays) -> Case:
     yield grad, [[d / 3 for d in row] for row in SLOPES]
 
 
+@_case("cross_entropy with a distribution")
 def _distributions(a: Arrays) -> Case:
     q = [[0.5, 0.25, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]]
     expected = [
@@ -365,6 +419,7 @@ def _distributions(a: Arrays) -> Case:
     yield cross_entropy(a(ROWS), a(q), reduction="none"), expected
 
 
+@_case("options of cross_entropy")
 def _options_of_losses(a: Arrays) -> Case:
     x, t = a(ROWS), a(LABELS, "int64")
     weights = [WEIGHT[label] for label in LABELS]
@@ -385,6 +440,7 @@ def _options_of_losses(a: Arrays) -> Case:
     yield cross_entropy(x, t, sample_weight=a([1.0, 0.0, 3.0]), reduction="none"), expected
 
 
+@_case("linear_cross_entropy")
 def _linear(a: Arrays) -> Case:
     h, w = [[1.0, 0.5], [-2.0, 1.0]], [[0.5, 2.0], [1.0, 0.25], [-1.0, 0.0]]
     logits = (np.asarray(h) @ np.asarray(w).T).tolist()
@@ -397,11 +453,13 @@ def _linear(a: Arrays) -> Case:
     yield dw, slopes.T @ np.asarray(h)
 
 
+@_case("online: fold and merge")
 def _parts(a: Arrays) -> Case:
     parts = (online.fold(a([row[:2] for row in ROWS])), online.fold(a([row[2:] for row in ROWS])))
     yield online.logsumexp(online.merge(*parts)), [[_logsumexp(row)] for row in ROWS]
 
 
+@_case("logmeanexp and logcumsumexp")
 def _sums(a: Arrays) -> Case:
     yield logmeanexp(a(ROWS), axis=-1), [_logsumexp(row) - math.log(4) for row in ROWS]
     sums = [[_logsumexp(row[: i + 1]) for i in range(4)] for row in ROWS]
@@ -414,6 +472,7 @@ def _sums(a: Arrays) -> Case:
     yield logcumsumexp_vjp(a(ROWS[:2]), a([dy, dy])), expected
 
 
+@_case("entropy and its gradient")
 def _entropies(a: Arrays) -> Case:
     logs = [_log_softmax(row) for row in ROWS]
     expected = [-math.fsum(math.exp(v) * v for v in row) for row in logs]
@@ -423,6 +482,7 @@ def _entropies(a: Arrays) -> Case:
     yield grad, [math.exp(v) * (-v - expected[0]) for v in logs[0]]
 
 
+@_case("kl_divergence and its gradients")
 def _divergences(a: Arrays) -> Case:
     x, z = [math.log(3), 0.0], [0.0, 0.0]
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
@@ -434,6 +494,7 @@ def _divergences(a: Arrays) -> Case:
     yield dz, [[-0.25, 0.25]]
 
 
+@_case("sigmoid_cross_entropy and its gradient")
 def _yes_or_no(a: Arrays) -> Case:
     x, t = a([-2.0, 0.0, 0.5, 30.0]), a([1.0, 0.0, 1.0, 1.0])
     expected = [math.log1p(math.exp(v)) for v in (2.0, 0.0, -0.5, -30.0)]
@@ -443,6 +504,7 @@ def _yes_or_no(a: Arrays) -> Case:
     yield grad, [-1 / (1 + math.exp(-2)), 0.5, -1 / (1 + math.exp(0.5)), -1 / (1 + math.exp(30))]
 
 
+@_case("entmax, sparsemax and their loss")
 def _sparse(a: Arrays) -> Case:
     yield sparsemax(a([0.5, 0.25, -1.0, 0.0])), [7 / 12, 1 / 3, 0.0, 1 / 12]
     y = [0.64, 0.36, 0.0]  # whose roots, 0.8 and 0.6, differ by half as much as the logits
@@ -455,92 +517,615 @@ def _sparse(a: Arrays) -> Case:
     yield grad, [[-0.125, 0.125, 0.0], [0.0, 0.0, 0.0]]
 
 
-def _empty(a: Arrays) -> Case:
-    yield softmax(a(np.zeros((2, 0)))), np.zeros((2, 0))
-    yield logsumexp(a(np.zeros((2, 0))), axis=-1), [-INF, -INF]
-    x, t = a(np.zeros((0, 3))), a(np.zeros(0), "int64")
-    yield cross_entropy(x, t), NAN
-    yield cross_entropy(x, t, reduction="sum"), 0.0
+# --- The cases of docs/semantics.md -------------------------------------------------------------
+
+THIRD, TWO = 1 / 3, math.log(2)
+NORMALIZED = (softmax, log_softmax)
 
 
-def _infinities(a: Arrays) -> Case:
-    x = [[-INF, -INF], [INF, 0.0], [NAN, 1.0], [0.0, 0.0], [-INF, 1.0]]
-    expected = [[NAN, NAN], [NAN, NAN], [NAN, NAN], [0.5, 0.5], [0.0, 1.0]]
-    yield softmax(a(x)), expected
-    yield logsumexp(a(x), axis=-1), [-INF, INF, NAN, math.log(2), 1.0]
+def _no(error: type[Exception], says: str, function: Any, *given: Any, **options: Any) -> Pair:
+    """Return a call that must raise."""
+    return partial(function, *given, **options), Raises(error, says)
 
 
-def _fully_masked(a: Arrays) -> Case:
-    x, mask = a([[NAN, 1.0], [0.0, 0.0]]), a([[False, False], [True, True]], "bool")
-    yield softmax(x, where=mask), [[0.0, 0.0], [0.5, 0.5]]
-    yield log_softmax(x, where=mask), [[-INF, -INF], [-math.log(2), -math.log(2)]]
-    yield logsumexp(x, axis=-1, where=mask), [-INF, math.log(2)]
+def _loss(x: Any, t: Any, loss: Any, grad: Any, **options: Any) -> Case:
+    """Yield what both functions answer."""
+    yield cross_entropy(x, t, **options), loss
+    yield from zip(cross_entropy_value_and_grad(x, t, **options), (loss, grad), strict=True)
 
 
-def _ignored(a: Arrays) -> Case:
-    x, t = a([[NAN, INF], [0.0, 0.0]]), a([-1, 0], "int64")
-    loss, grad = cross_entropy_value_and_grad(x, t, ignore_index=-1)
-    yield loss, math.log(2)
-    yield grad, [[0.0, 0.0], [-0.5, 0.5]]
-    loss, grad = cross_entropy_value_and_grad(x, a([-1, -1], "int64"), ignore_index=-1)
-    yield loss, NAN
-    yield grad, [[0.0, 0.0], [0.0, 0.0]]
+def _bad_label(a: Arrays, says: str, x: Any, t: Any, loss: Any, grad: Any, **options: Any) -> Case:
+    """Yield the error of a label that can be looked at, and what is answered unchecked."""
+    if a.reads_values(t):
+        yield _no(IndexError, says, cross_entropy, x, t, **options)
+        options["check_labels"] = False
+    yield from _loss(x, t, loss, grad, reduction="none", **options)
 
 
-def _minus_infinity_of_no_probability(a: Arrays) -> Case:
-    loss, grad = cross_entropy_value_and_grad(a([-INF, 0.0, 0.0]), a([0.0, 1.0, 0.0]))
-    yield loss, math.log(2)
-    yield grad, [0.0, -0.5, 0.5]
+@_case("reduced axis of length 0", "softmax, log_softmax: empty; logsumexp: -inf")
+def _reduced_axis_of_length_0(a: Arrays) -> Case:
+    x = a(np.zeros((2, 0, 3)))
+    for f in NORMALIZED:
+        yield f(x, axis=1), np.zeros((2, 0, 3))
+    yield logsumexp(x, axis=1), np.full((2, 3), -INF)
+    both = logsumexp(x, axis=1, keepdims=True, return_sign=True)
+    yield from zip(both, (np.full((2, 1, 3), -INF), np.zeros((2, 1, 3))), strict=True)
+    yield logsumexp(a([])), -INF
 
 
+@_case("empty batch", "empty result; mean loss nan, sum 0; gradient empty")
+def _empty_batch(a: Arrays) -> Case:
+    nothing = np.zeros((0, 3))
+    x, t = a(nothing), a([], "int64")
+    for f in NORMALIZED:
+        yield f(x, axis=1), nothing
+    yield logsumexp(x, axis=1), []
+    for reduction, expected in (("mean", NAN), ("sum", 0.0), ("none", [])):
+        yield from _loss(x, t, expected, nothing, reduction=reduction)
+
+
+@_case("0-d input", "axis=None works; an axis raises, as an out-of-range axis does")
+def _0_d_input(a: Arrays) -> Case:
+    x = a(3.0)
+    yield softmax(x, axis=None), 1.0
+    yield log_softmax(x, axis=None), 0.0
+    yield logsumexp(x), 3.0
+    yield softmax_vjp(a(1.0), a(5.0), axis=None), 0.0
+    for f in (*NORMALIZED, logsumexp):
+        yield _no(ValueError, "axis is 0, but the array has 0 dimensions", f, x, axis=0)
+        two = a(np.zeros((2, 2)))
+        yield _no(IndexError, "axis is 2, but the array has 2 dimensions", f, two, axis=2)
+        yield _no(TypeError, "axis is '0', expected an int", f, x, axis="0")
+
+
+@_case("axis=()", "nothing is reduced: softmax 1, log_softmax 0, logsumexp the input")
+def _no_axis_at_all(a: Arrays) -> Case:
+    x = [[1.0, -2.0], [3.0, 0.5]]
+    yield softmax(a(x), axis=()), np.ones((2, 2))
+    yield log_softmax(a(x), axis=()), np.zeros((2, 2))
+    yield logsumexp(a(x), axis=()), x
+
+
+@_case("class axis of length 0", "every label but ignore_index is out of range")
+def _no_class_at_all(a: Arrays) -> Case:
+    empty = np.zeros((2, 0))
+    x, t = a(empty), a([-1, -1], "int64")
+    for reduction, expected in (("mean", NAN), ("sum", 0.0), ("none", [0.0, 0.0])):
+        for more in ({}, {"label_smoothing": 0.1}, {"z_loss": 0.1, "softcap": 2.0}):
+            options = {"ignore_index": -1, "reduction": reduction, **more}
+            yield from _loss(x, t, expected, empty, **options)
+    yield from _bad_label(a, r"labels\[0\] is -1, outside \[0, 0\)", x, t, [NAN, NAN], empty)
+
+
+@_case("a row of -inf only", "softmax nan, logsumexp -inf, as every peer")
+def _a_row_of_minus_inf_only(a: Arrays) -> Case:
+    x = a([[-INF, -INF], [0.0, 0.0], [-INF, 1.0]])
+    for t in (1.0, 2.0):
+        yield softmax(x, temperature=t), [[NAN, NAN], [0.5, 0.5], [0.0, 1.0]]
+        yield log_softmax(x, temperature=t), [[NAN, NAN], [-TWO, -TWO], [-INF, 0.0]]
+    yield logsumexp(x, axis=1), [-INF, TWO, 1.0]
+
+
+@_case("a row fully masked by `where`", "softmax 0, log_softmax -inf, logsumexp -inf, gradient 0")
+def _a_row_fully_masked_by_where(a: Arrays) -> Case:
+    x, dy = a([[1.0, NAN], [0.0, 0.0]]), a([[3.0, 4.0], [5.0, 6.0]])
+    where = a([[False, False], [True, False]], "bool")
+    y, log_y = softmax(x, where=where), log_softmax(x, where=where)
+    yield y, [[0.0, 0.0], [1.0, 0.0]]
+    yield log_y, [[-INF, -INF], [0.0, -INF]]
+    yield logsumexp(x, axis=1, where=where), [-INF, 0.0]
+    both = logsumexp(x, axis=1, where=where, return_sign=True)
+    yield from zip(both, ([-INF, 0.0], [0.0, 1.0]), strict=True)
+    yield softmax_vjp(y, dy), np.zeros((2, 2))
+    yield log_softmax_vjp(log_y, dy), np.zeros((2, 2))
+
+
+@_case("+inf in a row", "softmax nan; logsumexp +inf")
+def _plus_inf_in_a_row(a: Arrays) -> Case:
+    x = a([[INF, 0.0], [INF, INF], [INF, -INF], [0.0, 0.0]])
+    for t in (1.0, 2.0):
+        yield softmax(x, temperature=t), [[NAN, NAN]] * 3 + [[0.5, 0.5]]
+        yield log_softmax(x, temperature=t), [[NAN, NAN]] * 3 + [[-TWO, -TWO]]
+    yield logsumexp(x, axis=1), [INF, INF, INF, TWO]
+
+
+@_case("nan in a row", "that row nan, no other row touched")
+def _nan_in_a_row(a: Arrays) -> Case:
+    x, three = a([[NAN, 0.0, INF], [0.0, 0.0, 0.0], [1.0, NAN, -INF]]), math.log(3)
+    for t in (1.0, 2.0):
+        yield softmax(x, temperature=t), [[NAN] * 3, [THIRD] * 3, [NAN] * 3]
+        yield log_softmax(x, temperature=t), [[NAN] * 3, [-three] * 3, [NAN] * 3]
+    yield logsumexp(x, axis=1), [NAN, three, NAN]
+    grad = [[NAN] * 3, [-2 / 3, THIRD, THIRD], [NAN] * 3]
+    yield from _loss(x, a([0, 0, 0], "int64"), [NAN, three, NAN], grad, reduction="none")
+
+
+@_case("integers", "promoted to the library's default floating dtype before anything is subtracted")
 def _integers(a: Arrays) -> Case:
-    """Halves, in the library's default dtype; 127 - (-128) is -1 in int8."""
-    answer = softmax(a([127, -128, 127, -128], "int8"))[::2]
-    library = libraries.library_of(answer)
-    yield library.cast(answer, getattr(library.xp, a.dtype)), [0.5, 0.5]
+    ends = {"int8": (127, -128), "uint8": (255, 0)}
+    for dtype in ("int8", "int16", "int32", "int64", "uint8"):
+        high, low = ends.get(dtype, (100, 30))
+        x, tiny = a([[high, low]], dtype), math.exp(low - high)
+        yield softmax(x), Of([[1.0, tiny]], a.default)
+        yield log_softmax(x), Of([[-tiny, low - high]], a.default)
+        yield logsumexp(x, axis=1), Of([high], a.default)
+        yield cross_entropy(x, a([1], "int64")), Of(high - low, a.default)
 
 
-def _wrong_labels(a: Arrays) -> Case:
-    x = a([[0.0, 1.0], [2.0, 3.0]])
-    for label in (2, -1):
-        t = a([0, label], "int64")
-        if a.reads_values(t):
-            yield (lambda t=t: cross_entropy(x, t)), Raises(IndexError)
+@_case(
+    "dtype",
+    "the result's, out of the precision that is computed in or, if it is wider, in dtype; the "
+    "gradient keeps the logits' dtype",
+)
+def _dtype(a: Arrays) -> Case:
+    x, t = a(ROWS), a(LABELS, "int64")
+    dtype, losses = a([0.0], "float32").dtype, Of(LOSSES, "float32")
+    yield softmax(x, dtype=dtype), Of([_softmax(row) for row in ROWS], "float32")
+    yield log_softmax(x, dtype=dtype), Of([_log_softmax(row) for row in ROWS], "float32")
+    yield logsumexp(x, axis=1, dtype=dtype), Of([_logsumexp(row) for row in ROWS], "float32")
+    yield from _loss(x, t, losses, SLOPES, reduction="none", dtype=dtype)
+
+
+@_case("dtype that is no real floating one of the library", "TypeError")
+def _dtype_that_is_not_floating(a: Arrays) -> Case:
+    x, says = a(np.zeros((2, 2))), r"dtype is .*expected a real floating dtype"
+    for name in filter(a.has, ("int64", "bool", "complex128")):
+        wrong = a([0], name).dtype
+        for f in (*NORMALIZED, logsumexp):
+            yield _no(TypeError, says, f, x, dtype=wrong)
+            yield _no(TypeError, says, f, x, dtype="float33")
+        for f in (cross_entropy, cross_entropy_value_and_grad):
+            says_which = f"(?i)dtype is .*{name}.*leave it out"
+            yield _no(TypeError, says_which, f, x, a([0, 1], "int64"), dtype=wrong)
+
+
+@_case(
+    "bool, complex (logsumexp takes complex, as SciPy)",
+    "TypeError that names the dtype and what to do",
+)
+def _bool_complex(a: Arrays) -> Case:
+    for dtype in filter(a.has, ("bool", "complex128")):
+        x = a(np.ones((2, 2)), dtype)
+        for f in (*NORMALIZED, softmax_jacobian):
+            yield _no(TypeError, f"has dtype {dtype}, expected .*: ", f, x)
+        t = a([0, 1], "int64")
+        yield _no(TypeError, f"logits has dtype {dtype}", cross_entropy, x, t)
+        if dtype == "bool":
+            yield _no(TypeError, "x has dtype bool", logsumexp, x)
         else:
-            yield cross_entropy(x, t, reduction="none"), [math.log1p(math.e), NAN]
+            yield logsumexp(x), Of(1 + math.log(4), dtype)
 
 
-def _refused(a: Arrays) -> Case:
-    x, t = a([[0.0, 1.0]]), a([0], "int64")
-    yield (lambda: softmax(a([True, False], "bool"))), Raises(TypeError)
-    yield (lambda: softmax(x, axis=2)), Raises(IndexError)
-    yield (lambda: softmax(x, temperature=0.0)), Raises(ValueError)
-    yield (lambda: cross_entropy(x, t, reduction="average")), Raises(ValueError)
-    yield (lambda: cross_entropy(x, a([True], "bool"))), Raises(TypeError)
+@_case(
+    "a temperature, label_smoothing, reduction, z_loss or softcap out of its range",
+    "ValueError naming value and range, also of a number too large for a float",
+)
+def _options_out_of_range(a: Arrays) -> Case:
+    x, t = a(np.zeros((2, 3))), a([0, 1], "int64")
+    for value in (0, 0.0, -1.0, NAN, INF, -INF):
+        for f in NORMALIZED:
+            says = rf"temperature is {value}.*\(0, inf\)"
+            yield _no(ValueError, says, f, x, temperature=value)
+    for option, wrong, says in (
+        ("label_smoothing", 1.5, r"1\.5.*\[0, 1\]"),
+        ("label_smoothing", -0.1, r"-0\.1"),
+        ("label_smoothing", NAN, "nan"),
+        ("reduction", "avg", "'avg'.*'mean', 'sum', 'none'"),
+        ("reduction", None, "None"),
+        ("z_loss", -1.0, r"-1\.0.*\[0, inf\)"),
+        ("softcap", 0.0, r"0\.0.*\(0, inf\)"),
+        ("softcap", -3, "-3"),
+    ):
+        yield _no(ValueError, f"{option} is {says}", cross_entropy, x, t, **{option: wrong})
+    for number in (10**400, -(10**400), 10**5000, Fraction(10**400, 3)):
+        for f in NORMALIZED:
+            says = r"temperature is beyond .* float, .*\(0, inf\)"
+            yield _no(ValueError, says, f, x, temperature=number)
+        for option in ("softcap", "label_smoothing", "z_loss"):
+            says = f"{option} is beyond the range of a float"
+            yield _no(ValueError, says, cross_entropy, x, t, **{option: number})
 
 
-CASES: dict[str, Callable[[Arrays], Case]] = {
-    "softmax, log_softmax and logsumexp": _three,
-    "axes and shapes": _axes,
-    "logsumexp with b": _weighted_sum,
-    "temperature, where and a sink": _options_of_rows,
-    "gradients as functions": _gradients,
-    "cross_entropy and its gradient": _losses,
-    "cross_entropy with a distribution": _distributions,
-    "options of cross_entropy": _options_of_losses,
-    "linear_cross_entropy": _linear,
-    "online: fold and merge": _parts,
-    "logmeanexp and logcumsumexp": _sums,
-    "entropy and its gradient": _entropies,
-    "kl_divergence and its gradients": _divergences,
-    "sigmoid_cross_entropy and its gradient": _yes_or_no,
-    "entmax, sparsemax and their loss": _sparse,
-    "an empty axis, an empty batch": _empty,
-    "infinities and nan": _infinities,
-    "a row fully masked by where": _fully_masked,
-    "an ignored row that holds nan and inf": _ignored,
-    "probability 0 at a logit of -inf": _minus_infinity_of_no_probability,
-    "integers are promoted first": _integers,
-    "a label out of range": _wrong_labels,
-    "arguments that are refused": _refused,
-}
+@_case(
+    "label >= C or < 0 and not ignore_index",
+    "IndexError naming the label, its position and C; under tracing and lazily, nan there",
+)
+def _label_out_of_range(a: Arrays) -> Case:
+    x, three = a(np.zeros((2, 2, 3))), math.log(3)
+    grad = np.full((2, 2, 3), THIRD)
+    grad[0, 0, 0] = grad[0, 1, 1] = grad[1, 0, 2] = -2 / 3
+    grad[1, 1] = NAN
+    for bad in (3, -1, 127):
+        for dtype in ("int8", "int64"):
+            t, says = a([[0, 1], [2, bad]], dtype), rf"labels\[1, 1\] is {bad}, outside \[0, 3\)"
+            yield from _bad_label(a, says, x, t, [[three, three], [three, NAN]], grad)
+            row, one, says = a(np.zeros(3)), a(bad, dtype), f"the label is {bad}"
+            yield from _bad_label(a, says, row, one, NAN, [NAN] * 3)
+    x, t = a(np.zeros((2, 300))), a([5, -1], "int8")  # -1 is 255 in eight unsigned bits
+    grad = np.full((2, 300), 1 / 300)
+    grad[0, 5], grad[1] = -299 / 300, NAN
+    says = r"labels\[1\] is -1, outside \[0, 300\)"
+    yield from _bad_label(a, says, x, t, [math.log(300), NAN], grad)
+
+
+@_case("label of a class that `where` masks out", "an error like a label out of range")
+def _label_of_a_masked_class(a: Arrays) -> Case:
+    x, t = a(np.zeros((2, 3))), a([2, 2], "int64")
+    where = a([[True, True, False], [True, True, True]], "bool")
+    says, grad = r"labels\[0\] is 2, a class that where masks out", [THIRD, THIRD, -2 / 3]
+    masked = [NAN, NAN, 0.0]
+    yield from _bad_label(a, says, x, t, [NAN, math.log(3)], [masked, grad], where=where)
+
+
+@_case("label dtype bool or floating of index shape", "TypeError")
+def _label_dtype_bool_or_floating(a: Arrays) -> Case:
+    for dtype in ("bool", a.dtype):
+        says = f"labels have dtype {dtype}.*cast them"
+        yield _no(TypeError, says, cross_entropy, a(np.zeros((2, 3))), a([0, 1], dtype))
+
+
+@_case("ignore_index", "may lie outside [0, C); compared without wrap-around for unsigned labels")
+def _ignore_index(a: Arrays) -> Case:
+    x = a(ROWS[:1] * 3)
+    first, third, slope = LOSSES[0], -_log_softmax(ROWS[0])[0], _slope(ROWS[0], 0)
+    grad = [SLOPES[0], [0.0] * 4, slope]
+    half = [[d / 2 for d in row] for row in grad]
+    for ignored in (-100, 1, 4, 255):
+        t = a([2, ignored, 0], "int64")
+        yield from _loss(x, t, (first + third) / 2, half, ignore_index=ignored)
+    unsigned = a([2, 255, 0], "uint8")  # 255 is what -1 would become
+    says, wrong = r"labels\[1\] is 255", [grad[0], [NAN] * 4, slope]
+    yield from _bad_label(a, says, x, unsigned, [first, NAN, third], wrong, ignore_index=-1)
+    kept = {"ignore_index": 255, "reduction": "none"}
+    yield from _loss(x, unsigned, [first, 0.0, third], grad, **kept)
+    # As int64 it would be another number, as which labels are compared only by mistake.
+    for ignored in (2**63, 2**63 + 5, 2**64 - 1) if a.has("uint64") else ():
+        t = a(np.asarray([2, ignored, 0], np.uint64), "uint64")
+        for weight in (None, a(np.ones(4))):
+            options = {"weight": weight, "ignore_index": ignored, "reduction": "none"}
+            yield from _loss(x, t, [first, 0.0, third], grad, **options)
+
+
+@_case("sample_weight of another shape, or of dtype bool or complex", "ValueError; TypeError")
+def _sample_weight_of_another_kind(a: Arrays) -> Case:
+    x, t = a(np.zeros((2, 3))), a([0, 1], "int64")
+    for shape in ((3,), (2, 1), (), (2, 3)):
+        says, wrong = r"sample_weight has shape .*, expected \(2,\): one", a(np.ones(shape))
+        yield _no(ValueError, says, cross_entropy, x, t, sample_weight=wrong)
+    for dtype in filter(a.has, ("bool", "complex128")):
+        says, wrong = f"sample_weight has dtype {dtype}, expected", a([1, 1], dtype)
+        yield _no(TypeError, says, cross_entropy, x, t, sample_weight=wrong)
+
+
+@_case(
+    "an ignored row, or one of sample_weight 0, holding nan or inf",
+    "no effect on loss and mean, gradient exactly 0, whatever its logits and label",
+)
+def _an_ignored_row_holding_nan_or_inf(a: Arrays) -> Case:
+    more: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 4.0}
+    for hidden in (NAN, INF, -INF):
+        x = np.asarray([[0.0, 1.0, 2.0], [hidden, hidden, 0.0], [1.0, 0.5, -2.0]])
+        few = x[[0, 2]]
+        t, spread = [0, 7, 2], np.eye(3)
+        spread[1] = hidden
+        for terms in ({}, more, {"weight": a([1.0, 3.0, 0.5])}):
+            for labels, others, left_out in (
+                (a(t, "int64"), a([0, 2], "int64"), (None, [2.0, 0.0, 0.5])),
+                (a(spread), a(np.eye(3)[[0, 2]]), (None, [2.0, 0.0, 0.5])),
+                (a(t, "int64"), a([0, 2], "int64"), (7, None)),
+            ):
+                options = {"reduction": "none", **terms, "ignore_index": left_out[0]}
+                kept = {**options, "ignore_index": None}
+                if left_out[1]:
+                    options["sample_weight"] = a(left_out[1])
+                    kept["sample_weight"] = a(left_out[1][::2])
+                pair = cross_entropy_value_and_grad(a(few), others, **kept)
+                loss, grad = (np.insert(a.numpy(part), 1, 0.0, axis=0) for part in pair)
+                yield from _loss(a(x), labels, loss, grad, **options)
+                options["reduction"] = kept["reduction"] = "mean"
+                pair = cross_entropy_value_and_grad(a(few), others, **kept)
+                grad = np.insert(a.numpy(pair[1]), 1, 0.0, axis=0)
+                yield from _loss(a(x), labels, a.numpy(pair[0]), grad, **options)
+
+
+@_case("all ignored, or weights summing to 0", "mean nan, sum 0, gradient 0")
+def _all_ignored_or_weights_summing_to_0(a: Arrays) -> Case:
+    x, t, nothing = a([[0.0, 1.0], [2.0, 3.0]]), a([1, 1], "int64"), a([0.0, 0.0])
+    weightless = {"weight": a([1.0, 0.0])}
+    for labels, options in (
+        (a([-1, -1], "int64"), {"ignore_index": -1}),
+        (t, weightless),
+        (a([1, 0], "int64"), {"sample_weight": nothing}),
+        (a([[0.5, 0.5], [0.0, 1.0]]), {"sample_weight": nothing}),
+    ):
+        for reduction, expected in (("mean", NAN), ("sum", 0.0), ("none", [0.0, 0.0])):
+            grad = np.zeros((2, 2))
+            yield from _loss(x, labels, expected, grad, reduction=reduction, **options)
+    # Smoothing spreads a loss over classes that have a weight; its mean is over nothing still.
+    yield from _loss(x, t, NAN, np.zeros((2, 2)), label_smoothing=0.1, **weightless)
+
+
+@_case("probability 0 at a logit of -inf", "contributes 0")
+def _probability_0_at_a_logit_of_minus_inf(a: Arrays) -> Case:
+    x = a([[0.0, -INF, 0.0]])
+    yield from _loss(x, a([[0.5, 0.0, 0.5]]), TWO, Of([[0.0] * 3], atol=a.tiny))
+    yield from _loss(x, a([0], "int64"), TWO, [[-0.5, 0.0, 0.5]])
+    for impossible in (a([[0.0, 1.0, 0.0]]), a([1], "int64")):
+        yield from _loss(x, impossible, INF, [[0.5, -1.0, 0.5]])
+
+
+@_case("probabilities with ignore_index", "ValueError")
+def _probabilities_with_ignore_index(a: Arrays) -> Case:
+    says = "ignore_index is -100, but labels are a distribution"
+    x, t = a([[0.0, 1.0]]), a([[0.5, 0.5]])
+    yield _no(ValueError, says, cross_entropy, x, t, ignore_index=-100)
+
+
+@_case(
+    "entropy: probability 0, a row of -inf only, +inf or nan, an empty row",
+    "contributes 0; nan; nan; 0; the gradient 0, nan or empty",
+)
+def _entropy_of_infinities(a: Arrays) -> Case:
+    rows = [[0.0, -INF, 0.0], [-INF] * 3, [INF, 0.0, 0.0], [NAN, 0.0, 0.0], [5.0, -INF, -INF]]
+    yield entropy(a(rows)), [TWO, NAN, NAN, NAN, 0.0]
+    both = entropy_value_and_grad(a(rows[:2]))
+    grad = Of([[0.0] * 3, [NAN] * 3], atol=a.tiny)
+    yield from zip(both, ([TWO, NAN], grad), strict=True)
+    for shape in ((2, 0), (0, 3)):
+        both = entropy_value_and_grad(a(np.zeros(shape)))
+        yield entropy(a(np.zeros(shape))), np.zeros(shape[0])
+        yield from zip(both, (np.zeros(shape[0]), np.zeros(shape)), strict=True)
+    yield from zip(entropy_value_and_grad(a(3.0), axis=None), (0.0, 0.0), strict=True)
+
+
+@_case(
+    "kl_divergence: p 0; q 0 where p is not; both 0; +inf or nan in a row; no class; no position",
+    "contributes 0; inf; contributes 0; nan; 0; mean nan, gradients empty",
+)
+def _divergence_of_infinities(a: Arrays) -> Case:
+    p = a([[0.0, -INF], [0.0, 0.0], [0.0, -INF], [INF, 0.0], [0.0, 0.0]])
+    q = a([[0.0, 0.0], [0.0, -INF], [3.0, -INF], [0.0, 0.0], [NAN, 0.0]])
+    yield kl_divergence(p, q, reduction="none"), [TWO, INF, 0.0, NAN, NAN]
+    x, z = a([[0.0, -INF, 0.0], [-INF] * 3]), a(np.zeros((2, 3)))
+    value, (dx, dz) = kl_divergence_value_and_grad(x, z, reduction="sum")
+    yield value, NAN
+    yield dx, Of([[0.0] * 3, [NAN] * 3], atol=a.tiny)
+    yield dz, [[-1 / 6, THIRD, -1 / 6], [NAN] * 3]
+    for shape, mean in (((0, 3), NAN), ((2, 0), 0.0)):
+        empty = a(np.zeros(shape))
+        yield kl_divergence(empty, empty, reduction="none"), np.zeros(shape[0])
+        yield kl_divergence(empty, empty, reduction="sum"), 0.0
+        value, slopes = kl_divergence_value_and_grad(empty, empty)
+        yield value, mean
+        yield from zip(slopes, (np.zeros(shape),) * 2, strict=True)
+    narrow = a([0.0, 1.0], "float32")
+    _, (dx, dz) = kl_divergence_value_and_grad(narrow, a([0.0, 1.0]))
+    yield dx, Of([0.0, 0.0], "float32", 1e-7)
+    yield dz, Of([0.0, 0.0], atol=1e-7)
+
+
+@_case("kl_divergence of shapes that differ, or a wrong option", "ValueError, TypeError naming it")
+def _divergence_of_others(a: Arrays) -> Case:
+    f, x = kl_divergence, a(np.zeros((2, 3)))
+    yield _no(ValueError, r"logits_q has shape \(3,\), expected \(2, 3\)", f, x, a(np.zeros(3)))
+    yield _no(TypeError, "logits_q has dtype bool", f, x, a(np.ones((2, 3)), "bool"))
+    yield _no(ValueError, "reduction is 'batchmean'", f, x, x, reduction="batchmean")
+    yield _no(ValueError, r"temperature is 0\.0", f, x, x, temperature=0.0)
+
+
+@_case("logmeanexp: an empty or fully masked row; -inf only; +inf; nan", "nan; -inf; +inf; nan")
+def _log_of_a_mean(a: Arrays) -> Case:
+    x = a([[-INF, -INF], [INF, 0.0], [NAN, INF], [-INF, 0.0], [7.0, 7.0]])
+    yield logmeanexp(x, axis=1), [-INF, INF, NAN, -TWO, 7.0]
+    where = a([[False, False], [False, True], [False, True], [False, True], [True, True]], "bool")
+    yield logmeanexp(x, axis=1, where=where), [NAN, 0.0, INF, 0.0, 7.0]
+    yield logmeanexp(a(np.zeros((2, 0))), axis=1), [NAN, NAN]
+    yield logmeanexp(a(3.0)), 3.0
+
+
+@_case(
+    "logcumsumexp: -inf at first; after +inf; after nan; an empty axis",
+    "-inf, its gradient 0; +inf; nan; empty",
+)
+def _running_sums_of_infinities(a: Arrays) -> Case:
+    x = [[-INF, -INF, 0, 0], [0, INF, INF, -INF], [0, NAN, INF, 0], [0, -INF, 0, NAN]]
+    sums = [
+        [-INF, -INF, 0.0, TWO],
+        [0.0, INF, INF, INF],
+        [0.0, NAN, NAN, NAN],
+        [0.0, 0.0, TWO, NAN],
+    ]
+    yield logcumsumexp(a(x)), sums
+    dy = a([7.0, 1.0, 1.0, 1.0])
+    yield logcumsumexp_vjp(a([-INF, 0.0, 0.0, -INF]), dy), [0.0, 2.0, 1.0, 0.0]
+    for shape in ((2, 0), (0, 3)):
+        empty = a(np.zeros(shape))
+        yield logcumsumexp(empty), np.zeros(shape)
+        yield logcumsumexp_vjp(empty, empty), np.zeros(shape)
+    yield _no(TypeError, "axis is None, expected an int", logcumsumexp, a(x), axis=None)
+
+
+@_case(
+    "sink, entmax, sparsemax, entmax_loss, sigmoid_cross_entropy, kl_divergence, entropy, "
+    "logmeanexp, logcumsumexp of integers; a vjp of integers",
+    "promoted to the default floating dtype before anything is subtracted; TypeError",
+)
+def _integers_of_the_family(a: Arrays) -> Case:
+    x, t, other = a([[127, -128]], "int8"), a([1], "int64"), a([[-128, 127]], "int8")
+    yes = a([[0, 1]], "int64")
+    for answer, expected in (
+        (log_softmax(x, sink=127.0), [[-TWO, -255 - TWO]]),
+        (entmax(x), [[1.0, 0.0]]),
+        (sparsemax(x), [[1.0, 0.0]]),
+        (entmax_loss(x, t, alpha=2), 255.0),
+        (entmax_loss_value_and_grad(x, t)[1], [[1.0, -1.0]]),
+        (sigmoid_cross_entropy(x, yes, reduction="none"), [[127.0, 128.0]]),
+        (kl_divergence(x, other), 255.0),
+        (entropy(a([[-128] * 4], "int8")), [math.log(4)]),
+        (logmeanexp(x, axis=1), [127 - TWO]),
+        (logcumsumexp(other), [[-128.0, 127.0]]),
+    ):
+        yield answer, Of(expected, a.default)
+    for f in (entmax_vjp, logcumsumexp_vjp):
+        yield _no(TypeError, "has dtype int8, expected", f, x, x)
+
+
+@_case(
+    "entmax, entmax_vjp, entropy, kl_divergence, logcumsumexp: ties",
+    "share alike; gradients alike; log n; 0; log i",
+)
+def _ties_of_the_family(a: Arrays) -> Case:
+    x, shared = a([[2.0, -200.0, 2.0], [5.0, 5.0, 5.0]]), [[0.5, 0.0, 0.5], [THIRD] * 3]
+    for alpha in (1.5, 2.0, INF):
+        yield entmax(x, alpha=alpha), shared
+    dy, slope = a([[1.0, 9.0, 0.0], [4.0, 4.0, 4.0]]), [[0.5, 0.0, -0.5], [0.0] * 3]
+    yield entmax_vjp(a(shared), dy, alpha=2.0), Of(slope, atol=8 * a.tiny)
+    both, zero = entropy_value_and_grad(x), Of(np.zeros((2, 3)), atol=a.tiny)
+    yield from zip(both, ([TWO, math.log(3)], zero), strict=True)
+    yield kl_divergence(x, x, reduction="none"), [0.0, 0.0]
+    yield logcumsumexp(a(np.zeros(5))), np.log(np.arange(1.0, 6.0))
+
+
+@_case(
+    "entmax_loss: no class, every position ignored; sample_weight 0 beside nan; weights summing "
+    "to 0; an ignored row holding nan; a label out of range; a label at -inf; no position",
+    "mean nan, gradient empty; no effect, gradient 0; mean nan, sum 0; no effect, gradient 0; as "
+    "cross_entropy; inf; mean nan",
+)
+def _entmax_loss_at_the_edges(a: Arrays) -> Case:
+    f, empty = entmax_loss_value_and_grad, np.zeros((2, 0))
+    yield from zip(f(a(empty), a([-1, -1], "int64"), ignore_index=-1), (NAN, empty), strict=True)
+    x, t = a([[0.0, 0.25], [NAN, INF]]), a([0, 7], "int64")
+    # p = (3/8, 5/8): the loss of label 0 is (1 + 1/4)^2 / 4.
+    expected = 25 / 64, [[-5 / 8, 5 / 8], [0.0, 0.0]]
+    for left_out in ({"sample_weight": a([3.0, 0.0])}, {"ignore_index": 7}):
+        yield from zip(f(x, t, alpha=2, **left_out), expected, strict=True)
+    for reduction, loss in (("mean", NAN), ("sum", 0.0)):
+        weightless = {"sample_weight": a([0.0, 0.0]), "reduction": reduction}
+        yield from zip(f(x, t, **weightless), (loss, np.zeros((2, 2))), strict=True)
+    for alpha in (1.0, 1.5, 2.0, 3.0, INF):
+        pair = f(a([[0.0, 1.0, 2.0]]), a([1], "int64"), alpha=alpha)
+        wide, labels = a([[0.0, 1.0, 2.0], [NAN, INF, 0.0]]), a([1, -1], "int64")
+        loss, grad = (a.numpy(part) for part in pair)
+        both = f(wide, labels, alpha=alpha, ignore_index=-1)
+        yield from zip(both, (loss, [*grad, [0.0] * 3]), strict=True)
+        yield entmax_loss(a([[1.0, 0.5, -INF]]), a([2], "int64"), alpha=alpha), INF
+        bad = a([[0.0, 1.0, 2.0]]), a([3], "int64")
+        if a.reads_values(bad[1]):
+            yield _no(IndexError, r"labels\[0\] is 3, outside \[0, 3\)", f, *bad, alpha=alpha)
+        both = f(*bad, alpha=alpha, check_labels=False)
+        yield from zip(both, (NAN, [[NAN] * 3]), strict=True)
+        nothing = a(np.zeros((0, 3))), a([], "int64")
+        for reduction, loss in (("mean", NAN), ("sum", 0.0)):
+            yield entmax_loss(*nothing, alpha=alpha, reduction=reduction), loss
+
+
+@_case(
+    "sigmoid_cross_entropy: an infinite logit that is right; one that is wrong; nan; weight 0; no "
+    "entry",
+    "0; inf; nan; no effect; mean nan, sum 0",
+)
+def _sigmoid_cross_entropy_of_infinities(a: Arrays) -> Case:
+    f, z, t = sigmoid_cross_entropy_value_and_grad, a([INF, -INF, INF, -INF, NAN]), [1, 0, 0, 1, 1]
+    expected = [0.0, 0.0, INF, INF, NAN], [0.0, 0.0, 1.0, -1.0, NAN]
+    for gamma in (0.0, 0.5, 2.0):
+        options = {"reduction": "none", "focal_gamma": gamma}
+        yield from zip(f(z, a(t, "int64"), **options), expected, strict=True)
+        weight = a([1.0, 1.0, 0.0, 0.0, 0.0])
+        both = f(z, a(t, "int64"), weight=weight, **options)
+        yield from zip(both, (np.zeros(5),) * 2, strict=True)
+    empty = a(np.zeros((0, 3)))
+    for reduction, loss in (("mean", NAN), ("sum", 0.0)):
+        both = f(empty, empty, reduction=reduction)
+        yield from zip(both, (loss, np.zeros((0, 3))), strict=True)
+
+
+@_case(
+    "sigmoid_cross_entropy: labels of another shape, or complex; numbers out of range",
+    "ValueError; TypeError; ValueError",
+)
+def _sigmoid_cross_entropy_of_others(a: Arrays) -> Case:
+    f, z = sigmoid_cross_entropy, a(np.zeros((2, 3)))
+    says = r"labels have shape \(2,\), expected \(2, 3\)"
+    yield _no(ValueError, says, f, z, a([0, 1], "int64"))
+    if a.has("complex128"):
+        says = "labels have dtype complex128, expected booleans"
+        yield _no(TypeError, says, f, z, a(np.zeros((2, 3)), "complex128"))
+    for name in ("weight", "pos_weight"):
+        says = rf"{name} has shape \(2,\), which does not broadcast"
+        yield _no(ValueError, says, f, z, z, **{name: a([1.0, 1.0])})
+        yield _no(TypeError, f"{name} has dtype bool", f, z, z, **{name: a(np.ones(3), "bool")})
+    yield _no(ValueError, r"focal_gamma is -1\.0.*\[0, inf\)", f, z, z, focal_gamma=-1.0)
+    yield _no(ValueError, r"label_smoothing is 1\.5.*\[0, 1\]", f, z, z, label_smoothing=1.5)
+    yield _no(ValueError, "reduction is 'avg'", f, z, z, reduction="avg")
+
+
+@_case(
+    "sink: a row of -inf only, or masked as a whole; +inf or nan in a row; sink -inf",
+    "softmax 0, log_softmax -inf; nan; as without a sink",
+)
+def _a_sink(a: Arrays) -> Case:
+    x = a([[-INF, -INF], [INF, 0.0], [NAN, 0.0], [0.0, 0.0]])
+    where = a([[False, False], [False, True], [False, True], [True, True]], "bool")
+    logs, third = math.log(0.5), [-math.log(3)] * 2
+    for sink in (0.0, a(np.zeros((4, 1)))):
+        yield softmax(x, sink=sink), [[0.0, 0.0], [NAN, NAN], [NAN, NAN], [THIRD, THIRD]]
+        yield log_softmax(x, sink=sink), [[-INF, -INF], [NAN, NAN], [NAN, NAN], third]
+        masked = softmax(x, where=where, sink=sink), log_softmax(x, where=where, sink=sink)
+        yield masked[0], [[0.0, 0.0], [0.0, 0.5], [0.0, 0.5], [THIRD, THIRD]]
+        yield masked[1], [[-INF, -INF], [-INF, logs], [-INF, logs], third]
+    for f, half in ((softmax, 0.5), (log_softmax, logs)):
+        yield f(a(ROWS), sink=-INF), a.numpy(f(a(ROWS)))
+        yield f(a(np.zeros((2, 0))), sink=1.0), np.zeros((2, 0))
+        yield f(a(0.0), axis=None, sink=0.0), half
+
+
+@_case("sink that is nan or inf, or does not broadcast; or is no array", "ValueError; TypeError")
+def _a_sink_of_another_kind(a: Arrays) -> Case:
+    x = a(np.zeros((2, 3)))
+    for f in NORMALIZED:
+        for wrong in (NAN, INF):
+            yield _no(
+                ValueError, rf"sink is {wrong}, expected a number in \[-inf", f, x, sink=wrong
+            )
+        for shape in ((3,), (2, 3), (2,), (1, 2, 1)):
+            says = r"sink has shape .*does not broadcast"
+            yield _no(ValueError, says, f, x, sink=a(np.zeros(shape)))
+        yield _no(TypeError, "sink has dtype bool", f, x, sink=a([True], "bool"))
+        yield _no(TypeError, "sink is a list", f, x, sink=[0.0])
+
+
+@_case(
+    "entmax: -inf in a row; a row of -inf only, +inf or nan in a row; an empty axis",
+    "0; nan; empty",
+)
+def _entmax_of_infinities(a: Arrays) -> Case:
+    x = a([[0.0, -INF, 0.0], [-INF] * 3, [INF, 0.0, 1.0], [NAN, 0.0, 0.0], [3.0] * 3])
+    expected = [[0.5, 0.0, 0.5], [NAN] * 3, [NAN] * 3, [NAN] * 3, [THIRD] * 3]
+    for alpha in (1.0, 1.25, 1.5, 2.0, 3.0, INF):
+        for f in (partial(entmax, alpha=alpha), *((sparsemax,) if alpha == 2 else ())):
+            yield f(x), expected
+            yield f(a(np.zeros((2, 0, 3))), axis=1), np.zeros((2, 0, 3))
+            yield f(a(np.zeros((0, 3)))), np.zeros((0, 3))
+            yield f(a(2.0), axis=None), 1.0
+        dy = a([2.0, 2.0, INF if alpha > 1 else 3.0])
+        yield entmax_vjp(a([0.25, 0.75, 0.0]), dy, alpha=alpha), Of([0.0] * 3, atol=a.tiny)
+
+
+@_case(
+    "alpha below 1 or nan, or an array above 2 or of several; that is no number",
+    "ValueError; TypeError",
+)
+def _alpha_out_of_range(a: Arrays) -> Case:
+    x = a([0.0, 1.0])
+    for f in (entmax, partial(entmax_vjp, x)):
+        for wrong in (0.5, -1, NAN, -INF):
+            says = r"alpha is .*expected a number in \[1, inf\]"
+            yield _no(ValueError, says, f, x, alpha=wrong)
+        yield _no(TypeError, r"alpha is '2'.*expected a Python number", f, x, alpha="2")
+    if a.reads_values(x):
+        yield _no(
+            ValueError, r"an array that holds 2.5, expected \[1, 2\]", entmax, x, alpha=a(2.5)
+        )
+    yield _no(ValueError, r"alpha has shape \(2,\), expected \(\)", entmax, x, alpha=x)
+    yield _no(TypeError, "alpha has dtype int64", entmax, x, alpha=a(2, "int64"))

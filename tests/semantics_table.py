@@ -1,10 +1,11 @@
-"""Write docs/semantics.md: the rows of test_semantics.py, and how each fared on each backend.
+"""Write docs/semantics.md: the documented cases, and how each fared on each backend.
 
     python3 noxfile.py -s tests tests-slow tests-dpnp
     python tests/semantics_table.py .nox/reports docs/semantics.md
 
-The first line of a test's docstring is its row, ``case | answer``; the outcomes are those of the
-JUnit reports that the tests leave.
+A row is a documented case of `portable_softmax.testing`, or the first line of the docstring of a
+test of test_semantics.py, ``case | answer``. The outcomes are those of the JUnit reports that the
+tests leave.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from xml.etree import ElementTree
 
 from backends import LIBRARIES
 
+from portable_softmax import testing
+
 HERE = Path(__file__).resolve().parent
 HEADINGS = ("case", "answer", "test")
 
@@ -27,8 +30,10 @@ INTRODUCTION = """\
 # Semantics
 
 What the package answers in each case, and whether it did on each library. A row is a test of
-[tests/test_semantics.py](../tests/test_semantics.py): the test's docstring gives the case and the
-answer. An outcome comes from a run of that test, over all of its parameters.
+[tests/test_semantics.py](../tests/test_semantics.py). Those of `test_documented` are cases of
+`portable_softmax.testing.check_library`, which runs on any library; the docstring of each other
+test gives the case and the answer. An outcome comes from a run of that test, over all of its
+parameters.
 
 This file is generated, after `python3 noxfile.py -s tests tests-slow tests-dpnp`, by
 
@@ -66,10 +71,13 @@ class Reports:
 
 
 def cases() -> Iterator[Case]:
-    """Yield the rows of test_semantics.py, in its order."""
+    """Yield the rows: the single calls, then the tests of test_semantics.py in its order."""
+    for name, answer in testing.ANSWERS.items():
+        yield Case(name, answer, _documented(testing.CASES[name].__name__[1:]), True)
     tree = ast.parse((HERE / "test_semantics.py").read_text(encoding="utf-8"))
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+        is_test = isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        if is_test and node.name != "test_documented":
             line = (ast.get_docstring(node) or "").partition("\n")[0]
             case, bar, answer = line.partition(" | ")
             if not bar or "|" in answer:
@@ -89,10 +97,15 @@ def read(folder: Path) -> Reports:
             if "version" in said:
                 reports.backends[backend] = said["version"]
             if one.get("classname", "").rpartition(".")[2] == "test_semantics":
-                test, _, _ = one.get("name").partition("[")
+                row, (test, _, _) = said.get("row"), one.get("name").partition("[")
+                test = _documented(row) if row else test
                 backend = "numpy" if backend == "none" else backend
                 reports.outcomes.setdefault((test, backend), []).append(_outcome(one))
     return reports
+
+
+def _documented(row: str) -> str:
+    return f"test_documented[{row}]"
 
 
 def _outcome(one: ElementTree.Element) -> str:

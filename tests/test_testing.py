@@ -26,20 +26,11 @@ ADAPTER = Path(__file__).parent / "adapter"
 strict_only = pytest.mark.libraries("array_api_strict")
 
 
-@pytest.mark.slow("XLA compiles each case", "jax")
-def test_a_right_library_passes(xp, arrays_of):
-    namespace = libraries.library_of(xp.asarray([0.0])).xp
-    report = check_library(namespace, asarray=xp.from_numpy, to_numpy=xp.numpy)
-    assert report.ok, str(report)
-    assert len(report.passed) == len(CASES) * len(RTOL)
-    assert not report.skipped
-
-
 def test_the_defaults_read_and_make_arrays():
     report = check_library(np, skip={"axes and shapes, float32": "known"})
     assert report.ok, str(report)
     assert [str(one) for one in report.skipped] == ["axes and shapes, float32: known"]
-    assert str(report).startswith("numpy: right. 45 cases passed, 0 failed, 1 skipped.")
+    assert str(report).startswith("numpy: right. 103 cases passed, 0 failed, 1 skipped.")
     assert not Report("none", (), (), ()).ok
     with pytest.raises(ValueError, match="skip names no case: softmaxes"):
         check_library(np, skip={"softmaxes": "no such case"})
@@ -104,7 +95,7 @@ def test_a_wrong_library_is_found_out(shelf, name, wrong):
     assert f"WRONG. {len(report.passed)} cases passed, {len(found)} failed" in str(report)
     assert str(first) in str(report)
     # What does not compute passes nonetheless: the report says where it is wrong.
-    assert "arguments that are refused, float64" in report.passed
+    assert "probabilities with ignore_index, float64" in report.passed
 
 
 def of_dtype_float32(real):
@@ -136,7 +127,7 @@ def that_writes_to_its_argument(real):
     [
         ("squeeze", of_dtype_float32, "axes and shapes", "the dtype float64, not float32"),
         ("squeeze", of_no_axis, "axes and shapes", "the shape (), not (1, 1)"),
-        ("all", of_anything, "a label out of range", "IndexError"),
+        ("all", of_anything, "label >= C or < 0 and not ignore_index", "IndexError"),
         ("matmul", that_writes_to_its_argument, "linear_cross_entropy", "inputs unchanged"),
     ],
 )
