@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from asserts import assert_like
 
 import portable_softmax as ps
 from portable_softmax import kernels, libraries
@@ -20,7 +19,6 @@ ORDERS = {
     "class axis last": lambda a: np.moveaxis(np.moveaxis(a, 1, -1).copy(), -1, 1),
     "every other": lambda a: np.repeat(a, 2, axis=-1)[..., ::2],
     "without the last": lambda a: np.concatenate([a, a[:, :1]], axis=1)[:, :-1],
-    "repeated": lambda a: np.broadcast_to(a[:1], a.shape),
 }
 
 
@@ -37,55 +35,17 @@ def in_order(xp, name, values):
     return memory.as_strided(there.shape, strides), xp.from_numpy(np.ascontiguousarray(there))
 
 
-def calls(xp, axis):
-    """Yield what is called on logits, and the options that have axes."""
-    rng = np.random.default_rng(1)
-    mask = xp.from_numpy(rng.random(SHAPE[1:]) < 0.8)
-    positions = SHAPE[:axis] + SHAPE[axis + 1 :]
-    labels = xp.from_numpy(rng.integers(SHAPE[axis], size=positions))
-    samples = xp.from_numpy(rng.uniform(0.5, 2, positions))
-    t = xp.from_numpy(rng.dirichlet(np.ones(SHAPE[1]), (3, 4)).transpose(0, 2, 1))
-    weight = xp.from_numpy(rng.uniform(0.5, 2, SHAPE[axis]))
-    for name in ("softmax", "log_softmax", "logsumexp", "entmax"):
-        yield lambda x, name=name: getattr(ps, name)(x, axis=axis)
-    yield lambda x: ps.softmax(x, axis=axis, where=mask, temperature=0.7)
-    yield lambda x: ps.logsumexp(x, axis=(0, 2), where=mask, keepdims=True)
-    yield lambda x: ps.log_softmax(x, axis=(2, 0))
-    yield lambda x: ps.softmax_vjp(ps.softmax(x, axis=axis), x, axis=axis)
-    for reduction in ("none", "mean"):
-        given = {"axis": axis, "reduction": reduction}
-        yield lambda x, given=given: ps.cross_entropy_value_and_grad(
-            x, labels, sample_weight=samples, weight=weight, **given
-        )
-    if axis == 1:
-        yield lambda x: ps.cross_entropy_value_and_grad(x, t, axis=1, reduction="none")
-
-
 @ORDERED
-@pytest.mark.slow("Numba compiles each operation", "numba", "torch-numba")
-@pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("order", ORDERS)
-def test_an_order_changes_no_answer(xp, order, axis):
-    x, same = in_order(xp, order, np.random.default_rng(0).standard_normal(SHAPE))
-    before = xp.numpy(x).copy()
-    for call in calls(xp, axis):
-        found, expected = call(x), call(same)
-        if not isinstance(found, tuple):
-            found, expected = (found,), (expected,)
-        for one, other in zip(found, expected, strict=True):
-            values = assert_like(xp, one, xp.numpy(other).shape, "float64")
-            np.testing.assert_allclose(values, xp.numpy(other), rtol=1e-12, atol=1e-13)
-    np.testing.assert_array_equal(xp.numpy(x), before)
-
-
-@ORDERED
-@pytest.mark.parametrize("order", ["reversed axes", "class axis last"])
-def test_the_order_is_that_of_the_input(xp, order):
+@pytest.mark.parametrize("order", ["reversed axes", "class axis last", "without the last"])
+def test_an_order_takes_the_kernels_and_is_that_of_the_answer(xp, order):
     """A small array is copied as it is handed over; a large one keeps its order."""
-    x, _ = in_order(xp, order, np.random.default_rng(0).standard_normal((30, 50, 40)))
-    arrays = x, ps.softmax(x, axis=1), ps.softmax_vjp(ps.softmax(x, axis=1), x, axis=1)
-    strides = [a.stride() if xp.library == "torch" else a.strides for a in arrays]
-    assert strides[0] == strides[1] == strides[2]
+    x, same = in_order(xp, order, np.random.default_rng(0).standard_normal((30, 50, 40)))
+    paths = [kernels.explain("softmax", a, axis=1).partition(":")[0] for a in (x, same)]
+    assert paths[0] == paths[1]
+    if order != "without the last":
+        arrays = x, ps.softmax(x, axis=1), ps.softmax_vjp(ps.softmax(x, axis=1), x, axis=1)
+        strides = [a.stride() if xp.library == "torch" else a.strides for a in arrays]
+        assert strides[0] == strides[1] == strides[2]
 
 
 @ORDERED
@@ -104,14 +64,6 @@ def test_a_repeated_axis_stays_where_it_is(xp, torch, made, shape):
     x = xp.asarray(np.random.default_rng(0).standard_normal(made)).expand(shape)
     for y in (ps.softmax(x), ps.log_softmax(x, axis=0)):
         assert y.stride() == torch.empty_like(x).stride()
-
-
-@ORDERED
-@pytest.mark.parametrize("order", ["reversed axes", "class axis last", "without the last"])
-def test_an_order_takes_the_kernels(xp, order):
-    x, same = in_order(xp, order, np.random.default_rng(0).standard_normal((30, 50, 40)))
-    paths = [kernels.explain("softmax", a, axis=1).partition(":")[0] for a in (x, same)]
-    assert paths[0] == paths[1]
 
 
 @pytest.mark.libraries("numpy", "torch")
