@@ -18,7 +18,7 @@ import pytest
 
 import portable_softmax as ps
 from portable_softmax import libraries, testing
-from portable_softmax.testing import CASES, RTOL, Report, check_library
+from portable_softmax.testing import CASES, Report, check_library
 
 pytestmark = pytest.mark.run_on("libraries")
 
