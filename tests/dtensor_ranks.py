@@ -47,6 +47,8 @@ LOSSES = [
     (GIVEN, {"sample_weight": SAMPLE, "where": MASK, "reduction": "none"}),
 ]
 SPECIAL = LOGITS.clone()
+SPECIAL[[0, 2], [4, 5]], SPECIAL[[1, 2], [0, 1]] = torch.inf, torch.nan
+SPECIAL[3], SPECIAL[4, 2:] = -torch.inf, -torch.inf
 SPECIAL[0, 4], SPECIAL[1, 0], SPECIAL[2, 5], SPECIAL[2, 1] = (
     torch.inf,
     torch.nan,
@@ -81,29 +83,24 @@ def sharded(a, mesh, placements, axes=(0, 1)):
 
 def options_on(mesh, placements, options):
     """Distribute the options: a mask and positions' weights as the logits, others whole."""
-    found = {}
+    found = dict(options)
     for name, value in options.items():
-        if name in ("where", "sample_weight"):
-            value = sharded(
-                value, mesh, placements, (0,) if name != "where" else (0, 1)[-value.ndim :]
-            )
+        if name == "where":
+            found[name] = sharded(value, mesh, placements, (0, 1)[-value.ndim :])
+        elif name == "sample_weight":
+            found[name] = sharded(value, mesh, placements, (0,))
         elif isinstance(value, torch.Tensor):
-            value = sharded(value, mesh, [WHOLE] * mesh.ndim)
-        found[name] = value
+            found[name] = sharded(value, mesh, [WHOLE] * mesh.ndim)
     return found
 
 
 def close(found, wanted, like=None, slack=0):
     """Compare dtype, shape, placements and values, to so many units of 1 beside their digits."""
-    assert found.dtype == wanted.dtype, (found.dtype, wanted.dtype)
-    assert found.shape == wanted.shape, (found.shape, wanted.shape)
-    if like is not None:
-        assert found.placements == like.placements, (found.placements, like.placements)
+    assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
+    assert like is None or found.placements == like.placements
     unit = torch.finfo(wanted.dtype).eps
-    found, wanted = found.detach().full_tensor(), wanted.detach()
-    torch.testing.assert_close(
-        found, wanted, rtol=500 * unit, atol=unit * (slack or unit), equal_nan=True
-    )
+    same = {"rtol": 500 * unit, "atol": unit * (slack or unit), "equal_nan": True}
+    torch.testing.assert_close(found.detach().full_tensor(), wanted.detach(), **same)
 
 
 def counted(function, *args, **kwargs):
@@ -127,40 +124,33 @@ def expected_losses():
         x = LOGITS.clone().requires_grad_()
         whole = ps.cross_entropy(x, labels, **options)
         whole.backward(upstream_of(whole))
-        yield (
-            labels,
-            options,
-            whole.detach(),
-            x.grad,
-            *ps.cross_entropy_value_and_grad(LOGITS, labels, **options),
-        )
+        both = ps.cross_entropy_value_and_grad(LOGITS, labels, **options)
+        yield labels, options, whole.detach(), x.grad, *both
 
 
 def expected_rows():
-    for function, x, options in ROW_CALLS:
-        grad = None
-        if x is LOGITS:
-            x = LOGITS.clone().requires_grad_()
-            y = function(x, **options)
+    for function, given, options in ROW_CALLS:
+        x = given.clone().requires_grad_(given is LOGITS)
+        y = function(x, **options)
+        if x.requires_grad:
             y.backward(upstream_of(y))
-            grad, x, y = x.grad, LOGITS, y.detach()
-        else:
-            y = function(x, **options)
-        yield function, x, options, y, grad
+        yield function, given, options, y.detach(), x.grad
 
 
 def expected_layers():
     for i, (labels, options) in enumerate(LOSSES):
-        inputs = [a.clone().requires_grad_() for a in (HIDDEN, CLASSIFIER, BIAS)]
-        given = inputs if i % 2 else inputs[:2]
-        call = {"bias": inputs[2]} if i % 2 else {}
-        whole = ps.linear_cross_entropy(*inputs[:2], labels, **call, **options)
+        inputs = [a.clone().requires_grad_() for a in (HIDDEN, CLASSIFIER, BIAS)[: 2 + i % 2]]
+        whole = ps.linear_cross_entropy(*inputs[:2], labels, **bias_of(inputs), **options)
         whole.backward(upstream_of(whole))
-        plain = {"bias": BIAS} if i % 2 else {}
+        plain = [a.detach() for a in inputs]
         both = ps.linear_cross_entropy_value_and_grad(
-            HIDDEN, CLASSIFIER, labels, **plain, **options
+            *plain[:2], labels, **bias_of(plain), **options
         )
-        yield labels, options, whole.detach(), [a.grad for a in given], both
+        yield labels, options, whole.detach(), [a.grad for a in inputs], both
+
+
+def bias_of(inputs):
+    return {"bias": inputs[2]} if inputs[2:] else {}
 
 
 def losses(mesh, placements, expected):
@@ -212,47 +202,40 @@ def rows(mesh, placements, expected):
 def layers(mesh, placements, expected):
     """linear_cross_entropy: positions cut as hidden is, classes as the classifier is."""
     cut = [placements.count(p) for p in (ROWS, CLASSES)]
-    for i, (labels, options, whole, slopes, both) in enumerate(expected):
+    for labels, options, whole, slopes, both in expected:
         t = sharded(labels, mesh, placements, (0, 1)[: labels.ndim])
         more = options_on(mesh, placements, options)
-        inputs = [
-            sharded(a, mesh, placements, axes).requires_grad_()
-            for a, axes in ((HIDDEN, (0, 2)), (CLASSIFIER, (1, 2)), (BIAS, (1,)))
-        ]
-        call = {"bias": inputs[2]} if i % 2 else {}
-        tile = 8 * C * 2  # more than one
-        loss = ps.linear_cross_entropy(*inputs[:2], t, **call, **more, tile=tile)
+        given = ((HIDDEN, (0, 2)), (CLASSIFIER, (1, 2)), (BIAS, (1,)))[: len(slopes)]
+        inputs = [sharded(a, mesh, placements, axes).requires_grad_() for a, axes in given]
+        more_than_one = {"tile": 8 * C * 2}
+        loss = ps.linear_cross_entropy(*inputs[:2], t, **bias_of(inputs), **more, **more_than_one)
         close(loss, whole)
         upstream = distribute_tensor(upstream_of(whole), mesh, loss.placements)
         _, n = counted(loss.backward, upstream)
         assert mesh.size() == 1 or n == cut[1] + cut[0] * len(slopes[1:]), (options, n)
-        for a, slope in zip(inputs, slopes, strict=False):
-            close(a.grad, slope, a, slack=64)
         plain = [a.detach() for a in inputs]
-        call = {"bias": plain[2]} if i % 2 else {}
-        value, grads = ps.linear_cross_entropy_value_and_grad(*plain[:2], t, **call, **more)
+        value, grads = ps.linear_cross_entropy_value_and_grad(
+            *plain[:2], t, **bias_of(plain), **more
+        )
         close(value, both[0])
-        for a, found, slope in zip(inputs, grads, both[1], strict=True):
-            assert (found is None) == (slope is None)
-            if slope is not None:
-                close(found, slope, a, slack=64)
+        assert all((a is None) == (b is None) for a, b in zip(grads, both[1], strict=True))
+        for a, slope, found, wanted in zip(inputs, slopes, grads, both[1], strict=False):
+            close(a.grad, slope, a, slack=64)
+            close(found, wanted, a, slack=64)
 
 
+WIDE, SINGLE = {"dtype": torch.float64}, {"dtype": torch.float32}
 SHAPES = [
     # The classes first, in the middle and last; a mask of each kind that broadcasts.
     (0, (C, N), {"label_smoothing": 0.1, "where": (C, 1), "reduction": "none"}),
+    (1, (2, C, N), {"weight": WEIGHT, "ignore_index": 3, "where": (1, C, N), **WIDE}),
     (
         1,
         (2, C, N),
-        {"weight": WEIGHT, "ignore_index": 3, "where": (1, C, N), "dtype": torch.float64},
-    ),
-    (
-        1,
-        (2, C, N),
-        {"sample_weight": (2, N), "where": (C, N), "softcap": 3.0, "dtype": torch.float32},
+        {"sample_weight": (2, N), "where": (C, N), "softcap": 3.0, **SINGLE},
     ),
     (2, (2, N, C), {"z_loss": 0.1, "label_smoothing": 0.2, "where": (2, N, 1), "reduction": "sum"}),
-    (2, (2, N, C), {"ignore_index": 10**6, "dtype": torch.float64}),
+    (2, (2, N, C), {"ignore_index": 10**6, **WIDE}),
 ]
 
 
@@ -260,8 +243,7 @@ def expected_shapes():
     """Calls of float32 and bfloat16 logits of more axes, beside those of whole tensors."""
     random = torch.Generator().manual_seed(1)
     for i, (axis, shape, options) in enumerate(SHAPES):
-        dtype = (torch.float32, torch.bfloat16)[i % 2]
-        x = torch.randn(shape, generator=random).to(dtype)
+        x = torch.randn(shape, generator=random).to((torch.float32, torch.bfloat16)[i % 2])
         t = torch.randint(C, shape[:axis] + shape[axis + 1 :], generator=random)
         given = dict(options)
         if "where" in given:
@@ -273,20 +255,17 @@ def expected_shapes():
             given["sample_weight"] = torch.rand(given["sample_weight"], generator=random)
         if "weight" in given:
             given["weight"] = given["weight"].float()
-        yield (
-            axis,
-            x,
-            t,
-            given,
-            ps.cross_entropy_value_and_grad(x, t, axis=axis, check_labels=False, **given),
-        )
+        given |= {"axis": axis, "check_labels": False}
+        yield x, t, given, ps.cross_entropy_value_and_grad(x, t, **given)
 
 
 def shapes(mesh, placements, expected):
     """Logits of any axes, with the classes along any of them."""
-    for axis, x, t, options, (whole, slope) in expected:
-        batch = [a for a in range(x.ndim) if a != axis]
+    for x, t, options, (whole, slope) in expected:
+        axis, every = options["axis"], list(range(x.ndim))
+        batch = [a for a in every if a != axis]
         place = {ROWS: Shard(batch[-1]), CLASSES: Shard(axis), WHOLE: WHOLE}
+
         there = [place[p] for p in placements]
 
         def cut(a, axes, there=there, x=x):
@@ -299,14 +278,12 @@ def shapes(mesh, placements, expected):
             ]
             return distribute_tensor(a, mesh, own)
 
-        every = list(range(x.ndim))
         axes = {"weight": [axis], "sample_weight": batch}
         given = {
             n: cut(v, axes.get(n, every[-v.ndim :])) if isinstance(v, torch.Tensor) else v
             for n, v in options.items()
         }
         d, labels = cut(x, every), cut(t, batch)
-        given |= {"axis": axis, "check_labels": False}
         loss, grad = ps.cross_entropy_value_and_grad(d, labels, **given)
         close(loss, whole, slack=64)
         close(grad, slope, d, slack=64)

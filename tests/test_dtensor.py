@@ -13,11 +13,10 @@ PROGRAM = Path(__file__).with_name("dtensor_ranks.py")
 PATIENCE = 600  # seconds
 
 
+@pytest.mark.run_on("torch")
 @pytest.mark.slow("several processes, each with hundreds of calls")
 def test_shards_of_batch_and_classes(torch, xp, tmp_path):
     """Values, gradients, placements, collectives and refusals, over gloo."""
-    if xp.name != "torch":
-        pytest.skip("the processes take what torch takes by default")
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("torch was built without gloo")
     pytest.importorskip("torch.distributed.tensor", reason="torch has it from 2.5 on")

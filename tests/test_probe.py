@@ -136,15 +136,11 @@ def test_what_losses_need_is_asked_of_losses():
         ps.cross_entropy(x, xp.Array([0, 0]))
 
 
-def foreign(name):
-    return pytest.importorskip(name, reason=f"{name} is not installed")
-
-
 # In an environment that has these libraries: Numba, which one needs, would be a kernel of NumPy's.
 @pytest.mark.libraries("array_api_strict")
 def test_blosc2_is_refused(arrays_of):
     """Its reductions give arrays of NumPy."""
-    x = foreign("blosc2").asarray(X)
+    x = pytest.importorskip("blosc2").asarray(X)
     for function in (ps.softmax, ps.logsumexp, ps.log_softmax):
         with pytest.raises(TypeError, match=r"array of blosc2, which cannot give.*numpy\.asarray"):
             function(x)
@@ -154,7 +150,7 @@ def test_blosc2_is_refused(arrays_of):
 @pytest.mark.libraries("array_api_strict")
 def test_sparse_answers_rows_sparsely_and_refuses_losses(arrays_of):
     """It has no arange: with the remedy, nothing is made dense by itself."""
-    sparse = foreign("sparse")
+    sparse = pytest.importorskip("sparse")
     x = sparse.COO.from_numpy(X)
     y = ps.softmax(x)
     assert isinstance(y, sparse.COO)

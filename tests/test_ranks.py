@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.run_on("libraries")
-
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "howto" / "files.md"
 PATIENCE = 300  # seconds
 
@@ -52,12 +50,11 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.run_on("torch")
 @pytest.mark.slow("several processes import torch")
 @pytest.mark.parametrize(("size", "dtype"), [(1, "float64"), (2, "float32"), (4, "float64")])
 def test_classes_that_are_sharded_over_ranks(torch, xp, size, dtype, tmp_path):
     """The loss of the whole row, the same bits on each rank, from two collectives."""
-    if xp.name != "torch":
-        pytest.skip("the processes take what torch takes by default")
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("torch was built without gloo")
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)

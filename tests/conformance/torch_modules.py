@@ -8,7 +8,6 @@ is copied here. Its module of inputs imports the package `expecttest`.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,6 @@ import torch
 from backends import Backend
 from torch.testing._internal.common_modules import module_db
 
-import portable_softmax as ps
 from portable_softmax.compat import torch_functional, torch_nn
 
 FUNCTIONS = {
@@ -65,7 +63,6 @@ CASES = [
     for info in INFOS
     for case, given in made_by(info, info.module_inputs_func)
 ]
-LOSSES = [case for case in CASES if case.values[0].module is torch.nn.CrossEntropyLoss]
 MODULES = [case for case in CASES if hasattr(torch_nn, case.values[0].module.__name__)]
 
 # What torch refuses and this package answers.
@@ -102,18 +99,6 @@ def test_answer(xp, case):
     close(answer, module(*case.arrays))
     if case.reference:
         close(answer, case.reference(module, *case.arrays))
-
-
-@pytest.mark.parametrize("case", LOSSES)
-def test_value_and_grad(xp, case):
-    logits, labels = case.arrays
-    logits = logits.clone().requires_grad_()
-    expected = torch.nn.CrossEntropyLoss(**case.options)(logits, labels)
-    expected.sum().backward()
-    axis = min(1, logits.ndim - 1)
-    loss, grad = case(partial(ps.cross_entropy_value_and_grad, axis=axis), xp)
-    close(xp.numpy(loss), expected.detach())
-    close(xp.numpy(grad), logits.grad)
 
 
 @pytest.mark.parametrize("case", MODULES)

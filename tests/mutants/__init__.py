@@ -8,7 +8,6 @@ one after another in a copy of the repository, runs those tests, the fast ones f
     python -m tests.mutants --check                  # whether each fault still fits its file
     python -m tests.mutants                          # every fault; hours
     python -m tests.mutants --only "two-sum"         # those whose name or file holds these words
-    python -m tests.mutants --tests ../old/tests --column before
     python -m tests.mutants --none                   # no fault: what fails then, fails by itself
 
 A fault is a change that a user could notice. One that no program can tell from the right code is
