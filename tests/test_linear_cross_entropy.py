@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import tracemalloc
 
 import numpy as np
@@ -311,19 +312,21 @@ def test_infinite_logits(xp, tile):
 def test_labels_without_a_class(xp):
     h, w, t = (xp.asarray(a) for a in (HIDDEN, CLASSIFIER, LABELS))
     wrong, bad = xp.asarray(np.where(np.arange(N) == 2, C, LABELS)), np.arange(N) == 2
+    below = xp.asarray(np.where(bad, -1, LABELS))
     outside = np.ones((N, C), bool)
     outside[1, 3] = False
     masked, where = r"labels\[1\] is 3, a class that where masks out", "where"
     for labels, options, message in (
         (wrong, {}, r"labels\[2\] is 5, outside \[0, 5\) for the 5 classe"),
+        (below, {}, r"labels\[2\] is -1, outside \[0, 5\) for the 5 classe"),
         (t, {where: xp.asarray(outside)}, masked),
         (t, {where: xp.asarray(np.arange(C) != 3)}, masked),
-    )[: 0 if xp.lazy else 3]:
+    )[: 0 if xp.lazy else 4]:
         with pytest.raises(IndexError, match=message):
             ps.linear_cross_entropy(h, w, labels, **options)
-    for tile in (None, ROW, 16):
+    for tile, without in itertools.product((None, ROW, 16), (wrong, below)):
         loss, (d_hidden, _, _) = ps.linear_cross_entropy_value_and_grad(
-            h, w, wrong, reduction="none", check_labels=False, tile=tile
+            h, w, without, reduction="none", check_labels=False, tile=tile
         )
         np.testing.assert_array_equal(np.isnan(xp.numpy(loss)), bad)
         np.testing.assert_array_equal(np.isnan(xp.numpy(d_hidden)).all(axis=1), bad)
