@@ -671,9 +671,9 @@ def _dtype_that_is_not_floating(a: Arrays) -> Case:
     x, says = a(np.zeros((2, 2))), r"dtype is .*expected a real floating dtype"
     for name in filter(a.has, ("int64", "bool", "complex128")):
         wrong = a([0], name).dtype
-        for f in (*NORMALIZED, logsumexp):
-            yield _no(TypeError, says, f, x, dtype=wrong)
-            yield _no(TypeError, says, f, x, dtype="float33")
+        for of_rows in (*NORMALIZED, logsumexp):
+            yield _no(TypeError, says, of_rows, x, dtype=wrong)
+            yield _no(TypeError, says, of_rows, x, dtype="float33")
         for f in (cross_entropy, cross_entropy_value_and_grad):
             says_which = f"(?i)dtype is .*{name}.*leave it out"
             yield _no(TypeError, says_which, f, x, a([0, 1], "int64"), dtype=wrong)
@@ -835,8 +835,9 @@ def _an_ignored_row_holding_nan_or_inf(a: Arrays) -> Case:
 def _odd_weight_of_a_class_that_no_label_names(a: Arrays) -> Case:
     rows, eye = [ROWS[0], ROWS[2], ROWS[0]], np.eye(4)[[0, 2, 0]]
     x, index, ignored = a(rows), a([0, 2, 0], "int64"), a([0, 2, 1], "int64")
-    kinds = (index, {}), (a(eye), {}), (a(eye, "int64"), {}), (ignored, {"ignore_index": 1})
-    for t, more in kinds:
+    more: dict[str, Any]
+    ignoring = {"ignore_index": 1}
+    for t, more in (index, {}), (a(eye), {}), (a(eye, "int64"), {}), (ignored, ignoring):
         for reduction, z_loss in (("mean", 0.0), ("sum", 0.1), ("none", 0.0), ("none", 0.1)):
             options = {"reduction": reduction, "z_loss": z_loss, **more}
             plain = {"weight": a([0.5, 1.0, 2.0, 1.0]), **options}
@@ -1023,9 +1024,9 @@ def _entmax_loss_at_the_edges(a: Arrays) -> Case:
     for alpha in (1.0, 1.5, 2.0, 3.0, INF):
         pair = f(a([[0.0, 1.0, 2.0]]), a([1], "int64"), alpha=alpha)
         wide, labels = a([[0.0, 1.0, 2.0], [NAN, INF, 0.0]]), a([1, -1], "int64")
-        loss, grad = (a.numpy(part) for part in pair)
+        value, grad = (a.numpy(part) for part in pair)
         both = f(wide, labels, alpha=alpha, ignore_index=-1)
-        yield from zip(both, (loss, [*grad, [0.0] * 3]), strict=True)
+        yield from zip(both, (value, [*grad, [0.0] * 3]), strict=True)
         yield entmax_loss(a([[1.0, 0.5, -INF]]), a([2], "int64"), alpha=alpha), INF
         bad = a([[0.0, 1.0, 2.0]]), a([3], "int64")
         if a.reads_values(bad[1]):
@@ -1046,7 +1047,7 @@ def _sigmoid_cross_entropy_of_infinities(a: Arrays) -> Case:
     f, z, t = sigmoid_cross_entropy_value_and_grad, a([INF, -INF, INF, -INF, NAN]), [1, 0, 0, 1, 1]
     expected = [0.0, 0.0, INF, INF, NAN], [0.0, 0.0, 1.0, -1.0, NAN]
     for gamma in (0.0, 0.5, 2.0):
-        options = {"reduction": "none", "focal_gamma": gamma}
+        options: dict[str, Any] = {"reduction": "none", "focal_gamma": gamma}
         yield from zip(f(z, a(t, "int64"), **options), expected, strict=True)
         weight = a([1.0, 1.0, 0.0, 0.0, 0.0])
         both = f(z, a(t, "int64"), weight=weight, **options)

@@ -134,7 +134,8 @@ def _closed(modules: frozenset[str]) -> frozenset[str]:
 @cache
 def _source(name: str) -> tuple[bytes, tuple[str, ...], str]:
     """Return a module's source, what it imports of this folder, and the constants of others."""
-    module, inside, outside = sys.modules[name], [], {}
+    module, inside = sys.modules[name], list[str]()
+    outside: dict[str, Any] = {}
     source = Path(str(module.__file__)).read_bytes()
     for package, names in _IMPORT.findall(source.decode()):
         words = re.findall(r"(\w+)(?: as \w+)?", names)
