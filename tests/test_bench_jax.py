@@ -38,13 +38,11 @@ def test_each_path_is_timed_beside_the_faster_peer(tmp_path, capsys):
 
 
 def test_the_summary_is_of_each_path_and_shape():
-    def row(path, shape, seconds):
-        return transforms.Row("softmax", "random", "jit", shape, path, seconds, "jax.nn", 1.0)
-
-    lines = transforms.summary(
-        [row("a", (2, 3), 0.5), row("a", (4, 3), 2.0), row("b", (2, 3), 3.0)]
-    )
-    assert [line[:5] for line in lines] == [
+    rows = [
+        transforms.Row("softmax", "random", "jit", shape, path, seconds, "jax.nn", 1.0)
+        for path, shape, seconds in (("a", (2, 3), 0.5), ("a", (4, 3), 2.0), ("b", (2, 3), 3.0))
+    ]
+    assert [line[:5] for line in transforms.summary(rows)] == [
         ["a", "2x3", "1", "0.50", "0.50"],
         ["a", "4x3", "1", "2.00", "2.00"],
         ["a", "all", "2", "1.00", "2.00"],
@@ -72,14 +70,11 @@ def test_programs_are_timed_beside_the_peers(tmp_path, capsys):
 
 
 def test_a_goal_is_that_of_a_program_or_of_a_call_alone():
-    def row(call, path, seconds):
-        return transforms.Row(call, "random", "jit", (2, 3), path, seconds, "jax.nn", 1.0)
-
+    calls = ("program: f", "numba rows"), ("f", "numba rows"), ("f", "jax rules")
     lines = programs.cells(
         [
-            row("program: f", "numba rows", 0.95),
-            row("f", "numba rows", 0.95),
-            row("f", "jax rules", 0.95),
+            transforms.Row(call, "random", "jit", (2, 3), path, 0.95, "jax.nn", 1.0)
+            for call, path in calls
         ]
     )
     assert [line[-2:] for line in lines] == [["1.00", ""], ["0.90", "OVER"], ["", ""]]

@@ -45,13 +45,11 @@ def test_scipy_must_not_be_there_before(monkeypatch):
 
 
 def test_a_goal_is_that_of_the_library():
-    slow, wrong = (
-        arrays.Row("jax", "softmax", (2, 3), "", 0.7, 1.0),
-        arrays.Row("numpy", "softmax", (2, 3), "", 0.1, 1.0, "wrong result"),
-    )
+    call = "softmax", (2, 3), ""
+    slow, wrong = arrays.Row("jax", *call, 0.7, 1.0), arrays.Row("numpy", *call, 0.1, 1.0, "wrong")
     assert slow.missed
     assert wrong.missed
-    assert not arrays.Row("torch", "softmax", (2, 3), "", 0.7, 1.0).missed
+    assert not arrays.Row("torch", *call, 0.7, 1.0).missed
     assert [line[7] for line in arrays.cells([slow, wrong])] == ["OVER", "OVER"]
 
 

@@ -45,10 +45,9 @@ def test_each_way_is_the_one_that_is_named(monkeypatch):
 
 
 def test_the_ratio_is_that_of_what_is_taken():
-    row = thresholds.Row("SHORT", (1, 2), "float32", "softmax", ("a", "b"), (2.0, 1.0), "a")
-    assert row.ratio == 2.0
-    row.taken = "b"
-    assert row.ratio == 0.5
+    for taken, ratio in (("a", 2.0), ("b", 0.5)):
+        row = thresholds.Row("SHORT", (1, 2), "float32", "softmax", ("a", "b"), (2.0, 1.0), taken)
+        assert row.ratio == ratio
 
 
 def test_numba_is_needed(monkeypatch, capsys):
