@@ -36,6 +36,14 @@ def test_the_defaults_read_and_make_arrays():
         check_library(np, skip={"softmaxes": "no such case"})
 
 
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 2e-6), ("float64", 1e-12)])
+def test_an_answer_is_off_by_a_few_units_at_most(dtype, most):
+    arrays = testing.Arrays(np, dtype, None, None)
+    one = np.ones((), dtype)
+    assert not arrays.differs(one * (1 + np.finfo(dtype).eps), 1.0)
+    assert arrays.differs((one + most).astype(dtype), 1.0)
+
+
 def test_every_public_function_is_checked(monkeypatch):
     called = set()
 
