@@ -9,6 +9,7 @@ one after another in a copy of the repository, runs those tests, the fast ones f
     python -m tests.mutants                          # every fault; hours
     python -m tests.mutants --only "two-sum"         # those whose name or file holds these words
     python -m tests.mutants --none                   # no fault: what fails then, fails by itself
+    python -m tests.mutants --column before --tests ../older/tests    # by the tests of a checkout
 
 A fault is a change that a user could notice. One that no program can tell from the right code is
 no fault, and has no place in the tables.

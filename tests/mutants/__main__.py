@@ -191,6 +191,8 @@ def judged(code: int | None, output: str) -> str:
         return ""
     if code is None:
         return "timeout"
+    if code < 0:
+        raise TableError(f"pytest was ended by signal {-code}")
     if code in (3, 4):
         if "while loading conftest" in output:  # it imports the package
             return "import"
