@@ -58,8 +58,8 @@ OPTIONS_LEFT = {
 DRAWN = {
     **dict.fromkeys(("numpy", "strict", "torch"), (200, 1000)),
     **dict.fromkeys(("torch-portable", "mlx"), (60, 1000)),
-    "numba": (50, 400),
-    "torch-numba": (15, 200),
+    "numba": (25, 400),
+    "torch-numba": (6, 200),
     "triton": (60, 300),
     "dask": (10, 150),
     "jax": (5, 60),

@@ -73,7 +73,7 @@ def families(n, dtype):
     return x.astype(np_dtype(dtype))
 
 
-@pytest.mark.parametrize("dtype", EVERY_DTYPE)
+@pytest.mark.parametrize("dtype", ["float32", *(pytest.param(d, marks=_SLOW) for d in DTYPES[1:])])
 @pytest.mark.parametrize("n", [4, 7, 8, 63, 79, 127, 128, 255, 1003, 9000])
 def test_every_kind_of_row_is_exact(every_size, plans, n, dtype):
     if not exact.measures(dtype):
@@ -288,7 +288,7 @@ def test_what_is_left_to_the_next_kernel(every_size):
     assert why("softmax", np.ones((20_000, 2)), axis=0).startswith("20,000 classes along an axis")
 
 
-@pytest.mark.parametrize("dtype", ONE_HALF_TYPE)
+@pytest.mark.parametrize("dtype", ["float32", *(pytest.param(d, marks=_SLOW) for d in DTYPES[1:3])])
 @pytest.mark.parametrize("rows", [1, 15, 37])
 def test_groups_of_rows_come_to_the_bits_of_single_rows(every_size, monkeypatch, rows, dtype):
     """The loss of a row and its log_softmax are of different layouts.

@@ -48,6 +48,7 @@ def every_case():
 
 
 @pytest.mark.slow("Triton interprets element by element", "triton")
+@pytest.mark.slow("two compilers work on each call", "jax-numba")
 @pytest.mark.parametrize("case", [*every_case()])
 def test_documented(xp, case, record_property):
     record_property("row", CASES[case].__name__[1:])  # as the table of results names it
