@@ -119,7 +119,7 @@ def test_every_kind_of_row_is_exact(every_size, plans, n, dtype):
     assert np.all(off <= relative * np.abs(answers.label_gradient) + subnormal)
 
 
-@pytest.mark.parametrize("dtype", ONE_HALF_TYPE)
+@pytest.mark.parametrize("dtype", ["float32", *(pytest.param(d, marks=_SLOW) for d in DTYPES[1:3])])
 def test_long_rows_are_put_together(every_size, dtype):
     """Each part has a maximum of its own: rising, falling, nothing but -inf, infinite, nan."""
     part = heavy("_long").PART
@@ -288,7 +288,8 @@ def test_what_is_left_to_the_next_kernel(every_size):
     assert why("softmax", np.ones((20_000, 2)), axis=0).startswith("20,000 classes along an axis")
 
 
-@pytest.mark.parametrize("dtype", ["float32", *(pytest.param(d, marks=_SLOW) for d in DTYPES[1:3])])
+@pytest.mark.slow("every kernel is compiled")
+@pytest.mark.parametrize("dtype", DTYPES[:3])
 @pytest.mark.parametrize("rows", [1, 15, 37])
 def test_groups_of_rows_come_to_the_bits_of_single_rows(every_size, monkeypatch, rows, dtype):
     """The loss of a row and its log_softmax are of different layouts.

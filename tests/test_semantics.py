@@ -48,7 +48,7 @@ def every_case():
 
 
 @pytest.mark.slow("Triton interprets element by element", "triton")
-@pytest.mark.slow("two compilers work on each call", "jax-numba")
+@pytest.mark.slow("compilers work on each call", "jax-numba", "numba", "torch-numba")
 @pytest.mark.parametrize("case", [*every_case()])
 def test_documented(xp, case, record_property):
     record_property("row", CASES[case].__name__[1:])  # as the table of results names it
@@ -379,6 +379,7 @@ def pulled_back(xp, f, x, upstream):
     return xp.numpy(slope(xp.asarray(x), xp.asarray(upstream)))
 
 
+@pytest.mark.slow("two compilers work on each call", "jax-numba")
 @pytest.mark.cheap
 def test_slopes_of_rows_with_infinities(xp):
     """derivatives of a row of -inf only; +inf in a row; nan in a row | of logsumexp 0; 0; nan; of a loss nan in that row only"""  # noqa: E501
