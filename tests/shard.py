@@ -18,8 +18,8 @@ class Shard:
     """One slow test in eight, by the commit and the test's name, and those of changed rooms.
 
     A room changed if a commit of the day before touched a file of the package that shares a word of
-    its path with the test's file or backend. A slow test that is edited is run by who edits it:
-    what touches many tests would run them all.
+    its path with the test's file, or with the backend of its contract. A slow test that is edited
+    is run by who edits it: what touches many tests would run them all.
     """
 
     def __init__(self, root: Path, commit: str) -> None:
@@ -57,10 +57,12 @@ class Shard:
 
 
 def nodeid_words(nodeid: str) -> str:
-    """Return a test's file and backend, and the rooms that they stand for."""
+    """Return a test's file, the backend of a contract, and the rooms that they stand for."""
     file, _, test = nodeid.partition("::")
-    _, _, backend = test.partition("[")
-    found = f"{Path(file).stem} {re.split(r'[^a-z-]', backend, maxsplit=1)[0]}"
+    found = Path(file).stem
+    if found == "test_contract":
+        _, _, backend = test.partition("[")
+        found += f" {re.split(r'[^a-z-]', backend, maxsplit=1)[0]}"
     return " ".join([found, *(room for word, room in ROOMS.items() if word in found)])
 
 
