@@ -169,7 +169,7 @@ def check_library(
 # --- Arrays of the library ----------------------------------------------------------------------
 
 # What an answer may be off by, relatively: 8 units in the last place of float32.
-RTOL = {"float64": 1e-13, "float32": 8 * 2.0**-23}
+RTOL = {"float64": 1e-14, "float32": 8 * 2.0**-23}
 
 
 class Arrays:
@@ -215,8 +215,8 @@ class Arrays:
 
     @property
     def tiny(self) -> float:
-        """What terms around 1 that cancel may leave."""
-        return float(np.finfo(self.dtype).eps) / 2
+        """What terms below 1 that cancel may leave: less than a unit of theirs."""
+        return 0.45 * float(np.finfo(self.dtype).eps)
 
     def numpy(self, array: Any) -> np.ndarray:
         """Return an array of the library as one of NumPy."""

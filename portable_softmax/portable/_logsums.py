@@ -90,6 +90,8 @@ def _beginnings(xp: Namespace, x: Any, axis: int) -> tuple[Any, Any]:
     own, m, rest = libraries.of(xp), x, xp.zeros_like(x)
     n, step = x.shape[axis], 1
     before = (slice(None),) * axis
+    if 0 in x.shape:  # of which cubed makes no slices
+        return m, rest
     while step < n:
         first, early = (*before, slice(0, step), ...), (*before, slice(0, n - step), ...)
         late = (*before, slice(step, n), ...)
