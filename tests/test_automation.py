@@ -14,6 +14,7 @@ from shard import Shard
 
 import noxfile
 from portable_softmax.kernels import _triton
+from portable_softmax.testing import CASES
 
 OUTCOMES = """\
 import pytest
@@ -204,6 +205,9 @@ def test_ci_runs_the_tests_and_a_shard_of_the_slow_ones():
     assert sessions[0] == "tests"
     assert sessions[-1] == "tests-shard"
     assert {"lint", "docs", "build", "lowest"} <= {*sessions}
+    workflow = (noxfile.ROOT / ".github" / "workflows" / "whole.yml").read_text()
+    weekly = set(re.findall(r"^ +- ([a-z-]+)$", workflow, re.M))
+    assert weekly >= {"tests-slow", "tests-triton-oldest", "conformance", "mutants", "fuzz-numpy"}
 
 
 class Recorded(Session):
@@ -246,8 +250,13 @@ def test_a_slow_test_falls_to_one_commit_in_eight_or_to_its_room(monkeypatch):
 def test_what_a_test_runs_on_is_what_its_marks_say():
     backends = "numpy,strict,numba,torch"
     found = collected("--backend", backends, "tests/test_values.py", "tests/test_textbook.py")
-    on = {name: sum(f"[{name}" in test for test in found) for name in backends.split(",")}
-    assert on["numba"] > 20  # of paths
+    of_values = [test.partition("::")[2] for test in found if "test_values.py" in test]
+    numpys, numbas = (
+        {test.replace(f"[{name}", "[") for test in of_values if f"[{name}" in test}
+        for name in ("numpy", "numba")
+    )
+    assert numpys  # of paths: the same on each
+    assert numbas == numpys
     assert any("test_textbook.py" in test and "[strict" in test for test in found)
     assert not any("test_textbook.py" in test and "[numba" in test for test in found)
 
@@ -255,6 +264,7 @@ def test_what_a_test_runs_on_is_what_its_marks_say():
 def test_each_test_that_must_reach_tritons_kernels_exists():
     tests = "".join(path.read_text() for path in (noxfile.ROOT / "tests").glob("test_*.py"))
     assert [name for name in conftest._ON_KERNELS if f"def {name}(" not in tests] == []
+    assert {case.__name__[1:] for case in CASES.values()} >= conftest._CASES_ON_KERNELS
 
 
 def test_the_oldest_triton_is_that_of_the_extra():

@@ -40,6 +40,10 @@ CHEAP = (
 )
 
 
+# What is added up may be off by a few units more.
+SUMMED = ("_sums", "_gradients", "_entropies", "_linear")
+
+
 def every_case():
     """Yield the cases as parameters."""
     for name, case in CASES.items():
@@ -50,7 +54,8 @@ def every_case():
 @pytest.mark.slow("Triton interprets element by element", "triton")
 @pytest.mark.slow("compilers work on each call", "jax-numba", "numba", "torch-numba")
 @pytest.mark.parametrize("case", [*every_case()])
-def test_documented(xp, case, record_property):
+def test_documented(xp, case, monkeypatch, record_property):
+    monkeypatch.setitem(RTOL, "float64", 1e-14 if CASES[case].__name__ in SUMMED else 1e-15)
     record_property("row", CASES[case].__name__[1:])  # as the table of results names it
     namespace = libraries.library_of(xp.asarray([0.0])).xp
     for dtype in RTOL:
